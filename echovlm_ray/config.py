@@ -1,0 +1,207 @@
+"""The one configuration of a deployment: a YAML file, validated before anything starts.
+
+Every field says what to do with it in the form "when this, do that". The defaults serve the demo checkpoint on a
+two-core machine. Reading a file, with line numbers in the errors, is `echovlm_ray.config_file`.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and a field that does not exist is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Resources(Section):
+    """What one replica of a deployment occupies, and how many replicas there are."""
+
+    # When one replica cannot keep up or must not be a single point of failure, raise it.
+    replicas: PositiveInt = 1
+    # When Ray refuses to place the replicas, lower it; it reserves a share and limits nothing.
+    num_cpus: NonNegativeFloat = 0.1
+    # When the part shall run on a GPU, set its share of one: 1 for a whole GPU, 0.25 for four replicas on one.
+    num_gpus: NonNegativeFloat = 0.0
+
+
+class ModelSection(Section):
+    """Which weights are served, and how they are computed."""
+
+    # When you serve your own model, give the folder that `echoray checkpoint split` made.
+    checkpoint: Path = Path("checkpoints/demo")
+    # When "auto", a replica with a share of a GPU uses it and any other the CPU; "cpu" and "cuda" force one.
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    # When "auto", weights stay as the checkpoint has them; otherwise they are converted at load.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    # When "auto", clone checkpoints are routed by organ and partitions flat, as released.
+    routing: Literal["auto", "organs", "flat"] = "auto"
+    # When nothing tells a request's organ, this one is used and the response says so.
+    default_organ: str = "breast"
+    # When a caller names more organs than this, the request is refused.
+    max_organs_per_request: PositiveInt = 2
+    # When more than one torch thread per process pays (many cores a replica), raise it.
+    torch_threads: PositiveInt = 1
+
+
+class TLSSection(Section):
+    """Certificates for a server. All three paths are PEM files."""
+
+    # When clients come from other machines, give the server's certificate chain and its key.
+    certificate: Path
+    key: Path
+    # When clients must prove who they are, give the authority that signed their certificates.
+    client_authority: Path | None = None
+
+
+class GatewaySection(Section):
+    """The public gRPC server: what it listens on, and the limits of a request."""
+
+    # When other machines call, listen on their network's address; without TLS only loopback is allowed.
+    host: str = "127.0.0.1"
+    # When the port is taken, choose another; 0 lets the system choose and prints which.
+    port: Port = 50051
+    # When set, the server speaks TLS only.
+    tls: TLSSection | None = None
+    # When set, a call must carry "authorization: Bearer <token>" with one of the lines of this file.
+    token_file: Path | None = None
+    # When more requests than this are under way at once, further ones end RESOURCE_EXHAUSTED with a retry hint.
+    max_requests: PositiveInt = 64
+    # When a request has more images, it is refused.
+    max_images: PositiveInt = 8
+    # When one image file has more bytes, it is refused.
+    max_image_bytes: PositiveInt = 64 * 1024 * 1024
+    # When a frame decodes to more pixels (a decompression bomb), it is refused before decoding.
+    max_image_pixels: PositiveInt = 40_000_000
+    # When a cine loop has more frames, this many are taken, evenly spread.
+    max_frames: Annotated[int, Field(ge=2)] = 8
+    # When an image would take more visual tokens, it is scaled down to fit.
+    max_visual_tokens: Annotated[int, Field(ge=4)] = 196
+    # When a request does not say how long its answer may get, this many tokens.
+    default_new_tokens: PositiveInt = 256
+    # When a call carries no deadline, this one, in seconds.
+    default_deadline_s: PositiveFloat = 300.0
+    resources: Resources = Resources()
+
+
+class VisionSection(Section):
+    """The vision encoder."""
+
+    # When the same images come again and again, a larger cache of embeddings spares encoding them.
+    cache_bytes: Annotated[int, Field(ge=0)] = 64 * 1024 * 1024
+    # When many requests arrive at once, up to this many patches are encoded in one forward pass.
+    max_batch_patches: PositiveInt = 16_384
+    # When more inputs than this wait, further ones end RESOURCE_EXHAUSTED.
+    max_queue: PositiveInt = 128
+    resources: Resources = Resources()
+
+
+class RouterSection(Section):
+    """The language backbone, its cache, its batch, and its streams to the expert groups."""
+
+    # When more requests shall decode together, raise it; each step then takes longer.
+    max_batch_size: PositiveInt = 16
+    # When more requests than this wait for a place in the batch, further ones end RESOURCE_EXHAUSTED.
+    max_queue: PositiveInt = 128
+    # When a prompt has more tokens, visual ones included, it is refused.
+    max_prompt_tokens: PositiveInt = 4096
+    # When a request asks for more new tokens, it is refused.
+    max_new_tokens: PositiveInt = 1024
+    # When requests wait although the batch has room, raise it: the KV cache holds this many tokens in all.
+    kv_cache_tokens: PositiveInt = 32_768
+    # When prompts are long and decoding requests stall behind them, lower it: prompt tokens computed per step.
+    max_prefill_tokens: PositiveInt = 2048
+    # When an exchange with an expert replica takes longer, the replica counts as lost and its requests are retried.
+    exchange_timeout_s: PositiveFloat = 10.0
+    # When the experts shall run inside the router's process (to compare, or where one GPU holds all), set "local".
+    experts: Literal["remote", "local"] = "remote"
+    resources: Resources = Resources()
+
+
+class ExpertsSection(Section):
+    """The expert groups, one Serve application per organ."""
+
+    # When an organ gets more traffic than others, or its replicas need a GPU, name it under `organs`.
+    resources: Resources = Resources()
+    # When set for an organ, these resources replace the ones above.
+    organs: dict[str, Resources] = {}
+    # When loading a bundle would take a replica's resident weights above this many bytes, the load is refused.
+    max_resident_bytes: PositiveInt = 16 * 1024**3
+    # When more exchanges than this wait in one replica, further ones are refused and retried by the router.
+    max_queue: PositiveInt = 1024
+
+    def resources_of(self, organ: str) -> Resources:
+        """The resources of one organ's group."""
+        return self.organs.get(organ, self.resources)
+
+
+class ControlSection(Section):
+    """Control: the list of live expert versions, and the status of the system."""
+
+    # When operators work from other machines, listen on their network's address; without TLS only loopback.
+    host: str = "127.0.0.1"
+    # When the port is taken, choose another; 0 lets the system choose.
+    port: Port = 50052
+    # When set, the server speaks TLS only.
+    tls: TLSSection | None = None
+    # When set, a call must carry "authorization: Bearer <token>" with one of the lines of this file.
+    token_file: Path | None = None
+    # One replica, always: Control is the only writer of what is live.
+    num_cpus: NonNegativeFloat = 0.1
+
+
+class ServeSection(Section):
+    """How Ray and Ray Serve run the parts."""
+
+    # When a killed replica shall be replaced faster, lower it (seconds between health checks).
+    health_check_period_s: PositiveFloat = 1.0
+    # When a replica is slow to answer health checks under load, raise it.
+    health_check_timeout_s: PositiveFloat = 10.0
+    # When requests take long and shall finish before a replica stops, raise it.
+    graceful_shutdown_timeout_s: NonNegativeFloat = 20.0
+    # When the object store is too large for the machine, lower it; no tensor ever travels through it.
+    object_store_bytes: Annotated[int, Field(ge=78_643_200)] = 128 * 1024 * 1024
+    # When a newer grpcio measures faster with its event engine, set it to true.
+    grpc_event_engine: bool = False
+
+
+class Config(Section):
+    """Everything about one deployment."""
+
+    model: ModelSection = ModelSection()
+    gateway: GatewaySection = GatewaySection()
+    vision: VisionSection = VisionSection()
+    router: RouterSection = RouterSection()
+    experts: ExpertsSection = ExpertsSection()
+    control: ControlSection = ControlSection()
+    serve: ServeSection = ServeSection()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.gateway.default_new_tokens > self.router.max_new_tokens:
+            raise ValueError(
+                f"gateway.default_new_tokens ({self.gateway.default_new_tokens}) is above router.max_new_tokens "
+                f"({self.router.max_new_tokens}): lower the first or raise the second"
+            )
+        if self.router.max_prompt_tokens + self.router.max_new_tokens > self.router.kv_cache_tokens:
+            raise ValueError(
+                f"router.kv_cache_tokens ({self.router.kv_cache_tokens}) cannot hold even one longest request "
+                f"(max_prompt_tokens {self.router.max_prompt_tokens} + max_new_tokens {self.router.max_new_tokens}): "
+                "raise it or lower those"
+            )
+        for name, server in (("gateway", self.gateway), ("control", self.control)):
+            if server.tls is None and server.host not in ("127.0.0.1", "localhost", "::1"):
+                raise ValueError(
+                    f"{name}.host is {server.host!r}, which other machines can reach, but {name}.tls is not set: "
+                    "configure certificates, or listen on 127.0.0.1"
+                )
+        if self.gateway.port and self.gateway.port == self.control.port:
+            raise ValueError(f"gateway.port and control.port are both {self.gateway.port}: change one")
+        return self

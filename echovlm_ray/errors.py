@@ -1,0 +1,38 @@
+"""What can go wrong with a request above the expert groups. `serving.errors` maps all of it to gRPC."""
+
+
+class InvalidRequestError(ValueError):
+    """The caller sent something that cannot be served. Names the field, as `GenerateRequest` spells it."""
+
+    def __init__(self, field: str, description: str) -> None:
+        """Args are the field's path, for example "images[1].content", and what is wrong with it, fix included."""
+        super().__init__(f"{field}: {description}")
+        self.field = field
+        self.description = description
+
+
+class OverloadedError(RuntimeError):
+    """A queue is full. The text names the limit; the caller may come back after `retry_after_s`."""
+
+    def __init__(self, description: str, retry_after_s: float = 1.0) -> None:
+        """Says which limit was reached and when to come back."""
+        super().__init__(description)
+        self.retry_after_s = retry_after_s
+
+
+class PartUnavailableError(RuntimeError):
+    """A part of the system (vision encoder, router) does not answer now; sending again later is safe."""
+
+    def __init__(self, part: str, reason: str, retry_after_s: float = 1.0) -> None:
+        """Names the part, says why, and when to come back."""
+        super().__init__(f"{part} is not available: {reason}")
+        self.part = part
+        self.retry_after_s = retry_after_s
+
+
+class UnauthenticatedError(RuntimeError):
+    """The call carries no valid credentials."""
+
+
+class DeadlineError(RuntimeError):
+    """The caller's deadline passed while the request waited or ran."""

@@ -1,0 +1,17 @@
+"""What can go wrong in an expert group, as types that callers can tell apart."""
+
+
+class InvalidBundleError(ValueError):
+    """A bundle is not what its manifest says, or not what it must be. The text names the file and the reason."""
+
+
+class UnknownBundleError(LookupError):
+    """No such bundle in the registry. The text names what was asked for and what there is."""
+
+
+class BundleNotResidentError(LookupError):
+    """An exchange asked for a bundle that this replica has not loaded."""
+
+
+class ExpertCapacityError(RuntimeError):
+    """A limit of an expert replica is reached; the text names the limit. Nothing else is disturbed."""

@@ -1,0 +1,72 @@
+"""The one interface behind which an expert group's arithmetic runs.
+
+A kernel computes, for every token, `Σ_k weight[t, k] · SwiGLU_{expert_index[t, k]}(x[t])` with
+`SwiGLU(x) = down(silu(gate(x)) · up(x))`, no biases (Shazeer 2020, arXiv 2002.05202).
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+# Marks a (token, k) pair in which this group has no part.
+NO_EXPERT = -1
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """One layer's experts, stacked. F is the expert's inner size, D the hidden size, E the number of experts."""
+
+    gate_EFD: torch.Tensor
+    up_EFD: torch.Tensor
+    down_EDF: torch.Tensor
+
+    @property
+    def num_experts(self) -> int:
+        """How many experts there are."""
+        return self.gate_EFD.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The element type of all three."""
+        return self.gate_EFD.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all three."""
+        return self.gate_EFD.nbytes + self.up_EFD.nbytes + self.down_EDF.nbytes
+
+
+class PreparedExperts(Protocol):
+    """One layer's experts, in whatever layout the kernel likes best."""
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes of the prepared weights."""
+        ...
+
+    def forward(self, x_TD: torch.Tensor, expert_index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
+        """The weighted sum over each token's experts.
+
+        Args:
+            x_TD: tokens × hidden, in the weights' dtype.
+            expert_index_TK: int32, from 0; `NO_EXPERT` where this group has no part in the pair.
+            weight_TK: weights of the pairs, in x's dtype.
+
+        Returns:
+            tokens × hidden in x's dtype; the sum over k is taken in float32, in the order of the experts.
+        """
+        ...
+
+
+class ExpertKernel(Protocol):
+    """A way to compute experts; stateless."""
+
+    @property
+    def name(self) -> str:
+        """The name by which configuration and status know it."""
+        ...
+
+    def load(self, weights: ExpertWeights) -> PreparedExperts:
+        """Prepares one layer's weights; may keep, repack or move them."""
+        ...

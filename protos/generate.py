@@ -1,0 +1,35 @@
+"""Generates the Python code of the contracts beside them: `python -m protos.generate [TARGET]`."""
+
+import sys
+from importlib import resources
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def generate(target: Path = ROOT) -> None:
+    """Writes `protos/*_pb2.py`, `*_pb2.pyi` and `*_pb2_grpc.py` below `target`.
+
+    Raises:
+        RuntimeError: the compiler refused a contract; it has printed why.
+    """
+    from grpc_tools import protoc
+
+    well_known = resources.files("grpc_tools") / "_proto"
+    google_apis = next(path for path in _google_api_roots())
+    contracts = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "protos").glob("*.proto"))
+    arguments = [f"-I{ROOT}", f"-I{well_known}", f"-I{google_apis}"]
+    arguments += [f"--python_out={target}", f"--pyi_out={target}", f"--grpc_python_out={target}"]
+    status = protoc.main(["protoc", *arguments, *contracts])
+    if status:
+        raise RuntimeError(f"protoc ended with status {status}")
+
+
+def _google_api_roots() -> list[Path]:
+    import google.rpc
+
+    return [Path(path).parent.parent for path in google.rpc.__path__ if (Path(path) / "status.proto").is_file()]
+
+
+if __name__ == "__main__":
+    generate(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT)

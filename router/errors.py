@@ -1,0 +1,15 @@
+"""What can go wrong between the router and the expert groups."""
+
+
+class UnknownOrganError(LookupError):
+    """A request named an organ that the expert set does not have. The text names the organs that there are."""
+
+
+class ExpertsUnavailableError(RuntimeError):
+    """No replica of an organ's expert group answers now; sending again later is safe."""
+
+    def __init__(self, organ: str, reason: str, retry_after_s: float = 1.0) -> None:
+        """Names the organ, says why, and how long to wait before another try."""
+        super().__init__(f"the experts of {organ!r} are not available: {reason}")
+        self.organ = organ
+        self.retry_after_s = retry_after_s

@@ -1,0 +1,41 @@
+"""The token gate: which experts a token goes to, and with what weight."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRouting:
+    """What the gate decided for T tokens over E experts, K of them chosen per token."""
+
+    # In x's dtype, before the softmax; the load-balancing loss and the golden cases look at them.
+    logits_TE: torch.Tensor
+    # In x's dtype.
+    weight_TK: torch.Tensor
+    # int64, in descending order of weight.
+    index_TK: torch.Tensor
+
+
+def route_tokens(x_TD: torch.Tensor, gate_ED: torch.Tensor, top_k: int, norm_topk_prob: bool) -> TokenRouting:
+    """Softmax over all experts in float32, then the k most likely of them.
+
+    The weights are renormalised only with `norm_topk_prob`: the paper (arXiv 2509.14977) always does, but the code
+    that made the released weights does not.
+
+    Args:
+        x_TD: tokens × hidden, after the post-attention norm.
+        gate_ED: experts × hidden, one row per expert.
+        top_k: how many experts a token gets.
+        norm_topk_prob: whether the chosen weights are scaled to add up to 1.
+
+    Returns:
+        logits, weights and indices.
+    """
+    logits_TE = F.linear(x_TD, gate_ED)
+    probability_TE = F.softmax(logits_TE, dim=-1, dtype=torch.float32)
+    weight_TK, index_TK = torch.topk(probability_TE, top_k, dim=-1)
+    if norm_topk_prob:
+        weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True)
+    return TokenRouting(logits_TE, weight_TK.to(x_TD.dtype), index_TK)
