@@ -1,6 +1,49 @@
-PYTHON ?= python3
+# `make serve` and `make test` do all the set-up there is; `make help` lists the rest.
 VENV ?= .venv
+# The first Python on the path that is new enough; override with `make PYTHON=/path/to/python serve`.
+PYTHON ?= $(firstword $(foreach python,python3 python3.11 python3.12 python3.13 python3.14,$(if $(shell $(python) -c 'import sys; print(*[1] * (sys.version_info >= (3, 11)))' 2>/dev/null),$(python))))
+CHECKPOINT ?= checkpoints/demo
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: protos
-protos:  ## Generates the Python code of protos/ (committed; a test holds that it is current).
-	$(VENV)/bin/python -m protos.generate
+.DEFAULT_GOAL := help
+.PHONY: help serve test check protos clean
+
+help:  ## Lists the targets.
+	@sed -n 's/^\([a-z][a-z-]*\):.*##  *\(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
+
+serve: $(VENV)/.serve $(CHECKPOINT)/echovlm.json  ## Installs what is missing, makes the demo checkpoint if there is none, and serves until Ctrl-C.
+	@exec $(BIN)/echoray serve --checkpoint $(CHECKPOINT)
+
+test: $(VENV)/.dev  ## Installs what the tests need and runs all checks and tests.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy .
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev  ## The checks alone: linter, formatter, type checker.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy .
+
+protos: $(VENV)/.dev  ## Generates the Python code of protos/ again.
+	$(BIN)/python -m protos.generate
+
+clean:  ## Removes the environment and what tools left behind; checkpoints stay.
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(CHECKPOINT)/echovlm.json: | $(VENV)/.serve
+	$(BIN)/echoray checkpoint demo $(CHECKPOINT)
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and none was found; name one: make PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.serve: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing (about a minute, more on a slow network) …"
+	$(PIP_INSTALL) --editable '.[serve]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.serve
+	$(PIP_INSTALL) --editable '.[serve,dev]'
+	@touch $@

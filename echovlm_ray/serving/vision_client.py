@@ -1,0 +1,84 @@
+"""How a router reaches the vision encoders: patches go out, embeddings come back, and the gateway carries neither."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+
+import grpc
+import torch
+
+from echovlm_ray.errors import DeadlineError, PartUnavailableError
+from experts.transport.codec import tensor_from_proto
+from protos import vision_pb2, vision_pb2_grpc
+
+RETRY_INTERVAL_S = 0.2
+
+
+class VisionClient:
+    """Encodes through whichever vision encoder replica is least busy; tries another when one is lost."""
+
+    def __init__(self, addresses: Callable[[], Sequence[str]], channel_options: Sequence[tuple[str, int]]) -> None:
+        """`addresses` gives the live replicas at any time."""
+        self._addresses = addresses
+        self._options = list(channel_options)
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._in_flight: dict[str, int] = {}
+
+    async def encode(self, inputs: Sequence[vision_pb2.VisionInput], deadline: float | None) -> list[torch.Tensor]:
+        """The embeddings of the inputs, in order, each visual tokens × hidden.
+
+        Encoding has no effect but its result, so a lost call is sent again until the deadline.
+
+        Args:
+            inputs: preprocessed images and videos.
+            deadline: in `time.monotonic` seconds, or None.
+
+        Raises:
+            PartUnavailableError: no encoder answered; without a deadline after one failed try.
+            DeadlineError: the encoder was reached but did not finish in time.
+            grpc.aio.AioRpcError: the encoder refused the inputs.
+        """
+        request = vision_pb2.EncodeRequest(inputs=inputs)
+        while True:
+            address = self._least_busy()
+            reason = "no replica is running"
+            if address is not None:
+                try:
+                    response = await self._call(address, request, deadline)
+                    return [tensor_from_proto(item.embedding) for item in response.embeddings]
+                except grpc.aio.AioRpcError as error:
+                    if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                        raise DeadlineError("the deadline passed while the images were encoded") from error
+                    if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+                        raise
+                    reason = "the replica was lost during the call"
+            if deadline is None or time.monotonic() + RETRY_INTERVAL_S >= deadline:
+                raise PartUnavailableError("the vision encoder", reason)
+            await asyncio.sleep(RETRY_INTERVAL_S)
+
+    async def close(self) -> None:
+        """Closes all channels."""
+        channels, self._channels = list(self._channels.values()), {}
+        for channel in channels:
+            await channel.close()
+
+    async def _call(
+        self, address: str, request: vision_pb2.EncodeRequest, deadline: float | None
+    ) -> vision_pb2.EncodeResponse:
+        channel = self._channels.get(address)
+        if channel is None:
+            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=self._options)
+        timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+        self._in_flight[address] = self._in_flight.get(address, 0) + 1
+        try:
+            return await vision_pb2_grpc.VisionEncoderStub(channel).Encode(request, timeout=timeout)
+        finally:
+            self._in_flight[address] -= 1
+
+    def _least_busy(self) -> str | None:
+        live = self._addresses()
+        for address in set(self._channels) - set(live):
+            if not self._in_flight.get(address):
+                del self._channels[address]
+                self._in_flight.pop(address, None)
+        return min(live, key=lambda address: self._in_flight.get(address, 0), default=None)

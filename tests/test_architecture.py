@@ -1,0 +1,65 @@
+"""Holds the shape of the repository: which package may import which, and what a light process must not load."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Each package may import itself and those before it.
+LAYERS = ("protos", "experts", "router", "echovlm_ray")
+HEAVY = {"ray", "torch", "transformers"}
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the layer they reach into"
+            yield node.module or ""
+
+
+def sources(package: str) -> list[Path]:
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files, f"no sources in {package}"
+    return files
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_imports_run_one_way(layer: str) -> None:
+    forbidden = set(LAYERS[LAYERS.index(layer) + 1 :])
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {module}"
+        for path in sources(layer)
+        for module in imported_modules(path)
+        if module.split(".")[0] in forbidden
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(("layer", "libraries"), [("protos", HEAVY), ("experts", HEAVY - {"torch"}), ("router", HEAVY - {"torch"})])
+def test_lower_layers_stay_light(layer: str, libraries: set[str]) -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {module}"
+        for path in sources(layer)
+        for module in imported_modules(path)
+        if module.split(".")[0] in libraries
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("module", ["echovlm_ray", "echovlm_ray.client", "echovlm_ray.config", "echovlm_ray.cli.main"])
+def test_light_modules_load_nothing_heavy(module: str) -> None:
+    code = f"import sys, {module}; print(*sorted({HEAVY!r} & set(sys.modules)))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert loaded.stdout.split() == []
+
+
+def test_expert_processes_do_not_load_transformers() -> None:
+    code = "import sys, experts.service, experts.group, experts.kernels.registry; print('transformers' in sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert loaded.stdout.strip() == "False"
