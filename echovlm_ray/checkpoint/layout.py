@@ -1,0 +1,164 @@
+"""A split checkpoint's folder: where its parts lie, and the index that ties them together.
+
+```
+DIR/echovlm.json   the index; written last, so a folder without it is no checkpoint
+DIR/backbone/      the released layout without moe.gate and moe.experts, with tokenizer and processor files
+DIR/registry/      one expert bundle per organ, stored by content (experts.registry)
+```
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from experts.digest import canonical_json, digest_of
+from router.expert_set import ExpertSet, ExpertSetMember, Routing
+
+INDEX_NAME = "echovlm.json"
+BACKBONE_NAME = "backbone"
+REGISTRY_NAME = "registry"
+FORMAT = "echovlm-split/1"
+# The order in which DESIGN names the regions that EchoVLM was trained on; it is the set order.
+ORGANS = ("breast", "gynaecology", "heart", "kidney", "liver", "thyroid", "vessel")
+
+# Same spelling rules as the bundles' manifests: an organ names a folder, a Serve application and a health service.
+OrganName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+# What of config.json decides which tensors there must be, and so belongs to the backbone's identity.
+_SHAPE_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "shared_expert_intermediate_size",
+    "tie_word_embeddings",
+    "vocab_size",
+)
+
+
+class InvalidCheckpointError(ValueError):
+    """A checkpoint folder is not what it must be. The text names the file or tensor, and what to do."""
+
+
+class OrganEntry(BaseModel):
+    """One organ of a split checkpoint and the bundle that came out of the split."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    organ: OrganName
+    version: str
+    bundle_digest: Digest
+
+
+class CheckpointIndex(BaseModel):
+    """`echovlm.json`: what a split folder holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["echovlm-split/1"] = FORMAT
+    name: str
+    version: str
+    description: str
+    backbone_digest: Digest
+    # "organs": every organ has a copy of all experts. "flat": the experts are divided and one softmax spans them all.
+    routing: Routing
+    # In set order: partial sums are added, and in a partition the gate's rows are stacked, in this order.
+    organs: tuple[OrganEntry, ...]
+
+    @model_validator(mode="after")
+    def _forms_an_expert_set(self) -> Self:
+        self.expert_set()
+        return self
+
+    def expert_set(self) -> ExpertSet:
+        """The set that serves this checkpoint as it was split."""
+        return ExpertSet(
+            backbone_digest=self.backbone_digest,
+            routing=self.routing,
+            members=tuple(
+                ExpertSetMember(organ=entry.organ, bundle_digest=entry.bundle_digest) for entry in self.organs
+            ),
+        )
+
+    def entry(self, organ: str) -> OrganEntry:
+        """The entry of an organ.
+
+        Raises:
+            InvalidCheckpointError: the checkpoint has no such organ.
+        """
+        for entry in self.organs:
+            if entry.organ == organ:
+                return entry
+        raise InvalidCheckpointError(
+            f"the checkpoint has no organ {organ!r}; it has {', '.join(entry.organ for entry in self.organs)}"
+        )
+
+
+def backbone_directory(directory: Path) -> Path:
+    """Where a split folder keeps everything but the routed experts and their gates."""
+    return Path(directory) / BACKBONE_NAME
+
+
+def registry_root(directory: Path) -> Path:
+    """Where a split folder keeps its bundles: the root of an `experts.registry.Registry`."""
+    return Path(directory) / REGISTRY_NAME
+
+
+def is_split_folder(directory: Path) -> bool:
+    """Whether a folder has a split checkpoint's index; says nothing about its validity."""
+    return (Path(directory) / INDEX_NAME).is_file()
+
+
+def read_index(directory: Path) -> CheckpointIndex:
+    """Reads a split folder's index.
+
+    Raises:
+        InvalidCheckpointError: no folder, no index, or an index that is not one.
+    """
+    directory = Path(directory)
+    path = directory / INDEX_NAME
+    if not directory.is_dir():
+        raise InvalidCheckpointError(
+            f"{directory} is not a folder; make one with `echoray checkpoint demo {directory}` or `echoray checkpoint split`"
+        )
+    if not path.is_file():
+        hint = "it holds a config.json, so split it first: `echoray checkpoint split SRC DST`"
+        if not (directory / "config.json").is_file():
+            hint = "give the folder that `echoray checkpoint split` or `echoray checkpoint demo` made"
+        raise InvalidCheckpointError(f"{directory} is no split checkpoint: it has no {INDEX_NAME}; {hint}")
+    try:
+        return CheckpointIndex.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise InvalidCheckpointError(f"{path}: {field}: {first['msg']}") from None
+
+
+def write_index(directory: Path, index: CheckpointIndex) -> None:
+    """Writes a split folder's index; call it when everything else is in place."""
+    text = json.dumps(index.model_dump(mode="json"), indent=2, ensure_ascii=False)
+    (Path(directory) / INDEX_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def shape_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a config.json that decides the backbone's shapes; a field that is not there is left out."""
+    shapes = {field: config[field] for field in _SHAPE_FIELDS if field in config}
+    vision = config.get("vision_config") or {}
+    return shapes | {"vision_config": {key: value for key, value in vision.items() if isinstance(value, int)}}
+
+
+def backbone_digest(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...], str]]) -> str:
+    """A backbone's identity, which does not depend on how its tensors are spread over files.
+
+    Args:
+        config: the parsed config.json.
+        tensors: of every backbone tensor its safetensors dtype, shape, and the SHA-256 of its bytes.
+    """
+    listed = {name: [dtype, list(shape), digest] for name, (dtype, shape, digest) in tensors.items()}
+    return digest_of({"config": json.loads(canonical_json(shape_config(config))), "tensors": listed})
