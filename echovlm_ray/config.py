@@ -1,7 +1,8 @@
 """The one configuration of a deployment: a YAML file, validated before anything starts.
 
 Every field says what to do with it in the form "when this, do that". The defaults serve the demo checkpoint on a
-two-core machine. Reading a file, with line numbers in the errors, is `echovlm_ray.config_file`.
+two-core machine; `cluster/local.yaml` holds them with the same comments. Reading a file, with line numbers in the
+errors, is `echovlm_ray.config_file`.
 """
 
 from pathlib import Path
@@ -13,6 +14,18 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
+
+
+class ContradictionError(ValueError):
+    """Two fields cannot both be as they are. The text names both and the ways out."""
+
+    def __init__(self, message: str, *fields: str) -> None:
+        """Takes the text and the dotted paths of the fields at fault, the one to look at first in front."""
+        super().__init__(message)
+        self.fields = fields
 
 
 class Section(BaseModel):
@@ -78,11 +91,14 @@ class GatewaySection(Section):
     max_images: PositiveInt = 8
     # When one image file has more bytes, it is refused.
     max_image_bytes: PositiveInt = 64 * 1024 * 1024
-    # When a frame decodes to more pixels (a decompression bomb), it is refused before decoding.
+    # When an image, or all the frames taken of a cine loop, decode to more pixels, it is refused before decoding.
     max_image_pixels: PositiveInt = 40_000_000
-    # When a cine loop has more frames, this many are taken, evenly spread.
+    # When the text around the picture matters more than what it hides, set it to false; true keeps of a DICOM only the
+    # box around its ultrasound regions, which leaves out most burned-in text, patient names included.
+    crop_to_regions: bool = True
+    # When a cine loop has more frames, this many are taken, evenly spread; the model looks at two together.
     max_frames: Annotated[int, Field(ge=2)] = 8
-    # When an image would take more visual tokens, it is scaled down to fit.
+    # When an image, or two frames of a cine loop, would take more visual tokens, they are scaled down to fit.
     max_visual_tokens: Annotated[int, Field(ge=4)] = 196
     # When a request does not say how long its answer may get, this many tokens.
     default_new_tokens: PositiveInt = 256
@@ -118,6 +134,10 @@ class RouterSection(Section):
     kv_cache_tokens: PositiveInt = 32_768
     # When prompts are long and decoding requests stall behind them, lower it: prompt tokens computed per step.
     max_prefill_tokens: PositiveInt = 2048
+    # When a caller asks for logits that take more bytes than this, the request is refused (tests and evaluation ask).
+    max_logits_bytes: PositiveInt = 64 * 1024 * 1024
+    # When a request runs longer than this, in seconds, it ends, whatever deadline its caller gave.
+    max_request_s: PositiveFloat = 3600.0
     # When an exchange with an expert replica takes longer, the replica counts as lost and its requests are retried.
     exchange_timeout_s: PositiveFloat = 10.0
     # When the experts shall run inside the router's process (to compare, or where one GPU holds all), set "local".
@@ -153,7 +173,7 @@ class ControlSection(Section):
     tls: TLSSection | None = None
     # When set, a call must carry "authorization: Bearer <token>" with one of the lines of this file.
     token_file: Path | None = None
-    # One replica, always: Control is the only writer of what is live.
+    # When Ray refuses to place Control, lower it. There is one replica, always: it is the only writer of what is live.
     num_cpus: NonNegativeFloat = 0.1
 
 
@@ -168,6 +188,9 @@ class ServeSection(Section):
     graceful_shutdown_timeout_s: NonNegativeFloat = 20.0
     # When the object store is too large for the machine, lower it; no tensor ever travels through it.
     object_store_bytes: Annotated[int, Field(ge=78_643_200)] = 128 * 1024 * 1024
+    # When "auto", the parts talk over loopback on one machine and over the nodes' addresses in a cluster of several;
+    # set "node" when a cluster of one node will grow, and then keep its network to yourself: it is not encrypted.
+    internal_network: Literal["auto", "loopback", "node"] = "auto"
     # When a newer grpcio measures faster with its event engine, set it to true.
     grpc_event_engine: bool = False
 
@@ -185,23 +208,61 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        self._check_tokens()
+        self._check_listeners()
+        self._check_devices()
+        return self
+
+    def _check_tokens(self) -> None:
         if self.gateway.default_new_tokens > self.router.max_new_tokens:
-            raise ValueError(
+            raise ContradictionError(
                 f"gateway.default_new_tokens ({self.gateway.default_new_tokens}) is above router.max_new_tokens "
-                f"({self.router.max_new_tokens}): lower the first or raise the second"
+                f"({self.router.max_new_tokens}): lower the first or raise the second",
+                "gateway.default_new_tokens",
+                "router.max_new_tokens",
             )
         if self.router.max_prompt_tokens + self.router.max_new_tokens > self.router.kv_cache_tokens:
-            raise ValueError(
+            raise ContradictionError(
                 f"router.kv_cache_tokens ({self.router.kv_cache_tokens}) cannot hold even one longest request "
                 f"(max_prompt_tokens {self.router.max_prompt_tokens} + max_new_tokens {self.router.max_new_tokens}): "
-                "raise it or lower those"
+                "raise it or lower those",
+                "router.kv_cache_tokens",
+                "router.max_prompt_tokens",
+                "router.max_new_tokens",
             )
+
+    def _check_listeners(self) -> None:
         for name, server in (("gateway", self.gateway), ("control", self.control)):
-            if server.tls is None and server.host not in ("127.0.0.1", "localhost", "::1"):
-                raise ValueError(
+            if server.tls is None and server.host not in LOOPBACK_HOSTS:
+                raise ContradictionError(
                     f"{name}.host is {server.host!r}, which other machines can reach, but {name}.tls is not set: "
-                    "configure certificates, or listen on 127.0.0.1"
+                    "configure certificates, or listen on 127.0.0.1",
+                    f"{name}.host",
+                    f"{name}.tls",
                 )
         if self.gateway.port and self.gateway.port == self.control.port:
-            raise ValueError(f"gateway.port and control.port are both {self.gateway.port}: change one")
-        return self
+            raise ContradictionError(
+                f"gateway.port and control.port are both {self.gateway.port}: change one",
+                "control.port",
+                "gateway.port",
+            )
+
+    def _check_devices(self) -> None:
+        if self.model.device != "cuda":
+            return
+        parts = {
+            "vision.resources": self.vision.resources,
+            "router.resources": self.router.resources,
+            "experts.resources": self.experts.resources,
+        }
+        parts |= {f"experts.organs.{organ}": resources for organ, resources in self.experts.organs.items()}
+        if self.router.experts == "local":
+            parts = {name: resources for name, resources in parts.items() if not name.startswith("experts.")}
+        for name, resources in parts.items():
+            if not resources.num_gpus:
+                raise ContradictionError(
+                    f'model.device is "cuda" but {name}.num_gpus is 0, so Ray shows that part no GPU: '
+                    'give it a share of one, or set model.device to "auto"',
+                    f"{name}.num_gpus",
+                    "model.device",
+                )

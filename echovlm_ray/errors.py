@@ -36,3 +36,7 @@ class UnauthenticatedError(RuntimeError):
 
 class DeadlineError(RuntimeError):
     """The caller's deadline passed while the request waited or ran."""
+
+
+class ShuttingDownError(RuntimeError):
+    """The replica that was called is about to stop; another one, or its successor, will answer."""

@@ -1,0 +1,1 @@
+"""One organ's expert group: bundles, registry, resident versions, kernels, and its gRPC service."""

@@ -15,3 +15,7 @@ class BundleNotResidentError(LookupError):
 
 class ExpertCapacityError(RuntimeError):
     """A limit of an expert replica is reached; the text names the limit. Nothing else is disturbed."""
+
+
+class InvalidTensorError(ValueError):
+    """A tensor that arrived is not what it says, or not what its place needs. The text names the difference."""

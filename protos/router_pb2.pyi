@@ -84,14 +84,16 @@ class RouterGenerateRequest(_message.Message):
     def __init__(self, input_ids: _Optional[_Iterable[int]] = ..., vision_inputs: _Optional[_Iterable[_Union[_vision_pb2.VisionInput, _Mapping]]] = ..., organ_hints: _Optional[_Union[OrganHints, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., return_logits: _Optional[bool] = ..., ignore_eos: _Optional[bool] = ...) -> None: ...
 
 class RouterGenerateResponse(_message.Message):
-    __slots__ = ("token_ids", "logits", "summary")
+    __slots__ = ("token_ids", "logits", "summary", "provenance")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGITS_FIELD_NUMBER: _ClassVar[int]
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    PROVENANCE_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logits: _tensor_pb2.Tensor
     summary: RouterSummary
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logits: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., summary: _Optional[_Union[RouterSummary, _Mapping]] = ...) -> None: ...
+    provenance: Provenance
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logits: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., summary: _Optional[_Union[RouterSummary, _Mapping]] = ..., provenance: _Optional[_Union[Provenance, _Mapping]] = ...) -> None: ...
 
 class RouterSummary(_message.Message):
     __slots__ = ("finish_reason", "prompt_tokens", "completion_tokens", "provenance")

@@ -1,0 +1,1 @@
+"""Where requests and tokens go: gates, expert sets, and the dispatch of tokens to the expert groups."""

@@ -5,6 +5,10 @@ class UnknownOrganError(LookupError):
     """A request named an organ that the expert set does not have. The text names the organs that there are."""
 
 
+class TooManyOrgansError(ValueError):
+    """A request named more organs than it may use. The text names the limit."""
+
+
 class ExpertsUnavailableError(RuntimeError):
     """No replica of an organ's expert group answers now; sending again later is safe."""
 
@@ -13,3 +17,12 @@ class ExpertsUnavailableError(RuntimeError):
         super().__init__(f"the experts of {organ!r} are not available: {reason}")
         self.organ = organ
         self.retry_after_s = retry_after_s
+
+
+class ExpertsFailedError(RuntimeError):
+    """An organ's experts answered that they cannot compute an exchange; sending it again would not help."""
+
+    def __init__(self, organ: str, reason: str) -> None:
+        """Names the organ and says why."""
+        super().__init__(f"the experts of {organ!r} failed: {reason}")
+        self.organ = organ

@@ -8,38 +8,23 @@ DIR/registry/      one expert bundle per organ, stored by content (experts.regis
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from experts.digest import canonical_json, digest_of
 from router.expert_set import ExpertSet, ExpertSetMember, Routing
 
 INDEX_NAME = "echovlm.json"
 BACKBONE_NAME = "backbone"
 REGISTRY_NAME = "registry"
-FORMAT = "echovlm-split/1"
+FORMAT: Final = "echovlm-split/1"
 # The order in which DESIGN names the regions that EchoVLM was trained on; it is the set order.
 ORGANS = ("breast", "gynaecology", "heart", "kidney", "liver", "thyroid", "vessel")
 
 # Same spelling rules as the bundles' manifests: an organ names a folder, a Serve application and a health service.
-OrganName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
+OrganName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,39}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-# What of config.json decides which tensors there must be, and so belongs to the backbone's identity.
-_SHAPE_FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "moe_intermediate_size",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "shared_expert_intermediate_size",
-    "tie_word_embeddings",
-    "vocab_size",
-)
 
 
 class InvalidCheckpointError(ValueError):
@@ -62,7 +47,7 @@ class CheckpointIndex(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal["echovlm-split/1"] = FORMAT
-    name: str
+    name: Annotated[str, Field(min_length=1)]
     version: str
     description: str
     backbone_digest: Digest
@@ -125,7 +110,7 @@ def read_index(directory: Path) -> CheckpointIndex:
     path = directory / INDEX_NAME
     if not directory.is_dir():
         raise InvalidCheckpointError(
-            f"{directory} is not a folder; make one with `echoray checkpoint demo {directory}` or `echoray checkpoint split`"
+            f"{directory} is not a folder; `echoray checkpoint demo {directory}` makes one, or split your own"
         )
     if not path.is_file():
         hint = "it holds a config.json, so split it first: `echoray checkpoint split SRC DST`"
@@ -144,21 +129,3 @@ def write_index(directory: Path, index: CheckpointIndex) -> None:
     """Writes a split folder's index; call it when everything else is in place."""
     text = json.dumps(index.model_dump(mode="json"), indent=2, ensure_ascii=False)
     (Path(directory) / INDEX_NAME).write_text(text + "\n", encoding="utf-8")
-
-
-def shape_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a config.json that decides the backbone's shapes; a field that is not there is left out."""
-    shapes = {field: config[field] for field in _SHAPE_FIELDS if field in config}
-    vision = config.get("vision_config") or {}
-    return shapes | {"vision_config": {key: value for key, value in vision.items() if isinstance(value, int)}}
-
-
-def backbone_digest(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...], str]]) -> str:
-    """A backbone's identity, which does not depend on how its tensors are spread over files.
-
-    Args:
-        config: the parsed config.json.
-        tensors: of every backbone tensor its safetensors dtype, shape, and the SHA-256 of its bytes.
-    """
-    listed = {name: [dtype, list(shape), digest] for name, (dtype, shape, digest) in tensors.items()}
-    return digest_of({"config": json.loads(canonical_json(shape_config(config))), "tensors": listed})

@@ -1,0 +1,1 @@
+"""The engine: scheduler, paged cache, step runner and sampler around the language backbone."""

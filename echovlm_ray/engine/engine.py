@@ -11,13 +11,10 @@ from echovlm_ray.engine.runner import ChunkResult, ModelRunner
 from echovlm_ray.engine.sampler import next_token
 from echovlm_ray.engine.scheduler import Chunk, Scheduler
 from echovlm_ray.engine.sequence import Finish, Sequence, SequenceRequest, Sink, StepOutput
-from echovlm_ray.errors import DeadlineError
+from echovlm_ray.errors import DeadlineError, ShuttingDownError
+from router.errors import ExpertsUnavailableError
 
 logger = logging.getLogger(__name__)
-
-
-class EngineStoppedError(RuntimeError):
-    """The engine is shutting down; the request may be sent to another router."""
 
 
 class Engine:
@@ -27,11 +24,20 @@ class Engine:
     """
 
     def __init__(
-        self, runner: ModelRunner, *, max_batch_size: int, max_queue: int, max_prefill_tokens: int
+        self,
+        runner: ModelRunner,
+        *,
+        max_batch_size: int,
+        max_queue: int,
+        max_prefill_tokens: int,
+        max_request_s: float,
     ) -> None:
+        """The limits are the fields of the same names in `RouterSection`."""
         self._runner = runner
+        self._max_request_s = max_request_s
         self._scheduler = Scheduler(
             BlockPool(runner.num_blocks),
+            runner.unavailable,
             max_batch_size=max_batch_size,
             max_queue=max_queue,
             max_prefill_tokens=max_prefill_tokens,
@@ -45,12 +51,13 @@ class Engine:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends all requests with `EngineStoppedError`, and the thread."""
+        """Ends all requests with `ShuttingDownError`, and the thread; then closes the connections to the experts."""
         with self._condition:
             self._stopping = True
             self._condition.notify()
         if self._thread.is_alive():
             self._thread.join()
+        self._runner.dispatcher.placement.close()
 
     @property
     def alive(self) -> bool:
@@ -72,12 +79,12 @@ class Engine:
 
         Raises:
             OverloadedError: the queue is full or the cache too small for the request.
-            EngineStoppedError: the engine is shutting down.
+            ShuttingDownError: the engine is shutting down.
         """
-        sequence = Sequence.start(request, sink)
+        sequence = Sequence.start(request, sink, self._max_request_s)
         with self._condition:
             if self._stopping:
-                raise EngineStoppedError("the router is shutting down")
+                raise ShuttingDownError("the router is shutting down")
             self._scheduler.add(sequence)
             self._condition.notify()
         return sequence
@@ -89,86 +96,99 @@ class Engine:
             self._condition.notify()
 
     def _run(self) -> None:
-        while True:
-            with self._condition:
-                self._drop_ended()
-                while not self._stopping and not (chunks := self._scheduler.schedule()):
-                    self._condition.wait(self._idle_seconds())
-                    self._drop_ended()
-                if self._stopping:
-                    self._fail_all(EngineStoppedError("the router is shutting down"))
-                    return
+        while (chunks := self._next_chunks()) is not None:
             try:
                 results = self._runner.step(chunks)
             except Exception as error:
                 # A bug or exhausted device memory: those requests end, the engine goes on.
                 logger.exception("a step failed")
-                self._end(chunks, error)
+                for chunk in chunks:
+                    self._end(chunk.sequence, error)
                 continue
             for chunk, result in zip(chunks, results, strict=True):
                 try:
                     self._commit(chunk, result)
                 except Exception as error:
                     logger.exception("a sequence failed")
-                    self._end([chunk], error)
+                    self._end(chunk.sequence, error)
+
+    def _next_chunks(self) -> list[Chunk] | None:
+        """Waits until there is something to compute; None when the engine is to stop."""
+        with self._condition:
+            while not self._stopping:
+                self._drop_ended()
+                if chunks := self._scheduler.schedule():
+                    return chunks
+                self._condition.wait(self._idle_seconds())
+            for sequence in (*self._scheduler.running, *self._scheduler.waiting):
+                self._end(sequence, ShuttingDownError("the router is shutting down"))
+            return None
 
     def _idle_seconds(self) -> float | None:
-        deadlines = [
-            sequence.request.deadline
-            for sequence in (*self._scheduler.running, *self._scheduler.waiting)
-            if sequence.request.deadline is not None
-        ]
-        retry = self._scheduler.next_retry()
-        wake = min([*deadlines, *([] if retry is None else [retry])], default=None)
-        return None if wake is None else max(0.0, wake - time.monotonic())
+        wake = [sequence.deadline for sequence in (*self._scheduler.running, *self._scheduler.waiting)]
+        if (retry := self._scheduler.next_retry()) is not None:
+            wake.append(retry)
+        return max(0.0, min(wake) - time.monotonic()) if wake else None
 
     def _drop_ended(self) -> None:
         now = time.monotonic()
         for sequence in (*self._scheduler.running, *self._scheduler.waiting):
             if sequence.cancelled:
                 self._scheduler.finish(sequence)
-            elif sequence.expired(now):
-                self._scheduler.finish(sequence)
-                sequence.sink(sequence.stalled_by or DeadlineError("the deadline passed before the answer was complete"))
+            elif sequence.deadline <= now:
+                late = DeadlineError("the deadline passed before the answer was complete")
+                self._end(sequence, sequence.stalled_by or late)
+        for sequence in self._scheduler.overflow():
+            assert sequence.stalled_by is not None
+            self._end(sequence, sequence.stalled_by)
 
-    def _fail_all(self, error: Exception) -> None:
-        for sequence in (*self._scheduler.running, *self._scheduler.waiting):
-            self._scheduler.finish(sequence)
-            sequence.sink(error)
-
-    def _end(self, chunks: list[Chunk], error: Exception) -> None:
+    def _end(self, sequence: Sequence, error: Exception) -> None:
         with self._condition:
-            for chunk in chunks:
-                self._scheduler.finish(chunk.sequence)
-        for chunk in chunks:
-            chunk.sequence.sink(error)
+            self._scheduler.finish(sequence)
+        _deliver(sequence, error)
 
     def _commit(self, chunk: Chunk, result: ChunkResult) -> None:
         sequence = chunk.sequence
-        if result.failure is not None:
+        if isinstance(result.failure, ExpertsUnavailableError):
             # The step is simply run again: experts are pure, and its cache slots will be written again.
-            sequence.stalled_by = result.failure
-            sequence.retry_at = time.monotonic() + min(result.failure.retry_after_s, 0.25)
+            if not sequence.num_stalls:
+                logger.warning("a request waits: %s", result.failure)
+            sequence.stall(result.failure, time.monotonic())
             return
-        sequence.stalled_by = None
+        if result.failure is not None:
+            logger.error("a request failed: %s", result.failure)
+            self._end(sequence, result.failure)
+            return
+        sequence.resume()
         sequence.num_computed = chunk.end
         for organ, pairs in result.routed_pairs.items():
             sequence.routed_pairs[organ] = sequence.routed_pairs.get(organ, 0) + pairs
-        wanted = sequence.request.return_logits
-        if wanted and result.logits_TV is not None:
+        if sequence.request.return_logits and result.logits_TV is not None:
             sequence.prompt_logits.append(result.logits_TV)
-        if chunk.end < len(sequence.token_ids):
+            sequence.num_logits += len(result.logits_TV)
+        if not chunk.reaches_last_token:
             return
         assert result.logits_TV is not None
         token_id = next_token(sequence, result.logits_TV[-1])
         sequence.token_ids.append(token_id)
         finish = _finish(sequence, token_id)
-        logits = torch.cat(sequence.prompt_logits) if wanted else None
+        logits_TV = torch.cat(sequence.prompt_logits) if sequence.prompt_logits else None
         sequence.prompt_logits.clear()
         if finish is not None:
             with self._condition:
                 self._scheduler.finish(sequence)
-        sequence.sink(StepOutput(token_id, logits, finish, None if finish is None else sequence.routed_pairs))
+        _deliver(sequence, StepOutput(token_id, logits_TV, finish, None if finish is None else sequence.routed_pairs))
+
+
+def _deliver(sequence: Sequence, output: StepOutput | Exception) -> None:
+    if sequence.cancelled:
+        return
+    try:
+        sequence.sink(output)
+    except Exception:
+        # Whoever asked is gone; nobody else may suffer from it.
+        logger.exception("a sink failed")
+        sequence.cancelled = True
 
 
 def _finish(sequence: Sequence, token_id: int) -> Finish | None:

@@ -56,7 +56,7 @@ class KVCache:
 
     def slots(self, block_table: list[int], start: int, end: int) -> torch.Tensor:
         """The slots of a sequence's tokens [start, end), int64."""
-        blocks = torch.tensor(block_table[: BlockPool.blocks_for(end)])
+        blocks = torch.tensor(block_table[: BlockPool.blocks_for(end)], dtype=torch.int64)
         slots = (blocks[:, None] * BLOCK_SIZE + self._offset).flatten()
         return slots[start:end].to(self._device)
 

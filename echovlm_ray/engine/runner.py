@@ -8,8 +8,9 @@ import torch
 from echovlm_ray.engine.attention import PAGED_ATTENTION, AttentionStep, span_of
 from echovlm_ray.engine.kv_cache import BLOCK_SIZE, BlockPool, KVCache
 from echovlm_ray.engine.scheduler import Chunk
+from echovlm_ray.engine.sequence import Sequence
 from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
-from router.dispatch import Dispatcher, TokenAssignment
+from router.dispatch import Dispatcher, DispatchFailure, TokenAssignment
 from router.errors import ExpertsUnavailableError
 
 
@@ -18,22 +19,21 @@ class ChunkResult:
     """What a step made of one chunk.
 
     Attributes:
-        logits_TV: float32; all rows with `return_logits`, else the last one if the chunk reaches the last token.
+        logits_TV: float32; with `return_logits` all rows whose logits were not given yet, else the last one if the
+            chunk reaches the last token.
         routed_pairs: (token, layer, expert) pairs per organ.
-        failure: why the chunk has to be run again; then the rest means nothing.
+        failure: why its experts did not compute the chunk; then the rest means nothing.
     """
 
     logits_TV: torch.Tensor | None
     routed_pairs: dict[str, int]
-    failure: ExpertsUnavailableError | None
+    failure: DispatchFailure | None
 
 
 class ModelRunner:
     """The backbone, the cache it fills, and the dispatcher that computes its experts elsewhere."""
 
-    def __init__(
-        self, model: EchoVLMForConditionalGeneration, dispatcher: Dispatcher, *, kv_cache_tokens: int
-    ) -> None:
+    def __init__(self, model: EchoVLMForConditionalGeneration, dispatcher: Dispatcher, *, kv_cache_tokens: int) -> None:
         """Allocates the cache.
 
         Raises:
@@ -56,6 +56,10 @@ class ModelRunner:
             dtype=model.dtype,
             device=self.device,
         )
+
+    def unavailable(self, sequence: Sequence) -> ExpertsUnavailableError | None:
+        """Why a sequence's experts cannot be reached now, or None; never waits."""
+        return self.dispatcher.unavailable(sequence.request.shares)
 
     @torch.inference_mode()
     def step(self, chunks: Sequences[Chunk]) -> list[ChunkResult]:
@@ -109,13 +113,16 @@ def _positions(chunk: Chunk) -> torch.Tensor:
     sequence = chunk.sequence
     request = sequence.request
     prompt = request.position_ids_3T[:, chunk.start : chunk.end]
-    generated = torch.arange(max(chunk.start, sequence.num_prompt), chunk.end) + request.position_delta
+    start = max(chunk.start, sequence.num_prompt)
+    generated = torch.arange(start, max(chunk.end, start)) + request.position_delta
     return torch.cat([prompt, generated.expand(3, -1)], dim=1)
 
 
 def _logit_rows(chunk: Chunk, assignment: TokenAssignment) -> tuple[int, int]:
     if chunk.sequence.request.return_logits:
-        return assignment.start, assignment.end
+        # After a stall tokens may be computed again whose logits were given already.
+        again = min(max(chunk.sequence.num_logits - chunk.start, 0), chunk.end - chunk.start)
+        return assignment.start + again, assignment.end
     if chunk.reaches_last_token:
         return assignment.end - 1, assignment.end
     return assignment.end, assignment.end

@@ -1,11 +1,18 @@
 """One request inside the engine."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
+
+from router.errors import ExpertsUnavailableError
+
+# A restarted expert group shall be noticed at once, and one that stays away shall not be asked all the time.
+FIRST_RETRY_S = 0.02
+LONGEST_RETRY_S = 0.25
 
 
 class Finish(Enum):
@@ -43,7 +50,7 @@ class SequenceRequest:
         vision_embeddings_VD: their embeddings.
         expert_set_id: the set that the request is pinned to.
         shares: organ and π; empty for flat sets.
-        deadline: in `time.monotonic` seconds, or None.
+        deadline: in `time.monotonic` seconds; None: only the engine's own limit of a request's time holds.
     """
 
     input_ids: tuple[int, ...]
@@ -89,19 +96,24 @@ class Sequence:
     sink: Sink
     token_ids: list[int]
     generator: torch.Generator | None
+    # In `time.monotonic` seconds.
+    deadline: float
     # Tokens whose keys and values are in the cache.
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
+    # With return_logits: how many rows were computed, and those that wait for the first token.
+    num_logits: int = 0
     prompt_logits: list[torch.Tensor] = field(default_factory=list)
     routed_pairs: dict[str, int] = field(default_factory=dict)
     cancelled: bool = False
-    # Set while the experts it needs do not answer.
-    stalled_by: Exception | None = None
+    # Set while the experts it needs do not answer; how often in a row they did not, and when they are asked again.
+    stalled_by: ExpertsUnavailableError | None = None
+    num_stalls: int = 0
     retry_at: float = 0.0
 
     @classmethod
-    def start(cls, request: SequenceRequest, sink: Sink) -> "Sequence":
-        """A sequence at its first step."""
+    def start(cls, request: SequenceRequest, sink: Sink, max_seconds: float = math.inf) -> "Sequence":
+        """A sequence at its first step, which ends at its deadline or after `max_seconds`, whichever is first."""
         generator = None
         if request.sampling.temperature > 0:
             generator = torch.Generator()
@@ -109,7 +121,10 @@ class Sequence:
                 generator.seed()
             else:
                 generator.manual_seed(request.sampling.seed)
-        return cls(request, sink, list(request.input_ids), generator)
+        deadline = time.monotonic() + max_seconds
+        if request.deadline is not None:
+            deadline = min(deadline, request.deadline)
+        return cls(request, sink, list(request.input_ids), generator, deadline)
 
     @property
     def num_prompt(self) -> int:
@@ -131,7 +146,19 @@ class Sequence:
         """The most tokens whose keys and values it can ever need in the cache."""
         return self.num_prompt + self.request.max_new_tokens - 1
 
-    def expired(self, now: float | None = None) -> bool:
-        """Whether its deadline has passed."""
-        deadline = self.request.deadline
-        return deadline is not None and (time.monotonic() if now is None else now) >= deadline
+    def stall(self, error: ExpertsUnavailableError, now: float) -> None:
+        """Notes that its experts do not answer; they are asked again after a pause that grows from try to try."""
+        pause = min(FIRST_RETRY_S * 2**self.num_stalls, LONGEST_RETRY_S)
+        self.stalled_by = error
+        self.num_stalls = min(self.num_stalls + 1, 16)
+        self.retry_at = now + pause
+
+    def resume(self) -> None:
+        """Notes that its experts answered."""
+        self.stalled_by = None
+        self.num_stalls = 0
+
+    def forget_computed(self) -> None:
+        """Starts over with an empty cache; the tokens stay, and will be computed again in one prefill."""
+        self.num_computed = 0
+        self.routed_pairs.clear()

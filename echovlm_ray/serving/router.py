@@ -1,8 +1,9 @@
 """The router's gRPC service: checks a request, has its images encoded, pins it, and streams the engine's tokens."""
 
 import asyncio
+import math
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -13,12 +14,17 @@ from echovlm_ray.engine.engine import Engine
 from echovlm_ray.engine.sequence import Finish, SamplingParams, SequenceRequest, StepOutput
 from echovlm_ray.errors import InvalidRequestError
 from echovlm_ray.model.configuration import EchoVLMConfig
-from echovlm_ray.model.positions import mrope_positions
+from echovlm_ray.model.positions import PlaceholderMismatchError, mrope_positions
 from echovlm_ray.serving.vision_client import VisionClient
 from experts.transport.codec import tensor_to_proto
 from protos import router_pb2, router_pb2_grpc, vision_pb2
+from router.errors import TooManyOrgansError
 from router.expert_set import ExpertSet
 from router.organ_gate import OrganChoice, OrganGate
+
+# A request that waits for a lost organ ends so much before its deadline that the reason still reaches the caller.
+DEADLINE_MARGIN = 0.1
+LONGEST_MARGIN_S = 0.2
 
 FINISH_REASONS = {Finish.STOP: router_pb2.FINISH_REASON_STOP, Finish.LENGTH: router_pb2.FINISH_REASON_LENGTH}
 
@@ -49,12 +55,19 @@ class RouterService(router_pb2_grpc.RouterServicer):
         self._organ_gate = organ_gate
         self._vision = vision
         self._limits = limits
+        organ_gate.check(served.expert_set)
+
+    @property
+    def queue_length(self) -> int:
+        """Requests that wait or run, for status."""
+        return self._engine.queue_length
 
     async def Route(  # noqa: N802 - the contract's name
         self, request: router_pb2.RouteRequest, context: grpc.aio.ServicerContext
     ) -> router_pb2.RouteResponse:
         """Says which organs and which expert set a request would use; computes nothing but the vision features."""
-        embeddings = await self._encode(request.vision_inputs, _deadline(context))
+        self._check_vision(request.vision_inputs)
+        embeddings = await self._encode(request.vision_inputs, self._deadline(context))
         choice = self._choose(request.organ_hints, embeddings)
         shares = [router_pb2.OrganShare(organ=organ, share=share) for organ, share in choice.shares]
         return router_pb2.RouteResponse(
@@ -66,7 +79,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
     ) -> AsyncIterator[router_pb2.RouterGenerateResponse]:
         """Streams the tokens of one request; leaving the stream cancels it at the engine's next step."""
         self._check(request)
-        deadline = _deadline(context)
+        deadline = self._deadline(context)
         embeddings = await self._encode(request.vision_inputs, deadline)
         choice = self._choose(request.organ_hints, embeddings)
         sequence_request = self._sequence_request(request, embeddings, choice, deadline)
@@ -124,32 +137,85 @@ class RouterService(router_pb2_grpc.RouterServicer):
                 f"{limits.max_logits_bytes} (router.max_logits_bytes): send a shorter prompt",
             )
 
-    async def _encode(
-        self, inputs: "vision_pb2.RepeatedVisionInput", deadline: float | None
-    ) -> list[torch.Tensor]:
-        return await self._vision.encode(list(inputs), deadline) if inputs else []
+        _check_sampling(request.sampling)
+        self._check_vision(request.vision_inputs)
+        for kind, (name, token_id) in self._placeholders().items():
+            found = sum(1 for token in request.input_ids if token == token_id)
+            given = [item for item in request.vision_inputs if item.kind == kind]
+            needed = sum(self._visual_tokens(item) for item in given)
+            if found != needed:
+                raise InvalidRequestError(
+                    "vision_inputs",
+                    f"the prompt has {found} {name} placeholder tokens (id {token_id}), but the {len(given)} {name}(s) "
+                    f"given fill {needed}: send what the processor made of prompt and images together",
+                )
+
+    def _check_vision(self, inputs: Sequence[vision_pb2.VisionInput]) -> None:
+        merge = self._served.config.vision_config.spatial_merge_size
+        for index, item in enumerate(inputs):
+            if item.kind not in self._placeholders():
+                raise InvalidRequestError(f"vision_inputs[{index}].kind", "must be an image or a video")
+            if not item.grid_t or not item.grid_h or not item.grid_w or item.grid_h % merge or item.grid_w % merge:
+                raise InvalidRequestError(
+                    f"vision_inputs[{index}]",
+                    f"has the grid {item.grid_t} × {item.grid_h} × {item.grid_w}: no side may be 0, and height and "
+                    f"width must be multiples of {merge} (spatial_merge_size)",
+                )
+
+    def _placeholders(self) -> dict[int, tuple[str, int]]:
+        config = self._served.config
+        return {
+            vision_pb2.VISION_KIND_IMAGE: ("image", config.image_token_id),
+            vision_pb2.VISION_KIND_VIDEO: ("video", config.video_token_id),
+        }
+
+    def _visual_tokens(self, item: vision_pb2.VisionInput) -> int:
+        merge = self._served.config.vision_config.spatial_merge_size
+        return int(item.grid_t * (item.grid_h // merge) * (item.grid_w // merge))
+
+    def _deadline(self, context: grpc.aio.ServicerContext) -> float:
+        remaining = context.time_remaining()
+        seconds = self._limits.max_request_s if remaining is None else min(remaining, self._limits.max_request_s)
+        return time.monotonic() + seconds - min(seconds * DEADLINE_MARGIN, LONGEST_MARGIN_S)
+
+    async def _encode(self, inputs: Sequence[vision_pb2.VisionInput], deadline: float) -> list[torch.Tensor]:
+        if not inputs:
+            return []
+        embeddings = await self._vision.encode(inputs, deadline)
+        hidden_size = self._served.config.text_config.hidden_size
+        expected = [(self._visual_tokens(item), hidden_size) for item in inputs]
+        found = [tuple(embedding.shape) for embedding in embeddings]
+        if found != expected:
+            raise RuntimeError(f"the vision encoder returned embeddings of {found} instead of {expected}")
+        return embeddings
 
     def _choose(self, hints: router_pb2.OrganHints, embeddings: list[torch.Tensor]) -> OrganChoice:
         pooled = torch.cat(embeddings).float().mean(0) if embeddings else None
-        return self._organ_gate.choose(hints, pooled, self._served.expert_set)
+        try:
+            return self._organ_gate.choose(hints.organs, hints.anatomy_terms, pooled, self._served.expert_set)
+        except TooManyOrgansError as error:
+            raise InvalidRequestError("organs", str(error)) from error
 
     def _sequence_request(
         self,
         request: router_pb2.RouterGenerateRequest,
         embeddings: list[torch.Tensor],
         choice: OrganChoice,
-        deadline: float | None,
+        deadline: float,
     ) -> SequenceRequest:
         config = self._served.config
         input_ids = torch.tensor(list(request.input_ids))
-        rows, visual = _place_vision(input_ids, request.vision_inputs, embeddings, config)
+        rows, visual = self._place_vision(input_ids, request.vision_inputs, embeddings)
         grids = {
             kind: [(item.grid_t, item.grid_h, item.grid_w) for item in request.vision_inputs if item.kind == kind]
             for kind in (vision_pb2.VISION_KIND_IMAGE, vision_pb2.VISION_KIND_VIDEO)
         }
-        position_ids, delta = mrope_positions(
-            input_ids, grids[vision_pb2.VISION_KIND_IMAGE], grids[vision_pb2.VISION_KIND_VIDEO], config
-        )
+        try:
+            position_ids, delta = mrope_positions(
+                input_ids, grids[vision_pb2.VISION_KIND_IMAGE], grids[vision_pb2.VISION_KIND_VIDEO], config
+            )
+        except PlaceholderMismatchError as error:
+            raise InvalidRequestError("vision_inputs", str(error)) from error
         stop_token_ids = frozenset(request.stop_token_ids)
         if not stop_token_ids and not request.ignore_eos:
             stop_token_ids = self._served.end_token_ids
@@ -167,6 +233,22 @@ class RouterService(router_pb2_grpc.RouterServicer):
             return_logits=request.return_logits,
             deadline=deadline,
         )
+
+    def _place_vision(
+        self, input_ids: torch.Tensor, inputs: Sequence[vision_pb2.VisionInput], embeddings: list[torch.Tensor]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The prompt positions of all placeholders, ascending, and the embeddings that replace them."""
+        if not embeddings:
+            return None, None
+        visual = embeddings[0].new_empty(len(input_ids), embeddings[0].shape[1])
+        is_visual = torch.zeros(len(input_ids), dtype=torch.bool)
+        for kind, (_, token_id) in self._placeholders().items():
+            own = [embedding for item, embedding in zip(inputs, embeddings, strict=True) if item.kind == kind]
+            if own:
+                placeholders = input_ids == token_id
+                visual[placeholders] = torch.cat(own)
+                is_visual |= placeholders
+        return is_visual.nonzero()[:, 0], visual[is_visual]
 
     def _summary(
         self, request: router_pb2.RouterGenerateRequest, output: StepOutput, completed: int, choice: OrganChoice
@@ -198,9 +280,13 @@ class RouterService(router_pb2_grpc.RouterServicer):
         )
 
 
-def _deadline(context: grpc.aio.ServicerContext) -> float | None:
-    remaining = context.time_remaining()
-    return None if remaining is None else time.monotonic() + remaining
+def _check_sampling(sampling: router_pb2.Sampling) -> None:
+    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
+        raise InvalidRequestError("sampling.temperature", "must be 0 (greedy) or a positive number")
+    if not 0 <= sampling.top_p <= 1:
+        raise InvalidRequestError("sampling.top_p", "must be from 0 to 1; 0 and 1 keep all tokens")
+    if not (math.isfinite(sampling.repetition_penalty) and sampling.repetition_penalty >= 0):
+        raise InvalidRequestError("sampling.repetition_penalty", "must be a positive number; 0 and 1 change nothing")
 
 
 def _sampling(sampling: router_pb2.Sampling) -> SamplingParams:

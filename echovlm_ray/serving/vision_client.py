@@ -23,6 +23,7 @@ class VisionClient:
         self._options = list(channel_options)
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._in_flight: dict[str, int] = {}
+        self._closing: set[asyncio.Task[None]] = set()
 
     async def encode(self, inputs: Sequence[vision_pb2.VisionInput], deadline: float | None) -> list[torch.Tensor]:
         """The embeddings of the inputs, in order, each visual tokens × hidden.
@@ -36,13 +37,15 @@ class VisionClient:
         Raises:
             PartUnavailableError: no encoder answered; without a deadline after one failed try.
             DeadlineError: the encoder was reached but did not finish in time.
-            grpc.aio.AioRpcError: the encoder refused the inputs.
+            grpc.aio.AioRpcError: the encoder refused the inputs; `serving.errors` passes its status on.
         """
         request = vision_pb2.EncodeRequest(inputs=inputs)
+        tried: set[str] = set()
+        reason = "no replica is running"
         while True:
-            address = self._least_busy()
-            reason = "no replica is running"
+            address = self._least_busy(tried)
             if address is not None:
+                tried.add(address)
                 try:
                     response = await self._call(address, request, deadline)
                     return [tensor_from_proto(item.embedding) for item in response.embeddings]
@@ -52,6 +55,9 @@ class VisionClient:
                     if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
                         raise
                     reason = "the replica was lost during the call"
+                    continue
+            # Every live replica was tried once: their successors need a moment.
+            tried.clear()
             if deadline is None or time.monotonic() + RETRY_INTERVAL_S >= deadline:
                 raise PartUnavailableError("the vision encoder", reason)
             await asyncio.sleep(RETRY_INTERVAL_S)
@@ -71,14 +77,20 @@ class VisionClient:
         timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
         self._in_flight[address] = self._in_flight.get(address, 0) + 1
         try:
-            return await vision_pb2_grpc.VisionEncoderStub(channel).Encode(request, timeout=timeout)
+            stub = vision_pb2_grpc.VisionEncoderStub(channel)  # type: ignore[no-untyped-call]
+            response: vision_pb2.EncodeResponse = await stub.Encode(request, timeout=timeout)
+            return response
         finally:
             self._in_flight[address] -= 1
 
-    def _least_busy(self) -> str | None:
+    def _least_busy(self, tried: set[str]) -> str | None:
         live = self._addresses()
         for address in set(self._channels) - set(live):
             if not self._in_flight.get(address):
-                del self._channels[address]
                 self._in_flight.pop(address, None)
-        return min(live, key=lambda address: self._in_flight.get(address, 0), default=None)
+                closing = asyncio.ensure_future(self._channels.pop(address).close())
+                # The loop holds tasks weakly.
+                self._closing.add(closing)
+                closing.add_done_callback(self._closing.discard)
+        fresh = [address for address in live if address not in tried]
+        return min(fresh, key=lambda address: self._in_flight.get(address, 0), default=None)

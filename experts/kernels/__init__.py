@@ -1,0 +1,1 @@
+"""The ways to compute experts, behind one interface."""

@@ -1,0 +1,162 @@
+"""The demo's tokenizer and processor files: byte-level BPE with Qwen2-VL's special tokens, trained in a moment."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from echovlm_ray.checkpoint.demo_text import CHINESE, ENGLISH
+
+# In Qwen2-VL's order; their ids follow the learnt pieces.
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+# Pixels that one visual token stands for: a patch of 14 and a merge of 2 in both directions.
+_PIXELS_PER_TOKEN = 28 * 28
+# The paper's limit for an image.
+MAX_VISUAL_TOKENS = 196
+MODEL_MAX_LENGTH = 32768
+
+# Qwen2's own cut into words: contractions, letters with one leading sign, single digits, signs, line ends, blanks.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LARGEST_VOCABULARY = 8000
+
+# ChatML; within a message pictures stand before words, however the caller ordered them.
+CHAT_TEMPLATE = """\
+{%- if messages[0]['role'] != 'system' -%}
+<|im_start|>system
+You are a helpful assistant.<|im_end|>
+{% endif -%}
+{%- for message in messages -%}
+<|im_start|>{{ message['role'] }}
+{% if message['content'] is string -%}
+{{ message['content'] }}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}
+<|vision_start|><|image_pad|><|vision_end|>
+{%- elif part['type'] == 'video' -%}
+<|vision_start|><|video_pad|><|vision_end|>
+{%- endif -%}
+{%- endfor -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'text' -%}
+{{ part['text'] }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}
+<|im_start|>assistant
+{% endif -%}
+"""
+
+
+def train_tokenizer() -> Tokenizer:
+    """Learns the pieces of the built-in text. The same text gives the same tokenizer."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_LARGEST_VOCABULARY,
+        min_frequency=1,
+        # All 256 bytes, so that any text at all can be encoded.
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*ENGLISH.splitlines(), *CHINESE.splitlines()], trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    return tokenizer
+
+
+def special_token_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The ids of the special tokens, by their text."""
+    vocabulary = tokenizer.get_vocab()
+    return {token: vocabulary[token] for token in SPECIAL_TOKENS}
+
+
+def readable_tokens(tokenizer: Tokenizer) -> list[int]:
+    """The ids that are whole characters by themselves, without special tokens."""
+    special = set(special_token_ids(tokenizer).values())
+    ids = [token for token in range(tokenizer.get_vocab_size()) if token not in special]
+    texts = [(token, tokenizer.decode([token])) for token in ids]
+    return [token for token, text in texts if "\N{REPLACEMENT CHARACTER}" not in text and text.isprintable()]
+
+
+def write_text_files(directory: Path, tokenizer: Tokenizer) -> None:
+    """Writes the tokenizer, the image processor's configuration and the chat template, as Qwen2-VL has them."""
+    (directory / "tokenizer.json").write_text(_pretty(json.loads(tokenizer.to_str())), encoding="utf-8")
+    bpe = json.loads(tokenizer.to_str())["model"]
+    (directory / "vocab.json").write_text(json.dumps(bpe["vocab"], ensure_ascii=False), encoding="utf-8")
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]]
+    (directory / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
+    added = {
+        str(number): {
+            "content": token,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+            "special": True,
+        }
+        for token, number in special_token_ids(tokenizer).items()
+    }
+    config = {
+        "add_prefix_space": False,
+        "added_tokens_decoder": added,
+        "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
+        "bos_token": None,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "model_max_length": MODEL_MAX_LENGTH,
+        "pad_token": "<|endoftext|>",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+    (directory / "tokenizer_config.json").write_text(_pretty(config), encoding="utf-8")
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    (directory / "preprocessor_config.json").write_text(_pretty(_preprocessor_config()), encoding="utf-8")
+
+
+def _preprocessor_config() -> dict[str, Any]:
+    min_pixels, max_pixels = 4 * _PIXELS_PER_TOKEN, MAX_VISUAL_TOKENS * _PIXELS_PER_TOKEN
+    return {
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "max_pixels": max_pixels,
+        "merge_size": 2,
+        "min_pixels": min_pixels,
+        "patch_size": 14,
+        "processor_class": "Qwen2VLProcessor",
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"longest_edge": max_pixels, "shortest_edge": min_pixels},
+        "temporal_patch_size": 2,
+    }
+
+
+def _pretty(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

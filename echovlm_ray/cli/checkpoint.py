@@ -1,0 +1,235 @@
+"""`echoray checkpoint`: looks at, splits, merges and makes checkpoints. Loads torch only inside a command."""
+
+import re
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Look at, split, merge and make checkpoints.", rich_markup_mode="markdown")
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+Source = Annotated[Path, typer.Argument(metavar="SRC", help="The checkpoint's folder.")]
+Destination = Annotated[Path, typer.Argument(metavar="DST", help="The folder to make. It must not exist, or be empty.")]
+MaxShardSize = Annotated[
+    str, typer.Option("--max-shard-size", help="The most bytes of weights in one file, like 5GB or 500MB.")
+]
+# The seven regions that EchoVLM was trained on, in set order.
+_DEFAULT_ORGANS = "breast,gynaecology,heart,kidney,liver,thyroid,vessel"
+
+
+@app.command("inspect")
+def inspect_command(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Any checkpoint's folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Says what a checkpoint is, how big its parts are, and what is wrong with it.
+
+    Knows the released layout (one file or shards), split folders, their backbones, and a stock Qwen2-VL.
+    Reads headers only, so it is quick whatever the size. The exit code is 1 when something is wrong.
+
+    Example: `echoray checkpoint inspect checkpoints/demo`
+    """
+    with _clear_errors():
+        from echovlm_ray.checkpoint.inspect import inspect
+        from echovlm_ray.cli.checkpoint_report import print_report
+
+        report = inspect(directory)
+    if as_json:
+        typer.echo(report.model_dump_json(indent=2))
+    else:
+        print_report(report)
+    if report.problems:
+        raise typer.Exit(1)
+
+
+@app.command("split")
+def split_command(
+    source: Source,
+    destination: Destination,
+    organs: Annotated[
+        str | None,
+        typer.Option(help="The organs that get a copy of all experts each, separated by commas. [default: all seven]"),
+    ] = None,
+    groups: Annotated[
+        Path | None,
+        typer.Option(help="Instead: a YAML or JSON file that divides the experts, like `breast: [0, 1]` a line."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The checkpoint's name. [default: SRC's]")] = None,
+    version: Annotated[str, typer.Option(help="The semantic version of the checkpoint and its bundles.")] = "1.0.0",
+    description: Annotated[str, typer.Option(help="A sentence about it.")] = "",
+    authors: Annotated[str | None, typer.Option(help="Who made the weights.")] = None,
+    license_: Annotated[str | None, typer.Option("--license", help="An SPDX identifier, like Apache-2.0.")] = None,
+    max_shard_size: MaxShardSize = "5GB",
+) -> None:
+    """Splits a released checkpoint into a backbone and one bundle of experts per organ.
+
+    By default every organ (breast, gynaecology, heart, kidney, liver, thyroid, vessel) gets a copy of all the experts,
+    stored once, and the system computes exactly what the released model does; from then on each organ's copy is
+    trained and replaced alone. With `--groups` the experts are divided among the organs instead, and one gate spans
+    them all.
+
+    One tensor at a time is in memory. DST appears only when it is complete.
+
+    Example: `echoray checkpoint split EchoVLM/ checkpoints/echovlm`
+
+    Example: `echoray checkpoint split EchoVLM/ checkpoints/divided --groups groups.yaml`
+    """
+    if organs is not None and groups is not None:
+        _fail("--organs copies the experts and --groups divides them; give one of the two", code=2)
+    with _clear_errors():
+        from echovlm_ray.checkpoint.groups import clone_groups, partition_groups, read_groups
+        from echovlm_ray.checkpoint.split import Labels, split
+
+        defaults = Labels(name=name or source.resolve().name or "echovlm", version=version, description=description)
+        labels = Labels(
+            name=defaults.name,
+            version=version,
+            description=description,
+            authors=authors or defaults.authors,
+            license=license_ or defaults.license,
+        )
+        names = [organ.strip() for organ in (_DEFAULT_ORGANS if organs is None else organs).split(",") if organ.strip()]
+        assign = partial(clone_groups, names) if groups is None else partial(partition_groups, read_groups(groups))
+        with _progress("splitting") as (start, advance):
+            result = split(
+                source,
+                destination,
+                groups=assign,
+                routing="organs" if groups is None else "flat",
+                labels=labels,
+                max_shard_bytes=_parse_size(max_shard_size),
+                start=start,
+                progress=advance,
+            )
+    if result.left_behind:
+        typer.echo(f"Not copied, since nothing reads them: {', '.join(result.left_behind)}", err=True)
+    typer.echo(f"Split into {destination}: {', '.join(entry.organ for entry in result.index.organs)}.")
+    typer.echo(f"Next: echoray serve --checkpoint {destination}")
+
+
+@app.command("merge")
+def merge_command(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A split checkpoint's folder.")],
+    destination: Destination,
+    organ: Annotated[
+        str | None, typer.Option(help="Write the model with this organ's experts; needed once the copies differ.")
+    ] = None,
+    version: Annotated[
+        str | None, typer.Option(help="Which version of that organ's bundle. [default: the checkpoint's own]")
+    ] = None,
+    max_shard_size: MaxShardSize = "5GB",
+) -> None:
+    """Joins a split checkpoint into one in the released layout: the exact inverse of `split`.
+
+    Every tensor is bit for bit what it was. Copies that no longer agree are refused, naming the first difference;
+    `--organ` then writes one organ's model. Prototypes are not part of the released layout and stay behind.
+
+    One tensor at a time is in memory. DST appears only when it is complete.
+
+    Example: `echoray checkpoint merge checkpoints/echovlm merged/`
+
+    Example: `echoray checkpoint merge checkpoints/echovlm merged-breast/ --organ breast`
+    """
+    with _clear_errors():
+        from echovlm_ray.checkpoint.merge import merge
+
+        with _progress("merging") as (start, advance):
+            merge(
+                source,
+                destination,
+                organ=organ,
+                version=version,
+                max_shard_bytes=_parse_size(max_shard_size),
+                start=start,
+                progress=advance,
+            )
+    typer.echo(f"Merged into {destination}.")
+
+
+@app.command("demo")
+def demo_command(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.")],
+) -> None:
+    """Makes a small EchoVLM with random weights, split for the seven organs, to try the system with.
+
+    It comes with tokenizer, processor and chat template, takes seconds, and has the same bytes on every machine.
+    **Its text means nothing: it has learnt nothing.** A demo that is there already is left alone.
+
+    Example: `echoray checkpoint demo checkpoints/demo`
+    """
+    with _clear_errors():
+        from echovlm_ray.checkpoint.demo import make_demo
+
+        index, made = make_demo(directory)
+    if made:
+        typer.echo(f"Made {index.name} {index.version} in {directory}. Its text means nothing: the weights are random.")
+    else:
+        typer.echo(f"{directory} holds {index.name} {index.version} already; nothing to do.")
+    typer.echo(f"Next: echoray serve --checkpoint {directory}")
+
+
+def _parse_size(text: str) -> int:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match.group(2).upper() not in _UNITS:
+        _fail(f"--max-shard-size {text!r} is no size; write one like 5GB or 500MB", code=2)
+    size = int(float(match.group(1)) * _UNITS[match.group(2).upper()])
+    if size < 1:
+        _fail("--max-shard-size must be at least one byte", code=2)
+    return size
+
+
+def _fail(message: str, code: int = 1) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(code)
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """Turns what a user did, and what a disk does, into one line; lets SIGTERM clean up as Ctrl-C does."""
+
+    from echovlm_ray.checkpoint.layout import InvalidCheckpointError
+    from experts.errors import InvalidBundleError
+
+    def interrupt(signum: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except (InvalidCheckpointError, InvalidBundleError) as error:
+        _fail(" ".join(str(error).split()))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}")
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was left behind", code=130)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    """A bar on stderr: yields a function for the total and one for each step, both in bytes."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield (
+            lambda total: bar.update(task, total=total),
+            lambda nbytes: bar.advance(task, nbytes),
+        )

@@ -1,0 +1,112 @@
+"""How the client reaches a server: address, encryption, token, retries, the id of a call."""
+
+import json
+import os
+import re
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+REQUEST_ID_KEY = "x-request-id"
+# What the server takes; any other id it would replace by one of its own.
+REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
+LOOPBACK = re.compile(r"(127(\.\d{1,3}){3}|localhost|\[::1\])(:\d+)?$|unix:")
+
+# Every method is free of lasting effect, so gRPC may send it again; of a stream only while nothing has come back.
+# Five tries wait about 3 s in all, within which a restarted part is back.
+RETRIES = {
+    "methodConfig": [
+        {
+            "name": [{"service": "echovlm.v1.EchoVLM"}],
+            "retryPolicy": {
+                "maxAttempts": 5,
+                "initialBackoff": "0.2s",
+                "maxBackoff": "1.5s",
+                "backoffMultiplier": 2,
+                # A server that stops ends a call that races with it as CANCELLED.
+                "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
+            },
+        }
+    ]
+}
+# gRPC keeps a request for a retry only up to this size, by default 256 KiB; a cine loop has tens of megabytes.
+RETRY_BUFFER_BYTES = 1024**3
+
+
+@dataclass(frozen=True, slots=True)
+class TLS:
+    """How to check the server, and how to prove who calls.
+
+    Attributes:
+        authority: PEM file of the authority that signed the server's certificate; None: those that the machine trusts.
+        certificate: PEM file of the client's own certificate, where the server asks for one.
+        key: PEM file of its key.
+        server_name: the name that the server's certificate carries, where it is not the one in the address.
+    """
+
+    authority: str | os.PathLike[str] | None = None
+    certificate: str | os.PathLike[str] | None = None
+    key: str | os.PathLike[str] | None = None
+    server_name: str | None = None
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Reads the files.
+
+        Raises:
+            ValueError: a certificate without a key, or the reverse.
+            OSError: a file cannot be read.
+        """
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("a client certificate needs its key and a key its certificate: give both or neither")
+        authority, certificate, key = (
+            None if path is None else Path(path).read_bytes() for path in (self.authority, self.certificate, self.key)
+        )
+        return grpc.ssl_channel_credentials(authority, key, certificate)
+
+
+def check_connection(address: str, token: str | None, tls: TLS | None) -> None:
+    """Refuses what would be a mistake before a connection is made.
+
+    Raises:
+        ValueError: an empty address, a URL instead of host:port, a token that would cross the network in the clear.
+    """
+    if not address or "//" in address:
+        raise ValueError(f"the address is {address!r}; give host:port, for example {DEFAULT_ADDRESS!r}")
+    if token is not None:
+        if not re.fullmatch(r"[!-~]+", token):
+            raise ValueError("the token must be one line of printable ASCII without spaces: check the token file")
+        if tls is None and not LOOPBACK.match(address):
+            raise ValueError(
+                f"the token would cross the network to {address} in the clear: pass tls=TLS(), or call loopback"
+            )
+
+
+def channel_options(address: str, tls: TLS | None) -> list[tuple[str, str | int]]:
+    """Options of a channel, the same for `grpc` and `grpc.aio`."""
+    options: list[tuple[str, str | int]] = [
+        ("grpc.service_config", json.dumps(RETRIES)),
+        ("grpc.enable_retries", 1),
+        ("grpc.per_rpc_retry_buffer_size", RETRY_BUFFER_BYTES),
+    ]
+    if LOOPBACK.match(address):
+        # A proxy set for this machine cannot reach this machine's own loopback.
+        options.append(("grpc.enable_http_proxy", 0))
+    if tls is not None and tls.server_name is not None:
+        options.append(("grpc.ssl_target_name_override", tls.server_name))
+    return options
+
+
+def call_metadata(token: str | None, request_id: str | None) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """The id of a call, made here if the caller gave none, and the metadata that carries it and the token.
+
+    Raises:
+        ValueError: the id is not 1 to 128 of A-Z a-z 0-9 . _ : / -
+    """
+    if request_id is not None and not REQUEST_ID_PATTERN.fullmatch(request_id):
+        raise ValueError("request_id must be 1 to 128 of these characters: A-Z a-z 0-9 . _ : / -")
+    identity = request_id or uuid.uuid4().hex
+    metadata = ((REQUEST_ID_KEY, identity),)
+    return identity, metadata if token is None else (*metadata, ("authorization", f"Bearer {token}"))

@@ -1,0 +1,213 @@
+"""What can go wrong with a call, as types that a caller can tell apart, read from the `google.rpc` details."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+from google.rpc import error_details_pb2, status_pb2
+
+Detail = TypeVar("Detail", bound=Message)
+DETAILS_KEY = "grpc-status-details-bin"
+# gRPC itself, not the service, refuses a message that is too long, and has no other code for it.
+TOO_LONG = "essage larger than max"
+
+
+@dataclass(frozen=True, slots=True)
+class FieldViolation:
+    """One field of the request and what is wrong with it, for example "images[1].content"."""
+
+    field: str
+    description: str
+
+    def __str__(self) -> str:
+        """`field: description`."""
+        return f"{self.field}: {self.description}" if self.field else self.description
+
+
+class EchoVLMError(RuntimeError):
+    """Base of everything that this client raises about a call.
+
+    Attributes:
+        code: the gRPC status, or None when the request never left this process.
+        request_id: what to look for in the server's log.
+    """
+
+    def __init__(self, message: str, *, code: grpc.StatusCode | None = None, request_id: str = "") -> None:
+        """Says what went wrong."""
+        super().__init__(message)
+        self.code = code
+        self.request_id = request_id
+
+
+class InvalidRequestError(EchoVLMError, ValueError):
+    """The request cannot be served as it is; sending it again does not help.
+
+    Attributes:
+        violations: the fields at fault, as `GenerateRequest` in protos/echovlm.proto spells them.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: grpc.StatusCode | None = None,
+        request_id: str = "",
+        violations: Sequence[FieldViolation] = (),
+    ) -> None:
+        """Says what is wrong, and with which fields."""
+        super().__init__(message, code=code, request_id=request_id)
+        self.violations = tuple(violations)
+
+
+class UnauthenticatedError(EchoVLMError):
+    """The server wants a token, or does not know this one."""
+
+
+class PermissionDeniedError(EchoVLMError):
+    """The caller is known but may not do this."""
+
+
+class NotFoundError(EchoVLMError, LookupError):
+    """There is no such organ or version; the text names those that there are."""
+
+
+class FailedPreconditionError(EchoVLMError):
+    """The system is not in the state that the call needs."""
+
+
+class OverloadedError(EchoVLMError):
+    """A queue of the server is full; come back after `retry_after_s` seconds (None: the server did not say)."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: grpc.StatusCode | None = None,
+        request_id: str = "",
+        retry_after_s: float | None = None,
+    ) -> None:
+        """Says which limit was reached and when to come back."""
+        super().__init__(message, code=code, request_id=request_id)
+        self.retry_after_s = retry_after_s
+
+
+class UnavailableError(EchoVLMError):
+    """The server, or a part of it, does not answer now; sending the request again is safe.
+
+    Attributes:
+        organ: the organ whose experts are lost, or None when it is another part or the whole server.
+        retry_after_s: when to come back, in seconds; None when the server did not say.
+        reached: whether the server itself answered. False: nothing listens, or the connection broke.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: grpc.StatusCode | None = None,
+        request_id: str = "",
+        organ: str | None = None,
+        retry_after_s: float | None = None,
+        reached: bool = False,
+    ) -> None:
+        """Says what is lost and when to come back."""
+        super().__init__(message, code=code, request_id=request_id)
+        self.organ = organ
+        self.retry_after_s = retry_after_s
+        self.reached = reached
+
+
+class DeadlineExceededError(EchoVLMError, TimeoutError):
+    """The answer was not complete within the call's time; the server has stopped working on it."""
+
+
+class CallCancelledError(EchoVLMError):
+    """The call was cancelled, here or by the server."""
+
+
+class InternalServerError(EchoVLMError):
+    """A fault of the server; its log, under `request_id`, says more."""
+
+
+PLAIN_TYPES: dict[grpc.StatusCode, type[EchoVLMError]] = {
+    grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDeniedError,
+    grpc.StatusCode.NOT_FOUND: NotFoundError,
+    grpc.StatusCode.FAILED_PRECONDITION: FailedPreconditionError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
+    grpc.StatusCode.CANCELLED: CallCancelledError,
+    grpc.StatusCode.INTERNAL: InternalServerError,
+    grpc.StatusCode.UNKNOWN: InternalServerError,
+    grpc.StatusCode.DATA_LOSS: InternalServerError,
+}
+
+
+def from_rpc_error(error: grpc.RpcError, address: str, request_id: str) -> EchoVLMError:
+    """The typed error of a failed call, of `grpc` or of `grpc.aio`.
+
+    Args:
+        error: as gRPC raised it.
+        address: the server that was called, for the text.
+        request_id: the call's id.
+    """
+    code: grpc.StatusCode = error.code()
+    text = error.details() or code.name
+    details = _details(error)
+    if code == grpc.StatusCode.INVALID_ARGUMENT:
+        return InvalidRequestError(text, code=code, request_id=request_id, violations=_violations(details))
+    if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
+        if TOO_LONG in text:
+            violation = FieldViolation("images", f"the request is too long for the server ({text}): send less at once")
+            return InvalidRequestError(str(violation), code=code, request_id=request_id, violations=[violation])
+        return OverloadedError(text, code=code, request_id=request_id, retry_after_s=_retry_after(details))
+    if code == grpc.StatusCode.UNAVAILABLE:
+        # The service always says when to come back. Without that it was the connection that failed.
+        reached = _find(details, error_details_pb2.RetryInfo) is not None
+        return UnavailableError(
+            text if reached else f"no connection to {address}: {text}",
+            code=code,
+            request_id=request_id,
+            organ=_organ(details),
+            retry_after_s=_retry_after(details),
+            reached=reached,
+        )
+    if code == grpc.StatusCode.UNIMPLEMENTED:
+        return EchoVLMError(f"{address} is not an EchoVLM gateway: {text}", code=code, request_id=request_id)
+    return PLAIN_TYPES.get(code, EchoVLMError)(text, code=code, request_id=request_id)
+
+
+def _details(error: grpc.RpcError) -> status_pb2.Status:
+    for key, value in error.trailing_metadata() or ():
+        if key == DETAILS_KEY:
+            try:
+                return status_pb2.Status.FromString(value)
+            except DecodeError:
+                # The code and the text still say what happened.
+                break
+    return status_pb2.Status()
+
+
+def _find(details: status_pb2.Status, kind: type[Detail]) -> Detail | None:
+    for detail in details.details:
+        if detail.Is(kind.DESCRIPTOR):
+            message = kind()
+            detail.Unpack(message)
+            return message
+    return None
+
+
+def _violations(details: status_pb2.Status) -> list[FieldViolation]:
+    found = _find(details, error_details_pb2.BadRequest)
+    return [FieldViolation(item.field, item.description) for item in found.field_violations] if found else []
+
+
+def _retry_after(details: status_pb2.Status) -> float | None:
+    found = _find(details, error_details_pb2.RetryInfo)
+    return found.retry_delay.ToNanoseconds() / 1e9 if found else None
+
+
+def _organ(details: status_pb2.Status) -> str | None:
+    found = _find(details, error_details_pb2.ErrorInfo)
+    return found.metadata.get("organ") or None if found else None

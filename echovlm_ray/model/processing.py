@@ -1,0 +1,293 @@
+"""Text, images and videos to what the model takes: Qwen2-VL's arithmetic with Pillow, no torchvision.
+
+transformers' PIL image processor cuts single images into patches; a video's patches are put together from those of its
+frames, which is the same arithmetic. Tokens are Qwen2's. Whatever a caller writes stays text: control tokens are set
+by id, and never found in a prompt.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from echovlm_ray.prompts import Message
+
+IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
+CONTROL_TOKENS = (IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, VISION_END, TURN_START, TURN_END)
+# The field of config.json that must name the same token.
+_CONFIG_FIELDS = {
+    IMAGE_TOKEN: "image_token_id",
+    VIDEO_TOKEN: "video_token_id",
+    VISION_START: "vision_start_token_id",
+    VISION_END: "vision_end_token_id",
+}
+
+Picture = Image.Image | npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class VisionPatches:
+    """One image or video as the vision encoder takes it.
+
+    Attributes:
+        is_video: which of the two.
+        grid: patches in time, height and width, before merging.
+        patches: float32, (grid_t · grid_h · grid_w) × (channels · temporal_patch_size · patch_size²).
+        num_tokens: how many places it takes in the prompt.
+    """
+
+    is_video: bool
+    grid: tuple[int, int, int]
+    patches: npt.NDArray[np.float32]
+    num_tokens: int
+
+
+class EchoVLMProcessor:
+    """Tokenizer and image processor of one checkpoint."""
+
+    def __init__(self, image_processor: Qwen2VLImageProcessorPil, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Takes the two parts.
+
+        Raises:
+            ValueError: the tokenizer lacks a control token, or has it as ordinary text.
+        """
+        self.image_processor = image_processor
+        self.tokenizer = tokenizer
+        special = set(tokenizer.all_special_tokens) | {
+            token.content for token in tokenizer.added_tokens_decoder.values() if token.special
+        }
+        if missing := [token for token in CONTROL_TOKENS if token not in special]:
+            raise ValueError(
+                f"the tokenizer has no special token {', '.join(missing)}: use the tokenizer of a Qwen2-VL checkpoint"
+            )
+        vocabulary = tokenizer.get_vocab()
+        self._ids = {token: vocabulary[token] for token in CONTROL_TOKENS}
+        self._control_ids = frozenset(self._ids.values())
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> Self:
+        """Loads both parts of a checkpoint folder, released or a split one's `backbone/`; runs no code from it.
+
+        Raises:
+            ValueError: the folder lacks the files, or its config.json names other control tokens than its tokenizer.
+        """
+        directory = Path(directory)
+        if (directory / "backbone").is_dir() and not (directory / "preprocessor_config.json").exists():
+            directory = directory / "backbone"
+        if not (directory / "preprocessor_config.json").exists():
+            raise ValueError(f"{directory} has no preprocessor_config.json: give the folder of a checkpoint")
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(directory, local_files_only=True)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        except OSError as error:
+            raise ValueError(f"{directory} has no tokenizer: copy that of a Qwen2-VL checkpoint there") from error
+        processor = cls(image_processor, tokenizer)
+        processor._check_config(directory / "config.json")
+        return processor
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes what `from_pretrained` reads."""
+        self.image_processor.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+
+    def _check_config(self, path: Path) -> None:
+        if not path.exists():
+            return
+        config = json.loads(path.read_text(encoding="utf-8"))
+        for token, field in _CONFIG_FIELDS.items():
+            if config.get(field, self._ids[token]) != self._ids[token]:
+                raise ValueError(
+                    f"{path} has {field} {config[field]}, but the tokenizer beside it has {token} as "
+                    f"{self._ids[token]}: they belong to different checkpoints"
+                )
+
+    def image_patches(self, image: Picture, *, max_visual_tokens: int | None = None) -> VisionPatches:
+        """Cuts a still image into patches.
+
+        Args:
+            image: RGB; an array is height × width × 3, uint8.
+            max_visual_tokens: the image is scaled down to fit; None leaves it to the checkpoint.
+
+        Raises:
+            ValueError: the image is so long and narrow that it cannot be scaled to fit.
+        """
+        patches, (height, width) = self._frame_patches(image, max_visual_tokens)
+        return self._checked(False, (1, height, width), patches, max_visual_tokens)
+
+    def video_patches(self, frames: Sequence[Picture], *, max_visual_tokens: int | None = None) -> VisionPatches:
+        """Cuts a video into patches, `temporal_patch_size` (2) frames deep; a missing last frame is the one before it.
+
+        Args:
+            frames: RGB, all of one size.
+            max_visual_tokens: for each `temporal_patch_size` frames, which thus take as much as one still image.
+
+        Raises:
+            ValueError: no frames, frames of different sizes, or frames too long and narrow.
+        """
+        if not frames:
+            raise ValueError("a video needs at least one frame")
+        depth = self.image_processor.temporal_patch_size
+        cut = [self._frame_patches(frame, max_visual_tokens) for frame in frames]
+        if len({size for _, size in cut}) > 1:
+            raise ValueError("the frames of a video must be of one size")
+        (height, width) = cut[0][1]
+        patches = [frame_patches for frame_patches, _ in cut]
+        patches.extend([patches[-1]] * (-len(patches) % depth))
+        groups = []
+        for start in range(0, len(patches), depth):
+            # A still image's patch holds its frame `depth` times over: a video's takes one slot from each frame.
+            side = self.image_processor.patch_size
+            slots = [
+                patches[start + slot].reshape(height * width, -1, depth, side, side)[:, :, slot]
+                for slot in range(depth)
+            ]
+            groups.append(np.stack(slots, axis=2).reshape(height * width, -1))
+        grid = (len(groups), height, width)
+        return self._checked(True, grid, np.concatenate(groups), max_visual_tokens)
+
+    def _frame_patches(
+        self, frame: Picture, max_visual_tokens: int | None
+    ) -> tuple[npt.NDArray[np.float32], tuple[int, int]]:
+        size = dict(self.image_processor.size)
+        if max_visual_tokens is not None:
+            side = self.image_processor.patch_size * self.image_processor.merge_size
+            size["longest_edge"] = min(size["longest_edge"], max_visual_tokens * side * side)
+        # As an array and with its layout named, so that nothing about it has to be guessed.
+        pixels = np.asarray(frame.convert("RGB") if isinstance(frame, Image.Image) else frame)
+        height, width = pixels.shape[:2]
+        if max(height, width) > 200 * min(height, width):
+            raise ValueError(f"{width} × {height} pixels: one side is over 200 times the other; crop it")
+        features = self.image_processor(
+            images=pixels, size=size, input_data_format="channels_last", return_tensors="np"
+        )
+        _, grid_h, grid_w = (int(count) for count in features["image_grid_thw"][0])
+        return features["pixel_values"], (grid_h, grid_w)
+
+    def _checked(
+        self,
+        is_video: bool,
+        grid: tuple[int, int, int],
+        patches: npt.NDArray[np.float32],
+        max_visual_tokens: int | None,
+    ) -> VisionPatches:
+        each = grid[1] * grid[2] // self.image_processor.merge_size**2
+        if max_visual_tokens is not None and each > max_visual_tokens:
+            raise ValueError(
+                f"so long and narrow that it takes {each} visual tokens, over {max_visual_tokens}; crop it"
+            )
+        return VisionPatches(is_video, grid, patches, grid[0] * each)
+
+    def encode_chat(self, messages: Sequence[Message], vision: Sequence[VisionPatches]) -> list[int]:
+        """Token ids of a chat up to where the assistant answers, in ChatML as Qwen2-VL has it.
+
+        No text of a message can become a control token, whatever it says. The checkpoint's chat template is not run.
+
+        Args:
+            messages: the chat; its images and videos in the order of `vision`.
+            vision: gives each placeholder its length.
+
+        Raises:
+            ValueError: the messages show other images and videos than `vision` holds.
+        """
+        shown = [part["type"] for message in messages for part in message["content"] if part["type"] != "text"]
+        given = ["video" if item.is_video else "image" for item in vision]
+        if shown != given:
+            raise ValueError(f"the messages show {shown or 'nothing'}, but {given or 'nothing'} was given")
+        rest = iter(vision)
+        ids: list[int] = []
+        for message in messages:
+            ids += [self._ids[TURN_START], *self.encode_text(message["role"] + "\n")]
+            for part in message["content"]:
+                if part["type"] == "text":
+                    ids += self.encode_text(part["text"])
+                else:
+                    item = next(rest)
+                    placeholder = self._ids[VIDEO_TOKEN if item.is_video else IMAGE_TOKEN]
+                    ids += [self._ids[VISION_START], *[placeholder] * item.num_tokens, self._ids[VISION_END]]
+            ids += [self._ids[TURN_END], *self.encode_text("\n")]
+        return [*ids, self._ids[TURN_START], *self.encode_text("assistant\n")]
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of plain text: the name of a special token in it is spelt out, like any other word."""
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert not self._control_ids.intersection(ids), "plain text became a control token"
+        return list(ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens; special tokens are left out, and halves of characters show as U+FFFD."""
+        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        images: Sequence[Picture] = (),
+        videos: Sequence[Sequence[Picture]] = (),
+        *,
+        padding: bool = False,
+        padding_side: str | None = None,
+        max_visual_tokens: int | None = None,
+    ) -> BatchFeature:
+        """Inputs of the model's `forward` and `generate`, as torch tensors.
+
+        Args:
+            text: one prompt or a batch, each image's and video's place marked by one <|image_pad|> or <|video_pad|>,
+                as chat templates write it. Control tokens in it count: for text of others use `encode_chat`.
+            images: of all prompts, in order.
+            videos: likewise, each a sequence of frames.
+            padding: needed for a batch of prompts of different length.
+            padding_side: "left" or "right"; None leaves it to the tokenizer.
+            max_visual_tokens: see `image_patches`.
+
+        Raises:
+            ValueError: the text marks another number of images or videos than is given; both are named.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        vision = {
+            IMAGE_TOKEN: [self.image_patches(image, max_visual_tokens=max_visual_tokens) for image in images],
+            VIDEO_TOKEN: [self.video_patches(video, max_visual_tokens=max_visual_tokens) for video in videos],
+        }
+        for token, items in vision.items():
+            texts = _expand(texts, token, items)
+        encoded = self.tokenizer(
+            texts, padding=padding, padding_side=padding_side, add_special_tokens=False, split_special_tokens=False
+        )
+        data: dict[str, Any] = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+        for token, values, grid in (
+            (IMAGE_TOKEN, "pixel_values", "image_grid_thw"),
+            (VIDEO_TOKEN, "pixel_values_videos", "video_grid_thw"),
+        ):
+            if vision[token]:
+                data[values] = np.concatenate([item.patches for item in vision[token]])
+                data[grid] = np.array([item.grid for item in vision[token]], dtype=np.int64)
+        return BatchFeature(data, tensor_type="pt")
+
+    def apply_chat_template(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """The text of a chat by the checkpoint's own template, for `__call__`."""
+        # transformers declares content to be text, but takes parts as well.
+        chat: Any = list(messages)
+        text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=add_generation_prompt)
+        assert isinstance(text, str)
+        return text
+
+
+def _expand(texts: Sequence[str], token: str, items: Sequence[VisionPatches]) -> list[str]:
+    marked = sum(text.count(token) for text in texts)
+    if marked != len(items):
+        raise ValueError(f"the text has {marked} {token}, but {len(items)} were given: mark each place once")
+    rest = iter(items)
+    expanded = []
+    for text in texts:
+        head, *tails = text.split(token)
+        expanded.append(head + "".join(token * next(rest).num_tokens + tail for tail in tails))
+    return expanded

@@ -1,0 +1,195 @@
+"""What all deployments have in common: servers that start and end in order, and what Serve asks a replica.
+
+The modules of this package import nothing heavy when they are loaded, only when a replica starts: Ray Serve loads them
+in a process of its own for every application that it builds, and an expert group must not pay for another part's
+libraries.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from echovlm_ray.config import Resources
+from echovlm_ray.serving.deployments.settings import Network, ReplicaSettings
+from echovlm_ray.serving.endpoints import ADDRESS_KEY, PUBLIC_ADDRESS_KEY
+from echovlm_ray.serving.replica_status import SERVICE_NAME, ReplicaIdentity, ReplicaStatusService
+from echovlm_ray.serving.server import GrpcServer, Register, ServerOptions
+from protos import expert_pb2, status_pb2_grpc
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+# What is left of Serve's own time limit when our calls have had theirs.
+STOP_RESERVE_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A servicer, the generated function that adds it to a server, and its full name."""
+
+    register: Register
+    servicer: object
+    name: str
+
+
+def _nothing_pending() -> bool:
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a replica serves to the other parts, and how it describes itself.
+
+    Attributes:
+        queue_length: requests waiting or under way.
+        healthy: false makes Serve replace the replica.
+        pending: whether work is under way that no open call shows, which a stopping replica waits for.
+    """
+
+    services: Sequence[Service]
+    queue_length: Callable[[], int]
+    device: str = "cpu"
+    organ: str = ""
+    bundles: Callable[[], Sequence[expert_pb2.ResidentBundle]] = tuple
+    healthy: Callable[[], bool] = lambda: True
+    pending: Callable[[], bool] = _nothing_pending
+    # Called after the servers have stopped, first to last.
+    closing: Sequence[Callable[[], object]] = field(default=())
+
+
+class Replica:
+    """Base of the deployment classes. A subclass builds its part in `async __init__` and calls `_start`."""
+
+    _internal: GrpcServer | None = None
+    _public: GrpcServer | None = None
+    _part: Part | None = None
+    _grace_s: float = 0.0
+
+    async def _start(
+        self,
+        settings: ReplicaSettings,
+        part: Part,
+        public: ServerOptions | None = None,
+        public_services: Sequence[Service] = (),
+    ) -> None:
+        """Serves the part to the other parts on a port of its own, and to clients on the public one if there is one."""
+        self._part = part
+        self._grace_s = max(0.0, settings.serve.graceful_shutdown_timeout_s - STOP_RESERVE_S)
+        if public is not None:
+            self._public = GrpcServer(public)
+            for service in public_services:
+                self._public.add(service.register, service.servicer, service.name)
+            await self._public.start()
+        self._internal = GrpcServer(ServerOptions(host=_host(settings.network)))
+        for service in part.services:
+            self._internal.add(service.register, service.servicer, service.name)
+        status = ReplicaStatusService(_identity(part), self._endpoint, part.queue_length, part.bundles)
+        self._internal.add(status_pb2_grpc.add_ReplicaStatusServicer_to_server, status, SERVICE_NAME)
+        await self._internal.start()
+
+    def record_replica_metadata(self) -> dict[str, str]:
+        """Asked by Ray Serve once the replica has started; `serving.endpoints` reads it elsewhere."""
+        assert self._internal is not None
+        metadata = {ADDRESS_KEY: self._internal.address}
+        if self._public is not None:
+            metadata[PUBLIC_ADDRESS_KEY] = self._public.address
+        return metadata
+
+    def check_health(self) -> None:
+        """Asked by Ray Serve every `serve.health_check_period_s`; raising makes it replace the replica."""
+        if self._part is not None and not self._part.healthy():
+            raise RuntimeError("the part has stopped working")
+
+    async def __del__(self) -> None:
+        """Called by Ray Serve before the process ends: calls under way finish, within the grace time."""
+        if self._public is not None:
+            await self._public.stop(self._grace_s)
+        if self._internal is not None and self._part is not None:
+            await self._internal.stop(self._grace_s, [self._part.pending])
+        if self._part is not None:
+            for close in self._part.closing:
+                closed = close()
+                if inspect.isawaitable(closed):
+                    await closed
+
+    async def publish_health(self, service: str, serving: bool) -> None:
+        """Has the replica's servers say so of a service."""
+        for server in (self._public, self._internal):
+            if server is not None:
+                await server.set_health(service, serving)
+
+    def _endpoint(self) -> str:
+        server = self._public or self._internal
+        assert server is not None
+        return server.address
+
+
+def device_of(settings: ReplicaSettings) -> "torch.device":
+    """Where a replica computes.
+
+    Raises:
+        ValueError: it has a share of a GPU, or shall use one, and torch sees none.
+    """
+    import torch
+
+    wanted = settings.model.device
+    if wanted == "cpu" or (wanted == "auto" and not settings.resources.num_gpus):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f'model.device is "{wanted}" and this part has num_gpus {settings.resources.num_gpus}, but torch '
+            f'{torch.__version__} sees no GPU here: install a CUDA build of torch, or set model.device to "cpu"'
+        )
+    return torch.device("cuda:0")
+
+
+def dtype_of(settings: ReplicaSettings) -> "torch.dtype | None":
+    """What weights are converted to when they are loaded; None leaves them as they are."""
+    import torch
+
+    return {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[settings.model.dtype]
+
+
+def environment_of(settings: ReplicaSettings) -> dict[str, str]:
+    """The environment variables of a replica's process."""
+    environment = {
+        # One loop for Serve and for us: takes a fifth off a round trip.
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        # Large tensors come and go with every request; giving their memory back each time costs more than they do.
+        "MALLOC_TRIM_THRESHOLD_": str(256 * 1024 * 1024),
+        "MALLOC_MMAP_THRESHOLD_": str(256 * 1024 * 1024),
+        "OMP_NUM_THREADS": str(settings.model.torch_threads),
+    }
+    if not settings.serve.grpc_event_engine:
+        environment["GRPC_EXPERIMENTS"] = "-event_engine_client,-event_engine_listener"
+    return environment
+
+
+def actor_options_of(resources: Resources) -> dict[str, float]:
+    """What Ray reserves for a replica."""
+    return {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus}
+
+
+def _host(network: Network) -> str:
+    if network == "loopback":
+        return "127.0.0.1"
+    import ray.util
+
+    return str(ray.util.get_node_ip_address())
+
+
+def _identity(part: Part) -> ReplicaIdentity:
+    from ray import serve
+
+    context = serve.get_replica_context()
+    return ReplicaIdentity(
+        application=context.app_name,
+        deployment=context.deployment,
+        replica_id=context.replica_id.unique_id,
+        device=part.device,
+        organ=part.organ,
+    )

@@ -1,0 +1,127 @@
+"""Where the replicas of the other parts listen, now.
+
+Every replica tells Serve the address of its gRPC server (`record_replica_metadata`), and Serve's controller tells all
+who ask by long poll which replicas run. A replica that dies is gone from here after about a second, and its successor
+appears as soon as it listens. While the controller is away the last known addresses stay.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from echovlm_ray.serving import serve_api
+from echovlm_ray.serving.serve_api import UnsupportedRayError
+
+logger = logging.getLogger(__name__)
+
+# What a replica's metadata holds: where the other parts reach it, and where clients do if it has a public server too.
+ADDRESS_KEY = "address"
+PUBLIC_ADDRESS_KEY = "public_address"
+# The controller answers sooner when something changes, and by itself after at most a minute.
+POLL_TIMEOUT_S = 90.0
+RETRY_S = 0.5
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ReplicaAddresses:
+    """Where one replica listens.
+
+    Attributes:
+        address: host:port for the other parts.
+        public_address: host:port for clients; "" if the part has none.
+    """
+
+    address: str
+    public_address: str = ""
+
+
+class Endpoints:
+    """The live addresses of some deployments. Reading is cheap and allowed from any thread."""
+
+    def __init__(self, deployments: Mapping[str, str]) -> None:
+        """Takes application → name of its deployment; they need not run yet."""
+        self._deployments = dict(deployments)
+        self._replicas: Mapping[str, tuple[ReplicaAddresses, ...]] = {}
+        self._changed: list[Callable[[], None]] = []
+        self._stopping = threading.Event()
+        self._keys: dict[Any, str] = {}
+        self._failure: UnsupportedRayError | None = None
+        self._thread = threading.Thread(target=self._watch, name="endpoints", daemon=True)
+
+    def start(self) -> None:
+        """Starts to watch. Ray must be initialised, and Serve run.
+
+        Raises:
+            UnsupportedRayError: this Ray keeps its deployments otherwise than the pinned one.
+        """
+        self._keys = {serve_api.target_key(*names): names[0] for names in self._deployments.items()}
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends watching; does not wait for the poll under way, which holds nothing."""
+        self._stopping.set()
+
+    def of(self, application: str) -> tuple[str, ...]:
+        """The addresses of an application's replicas, host:port; none if it does not run.
+
+        Raises:
+            UnsupportedRayError: this Ray answers otherwise than the pinned one.
+        """
+        return tuple(replica.address for replica in self.replicas(application))
+
+    def replicas(self, application: str) -> tuple["ReplicaAddresses", ...]:
+        """All addresses of an application's replicas; see `of`."""
+        if self._failure is not None:
+            raise self._failure
+        return self._replicas.get(application, ())
+
+    def source(self, application: str) -> Callable[[], tuple[str, ...]]:
+        """A function that returns the application's addresses whenever it is called."""
+        return lambda: self.of(application)
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """Has `callback` called, on the watching thread, after every change; it must not block."""
+        self._changed.append(callback)
+
+    def wait_for(self, applications: Iterable[str], timeout_s: float) -> bool:
+        """Waits until each of the applications has a replica; false if they have not in time."""
+        deadline = time.monotonic() + timeout_s
+        wanted = tuple(applications)
+        while not all(self.of(application) for application in wanted):
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.05)
+        return True
+
+    def _watch(self) -> None:
+        # Below zero means: tell me whatever you have.
+        snapshots = dict.fromkeys(self._keys, -1)
+        while not self._stopping.is_set():
+            try:
+                updates = serve_api.wait_for_targets(snapshots, POLL_TIMEOUT_S)
+            except UnsupportedRayError as error:
+                self._failure = error
+                return
+            except Exception as error:
+                # The controller restarts, or this process is about to end.
+                logger.debug("asking the Serve controller for endpoints again: %s", type(error).__name__)
+                snapshots = dict.fromkeys(self._keys, -1)
+                self._stopping.wait(RETRY_S)
+                continue
+            replicas = dict(self._replicas)
+            for key, (snapshot, metadata) in updates.items():
+                snapshots[key] = snapshot
+                replicas[self._keys[key]] = tuple(
+                    sorted(_addresses(entry) for entry in metadata if ADDRESS_KEY in entry)
+                )
+            if replicas != self._replicas:
+                self._replicas = replicas
+                for callback in self._changed:
+                    callback()
+
+
+def _addresses(metadata: Mapping[str, Any]) -> ReplicaAddresses:
+    return ReplicaAddresses(metadata[ADDRESS_KEY], metadata.get(PUBLIC_ADDRESS_KEY, ""))

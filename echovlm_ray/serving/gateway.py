@@ -1,0 +1,323 @@
+"""The gateway's gRPC service: image files and a task in, text out. The only part that callers see."""
+
+import asyncio
+import functools
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import grpc
+
+from echovlm_ray.config import GatewaySection, RouterSection
+from echovlm_ray.errors import DeadlineError, InvalidRequestError, OverloadedError
+from echovlm_ray.model.processing import EchoVLMProcessor, VisionPatches
+from echovlm_ray.prompts import Medium, build_messages
+from echovlm_ray.serving.request_checks import CheckedRequest, check_request
+from echovlm_ray.serving.request_id import current_request_id, request_id_of
+from echovlm_ray.serving.router_client import RouterClient
+from echovlm_ray.serving.text_stream import Detokenizer, StopStrings
+from echovlm_ray.vision.images import DecodedImage, ImageLimits, decode_image_file
+from protos import echovlm_pb2, echovlm_pb2_grpc, router_pb2, tensor_pb2, vision_pb2
+
+# Files that are decoded at once; each may take a few times `gateway.max_image_pixels` bytes while it is.
+DECODE_THREADS = 2
+NOT_A_DEVICE = "EchoVLM-Ray is not a medical device: nothing it writes is a diagnosis."
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class OrganDescription:
+    """An organ that is served, and the live version of its experts."""
+
+    organ: str
+    bundle_version: str
+    bundle_digest: str
+    num_experts: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDescription:
+    """What the gateway says about the model.
+
+    Attributes:
+        description: what it is for and what it is not for.
+        notices: sent with every answer, for example that the demo's text means nothing.
+    """
+
+    name: str
+    version: str
+    description: str
+    backbone_digest: str
+    expert_set_id: str
+    organs: tuple[OrganDescription, ...]
+    default_organ: str
+    notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Prepared:
+    """A request as the router takes it, and what the caller is told about it."""
+
+    router_request: router_pb2.RouterGenerateRequest
+    accepted: echovlm_pb2.RequestAccepted
+    notices: tuple[str, ...]
+
+
+class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
+    """Serves `echovlm.v1.EchoVLM`."""
+
+    def __init__(
+        self,
+        processor: EchoVLMProcessor,
+        router: RouterClient,
+        describe: Callable[[], ModelDescription],
+        *,
+        gateway: GatewaySection,
+        limits: RouterSection,
+    ) -> None:
+        """Takes its parts.
+
+        Args:
+            processor: of the served checkpoint.
+            router: where tokens come from.
+            describe: what is served at this moment.
+            gateway: the limits of images and of requests under way.
+            limits: the limits of tokens.
+        """
+        self._processor = processor
+        self._router = router
+        self._describe = describe
+        self._gateway = gateway
+        self._limits = limits
+        self._image_limits = ImageLimits(
+            max_image_bytes=gateway.max_image_bytes,
+            max_image_pixels=gateway.max_image_pixels,
+            max_frames=gateway.max_frames,
+            crop_to_regions=gateway.crop_to_regions,
+        )
+        self._under_way = 0
+        self._threads = ThreadPoolExecutor(max_workers=DECODE_THREADS, thread_name_prefix="decode")
+
+    @property
+    def queue_length(self) -> int:
+        """Requests under way, for status."""
+        return self._under_way
+
+    def close(self) -> None:
+        """Ends the decoding threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def Generate(  # noqa: N802 - the contract's name
+        self, request: echovlm_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> echovlm_pb2.GenerateResponse:
+        """The whole answer at once."""
+        response = echovlm_pb2.GenerateResponse()
+        pieces = []
+        async with aclosing(self._answer(request, context)) as events:
+            async for event in events:
+                if event.WhichOneof("event") == "text":
+                    pieces.append(event.text)
+                elif event.WhichOneof("event") == "summary":
+                    response.summary.CopyFrom(event.summary)
+        response.text = "".join(pieces)
+        return response
+
+    async def GenerateStream(  # noqa: N802 - the contract's name
+        self, request: echovlm_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncGenerator[echovlm_pb2.GenerateEvent, None]:
+        """The answer while it is written; a caller that leaves ends it everywhere."""
+        async with aclosing(self._answer(request, context)) as events:
+            async for event in events:
+                yield event
+
+    async def GetModelInfo(  # noqa: N802 - the contract's name
+        self, request: echovlm_pb2.GetModelInfoRequest, context: grpc.aio.ServicerContext
+    ) -> echovlm_pb2.ModelInfo:
+        """What is served, and what a request may hold."""
+        model = self._describe()
+        return echovlm_pb2.ModelInfo(
+            name=model.name,
+            version=model.version,
+            backbone_digest=model.backbone_digest,
+            expert_set_id=model.expert_set_id,
+            organs=[
+                echovlm_pb2.OrganInfo(
+                    organ=organ.organ,
+                    bundle_version=organ.bundle_version,
+                    bundle_digest=organ.bundle_digest,
+                    num_experts=organ.num_experts,
+                )
+                for organ in model.organs
+            ],
+            limits=echovlm_pb2.Limits(
+                max_images=self._gateway.max_images,
+                max_image_bytes=self._gateway.max_image_bytes,
+                max_image_pixels=self._gateway.max_image_pixels,
+                max_frames=self._gateway.max_frames,
+                max_prompt_tokens=self._limits.max_prompt_tokens,
+                max_new_tokens=self._limits.max_new_tokens,
+            ),
+            default_organ=model.default_organ,
+            description=model.description,
+        )
+
+    async def _answer(
+        self, request: echovlm_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncGenerator[echovlm_pb2.GenerateEvent, None]:
+        with self._slot():
+            deadline = time.monotonic() + self._seconds_left(context)
+            request_id = current_request_id() or request_id_of(context.invocation_metadata() or ())
+            checked = check_request(request, self._gateway, self._limits)
+            prepared = await self._prepare(request, checked, deadline)
+            yield echovlm_pb2.GenerateEvent(accepted=prepared.accepted)
+            async with aclosing(self._write(prepared, checked, deadline, request_id)) as events:
+                async for event in events:
+                    yield event
+
+    @contextmanager
+    def _slot(self) -> Iterator[None]:
+        if self._under_way >= self._gateway.max_requests:
+            raise OverloadedError(
+                f"{self._under_way} requests are under way and that is the limit (gateway.max_requests): "
+                "send the request again a little later"
+            )
+        self._under_way += 1
+        try:
+            yield
+        finally:
+            self._under_way -= 1
+
+    def _seconds_left(self, context: grpc.aio.ServicerContext) -> float:
+        remaining: float | None = context.time_remaining()
+        return self._gateway.default_deadline_s if remaining is None else remaining
+
+    async def _prepare(
+        self, request: echovlm_pb2.GenerateRequest, checked: CheckedRequest, deadline: float
+    ) -> _Prepared:
+        """Decodes and cuts up the images one after the other, then the prompt, all on the decoding threads."""
+        try:
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                images, vision = [], []
+                for index, file in enumerate(request.images):
+                    decoded, patches = await self._on_thread(self._load_image, file.content, f"images[{index}].content")
+                    images.append(decoded)
+                    vision.append(patches)
+                return await self._on_thread(self._build, checked, request.sampling, images, vision)
+        except TimeoutError:
+            raise DeadlineError("the deadline passed while the images were decoded") from None
+
+    async def _on_thread(self, function: Callable[..., T], *arguments: object) -> T:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, functools.partial(function, *arguments))
+
+    def _load_image(self, content: bytes, field: str) -> tuple["_ImageNote", VisionPatches]:
+        decoded = decode_image_file(content, limits=self._image_limits, field=field)
+        limit = self._gateway.max_visual_tokens
+        try:
+            if decoded.is_video:
+                patches = self._processor.video_patches(decoded.frames, max_visual_tokens=limit)
+            else:
+                patches = self._processor.image_patches(decoded.frames[0], max_visual_tokens=limit)
+        except ValueError as error:
+            raise InvalidRequestError(field, f"is {error}") from None
+        return _ImageNote.of(decoded), patches
+
+    def _build(
+        self,
+        checked: CheckedRequest,
+        sampling: router_pb2.Sampling,
+        images: Sequence["_ImageNote"],
+        vision: Sequence[VisionPatches],
+    ) -> _Prepared:
+        media: list[Medium] = ["video" if item.is_video else "image" for item in vision]
+        messages = build_messages(checked.task, checked.language, checked.prompt, media)
+        input_ids = self._processor.encode_chat(messages, vision)
+        visual_tokens = sum(item.num_tokens for item in vision)
+        if len(input_ids) > self._limits.max_prompt_tokens:
+            raise InvalidRequestError(
+                "images" if visual_tokens > len(input_ids) - visual_tokens else "prompt",
+                f"the request takes {len(input_ids)} tokens, {visual_tokens} for the images and "
+                f"{len(input_ids) - visual_tokens} for text, and the limit is {self._limits.max_prompt_tokens} "
+                "(router.max_prompt_tokens): send fewer images or a shorter prompt",
+            )
+        terms = dict.fromkeys(term for image in images for term in image.anatomy_terms)
+        router_request = router_pb2.RouterGenerateRequest(
+            input_ids=input_ids,
+            vision_inputs=[_to_proto(item) for item in vision],
+            organ_hints=router_pb2.OrganHints(organs=checked.organs, anatomy_terms=terms),
+            sampling=sampling,
+            max_new_tokens=checked.max_new_tokens,
+        )
+        accepted = echovlm_pb2.RequestAccepted(
+            prompt_tokens=len(input_ids),
+            visual_tokens=visual_tokens,
+            frames=[image.frames_taken for image in images],
+        )
+        notices = tuple(
+            f"images[{index}]: {image.frames_taken} of its {image.source_frames} frames were looked at, evenly spread."
+            for index, image in enumerate(images)
+            if image.frames_taken < image.source_frames
+        )
+        return _Prepared(router_request, accepted, notices)
+
+    async def _write(
+        self, prepared: _Prepared, checked: CheckedRequest, deadline: float, request_id: str
+    ) -> AsyncGenerator[echovlm_pb2.GenerateEvent, None]:
+        """Turns the router's tokens into text events, then sends the summary."""
+        summary = echovlm_pb2.GenerateSummary(request_id=request_id, prompt_tokens=prepared.accepted.prompt_tokens)
+        characters, stop = Detokenizer(self._processor.decode), StopStrings(checked.stop)
+        messages = self._router.generate(prepared.router_request, deadline=deadline, request_id=request_id)
+        async with aclosing(messages):
+            async for message in messages:
+                summary.completion_tokens += len(message.token_ids)
+                if message.HasField("provenance"):
+                    summary.provenance.CopyFrom(message.provenance)
+                if message.HasField("summary"):
+                    summary.provenance.CopyFrom(message.summary.provenance)
+                    summary.finish_reason = message.summary.finish_reason
+                if piece := stop.push(characters.push(message.token_ids)):
+                    yield echovlm_pb2.GenerateEvent(text=piece)
+                if stop.stopped:
+                    break
+        if not stop.stopped and (piece := stop.push(characters.finish()) + stop.finish()):
+            yield echovlm_pb2.GenerateEvent(text=piece)
+        if stop.stopped:
+            summary.finish_reason = router_pb2.FINISH_REASON_STOP
+        summary.notices.extend(self._notices(prepared, summary.provenance.organ_source))
+        yield echovlm_pb2.GenerateEvent(summary=summary)
+
+    def _notices(self, prepared: _Prepared, organ_source: router_pb2.OrganSource) -> list[str]:
+        model = self._describe()
+        notices = list(prepared.notices)
+        if organ_source == router_pb2.ORGAN_SOURCE_DEFAULT:
+            notices.append(
+                f"Which organ the images show was not known, so the experts of {model.default_organ!r} answered; "
+                "name it in `organs`."
+            )
+        return [*notices, *model.notices, NOT_A_DEVICE]
+
+
+@dataclass(frozen=True, slots=True)
+class _ImageNote:
+    """What is still needed of a decoded image once its pixels are cut into patches and gone."""
+
+    frames_taken: int
+    source_frames: int
+    anatomy_terms: tuple[str, ...]
+
+    @classmethod
+    def of(cls, image: DecodedImage) -> "_ImageNote":
+        return cls(image.frames_taken, image.source_frames, image.anatomy_terms)
+
+
+def _to_proto(item: VisionPatches) -> vision_pb2.VisionInput:
+    kind = vision_pb2.VISION_KIND_VIDEO if item.is_video else vision_pb2.VISION_KIND_IMAGE
+    grid_t, grid_h, grid_w = item.grid
+    patches = tensor_pb2.Tensor(
+        dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=item.patches.shape, data=item.patches.astype("<f4").tobytes()
+    )
+    return vision_pb2.VisionInput(kind=kind, grid_t=grid_t, grid_h=grid_h, grid_w=grid_w, patches=patches)

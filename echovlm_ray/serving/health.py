@@ -1,0 +1,110 @@
+"""What the gateway's health service says of every part of the system, true to the live state.
+
+About every second, and at once when a replica appears or is lost, each part's replicas are asked for their own health;
+a part is SERVING while one of them says so.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from echovlm_ray.serving.server import INTERNAL_CHANNEL_OPTIONS
+
+PERIOD_S = 1.0
+PROBE_TIMEOUT_S = 1.0
+OVERALL = ""
+MODEL = "echovlm.v1.EchoVLM"
+VISION = "echovlm.v1.VisionEncoder"
+ROUTER = "echovlm.v1.Router"
+CONTROL = "echovlm.v1.ExpertControl"
+ORGAN_PREFIX = "echovlm.v1.ExpertGroup/"
+
+Publish = Callable[[str, bool], Awaitable[None]]
+Addresses = Callable[[], Sequence[str]]
+
+
+def organ_service(organ: str) -> str:
+    """The health name of an organ's expert group."""
+    return f"{ORGAN_PREFIX}{organ}"
+
+
+class HealthMonitor:
+    """Probes the parts and publishes their health, and from it the health of the whole."""
+
+    def __init__(self, parts: Mapping[str, Addresses], publish: Publish, *, all_organs_needed: bool) -> None:
+        """Takes what to watch.
+
+        Args:
+            parts: health name → live addresses. Names of organs are those of `organ_service`.
+            publish: is called with each name and whether it serves.
+            all_organs_needed: with one gate over all organs, every request needs every one of them; otherwise the
+                whole serves as long as any organ does.
+        """
+        self._parts = dict(parts)
+        self._publish = publish
+        self._all_organs_needed = all_organs_needed
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def start(self) -> None:
+        """Publishes a first state, then goes on by itself."""
+        self._loop = asyncio.get_running_loop()
+        await self._round()
+        self._task = self._loop.create_task(self._run())
+
+    def wake(self) -> None:
+        """Has the parts probed at once; from any thread."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._wake.set)
+
+    async def stop(self) -> None:
+        """Ends probing and closes the channels."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        for channel in self._channels.values():
+            await channel.close()
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(PERIOD_S):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+            self._wake.clear()
+            await self._round()
+
+    async def _round(self) -> None:
+        live = {name: tuple(addresses()) for name, addresses in self._parts.items()}
+        await self._close_all_but({address for addresses in live.values() for address in addresses})
+        states = await asyncio.gather(*[self._any_serves(addresses) for addresses in live.values()])
+        serving = dict(zip(live, states, strict=True))
+        organs = [state for name, state in serving.items() if name.startswith(ORGAN_PREFIX)]
+        enough_organs = not organs or (all(organs) if self._all_organs_needed else any(organs))
+        serving[MODEL] = serving[ROUTER] and serving[VISION] and enough_organs
+        serving[OVERALL] = serving[MODEL]
+        for name, state in serving.items():
+            await self._publish(name, state)
+
+    async def _any_serves(self, addresses: Sequence[str]) -> bool:
+        return any(await asyncio.gather(*[self._serves(address) for address in addresses]))
+
+    async def _serves(self, address: str) -> bool:
+        channel = self._channels.get(address)
+        if channel is None:
+            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=INTERNAL_CHANNEL_OPTIONS)
+        try:
+            request = health_pb2.HealthCheckRequest()
+            response = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=PROBE_TIMEOUT_S)
+        except grpc.aio.AioRpcError:
+            return False
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+
+    async def _close_all_but(self, live: set[str]) -> None:
+        for address in set(self._channels) - live:
+            await self._channels.pop(address).close()

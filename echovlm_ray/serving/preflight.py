@@ -1,0 +1,113 @@
+"""What is checked before anything starts, so that a mistake is told at once and in words."""
+
+import socket
+import ssl
+from pathlib import Path
+
+from echovlm_ray.config import Config, ControlSection, GatewaySection
+from echovlm_ray.serving.auth import BearerTokens
+from echovlm_ray.serving.served import ServedCheckpoint, check_organs, served_checkpoint
+
+
+class PortTakenError(ValueError):
+    """Something else listens where the gateway or Control should. The text names the field to change."""
+
+
+def resolve_paths(config: Config) -> Config:
+    """The configuration with absolute paths: replicas have another working directory."""
+    update = {
+        "model": config.model.model_copy(update={"checkpoint": config.model.checkpoint.expanduser().absolute()}),
+        "gateway": _absolute(config.gateway),
+        "control": _absolute(config.control),
+    }
+    return config.model_copy(update=update)
+
+
+def check(config: Config, *, local: bool) -> ServedCheckpoint:
+    """Checks the checkpoint, certificates, tokens and ports.
+
+    Args:
+        config: with absolute paths.
+        local: whether the servers will run on this machine.
+
+    Returns:
+        the checkpoint that will be served.
+
+    Raises:
+        ValueError: something cannot be used; the text says what and how to mend it.
+    """
+    served = served_checkpoint(config.model)
+    check_organs(config, served)
+    for name, section in (("gateway", config.gateway), ("control", config.control)):
+        _check_credentials(name, section)
+        if local:
+            check_port(name, section)
+    return served
+
+
+def check_port(name: str, section: GatewaySection | ControlSection) -> None:
+    """Refuses a port on which something listens already.
+
+    Raises:
+        PortTakenError: names the port and the field.
+        ValueError: the host is no address of this machine.
+    """
+    if not section.port:
+        return
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            section.host, section.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        raise ValueError(f"{name}.host {section.host!r} cannot be resolved: {error.strerror}") from None
+    with socket.socket(family, kind, protocol) as probe:
+        # Connections that ended a moment ago must not count; a listener still does.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+            # Two that share a port with SO_REUSEADDR may both bind, but only one may listen.
+            probe.listen(1)
+        except OSError as error:
+            raise PortTakenError(
+                f"{name} cannot listen on {section.host}:{section.port}: {error.strerror}. If another EchoVLM-Ray runs "
+                f"here, `echoray stop` ends it; otherwise set {name}.port to another port, or to 0 for any free one"
+            ) from None
+
+
+def _check_credentials(name: str, section: GatewaySection | ControlSection) -> None:
+    if section.token_file is not None:
+        try:
+            BearerTokens(section.token_file)
+        except ValueError as error:
+            raise ValueError(f"{name}.{error}") from None
+    tls = section.tls
+    if tls is None:
+        return
+    for field, path in (("certificate", tls.certificate), ("key", tls.key), ("client_authority", tls.client_authority)):
+        if path is not None and not path.is_file():
+            raise ValueError(f"{name}.tls.{field} {path} is no file: give the PEM file's path")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # A key that is encrypted would ask for its password on the terminal.
+        context.load_cert_chain(tls.certificate, tls.key, password=lambda: b"")
+    except (ssl.SSLError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{name}.tls.certificate {tls.certificate} and {name}.tls.key {tls.key} cannot be used together: "
+            f"{getattr(error, 'reason', None) or error}; both must be PEM and belong together, and the key must have no "
+            "password"
+        ) from None
+
+
+def _absolute(section: GatewaySection | ControlSection) -> GatewaySection | ControlSection:
+    update: dict[str, object] = {}
+    if section.token_file is not None:
+        update["token_file"] = _path(section.token_file)
+    if (tls := section.tls) is not None:
+        authority = None if tls.client_authority is None else _path(tls.client_authority)
+        paths = {"certificate": _path(tls.certificate), "key": _path(tls.key), "client_authority": authority}
+        update["tls"] = tls.model_copy(update=paths)
+    return section.model_copy(update=update)
+
+
+def _path(path: Path) -> Path:
+    return path.expanduser().absolute()

@@ -1,0 +1,109 @@
+"""A Ray to run on: a local one of our own, gone without a trace afterwards, or a cluster that is there already."""
+
+import logging
+import os
+import secrets
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import psutil
+import ray
+from ray import serve
+
+from echovlm_ray.config import Config
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "echovlm"
+# How long the processes of a local Ray may take to end by themselves.
+EXIT_GRACE_S = 5.0
+
+
+@contextmanager
+def local_ray(config: Config) -> Iterator[None]:
+    """A Ray of our own on this machine, with Serve. When the block ends, none of its processes is left.
+
+    Its ports accept only calls that carry a token that nobody else knows: what arrives at some of them is unpickled.
+    """
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        # Ray turns its authentication on for a cluster of its own; without this it would write a token into the home.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # Nothing about this machine is to be reported to anybody.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    own = psutil.Process()
+    before = set(own.children(recursive=True))
+    started: set[psutil.Process] = set()
+    try:
+        with _kept_signal_handlers():
+            ray.init(
+                address="local",
+                namespace=NAMESPACE,
+                include_dashboard=False,
+                object_store_memory=config.serve.object_store_bytes,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        if os.environ.get("RAY_AUTH_MODE") != "token":
+            logger.warning(
+                "RAY_AUTH_MODE is %r: whoever reaches Ray's ports on this machine can run code; unset it",
+                os.environ.get("RAY_AUTH_MODE"),
+            )
+        _start_serve()
+        yield
+    finally:
+        started |= set(own.children(recursive=True)) - before
+        ray.shutdown()
+        started |= set(own.children(recursive=True)) - before
+        end_processes(started, EXIT_GRACE_S)
+
+
+@contextmanager
+def joined_ray(address: str) -> Iterator[None]:
+    """Connects to a cluster, and starts Serve there if it does not run. The cluster stays as it is afterwards.
+
+    Raises:
+        ConnectionError: no cluster answers there.
+    """
+    try:
+        with _kept_signal_handlers():
+            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise ConnectionError(f"no Ray cluster can be joined at {address}: {lines[0]}") from None
+    try:
+        _start_serve()
+        yield
+    finally:
+        ray.shutdown()
+
+
+def end_processes(processes: set[psutil.Process], grace_s: float) -> None:
+    """Waits for processes to end, and kills those that do not."""
+    _, alive = psutil.wait_procs(processes, timeout=grace_s)
+    for process in alive:
+        with suppress(psutil.NoSuchProcess):
+            logger.warning("killing %s, which did not end by itself", process.name())
+            process.kill()
+    psutil.wait_procs(alive, timeout=grace_s)
+
+
+def _start_serve() -> None:
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
+
+
+@contextmanager
+def _kept_signal_handlers() -> Iterator[None]:
+    """Ray puts its own handler for SIGTERM in place, which would end this process without the rest of our clean-up."""
+    import threading
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

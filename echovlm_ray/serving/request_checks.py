@@ -1,0 +1,134 @@
+"""What a `GenerateRequest` must be, checked field by field before anything is decoded."""
+
+import math
+from dataclasses import dataclass
+
+from echovlm_ray.config import GatewaySection, RouterSection
+from echovlm_ray.errors import InvalidRequestError
+from echovlm_ray.prompts import NEEDS_IMAGE, NEEDS_PROMPT, Language, Task
+from protos import echovlm_pb2, router_pb2
+
+TASK_NAMES: dict[int, Task] = {
+    echovlm_pb2.TASK_UNSPECIFIED: "free",
+    echovlm_pb2.TASK_REPORT: "report",
+    echovlm_pb2.TASK_FINDINGS: "findings",
+    echovlm_pb2.TASK_IMPRESSION: "impression",
+    echovlm_pb2.TASK_DIAGNOSIS: "diagnosis",
+    echovlm_pb2.TASK_CAPTION: "caption",
+    echovlm_pb2.TASK_VQA: "vqa",
+}
+LANGUAGE_NAMES: dict[int, Language] = {
+    echovlm_pb2.LANGUAGE_UNSPECIFIED: "en",
+    echovlm_pb2.LANGUAGE_ENGLISH: "en",
+    echovlm_pb2.LANGUAGE_CHINESE: "zh",
+}
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 256
+MAX_ORGANS = 16
+MAX_ORGAN_CHARACTERS = 64
+# Far above what a token takes on average, so that a prompt can be refused before it is cut into tokens.
+PROMPT_CHARACTERS_PER_TOKEN = 32
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedRequest:
+    """What is asked, in the terms of `echovlm_ray.prompts`, defaults filled in."""
+
+    task: Task
+    language: Language
+    prompt: str
+    organs: tuple[str, ...]
+    max_new_tokens: int
+    stop: tuple[str, ...]
+
+
+def check_request(
+    request: echovlm_pb2.GenerateRequest, gateway: GatewaySection, router: RouterSection
+) -> CheckedRequest:
+    """Checks everything but the content of the images.
+
+    Raises:
+        InvalidRequestError: names the first field at fault, what is wrong with it and what is allowed.
+    """
+    task = TASK_NAMES.get(request.task)
+    if task is None:
+        names = ", ".join(name for name in echovlm_pb2.Task.keys() if name != "TASK_UNSPECIFIED")  # noqa: SIM118
+        raise InvalidRequestError("task", f"{request.task} is no task; use one of {names}, or a prompt alone")
+    language = LANGUAGE_NAMES.get(request.language)
+    if language is None:
+        raise InvalidRequestError(
+            "language", f"{request.language} is no language; use LANGUAGE_ENGLISH or LANGUAGE_CHINESE"
+        )
+    _check_prompt(request, task, router)
+    _check_images(request, task, gateway)
+    _check_strings(request)
+    check_sampling(request.sampling)
+    if request.max_new_tokens > router.max_new_tokens:
+        raise InvalidRequestError(
+            "max_new_tokens",
+            f"is {request.max_new_tokens} and the limit is {router.max_new_tokens} (router.max_new_tokens): ask for "
+            "fewer, or for 0 to take the default",
+        )
+    return CheckedRequest(
+        task=task,
+        language=language,
+        prompt=request.prompt,
+        organs=tuple(request.organs),
+        max_new_tokens=request.max_new_tokens or gateway.default_new_tokens,
+        stop=tuple(request.stop),
+    )
+
+
+def check_sampling(sampling: router_pb2.Sampling) -> None:
+    """Checks the numbers of a sampling request.
+
+    Raises:
+        InvalidRequestError: one is negative, not finite or out of range.
+    """
+    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
+        raise InvalidRequestError("sampling.temperature", "must be 0 (greedy) or a positive number")
+    if not 0 <= sampling.top_p <= 1:
+        raise InvalidRequestError("sampling.top_p", "must be from 0 to 1; 0 and 1 keep all tokens")
+    if not (math.isfinite(sampling.repetition_penalty) and sampling.repetition_penalty >= 0):
+        raise InvalidRequestError("sampling.repetition_penalty", "must be a positive number; 0 and 1 change nothing")
+
+
+def _check_prompt(request: echovlm_pb2.GenerateRequest, task: Task, router: RouterSection) -> None:
+    if task in NEEDS_PROMPT and not request.prompt.strip():
+        if task == "free":
+            raise InvalidRequestError("task", "is not set and there is no prompt either; set a task, or write a prompt")
+        raise InvalidRequestError("prompt", "is empty; TASK_VQA needs a question")
+    limit = router.max_prompt_tokens * PROMPT_CHARACTERS_PER_TOKEN
+    if len(request.prompt) > limit:
+        raise InvalidRequestError(
+            "prompt",
+            f"has {len(request.prompt)} characters, which cannot fit into {router.max_prompt_tokens} tokens "
+            "(router.max_prompt_tokens): shorten it",
+        )
+
+
+def _check_images(request: echovlm_pb2.GenerateRequest, task: Task, gateway: GatewaySection) -> None:
+    if len(request.images) > gateway.max_images:
+        raise InvalidRequestError(
+            "images",
+            f"has {len(request.images)} files and the limit is {gateway.max_images} (gateway.max_images)",
+        )
+    if task in NEEDS_IMAGE and not request.images:
+        raise InvalidRequestError("images", f"is empty; TASK_{task.upper()} needs at least one image")
+
+
+def _check_strings(request: echovlm_pb2.GenerateRequest) -> None:
+    if len(request.stop) > MAX_STOP_STRINGS:
+        raise InvalidRequestError("stop", f"has {len(request.stop)} strings; at most {MAX_STOP_STRINGS} are allowed")
+    for index, string in enumerate(request.stop):
+        if not 1 <= len(string) <= MAX_STOP_CHARACTERS:
+            raise InvalidRequestError(
+                f"stop[{index}]", f"has {len(string)} characters; it must have 1 to {MAX_STOP_CHARACTERS}"
+            )
+    if len(request.organs) > MAX_ORGANS:
+        raise InvalidRequestError("organs", f"has {len(request.organs)} names; at most {MAX_ORGANS} are allowed")
+    for index, organ in enumerate(request.organs):
+        if not 1 <= len(organ) <= MAX_ORGAN_CHARACTERS:
+            raise InvalidRequestError(
+                f"organs[{index}]", f"has {len(organ)} characters; it must have 1 to {MAX_ORGAN_CHARACTERS}"
+            )

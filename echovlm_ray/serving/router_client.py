@@ -1,0 +1,125 @@
+"""How the gateway reaches the routers: the least busy one first, another one when that is lost before it answered."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+
+import grpc
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from echovlm_ray.errors import DeadlineError, PartUnavailableError
+from echovlm_ray.serving.request_id import REQUEST_ID_KEY
+from protos import router_pb2, router_pb2_grpc
+
+RETRY_INTERVAL_S = 0.2
+# A killed replica is back after about two seconds; whoever waits for longer than this should hear so.
+RETRY_FOR_S = 15.0
+PART = "the router"
+
+
+class RouterClient:
+    """Streams tokens from whichever router replica is least busy.
+
+    Experts are pure functions, so sending a request again is always safe; but a caller has seen the tokens that came,
+    so only a stream that has not begun is sent again.
+    """
+
+    def __init__(
+        self, addresses: Callable[[], Sequence[str]], channel_options: Sequence[tuple[str, int | str]] = ()
+    ) -> None:
+        """`addresses` gives the live replicas at any time."""
+        self._addresses = addresses
+        self._options = list(channel_options)
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._in_flight: dict[str, int] = {}
+
+    async def generate(
+        self, request: router_pb2.RouterGenerateRequest, *, deadline: float, request_id: str
+    ) -> AsyncGenerator[router_pb2.RouterGenerateResponse, None]:
+        """The router's messages for one request. Closing the generator cancels the request.
+
+        Args:
+            request: token ids and patches.
+            deadline: in `time.monotonic` seconds.
+            request_id: sent along, so that both logs have it.
+
+        Raises:
+            PartUnavailableError: no router answered in time, or one was lost in the middle of an answer.
+            DeadlineError: the answer was not complete in time.
+            grpc.aio.AioRpcError: the router refused or failed the request, with its own status.
+        """
+        give_up = min(deadline, time.monotonic() + RETRY_FOR_S)
+        lost = ""
+        while True:
+            reason = "no replica is running"
+            address = self._least_busy(avoid=lost)
+            if address is not None:
+                begun = False
+                try:
+                    async with aclosing(self._call(address, request, deadline, request_id)) as messages:
+                        async for message in messages:
+                            begun = True
+                            yield message
+                    return
+                except grpc.aio.AioRpcError as error:
+                    if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                        raise DeadlineError("the deadline passed before the answer was complete") from error
+                    if not _is_lost(error):
+                        raise
+                    if begun:
+                        raise PartUnavailableError(PART, "the replica was lost during the answer") from error
+                    reason = "the replica was lost before it answered"
+                    lost = address
+            if time.monotonic() + RETRY_INTERVAL_S >= give_up:
+                raise PartUnavailableError(PART, reason)
+            await asyncio.sleep(RETRY_INTERVAL_S)
+
+    async def close(self) -> None:
+        """Closes all channels."""
+        channels, self._channels = list(self._channels.values()), {}
+        for channel in channels:
+            await channel.close()
+
+    async def _call(
+        self, address: str, request: router_pb2.RouterGenerateRequest, deadline: float, request_id: str
+    ) -> AsyncGenerator[router_pb2.RouterGenerateResponse, None]:
+        channel = self._channels.get(address)
+        if channel is None:
+            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=self._options)
+        self._in_flight[address] = self._in_flight.get(address, 0) + 1
+        call = router_pb2_grpc.RouterStub(channel).Generate(  # type: ignore[no-untyped-call]
+            request,
+            timeout=max(0.0, deadline - time.monotonic()),
+            metadata=((REQUEST_ID_KEY, request_id),),
+        )
+        try:
+            async for message in call:
+                yield message
+        finally:
+            call.cancel()
+            self._in_flight[address] -= 1
+
+    def _least_busy(self, avoid: str) -> str | None:
+        live = self._addresses()
+        for address in set(self._channels) - set(live):
+            if not self._in_flight.get(address):
+                # Nothing runs on it, so dropping it is enough: grpc closes it with its last reference.
+                del self._channels[address]
+                self._in_flight.pop(address, None)
+        return min(live, key=lambda address: (address == avoid, self._in_flight.get(address, 0)), default=None)
+
+
+def _is_lost(error: grpc.aio.AioRpcError) -> bool:
+    """Whether a replica went away, rather than a living one saying that something behind it did."""
+    if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+        return False
+    try:
+        status = rpc_status.from_call(error)
+    except ValueError:
+        return True
+    if status is None:
+        return True
+    info = error_details_pb2.ErrorInfo()
+    return any(detail.Unpack(info) and info.reason == "SHUTTING_DOWN" for detail in status.details)

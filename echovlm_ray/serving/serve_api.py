@@ -1,0 +1,106 @@
+"""All that we use of Ray Serve beyond its public interface, as of Ray 2.60.
+
+Serve's public Python interface can neither apply a declaration without its dashboard nor tell which replicas run now
+and what they said of themselves. Both are asked of Serve's controller here, and nowhere else; what comes back is
+checked, so that another Ray fails with a clear text instead of somewhere else with a strange one.
+"""
+
+from collections.abc import Hashable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+TIMEOUT_S = 60.0
+
+# One deployment's targets, as the controller's long poll knows them.
+TargetKey = Hashable
+
+
+class UnsupportedRayError(RuntimeError):
+    """Ray Serve's internals are not as this module knows them."""
+
+
+def target_key(application: str, deployment: str) -> TargetKey:
+    """The name of a deployment's targets in `wait_for_targets`.
+
+    Raises:
+        UnsupportedRayError: this Ray keeps them otherwise.
+    """
+    try:
+        from ray.serve._private.common import DeploymentID
+        from ray.serve._private.long_poll import LongPollNamespace
+
+        return (LongPollNamespace.DEPLOYMENT_TARGETS, DeploymentID(name=deployment, app_name=application))
+    except (ImportError, AttributeError, TypeError) as error:
+        raise _unsupported() from error
+
+
+def wait_for_targets(
+    snapshots: Mapping[TargetKey, int], timeout_s: float
+) -> dict[TargetKey, tuple[int, list[Mapping[str, Any]]]]:
+    """Waits until the running replicas of a deployment are not those of the snapshot any more.
+
+    Args:
+        snapshots: what to watch, and the snapshot last seen of it; below zero for none.
+        timeout_s: more than the minute after which the controller answers without news.
+
+    Returns:
+        for each deployment that changed, its new snapshot and what every running replica returned from
+        `record_replica_metadata`; nothing when nothing changed.
+
+    Raises:
+        UnsupportedRayError: the answer has another shape.
+        ray.exceptions.RayError: the controller is away.
+    """
+    updates = ray.get(_controller().listen_for_change.remote(dict(snapshots)), timeout=timeout_s)
+    if not isinstance(updates, dict):
+        return {}
+    try:
+        return {
+            key: (
+                int(update.snapshot_id),
+                [replica.replica_metadata for replica in update.object_snapshot.running_replicas],
+            )
+            for key, update in updates.items()
+        }
+    except AttributeError as error:
+        raise _unsupported() from error
+
+
+def declared_applications() -> dict[str, ServeApplicationSchema]:
+    """The applications that Serve was told of by declaration, by name."""
+    declared: dict[str, ServeApplicationSchema] = ray.get(_controller().get_app_configs.remote(), timeout=TIMEOUT_S)
+    return declared
+
+
+def declare_applications(schema: ServeDeploySchema) -> None:
+    """Tells Serve which applications there shall be, and returns at once.
+
+    Those whose entry did not change go on undisturbed. Those that were declared before and are not any more are
+    removed.
+    """
+    ray.get(_controller().apply_config.remote(schema), timeout=TIMEOUT_S)
+
+
+def delete_applications(names: Iterable[str]) -> None:
+    """Tells Serve to remove applications, and returns at once."""
+    ray.get(_controller().delete_apps.remote(list(names)), timeout=TIMEOUT_S)
+
+
+def _controller() -> "ActorHandle":
+    try:
+        from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+    except ImportError as error:
+        raise _unsupported() from error
+    return ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+
+
+def _unsupported() -> UnsupportedRayError:
+    return UnsupportedRayError(
+        f"Ray Serve {ray.__version__} works otherwise inside than 2.60, for which echovlm_ray.serving.serve_api is "
+        "written: install the pinned version"
+    )

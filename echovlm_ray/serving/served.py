@@ -1,0 +1,71 @@
+"""What a configuration and a split checkpoint together mean: which organs are served, and by which expert set."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from echovlm_ray.checkpoint.layout import CheckpointIndex, read_index
+from echovlm_ray.config import Config, ModelSection
+from router.expert_set import ExpertSet
+
+
+@dataclass(frozen=True, slots=True)
+class ServedCheckpoint:
+    """A checkpoint as it is served.
+
+    Attributes:
+        directory: the split folder.
+        index: its contents.
+        expert_set: the set with which serving starts.
+    """
+
+    directory: Path
+    index: CheckpointIndex
+    expert_set: ExpertSet
+
+    @property
+    def organs(self) -> tuple[str, ...]:
+        """The organs in the set's order."""
+        return self.expert_set.organs
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Organ → version of its bundle in the set."""
+        return {entry.organ: entry.version for entry in self.index.organs}
+
+
+def served_checkpoint(model: ModelSection) -> ServedCheckpoint:
+    """Reads the checkpoint's index and applies the configured routing.
+
+    Raises:
+        ValueError: there is no split checkpoint there, or the configuration does not fit it.
+    """
+    index = read_index(model.checkpoint)
+    expert_set = index.expert_set()
+    if model.routing == "flat" and index.routing == "organs":
+        raise ValueError(
+            f'model.routing is "flat", but in {model.checkpoint} every organ has a copy of the same experts, so one '
+            'gate over all of them would count each expert once per organ: set model.routing to "auto" or "organs"'
+        )
+    if model.routing != "auto":
+        expert_set = expert_set.model_copy(update={"routing": model.routing})
+        expert_set = ExpertSet.model_validate(expert_set.model_dump())
+    if expert_set.routing == "organs" and model.default_organ not in expert_set.organs:
+        raise ValueError(
+            f"model.default_organ is {model.default_organ!r}, which {model.checkpoint} does not have: "
+            f"choose one of {', '.join(expert_set.organs)}"
+        )
+    return ServedCheckpoint(model.checkpoint, index, expert_set)
+
+
+def check_organs(config: Config, served: ServedCheckpoint) -> None:
+    """Refuses resources for organs that there are not.
+
+    Raises:
+        ValueError: names the organ and those that there are.
+    """
+    for organ in config.experts.organs:
+        if organ not in served.organs:
+            raise ValueError(
+                f"experts.organs names {organ!r}, which {served.directory} does not have: "
+                f"it has {', '.join(served.organs)}"
+            )

@@ -1,0 +1,170 @@
+"""The one gRPC server of every replica: `grpc.aio` with health, reflection, TLS, tokens, limits and an orderly end."""
+
+import asyncio
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from echovlm_ray.config import TLSSection
+from echovlm_ray.serving.auth import BearerTokens
+from echovlm_ray.serving.interceptor import CallInterceptor
+
+# Between the parts: the patches of a whole prompt of images in float32, or the logits that a test asks for.
+INTERNAL_MESSAGE_BYTES = 256 * 1024 * 1024
+# What a message holds beside its payload.
+MESSAGE_SLACK_BYTES = 1024 * 1024
+# The largest length that gRPC can be told.
+MAX_MESSAGE_BYTES = 2**31 - 1
+KEEPALIVE_MS = 20_000
+# After the last call has ended, for its status to reach the caller.
+LAST_WORDS_S = 0.2
+# Channels between the parts.
+INTERNAL_CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", INTERNAL_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", INTERNAL_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+    # A replica that was killed and came back must be reached at once, not after gRPC's usual two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
+
+Register = Callable[[Any, grpc.aio.Server], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """What a server listens on and whom it lets in.
+
+    Attributes:
+        host: an address of this machine.
+        port: 0 lets the system choose one.
+        max_receive_bytes: a longer request is refused with `RESOURCE_EXHAUSTED`.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    tls: TLSSection | None = None
+    token_file: Path | None = None
+    max_receive_bytes: int = INTERNAL_MESSAGE_BYTES
+    max_send_bytes: int = INTERNAL_MESSAGE_BYTES
+
+
+class GrpcServer:
+    """A server that is not started yet; add servicers, then `await start()`. Belongs to one event loop."""
+
+    def __init__(self, options: ServerOptions) -> None:
+        """Reads certificates and tokens.
+
+        Raises:
+            ValueError: a certificate or token file cannot be used.
+        """
+        tokens = BearerTokens(options.token_file) if options.token_file else None
+        self._options = options
+        self._credentials = server_credentials(options.tls) if options.tls else None
+        self._interceptor = CallInterceptor(tokens)
+        self._server = grpc.aio.server(
+            interceptors=[self._interceptor],
+            options=[
+                ("grpc.max_receive_message_length", min(options.max_receive_bytes, MAX_MESSAGE_BYTES)),
+                ("grpc.max_send_message_length", min(options.max_send_bytes, MAX_MESSAGE_BYTES)),
+                # Replicas of one node share a fixed port; a port that the system chooses must be nobody else's.
+                ("grpc.so_reuseport", int(options.port != 0)),
+                ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_MS // 4),
+            ],
+        )
+        self.health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
+        self._service_names = [health.SERVICE_NAME, reflection.SERVICE_NAME]
+        self._port = 0
+
+    @property
+    def address(self) -> str:
+        """host:port, once started."""
+        return f"{self._options.host}:{self._port}"
+
+    @property
+    def active_calls(self) -> int:
+        """Calls under way, without those that never end by themselves."""
+        return self._interceptor.active_calls
+
+    def add(self, register: Register, servicer: object, service_name: str) -> None:
+        """Adds a servicer.
+
+        Args:
+            register: the generated `add_…Servicer_to_server`.
+            servicer: what serves it.
+            service_name: its full name, for reflection.
+        """
+        register(servicer, self._server)
+        self._service_names.append(service_name)
+
+    async def start(self) -> None:
+        """Listens.
+
+        Raises:
+            ValueError: the address cannot be listened on.
+        """
+        reflection.enable_server_reflection(self._service_names, self._server)
+        wanted = f"{self._options.host}:{self._options.port}"
+        try:
+            if self._credentials is None:
+                self._port = self._server.add_insecure_port(wanted)
+            else:
+                self._port = self._server.add_secure_port(wanted, self._credentials)
+        except RuntimeError:
+            self._port = 0
+        if not self._port:
+            raise ValueError(f"cannot listen on {wanted}: the port is taken or the address is not of this machine")
+        await self._server.start()
+
+    async def set_health(self, service: str, serving: bool) -> None:
+        """Publishes one service's state to Check and Watch."""
+        status = health_pb2.HealthCheckResponse
+        await self.health.set(service, status.SERVING if serving else status.NOT_SERVING)
+
+    async def stop(self, grace_s: float, pending: Iterable[Callable[[], bool]] = ()) -> None:
+        """Ends in order: health says NOT_SERVING, new calls are sent elsewhere, calls under way finish.
+
+        Args:
+            grace_s: what still runs after this many seconds is cancelled.
+            pending: each tells whether work is under way that the count of calls does not show, such as exchanges in
+                a stream that stays open.
+        """
+        deadline = asyncio.get_running_loop().time() + grace_s
+        await self.health.enter_graceful_shutdown()
+        self._interceptor.refuse_new_calls()
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._interceptor.wait_until_idle()
+                while any(is_pending() for is_pending in pending):
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            pass
+        await self._server.stop(LAST_WORDS_S)
+
+
+def server_credentials(tls: TLSSection) -> grpc.ServerCredentials:
+    """The credentials of a TLS server.
+
+    Raises:
+        ValueError: a file cannot be read; the text names it.
+    """
+    certificate, key = _read(tls.certificate, "tls.certificate"), _read(tls.key, "tls.key")
+    authority = None if tls.client_authority is None else _read(tls.client_authority, "tls.client_authority")
+    return grpc.ssl_server_credentials(
+        [(key, certificate)], root_certificates=authority, require_client_auth=authority is not None
+    )
+
+
+def _read(path: Path, field: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{field} {path} cannot be read: {error.strerror}") from None

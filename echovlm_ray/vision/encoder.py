@@ -1,0 +1,234 @@
+"""The vision encoder: patches to embeddings, many inputs in one forward pass, each picture encoded once.
+
+Lives on an event loop; the forward pass runs on a thread of its own.
+"""
+
+import asyncio
+import hashlib
+import struct
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+
+from echovlm_ray.errors import InvalidRequestError, OverloadedError
+from echovlm_ray.model.vision_tower import EchoVLMVisionTower
+from experts.digest import digest_of
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncoderInput:
+    """One image or video: its patch grid (time, height, width), and float32 patches, one row each."""
+
+    grid: tuple[int, int, int]
+    patches: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedInput:
+    """An input's embedding, merged patches × hidden size, on the CPU.
+
+    Attributes:
+        content_digest: SHA-256 over the encoder's digest, the grid and the patches.
+        cached: whether nothing had to be computed for it.
+    """
+
+    content_digest: str
+    embedding: torch.Tensor
+    cached: bool
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """An input that waits or is computed, and how many callers want it."""
+
+    item: EncoderInput
+    result: asyncio.Future[torch.Tensor]
+    callers: int = field(default=0)
+
+
+def encoder_digest(backbone_digest: str, dtype: torch.dtype) -> str:
+    """The identity of an encoder: the weights it computes with, and in which type."""
+    return digest_of({"backbone": backbone_digest, "dtype": str(dtype).removeprefix("torch.")})
+
+
+def content_digest(encoder: str, item: EncoderInput) -> str:
+    """What an embedding is kept under: SHA-256 over the encoder's digest, the grid and the patches' bytes."""
+    digest = hashlib.sha256(encoder.encode())
+    digest.update(struct.pack("<3I", *item.grid))
+    digest.update(item.patches.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+class EmbeddingCache:
+    """The embeddings used last, up to a number of bytes."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._entries: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self.num_bytes = 0
+
+    def get(self, digest: str) -> torch.Tensor | None:
+        """The embedding of a content digest, if it is still there."""
+        embedding = self._entries.get(digest)
+        if embedding is not None:
+            self._entries.move_to_end(digest)
+        return embedding
+
+    def put(self, digest: str, embedding: torch.Tensor) -> None:
+        """Keeps an embedding, and drops those that were not used for longest; one above the limit is not kept."""
+        if digest in self._entries or embedding.nbytes > self._max_bytes:
+            return
+        self._entries[digest] = embedding
+        self.num_bytes += embedding.nbytes
+        while self.num_bytes > self._max_bytes:
+            _, dropped = self._entries.popitem(last=False)
+            self.num_bytes -= dropped.nbytes
+
+
+class VisionEncoder:
+    """Batches what arrives together, and computes an input once even if several callers want it at the same time."""
+
+    def __init__(
+        self, tower: EchoVLMVisionTower, digest: str, *, cache_bytes: int, max_batch_patches: int, max_queue: int
+    ) -> None:
+        """Takes the weights and their limits.
+
+        Args:
+            tower: see `echovlm_ray.model.checkpoint.load_vision_tower`.
+            digest: the encoder's identity (`encoder_digest`).
+            cache_bytes: 0 keeps nothing.
+            max_batch_patches: patches in one forward pass; a larger input is refused.
+            max_queue: inputs that may wait.
+        """
+        self.digest = digest
+        self.max_batch_patches = max_batch_patches
+        self.merge_size = int(tower.config.spatial_merge_size)
+        self.patch_dim = tower.patch_embed.proj.weight[0].numel()
+        self.cache = EmbeddingCache(cache_bytes)
+        self._tower = tower
+        self._max_queue = max_queue
+        self._jobs: dict[str, _Job] = {}
+        self._waiting: deque[str] = deque()
+        self._arrived = asyncio.Event()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vision")
+        self._worker: asyncio.Task[None] | None = None
+
+    @property
+    def queue_length(self) -> int:
+        """Inputs that wait or are computed."""
+        return len(self._jobs)
+
+    async def encode(self, items: Sequence[EncoderInput]) -> list[EncodedInput]:
+        """The embeddings of the inputs, in order.
+
+        A caller that leaves takes its waiting inputs along, unless others wait for them too.
+
+        Raises:
+            OverloadedError: too many inputs wait.
+            InvalidRequestError: an input alone is larger than a batch may be.
+        """
+        for index, item in enumerate(items):
+            if len(item.patches) > self.max_batch_patches:
+                raise InvalidRequestError(
+                    f"inputs[{index}].patches",
+                    f"has {len(item.patches)} patches and the limit is {self.max_batch_patches} "
+                    "(vision.max_batch_patches): send a smaller image or fewer frames",
+                )
+        digests = await asyncio.to_thread(lambda: [content_digest(self.digest, item) for item in items])
+        cached = {digest: embedding for digest in digests if (embedding := self.cache.get(digest)) is not None}
+        wanted = {digest: item for digest, item in zip(digests, items, strict=True) if digest not in cached}
+        jobs = self._join(wanted)
+        try:
+            computed = {digest: await asyncio.shield(job.result) for digest, job in jobs.items()}
+        finally:
+            self._leave(jobs)
+        return [
+            EncodedInput(digest, cached[digest] if digest in cached else computed[digest], digest in cached)
+            for digest in digests
+        ]
+
+    async def close(self) -> None:
+        """Ends the thread; callers that still wait are cancelled."""
+        if self._worker is not None:
+            self._worker.cancel()
+        for job in self._jobs.values():
+            job.result.cancel()
+        self._jobs.clear()
+        self._waiting.clear()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _join(self, wanted: dict[str, EncoderInput]) -> dict[str, _Job]:
+        new = [digest for digest in wanted if digest not in self._jobs]
+        if new and len(self._waiting) + len(new) > self._max_queue:
+            raise OverloadedError(
+                f"{len(self._waiting)} images wait for the vision encoder, and with {len(new)} more they would be over "
+                f"the limit of {self._max_queue} (vision.max_queue)"
+            )
+        loop = asyncio.get_running_loop()
+        for digest in new:
+            self._jobs[digest] = _Job(wanted[digest], loop.create_future())
+            self._waiting.append(digest)
+        jobs = {digest: self._jobs[digest] for digest in wanted}
+        for job in jobs.values():
+            job.callers += 1
+        if new:
+            if self._worker is None or self._worker.done():
+                self._worker = loop.create_task(self._work())
+            self._arrived.set()
+        return jobs
+
+    def _leave(self, jobs: dict[str, _Job]) -> None:
+        for digest, job in jobs.items():
+            job.callers -= 1
+            if not job.callers and digest in self._waiting:
+                self._waiting.remove(digest)
+                del self._jobs[digest]
+
+    async def _work(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._arrived.wait()
+            digests = self._next_batch()
+            if not digests:
+                self._arrived.clear()
+                continue
+            batch = [self._jobs[digest] for digest in digests]
+            try:
+                embeddings = await loop.run_in_executor(self._thread, self._forward, [job.item for job in batch])
+            except Exception as error:
+                for digest, job in zip(digests, batch, strict=True):
+                    del self._jobs[digest]
+                    if not job.result.done():
+                        job.result.set_exception(error)
+                        # Read here too: with all callers gone nobody else would, and asyncio would complain.
+                        job.result.exception()
+                continue
+            for digest, job, embedding in zip(digests, batch, embeddings, strict=True):
+                self.cache.put(digest, embedding)
+                del self._jobs[digest]
+                if not job.result.done():
+                    job.result.set_result(embedding)
+
+    def _next_batch(self) -> list[str]:
+        digests: list[str] = []
+        patches = 0
+        while self._waiting:
+            patches += len(self._jobs[self._waiting[0]].item.patches)
+            if digests and patches > self.max_batch_patches:
+                break
+            digests.append(self._waiting.popleft())
+        return digests
+
+    @torch.inference_mode()
+    def _forward(self, items: Sequence[EncoderInput]) -> list[torch.Tensor]:
+        """One pass over several inputs; attention stays within each frame pair, so neighbours do not matter."""
+        device, dtype = self._tower.device, self._tower.dtype
+        patches = torch.cat([item.patches for item in items]).to(device=device, dtype=dtype)
+        grids = torch.tensor([item.grid for item in items], device=device)
+        embeddings = self._tower(patches, grid_thw=grids).pooler_output.cpu()
+        sizes = [len(item.patches) // self.merge_size**2 for item in items]
+        # Copies, or one kept embedding would keep its whole batch in memory.
+        return [part.clone() for part in embeddings.split(sizes)]

@@ -1,0 +1,280 @@
+"""The versions of one organ's experts that this process holds, and the way to compute with any of them."""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from experts.bundle import Bundle
+from experts.errors import BundleNotResidentError, ExpertCapacityError, InvalidBundleError, InvalidTensorError
+from experts.kernels.base import NO_EXPERT, ExpertKernel, ExpertWeights, PreparedExperts
+from experts.manifest import Manifest
+from experts.registry import Registry
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """A bundle that is ready to compute."""
+
+    digest: str
+    name: str
+    version: str
+    # Of the weights as the kernel keeps them. Where they are views of mapped files, processes share the memory.
+    resident_bytes: int
+    kernel: str
+
+
+@dataclass(slots=True)
+class _Entry:
+    resident: Resident
+    manifest: Manifest
+    dtype: torch.dtype
+    layers: list[PreparedExperts]
+    exchanges: int = 0
+
+
+@dataclass(slots=True)
+class _State:
+    """What the group's lock guards."""
+
+    entries: dict[str, _Entry] = field(default_factory=dict)
+    loading: dict[str, Future[Resident]] = field(default_factory=dict)
+    # Bytes of everything that is resident, being loaded, or being unloaded and not yet gone.
+    held_bytes: int = 0
+
+
+class ExpertGroup:
+    """Holds several versions of one organ's experts. Every method may be called from any thread.
+
+    The lock is held for look-ups only: computing never waits for a load, nor for another exchange.
+
+    Attributes:
+        organ: the organ whose experts these are.
+    """
+
+    def __init__(
+        self,
+        organ: str,
+        registry: Registry,
+        kernel: ExpertKernel,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype | None = None,
+        max_resident_bytes: int,
+        backbone_digest: str | None = None,
+    ) -> None:
+        """Starts empty.
+
+        Args:
+            organ: bundles of any other organ are refused.
+            registry: where bundles are loaded from.
+            kernel: computes them.
+            device: where the weights go.
+            dtype: what the weights are converted to; none leaves them as the bundle has them.
+            max_resident_bytes: a load that would take the weights of all versions together above this is refused.
+            backbone_digest: when given, bundles that were trained against another backbone are refused.
+        """
+        self.organ = organ
+        self._registry = registry
+        self._kernel = kernel
+        self._device = torch.device(device)
+        self._dtype = dtype
+        self._max_resident_bytes = max_resident_bytes
+        self._backbone_digest = backbone_digest
+        self._changed = threading.Condition()
+        self._state = _State()
+
+    def load(self, digest: str) -> Resident:
+        """Makes a bundle resident, after checking all of it; returns when it can be used.
+
+        Loading a resident bundle again only returns it; a load of the same bundle under way is waited for.
+
+        Raises:
+            UnknownBundleError: the registry does not have it.
+            InvalidBundleError: another organ's, another backbone's, or damaged.
+            ExpertCapacityError: no room; nothing was allocated.
+        """
+        with self._changed:
+            if entry := self._state.entries.get(digest):
+                return entry.resident
+            under_way = self._state.loading.get(digest)
+            if under_way is None:
+                own: Future[Resident] = Future()
+                self._state.loading[digest] = own
+        if under_way is not None:
+            return under_way.result()
+        try:
+            entry = self._load(digest)
+        except BaseException as error:
+            with self._changed:
+                del self._state.loading[digest]
+                self._changed.notify_all()
+            own.set_exception(error)
+            raise
+        with self._changed:
+            del self._state.loading[digest]
+            self._state.entries[digest] = entry
+            self._changed.notify_all()
+        own.set_result(entry.resident)
+        return entry.resident
+
+    def unload(self, digest: str) -> None:
+        """Forgets a bundle; returns when the exchanges under way with it have ended and its memory is free.
+
+        New exchanges are refused at once. Unloading an absent bundle does nothing; one that is being loaded is
+        unloaded once it is there.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: digest not in self._state.loading)
+            entry = self._state.entries.pop(digest, None)
+            if entry is None:
+                return
+            self._changed.wait_for(lambda: entry.exchanges == 0)
+            entry.layers.clear()
+            self._state.held_bytes -= entry.resident.resident_bytes
+
+    def forward(
+        self,
+        digest: str,
+        layer: int,
+        x_TD: torch.Tensor,
+        expert_index_TK: torch.Tensor,
+        weight_TK: torch.Tensor,
+    ) -> torch.Tensor:
+        """Computes `Σ_k weight · SwiGLU_k(x)` with one layer of a resident bundle.
+
+        Args:
+            digest: the bundle.
+            layer: the decoder layer, from 0.
+            x_TD: tokens × hidden, in the resident weights' dtype; on any device.
+            expert_index_TK: int32, from 0; `NO_EXPERT` where this group has no part in the pair.
+            weight_TK: in x's dtype.
+
+        Returns:
+            tokens × hidden, in x's dtype and on its device.
+
+        Raises:
+            BundleNotResidentError: the bundle is not loaded.
+            InvalidTensorError: a layer, shape, dtype or expert that does not fit the bundle.
+        """
+        with self._in_use(digest) as entry:
+            _check_exchange(entry, layer, x_TD, expert_index_TK, weight_TK)
+            with torch.inference_mode():
+                output_TD = entry.layers[layer].forward(
+                    x_TD.to(self._device), expert_index_TK.to(self._device), weight_TK.to(self._device)
+                )
+                return output_TD.to(x_TD.device)
+
+    def resident(self) -> list[Resident]:
+        """What can be used now, in the order in which it was loaded."""
+        with self._changed:
+            return [entry.resident for entry in self._state.entries.values()]
+
+    def parameters_per_expert(self, digest: str) -> int | None:
+        """How many numbers one expert of one layer has: what a pair costs. None if the bundle is not resident."""
+        with self._changed:
+            entry = self._state.entries.get(digest)
+        return None if entry is None else 3 * entry.manifest.hidden_size * entry.manifest.intermediate_size
+
+    @contextmanager
+    def _in_use(self, digest: str) -> Iterator[_Entry]:
+        with self._changed:
+            entry = self._state.entries.get(digest)
+            if entry is None:
+                raise BundleNotResidentError(
+                    f"bundle {digest[:100]!r} is not loaded in the expert group of {self.organ!r}; load it first"
+                )
+            entry.exchanges += 1
+        try:
+            yield entry
+        finally:
+            with self._changed:
+                entry.exchanges -= 1
+                if entry.exchanges == 0:
+                    self._changed.notify_all()
+
+    def _load(self, digest: str) -> _Entry:
+        bundle = self._registry.open(digest)
+        manifest = bundle.manifest
+        self._check_fits(manifest)
+        dtype = self._dtype or manifest.torch_dtype
+        reserved = manifest.num_expert_parameters * dtype.itemsize
+        self._reserve(reserved, manifest)
+        try:
+            bundle.verify()
+            layers = [self._prepare(bundle, layer, dtype) for layer in range(manifest.num_layers)]
+            resident_bytes = sum(prepared.nbytes for prepared in layers)
+            # A kernel may have padded or repacked.
+            self._reserve(resident_bytes - reserved, manifest)
+        except BaseException:
+            with self._changed:
+                self._state.held_bytes -= reserved
+            raise
+        resident = Resident(digest, manifest.name, manifest.version, resident_bytes, self._kernel.name)
+        return _Entry(resident, manifest, dtype, layers)
+
+    def _check_fits(self, manifest: Manifest) -> None:
+        if manifest.organ != self.organ:
+            raise InvalidBundleError(
+                f"bundle {manifest.name} {manifest.version} is of organ {manifest.organ!r}; this group serves "
+                f"{self.organ!r}"
+            )
+        if self._backbone_digest not in (None, manifest.backbone_digest):
+            raise InvalidBundleError(
+                f"bundle {manifest.name} {manifest.version} was trained against the backbone "
+                f"{manifest.backbone_digest[:12]}…; this group serves {str(self._backbone_digest)[:12]}…"
+            )
+
+    def _reserve(self, extra_bytes: int, manifest: Manifest) -> None:
+        with self._changed:
+            held = self._state.held_bytes + extra_bytes
+            if extra_bytes > 0 and held > self._max_resident_bytes:
+                raise ExpertCapacityError(
+                    f"bundle {manifest.name} {manifest.version} would take the resident weights of {self.organ!r} to "
+                    f"{held} bytes, above the limit max_resident_bytes = {self._max_resident_bytes}; unload a version "
+                    "or raise the limit"
+                )
+            self._state.held_bytes = held
+
+    def _prepare(self, bundle: Bundle, layer: int, dtype: torch.dtype) -> PreparedExperts:
+        weights = bundle.load_layer(layer)
+        gate, up, down = (
+            matrices.to(device=self._device, dtype=dtype)
+            for matrices in (weights.gate_EFD, weights.up_EFD, weights.down_EDF)
+        )
+        return self._kernel.load(ExpertWeights(gate, up, down))
+
+
+def _check_exchange(
+    entry: _Entry, layer: int, x_TD: torch.Tensor, expert_index_TK: torch.Tensor, weight_TK: torch.Tensor
+) -> None:
+    manifest = entry.manifest
+    if not 0 <= layer < manifest.num_layers:
+        raise InvalidTensorError(f"layer is {layer}; the bundle has layers 0 to {manifest.num_layers - 1}")
+    if x_TD.ndim != 2 or x_TD.shape[1] != manifest.hidden_size:
+        raise InvalidTensorError(
+            f"hidden_states has the shape {list(x_TD.shape)}; it must be [tokens, {manifest.hidden_size}]"
+        )
+    if x_TD.dtype != entry.dtype:
+        raise InvalidTensorError(f"hidden_states is {x_TD.dtype}; the resident weights are {entry.dtype}")
+    if expert_index_TK.ndim != 2 or expert_index_TK.shape[0] != x_TD.shape[0]:
+        raise InvalidTensorError(
+            f"expert_index has the shape {list(expert_index_TK.shape)}; it must be [{x_TD.shape[0]}, top_k]"
+        )
+    if expert_index_TK.dtype != torch.int32:
+        raise InvalidTensorError(f"expert_index is {expert_index_TK.dtype}; it must be torch.int32")
+    if weight_TK.shape != expert_index_TK.shape or weight_TK.dtype != x_TD.dtype:
+        raise InvalidTensorError(
+            f"weight is {weight_TK.dtype} {list(weight_TK.shape)}; it must be {x_TD.dtype} "
+            f"{list(expert_index_TK.shape)}"
+        )
+    if expert_index_TK.numel():
+        low, high = (int(bound) for bound in torch.aminmax(expert_index_TK))
+        if low < NO_EXPERT or high >= manifest.num_experts:
+            raise InvalidTensorError(
+                f"expert_index reaches from {low} to {high}; the bundle has experts 0 to {manifest.num_experts - 1}, "
+                f"and {NO_EXPERT} means none"
+            )

@@ -1,0 +1,206 @@
+"""How a registry's files reach a disk or an object store, each becoming visible only when complete."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from fsspec import AbstractFileSystem  # type: ignore[import-untyped]
+
+from experts.bundle import file_sha256, verify_file
+from experts.errors import InvalidBundleError
+from experts.manifest import MAX_MANIFEST_BYTES, FileEntry
+
+_COPY_BYTES = 4 * 1024 * 1024
+
+
+class LocalStore:
+    """A folder."""
+
+    def __init__(self, root: Path) -> None:
+        """Args are the registry's root; it need not exist."""
+        self._root = root
+
+    def add_file(self, source: Path, entry: FileEntry, *, link: bool) -> None:
+        """Makes a file part of the registry, if it is not already.
+
+        Raises:
+            InvalidBundleError: the source is not what the entry says.
+        """
+        target = self._root / _file_path(entry)
+        if _has_size(target, entry.size):
+            verify_file(source, entry)
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _appearing(target) as partial:
+            if link and _link(source, partial):
+                _check_digest(file_sha256(partial), entry)
+                return
+            with source.open("rb") as reader, partial.open("xb") as writer:
+                _check_digest(_copy(reader, writer), entry)
+                writer.flush()
+                os.fsync(writer.fileno())
+
+    def locate_file(self, entry: FileEntry) -> Path:
+        """Where a file lies; it is used in place.
+
+        Raises:
+            InvalidBundleError: it is missing or has another size.
+        """
+        path = self._root / _file_path(entry)
+        verify_file(path, entry, digest=False)
+        return path
+
+    def create(self, path: str, content: bytes) -> bool:
+        """Writes a new file; false if there is one already."""
+        target = self._root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = _partial_name(target)
+        try:
+            with partial.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                # A link, unlike a rename, never replaces what another push has just written.
+                os.link(partial, target)
+            except FileExistsError:
+                return False
+            return True
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def read(self, path: str) -> bytes | None:
+        """A file's content, at most one byte more than a manifest may have; none if there is no such file."""
+        try:
+            with (self._root / path).open("rb") as file:
+                return file.read(MAX_MANIFEST_BYTES + 1)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def versions(self) -> list[tuple[str, str]]:
+        """The organs and versions that have a folder, whether complete or not."""
+        return [(path.parent.name, path.name) for path in (self._root / "bundles").glob("*/*")]
+
+
+class RemoteStore:
+    """An object store, or whatever else fsspec reaches. Files that are used are kept in a folder of this machine."""
+
+    def __init__(self, filesystem: AbstractFileSystem, root: PurePosixPath, cache: Path) -> None:
+        """Args are the file system, the registry's root on it, and the local folder for fetched files."""
+        self._filesystem = filesystem
+        self._root = root
+        self._cache = cache
+
+    def add_file(self, source: Path, entry: FileEntry, *, link: bool) -> None:
+        """Makes a file part of the registry, if it is not already; `link` has no meaning here.
+
+        Raises:
+            InvalidBundleError: the source is not what the entry says.
+        """
+        del link
+        verify_file(source, entry)
+        target = str(self._root / _file_path(entry))
+        # Another size is what a push that died left, on file systems where uploads are not atomic.
+        if self._filesystem.exists(target) and self._filesystem.size(target) == entry.size:
+            return
+        self._filesystem.makedirs(str(self._root / "files"), exist_ok=True)
+        self._filesystem.put_file(str(source), target)
+
+    def locate_file(self, entry: FileEntry) -> Path:
+        """Where a file lies on this machine, after fetching it if need be.
+
+        Raises:
+            InvalidBundleError: it is missing, or not what the entry says.
+        """
+        target = self._cache / f"{entry.sha256}.safetensors"
+        if _has_size(target, entry.size):
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _appearing(target) as partial:
+            try:
+                with (
+                    self._filesystem.open(str(self._root / _file_path(entry)), "rb") as reader,
+                    partial.open("xb") as writer,
+                ):
+                    _check_digest(_copy(reader, writer, limit=entry.size), entry)
+            except FileNotFoundError as error:
+                raise InvalidBundleError(f"{entry.path}: named by the manifest and missing in the registry") from error
+        return target
+
+    def create(self, path: str, content: bytes) -> bool:
+        """Writes a new file; false if there is one already."""
+        target = str(self._root / path)
+        self._filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
+        try:
+            self._filesystem.pipe_file(target, content, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def read(self, path: str) -> bytes | None:
+        """A file's content, at most one byte more than a manifest may have; none if there is no such file."""
+        try:
+            content: bytes = self._filesystem.cat_file(str(self._root / path), end=MAX_MANIFEST_BYTES + 1)
+        except FileNotFoundError:
+            return None
+        return content
+
+    def versions(self) -> list[tuple[str, str]]:
+        """The organs and versions that have a manifest."""
+        self._filesystem.invalidate_cache()
+        paths = self._filesystem.glob(str(self._root / "bundles" / "*" / "*" / "manifest.json"))
+        return [(PurePosixPath(path).parts[-3], PurePosixPath(path).parts[-2]) for path in paths]
+
+
+def _file_path(entry: FileEntry) -> str:
+    return f"files/{entry.sha256}.safetensors"
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and not path.is_symlink() and path.stat().st_size == size
+
+
+def _partial_name(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{os.urandom(8).hex()}.partial")
+
+
+@contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    partial = _partial_name(target)
+    try:
+        yield partial
+        # Whoever opens a registry's file to write to it has mistaken it for a copy.
+        partial.chmod(0o444)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _link(source: Path, target: Path) -> bool:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        # Another file system, or one without hard links: the caller copies.
+        return False
+    return True
+
+
+def _copy(reader: BinaryIO, writer: BinaryIO, *, limit: int | None = None) -> str:
+    digest = hashlib.sha256()
+    copied = 0
+    while piece := reader.read(_COPY_BYTES):
+        copied += len(piece)
+        if limit is not None and copied > limit:
+            # The digest will not match; stop before the disk is full.
+            break
+        digest.update(piece)
+        writer.write(piece)
+    return digest.hexdigest()
+
+
+def _check_digest(found: str, entry: FileEntry) -> None:
+    if found != entry.sha256:
+        raise InvalidBundleError(f"{entry.path}: is damaged, its SHA-256 is {found}, the manifest says {entry.sha256}")

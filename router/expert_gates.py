@@ -1,0 +1,95 @@
+"""The token gates of an expert set, built from its bundles' gate rows."""
+
+from collections.abc import Mapping
+from typing import Self
+
+import torch
+
+from experts.bundle import Bundle
+from router.expert_set import ExpertSet
+
+
+class ExpertGates:
+    """Every layer's gate matrices for one expert set. Organs may differ in their number of experts."""
+
+    def __init__(self, expert_set: ExpertSet, gate_rows: Mapping[str, tuple[torch.Tensor, ...]]) -> None:
+        """Lays out the rows.
+
+        Args:
+            expert_set: whose gates these are.
+            gate_rows: organ → one matrix per layer, experts × hidden.
+
+        Raises:
+            ValueError: an organ's rows are missing, or organs differ in layers, hidden size or dtype.
+        """
+        if missing := [organ for organ in expert_set.organs if organ not in gate_rows]:
+            raise ValueError(f"there are no gate rows for {', '.join(missing)}")
+        self.expert_set = expert_set
+        self._by_organ = {organ: tuple(gate_rows[organ]) for organ in expert_set.organs}
+        kinds = {(len(rows), rows[0].shape[1], rows[0].dtype) for rows in self._by_organ.values()}
+        if len(kinds) != 1:
+            raise ValueError(f"the organs' gates differ in (layers, hidden size, dtype): {sorted(map(str, kinds))}")
+        self.num_layers = len(next(iter(self._by_organ.values())))
+        self._ranges: dict[str, tuple[int, int]] = {}
+        end = 0
+        for organ, rows in self._by_organ.items():
+            start, end = end, end + rows[0].shape[0]
+            self._ranges[organ] = start, end
+        self._flat: tuple[torch.Tensor, ...] = ()
+        if expert_set.routing == "flat":
+            self._flat = tuple(torch.cat(layer) for layer in zip(*self._by_organ.values(), strict=True))
+
+    @classmethod
+    def from_bundles(
+        cls,
+        expert_set: ExpertSet,
+        bundles: Mapping[str, Bundle],
+        *,
+        num_layers: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Reads the gate rows of a set's bundles; their experts stay where they are.
+
+        Args:
+            expert_set: the set.
+            bundles: bundle digest → bundle, for every member.
+            num_layers: decoder layers of the backbone.
+            dtype: the backbone's; rows are converted to it.
+            device: where the gates are computed.
+
+        Raises:
+            ValueError: a bundle is missing, was trained against another backbone, or does not fit the others.
+        """
+        gate_rows = {}
+        for member in expert_set.members:
+            bundle = bundles.get(member.bundle_digest)
+            if bundle is None:
+                raise ValueError(f"the bundle of {member.organ!r}, {member.bundle_digest}, was not given")
+            if bundle.manifest.backbone_digest != expert_set.backbone_digest:
+                raise ValueError(
+                    f"the bundle of {member.organ!r} was made for backbone {bundle.manifest.backbone_digest}, "
+                    f"and the expert set is for {expert_set.backbone_digest}"
+                )
+            gate_rows[member.organ] = tuple(
+                bundle.gate_ED(layer).to(device=device, dtype=dtype) for layer in range(num_layers)
+            )
+        return cls(expert_set, gate_rows)
+
+    def organ_ED(self, organ: str, layer: int) -> torch.Tensor:
+        """One organ's rows of one layer: its experts × hidden."""
+        return self._by_organ[organ][layer]
+
+    def flat_ED(self, layer: int) -> torch.Tensor:
+        """The one gate over all organs' experts of a flat set, in the set's order."""
+        assert self._flat, "only a flat set has a gate that spans organs"
+        return self._flat[layer]
+
+    def expert_range(self, organ: str) -> tuple[int, int]:
+        """Which rows of the flat gate are an organ's: [start, end)."""
+        return self._ranges[organ]
+
+    def num_experts(self, organ: str) -> int:
+        """How many experts an organ has."""
+        start, end = self._ranges[organ]
+        return end - start

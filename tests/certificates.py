@@ -1,0 +1,46 @@
+"""Short-lived certificates for tests of TLS: an authority, a server, a client, and an authority that signed neither."""
+
+import datetime
+import ipaddress
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+
+def write_certificates(directory: Path) -> None:
+    """Writes ca.pem, other.pem, and server.{pem,key}, client.{pem,key} signed by ca; the server is 127.0.0.1."""
+    authority = _write(directory, "ca", None)
+    _write(directory, "other", None)
+    _write(directory, "server", authority)
+    _write(directory, "client", authority)
+
+
+Signer = tuple[x509.Name, ec.EllipticCurvePrivateKey]
+
+
+def _write(directory: Path, name: str, signer: Signer | None) -> Signer:
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"test {name}")])
+    issuer, issuer_key = signer or (subject, key)
+    now = datetime.datetime.now(datetime.UTC)
+    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(minutes=5))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(x509.BasicConstraints(ca=signer is None, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .sign(issuer_key, hashes.SHA256())
+    )
+    (directory / f"{name}.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    (directory / f"{name}.key").write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return subject, key

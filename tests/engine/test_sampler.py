@@ -1,0 +1,96 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from echovlm_ray.engine import sampler
+from echovlm_ray.engine.sampler import NonFiniteLogitsError, next_token
+from echovlm_ray.engine.sequence import SamplingParams, Sequence, SequenceRequest
+
+VOCABULARY = 50
+
+
+def sequence(sampling: SamplingParams, token_ids: list[int]) -> Sequence:
+    request = SequenceRequest(
+        input_ids=tuple(token_ids),
+        position_ids_3T=torch.zeros(3, len(token_ids), dtype=torch.int64),
+        position_delta=0,
+        expert_set_id="set",
+        shares=(("breast", 1.0),),
+        max_new_tokens=4,
+        sampling=sampling,
+    )
+    return Sequence.start(request, lambda output: None)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    temperature=st.floats(0.1, 3.0),
+    top_k=st.integers(0, VOCABULARY + 5),
+    top_p=st.floats(0.05, 1.0),
+    penalty=st.floats(0.5, 2.0),
+    token_ids=st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=20),
+)
+def test_the_distribution_is_that_of_transformers(
+    seed: int, temperature: float, top_k: int, top_p: float, penalty: float, token_ids: list[int]
+) -> None:
+    logits_V = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 4
+    processors = LogitsProcessorList(
+        [RepetitionPenaltyLogitsProcessor(penalty), TemperatureLogitsWarper(temperature)]
+        + ([TopKLogitsWarper(top_k)] if top_k else [])
+        + ([TopPLogitsWarper(top_p)] if top_p < 1 else [])
+    )
+    expected = processors(torch.tensor([token_ids]), logits_V[None].clone())[0].softmax(-1)
+    sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty, seed=1)
+    found = sampler.distribution(sampling, token_ids, logits_V)
+    # A token whose cumulative probability falls on top_p to the last bit may be kept by one and not the other.
+    assert ((found > 0) != (expected > 0)).sum() <= 1
+    if bool(((found > 0) == (expected > 0)).all()):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits_V = torch.tensor([0.0, math.log(3.0), -torch.inf])
+    own = sequence(SamplingParams(temperature=1.0, seed=3), [0])
+    drawn = [next_token(own, logits_V) for _ in range(4000)]
+    assert set(drawn) == {0, 1}
+    assert drawn.count(1) / len(drawn) == pytest.approx(0.75, abs=0.03)
+
+
+def test_a_seed_repeats_itself_and_another_does_not() -> None:
+    logits_V = torch.randn(VOCABULARY)
+    draws = []
+    for seed in (7, 7, 8, None):
+        own = sequence(SamplingParams(temperature=1.5, seed=seed), [0])
+        draws.append([next_token(own, logits_V) for _ in range(30)])
+    assert draws[0] == draws[1]
+    assert draws[0] != draws[2]
+    assert draws[0] != draws[3]
+
+
+def test_greedy_takes_the_largest_and_honours_the_penalty() -> None:
+    logits_V = torch.tensor([1.0, 2.0, 1.9, -1.0])
+    assert next_token(sequence(SamplingParams(), [1]), logits_V) == 1
+    assert next_token(sequence(SamplingParams(repetition_penalty=1.2), [1]), logits_V) == 2
+    assert logits_V.tolist() == pytest.approx([1.0, 2.0, 1.9, -1.0]), "the caller's logits were changed"
+
+
+def test_a_tiny_temperature_is_greedy_and_does_not_overflow() -> None:
+    assert next_token(sequence(SamplingParams(temperature=1e-30, seed=0), [0]), torch.tensor([5.0, 900.0, 3.0])) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_are_an_error(temperature: float, value: float) -> None:
+    with pytest.raises(NonFiniteLogitsError):
+        next_token(sequence(SamplingParams(temperature=temperature), [0]), torch.tensor([1.0, value, 2.0]))

@@ -1,0 +1,21 @@
+"""Golden models, loaded once."""
+
+from pathlib import Path
+
+import pytest
+
+from echovlm_ray import EchoVLMForConditionalGeneration
+from tests.model.support import CASES, FullCases
+
+
+@pytest.fixture(scope="session")
+def golden_cases(golden_dir: Path) -> FullCases:
+    return FullCases(golden_dir)
+
+
+@pytest.fixture(scope="session")
+def golden_models(golden_dir: Path) -> dict[str, EchoVLMForConditionalGeneration]:
+    return {
+        variant: EchoVLMForConditionalGeneration.from_pretrained(golden_dir / variant / "checkpoint")
+        for variant in CASES
+    }

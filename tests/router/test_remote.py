@@ -1,0 +1,260 @@
+"""The streams to the expert groups, against real servers that misbehave."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+
+import grpc
+import pytest
+import torch
+from google.rpc import code_pb2, status_pb2
+
+from experts.transport.codec import tensor_from_proto, tensor_to_proto
+from protos import expert_pb2, expert_pb2_grpc
+from router.channel import ChannelState, ReplicaChannel, ReplicaLostError
+from router.errors import ExpertsFailedError, ExpertsUnavailableError
+from router.remote import RemoteExperts
+
+X_TD = torch.arange(6.0).reshape(2, 3)
+INDEX_TK = torch.zeros(2, 1, dtype=torch.int32)
+WEIGHT_TK = torch.ones(2, 1)
+
+
+class Replica(expert_pb2_grpc.ExpertGroupServicer):
+    """Doubles what it gets, unless told otherwise."""
+
+    def __init__(self, organ: str = "liver") -> None:
+        self.organ = organ
+        self.received = 0
+        # Layers that are answered only after this many seconds.
+        self.delays: dict[int, float] = {}
+        self.error: status_pb2.Status | None = None
+        self.output: torch.Tensor | None = None
+        self.break_stream = False
+        # gRPC allows one write at a time; the tests have one stream to each replica.
+        self.writing = asyncio.Lock()
+
+    async def Status(  # noqa: N802
+        self, request: expert_pb2.ExpertGroupStatusRequest, context: grpc.aio.ServicerContext
+    ) -> expert_pb2.ExpertGroupStatusResponse:
+        return expert_pb2.ExpertGroupStatusResponse(organ=self.organ)
+
+    async def Forward(  # noqa: N802
+        self, requests: AsyncIterator[expert_pb2.ForwardRequest], context: grpc.aio.ServicerContext
+    ) -> None:
+        async with asyncio.TaskGroup() as answers:
+            async for request in requests:
+                self.received += 1
+                if self.break_stream:
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, "the replica stops")
+                answers.create_task(self._answer(request, context))
+
+    async def _answer(self, request: expert_pb2.ForwardRequest, context: grpc.aio.ServicerContext) -> None:
+        await asyncio.sleep(self.delays.get(request.layer, 0.0))
+        response = expert_pb2.ForwardResponse(correlation_id=request.correlation_id)
+        if self.error is not None:
+            response.error.CopyFrom(self.error)
+        else:
+            output = tensor_from_proto(request.hidden_states) * 2 if self.output is None else self.output
+            response.output.CopyFrom(tensor_to_proto(output))
+        async with self.writing:
+            await context.write(response)
+
+
+class Cluster:
+    """Replicas on one event loop in a thread."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+        self.live: list[str] = []
+        self.servers: dict[str, grpc.aio.Server] = {}
+
+    def addresses(self, organ: str) -> list[str]:
+        return list(self.live)
+
+    def add(self, replica: Replica) -> str:
+        address = asyncio.run_coroutine_threadsafe(self._start(replica), self.loop).result(10)
+        self.live.append(address)
+        return address
+
+    async def _start(self, replica: Replica) -> str:
+        server = grpc.aio.server()
+        expert_pb2_grpc.add_ExpertGroupServicer_to_server(replica, server)
+        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        await server.start()
+        self.servers[address] = server
+        return address
+
+    def kill(self, address: str) -> None:
+        asyncio.run_coroutine_threadsafe(self.servers.pop(address).stop(None), self.loop).result(10)
+
+    def close(self) -> None:
+        for address in list(self.servers):
+            self.kill(address)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(10)
+        self.loop.close()
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    running = Cluster()
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def experts(cluster: Cluster) -> Iterator[RemoteExperts]:
+    remote = RemoteExperts(cluster.addresses, exchange_timeout_s=1.0)
+    yield remote
+    remote.close()
+
+
+def send(experts: RemoteExperts, layer: int = 0) -> torch.Tensor:
+    return experts.send("liver", "digest", layer, X_TD, INDEX_TK, WEIGHT_TK).result()
+
+
+def test_exchanges_overlap_and_are_told_apart(cluster: Cluster, experts: RemoteExperts) -> None:
+    replica = Replica()
+    replica.delays = {0: 0.2, 1: 0.1}
+    cluster.add(replica)
+    experts.wait_until_connected(["liver"], 5)
+    started = time.monotonic()
+    pending = [experts.send("liver", "digest", layer, X_TD + layer, INDEX_TK, WEIGHT_TK) for layer in range(3)]
+    for layer, exchange in reversed(list(enumerate(pending))):
+        assert torch.equal(exchange.result(), (X_TD + layer) * 2)
+    assert time.monotonic() - started < 0.28, "exchanges waited for each other"
+
+
+def test_nothing_waits_for_a_connection(experts: RemoteExperts, cluster: Cluster) -> None:
+    started = time.monotonic()
+    with pytest.raises(ExpertsUnavailableError, match="no replica is running"):
+        send(experts)
+    # A port where nobody listens.
+    cluster.live.append("127.0.0.1:1")
+    for _ in range(3):
+        with pytest.raises(ExpertsUnavailableError, match=r"'liver' are not available.*127\.0\.0\.1:1"):
+            send(experts)
+    assert time.monotonic() - started < 0.5
+
+
+def test_a_broken_stream_fails_its_exchanges_at_once(cluster: Cluster, experts: RemoteExperts) -> None:
+    replica = Replica()
+    replica.delays = {0: 30.0}
+    address = cluster.add(replica)
+    experts.wait_until_connected(["liver"], 5)
+    exchange = experts.send("liver", "digest", 0, X_TD, INDEX_TK, WEIGHT_TK)
+    threading.Timer(0.1, cluster.kill, [address]).start()
+    started = time.monotonic()
+    with pytest.raises(ExpertsUnavailableError, match="broke"):
+        exchange.result()
+    assert time.monotonic() - started < 0.8, "it waited for the exchange's timeout"
+
+
+def test_a_lost_exchange_is_sent_to_another_replica(cluster: Cluster, experts: RemoteExperts) -> None:
+    replicas = [Replica(), Replica()]
+    for replica in replicas:
+        cluster.add(replica)
+        experts.wait_until_connected(["liver"], 5)
+    deadline = time.monotonic() + 5
+    while sum(channel.state is ChannelState.READY for channel in experts._refresh("liver")) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    replicas[0].break_stream = True
+    replicas[1].break_stream = False
+    assert all(torch.equal(send(experts), X_TD * 2) for _ in range(3))
+    assert replicas[0].received >= 1
+    assert replicas[1].received == 3
+
+
+@pytest.mark.parametrize("code", [code_pb2.RESOURCE_EXHAUSTED, code_pb2.FAILED_PRECONDITION, code_pb2.UNAVAILABLE])
+def test_passing_troubles_may_be_tried_again(cluster: Cluster, experts: RemoteExperts, code: int) -> None:
+    replica = Replica()
+    replica.error = status_pb2.Status(code=code, message="not now")
+    cluster.add(replica)
+    experts.wait_until_connected(["liver"], 5)
+    with pytest.raises(ExpertsUnavailableError, match="not now"):
+        send(experts)
+    replica.error = None
+    assert torch.equal(send(experts), X_TD * 2), "an in-stream error ended the stream"
+
+
+def test_other_errors_are_final(cluster: Cluster, experts: RemoteExperts) -> None:
+    replica = Replica()
+    replica.error = status_pb2.Status(code=code_pb2.INTERNAL, message="a kernel failed")
+    cluster.add(replica)
+    experts.wait_until_connected(["liver"], 5)
+    with pytest.raises(ExpertsFailedError, match="'liver' failed: a kernel failed"):
+        send(experts)
+    replica.error = None
+    for wrong in (X_TD[:1], X_TD.half()):
+        replica.output = wrong
+        with pytest.raises(ExpertsFailedError, match=r"sent \(2, 3\) torch.float32 and got"):
+            send(experts)
+
+
+def test_a_silent_replica_is_dropped_after_the_timeout_and_probed(cluster: Cluster, experts: RemoteExperts) -> None:
+    replica = Replica()
+    replica.delays = {0: 30.0}
+    cluster.add(replica)
+    experts.wait_until_connected(["liver"], 5)
+    started = time.monotonic()
+    with pytest.raises(ExpertsUnavailableError, match=r"did not answer within 1 s \(router.exchange_timeout_s\)"):
+        send(experts)
+    assert 0.9 < time.monotonic() - started < 1.5
+    experts.wait_until_connected(["liver"], 5)
+    assert torch.equal(send(experts, layer=1), X_TD * 2)
+
+
+def test_the_least_busy_replica_is_chosen(cluster: Cluster, experts: RemoteExperts) -> None:
+    replicas = [Replica(), Replica(), Replica()]
+    for replica in replicas:
+        replica.delays = {0: 0.2}
+        cluster.add(replica)
+    deadline = time.monotonic() + 5
+    while any(channel.state is not ChannelState.READY for channel in experts._refresh("liver")):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    pending = [experts.send("liver", "digest", 0, X_TD, INDEX_TK, WEIGHT_TK) for _ in range(6)]
+    for exchange in pending:
+        exchange.result()
+    assert [replica.received for replica in replicas] == [2, 2, 2]
+
+
+def test_an_address_that_is_gone_is_closed_after_its_last_answer(cluster: Cluster, experts: RemoteExperts) -> None:
+    replica = Replica()
+    replica.delays = {0: 0.2}
+    cluster.add(replica)
+    experts.wait_until_connected(["liver"], 5)
+    (channel,) = experts._refresh("liver")
+    exchange = experts.send("liver", "digest", 0, X_TD, INDEX_TK, WEIGHT_TK)
+    cluster.live.clear()
+    assert experts.unavailable("liver") is not None
+    assert torch.equal(exchange.result(), X_TD * 2)
+    channel._reader.join(5)
+    assert not channel._reader.is_alive()
+    with pytest.raises(ReplicaLostError, match="out of service"):
+        channel.send(expert_pb2.ForwardRequest())
+
+
+def test_an_address_of_another_organ_is_not_used(cluster: Cluster) -> None:
+    address = cluster.add(Replica("heart"))
+    channel = ReplicaChannel("liver", address)
+    channel._reader.join(5)
+    assert channel.state is ChannelState.CLOSED
+    assert "serves 'heart'" in channel.reason
+
+
+def test_closing_ends_all_threads(cluster: Cluster) -> None:
+    cluster.add(Replica())
+    experts = RemoteExperts(cluster.addresses, exchange_timeout_s=5.0)
+    experts.wait_until_connected(["liver"], 5)
+    (channel,) = experts._refresh("liver")
+    experts.close()
+    channel._reader.join(5)
+    assert not channel._reader.is_alive()
+    names = [thread.name for thread in threading.enumerate() if thread.name == "to-liver" and thread.is_alive()]
+    assert names == []

@@ -1,0 +1,89 @@
+"""A golden checkpoint taken apart: a backbone folder and a registry of bundles, written here and not by the tools."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from experts.bundle import Bundle
+from experts.bundle_writer import write_bundle
+from experts.manifest import BundleDescription
+from experts.registry import Registry
+from router.expert_set import ExpertSet, ExpertSetMember, Routing
+
+BACKBONE_DIGEST = "b" * 64
+
+
+@dataclass(frozen=True)
+class SplitGolden:
+    """What was written, and the expert set of it.
+
+    Attributes:
+        tensors: the whole checkpoint.
+        config: its config.json.
+    """
+
+    backbone: Path
+    registry: Path
+    expert_set: ExpertSet
+    tensors: dict[str, torch.Tensor]
+    config: dict[str, object]
+
+    def bundles(self) -> dict[str, Bundle]:
+        registry = Registry(self.registry)
+        return {member.bundle_digest: registry.open(member.bundle_digest) for member in self.expert_set.members}
+
+
+def split_golden(
+    checkpoint: Path, directory: Path, groups: Mapping[str, Sequence[int]], routing: Routing
+) -> SplitGolden:
+    """Takes a checkpoint apart; `groups` says which experts each organ gets, in the set's order."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    config = json.loads((checkpoint / "config.json").read_text())
+    backbone = directory / "backbone"
+    backbone.mkdir(parents=True)
+    routed = (".moe.gate.", ".moe.experts.")
+    kept = {name: tensor for name, tensor in tensors.items() if not any(part in name for part in routed)}
+    save_file(kept, backbone / "model.safetensors", metadata={"format": "pt"})
+    (backbone / "config.json").write_text(json.dumps(config))
+    (backbone / "generation_config.json").write_bytes((checkpoint / "generation_config.json").read_bytes())
+    members = []
+    for organ, experts in groups.items():
+        digest = _write_bundle(tensors, config, directory, organ, experts)
+        members.append(ExpertSetMember(organ=organ, bundle_digest=digest))
+    expert_set = ExpertSet(backbone_digest=BACKBONE_DIGEST, routing=routing, members=tuple(members))
+    return SplitGolden(backbone, directory / "registry", expert_set, tensors, config)
+
+
+def _write_bundle(
+    tensors: dict[str, torch.Tensor], config: dict[str, int], directory: Path, organ: str, experts: Sequence[int]
+) -> str:
+    dtype = str(tensors["model.layers.0.moe.gate.weight"].dtype).removeprefix("torch.")
+    description = BundleDescription(
+        name=f"golden-{organ}",
+        organ=organ,
+        version="1.0.0",
+        description="Experts of a golden checkpoint.",
+        authors="tests",
+        license="Apache-2.0",
+        intended_use="tests",
+        backbone_digest=BACKBONE_DIGEST,
+        num_layers=config["num_hidden_layers"],
+        num_experts=len(experts),
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["moe_intermediate_size"],
+        dtype=dtype,
+    )
+
+    def source(name: str) -> torch.Tensor:
+        _, layer, kind, *rest = name.split(".")
+        if kind == "gate":
+            return tensors[f"model.layers.{layer}.moe.gate.weight"][list(experts)].contiguous()
+        return tensors[f"model.layers.{layer}.moe.experts.{experts[int(rest[0])]}.{rest[1]}.weight"]
+
+    target = directory / f"bundle-{organ}"
+    write_bundle(target, description, source)
+    return Registry(directory / "registry").push(target).digest
