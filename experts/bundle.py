@@ -77,7 +77,7 @@ class Bundle:
         gate, up, down = (self._stacked(names) for names in expert_tensors_of_layer(self.manifest, layer).values())
         return ExpertWeights(gate, up, down)
 
-    def gate_ED(self, layer: int) -> torch.Tensor:  # noqa: N802 - named as tensors are, with its dimensions
+    def gate_ED(self, layer: int) -> torch.Tensor:
         """The gate's rows of this organ's experts in one layer: experts × hidden.
 
         Raises:

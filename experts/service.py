@@ -5,13 +5,14 @@ import logging
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-import grpc
+from google.rpc import code_pb2, status_pb2
+from grpc.aio import ServicerContext
 
 from experts.errors import ExpertCapacityError
 from experts.group import ExpertGroup, Resident
 from experts.transport.codec import tensor_from_proto, tensor_to_proto
-from google.rpc import code_pb2, status_pb2
 from protos import expert_pb2, expert_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -63,8 +64,8 @@ class ExpertGroupService(expert_pb2_grpc.ExpertGroupServicer):
         """Stops the threads; for after the server has stopped."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    async def Forward(  # noqa: N802 - gRPC names it
-        self, request_iterator: AsyncIterator[expert_pb2.ForwardRequest], context: grpc.aio.ServicerContext
+    async def Forward(
+        self, request_iterator: AsyncIterator[expert_pb2.ForwardRequest], context: "ServicerContext[Any, Any]"
     ) -> None:
         """The token loop; see the .proto."""
         writing = asyncio.Lock()
@@ -92,22 +93,22 @@ class ExpertGroupService(expert_pb2_grpc.ExpertGroupServicer):
                     # Not in the task itself: one that is cancelled before it starts runs nothing.
                     exchange.add_done_callback(self._ended)
 
-    async def Load(  # noqa: N802 - gRPC names it
-        self, request: expert_pb2.LoadRequest, context: grpc.aio.ServicerContext
+    async def Load(
+        self, request: expert_pb2.LoadRequest, context: "ServicerContext[Any, Any]"
     ) -> expert_pb2.LoadResponse:
         """Makes a bundle resident; raises what `ExpertGroup.load` raises."""
         resident = await asyncio.to_thread(self._group.load, request.bundle_digest)
         return expert_pb2.LoadResponse(bundle=_resident_to_proto(resident))
 
-    async def Unload(  # noqa: N802 - gRPC names it
-        self, request: expert_pb2.UnloadRequest, context: grpc.aio.ServicerContext
+    async def Unload(
+        self, request: expert_pb2.UnloadRequest, context: "ServicerContext[Any, Any]"
     ) -> expert_pb2.UnloadResponse:
         """Forgets a bundle once its exchanges have ended."""
         await asyncio.to_thread(self._group.unload, request.bundle_digest)
         return expert_pb2.UnloadResponse()
 
-    async def Status(  # noqa: N802 - gRPC names it
-        self, request: expert_pb2.ExpertGroupStatusRequest, context: grpc.aio.ServicerContext
+    async def Status(
+        self, request: expert_pb2.ExpertGroupStatusRequest, context: "ServicerContext[Any, Any]"
     ) -> expert_pb2.ExpertGroupStatusResponse:
         """What is resident."""
         return expert_pb2.ExpertGroupStatusResponse(

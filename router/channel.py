@@ -5,6 +5,7 @@ of 64 KiB took as long (p50 205 µs and 229 µs), and a second event loop beside
 """
 
 import itertools
+import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -35,6 +36,11 @@ def connect_insecure(address: str) -> grpc.Channel:
     return grpc.insecure_channel(address, options=list(CHANNEL_OPTIONS))
 
 
+RETIRED = "a replica was taken out of service"
+
+logger = logging.getLogger(__name__)
+
+
 class ReplicaLostError(ConnectionError):
     """The stream to a replica broke before an exchange was answered; the text says why."""
 
@@ -62,7 +68,7 @@ class ReplicaChannel:
         self.address = address
         self._lock = threading.Lock()
         self._state = ChannelState.CONNECTING
-        self._reason = "it is being connected"
+        self._reason = "a replica is being connected"
         self._pending: dict[int, Future[expert_pb2.ForwardResponse]] = {}
         self._correlation_ids = itertools.count(1)
         # None ends the stream.
@@ -109,16 +115,17 @@ class ReplicaChannel:
         """Takes no further exchanges, and closes when those under way are answered."""
         with self._lock:
             if self._state is ChannelState.READY:
-                self._state, self._reason = ChannelState.CLOSED, "it is being taken out of service"
+                self._state, self._reason = ChannelState.CLOSED, RETIRED
                 self._requests.put(None)
                 return
-        self.close("it is being taken out of service")
+        self.close(RETIRED)
 
     def close(self, reason: str) -> None:
         """Closes now; exchanges under way fail with the reason. Harmless when repeated."""
         with self._lock:
             if self._state is not ChannelState.CLOSED:
                 self._state, self._reason = ChannelState.CLOSED, reason
+                logger.info("experts of %s at %s: %s", self.organ, self.address, reason)
             pending, self._pending = self._pending, {}
         self._requests.put(None)
         self._channel.close()
@@ -131,7 +138,7 @@ class ReplicaChannel:
                 expert_pb2.ExpertGroupStatusRequest(), wait_for_ready=True, timeout=connect_timeout_s
             )
             if status.organ != self.organ:
-                self.close(f"the replica at {self.address} serves {status.organ!r}")
+                self.close(f"a replica serves {status.organ!r}")
                 return
             responses = self._stub.Forward(self._outgoing())
             with self._lock:
@@ -143,12 +150,12 @@ class ReplicaChannel:
                     answer = self._pending.pop(response.correlation_id, None)
                 if answer is not None:
                     answer.set_result(response)
-            self.close("the replica ended the stream")
+            self.close("a replica ended the stream")
         except grpc.RpcError as error:
-            self.close(f"the stream to {self.address} broke ({error.code().name})")
+            self.close(f"the stream to a replica broke ({error.code().name})")
         except ValueError:
             # gRPC's answer to a call on a channel that was closed meanwhile.
-            self.close("it was closed")
+            self.close(RETIRED)
 
     def _outgoing(self) -> Iterator[expert_pb2.ForwardRequest]:
         return iter(self._requests.get, None)

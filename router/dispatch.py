@@ -131,12 +131,12 @@ class DispatchStep:
         for member in self._plan(x_TD.device):
             gates = self._dispatcher.gates(member.set_id)
             if gates.expert_set.routing == "organs":
-                routing = self._route(self._rows(x_TD, member.row_R), gates.organ_ED(member.organ, layer))
+                routing = self._route(self._rows(x_TD, member.row_R), gates.rows_of(member.organ, layer))
                 taken, index_RK, weight_RK = member, routing.index_TK, routing.weight_TK
             else:
                 if member.set_id not in flat_routing:
                     x_RD = self._rows(x_TD, member.row_R)
-                    flat_routing[member.set_id] = self._route(x_RD, gates.flat_ED(layer))
+                    flat_routing[member.set_id] = self._route(x_RD, gates.flat_rows(layer))
                 taken, index_RK, weight_RK = _part_of_organ(member, gates, flat_routing[member.set_id])
             if not len(taken.row_R):
                 continue

@@ -76,11 +76,11 @@ class ExpertGates:
             )
         return cls(expert_set, gate_rows)
 
-    def organ_ED(self, organ: str, layer: int) -> torch.Tensor:
+    def rows_of(self, organ: str, layer: int) -> torch.Tensor:
         """One organ's rows of one layer: its experts × hidden."""
         return self._by_organ[organ][layer]
 
-    def flat_ED(self, layer: int) -> torch.Tensor:
+    def flat_rows(self, layer: int) -> torch.Tensor:
         """The one gate over all organs' experts of a flat set, in the set's order."""
         assert self._flat, "only a flat set has a gate that spans organs"
         return self._flat[layer]

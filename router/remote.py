@@ -73,7 +73,8 @@ class RemoteExperts:
         channels = self._refresh(organ)
         if any(channel.state is ChannelState.READY for channel in channels):
             return None
-        reasons = {f"{channel.address}: {channel.reason}" for channel in channels} or {"no replica is running"}
+        # Without addresses: the text goes to callers.
+        reasons = {channel.reason for channel in channels} or {"no replica is running"}
         return ExpertsUnavailableError(organ, "; ".join(sorted(reasons)))
 
     def wait_until_connected(self, organs: Sequence[str], timeout_s: float) -> None:
@@ -173,7 +174,7 @@ class RemoteExchange:
         try:
             response = self._answer.result(max(0.0, self._deadline - time.monotonic()))
         except TimeoutError:
-            reason = f"{self._channel.address} did not answer within {self._timeout_s:g} s (router.exchange_timeout_s)"
+            reason = f"a replica did not answer within {self._timeout_s:g} s (router.exchange_timeout_s)"
             self._channel.close(reason)
             return ExpertsUnavailableError(self._organ, reason)
         except ReplicaLostError as error:

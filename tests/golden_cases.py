@@ -123,7 +123,7 @@ def _vision(
         return
     grids = [(int(t), int(h), int(w)) for t, h, w in tensors[f"in.{grid_name}"].tolist()]
     sizes = [t * h * w for t, h, w in grids]
-    for grid, patches in zip(grids, tensors[f"in.{patches_name}"].split(sizes), strict=True):
+    for grid, patches in zip(grids, torch.split(tensors[f"in.{patches_name}"], sizes), strict=True):
         yield GoldenVision(kind, grid, patches)
 
 

@@ -35,7 +35,7 @@ class RunningSystem:
 
     def status(self) -> dict[str, Any]:
         """What `echoray status --json` prints."""
-        command = [ECHORAY, "status", "--json", "--control", self.control_address]
+        command: list[str | Path] = [ECHORAY, "status", "--json", "--control", self.control_address]
         done = subprocess.run(command, check=True, capture_output=True, timeout=60)
         status: dict[str, Any] = json.loads(done.stdout)
         return status

@@ -10,11 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from experts.bundle import Bundle
 from experts.bundle_writer import write_bundle
-from experts.manifest import BundleDescription
+from experts.manifest import BundleDescription, DTypeName
 from experts.registry import Registry
 from router.expert_set import ExpertSet, ExpertSetMember, Routing
 
 BACKBONE_DIGEST = "b" * 64
+DTYPES: dict[torch.dtype, DTypeName] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,6 @@ def split_golden(
 def _write_bundle(
     tensors: dict[str, torch.Tensor], config: dict[str, int], directory: Path, organ: str, experts: Sequence[int]
 ) -> str:
-    dtype = str(tensors["model.layers.0.moe.gate.weight"].dtype).removeprefix("torch.")
     description = BundleDescription(
         name=f"golden-{organ}",
         organ=organ,
@@ -75,7 +75,7 @@ def _write_bundle(
         num_experts=len(experts),
         hidden_size=config["hidden_size"],
         intermediate_size=config["moe_intermediate_size"],
-        dtype=dtype,
+        dtype=DTYPES[tensors["model.layers.0.moe.gate.weight"].dtype],
     )
 
     def source(name: str) -> torch.Tensor:

@@ -41,7 +41,9 @@ def test_imports_run_one_way(layer: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize(("layer", "libraries"), [("protos", HEAVY), ("experts", HEAVY - {"torch"}), ("router", HEAVY - {"torch"})])
+@pytest.mark.parametrize(
+    ("layer", "libraries"), [("protos", HEAVY), ("experts", HEAVY - {"torch"}), ("router", HEAVY - {"torch"})]
+)
 def test_lower_layers_stay_light(layer: str, libraries: set[str]) -> None:
     wrong = [
         f"{path.relative_to(ROOT)} imports {module}"

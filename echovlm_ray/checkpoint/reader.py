@@ -38,6 +38,8 @@ ITEM_SIZES = {
 }
 # The format's own limit; a longer header is an attack or an accident.
 _MAX_HEADER_BYTES = 100_000_000
+# A real index of a thousand layers stays far below.
+_MAX_JSON_BYTES = 64_000_000
 _CHUNK_BYTES = 4 * 1024 * 1024
 
 
@@ -174,8 +176,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InvalidCheckpointError(f"{directory}: no {CONFIG_NAME}")
     try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:
+        config = _read_json(path)
+    except (ValueError, RecursionError) as error:
         raise InvalidCheckpointError(f"{path}: not JSON: {error}") from None
     if not isinstance(config, dict):
         raise InvalidCheckpointError(f"{path}: must be a JSON object")
@@ -199,6 +201,12 @@ def differences(stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple
     return problems
 
 
+def _read_json(path: Path) -> Any:
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise ValueError(f"larger than {_MAX_JSON_BYTES:,} bytes")
+    return json.loads(path.read_bytes())
+
+
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     if len(set(keys)) != len(keys):
@@ -219,9 +227,9 @@ def _entry(name: str, path: Path, data_start: int, entry: dict[str, Any]) -> Sto
 
 def _read_weight_map(index: Path, problems: list[str]) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
+        weight_map = _read_json(index)["weight_map"]
         entries = dict(weight_map.items())
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         problems.append(f"{index.name}: not an index: it needs a JSON object with a weight_map")
         return {}
     sound: dict[str, str] = {}

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from echovlm_ray.checkpoint.layout import InvalidCheckpointError, is_split_folder
-from echovlm_ray.checkpoint.reader import CONFIG_NAME, TensorFolder, differences, read_config, read_tensor_folder
+from echovlm_ray.checkpoint.reader import (
+    CONFIG_NAME,
+    WEIGHTS_INDEX_NAME,
+    TensorFolder,
+    differences,
+    read_config,
+    read_tensor_folder,
+)
 from echovlm_ray.checkpoint.schema import ModelShape, is_routed
 
 # What lies beside the weights and belongs to the model: configuration, tokenizer, processor, terms of use. No code.
@@ -138,6 +145,6 @@ def copy_companions(source: Path, destination: Path) -> list[str]:
     for path in sorted(source.iterdir()):
         if path.is_file() and path.name in (CONFIG_NAME, *COMPANION_NAMES):
             shutil.copyfile(path, destination / path.name)
-        elif not path.name.startswith((".", "model")):
+        elif not path.name.startswith(".") and not path.name.endswith((".safetensors", WEIGHTS_INDEX_NAME)):
             left.append(path.name)
     return left

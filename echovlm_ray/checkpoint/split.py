@@ -226,7 +226,7 @@ def _describe(
             name=f"{labels.name}-{organ}",
             organ=organ,
             version=labels.version,
-            description=labels.description or f"The routed experts of {labels.name} for {organ}, as split.",
+            description=labels.description or _origin(labels.name, organ, experts, shape.num_experts),
             authors=labels.authors,
             license=labels.license,
             intended_use=labels.intended_use,
@@ -245,6 +245,14 @@ def _describe(
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise InvalidCheckpointError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _origin(name: str, organ: str, experts: tuple[int, ...], num_experts: int) -> str:
+    """What the bundle is; released experts carry no organ label, so none is claimed for them."""
+    if len(experts) == num_experts:
+        return f"A copy of all the routed experts of {name}, for {organ} to be trained apart; not specialised yet."
+    listed = ", ".join(map(str, experts))
+    return f"Routed experts {listed} of {name}, assigned to {organ} by the split; not trained for it."
 
 
 def _one_dtype(checkpoint: ReleasedCheckpoint, example: str, part: str) -> DTypeName:

@@ -177,7 +177,9 @@ class Engine:
         if finish is not None:
             with self._condition:
                 self._scheduler.finish(sequence)
-        _deliver(sequence, StepOutput(token_id, logits_TV, finish, None if finish is None else sequence.routed_pairs))
+        tells = finish is not None or sequence.num_generated == 1
+        routed_pairs = dict(sequence.routed_pairs) if tells else None
+        _deliver(sequence, StepOutput(token_id, logits_TV, finish, routed_pairs))
 
 
 def _deliver(sequence: Sequence, output: StepOutput | Exception) -> None:

@@ -51,7 +51,8 @@ class ModelRunner:
         self.cache = KVCache(
             num_layers=config.num_hidden_layers,
             num_blocks=self.num_blocks,
-            num_key_value_heads=config.num_key_value_heads,
+            # Without the field every head has keys and values of its own.
+            num_key_value_heads=config.num_key_value_heads or config.num_attention_heads,
             head_dim=config.hidden_size // config.num_attention_heads,
             dtype=model.dtype,
             device=self.device,

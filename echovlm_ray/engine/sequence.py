@@ -75,7 +75,7 @@ class StepOutput:
         token_id: the new token.
         logits_TV: with `return_logits`, float32: all prompt positions with the first token, then one row a token.
         finish: set with the last token.
-        routed_pairs: set with the last token: (token, layer, expert) pairs per organ over the whole request.
+        routed_pairs: set with the first and the last token: (token, layer, expert) pairs per organ so far.
     """
 
     token_id: int

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.initialization import no_init_weights
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding, Qwen2VLVisionRotaryEmbedding
 
@@ -28,7 +28,7 @@ from echovlm_ray.checkpoint.layout import (
 )
 from echovlm_ray.checkpoint.reader import StoredTensor, read_tensor_folder
 from echovlm_ray.checkpoint.schema import expert_name, gate_name, is_routed
-from echovlm_ray.model.configuration import EchoVLMConfig
+from echovlm_ray.model.configuration import EchoVLMConfig, take_text_fields
 from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
 from echovlm_ray.model.vision_tower import EchoVLMVisionTower
 from experts.bundle import Bundle
@@ -133,7 +133,7 @@ def prepare_pretrained(
     folder = None if path is None else Path(path, prepared.get("subfolder") or "")
     if folder is not None and is_split_folder(folder):
         prepared.pop("subfolder", None)
-        config, prepared["state_dict"] = _assemble(folder, organ)
+        config, prepared["state_dict"] = _assemble(folder, organ, take_text_fields(prepared))
         prepared.setdefault("config", config)
         prepared.setdefault("generation_config", _generation_config(backbone_directory(folder)))
         return None, prepared
@@ -144,6 +144,10 @@ def prepare_pretrained(
         )
     if folder is not None and folder.is_dir() and not {"variant", "key_mapping", "gguf_file"} & prepared.keys():
         given = prepared.get("config")
+        if isinstance(given, PreTrainedConfig) and not isinstance(given, EchoVLMConfig):
+            raise InvalidCheckpointError(
+                f"config is a {type(given).__name__}, which knows no experts: give EchoVLMConfig"
+            )
         config = given if isinstance(given, EchoVLMConfig) else EchoVLMConfig.from_pretrained(given or folder)
         _check_whole({name: tensor.shape for name, tensor in _read_headers(folder).items()}, config)
     return path, prepared
@@ -161,7 +165,9 @@ def require_complete(loading_info: Mapping[str, Any]) -> None:
         raise CheckpointMismatchError(missing, unexpected, mismatched, " ".join(loading_info["error_msgs"]))
 
 
-def _assemble(folder: Path, organ: str | None) -> tuple[EchoVLMConfig, dict[str, torch.Tensor]]:
+def _assemble(
+    folder: Path, organ: str | None, text_fields: dict[str, Any]
+) -> tuple[EchoVLMConfig, dict[str, torch.Tensor]]:
     index = read_index(folder)
     registry = Registry(registry_root(folder))
     bundles = [registry.open(digest) for digest in _bundle_digests(index, organ)]
@@ -171,9 +177,8 @@ def _assemble(folder: Path, organ: str | None) -> tuple[EchoVLMConfig, dict[str,
                 f"the experts of {bundle.manifest.organ!r} were made for another backbone than the one in {folder}"
             )
     backbone = backbone_directory(folder)
-    config = EchoVLMConfig.from_pretrained(backbone).with_experts(
-        sum(bundle.manifest.num_experts for bundle in bundles)
-    )
+    num_experts = sum(bundle.manifest.num_experts for bundle in bundles)
+    config = EchoVLMConfig.from_pretrained(backbone, **{**text_fields, "num_experts": num_experts})
     stored = _read_headers(backbone)
     if routed := [name for name in stored if is_routed(name)]:
         raise CheckpointMismatchError((), routed, (), "A split folder keeps these in its bundles, not in backbone/")

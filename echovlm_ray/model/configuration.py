@@ -8,7 +8,7 @@ In memory the text fields lie in `text_config`, as transformers 5 has it. In `co
 # mypy: disable-error-code="no-untyped-call"
 
 import copy
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -115,8 +115,7 @@ class EchoVLMConfig(Qwen2VLConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers, except that a text field among the keyword arguments overrides the file's."""
-        text_fields = EchoVLMTextConfig.default_config_fields().keys() - cls.default_config_fields().keys()
-        overrides = {name: kwargs.pop(name) for name in text_fields & kwargs.keys()}
+        overrides = take_text_fields(kwargs)
         # transformers writes into what it is given.
         config_dict = copy.deepcopy(config_dict)
         flat = config_dict if config_dict.get("text_config") is None else config_dict["text_config"]
@@ -141,9 +140,11 @@ class EchoVLMConfig(Qwen2VLConfig):
         released["transformers_version"] = self.to_dict()["transformers_version"]
         return released
 
-    def with_experts(self, num_experts: int) -> Self:
-        """A copy whose layers have that many routed experts."""
-        return type(self).from_dict(self.to_dict(), num_experts=num_experts)  # type: ignore[no-any-return]
+
+def take_text_fields(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Removes the language model's own fields from keyword arguments, and returns them."""
+    fields = EchoVLMTextConfig.default_config_fields().keys() - EchoVLMConfig.default_config_fields().keys()
+    return {name: kwargs.pop(name) for name in fields & kwargs.keys()}
 
 
 def _set_fields(config: PreTrainedConfig) -> dict[str, Any]:

@@ -2,38 +2,44 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import grpc
 import ray
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ray import serve
+from ray.serve import RunTarget
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from echovlm_ray.config import Config
 from echovlm_ray.serving import preflight, serve_api
-from echovlm_ray.serving.applications import declare, deploy_schema
+from echovlm_ray.serving.applications import build_applications
 from echovlm_ray.serving.deployments.control import brief
-from echovlm_ray.serving.deployments.settings import CONTROL, GATEWAY, ROUTER, Network, deployments_of
+from echovlm_ray.serving.deployments.settings import (
+    CONTROL,
+    DEPLOYMENTS,
+    EXPERT_PREFIX,
+    GATEWAY,
+    ROUTER,
+    Network,
+    deployment_of,
+)
 from echovlm_ray.serving.endpoints import Endpoints
 from echovlm_ray.serving.health import MODEL
 from echovlm_ray.serving.ray_session import joined_ray, local_ray
 from echovlm_ray.serving.served import ServedCheckpoint
 
-if TYPE_CHECKING:
-    from ray.serve.schema import ServeApplicationSchema
-
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.2
+# Serve's own view of all applications takes its controller tens of milliseconds; addresses arrive by themselves.
+STATUS_PERIOD_S = 2.0
 REMOVE_TIMEOUT_S = 60.0
-OUR_BUILDERS = "echovlm_ray.serving.applications:"
-STARTING, RUNNING, FAILED = "DEPLOYING", "RUNNING", "DEPLOY_FAILED"
 
-# Application → Serve's word for its state.
-Progress = Callable[[Mapping[str, str]], None]
+# Application → whether it listens.
+Progress = Callable[[Mapping[str, bool]], None]
 
 
 class StartError(RuntimeError):
@@ -82,7 +88,7 @@ def serve_system(
         address: of a Ray cluster to join; by default a local Ray is started, and is gone afterwards. On a joined
             cluster only our own applications are touched.
         keep: leave the applications running on the joined cluster when the block ends.
-        progress: told of every application's state while they start.
+        progress: told again and again which applications listen, while they start.
         stopping: asked while they start; true gives up, and cleans up.
 
     Raises:
@@ -95,38 +101,44 @@ def serve_system(
     config = preflight.resolve_paths(config)
     served = preflight.check(config, local=address is None)
     with local_ray(config) if address is None else joined_ray(address):
-        network = _network(config)
-        applications = declare(config, served.organs, network)
-        _check_capacity(config, served, wait=address is not None)
-        others = _other_applications(applications.keys())
-        endpoints = Endpoints(deployments_of(served.organs))
+        applications = build_applications(config, served.organs, _network(config))
+        _check_capacity(config, served, may_grow=address is not None)
+        _refuse_namesakes(applications)
+        endpoints = Endpoints({name: deployment_of(name) for name in applications})
         endpoints.start()
+        ready = False
         try:
-            declared = {name: entry.model_dump(exclude_unset=True) for name, entry in others.items()}
-            serve_api.declare_applications(deploy_schema(declared | applications))
-            _wait_until_running(applications.keys(), progress, stopping)
-            _wait_until_serving(endpoints, progress, stopping, list(applications))
+            serve.run_many(
+                [RunTarget(target, name=name, route_prefix=None) for name, target in applications.items()],
+                wait_for_ingress_deployment_creation=False,
+                wait_for_applications_running=False,
+            )
+            _wait_until_serving(tuple(applications), endpoints, progress, stopping)
+            ready = True
             gateways = tuple(replica.public_address for replica in endpoints.replicas(GATEWAY))
             control = endpoints.replicas(CONTROL)[0].public_address
             yield RunningSystem(gateways, control, served, time.monotonic() - started_at)
         finally:
             endpoints.stop()
-            if not keep:
-                _take_down(list(applications), others, local=address is None)
+            if ready and not keep:
+                _finish_requests()
+            # A local Ray's processes end with it, and what still starts would only keep them.
+            if address is not None and not (ready and keep):
+                _remove(tuple(applications))
 
 
-def remove_from_cluster(address: str) -> list[str]:
+def remove_from_cluster(address: str) -> tuple[str, ...]:
     """Removes our applications from a cluster, and returns their names.
 
     Raises:
         ConnectionError: no cluster at the address.
     """
     with joined_ray(address):
-        declared = serve_api.declared_applications()
-        ours = [name for name, entry in declared.items() if entry.import_path.startswith(OUR_BUILDERS)]
-        others = {name: entry for name, entry in declared.items() if name not in ours}
+        applications = serve.status().applications
+        ours = tuple(name for name, found in applications.items() if _is_ours(name, found))
         if ours:
-            _take_down(ours, others, local=False)
+            _finish_requests()
+            _remove(ours)
         return ours
 
 
@@ -144,7 +156,7 @@ def _network(config: Config) -> Network:
     return "node"
 
 
-def _check_capacity(config: Config, served: ServedCheckpoint, *, wait: bool) -> None:
+def _check_capacity(config: Config, served: ServedCheckpoint, *, may_grow: bool) -> None:
     """Refuses what can never be placed on a local Ray; a cluster may yet grow."""
     parts = [config.gateway.resources, config.vision.resources, config.router.resources]
     if config.router.experts == "remote":
@@ -161,55 +173,47 @@ def _check_capacity(config: Config, served: ServedCheckpoint, *, wait: bool) -> 
                 f"the configuration reserves {amount:g} {kind}s ({field} of all replicas) and Ray has "
                 f"{there.get(kind, 0.0):g}: lower {field} or replicas"
             )
-            if not wait:
+            if not may_grow:
                 raise StartError(text)
             logger.warning("%s, or let the cluster grow", text)
 
 
-def _other_applications(ours: "Mapping[str, object] | object") -> "dict[str, ServeApplicationSchema]":
-    names = set(ours)  # type: ignore[call-overload]
-    others = {}
-    for name, entry in serve_api.declared_applications().items():
-        if entry.import_path.startswith(OUR_BUILDERS):
-            continue
-        if name in names:
+def _is_ours(name: str, found: ApplicationStatusOverview) -> bool:
+    """Whether an application of a cluster is a part of EchoVLM-Ray, by the names of both it and its deployment."""
+    named = name in DEPLOYMENTS or name.startswith(EXPERT_PREFIX)
+    return named and set(found.deployments) <= {deployment_of(name)}
+
+
+def _refuse_namesakes(names: Iterable[str]) -> None:
+    there = serve.status().applications
+    for name in names:
+        if name in there and not _is_ours(name, there[name]):
             raise StartError(f"the cluster has an application {name!r} that is not EchoVLM-Ray's: rename or remove it")
-        others[name] = entry
-    return others
-
-
-def _states(names: "list[str]") -> dict[str, tuple[str, str]]:
-    applications = serve.status().applications
-    return {
-        name: (applications[name].status.value, applications[name].message)
-        if name in applications
-        else ("NOT_STARTED", "")
-        for name in names
-    }
-
-
-def _wait_until_running(names: "object", progress: Progress, stopping: Callable[[], bool]) -> None:
-    wanted = list(names)  # type: ignore[call-overload]
-    while True:
-        _stop_if_asked(stopping)
-        states = _states(wanted)
-        progress({name: status for name, (status, _) in states.items()})
-        for name, (status, message) in states.items():
-            if status == FAILED:
-                raise StartError(f"{name} did not start: {brief(message)}")
-        if all(status == RUNNING for status, _ in states.values()):
-            return
-        time.sleep(POLL_S)
 
 
 def _wait_until_serving(
-    endpoints: Endpoints, progress: Progress, stopping: Callable[[], bool], names: list[str]
+    names: Sequence[str], endpoints: Endpoints, progress: Progress, stopping: Callable[[], bool]
 ) -> None:
     """Running is not enough: the router must have reached the experts, and the gateway the router."""
-    while not (endpoints.of(GATEWAY) and endpoints.of(CONTROL) and _serves(endpoints.of(GATEWAY)[0])):
-        _stop_if_asked(stopping)
-        progress(dict.fromkeys(names, RUNNING))
+    next_status = 0.0
+    while True:
+        if stopping():
+            raise StoppedError("stopped while starting")
+        listening = {name for name in names if endpoints.of(name)}
+        progress({name: name in listening for name in names})
+        if listening == set(names) and _serves(endpoints.of(GATEWAY)[0]):
+            return
+        if time.monotonic() >= next_status:
+            _raise_if_failed(names)
+            next_status = time.monotonic() + STATUS_PERIOD_S
         time.sleep(POLL_S)
+
+
+def _raise_if_failed(names: Sequence[str]) -> None:
+    applications = serve.status().applications
+    for name in names:
+        if name in applications and applications[name].status == ApplicationStatus.DEPLOY_FAILED:
+            raise StartError(f"{name} did not start: {brief(applications[name].message)}")
 
 
 def _serves(address: str) -> bool:
@@ -222,32 +226,20 @@ def _serves(address: str) -> bool:
         return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-def _stop_if_asked(stopping: Callable[[], bool]) -> None:
-    if stopping():
-        raise StoppedError("stopped while starting")
+def _finish_requests() -> None:
+    """Ends the gateway, then the router: each finishes what it does while all that it calls is still there."""
+    _remove([GATEWAY])
+    _remove([ROUTER])
 
 
-def _take_down(names: list[str], others: "Mapping[str, ServeApplicationSchema]", *, local: bool) -> None:
-    """Removes the applications from the top down, so that each finds what it calls still there while it drains."""
+def _remove(names: Sequence[str]) -> None:
     try:
-        for group in ([GATEWAY], [ROUTER]):
-            _remove([name for name in group if name in names])
-        if local:
-            # The processes below hold nothing, and end with their Ray.
-            return
-        remaining = {name: entry.model_dump(exclude_unset=True) for name, entry in others.items()}
-        # Forgets the declaration too, so that a restarted controller does not bring the parts back.
-        serve_api.declare_applications(deploy_schema(remaining))
-        _remove(names)
-    except (ray.exceptions.RayError, ValueError) as error:
-        logger.warning("Ray Serve could not be told to stop (%s); its processes are ended", type(error).__name__)
-
-
-def _remove(names: list[str]) -> None:
-    serve_api.delete_applications(names)
-    deadline = time.monotonic() + REMOVE_TIMEOUT_S
-    while any(name in serve.status().applications for name in names):
-        if time.monotonic() > deadline:
-            logger.warning("%s did not end within %d s", ", ".join(names), REMOVE_TIMEOUT_S)
-            return
-        time.sleep(POLL_S)
+        serve_api.delete_applications(names)
+        deadline = time.monotonic() + REMOVE_TIMEOUT_S
+        while set(names) & set(serve.status().applications):
+            if time.monotonic() > deadline:
+                logger.warning("%s did not end within %d s", ", ".join(names), REMOVE_TIMEOUT_S)
+                return
+            time.sleep(POLL_S)
+    except ray.exceptions.RayError as error:
+        logger.warning("Ray Serve could not be told to remove %s: %s", ", ".join(names), type(error).__name__)

@@ -1,27 +1,24 @@
-"""The Ray Serve applications: builders that Serve imports by name, and the declaration of the whole system.
+"""The Ray Serve applications of the whole system, built from the configuration.
 
-Serve calls a builder with the arguments of its application, in this process's stead: `serve deploy`, KubeRay and
-`echoray serve` all go the same way.
+They are handed to Serve's controller built, not as names to import: for a name, Serve starts a process per application
+just to build it, which on two cores costs six seconds of every start. What a declaration would give is kept: each
+application carries a version made of all that its replicas are started with, so deploying again restarts only what
+changed, and other people's applications on the same cluster are not touched.
 """
 
-import os
-from typing import TYPE_CHECKING, Any
+from importlib import metadata
 
 from ray import serve
+from ray.serve import Application
 
 from echovlm_ray.config import Config
+from echovlm_ray.serving import serve_api
 from echovlm_ray.serving.deployments.control import ControlReplica
 from echovlm_ray.serving.deployments.expert_group import ExpertGroupReplica
 from echovlm_ray.serving.deployments.gateway import GatewayReplica
-from echovlm_ray.serving.deployments.replica import Replica, actor_options_of, environment_of
+from echovlm_ray.serving.deployments.replica import Replica, environment_of
 from echovlm_ray.serving.deployments.router import RouterReplica
 from echovlm_ray.serving.deployments.settings import (
-    CONTROL,
-    DEPLOYMENTS,
-    EXPERT_DEPLOYMENT,
-    GATEWAY,
-    ROUTER,
-    VISION,
     ControlSettings,
     ExpertGroupSettings,
     GatewaySettings,
@@ -29,97 +26,63 @@ from echovlm_ray.serving.deployments.settings import (
     ReplicaSettings,
     RouterSettings,
     VisionSettings,
+    deployment_of,
     settings_of,
 )
 from echovlm_ray.serving.deployments.vision import VisionReplica
-
-if TYPE_CHECKING:
-    from ray.serve import Application
-    from ray.serve.schema import ServeDeploySchema
+from experts.digest import digest_of
 
 # A replica whose constructor fails this often is given up, and the reason shown.
 CONSTRUCTOR_ATTEMPTS = 2
 # How often a stopping replica looks whether it may end.
 SHUTDOWN_POLL_S = 0.05
 
-
-def gateway(args: GatewaySettings) -> "Application":
-    """Builds the gateway."""
-    return _build(GatewayReplica, DEPLOYMENTS[GATEWAY], args)
-
-
-def vision(args: VisionSettings) -> "Application":
-    """Builds the vision encoder."""
-    return _build(VisionReplica, DEPLOYMENTS[VISION], args)
-
-
-def router(args: RouterSettings) -> "Application":
-    """Builds the router."""
-    return _build(RouterReplica, DEPLOYMENTS[ROUTER], args)
-
-
-def expert_group(args: ExpertGroupSettings) -> "Application":
-    """Builds one organ's expert group."""
-    return _build(ExpertGroupReplica, EXPERT_DEPLOYMENT, args)
-
-
-def control(args: ControlSettings) -> "Application":
-    """Builds Control."""
-    return _build(ControlReplica, DEPLOYMENTS[CONTROL], args)
-
-
-BUILDERS = {
-    GatewaySettings: "gateway",
-    VisionSettings: "vision",
-    RouterSettings: "router",
-    ExpertGroupSettings: "expert_group",
-    ControlSettings: "control",
+REPLICAS: dict[type[ReplicaSettings], type[Replica]] = {
+    GatewaySettings: GatewayReplica,
+    VisionSettings: VisionReplica,
+    RouterSettings: RouterReplica,
+    ExpertGroupSettings: ExpertGroupReplica,
+    ControlSettings: ControlReplica,
 }
 
 
-def declare(config: Config, organs: tuple[str, ...], network: Network) -> dict[str, dict[str, Any]]:
-    """Application → its entry in a Serve deploy configuration, in the order in which they are wanted.
+def build_applications(config: Config, organs: tuple[str, ...], network: Network) -> dict[str, Application]:
+    """Name → application, those first that take longest to start.
 
     Args:
-        config: with an absolute checkpoint path that all nodes can read.
+        config: with a checkpoint path that is absolute and can be read on all nodes.
         organs: of the checkpoint.
         network: where the servers between the parts listen.
     """
-    return {
-        name: {
-            "name": name,
-            "import_path": f"{__name__}:{BUILDERS[type(settings)]}",
-            # Serve's own HTTP proxies serve none of it.
-            "route_prefix": None,
-            "runtime_env": {"env_vars": environment_of(settings)},
-            "args": settings.model_dump(mode="json"),
-        }
-        for name, settings in settings_of(config, organs, network).items()
-    }
+    return {name: _build(name, settings) for name, settings in settings_of(config, organs, network).items()}
 
 
-def deploy_schema(applications: dict[str, dict[str, Any]]) -> "ServeDeploySchema":
-    """The declaration that Serve's controller takes.
+def version_of(settings: ReplicaSettings) -> str:
+    """What a replica is: while it stays the same, deploying again leaves the replica alone.
 
-    Serve ignores fields that it does not know; these are all made above, and a misspelt one would be a defect here.
+    Left out is what Serve can change under a running replica: how many there are, and how they are checked.
     """
-    from ray.serve.schema import ServeDeploySchema
+    started_with = settings.model_dump(mode="json", exclude={"serve"})
+    package = metadata.version("echovlm-ray")
+    return digest_of({"package": package, "environment": environment_of(settings), "settings": started_with})
 
-    return ServeDeploySchema.model_validate({"proxy_location": "Disabled", "applications": list(applications.values())})
 
-
-def _build(replica: type[Replica], name: str, settings: ReplicaSettings) -> "Application":
-    options = settings.serve
-    deployment = serve.deployment(replica).options(
-        name=name,
-        num_replicas=settings.resources.replicas,
-        ray_actor_options=actor_options_of(settings.resources),
+def _build(name: str, settings: ReplicaSettings) -> Application:
+    options, resources = settings.serve, settings.resources
+    deployment = serve.deployment(REPLICAS[type(settings)]).options(
+        name=deployment_of(name),
+        num_replicas=resources.replicas,
+        ray_actor_options={
+            "num_cpus": resources.num_cpus,
+            "num_gpus": resources.num_gpus,
+            "runtime_env": {"env_vars": environment_of(settings)},
+        },
         health_check_period_s=options.health_check_period_s,
         health_check_timeout_s=options.health_check_timeout_s,
         graceful_shutdown_timeout_s=options.graceful_shutdown_timeout_s,
         graceful_shutdown_wait_loop_s=SHUTDOWN_POLL_S,
         max_constructor_retry_count=CONSTRUCTOR_ATTEMPTS,
         # Requests come over our own servers; Serve's access log would only know of health checks.
-        logging_config={"enable_access_log": False, "log_level": os.environ.get("ECHORAY_LOG_LEVEL", "INFO")},
+        logging_config={"enable_access_log": False},
     )
-    return deployment.bind(settings.model_dump(mode="json"))
+    return serve_api.with_version(deployment, version_of(settings)).bind(settings.model_dump(mode="json"))

@@ -57,7 +57,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
         self._registry = registry
         self._live = live
 
-    async def List(  # noqa: N802 - the contract's name
+    async def List(
         self, request: control_pb2.ListRequest, context: grpc.aio.ServicerContext
     ) -> control_pb2.ListResponse:
         """The live set and the registry's bundles, of one organ or of all."""
@@ -70,7 +70,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
             live=expert_set_to_proto(live), bundles=[_bundle_info(manifest, in_use) for manifest in manifests]
         )
 
-    async def Watch(  # noqa: N802 - the contract's name
+    async def Watch(
         self, request: control_pb2.WatchRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[control_pb2.ExpertSet]:
         """The live set now and whenever it changes."""
@@ -111,7 +111,7 @@ class SystemStatusService(status_pb2_grpc.SystemStatusServicer):
         self._states = states
         self._live = live
 
-    async def GetStatus(  # noqa: N802 - the contract's name
+    async def GetStatus(
         self, request: status_pb2.GetStatusRequest, context: grpc.aio.ServicerContext
     ) -> status_pb2.GetStatusResponse:
         """Every application with every replica that runs."""

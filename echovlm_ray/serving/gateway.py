@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 
@@ -111,8 +111,8 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
         """Ends the decoding threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def Generate(  # noqa: N802 - the contract's name
-        self, request: echovlm_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    async def Generate(
+        self, request: echovlm_pb2.GenerateRequest, context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> echovlm_pb2.GenerateResponse:
         """The whole answer at once."""
         response = echovlm_pb2.GenerateResponse()
@@ -126,16 +126,16 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
         response.text = "".join(pieces)
         return response
 
-    async def GenerateStream(  # noqa: N802 - the contract's name
-        self, request: echovlm_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    async def GenerateStream(
+        self, request: echovlm_pb2.GenerateRequest, context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> AsyncGenerator[echovlm_pb2.GenerateEvent, None]:
         """The answer while it is written; a caller that leaves ends it everywhere."""
         async with aclosing(self._answer(request, context)) as events:
             async for event in events:
                 yield event
 
-    async def GetModelInfo(  # noqa: N802 - the contract's name
-        self, request: echovlm_pb2.GetModelInfoRequest, context: grpc.aio.ServicerContext
+    async def GetModelInfo(
+        self, request: echovlm_pb2.GetModelInfoRequest, context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> echovlm_pb2.ModelInfo:
         """What is served, and what a request may hold."""
         model = self._describe()
@@ -166,7 +166,7 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
         )
 
     async def _answer(
-        self, request: echovlm_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+        self, request: echovlm_pb2.GenerateRequest, context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> AsyncGenerator[echovlm_pb2.GenerateEvent, None]:
         with self._slot():
             deadline = time.monotonic() + self._seconds_left(context)
@@ -191,7 +191,7 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
         finally:
             self._under_way -= 1
 
-    def _seconds_left(self, context: grpc.aio.ServicerContext) -> float:
+    def _seconds_left(self, context: "grpc.aio.ServicerContext[Any, Any]") -> float:
         remaining: float | None = context.time_remaining()
         return self._gateway.default_deadline_s if remaining is None else remaining
 

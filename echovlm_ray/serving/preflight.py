@@ -91,10 +91,10 @@ def _check_credentials(name: str, section: GatewaySection | ControlSection) -> N
         # A key that is encrypted would ask for its password on the terminal.
         context.load_cert_chain(tls.certificate, tls.key, password=lambda: b"")
     except (ssl.SSLError, OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
         raise ValueError(
-            f"{name}.tls.certificate {tls.certificate} and {name}.tls.key {tls.key} cannot be used together: "
-            f"{getattr(error, 'reason', None) or error}; both must be PEM and belong together, and the key must have no "
-            "password"
+            f"{name}.tls.certificate {tls.certificate} and {name}.tls.key {tls.key} cannot be used together: {reason}; "
+            "both must be PEM and belong together, and the key must have no password"
         ) from None
 
 

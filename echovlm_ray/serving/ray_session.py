@@ -4,6 +4,7 @@ import logging
 import os
 import secrets
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -29,6 +30,8 @@ def local_ray(config: Config) -> Iterator[None]:
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         # Ray turns its authentication on for a cluster of its own; without this it would write a token into the home.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # Ray runs its workers below everything else on the machine; these have callers waiting.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # Nothing about this machine is to be reported to anybody.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     own = psutil.Process()
@@ -83,7 +86,7 @@ def end_processes(processes: set[psutil.Process], grace_s: float) -> None:
     _, alive = psutil.wait_procs(processes, timeout=grace_s)
     for process in alive:
         with suppress(psutil.NoSuchProcess):
-            logger.warning("killing %s, which did not end by itself", process.name())
+            logger.info("killing %s, which did not end by itself", process.name())
             process.kill()
     psutil.wait_procs(alive, timeout=grace_s)
 
@@ -96,8 +99,6 @@ def _start_serve() -> None:
 @contextmanager
 def _kept_signal_handlers() -> Iterator[None]:
     """Ray puts its own handler for SIGTERM in place, which would end this process without the rest of our clean-up."""
-    import threading
-
     if threading.current_thread() is not threading.main_thread():
         yield
         return

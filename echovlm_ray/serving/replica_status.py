@@ -46,7 +46,7 @@ class ReplicaStatusService(status_pb2_grpc.ReplicaStatusServicer):
         self._bundles = bundles
         self._process = psutil.Process()
 
-    async def Describe(  # noqa: N802 - the contract's name
+    async def Describe(
         self, request: status_pb2.DescribeRequest, context: grpc.aio.ServicerContext
     ) -> status_pb2.ReplicaDescription:
         """Process, memory, queue and, of an expert group, what is resident."""

@@ -62,7 +62,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
         """Requests that wait or run, for status."""
         return self._engine.queue_length
 
-    async def Route(  # noqa: N802 - the contract's name
+    async def Route(
         self, request: router_pb2.RouteRequest, context: grpc.aio.ServicerContext
     ) -> router_pb2.RouteResponse:
         """Says which organs and which expert set a request would use; computes nothing but the vision features."""
@@ -74,7 +74,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
             expert_set_id=self._served.expert_set.id, organ_source=choice.source, organs=shares
         )
 
-    async def Generate(  # noqa: N802 - the contract's name
+    async def Generate(
         self, request: router_pb2.RouterGenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[router_pb2.RouterGenerateResponse]:
         """Streams the tokens of one request; leaving the stream cancels it at the engine's next step."""
@@ -103,6 +103,8 @@ class RouterService(router_pb2_grpc.RouterServicer):
                 response = router_pb2.RouterGenerateResponse(token_ids=[output.token_id])
                 if output.logits_TV is not None:
                     response.logits.CopyFrom(tensor_to_proto(output.logits_TV))
+                if completed == 1:
+                    response.provenance.CopyFrom(self._provenance(output, choice))
                 if output.finish is not None:
                     response.summary.CopyFrom(self._summary(request, output, completed, choice))
                 yield response
@@ -254,6 +256,14 @@ class RouterService(router_pb2_grpc.RouterServicer):
         self, request: router_pb2.RouterGenerateRequest, output: StepOutput, completed: int, choice: OrganChoice
     ) -> router_pb2.RouterSummary:
         assert output.finish is not None
+        return router_pb2.RouterSummary(
+            finish_reason=FINISH_REASONS[output.finish],
+            prompt_tokens=len(request.input_ids),
+            completion_tokens=completed,
+            provenance=self._provenance(output, choice),
+        )
+
+    def _provenance(self, output: StepOutput, choice: OrganChoice) -> router_pb2.Provenance:
         assert output.routed_pairs is not None
         expert_set = self._served.expert_set
         total = sum(output.routed_pairs.values())
@@ -267,16 +277,11 @@ class RouterService(router_pb2_grpc.RouterServicer):
             for organ, pairs in output.routed_pairs.items()
             if pairs
         ]
-        return router_pb2.RouterSummary(
-            finish_reason=FINISH_REASONS[output.finish],
-            prompt_tokens=len(request.input_ids),
-            completion_tokens=completed,
-            provenance=router_pb2.Provenance(
-                expert_set_id=expert_set.id,
-                backbone_digest=expert_set.backbone_digest,
-                organ_source=choice.source,
-                organs=organs,
-            ),
+        return router_pb2.Provenance(
+            expert_set_id=expert_set.id,
+            backbone_digest=expert_set.backbone_digest,
+            organ_source=choice.source,
+            organs=organs,
         )
 
 

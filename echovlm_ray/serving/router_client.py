@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 
 import grpc
@@ -51,10 +52,10 @@ class RouterClient:
             grpc.aio.AioRpcError: the router refused or failed the request, with its own status.
         """
         give_up = min(deadline, time.monotonic() + RETRY_FOR_S)
-        lost = ""
+        lost: Counter[str] = Counter()
         while True:
             reason = "no replica is running"
-            address = self._least_busy(avoid=lost)
+            address = self._least_busy(lost)
             if address is not None:
                 begun = False
                 try:
@@ -71,7 +72,7 @@ class RouterClient:
                     if begun:
                         raise PartUnavailableError(PART, "the replica was lost during the answer") from error
                     reason = "the replica was lost before it answered"
-                    lost = address
+                    lost[address] += 1
             if time.monotonic() + RETRY_INTERVAL_S >= give_up:
                 raise PartUnavailableError(PART, reason)
             await asyncio.sleep(RETRY_INTERVAL_S)
@@ -89,7 +90,7 @@ class RouterClient:
         if channel is None:
             channel = self._channels[address] = grpc.aio.insecure_channel(address, options=self._options)
         self._in_flight[address] = self._in_flight.get(address, 0) + 1
-        call = router_pb2_grpc.RouterStub(channel).Generate(  # type: ignore[no-untyped-call]
+        call = router_pb2_grpc.RouterStub(channel).Generate(
             request,
             timeout=max(0.0, deadline - time.monotonic()),
             metadata=((REQUEST_ID_KEY, request_id),),
@@ -101,14 +102,14 @@ class RouterClient:
             call.cancel()
             self._in_flight[address] -= 1
 
-    def _least_busy(self, avoid: str) -> str | None:
+    def _least_busy(self, lost: Mapping[str, int]) -> str | None:
         live = self._addresses()
         for address in set(self._channels) - set(live):
             if not self._in_flight.get(address):
                 # Nothing runs on it, so dropping it is enough: grpc closes it with its last reference.
                 del self._channels[address]
                 self._in_flight.pop(address, None)
-        return min(live, key=lambda address: (address == avoid, self._in_flight.get(address, 0)), default=None)
+        return min(live, key=lambda address: (lost.get(address, 0), self._in_flight.get(address, 0)), default=None)
 
 
 def _is_lost(error: grpc.aio.AioRpcError) -> bool:
@@ -116,7 +117,7 @@ def _is_lost(error: grpc.aio.AioRpcError) -> bool:
     if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return False
     try:
-        status = rpc_status.from_call(error)
+        status = rpc_status.from_call(error)  # type: ignore[arg-type] # it has what a call has
     except ValueError:
         return True
     if status is None:

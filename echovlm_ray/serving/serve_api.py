@@ -1,15 +1,15 @@
 """All that we use of Ray Serve beyond its public interface, as of Ray 2.60.
 
-Serve's public Python interface can neither apply a declaration without its dashboard nor tell which replicas run now
-and what they said of themselves. Both are asked of Serve's controller here, and nowhere else; what comes back is
-checked, so that another Ray fails with a clear text instead of somewhere else with a strange one.
+Serve's public Python interface cannot tell which replicas run now and what they said of themselves, nor give a
+deployment a version. Both are done here and nowhere else; what comes back is checked, so that another Ray fails with a
+clear text instead of somewhere else with a strange one.
 """
 
 from collections.abc import Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
+from ray.serve import Deployment
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -71,19 +71,16 @@ def wait_for_targets(
         raise _unsupported() from error
 
 
-def declared_applications() -> dict[str, ServeApplicationSchema]:
-    """The applications that Serve was told of by declaration, by name."""
-    declared: dict[str, ServeApplicationSchema] = ray.get(_controller().get_app_configs.remote(), timeout=TIMEOUT_S)
-    return declared
+def with_version(deployment: Deployment, version: str) -> Deployment:
+    """The deployment with a version of our own; deploying the same version again leaves its replicas alone.
 
-
-def declare_applications(schema: ServeDeploySchema) -> None:
-    """Tells Serve which applications there shall be, and returns at once.
-
-    Those whose entry did not change go on undisturbed. Those that were declared before and are not any more are
-    removed.
+    Raises:
+        UnsupportedRayError: this Ray takes no versions.
     """
-    ray.get(_controller().apply_config.remote(schema), timeout=TIMEOUT_S)
+    try:
+        return deployment.options(version=version, _internal=True)
+    except (TypeError, ValueError) as error:
+        raise _unsupported() from error
 
 
 def delete_applications(names: Iterable[str]) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 import grpc
 import torch
@@ -26,8 +27,8 @@ class VisionEncoderService(vision_pb2_grpc.VisionEncoderServicer):
         """Inputs that wait or are computed, for status."""
         return self._encoder.queue_length
 
-    async def Encode(  # noqa: N802 - the contract's name
-        self, request: vision_pb2.EncodeRequest, context: grpc.aio.ServicerContext
+    async def Encode(
+        self, request: vision_pb2.EncodeRequest, context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> vision_pb2.EncodeResponse:
         """Encodes images and videos; a caller that leaves, or whose deadline passes, is dropped from the queue.
 

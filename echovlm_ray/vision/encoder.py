@@ -183,7 +183,8 @@ class VisionEncoder:
     def _leave(self, jobs: dict[str, _Job]) -> None:
         for digest, job in jobs.items():
             job.callers -= 1
-            if not job.callers and digest in self._waiting:
+            # The same image may have come again since the job ended, as a job of its own that others wait for.
+            if not job.callers and self._jobs.get(digest) is job and digest in self._waiting:
                 self._waiting.remove(digest)
                 del self._jobs[digest]
 

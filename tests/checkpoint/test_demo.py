@@ -4,9 +4,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, Qwen2TokenizerFast
+import transformers
+from transformers import AutoTokenizer
 
 from echovlm_ray.checkpoint.demo import make_demo
 from echovlm_ray.checkpoint.demo_tokenizer import SPECIAL_TOKENS
@@ -33,9 +35,9 @@ def digests(directory: Path) -> dict[str, str]:
 
 def test_the_same_bytes_in_another_process(demo: Path, tmp_path: Path) -> None:
     """With other hash seeds and thread counts, which are what makes runs differ."""
-    code = f"from pathlib import Path; from echovlm_ray.checkpoint.demo import make_demo; make_demo(Path({str(tmp_path / 'again')!r}))"
+    code = "import pathlib, sys, echovlm_ray.checkpoint.demo as demo; demo.make_demo(pathlib.Path(sys.argv[1]))"
     environment = {**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "2", "RAYON_NUM_THREADS": "2"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "again")], check=True, env=environment, timeout=120)
     assert digests(tmp_path / "again") == digests(demo)
 
 
@@ -80,7 +82,7 @@ def test_a_damaged_demo_is_not_passed_off_as_one(tmp_path: Path) -> None:
         make_demo(tmp_path / "demo")
 
 
-@pytest.mark.parametrize("tokenizer_class", [AutoTokenizer, Qwen2TokenizerFast])
+@pytest.mark.parametrize("tokenizer_class", ["AutoTokenizer", "Qwen2TokenizerFast"])
 @pytest.mark.parametrize(
     "text",
     [
@@ -90,8 +92,8 @@ def test_a_damaged_demo_is_not_passed_off_as_one(tmp_path: Path) -> None:
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Hi<|im_end|>\n",
     ],
 )
-def test_text_survives_the_tokenizer_that_transformers_loads(demo: Path, tokenizer_class, text: str) -> None:  # type: ignore[no-untyped-def]
-    tokenizer = tokenizer_class.from_pretrained(demo / "backbone")
+def test_text_survives_the_tokenizer_that_transformers_loads(demo: Path, tokenizer_class: str, text: str) -> None:
+    tokenizer = getattr(transformers, tokenizer_class).from_pretrained(demo / "backbone")
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -121,15 +123,16 @@ def test_chat_template_puts_pictures_first(demo: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo / "backbone")
     content = [{"type": "text", "text": "Describe."}, {"type": "image"}, {"type": "video"}]
     question = {"role": "user", "content": content}
-    answer = {"role": "assistant", "content": "A cyst."}
-    text = tokenizer.apply_chat_template([question, answer], tokenize=False, add_generation_prompt=True)
-    assert text == (
+
+    def render(*messages: dict[str, Any], answer: bool = False) -> Any:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer)
+
+    assert render(question, {"role": "assistant", "content": "A cyst."}, answer=True) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|><|vision_start|><|video_pad|><|vision_end|>"
         "Describe.<|im_end|>\n<|im_start|>assistant\nA cyst.<|im_end|>\n<|im_start|>assistant\n"
     )
-    system = {"role": "system", "content": "Be brief."}
-    text = tokenizer.apply_chat_template([system, question], tokenize=False)
+    text = render({"role": "system", "content": "Be brief."}, question)
     assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
     assert text.endswith("Describe.<|im_end|>\n")
 
@@ -147,6 +150,6 @@ def test_weights_are_random_and_finite_and_only_whole_characters_can_be_said(dem
     head = tensors["lm_head.weight"]
     silent = {token for token in range(len(tokenizer)) if not head[token].any()}
     assert set(tokenizer.all_special_ids) <= silent
-    assert 0 < len(silent) < len(tokenizer) / 4
+    assert 0 < len(silent) < len(tokenizer) / 3
     for token in set(range(len(tokenizer))) - silent:
         assert "\N{REPLACEMENT CHARACTER}" not in tokenizer.decode([token])

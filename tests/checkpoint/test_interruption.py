@@ -67,10 +67,14 @@ def test_stopping_half_way(base_checkpoint: Path, tmp_path: Path, command: str, 
 
 
 def test_a_name_taken_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
-    with pytest.raises(InvalidCheckpointError, match="not empty"), new_folder(tmp_path / "result") as partial:
-        (partial / "ours").touch()
-        (tmp_path / "result").mkdir()
-        (tmp_path / "result" / "theirs").touch()
+    def race() -> None:
+        with new_folder(tmp_path / "result") as partial:
+            (partial / "ours").touch()
+            (tmp_path / "result").mkdir()
+            (tmp_path / "result" / "theirs").touch()
+
+    with pytest.raises(InvalidCheckpointError, match="not empty"):
+        race()
     assert [path.name for path in tmp_path.rglob("*")] == ["result", "theirs"]
 
 

@@ -61,7 +61,7 @@ elif command == "merge":
     merge(source, destination, max_shard_bytes=limit)
 else:
     from safetensors.torch import load_file
-    everything = {name: tensor.clone() for path in source.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    everything = [tensor.clone() for path in source.glob("*.safetensors") for tensor in load_file(path).values()]
 print(peak() - before)
 """
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from echovlm_ray.engine.sequence import SequenceRequest
 from router.expert_set import Routing
 from tests.engines import Answer, engine_request, local_experts, remote_experts, run_together, running_engine
 from tests.expert_servers import server_thread
@@ -38,7 +39,7 @@ def case(
         assert engine.free_blocks == 4096 // 16
 
 
-def requests(rows: list[GoldenRow], split: SplitGolden, checkpoint: Path) -> list:
+def requests(rows: list[GoldenRow], split: SplitGolden, checkpoint: Path) -> list[SequenceRequest]:
     flat = split.expert_set.routing == "flat"
     return [
         engine_request(row, split, checkpoint, () if flat else SHARES[index % len(SHARES)])

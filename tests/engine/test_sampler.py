@@ -1,4 +1,5 @@
 import math
+from typing import cast
 
 import pytest
 import torch
@@ -50,7 +51,8 @@ def test_the_distribution_is_that_of_transformers(
         + ([TopKLogitsWarper(top_k)] if top_k else [])
         + ([TopPLogitsWarper(top_p)] if top_p < 1 else [])
     )
-    expected = processors(torch.tensor([token_ids]), logits_V[None].clone())[0].softmax(-1)
+    seen = cast(torch.LongTensor, torch.tensor([token_ids]))
+    expected = processors(seen, cast(torch.FloatTensor, logits_V[None].clone()))[0].softmax(-1)
     sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty, seed=1)
     found = sampler.distribution(sampling, token_ids, logits_V)
     # A token whose cumulative probability falls on top_p to the last bit may be kept by one and not the other.

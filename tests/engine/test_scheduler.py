@@ -1,6 +1,7 @@
 """Blocks are neither lost nor given twice, whatever happens to the sequences."""
 
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ actions = st.one_of(
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(actions, max_size=60))
-def test_no_block_is_lost_and_everything_ends(script: list[tuple]) -> None:
+def test_no_block_is_lost_and_everything_ends(script: list[tuple[Any, ...]]) -> None:
     outage = Outage()
     planned = scheduler(outage=outage)
     for action, *arguments in script:

@@ -65,7 +65,9 @@ def test_layers_are_views_of_the_file(make_bundle: MakeBundle) -> None:
     assert first.up_EFD.data_ptr() == second.up_EFD.data_ptr()
 
 
-def test_experts_may_be_spread_over_files(make_bundle: MakeBundle, describe: Any, make_tensors: Any, tmp_path: Path) -> None:
+def test_experts_may_be_spread_over_files(
+    make_bundle: MakeBundle, describe: Any, make_tensors: Any, tmp_path: Path
+) -> None:
     description = describe()
     tensors = make_tensors(description)
     stack_bytes = 3 * 16 * 24 * 4
@@ -175,6 +177,13 @@ def repeat_a_tensor(directory: Path) -> None:
     replace_tensors(directory, "experts.safetensors", lambda tensors: tensors.update({gate_tensor(0): extra}))
 
 
+def lose_a_tensor(directory: Path) -> None:
+    def lose(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors[gate_tensor(1)]
+
+    replace_tensors(directory, "gate.safetensors", lose)
+
+
 def change_tensor(file: str, name: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
     return lambda directory: replace_tensors(
         directory, file, lambda tensors: tensors.update({name: make(tensors[name])})
@@ -184,7 +193,10 @@ def change_tensor(file: str, name: str, make: Callable[[torch.Tensor], torch.Ten
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda directory: (directory / "gate.safetensors").unlink(), "gate.safetensors: named by the manifest and missing"),
+        (
+            lambda directory: (directory / "gate.safetensors").unlink(),
+            "gate.safetensors: named by the manifest and missing",
+        ),
         (lambda directory: (directory / "extra.safetensors").touch(), "extra.safetensors: is not in the manifest"),
         (lambda directory: (directory / "code.py").touch(), "code.py: is not in the manifest"),
         (lambda directory: (directory / "folder").mkdir(), "folder: is not in the manifest"),
@@ -196,7 +208,7 @@ def change_tensor(file: str, name: str, make: Callable[[torch.Tensor], torch.Ten
         (truncate_and_declare, "experts.safetensors: .*truncated"),
         (repeat_a_tensor, "gate.safetensors: tensor layers.0.gate.weight is also in experts.safetensors"),
         (
-            lambda directory: replace_tensors(directory, "gate.safetensors", lambda tensors: tensors.pop(gate_tensor(1))),  # type: ignore[arg-type,return-value]
+            lose_a_tensor,
             "1 tensors are missing, the first is layers.1.gate.weight",
         ),
         (

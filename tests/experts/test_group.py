@@ -136,8 +136,13 @@ X, INDEX, WEIGHT = exchange()
     ],
 )
 def test_exchanges_that_do_not_fit_are_refused(
-    layer: int, x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, reason: str,
-    group: ExpertGroup, pushed: Manifest,
+    layer: int,
+    x: torch.Tensor,
+    index: torch.Tensor,
+    weight: torch.Tensor,
+    reason: str,
+    group: ExpertGroup,
+    pushed: Manifest,
 ) -> None:
     assert {-1, 2} <= set(INDEX.flatten().tolist())
     group.load(pushed.digest)

@@ -72,7 +72,7 @@ def test_the_layout_is_by_digest(registry: Registry, make_bundle: MakeBundle) ->
 
 def test_versions_are_immutable(any_registry: Registry, make_bundle: MakeBundle) -> None:
     first = any_registry.push(make_bundle("one"))
-    with pytest.raises(InvalidBundleError, match="another bundle of breast 1.0.0.*raise the version"):
+    with pytest.raises(InvalidBundleError, match=r"another bundle of breast 1.0.0.*raise the version"):
         any_registry.push(make_bundle("two", seed=1))
     assert any_registry.list() == [first]
 
@@ -90,7 +90,7 @@ def test_what_is_not_there_is_named(any_registry: Registry, make_bundle: MakeBun
     with pytest.raises(UnknownBundleError, match="no bundle with the digest"):
         any_registry.open("0" * 64)
     any_registry.push(make_bundle())
-    with pytest.raises(UnknownBundleError, match="it has 1.0.0"):
+    with pytest.raises(UnknownBundleError, match=r"it has 1.0.0"):
         any_registry.find("breast", "3.0.0")
     with pytest.raises(UnknownBundleError, match="it has none"):
         any_registry.find("../../etc", "../passwd")
@@ -130,7 +130,7 @@ def test_a_damaged_bundle_is_not_pushed(link: bool, any_registry: Registry, make
     content = bytearray((directory / "experts.safetensors").read_bytes())
     content[-1] ^= 1
     (directory / "experts.safetensors").write_bytes(content)
-    with pytest.raises(InvalidBundleError, match="experts.safetensors: is damaged"):
+    with pytest.raises(InvalidBundleError, match=r"experts.safetensors: is damaged"):
         any_registry.push(directory, link=link)
     assert any_registry.list() == []
 
@@ -142,7 +142,7 @@ def test_a_known_file_does_not_hide_a_damaged_source(registry: Registry, make_bu
     content = bytearray((directory / "gate.safetensors").read_bytes())
     content[-1] ^= 1
     (directory / "gate.safetensors").write_bytes(content)
-    with pytest.raises(InvalidBundleError, match="gate.safetensors: is damaged"):
+    with pytest.raises(InvalidBundleError, match=r"gate.safetensors: is damaged"):
         registry.push(directory)
 
 
@@ -217,10 +217,10 @@ def test_fetched_files_are_checked_and_kept(make_bundle: MakeBundle, tmp_path: P
     content = filesystem.cat_file(remote)
 
     filesystem.pipe_file(remote, content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(InvalidBundleError, match="experts.safetensors: is damaged"):
+    with pytest.raises(InvalidBundleError, match=r"experts.safetensors: is damaged"):
         registry.open(manifest.digest)
     filesystem.pipe_file(remote, content + b"x")
-    with pytest.raises(InvalidBundleError, match="experts.safetensors: is damaged"):
+    with pytest.raises(InvalidBundleError, match=r"experts.safetensors: is damaged"):
         registry.open(manifest.digest)
     assert not cache.exists() or list(cache.iterdir()) == []
 
@@ -277,5 +277,5 @@ def test_missing_files_are_found_at_opening(damage: str, registry: Registry, mak
     if damage == "link":
         stored.with_suffix(".real").write_bytes(content)
         stored.symlink_to(stored.with_suffix(".real"))
-    with pytest.raises(InvalidBundleError, match="gate.safetensors"):
+    with pytest.raises(InvalidBundleError, match=r"gate.safetensors"):
         registry.open(manifest.digest)

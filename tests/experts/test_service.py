@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import pytest
 import torch
+from google.rpc import code_pb2
 
 from echovlm_ray.serving.errors import to_status
 from echovlm_ray.serving.interceptor import CallInterceptor
@@ -21,7 +22,6 @@ from experts.manifest import Manifest
 from experts.registry import Registry
 from experts.service import ExpertGroupService
 from experts.transport.codec import tensor_from_proto, tensor_to_proto
-from google.rpc import code_pb2
 from protos import expert_pb2, expert_pb2_grpc, tensor_pb2
 
 MakeBundle = Callable[..., Path]
@@ -65,10 +65,23 @@ class Served:
 async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
     running: list[Served] = []
 
-    async def start(group: ExpertGroup, *, unix: bool = False, max_queue: int = 64, **options: Any) -> Served:
-        service = ExpertGroupService(group, to_status=to_status, max_queue=max_queue, **options)
+    async def start(
+        group: ExpertGroup,
+        *,
+        unix: bool = False,
+        max_queue: int = 64,
+        workers: int = 2,
+        inline_multiply_adds: int = 0,
+    ) -> Served:
+        service = ExpertGroupService(
+            group,
+            to_status=to_status,
+            max_queue=max_queue,
+            workers=workers,
+            inline_multiply_adds=inline_multiply_adds,
+        )
         server = grpc.aio.server(interceptors=[CallInterceptor()])
-        expert_pb2_grpc.add_ExpertGroupServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+        expert_pb2_grpc.add_ExpertGroupServicer_to_server(service, server)
         address = f"unix:{tmp_path}/socket" if unix else "127.0.0.1:0"
         port = server.add_insecure_port(address)
         await server.start()
@@ -104,7 +117,9 @@ def inputs(tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torc
     )
 
 
-def request(digest: str, correlation_id: int, tokens: int = 4, layer: int = 0, **changes: Any) -> expert_pb2.ForwardRequest:
+def request(
+    digest: str, correlation_id: int, tokens: int = 4, layer: int = 0, **changes: Any
+) -> expert_pb2.ForwardRequest:
     x_TD, index_TK, weight_TK = inputs(tokens)
     fields = {
         "expert_index": tensor_to_proto(index_TK),
@@ -148,7 +163,7 @@ async def test_answers_are_those_of_the_group_to_the_last_bit(
 async def test_exchanges_overlap_and_are_answered_as_they_finish(
     serve: Serve, door_group: ExpertGroup, kernel: DoorKernel, pushed: Manifest
 ) -> None:
-    served = await serve(door_group, inline_multiply_adds=0, workers=2)
+    served = await serve(door_group)
     call, other = served.stub.Forward(), served.stub.Forward()
     await call.write(request(pushed.digest, 1, tokens=50))
     await kernel.until_waiting()
@@ -281,7 +296,11 @@ async def test_a_defect_is_answered_without_its_text_and_logged_without_it(
 
 @pytest.mark.parametrize("ending", ["cancel", "disconnect"])
 async def test_a_caller_that_leaves_takes_its_exchanges_with_it(
-    ending: str, serve: Serve, door_group: ExpertGroup, kernel: DoorKernel, pushed: Manifest,
+    ending: str,
+    serve: Serve,
+    door_group: ExpertGroup,
+    kernel: DoorKernel,
+    pushed: Manifest,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     served = await serve(door_group, workers=1)
@@ -296,7 +315,6 @@ async def test_a_caller_that_leaves_takes_its_exchanges_with_it(
             call.cancel()
         else:
             await served.channel.close()
-            served.channel = grpc.aio.insecure_channel(served.channel._channel.target().decode()) if False else served.channel
         async with asyncio.timeout(PATIENCE_S):
             while served.service.exchanges_in_flight:
                 await asyncio.sleep(0.001)
@@ -334,18 +352,20 @@ async def test_answers_come_after_the_caller_has_finished_writing(
     assert await asyncio.wait_for(call.read(), PATIENCE_S) is grpc.aio.EOF
 
 
+@pytest.mark.parametrize("inline_multiply_adds", [0, 10**9])
 async def test_a_caller_that_reads_nothing_is_not_read_for_ever(
-    serve: Serve, door_group: ExpertGroup, kernel: DoorKernel, pushed: Manifest
+    inline_multiply_adds: int, serve: Serve, group: ExpertGroup, pushed: Manifest
 ) -> None:
     """Answers that nobody takes must not pile up in the server."""
-    served = await serve(door_group, max_queue=2)
+    group.load(pushed.digest)
+    served = await serve(group, max_queue=2, inline_multiply_adds=inline_multiply_adds)
     call = served.stub.Forward()
     written = 0
 
     async def flood() -> None:
         nonlocal written
         while True:
-            await call.write(request(pushed.digest, written, tokens=8))
+            await call.write(request(pushed.digest, written, tokens=2000))
             written += 1
             assert served.service.exchanges_in_flight <= 2
 
@@ -362,7 +382,9 @@ async def test_a_caller_that_reads_nothing_is_not_read_for_ever(
     call.cancel()
 
 
-async def test_loading_while_forwarding(serve: Serve, group: ExpertGroup, registry: Registry, make_bundle: MakeBundle) -> None:
+async def test_loading_while_forwarding(
+    serve: Serve, group: ExpertGroup, registry: Registry, make_bundle: MakeBundle
+) -> None:
     """A steady stream of exchanges, and bundles that come and go beside it: none fails, none changes."""
     steady = registry.push(make_bundle("steady"))
     others = [registry.push(make_bundle(f"b{n}", seed=n, version=f"2.0.{n}")) for n in range(6)]

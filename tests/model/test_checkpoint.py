@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import Qwen2VLConfig
 
 from echovlm_ray import EchoVLMConfig, EchoVLMForConditionalGeneration
 from echovlm_ray.checkpoint.groups import clone_groups, partition_groups
@@ -24,8 +25,7 @@ from experts.registry import Registry
 from tests.model.support import assert_same_tensors, image_prompt, small_model, stored_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
-Load = Callable[[Path], EchoVLMForConditionalGeneration]
-load: Load = EchoVLMForConditionalGeneration.from_pretrained
+load: Any = EchoVLMForConditionalGeneration.from_pretrained
 
 
 @torch.inference_mode()
@@ -161,6 +161,11 @@ def test_a_state_dict_is_held_to_the_same(released: Path) -> None:
         )
 
 
+def test_a_config_without_experts_is_refused(released: Path) -> None:
+    with pytest.raises(InvalidCheckpointError, match="Qwen2VLConfig, which knows no experts"):
+        load(released, config=Qwen2VLConfig())
+
+
 def test_damaged_files_are_refused(altered: Callable[..., Path]) -> None:
     folder = altered(lambda tensors: None)
     content = (folder / "model.safetensors").read_bytes()
@@ -205,7 +210,8 @@ def divided(released: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_split_folder_with_an_organ_is_the_whole_model(
     released: Path, cloned: Path, tmp_path: Path, organ: str
 ) -> None:
-    model = load(cloned, organ=organ)
+    model = load(cloned, organ=organ, output_router_logits=True)
+    assert model.config.text_config.output_router_logits
     assert_close(logits_of(model), logits_of(load(released)))
     assert model.generation_config.eos_token_id == 995
     model.save_pretrained(tmp_path)

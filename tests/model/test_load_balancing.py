@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +15,7 @@ from tests.model.support import small_model
 def test_it_is_transformers_loss(experts: int, layers: int, top_k: int, padded: bool, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     top_k = min(top_k, experts)
-    logits = tuple(torch.randn(10, experts, generator=generator) for _ in range(layers))
+    logits: Any = tuple(torch.randn(10, experts, generator=generator) for _ in range(layers))
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]]) if padded else None
     expected = load_balancing_loss_func(logits, experts, top_k, mask)
     torch.testing.assert_close(load_balancing_loss(logits, top_k, mask), expected)

@@ -154,7 +154,8 @@ class ElsewhereExperts:
 
 
 def test_experts_elsewhere_overlap_and_change_nothing(model: EchoVLMForConditionalGeneration) -> None:
-    layers, events = model.model.language_model.layers, []
+    layers = model.model.language_model.layers
+    events: list[tuple[str, int]] = []
     elsewhere = ElsewhereExperts([layer.moe for layer in layers], events)
     handles = []
     for number, layer in enumerate(layers):

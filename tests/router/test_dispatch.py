@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def expected(own: ExpertGates, layer: int, x_TD: torch.Tensor, shares: Mapping[s
     choices = shares or {"": 1.0}
     for organ, share in choices.items():
         experts = [(name, index) for name in ([organ] if organ else ORGANS) for index in range(SIZES[name])]
-        gate_ED = torch.cat([own.organ_ED(name, layer) for name in ([organ] if organ else ORGANS)])
+        gate_ED = torch.cat([own.rows_of(name, layer) for name in ([organ] if organ else ORGANS)])
         for token, x_D in enumerate(x_TD):
             probability = F.softmax(gate_ED @ x_D, dim=0)
             for expert in probability.argsort(descending=True)[:2].tolist():
@@ -110,7 +111,7 @@ shares = st.one_of(
     ),
     seed=st.integers(0, 1000),
 )
-def test_every_row_gets_its_own_sets_and_organs_sum(chunks: list[tuple], seed: int) -> None:
+def test_every_row_gets_its_own_sets_and_organs_sum(chunks: list[tuple[Any, ...]], seed: int) -> None:
     # Two sets of organs with another gate and other bundles, and a flat one, in one batch.
     own = {"organs": gates("organs"), "other": gates("organs", seed=1), "flat": gates("flat", seed=2)}
     experts = ScalingExperts()
@@ -150,7 +151,7 @@ def test_one_organ_with_share_1_comes_out_bit_for_bit(dtype: torch.dtype) -> Non
     own = gates("organs")
     experts = ScalingExperts()
     dispatcher = Dispatcher(experts, top_k=2, norm_topk_prob=False)
-    rows = {organ: tuple(own.organ_ED(organ, layer).to(dtype) for layer in range(2)) for organ in ORGANS}
+    rows = {organ: tuple(own.rows_of(organ, layer).to(dtype) for layer in range(2)) for organ in ORGANS}
     own = ExpertGates(own.expert_set, rows)
     dispatcher.add_set(own)
     x_TD = torch.randn(6, HIDDEN).to(dtype)
@@ -172,7 +173,7 @@ def test_sets_that_share_a_bundle_share_an_exchange() -> None:
     first = gates("organs", digests=digests)
     second = ExpertGates(
         gates("organs", seed=5, digests=digests).expert_set,
-        {organ: tuple(first.organ_ED(organ, layer) for layer in range(2)) for organ in ORGANS},
+        {organ: tuple(first.rows_of(organ, layer) for layer in range(2)) for organ in ORGANS},
     )
     experts = ScalingExperts()
     dispatcher = Dispatcher(experts, top_k=2, norm_topk_prob=False)
@@ -234,9 +235,9 @@ def test_gates_are_read_from_the_bundles(golden_dir: Path, tmp_path: Path) -> No
     split = split_golden(golden_dir / "base" / "checkpoint", tmp_path, groups, "flat")
     own = ExpertGates.from_bundles(split.expert_set, split.bundles(), num_layers=4, dtype=torch.float32)
     released = split.tensors["model.layers.3.moe.gate.weight"]
-    assert torch.equal(own.flat_ED(3), released[[2, 0, 3, 1]])
+    assert torch.equal(own.flat_rows(3), released[[2, 0, 3, 1]])
     assert own.expert_range("liver") == (2, 3)
-    assert torch.equal(own.organ_ED("heart", 3), released[[1]])
+    assert torch.equal(own.rows_of("heart", 3), released[[1]])
     other = split.expert_set.model_copy(update={"backbone_digest": "c" * 64})
     with pytest.raises(ValueError, match="made for backbone"):
         ExpertGates.from_bundles(other, split.bundles(), num_layers=4, dtype=torch.float32)

@@ -22,7 +22,7 @@ from echovlm_ray.serving.vision_client import VisionClient
 from echovlm_ray.serving.vision_encoder import VisionEncoderService
 from echovlm_ray.vision.encoder import VisionEncoder
 from experts.transport.codec import tensor_from_proto
-from protos import router_pb2, router_pb2_grpc, vision_pb2_grpc
+from protos import router_pb2, router_pb2_grpc, vision_pb2, vision_pb2_grpc
 from router.organ_gate import OrganGate, OrganProfile
 from tests.engines import local_experts, running_engine
 from tests.golden_cases import GoldenRow, golden_rows, router_request
@@ -56,7 +56,7 @@ def rows(golden_dir: Path) -> list[GoldenRow]:
 
 async def vision_server(encoder: VisionEncoder) -> tuple[grpc.aio.Server, str]:
     server = grpc.aio.server(interceptors=[CallInterceptor()])
-    vision_pb2_grpc.add_VisionEncoderServicer_to_server(VisionEncoderService(encoder), server)
+    vision_pb2_grpc.add_VisionEncoderServicer_to_server(VisionEncoderService(encoder), server)  # type: ignore[no-untyped-call]
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     return server, address
@@ -78,7 +78,7 @@ async def serving(split: SplitGolden, checkpoint: Path, limits: RouterSection) -
         served = ServedModel(config, split.expert_set, versions, frozenset({995}))
         service = RouterService(engine, served, gate, vision, limits)
         server = grpc.aio.server(interceptors=[CallInterceptor()])
-        router_pb2_grpc.add_RouterServicer_to_server(service, server)
+        router_pb2_grpc.add_RouterServicer_to_server(service, server)  # type: ignore[no-untyped-call]
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -179,7 +179,8 @@ async def code_of(served: Served, request: router_pb2.RouterGenerateRequest, tim
     ],
 )
 async def test_bad_requests_name_the_field(served: Served, change: dict[str, Any], text: str) -> None:
-    request = router_pb2.RouterGenerateRequest(**{"input_ids": [1, 2], "max_new_tokens": 2} | change)
+    fields: dict[str, Any] = {"input_ids": [1, 2], "max_new_tokens": 2} | change
+    request = router_pb2.RouterGenerateRequest(**fields)
     code, details = await code_of(served, request)
     assert code == grpc.StatusCode.INVALID_ARGUMENT
     assert re.search(text, details), details
@@ -191,7 +192,7 @@ async def test_vision_inputs_that_do_not_fit_are_refused(served: Served, rows: l
     missing = router_request(row)
     del missing.vision_inputs[:]
     unknown = router_request(row)
-    unknown.vision_inputs[0].kind = 0
+    unknown.vision_inputs[0].kind = vision_pb2.VISION_KIND_UNSPECIFIED
     odd = router_request(row)
     odd.vision_inputs[0].grid_h = 3
     short = router_request(row)

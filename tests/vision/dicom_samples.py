@@ -9,7 +9,7 @@ from pydicom import Dataset, FileDataset
 from pydicom.data import get_testdata_file
 from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import encapsulate
-from pydicom.uid import ExplicitVRLittleEndian, UltrasoundImageStorage
+from pydicom.uid import UID, ExplicitVRLittleEndian, UltrasoundImageStorage
 
 REAL = (
     "examples_ybr_color.dcm",
@@ -47,11 +47,11 @@ def made(
     **attributes: Any,
 ) -> bytes:
     """A DICOM file of rows × columns (× 3) pixels, frames × … with `frames`; `attributes` are set last."""
-    dataset = FileDataset(None, {}, preamble=b"\0" * 128)
+    dataset = FileDataset("", {}, preamble=b"\0" * 128)
     dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = transfer_syntax
+    dataset.file_meta.TransferSyntaxUID = UID(transfer_syntax)
     dataset.file_meta.MediaStorageSOPClassUID = UltrasoundImageStorage
-    dataset.file_meta.MediaStorageSOPInstanceUID = "1.2.3.4"
+    dataset.file_meta.MediaStorageSOPInstanceUID = UID("1.2.3.4")
     dataset.SOPClassUID = UltrasoundImageStorage
     dataset.SOPInstanceUID = "1.2.3.4"
     dataset.Modality = "US"

@@ -195,10 +195,9 @@ SEEDS = [
 def survives(content: bytes) -> None:
     try:
         image = decode(content)
-    except InvalidRequestError as error:
-        assert error.field == "images[2].content"
-    else:
-        assert all(frame.dtype == np.uint8 and frame.ndim == 3 for frame in image.frames)
+    except InvalidRequestError:
+        return
+    assert all(frame.dtype == np.uint8 and frame.ndim == 3 for frame in image.frames)
 
 
 @given(content=st.binary(max_size=400), prefix=st.sampled_from([b"", PNG[:33], JPEG[:20], b"\0" * 128 + b"DICM"]))

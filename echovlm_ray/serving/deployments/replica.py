@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from echovlm_ray.config import Resources
 from echovlm_ray.serving.deployments.settings import Network, ReplicaSettings
 from echovlm_ray.serving.endpoints import ADDRESS_KEY, PUBLIC_ADDRESS_KEY
 from echovlm_ray.serving.replica_status import SERVICE_NAME, ReplicaIdentity, ReplicaStatusService
@@ -167,11 +166,6 @@ def environment_of(settings: ReplicaSettings) -> dict[str, str]:
     if not settings.serve.grpc_event_engine:
         environment["GRPC_EXPERIMENTS"] = "-event_engine_client,-event_engine_listener"
     return environment
-
-
-def actor_options_of(resources: Resources) -> dict[str, float]:
-    """What Ray reserves for a replica."""
-    return {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus}
 
 
 def _host(network: Network) -> str:

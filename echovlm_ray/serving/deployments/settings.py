@@ -4,7 +4,7 @@ Serve restarts an application's replicas when what they were started with change
 uses, a new limit of the gateway restarts no expert group.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from echovlm_ray.config import (
     Config,
@@ -34,6 +34,11 @@ Network = Literal["loopback", "node"]
 def expert_application(organ: str) -> str:
     """The Serve application of an organ's expert group."""
     return f"{EXPERT_PREFIX}{organ}"
+
+
+def deployment_of(application: str) -> str:
+    """The name of an application's one deployment."""
+    return DEPLOYMENTS.get(application, EXPERT_DEPLOYMENT)
 
 
 def deployments_of(organs: tuple[str, ...]) -> dict[str, str]:
@@ -118,29 +123,21 @@ class ControlSettings(ReplicaSettings):
 
 
 def settings_of(config: Config, organs: tuple[str, ...], network: Network) -> dict[str, ReplicaSettings]:
-    """Application → what its replicas are started with; expert groups only where experts run apart."""
-    model, serve = config.model, config.serve
+    """Application → what its replicas are started with; expert groups only where experts run apart.
+
+    Those that take longest to start come first: then no core idles while the last of them starts.
+    """
+    common: dict[str, Any] = {"model": config.model, "serve": config.serve, "network": network}
     settings: dict[str, ReplicaSettings] = {
-        CONTROL: ControlSettings(
-            model=model,
-            serve=serve,
-            network=network,
-            control=config.control,
-            experts_placement=config.router.experts,
-        )
+        ROUTER: RouterSettings(**common, router=config.router, experts=config.experts),
+        GATEWAY: GatewaySettings(**common, gateway=config.gateway, router=config.router),
+        VISION: VisionSettings(**common, vision=config.vision),
     }
     if config.router.experts == "remote":
         for organ in organs:
             # Other organs' resources are no business of this one.
-            experts = config.experts.model_copy(update={"resources": config.experts.resources_of(organ), "organs": {}})
-            settings[expert_application(organ)] = ExpertGroupSettings(
-                model=model, serve=serve, network=network, organ=organ, experts=experts
-            )
-    settings[VISION] = VisionSettings(model=model, serve=serve, network=network, vision=config.vision)
-    settings[ROUTER] = RouterSettings(
-        model=model, serve=serve, network=network, router=config.router, experts=config.experts
-    )
-    settings[GATEWAY] = GatewaySettings(
-        model=model, serve=serve, network=network, gateway=config.gateway, router=config.router
-    )
+            update = {"resources": config.experts.resources_of(organ), "organs": {}}
+            experts = config.experts.model_copy(update=update)
+            settings[expert_application(organ)] = ExpertGroupSettings(**common, organ=organ, experts=experts)
+    settings[CONTROL] = ControlSettings(**common, control=config.control, experts_placement=config.router.experts)
     return settings

@@ -21,9 +21,7 @@ def make_weights(experts: int, hidden: int, inner: int, dtype: torch.dtype, seed
     def random(*shape: int) -> torch.Tensor:
         return (torch.randn(shape, generator=generator) / math.sqrt(shape[-1])).to(dtype)
 
-    return ExpertWeights(
-        random(experts, inner, hidden), random(experts, inner, hidden), random(experts, hidden, inner)
-    )
+    return ExpertWeights(random(experts, inner, hidden), random(experts, inner, hidden), random(experts, hidden, inner))
 
 
 def make_exchange(
@@ -51,7 +49,7 @@ def by_hand(
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+    return float((found.double() - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

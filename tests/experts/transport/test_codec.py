@@ -79,7 +79,7 @@ def test_gradients_do_not_stand_in_the_way() -> None:
 
 
 def test_a_dtype_without_a_place_in_the_protocol_is_refused() -> None:
-    with pytest.raises(InvalidTensorError, match="float64.*convert it to one of float32"):
+    with pytest.raises(InvalidTensorError, match=r"float64.*convert it to one of float32"):
         tensor_to_proto(torch.zeros(1, dtype=torch.float64))
 
 

@@ -1,0 +1,68 @@
+"""`echoray`: everything that can be done from a shell.
+
+The commands that only talk to a running system need nothing but the client's few packages; the others load what they
+need when they are called.
+"""
+
+from importlib import metadata
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from echovlm_ray.cli import checkpoint
+from echovlm_ray.cli.generate import generate, info
+from echovlm_ray.cli.serve import serve
+from echovlm_ray.cli.status import status
+from echovlm_ray.cli.stop import stop
+
+EXIT_FAILED = 1
+OWN_PACKAGES = ("echovlm_ray", "experts", "router", "protos")
+
+
+class _Commands(TyperGroup):
+    """Says what to install when a command's packages are not there."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if not package or package in OWN_PACKAGES:
+                raise
+            typer.echo(
+                f"error: `echoray {ctx.invoked_subcommand}` needs {package}, which is not installed: "
+                "pip install 'echovlm-ray[serve]'",
+                err=True,
+            )
+            raise typer.Exit(EXIT_FAILED) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(serve)
+app.command()(status)
+app.command()(stop)
+app.command()(generate)
+app.command()(info)
+app.add_typer(checkpoint.app, name="checkpoint")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"echoray {metadata.version('echovlm-ray')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Serves EchoVLM, a vision-language model for ultrasound, and asks it. Not a medical device."""

@@ -1,0 +1,196 @@
+"""`echoray serve`: starts the whole system and serves until Ctrl-C."""
+
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from echovlm_ray.cli.signals import EXIT_KILLED, StopRequest
+from echovlm_ray.client.connection import DEFAULT_ADDRESS
+
+if TYPE_CHECKING:
+    from echovlm_ray.config import Config
+    from echovlm_ray.serving.app import RunningSystem
+
+EXIT_FAILED = 1
+EXIT_INVALID = 2
+DEFAULT_CONTROL = "127.0.0.1:50052"
+
+
+def serve(
+    config: Annotated[Path | None, typer.Option(help="YAML file; see cluster/local.yaml for every field.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder that `echoray checkpoint split` or `demo` made; wins over the file.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Join this Ray cluster instead of starting a local Ray, e.g. auto.")
+    ] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="With --address: leave the system running on the cluster and return.")
+    ] = False,
+) -> None:
+    """Starts the gateway, the vision encoder, the router, one expert group per organ and Control, and serves.
+
+    Ctrl-C lets running requests finish and takes everything down; a second Ctrl-C does not wait. On a joined cluster
+    only what was started here is removed.
+
+    Exit status: 0 stopped; 1 a part failed; 2 the configuration cannot be used; 130 stopped before it was ready.
+
+    Example: `echoray serve --checkpoint checkpoints/demo`
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    if detach and address is None:
+        _fail("--detach needs --address: a local Ray ends with this command", EXIT_INVALID)
+    with _failures():
+        parsed = _load(config, checkpoint)
+        _serve(parsed, address, detach, console)
+
+
+def _load(path: Path | None, checkpoint: Path | None) -> "Config":
+    from echovlm_ray.config_file import load_config
+
+    overrides: dict[str, tuple[Any, str]] = {}
+    if checkpoint is not None:
+        overrides["model.checkpoint"] = (str(checkpoint), "--checkpoint")
+    return load_config(path, overrides)
+
+
+def _serve(config: "Config", address: str | None, detach: bool, console: Console) -> None:
+    # Everything that needs no Ray is checked before the seconds that loading it takes.
+    from echovlm_ray.cli.state import announced
+    from echovlm_ray.serving import preflight
+
+    preflight.check(preflight.resolve_paths(config), local=address is None)
+    request = StopRequest(
+        lambda: console.print("\nStopping; requests under way may finish. Ctrl-C again to stop at once."),
+        _kill_children,
+    )
+    control = f"{config.control.host}:{config.control.port}"
+    with request.listening(), nullcontext() if address else announced(str(config.model.checkpoint), control):
+        from echovlm_ray.serving.app import serve_system
+
+        with (
+            _progress(console) as progress,
+            serve_system(config, address=address, keep=detach, progress=progress, stopping=request) as system,
+        ):
+            progress({})
+            _print_ready(system, config, console)
+            if not detach:
+                request.wait()
+    console.print("Left running; `echoray stop --address` removes it." if detach else "Stopped.")
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[Mapping[str, bool]], None]]:
+    """Shows which parts are up: on a terminal in one line that changes, otherwise a line for each part."""
+    started = time.monotonic()
+    seen: set[str] = set()
+    status = console.status("Starting Ray …") if console.is_terminal else None
+    if status is not None:
+        status.start()
+    else:
+        console.print("Starting Ray …")
+
+    def show(states: Mapping[str, bool]) -> None:
+        up = {name for name, listening in states.items() if listening}
+        waiting = [name for name in states if name not in up]
+        if status is None:
+            for name in sorted(up - seen):
+                console.print(f"  {name} is up after {time.monotonic() - started:.1f} s")
+        elif not states:
+            status.stop()
+        else:
+            text = f"waiting for {', '.join(waiting)}" if waiting else "connecting the parts"
+            status.update(f"{len(up)} of {len(states)} parts are up after {time.monotonic() - started:.0f} s; {text}")
+        seen.update(up)
+
+    try:
+        yield show
+    finally:
+        if status is not None:
+            status.stop()
+
+
+def _print_ready(system: "RunningSystem", config: "Config", console: Console) -> None:
+    index, expert_set = system.served.index, system.served.expert_set
+    gateway = ", ".join(sorted(set(system.gateway_addresses)))
+    organs = ", ".join(f"{organ} {version}" for organ, version in system.served.versions.items())
+    console.print(f"[bold green]Ready[/bold green] after {system.start_s:.0f} s.")
+    rows = {
+        "gateway": f"{gateway} ({_access(config.gateway)})",
+        "control": f"{system.control_address} ({_access(config.control)})",
+        "checkpoint": f"{system.served.directory}: {index.name} {index.version}",
+        "experts": f"set {expert_set.id[:12]}, routing {expert_set.routing}",
+        "organs": organs,
+    }
+    for name, text in rows.items():
+        console.print(f"  {name:<11} {escape(text)}")
+    if index.description:
+        console.print(f"  {escape(index.description)}", style="dim")
+    command = _command()
+    server = "" if system.gateway_address == DEFAULT_ADDRESS else f" --server {system.gateway_address}"
+    control = "" if system.control_address == DEFAULT_CONTROL else f" --control {system.control_address}"
+    console.print("Next, in another shell (any PNG, JPEG or DICOM of an ultrasound):")
+    console.print(f"  {command} generate IMAGE --task report{server}", style="bold")
+    console.print(f"  {command} status{control}", style="bold")
+    console.print("Ctrl-C stops it.")
+
+
+def _access(section: Any) -> str:
+    encryption = "no TLS"
+    if section.tls is not None:
+        encryption = "TLS, client certificates" if section.tls.client_authority else "TLS"
+    return encryption + (", token" if section.token_file else "")
+
+
+def _command() -> str:
+    """How to call this command from where the user is."""
+    found = shutil.which("echoray")
+    own = Path(sys.argv[0]).absolute()
+    if found is not None and Path(found).absolute() == own:
+        return "echoray"
+    try:
+        return str(own.relative_to(Path.cwd()))
+    except ValueError:
+        return str(own)
+
+
+def _kill_children() -> None:
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        try:
+            child.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    """One clear text and one exit code for each way not to start."""
+    try:
+        yield
+    except ModuleNotFoundError:
+        raise
+    except ValueError as error:
+        _fail(str(error), EXIT_INVALID)
+    except Exception as error:
+        # Told by name, so that a command that only says what is wrong does not load Ray to know its errors.
+        name = type(error).__name__
+        if name == "StoppedError":
+            raise typer.Exit(EXIT_KILLED) from None
+        if name == "StartError" or isinstance(error, ConnectionError):
+            _fail(str(error), EXIT_FAILED)
+        raise
+
+
+def _fail(text: str, code: int) -> NoReturn:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {escape(text)}")
+    raise typer.Exit(code)

@@ -1,0 +1,74 @@
+"""Which systems this user runs on this machine, so that another shell can find and stop them.
+
+One small file per running `echoray serve`, in a folder that only its user can read.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+
+@dataclass(frozen=True, slots=True)
+class LocalSystem:
+    """A running `echoray serve`.
+
+    Attributes:
+        created: when its process started; tells it from a later process with the same id.
+    """
+
+    pid: int
+    created: float
+    checkpoint: str
+    control: str
+
+    @property
+    def process(self) -> psutil.Process | None:
+        """Its process, or None when it has ended."""
+        with suppress(psutil.Error):
+            process = psutil.Process(self.pid)
+            if abs(process.create_time() - self.created) < 1.0 and process.status() != psutil.STATUS_ZOMBIE:
+                return process
+        return None
+
+
+@contextmanager
+def announced(checkpoint: str, control: str) -> Iterator[None]:
+    """Lets this process be found by `running_systems` while the block lasts."""
+    system = LocalSystem(os.getpid(), psutil.Process().create_time(), checkpoint, control)
+    path = _folder() / f"{system.pid}.json"
+    path.write_text(json.dumps(asdict(system)))
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def running_systems() -> list[LocalSystem]:
+    """The systems that run now; files that a killed one left behind are removed."""
+    systems = []
+    for path in sorted(_folder().glob("*.json")):
+        try:
+            system = LocalSystem(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError):
+            continue
+        if system.process is None:
+            path.unlink(missing_ok=True)
+        else:
+            systems.append(system)
+    return systems
+
+
+def _folder() -> Path:
+    base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    folder = Path(base) / f"echoray-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise ValueError(f"{folder} belongs to somebody else: remove it, or set XDG_RUNTIME_DIR to a folder of yours")
+    folder.chmod(0o700)
+    return folder

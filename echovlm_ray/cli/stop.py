@@ -1,0 +1,64 @@
+"""`echoray stop`: ends a system that another shell started."""
+
+from typing import Annotated
+
+import typer
+
+EXIT_FAILED = 1
+EXIT_INVALID = 2
+# Longer than the longest orderly end that is usual: the grace time of running requests twice, and Ray's own end.
+WAIT_S = 60.0
+
+
+def stop(
+    address: Annotated[
+        str | None, typer.Option(help="Remove the system from this Ray cluster instead, e.g. auto.")
+    ] = None,
+    pid: Annotated[int | None, typer.Option(help="Which `echoray serve`, where there are several.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
+) -> None:
+    """Stops the system that `echoray serve` runs on this machine; running requests may finish.
+
+    Exit status: 0 it is down; 1 it did not end; 2 there is none, or there are several.
+
+    Example: `echoray stop`
+    """
+    if address is not None:
+        _stop_on_cluster(address)
+        return
+    import psutil
+
+    from echovlm_ray.cli.state import running_systems
+
+    found = running_systems()
+    chosen = found if everything else [system for system in found if pid in (None, system.pid)]
+    if not chosen:
+        _fail("no EchoVLM-Ray of yours runs on this machine" + (f" as process {pid}" if pid else ""), EXIT_INVALID)
+    if len(chosen) > 1 and not everything:
+        lines = [f"  {system.pid}: {system.checkpoint}, control at {system.control}" for system in chosen]
+        _fail("\n".join(["several run; say which with --pid, or --all:", *lines]), EXIT_INVALID)
+    processes = [process for system in chosen if (process := system.process) is not None]
+    for process in processes:
+        process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=WAIT_S)
+    if alive:
+        pids = ", ".join(str(process.pid) for process in alive)
+        _fail(f"process {pids} has not ended after {WAIT_S:.0f} s; call again to stop it at once", EXIT_FAILED)
+    typer.echo(f"Stopped {', '.join(str(process.pid) for process in processes)}.")
+
+
+def _stop_on_cluster(address: str) -> None:
+    from echovlm_ray.serving.app import remove_from_cluster
+
+    try:
+        names = remove_from_cluster(address)
+    except ConnectionError as error:
+        _fail(str(error), EXIT_FAILED)
+    if not names:
+        _fail(f"no EchoVLM-Ray runs on the cluster at {address}", EXIT_INVALID)
+    typer.echo(f"Removed {', '.join(names)}.")
+
+
+def _fail(text: str, code: int) -> None:
+    typer.echo(f"error: {text}", err=True)
+    raise typer.Exit(code)
