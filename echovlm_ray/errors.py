@@ -30,6 +30,10 @@ class PartUnavailableError(RuntimeError):
         self.retry_after_s = retry_after_s
 
 
+class TextUnavailableError(RuntimeError):
+    """The checkpoint has no tokenizer or no image processor, so the router can be called, but not the gateway."""
+
+
 class UnauthenticatedError(RuntimeError):
     """The call carries no valid credentials."""
 

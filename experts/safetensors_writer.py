@@ -81,7 +81,7 @@ class StreamingWriter:
         self._next = 0
         self._digest = hashlib.sha256()
         self._size = 0
-        self._partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        self._partial = path.with_name(f".{path.name}.{os.urandom(8).hex()}.partial")
         self._file = self._partial.open("wb")
         self._append(_header(self._tensors, metadata))
 

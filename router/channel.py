@@ -74,7 +74,7 @@ class ReplicaChannel:
         # None ends the stream.
         self._requests: queue.SimpleQueue[expert_pb2.ForwardRequest | None] = queue.SimpleQueue()
         self._channel = connect(address)
-        self._stub = expert_pb2_grpc.ExpertGroupStub(self._channel)  # type: ignore[no-untyped-call]
+        self._stub = expert_pb2_grpc.ExpertGroupStub(self._channel)
         self._reader = threading.Thread(target=self._serve, args=(connect_timeout_s,), daemon=True, name=f"to-{organ}")
         self._reader.start()
 

@@ -162,7 +162,7 @@ class Answer:
         return self
 
     @property
-    def logits_TV(self) -> torch.Tensor:  # noqa: N802 - dimensions
+    def logits_TV(self) -> torch.Tensor:
         return torch.cat(self.logits)
 
 

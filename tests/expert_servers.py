@@ -32,7 +32,7 @@ def expert_group(organ: str, registry: Path, digests: Sequence[str]) -> ExpertGr
 async def _start(group: ExpertGroup) -> tuple[grpc.aio.Server, str]:
     server = grpc.aio.server()
     service = ExpertGroupService(group, to_status=to_status, max_queue=64)
-    expert_pb2_grpc.add_ExpertGroupServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+    expert_pb2_grpc.add_ExpertGroupServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     return server, f"127.0.0.1:{port}"

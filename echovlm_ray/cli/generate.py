@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -140,7 +141,8 @@ def _client(
         if token is None:
             raise ValueError(f"{token_file} holds no token: write it on a line of its own")
     tls = TLS(authority=ca, certificate=certificate, key=key) if ca or certificate or key else None
-    return EchoVLMClient(server, token=token, tls=tls, timeout_s=timeout)
+    # Whoever waits at a terminal wants to hear at once that there is no server.
+    return EchoVLMClient(server, token=token, tls=tls, timeout_s=timeout, retry=False)
 
 
 def _read_stdin(files: Sequence[str]) -> list[Image]:
@@ -244,6 +246,10 @@ def _failures(console: Console, server: str) -> Iterator[None]:
         text, code = _explain(error, server)
         console.print(f"[red]error:[/red] {escape(text)}", soft_wrap=True)
         raise typer.Exit(code) from None
+    except BrokenPipeError:
+        # Whoever read has seen enough, as `head` does. Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(EXIT_FAILED) from None
     except (ValueError, OSError) as error:
         console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(EXIT_INVALID) from None

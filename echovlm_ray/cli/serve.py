@@ -77,6 +77,7 @@ def _serve(config: "Config", address: str | None, detach: bool, console: Console
         from echovlm_ray.serving.app import serve_system
 
         with (
+            _no_exit_from_ray(request),
             _progress(console) as progress,
             serve_system(config, address=address, keep=detach, progress=progress, stopping=request) as system,
         ):
@@ -85,6 +86,17 @@ def _serve(config: "Config", address: str | None, detach: bool, console: Console
             if not detach:
                 request.wait()
     console.print("Left running; `echoray stop --address` removes it." if detach else "Stopped.")
+
+
+@contextmanager
+def _no_exit_from_ray(request: StopRequest) -> Iterator[None]:
+    """While it starts, Ray answers SIGTERM by ending the process with a status of its own; this one is ours."""
+    try:
+        yield
+    except SystemExit:
+        if not request():
+            raise
+        raise typer.Exit(EXIT_KILLED) from None
 
 
 @contextmanager
@@ -134,6 +146,11 @@ def _print_ready(system: "RunningSystem", config: "Config", console: Console) ->
         console.print(f"  {name:<11} {escape(text)}")
     if index.description:
         console.print(f"  {escape(index.description)}", style="dim")
+    if missing := system.served.missing_text_files:
+        console.print(
+            f"[yellow]The checkpoint has no {' and no '.join(missing)}[/yellow] in its backbone/ folder, so the gateway "
+            "cannot answer: only the router can be called, with token ids."
+        )
     command = _command()
     server = "" if system.gateway_address == DEFAULT_ADDRESS else f" --server {system.gateway_address}"
     control = "" if system.control_address == DEFAULT_CONTROL else f" --control {system.control_address}"

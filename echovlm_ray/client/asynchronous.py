@@ -95,9 +95,10 @@ class AsyncEchoVLMClient:
         token: str | None = None,
         tls: TLS | None = None,
         timeout_s: float | None = 300.0,
+        retry: bool = True,
     ) -> None:
         check_connection(address, token, tls)
-        options = channel_options(address, tls)
+        options = channel_options(address, tls, retry=retry)
         if tls is None:
             self._channel = grpc.aio.insecure_channel(address, options)
         else:

@@ -15,17 +15,17 @@ REQUEST_ID_KEY = "x-request-id"
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 LOOPBACK = re.compile(r"(127(\.\d{1,3}){3}|localhost|\[::1\])(:\d+)?$|unix:")
 
-# Every method is free of lasting effect, so gRPC may send it again; of a stream only while nothing has come back.
-# Five tries wait about 3 s in all, within which a restarted part is back.
+# Every method is free of lasting effect, so gRPC may send it again while nothing has come back, not even headers.
+# Five tries (gRPC allows no more) wait about 7 s in all, within which a killed gateway is back.
 RETRIES = {
     "methodConfig": [
         {
             "name": [{"service": "echovlm.v1.EchoVLM"}],
             "retryPolicy": {
                 "maxAttempts": 5,
-                "initialBackoff": "0.2s",
-                "maxBackoff": "1.5s",
-                "backoffMultiplier": 2,
+                "initialBackoff": "0.25s",
+                "maxBackoff": "4s",
+                "backoffMultiplier": 3,
                 # A server that stops ends a call that races with it as CANCELLED.
                 "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
             },
@@ -84,11 +84,11 @@ def check_connection(address: str, token: str | None, tls: TLS | None) -> None:
             )
 
 
-def channel_options(address: str, tls: TLS | None) -> list[tuple[str, str | int]]:
-    """Options of a channel, the same for `grpc` and `grpc.aio`."""
+def channel_options(address: str, tls: TLS | None, *, retry: bool) -> list[tuple[str, str | int]]:
+    """Options of a channel, the same for `grpc` and `grpc.aio`; `retry` is the clients' argument."""
     options: list[tuple[str, str | int]] = [
-        ("grpc.service_config", json.dumps(RETRIES)),
-        ("grpc.enable_retries", 1),
+        ("grpc.service_config", json.dumps(RETRIES if retry else {})),
+        ("grpc.enable_retries", int(retry)),
         ("grpc.per_rpc_retry_buffer_size", RETRY_BUFFER_BYTES),
     ]
     if LOOPBACK.match(address):

@@ -166,7 +166,7 @@ def from_rpc_error(error: grpc.RpcError, address: str, request_id: str) -> EchoV
         # The service always says when to come back. Without that it was the connection that failed.
         reached = _find(details, error_details_pb2.RetryInfo) is not None
         return UnavailableError(
-            text if reached else f"no connection to {address}: {text}",
+            text if reached else f"the connection to {address} failed: {text}",
             code=code,
             request_id=request_id,
             organ=_organ(details),

@@ -81,12 +81,13 @@ class EchoVLMClient:
         token: for servers with a token file; sent with every call, and never unencrypted to another machine.
         tls: for servers with certificates; `TLS()` trusts what the machine trusts.
         timeout_s: how long a call may take in seconds, unless it says otherwise; None: as long as the server allows.
+        retry: whether a call is sent again that finds no server, or one that is stopping; for about seven seconds.
 
     Raises:
         ValueError: an address, token or certificate that cannot be used.
 
-    A call that fails because the server or a part of it is away is sent again for about three seconds, a stream only
-    while nothing has come back: no method has a lasting effect, so that is always safe.
+    Sending a call again is always safe, since no method has a lasting effect; it is not done once the answer has begun.
+    What is lost behind the gateway, the system itself tries again.
     """
 
     def __init__(
@@ -96,9 +97,10 @@ class EchoVLMClient:
         token: str | None = None,
         tls: TLS | None = None,
         timeout_s: float | None = 300.0,
+        retry: bool = True,
     ) -> None:
         check_connection(address, token, tls)
-        options = channel_options(address, tls)
+        options = channel_options(address, tls, retry=retry)
         if tls is None:
             self._channel = grpc.insecure_channel(address, options)
         else:

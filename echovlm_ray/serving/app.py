@@ -27,7 +27,7 @@ from echovlm_ray.serving.deployments.settings import (
     deployment_of,
 )
 from echovlm_ray.serving.endpoints import Endpoints
-from echovlm_ray.serving.health import MODEL
+from echovlm_ray.serving.health import OVERALL
 from echovlm_ray.serving.ray_session import joined_ray, local_ray
 from echovlm_ray.serving.served import ServedCheckpoint
 
@@ -219,7 +219,7 @@ def _raise_if_failed(names: Sequence[str]) -> None:
 def _serves(address: str) -> bool:
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
-            request = health_pb2.HealthCheckRequest(service=MODEL)
+            request = health_pb2.HealthCheckRequest(service=OVERALL)
             response = health_pb2_grpc.HealthStub(channel).Check(request, timeout=1.0)
         except grpc.RpcError:
             return False

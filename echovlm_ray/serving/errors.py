@@ -19,6 +19,7 @@ from echovlm_ray.errors import (
     OverloadedError,
     PartUnavailableError,
     ShuttingDownError,
+    TextUnavailableError,
     UnauthenticatedError,
 )
 from experts.errors import (
@@ -140,5 +141,6 @@ _CONVERSIONS: tuple[tuple[type[BaseException], Callable[[BaseException], status_
     (PartUnavailableError, _part_unavailable),  # type: ignore[arg-type]
     (ShuttingDownError, _shutting_down),  # type: ignore[arg-type]
     (DeadlineError, _plain(code_pb2.DEADLINE_EXCEEDED)),
+    (TextUnavailableError, _plain(code_pb2.FAILED_PRECONDITION)),
     (UnauthenticatedError, _plain(code_pb2.UNAUTHENTICATED)),
 )

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import grpc
 
 from echovlm_ray.config import GatewaySection, RouterSection
-from echovlm_ray.errors import DeadlineError, InvalidRequestError, OverloadedError
+from echovlm_ray.errors import DeadlineError, InvalidRequestError, OverloadedError, TextUnavailableError
 from echovlm_ray.model.processing import EchoVLMProcessor, VisionPatches
 from echovlm_ray.prompts import Medium, build_messages
 from echovlm_ray.serving.request_checks import CheckedRequest, check_request
@@ -72,7 +72,7 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
 
     def __init__(
         self,
-        processor: EchoVLMProcessor,
+        processor: EchoVLMProcessor | None,
         router: RouterClient,
         describe: Callable[[], ModelDescription],
         *,
@@ -82,7 +82,7 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
         """Takes its parts.
 
         Args:
-            processor: of the served checkpoint.
+            processor: of the served checkpoint; None where it has no tokenizer, and then every request is refused.
             router: where tokens come from.
             describe: what is served at this moment.
             gateway: the limits of images and of requests under way.
@@ -168,6 +168,7 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
     async def _answer(
         self, request: echovlm_pb2.GenerateRequest, context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> AsyncGenerator[echovlm_pb2.GenerateEvent, None]:
+        self._text_processor()
         with self._slot():
             deadline = time.monotonic() + self._seconds_left(context)
             request_id = current_request_id() or request_id_of(context.invocation_metadata() or ())
@@ -177,6 +178,14 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
             async with aclosing(self._write(prepared, checked, deadline, request_id)) as events:
                 async for event in events:
                     yield event
+
+    def _text_processor(self) -> EchoVLMProcessor:
+        if self._processor is None:
+            raise TextUnavailableError(
+                "the served checkpoint has no tokenizer or no image processor, so it can only be called with token ids, "
+                "at the router: copy those files into its backbone/ folder and serve again"
+            )
+        return self._processor
 
     @contextmanager
     def _slot(self) -> Iterator[None]:
@@ -219,9 +228,9 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
         limit = self._gateway.max_visual_tokens
         try:
             if decoded.is_video:
-                patches = self._processor.video_patches(decoded.frames, max_visual_tokens=limit)
+                patches = self._text_processor().video_patches(decoded.frames, max_visual_tokens=limit)
             else:
-                patches = self._processor.image_patches(decoded.frames[0], max_visual_tokens=limit)
+                patches = self._text_processor().image_patches(decoded.frames[0], max_visual_tokens=limit)
         except ValueError as error:
             raise InvalidRequestError(field, f"is {error}") from None
         return _ImageNote.of(decoded), patches
@@ -235,7 +244,7 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
     ) -> _Prepared:
         media: list[Medium] = ["video" if item.is_video else "image" for item in vision]
         messages = build_messages(checked.task, checked.language, checked.prompt, media)
-        input_ids = self._processor.encode_chat(messages, vision)
+        input_ids = self._text_processor().encode_chat(messages, vision)
         visual_tokens = sum(item.num_tokens for item in vision)
         if len(input_ids) > self._limits.max_prompt_tokens:
             raise InvalidRequestError(
@@ -269,7 +278,7 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
     ) -> AsyncGenerator[echovlm_pb2.GenerateEvent, None]:
         """Turns the router's tokens into text events, then sends the summary."""
         summary = echovlm_pb2.GenerateSummary(request_id=request_id, prompt_tokens=prepared.accepted.prompt_tokens)
-        characters, stop = Detokenizer(self._processor.decode), StopStrings(checked.stop)
+        characters, stop = Detokenizer(self._text_processor().decode), StopStrings(checked.stop)
         messages = self._router.generate(prepared.router_request, deadline=deadline, request_id=request_id)
         async with aclosing(messages):
             async for message in messages:

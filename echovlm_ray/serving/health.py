@@ -33,7 +33,9 @@ def organ_service(organ: str) -> str:
 class HealthMonitor:
     """Probes the parts and publishes their health, and from it the health of the whole."""
 
-    def __init__(self, parts: Mapping[str, Addresses], publish: Publish, *, all_organs_needed: bool) -> None:
+    def __init__(
+        self, parts: Mapping[str, Addresses], publish: Publish, *, all_organs_needed: bool, speaks_text: bool
+    ) -> None:
         """Takes what to watch.
 
         Args:
@@ -41,10 +43,12 @@ class HealthMonitor:
             publish: is called with each name and whether it serves.
             all_organs_needed: with one gate over all organs, every request needs every one of them; otherwise the
                 whole serves as long as any organ does.
+            speaks_text: false where the checkpoint has no tokenizer: then the parts serve, but not the model.
         """
         self._parts = dict(parts)
         self._publish = publish
         self._all_organs_needed = all_organs_needed
+        self._speaks_text = speaks_text
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -86,8 +90,8 @@ class HealthMonitor:
         serving = dict(zip(live, states, strict=True))
         organs = [state for name, state in serving.items() if name.startswith(ORGAN_PREFIX)]
         enough_organs = not organs or (all(organs) if self._all_organs_needed else any(organs))
-        serving[MODEL] = serving[ROUTER] and serving[VISION] and enough_organs
-        serving[OVERALL] = serving[MODEL]
+        serving[OVERALL] = serving[ROUTER] and serving[VISION] and enough_organs
+        serving[MODEL] = serving[OVERALL] and self._speaks_text
         for name, state in serving.items():
             await self._publish(name, state)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from echovlm_ray.checkpoint.layout import CheckpointIndex, read_index
+from echovlm_ray.checkpoint.layout import CheckpointIndex, backbone_directory, read_index
 from echovlm_ray.config import Config, ModelSection
 from router.expert_set import ExpertSet
 
@@ -26,6 +26,15 @@ class ServedCheckpoint:
     def organs(self) -> tuple[str, ...]:
         """The organs in the set's order."""
         return self.expert_set.organs
+
+    @property
+    def missing_text_files(self) -> tuple[str, ...]:
+        """What the gateway needs to turn text and images into tokens, and the backbone does not have."""
+        backbone = backbone_directory(self.directory)
+        missing = [
+            name for name in ("tokenizer_config.json", "preprocessor_config.json") if not (backbone / name).exists()
+        ]
+        return tuple(missing)
 
     @property
     def versions(self) -> dict[str, str]:

@@ -77,7 +77,7 @@ class VisionClient:
         timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
         self._in_flight[address] = self._in_flight.get(address, 0) + 1
         try:
-            stub = vision_pb2_grpc.VisionEncoderStub(channel)  # type: ignore[no-untyped-call]
+            stub = vision_pb2_grpc.VisionEncoderStub(channel)
             response: vision_pb2.EncodeResponse = await stub.Encode(request, timeout=timeout)
             return response
         finally:

@@ -220,6 +220,25 @@ def test_ctrl_c_cancels_on_the_server(servicer: ScriptedEchoVLM, address: str, i
     assert servicer.cancelled.wait(5)
 
 
+def test_a_reader_that_has_seen_enough_cancels_on_the_server(
+    servicer: ScriptedEchoVLM, address: str, image: str
+) -> None:
+    servicer.delay_s = 0.3
+    code = "import typer; from echovlm_ray.cli.generate import generate; typer.run(generate)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, image, "--server", address], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.read(len(PIECES[0])) == PIECES[0].encode()
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(10) == commands.EXIT_FAILED
+    assert errors == b""
+    assert servicer.cancelled.wait(5)
+
+
 def test_text_cannot_steer_the_terminal() -> None:
     assert commands._printable("a\x1b[31mb\r\n\t心") == "a\N{REPLACEMENT CHARACTER}[31mb\N{REPLACEMENT CHARACTER}\n\t心"
 

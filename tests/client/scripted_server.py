@@ -57,7 +57,7 @@ class ScriptedEchoVLM(echovlm_pb2_grpc.EchoVLMServicer):
         if self.failures and self.fail_after is None:
             await context.abort_with_status(rpc_status.to_status(self.failures.pop(0)))
 
-    async def Generate(  # noqa: N802 - the contract's name
+    async def Generate(
         self, request: echovlm_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> echovlm_pb2.GenerateResponse:
         await self._receive(context)
@@ -70,7 +70,7 @@ class ScriptedEchoVLM(echovlm_pb2_grpc.EchoVLMServicer):
             raise
         return echovlm_pb2.GenerateResponse(text="".join(PIECES), summary=SUMMARY)
 
-    async def GenerateStream(  # noqa: N802 - the contract's name
+    async def GenerateStream(
         self, request: echovlm_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[echovlm_pb2.GenerateEvent]:
         await self._receive(context)
@@ -93,7 +93,7 @@ class ScriptedEchoVLM(echovlm_pb2_grpc.EchoVLMServicer):
         if not self.omit_summary:
             yield echovlm_pb2.GenerateEvent(summary=SUMMARY)
 
-    async def GetModelInfo(  # noqa: N802 - the contract's name
+    async def GetModelInfo(
         self, request: echovlm_pb2.GetModelInfoRequest, context: grpc.aio.ServicerContext
     ) -> echovlm_pb2.ModelInfo:
         await self._receive(context)

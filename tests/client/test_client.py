@@ -117,6 +117,13 @@ def test_tries_end(servicer: ScriptedEchoVLM, address: str) -> None:
     assert servicer.calls == 5
 
 
+def test_a_caller_may_want_to_hear_at_once(servicer: ScriptedEchoVLM, address: str) -> None:
+    servicer.failures = [UNAVAILABLE] * 20
+    with EchoVLMClient(address, retry=False) as client, pytest.raises(UnavailableError):
+        client.generate(b"x")
+    assert servicer.calls == 1
+
+
 def test_what_is_not_lost_is_not_sent_again(servicer: ScriptedEchoVLM, address: str) -> None:
     servicer.failures = [status(grpc.StatusCode.INTERNAL, "broken")]
     with EchoVLMClient(address) as client, pytest.raises(InternalServerError):
@@ -247,7 +254,7 @@ def test_tls_checks_the_server_and_shows_the_client(servicer: ScriptedEchoVLM, c
             assert client.model_info().name == "echovlm-test"
         # Without a certificate of its own, and with an authority that signed nothing here.
         for wrong in (TLS(authority=certificates / "ca.pem"), TLS(authority=certificates / "other.pem")):
-            with EchoVLMClient(address, tls=wrong) as client, pytest.raises(UnavailableError) as caught:
+            with EchoVLMClient(address, tls=wrong, retry=False) as client, pytest.raises(UnavailableError) as caught:
                 client.model_info()
             assert not caught.value.reached
 

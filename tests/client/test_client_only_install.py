@@ -29,7 +29,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
     environment = directory / "environment"
     subprocess.run([sys.executable, "-m", "venv", environment], check=True, capture_output=True, timeout=60)
-    command = [environment / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    command = [str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     installed = subprocess.run(
         [*command, "--constraint", ROOT / "constraints.txt", source], capture_output=True, text=True, timeout=240
     )

@@ -3,6 +3,7 @@ import pytest
 from google.rpc import error_details_pb2
 
 from echovlm_ray import client as api
+from protos import echovlm_pb2
 from tests.client.scripted_server import ScriptedEchoVLM, retry_info, serving, status
 
 CODES = grpc.StatusCode
@@ -33,8 +34,8 @@ BAD_REQUEST = error_details_pb2.BadRequest(
 def test_each_status_has_its_type(
     servicer: ScriptedEchoVLM, address: str, code: grpc.StatusCode, expected: type[Exception], builtin: type[Exception]
 ) -> None:
-    servicer.failures = [status(code, "the reason and the fix")] * 9
-    with api.EchoVLMClient(address) as client, pytest.raises(api.EchoVLMError) as caught:
+    servicer.failures = [status(code, "the reason and the fix")]
+    with api.EchoVLMClient(address, retry=False) as client, pytest.raises(api.EchoVLMError) as caught:
         client.generate(b"x", request_id="my-id")
     assert type(caught.value) is expected
     assert isinstance(caught.value, builtin)
@@ -64,7 +65,7 @@ def test_overload_says_when_to_come_back(servicer: ScriptedEchoVLM, address: str
 def test_a_lost_organ_is_named(servicer: ScriptedEchoVLM, address: str) -> None:
     info = error_details_pb2.ErrorInfo(reason="EXPERTS_UNAVAILABLE", metadata={"organ": "liver"})
     servicer.failures = [status(CODES.UNAVAILABLE, "the experts of 'liver' are away", retry_info(1.0), info)] * 9
-    with api.EchoVLMClient(address) as client, pytest.raises(api.UnavailableError) as caught:
+    with api.EchoVLMClient(address, retry=False) as client, pytest.raises(api.UnavailableError) as caught:
         client.generate(b"x")
     assert caught.value.organ == "liver"
     assert caught.value.retry_after_s == 1.0
@@ -74,21 +75,27 @@ def test_a_lost_organ_is_named(servicer: ScriptedEchoVLM, address: str) -> None:
 def test_no_server_is_told_from_a_lost_part() -> None:
     with serving(ScriptedEchoVLM()) as address:
         pass
-    with api.EchoVLMClient(address) as client, pytest.raises(api.UnavailableError, match=address) as caught:
+    with (
+        api.EchoVLMClient(address, retry=False) as client,
+        pytest.raises(api.UnavailableError, match=address) as caught,
+    ):
         client.model_info()
     assert not caught.value.reached
     assert caught.value.organ is None
     assert caught.value.retry_after_s is None
 
 
-def test_damaged_details_do_not_hide_the_error(servicer: ScriptedEchoVLM) -> None:
-    async def broken(request: object, context: grpc.aio.ServicerContext) -> None:
-        context.set_trailing_metadata((("grpc-status-details-bin", b"\xff\xff\xff"),))
-        await context.abort(CODES.NOT_FOUND, "no such organ")
+def test_damaged_details_do_not_hide_the_error() -> None:
+    class Damaging(ScriptedEchoVLM):
+        async def GetModelInfo(
+            self, request: echovlm_pb2.GetModelInfoRequest, context: grpc.aio.ServicerContext
+        ) -> echovlm_pb2.ModelInfo:
+            context.set_trailing_metadata((("grpc-status-details-bin", b"\xff\xff\xff"),))
+            await context.abort(CODES.NOT_FOUND, "no such organ")
+            raise AssertionError("abort raises")
 
-    servicer.GetModelInfo = broken
     with (
-        serving(servicer) as other,
+        serving(Damaging()) as other,
         api.EchoVLMClient(other) as client,
         pytest.raises(api.NotFoundError, match="no such organ"),
     ):

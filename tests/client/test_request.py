@@ -1,5 +1,6 @@
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -91,7 +92,7 @@ def test_every_task_and_language_of_the_contract_can_be_asked_for() -> None:
         ({"seed": 2**64}, "sampling.seed", str(2**64)),
     ],
 )
-def test_what_cannot_be_sent_is_refused_with_the_field(options: dict, field: str, text: str) -> None:
+def test_what_cannot_be_sent_is_refused_with_the_field(options: dict[str, Any], field: str, text: str) -> None:
     with pytest.raises(InvalidRequestError, match=field) as caught:
         build_request(b"x", **options)
     assert [violation.field for violation in caught.value.violations] == [field]
@@ -102,7 +103,7 @@ def test_what_cannot_be_sent_is_refused_with_the_field(options: dict, field: str
 
 def test_an_unknown_option_is_an_error() -> None:
     with pytest.raises(TypeError, match="temprature"):
-        build_request(b"x", temprature=1.0)
+        build_request(b"x", temprature=1.0)  # type: ignore[call-arg]
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -126,7 +127,7 @@ def test_a_folder_is_named(tmp_path: Path) -> None:
 
 def test_an_image_of_another_type_is_refused() -> None:
     with pytest.raises(InvalidRequestError, match="is a int"):
-        build_request([3])
+        build_request([3])  # type: ignore[list-item]
 
 
 def test_a_request_that_protobuf_cannot_hold_is_refused_before_it_is_read(tmp_path: Path) -> None:

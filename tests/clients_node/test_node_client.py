@@ -41,7 +41,7 @@ def stream(client: Path, address: str, task: str, *files: Path) -> tuple[int, li
 
 
 def test_node_streams_an_answer(node_client: Path, running_system: RunningSystem) -> None:
-    scan = Path(get_testdata_file("examples_ybr_color.dcm"))
+    scan = Path(str(get_testdata_file("examples_ybr_color.dcm")))
     returncode, events = stream(node_client, running_system.gateway_address, "report", scan)
     assert returncode == 0, events
     kinds = [next(iter(event)) for event in events]

@@ -25,7 +25,7 @@ def test_a_killed_expert_replica_is_back_and_nobody_else_notices(running_system:
             while not stop.is_set():
                 last = time.monotonic()
                 text = ""
-                for event in client.stream(prompt="What is shown?", task="vqa", organs=[organ], max_new_tokens=32):
+                for event in client.stream(prompt="What is shown?", task="free", organs=[organ], max_new_tokens=32):
                     if organ != "heart":
                         now = time.monotonic()
                         gaps.append(now - last)
@@ -42,7 +42,7 @@ def test_a_killed_expert_replica_is_back_and_nobody_else_notices(running_system:
         os.kill(victim["pid"], signal.SIGKILL)
         try:
             with EchoVLMClient(running_system.gateway_address) as client:
-                client.generate(prompt="Again?", task="vqa", organs=["heart"], max_new_tokens=2, timeout_s=30)
+                client.generate(prompt="Again?", task="free", organs=["heart"], max_new_tokens=2, timeout_s=30)
             recovered_s = time.monotonic() - killed_at
             time.sleep(1.0)
         finally:
@@ -63,8 +63,8 @@ def test_a_lost_organ_ends_unavailable_within_the_deadline_and_names_itself(runn
     os.kill(victim["pid"], signal.SIGKILL)
     with EchoVLMClient(running_system.gateway_address) as client:
         with pytest.raises(UnavailableError) as caught:
-            client.generate(prompt="What is shown?", task="vqa", organs=["vessel"], max_new_tokens=4, timeout_s=0.8)
+            client.generate(prompt="What is shown?", task="free", organs=["vessel"], max_new_tokens=4, timeout_s=0.8)
         assert caught.value.organ == "vessel"
         running_system.wait_until_healthy("echovlm.v1.ExpertGroup/vessel", 30)
-        answer = client.generate(prompt="What is shown?", task="vqa", organs=["vessel"], max_new_tokens=4)
+        answer = client.generate(prompt="What is shown?", task="free", organs=["vessel"], max_new_tokens=4)
     assert answer.text

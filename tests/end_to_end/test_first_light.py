@@ -53,7 +53,7 @@ def test_the_picture_matters(client: EchoVLMClient) -> None:
 def test_every_organ_answers_from_a_process_of_its_own(client: EchoVLMClient, running_system: RunningSystem) -> None:
     texts = set()
     for organ in ORGANS:
-        answer = client.generate(prompt="What is shown?", task="vqa", organs=[organ], max_new_tokens=8)
+        answer = client.generate(prompt="What is shown?", task="free", organs=[organ], max_new_tokens=8)
         assert [part.organ for part in answer.summary.provenance.organs] == [organ]
         texts.add(answer.text)
     assert len(texts) == 1, "identical copies of the experts give one answer"
@@ -68,7 +68,7 @@ def test_many_at_once_give_the_same_answers_as_alone(client: EchoVLMClient) -> N
     work = [(f"Question {index}?", ORGANS[index % len(ORGANS)]) for index in range(12)]
 
     def ask(item: tuple[str, str]) -> str:
-        return client.generate(prompt=item[0], task="vqa", organs=[item[1]], max_new_tokens=12).text
+        return client.generate(prompt=item[0], task="free", organs=[item[1]], max_new_tokens=12).text
 
     alone = [ask(item) for item in work]
     with ThreadPoolExecutor(len(work)) as pool:
@@ -91,7 +91,7 @@ def test_bad_images_are_refused_and_nothing_else_is_disturbed(
     started, answers = threading.Event(), []
 
     def other() -> None:
-        stream = client.stream(prompt="What is shown?", task="vqa", organs=["liver"], max_new_tokens=48)
+        stream = client.stream(prompt="What is shown?", task="free", organs=["liver"], max_new_tokens=48)
         for _ in stream.text():
             started.set()
         answers.append(stream.summary)
@@ -140,7 +140,7 @@ def test_a_caller_that_knows_only_the_address_finds_out_the_rest(running_system:
 
 
 def test_without_a_hint_the_default_organ_is_used_and_said(client: EchoVLMClient) -> None:
-    answer = client.generate(prompt="What is shown?", task="vqa", max_new_tokens=2)
+    answer = client.generate(prompt="What is shown?", task="free", max_new_tokens=2)
     assert answer.summary.provenance.organ_source == "default"
     assert any("breast" in notice for notice in answer.summary.notices)
 

@@ -230,7 +230,7 @@ def test_a_killed_replica_harms_its_organ_only_and_its_requests_resume(
         # The liver of the thread only helps to start; from here on it is the process that can be killed.
         servers.live["liver"] = [victim.address]
         experts.wait_until_connected(["liver"], 10)
-        wanted: dict[str, Any] = {"max_new_tokens": 300, "stop_token_ids": frozenset(), "return_logits": False}
+        wanted: dict[str, Any] = {"max_new_tokens": 150, "stop_token_ids": frozenset(), "return_logits": False}
         with running_engine(split, experts) as engine:
             breast, liver = run_together(engine, [of(prompt, "breast", **wanted), of(prompt, "liver", **wanted)])
             with engine._condition:
@@ -240,7 +240,7 @@ def test_a_killed_replica_harms_its_organ_only_and_its_requests_resume(
             os.kill(victim.process.pid, signal.SIGKILL)
             assert other.wait_well().token_ids == breast.token_ids
             assert not hurt.ended.is_set()
-            assert len(hurt.token_ids) < 300
+            assert len(hurt.token_ids) < 150
             doomed = submit(engine, of(prompt, "liver", deadline=time.monotonic() + 0.3)).wait()
             assert isinstance(doomed.error, ExpertsUnavailableError)
             assert doomed.error.organ == "liver"
@@ -253,7 +253,7 @@ def test_a_replica_that_hangs_is_left_after_the_timeout_and_used_again_when_it_a
 ) -> None:
     digest = split.expert_set.bundle_digest("liver")
     with server_thread() as servers, expert_process("liver", split.registry, digest) as process:
-        experts: RemoteExperts = remote_experts(split, servers, exchange_timeout_s=0.5)
+        experts: RemoteExperts = remote_experts(split, servers, exchange_timeout_s=2.0)
         servers.live["liver"] = [process.address]
         experts.wait_until_connected(["liver"], 10)
         with running_engine(split, experts) as engine:
@@ -262,11 +262,11 @@ def test_a_replica_that_hangs_is_left_after_the_timeout_and_used_again_when_it_a
             try:
                 hurt = submit(engine, of(prompt, "liver"))
                 # One timeout for everybody, then the others are not held up any more.
-                time.sleep(0.7)
+                time.sleep(2.2)
                 started = time.monotonic()
                 for _ in range(3):
                     submit(engine, of(prompt, "breast")).wait_well()
-                assert time.monotonic() - started < 0.5
+                assert time.monotonic() - started < 2.0
                 assert not hurt.ended.is_set()
             finally:
                 os.kill(process.process.pid, signal.SIGCONT)

@@ -35,12 +35,12 @@ class Replica(expert_pb2_grpc.ExpertGroupServicer):
         # gRPC allows one write at a time; the tests have one stream to each replica.
         self.writing = asyncio.Lock()
 
-    async def Status(  # noqa: N802
+    async def Status(
         self, request: expert_pb2.ExpertGroupStatusRequest, context: grpc.aio.ServicerContext
     ) -> expert_pb2.ExpertGroupStatusResponse:
         return expert_pb2.ExpertGroupStatusResponse(organ=self.organ)
 
-    async def Forward(  # noqa: N802
+    async def Forward(
         self, requests: AsyncIterator[expert_pb2.ForwardRequest], context: grpc.aio.ServicerContext
     ) -> None:
         async with asyncio.TaskGroup() as answers:
@@ -82,7 +82,7 @@ class Cluster:
 
     async def _start(self, replica: Replica) -> str:
         server = grpc.aio.server()
-        expert_pb2_grpc.add_ExpertGroupServicer_to_server(replica, server)  # type: ignore[no-untyped-call]
+        expert_pb2_grpc.add_ExpertGroupServicer_to_server(replica, server)
         address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         await server.start()
         self.servers[address] = server
@@ -117,16 +117,18 @@ def send(experts: RemoteExperts, layer: int = 0) -> torch.Tensor:
     return experts.send("liver", "digest", layer, X_TD, INDEX_TK, WEIGHT_TK).result()
 
 
-def test_exchanges_overlap_and_are_told_apart(cluster: Cluster, experts: RemoteExperts) -> None:
+def test_exchanges_overlap_and_are_told_apart(cluster: Cluster) -> None:
+    experts = RemoteExperts(cluster.addresses, exchange_timeout_s=30.0)
     replica = Replica()
-    replica.delays = {0: 0.2, 1: 0.1}
+    replica.delays = {0: 0.8, 1: 0.7}
     cluster.add(replica)
     experts.wait_until_connected(["liver"], 5)
     started = time.monotonic()
     pending = [experts.send("liver", "digest", layer, X_TD + layer, INDEX_TK, WEIGHT_TK) for layer in range(3)]
     for layer, exchange in reversed(list(enumerate(pending))):
         assert torch.equal(exchange.result(), (X_TD + layer) * 2)
-    assert time.monotonic() - started < 0.28, "exchanges waited for each other"
+    assert time.monotonic() - started < 1.4, "exchanges waited for each other"
+    experts.close()
 
 
 def test_nothing_waits_for_a_connection(experts: RemoteExperts, cluster: Cluster) -> None:
@@ -138,20 +140,24 @@ def test_nothing_waits_for_a_connection(experts: RemoteExperts, cluster: Cluster
     for _ in range(3):
         with pytest.raises(ExpertsUnavailableError, match=r"'liver' are not available: a replica is being connected"):
             send(experts)
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < 3.0
 
 
-def test_a_broken_stream_fails_its_exchanges_at_once(cluster: Cluster, experts: RemoteExperts) -> None:
+def test_a_broken_stream_fails_its_exchanges_at_once(cluster: Cluster) -> None:
+    experts = RemoteExperts(cluster.addresses, exchange_timeout_s=30.0)
     replica = Replica()
     replica.delays = {0: 30.0}
     address = cluster.add(replica)
     experts.wait_until_connected(["liver"], 5)
     exchange = experts.send("liver", "digest", 0, X_TD, INDEX_TK, WEIGHT_TK)
-    threading.Timer(0.1, cluster.kill, [address]).start()
+    killing = threading.Timer(0.1, cluster.kill, [address])
+    killing.start()
     started = time.monotonic()
     with pytest.raises(ExpertsUnavailableError, match="broke"):
         exchange.result()
-    assert time.monotonic() - started < 0.8, "it waited for the exchange's timeout"
+    assert time.monotonic() - started < 10, "it waited for the exchange's timeout"
+    killing.join()
+    experts.close()
 
 
 def test_a_lost_exchange_is_sent_to_another_replica(cluster: Cluster, experts: RemoteExperts) -> None:
@@ -204,7 +210,7 @@ def test_a_silent_replica_is_dropped_after_the_timeout_and_probed(cluster: Clust
     started = time.monotonic()
     with pytest.raises(ExpertsUnavailableError, match=r"did not answer within 1 s \(router.exchange_timeout_s\)"):
         send(experts)
-    assert 0.9 < time.monotonic() - started < 1.5
+    assert 0.9 < time.monotonic() - started < 5
     experts.wait_until_connected(["liver"], 5)
     assert torch.equal(send(experts, layer=1), X_TD * 2)
 

@@ -25,6 +25,7 @@ from pydicom.uid import (
 from echovlm_ray.errors import InvalidRequestError
 from echovlm_ray.vision.dicom import InvalidDicomError, anatomy_terms, decode_dicom
 from echovlm_ray.vision.images import DecodedImage, ImageLimits, decode_image_file
+from echovlm_ray.vision.regions import image_box
 from tests.vision.dicom_samples import REAL, made, made_compressed, real, region
 
 LIMITS = ImageLimits(max_image_bytes=64 * 1024**2, max_image_pixels=40_000_000, max_frames=8)
@@ -199,6 +200,13 @@ def test_regions_are_clamped_to_the_image() -> None:
     assert decode(real("examples_palette.dcm"), LIMITS).frames[0].shape == (350 - 60, 800 - 120, 3)
 
 
+def test_the_box_of_the_regions_lies_within_the_image() -> None:
+    dataset = dcmread(io.BytesIO(real("examples_ybr_color.dcm")))
+    assert image_box(dataset, 320, 240) == (84, 31, 320, 240)
+    dataset.SequenceOfUltrasoundRegions = [region(-5, -7, 400, 99)]
+    assert image_box(dataset, 320, 240) == (0, 0, 320, 100)
+
+
 def test_the_crop_is_the_box_around_all_image_regions() -> None:
     pixels = np.zeros((200, 300), np.uint8)
     pixels[20:100, 10:110] = 7
@@ -337,6 +345,8 @@ def test_nothing_of_a_file_reaches_the_log_or_an_error(caplog: pytest.LogCapture
         made(GREY, PatientName=secret)[:400],
         made(GREY).replace(b"MONOCHROME2 ", secret.encode()),
         made(GREY, StudyDate="19990101").replace(b"19990101", b"ZZTOPPAT"),
+        made(GREY).replace(b"1.2.840.10008.1.2.1\0", b"1.2.ZZTOPPATIENT.1\0\0"),
+        made(GREY, SpecificCharacterSet="ISO 2022 IR 87").replace(b"ISO 2022 IR 87", b"ZZTOPPATIENT 8"),
         made(GREY, PatientID=secret).replace(b"1.2.840.10008.5.1.4.1.1.6.1", b"1.2.ZZTOPPATIENT.5.1.4.1.16"),
     ]
     process = subprocess.run(

@@ -39,7 +39,9 @@ class GatewayReplica(Replica):
         served = served_checkpoint(parsed.model)
         endpoints = Endpoints(deployments_of(served.organs))
         endpoints.start()
-        processor = await asyncio.to_thread(EchoVLMProcessor.from_pretrained, served.directory)
+        processor = None
+        if not served.missing_text_files:
+            processor = await asyncio.to_thread(EchoVLMProcessor.from_pretrained, served.directory)
         description = await asyncio.to_thread(_describe, parsed, served)
         router = RouterClient(endpoints.source(ROUTER), INTERNAL_CHANNEL_OPTIONS)
         service = GatewayService(processor, router, lambda: description, gateway=section, limits=parsed.router)
@@ -76,7 +78,12 @@ def _monitor(
         # Experts in the router's own process live and die with it.
         application = expert_application(organ) if settings.router.experts == "remote" else ROUTER
         parts[health.organ_service(organ)] = endpoints.source(application)
-    return health.HealthMonitor(parts, replica.publish_health, all_organs_needed=served.expert_set.routing == "flat")
+    return health.HealthMonitor(
+        parts,
+        replica.publish_health,
+        all_organs_needed=served.expert_set.routing == "flat",
+        speaks_text=not served.missing_text_files,
+    )
 
 
 def _describe(settings: GatewaySettings, served: "ServedCheckpoint") -> "ModelDescription":

@@ -1,0 +1,72 @@
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from echovlm_ray.config import Config
+from echovlm_ray.serving.applications import version_of
+from echovlm_ray.serving.deployments.control import brief
+from echovlm_ray.serving.deployments.replica import environment_of
+from echovlm_ray.serving.deployments.settings import ReplicaSettings, deployments_of, settings_of
+
+ORGANS = ("breast", "heart")
+
+
+def config(**sections: Mapping[str, Any]) -> Config:
+    return Config.model_validate({"model": {"checkpoint": Path("/models/demo")}, **sections})
+
+
+def settings(**sections: Mapping[str, Any]) -> dict[str, ReplicaSettings]:
+    return settings_of(config(**sections), ORGANS, "loopback")
+
+
+def changed(before: dict[str, ReplicaSettings], after: dict[str, ReplicaSettings]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name in before if version_of(before[name]) != version_of(after[name])}
+
+
+def test_every_organ_is_an_application_of_its_own() -> None:
+    assert set(settings()) == {"gateway", "vision", "router", "control", "expert-breast", "expert-heart"}
+    assert set(settings()) == set(deployments_of(ORGANS))
+
+
+def test_experts_in_the_router_need_no_applications() -> None:
+    assert set(settings(router={"experts": "local"})) == {"gateway", "vision", "router", "control"}
+
+
+def test_a_change_restarts_only_the_parts_that_it_concerns() -> None:
+    before = settings()
+    assert changed(before, settings()) == set()
+    assert changed(before, settings(gateway={"max_requests": 3})) == {"gateway"}
+    assert changed(before, settings(vision={"max_queue": 3})) == {"vision"}
+    assert changed(before, settings(router={"max_queue": 3})) == {"router", "gateway"}
+    assert changed(before, settings(control={"port": 3})) == {"control"}
+    assert changed(before, settings(serve={"health_check_period_s": 3})) == set()
+    everything = settings(model={"checkpoint": Path("/models/other")})
+    assert changed(before, everything) == set(before)
+
+
+def test_one_organs_resources_do_not_restart_another_organ() -> None:
+    before = settings()
+    after = settings(experts={"organs": {"heart": {"num_cpus": 0.5}}})
+    # The router has all of them, for experts in its own process.
+    assert changed(before, after) <= {"expert-heart", "router"}
+    assert "expert-heart" in changed(before, after)
+    assert after["expert-heart"].resources.num_cpus == 0.5
+
+
+def test_settings_survive_the_way_to_the_replica() -> None:
+    for found in settings(experts={"organs": {"heart": {"replicas": 2}}}).values():
+        assert type(found).model_validate(found.model_dump(mode="json")) == found
+
+
+def test_the_environment_follows_the_configuration() -> None:
+    environment = environment_of(settings(model={"torch_threads": 3})["router"])
+    assert environment["OMP_NUM_THREADS"] == "3"
+    assert "event_engine" in environment["GRPC_EXPERIMENTS"]
+    assert "GRPC_EXPERIMENTS" not in environment_of(settings(serve={"grpc_event_engine": True})["router"])
+
+
+def test_of_a_failure_the_reason_is_shown_and_not_the_trace() -> None:
+    trace = 'Traceback (most recent call last):\n  File "x.py", line 1, in f\nValueError: no GPU here\n\n'
+    assert brief(trace) == "ValueError: no GPU here"
+    assert brief("") == ""

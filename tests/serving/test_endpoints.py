@@ -1,0 +1,134 @@
+"""Discovery, versions and the end of a local Ray, on a real Ray Serve with one real application, Control."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import grpc
+import psutil
+import pytest
+from ray import serve
+
+from echovlm_ray.checkpoint.demo import make_demo
+from echovlm_ray.checkpoint.layout import ORGANS
+from echovlm_ray.config import Config
+from echovlm_ray.serving import serve_api
+from echovlm_ray.serving.applications import build_applications
+from echovlm_ray.serving.deployments.settings import CONTROL, DEPLOYMENTS
+from echovlm_ray.serving.endpoints import Endpoints
+from echovlm_ray.serving.ray_session import local_ray
+from protos import status_pb2, status_pb2_grpc
+
+# For a replica to start on a machine that does much else at the same time.
+START_S = 60.0
+
+
+def until(condition: Callable[[], bool], seconds: float) -> float:
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < seconds, f"not within {seconds} s"
+        time.sleep(0.02)
+    return time.monotonic() - started
+
+
+def deploy(config: Config) -> None:
+    application = build_applications(config, ORGANS, "loopback")[CONTROL]
+    serve.run_many([serve.RunTarget(application, name=CONTROL, route_prefix=None)])
+
+
+def describe(address: str) -> status_pb2.ReplicaDescription:
+    with grpc.insecure_channel(address) as channel:
+        stub = status_pb2_grpc.ReplicaStatusStub(channel)
+        described: status_pb2.ReplicaDescription = stub.Describe(status_pb2.DescribeRequest(), timeout=10)
+        return described
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    directory = tmp_path_factory.mktemp("endpoints") / "demo"
+    make_demo(directory)
+    return Config.model_validate({"model": {"checkpoint": directory}, "control": {"port": 0}})
+
+
+@pytest.fixture(scope="module")
+def family() -> list[psutil.Process]:
+    """All processes of the Ray under test, filled while it runs."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def endpoints(config: Config, family: list[psutil.Process]) -> Iterator[Endpoints]:
+    before = set(psutil.Process().children(recursive=True))
+    with local_ray(config):
+        found = Endpoints({CONTROL: DEPLOYMENTS[CONTROL], "vision": DEPLOYMENTS["vision"]})
+        # Before there is anything to find.
+        found.start()
+        assert found.of(CONTROL) == ()
+        deploy(config)
+        until(lambda: bool(found.of(CONTROL)), START_S)
+        yield found
+        family += set(psutil.Process().children(recursive=True)) - before
+        found.stop()
+    assert family
+    assert not [process for process in family if process.is_running()], "a local Ray left processes behind"
+
+
+def test_a_replica_is_found_at_both_of_its_addresses(endpoints: Endpoints) -> None:
+    (replica,) = endpoints.replicas(CONTROL)
+    assert endpoints.of(CONTROL) == endpoints.source(CONTROL)() == (replica.address,)
+    assert endpoints.of("vision") == ()
+    described = describe(replica.address)
+    assert described.application == CONTROL
+    assert described.deployment == "Control"
+    assert described.endpoint == replica.public_address != replica.address
+    assert psutil.pid_exists(described.pid)
+    # Operators reach the public one, which tells nobody about replicas.
+    with pytest.raises(grpc.RpcError) as caught:
+        describe(replica.public_address)
+    assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+    with grpc.insecure_channel(replica.public_address) as channel:
+        stub = status_pb2_grpc.SystemStatusStub(channel)
+        status = stub.GetStatus(status_pb2.GetStatusRequest(), timeout=10)
+    found = {application.name: application for application in status.applications}
+    assert found[CONTROL].status == "RUNNING"
+    assert [replica.pid for replica in found[CONTROL].replicas] == [described.pid]
+    assert found["router"].status == "NOT_STARTED"
+
+
+def test_a_local_ray_is_guarded_by_a_token(endpoints: Endpoints) -> None:
+    from ray._raylet import AuthenticationMode, get_authentication_mode
+
+    assert get_authentication_mode() == AuthenticationMode.TOKEN
+    assert len(os.environ["RAY_AUTH_TOKEN"]) >= 32
+
+
+def test_a_killed_replica_is_gone_soon_and_its_successor_found(endpoints: Endpoints) -> None:
+    changed = threading.Event()
+    endpoints.on_change(changed.set)
+    (old,) = endpoints.of(CONTROL)
+    pid = describe(old).pid
+    os.kill(pid, signal.SIGKILL)
+    assert until(lambda: old not in endpoints.of(CONTROL), 10) < 5
+    assert changed.is_set()
+    until(lambda: bool(endpoints.of(CONTROL)), START_S)
+    (new,) = endpoints.of(CONTROL)
+    assert describe(new).pid != pid
+
+
+def test_deploying_again_leaves_the_replica_alone_unless_it_changes(endpoints: Endpoints, config: Config) -> None:
+    (first,) = endpoints.of(CONTROL)
+    pid = describe(first).pid
+    deploy(config)
+    deploy(config.model_copy(update={"router": config.router.model_copy(update={"max_queue": 7})}))
+    assert describe(endpoints.of(CONTROL)[0]).pid == pid
+    deploy(config.model_copy(update={"model": config.model.model_copy(update={"default_organ": "heart"})}))
+    until(lambda: bool(endpoints.of(CONTROL)) and endpoints.of(CONTROL) != (first,), START_S)
+    assert describe(endpoints.of(CONTROL)[0]).pid != pid
+
+
+def test_a_removed_application_is_gone(endpoints: Endpoints) -> None:
+    serve_api.delete_applications([CONTROL])
+    until(lambda: not endpoints.of(CONTROL), START_S)
+    until(lambda: CONTROL not in serve.status().applications, START_S)

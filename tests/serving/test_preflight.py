@@ -1,0 +1,110 @@
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from echovlm_ray.checkpoint.demo import make_demo
+from echovlm_ray.config import Config
+from echovlm_ray.serving import preflight
+from echovlm_ray.serving.served import served_checkpoint
+from tests.certificates import write_certificates
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("preflight") / "demo"
+    make_demo(directory)
+    return directory
+
+
+def config(checkpoint: Path, **sections: dict[str, Any]) -> Config:
+    data: dict[str, dict[str, Any]] = {"gateway": {"port": 0}, "control": {"port": 0}, "model": {}}
+    for name, section in sections.items():
+        data[name] = data.get(name, {}) | section
+    data["model"]["checkpoint"] = checkpoint
+    return Config.model_validate(data)
+
+
+def test_what_is_right_passes_and_says_what_will_be_served(checkpoint: Path) -> None:
+    served = preflight.check(config(checkpoint), local=True)
+    assert served.organs == ("breast", "gynaecology", "heart", "kidney", "liver", "thyroid", "vessel")
+    assert served.expert_set.id == served.index.expert_set().id
+    assert served.versions["heart"] == "1.0.0"
+
+
+def test_a_checkpoint_that_is_not_there_or_not_split_says_which_command_makes_one(
+    tmp_path: Path, checkpoint: Path
+) -> None:
+    with pytest.raises(ValueError, match="echoray checkpoint demo"):
+        preflight.check(config(tmp_path / "absent"), local=True)
+    with pytest.raises(ValueError, match="echoray checkpoint split"):
+        preflight.check(config(checkpoint / "backbone"), local=True)
+
+
+@pytest.mark.parametrize(
+    ("sections", "text"),
+    [
+        ({"model": {"default_organ": "spleen"}}, r"model\.default_organ is 'spleen'.*breast"),
+        ({"experts": {"organs": {"hart": {}}}}, r"experts\.organs names 'hart'.*heart"),
+        ({"model": {"routing": "flat"}}, r"model\.routing is \"flat\".*copy of the same experts"),
+        ({"gateway": {"token_file": "/absent/tokens"}}, r"gateway\.token_file /absent/tokens cannot be read"),
+        (
+            {"control": {"tls": {"certificate": "/absent/a.pem", "key": "/absent/a.key"}}},
+            r"control\.tls\.certificate /absent/a\.pem is no file",
+        ),
+    ],
+)
+def test_what_does_not_fit_names_the_field_and_what_there_is(
+    checkpoint: Path, sections: dict[str, dict[str, Any]], text: str
+) -> None:
+    with pytest.raises(ValueError, match=text):
+        preflight.check(config(checkpoint, **sections), local=True)
+
+
+def test_a_key_of_another_certificate_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    write_certificates(tmp_path)
+    tls = {"certificate": tmp_path / "server.pem", "key": tmp_path / "client.key"}
+    with pytest.raises(ValueError, match="cannot be used together"):
+        preflight.check(config(checkpoint, gateway={"tls": tls}), local=True)
+    tls["key"] = tmp_path / "server.key"
+    preflight.check(config(checkpoint, gateway={"tls": tls}), local=True)
+
+
+@pytest.mark.parametrize("name", ["gateway", "control"])
+@pytest.mark.parametrize("reuse_port", [False, True])
+def test_a_taken_port_is_named_even_if_its_owner_would_share_it(checkpoint: Path, name: str, reuse_port: bool) -> None:
+    with socket.socket() as owner:
+        if reuse_port:
+            owner.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        owner.bind(("127.0.0.1", 0))
+        owner.listen()
+        port = owner.getsockname()[1]
+        wanted = config(checkpoint, **{name: {"port": port}})
+        with pytest.raises(
+            preflight.PortTakenError, match=rf"{name} cannot listen on 127\.0\.0\.1:{port}.*{name}\.port"
+        ):
+            preflight.check(wanted, local=True)
+        # On a cluster the port is another machine's.
+        preflight.check(wanted, local=False)
+    preflight.check(wanted, local=True)
+
+
+def test_paths_become_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    tls = {"certificate": "a.pem", "key": "~/a.key"}
+    found = preflight.resolve_paths(config(Path("demo"), gateway={"tls": tls, "token_file": "tokens"}))
+    assert found.model.checkpoint == tmp_path / "demo"
+    assert found.gateway.token_file == tmp_path / "tokens"
+    assert found.gateway.tls is not None
+    assert found.gateway.tls.certificate == tmp_path / "a.pem"
+    assert found.gateway.tls.key == tmp_path / "home" / "a.key"
+    assert found.gateway.tls.client_authority is None
+
+
+def test_another_routing_is_another_expert_set(checkpoint: Path) -> None:
+    model = config(checkpoint).model
+    assert served_checkpoint(model).expert_set.routing == "organs"
+    same = served_checkpoint(model.model_copy(update={"routing": "organs"}))
+    assert same.expert_set.id == served_checkpoint(model).expert_set.id
