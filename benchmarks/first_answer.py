@@ -6,6 +6,7 @@ echocardiogram; and writes `benchmarks/results/first_answer.md`.
 
 import argparse
 import json
+import os
 import signal
 import statistics
 import subprocess
@@ -49,10 +50,15 @@ def measure(image: str) -> tuple[float, float, list[dict[str, Any]]]:
             time.sleep(POLL_SECONDS)
         whole_s = time.monotonic() - started
         status = json.loads(subprocess.run([ECHORAY, "status", "--json"], check=True, capture_output=True).stdout)
-        replicas = [replica for application in status["applications"] for replica in application["replicas"]]
+        replicas = [
+            {"application": application["name"], **replica}
+            for application in status["applications"]
+            for replica in application["replicas"]
+        ]
         return first_s, whole_s, replicas
     finally:
-        server.send_signal(signal.SIGINT)
+        # As a terminal does it: to the whole group, for make passes no Ctrl-C on.
+        os.killpg(server.pid, signal.SIGINT)
         server.wait()
 
 

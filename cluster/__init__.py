@@ -1,0 +1,1 @@
+"""Configuration files for ready-made deployments."""

@@ -133,7 +133,7 @@ def _read(path: Path) -> _Document:
 
 
 def _index(
-    node: "Node", path: tuple[str, ...], file: str, lines: dict[tuple[str, ...], str]
+    node: "Node | None", path: tuple[str, ...], file: str, lines: dict[tuple[str, ...], str]
 ) -> Iterator[tuple[str, int, int]]:
     """Notes every key's line; yields keys that occur twice, which YAML would pass over in silence."""
     import yaml

@@ -1,0 +1,1 @@
+"""The contracts between all parts, and the code generated from them."""

@@ -36,7 +36,9 @@ class RunningSystem:
     def status(self) -> dict[str, Any]:
         """What `echoray status --json` prints."""
         command: list[str | Path] = [ECHORAY, "status", "--json", "--control", self.control_address]
-        done = subprocess.run(command, check=True, capture_output=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, timeout=60)
+        # 1 only says that some part is not running.
+        assert done.returncode in (0, 1), done.stderr.decode()
         status: dict[str, Any] = json.loads(done.stdout)
         return status
 

@@ -2,6 +2,7 @@ import ast
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -92,7 +93,7 @@ def test_contradictions_name_both_fields_and_the_line(
 
 
 def test_experts_in_the_router_need_no_gpu_of_their_own() -> None:
-    data = {
+    data: dict[str, dict[str, Any]] = {
         "model": {"device": "cuda"},
         "vision": {"resources": {"num_gpus": 0.5}},
         "router": {"experts": "local", "resources": {"num_gpus": 1}},
@@ -162,7 +163,7 @@ def comments_of_config() -> dict[tuple[str, str], str]:
     }
 
 
-def lines_of_keys(node: yaml.Node, prefix: FieldPath = ()) -> Iterator[tuple[FieldPath, int]]:
+def lines_of_keys(node: yaml.Node | None, prefix: FieldPath = ()) -> Iterator[tuple[FieldPath, int]]:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             path = (*prefix, key.value)

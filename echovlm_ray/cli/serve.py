@@ -82,10 +82,10 @@ def _serve(config: "Config", address: str | None, detach: bool, console: Console
             serve_system(config, address=address, keep=detach, progress=progress, stopping=request) as system,
         ):
             progress({})
-            _print_ready(system, config, console)
+            _print_ready(system, config, console, detach)
             if not detach:
                 request.wait()
-    console.print("Left running; `echoray stop --address` removes it." if detach else "Stopped.")
+    console.print(f"Left running; `{_command()} stop --address {address}` removes it." if detach else "Stopped.")
 
 
 @contextmanager
@@ -130,7 +130,7 @@ def _progress(console: Console) -> Iterator[Callable[[Mapping[str, bool]], None]
             status.stop()
 
 
-def _print_ready(system: "RunningSystem", config: "Config", console: Console) -> None:
+def _print_ready(system: "RunningSystem", config: "Config", console: Console, detach: bool) -> None:
     index, expert_set = system.served.index, system.served.expert_set
     gateway = ", ".join(sorted(set(system.gateway_addresses)))
     organs = ", ".join(f"{organ} {version}" for organ, version in system.served.versions.items())
@@ -148,8 +148,8 @@ def _print_ready(system: "RunningSystem", config: "Config", console: Console) ->
         console.print(f"  {escape(index.description)}", style="dim")
     if missing := system.served.missing_text_files:
         console.print(
-            f"[yellow]The checkpoint has no {' and no '.join(missing)}[/yellow] in its backbone/ folder, so the gateway "
-            "cannot answer: only the router can be called, with token ids."
+            f"[yellow]The checkpoint has no {' and no '.join(missing)}[/yellow] in its backbone/ folder, so the "
+            "gateway cannot answer: only the router can be called, with token ids."
         )
     command = _command()
     server = "" if system.gateway_address == DEFAULT_ADDRESS else f" --server {system.gateway_address}"
@@ -157,7 +157,8 @@ def _print_ready(system: "RunningSystem", config: "Config", console: Console) ->
     console.print("Next, in another shell (any PNG, JPEG or DICOM of an ultrasound):")
     console.print(f"  {command} generate IMAGE --task report{server}", style="bold")
     console.print(f"  {command} status{control}", style="bold")
-    console.print("Ctrl-C stops it.")
+    if not detach:
+        console.print("Ctrl-C stops it.")
 
 
 def _access(section: Any) -> str:

@@ -1,6 +1,7 @@
 """`echoray stop`: ends a system that another shell started."""
 
-from typing import Annotated
+import time
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -8,6 +9,7 @@ EXIT_FAILED = 1
 EXIT_INVALID = 2
 # Longer than the longest orderly end that is usual: the grace time of running requests twice, and Ray's own end.
 WAIT_S = 60.0
+POLL_S = 0.1
 
 
 def stop(
@@ -26,8 +28,6 @@ def stop(
     if address is not None:
         _stop_on_cluster(address)
         return
-    import psutil
-
     from echovlm_ray.cli.state import running_systems
 
     found = running_systems()
@@ -37,14 +37,16 @@ def stop(
     if len(chosen) > 1 and not everything:
         lines = [f"  {system.pid}: {system.checkpoint}, control at {system.control}" for system in chosen]
         _fail("\n".join(["several run; say which with --pid, or --all:", *lines]), EXIT_INVALID)
-    processes = [process for system in chosen if (process := system.process) is not None]
-    for process in processes:
-        process.terminate()
-    _, alive = psutil.wait_procs(processes, timeout=WAIT_S)
-    if alive:
-        pids = ", ".join(str(process.pid) for process in alive)
-        _fail(f"process {pids} has not ended after {WAIT_S:.0f} s; call again to stop it at once", EXIT_FAILED)
-    typer.echo(f"Stopped {', '.join(str(process.pid) for process in processes)}.")
+    for system in chosen:
+        if (process := system.process) is not None:
+            process.terminate()
+    deadline = time.monotonic() + WAIT_S
+    while alive := [system.pid for system in chosen if system.process is not None]:
+        if time.monotonic() > deadline:
+            pids = ", ".join(map(str, alive))
+            _fail(f"process {pids} has not ended after {WAIT_S:.0f} s; call again to stop it at once", EXIT_FAILED)
+        time.sleep(POLL_S)
+    typer.echo(f"Stopped {', '.join(str(system.pid) for system in chosen)}.")
 
 
 def _stop_on_cluster(address: str) -> None:
@@ -59,6 +61,6 @@ def _stop_on_cluster(address: str) -> None:
     typer.echo(f"Removed {', '.join(names)}.")
 
 
-def _fail(text: str, code: int) -> None:
+def _fail(text: str, code: int) -> NoReturn:
     typer.echo(f"error: {text}", err=True)
     raise typer.Exit(code)

@@ -1,0 +1,1 @@
+"""EchoVLM on transformers: configuration, arithmetic, positions, loading, text and image processing."""

@@ -75,7 +75,7 @@ class EchoVLMExperts(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class _ComputedExperts:
-    output_TD: torch.Tensor  # noqa: N815 - named as tensors are, with its dimensions
+    output_TD: torch.Tensor
 
     def result(self) -> torch.Tensor:
         return self.output_TD

@@ -201,19 +201,27 @@ def _wait_until_serving(
             raise StoppedError("stopped while starting")
         listening = {name for name in names if endpoints.of(name)}
         progress({name: name in listening for name in names})
-        if listening == set(names) and _serves(endpoints.of(GATEWAY)[0]):
-            return
-        if time.monotonic() >= next_status:
-            _raise_if_failed(names)
+        all_listen = listening == set(names)
+        if all_listen or time.monotonic() >= next_status:
+            # What listens may still be what an update is about to replace; only Serve knows that.
+            settled = _all_settled(names)
             next_status = time.monotonic() + STATUS_PERIOD_S
+            if all_listen and settled and _serves(endpoints.of(GATEWAY)[0]):
+                return
         time.sleep(POLL_S)
 
 
-def _raise_if_failed(names: Sequence[str]) -> None:
+def _all_settled(names: Sequence[str]) -> bool:
+    """Whether all applications run as they were deployed last.
+
+    Raises:
+        StartError: one of them was given up.
+    """
     applications = serve.status().applications
     for name in names:
         if name in applications and applications[name].status == ApplicationStatus.DEPLOY_FAILED:
             raise StartError(f"{name} did not start: {brief(applications[name].message)}")
+    return all(name in applications and applications[name].status == ApplicationStatus.RUNNING for name in names)
 
 
 def _serves(address: str) -> bool:

@@ -9,7 +9,7 @@ changed, and other people's applications on the same cluster are not touched.
 from importlib import metadata
 
 from ray import serve
-from ray.serve import Application
+from ray.serve import Application, Deployment
 
 from echovlm_ray.config import Config
 from echovlm_ray.serving import serve_api
@@ -69,7 +69,8 @@ def version_of(settings: ReplicaSettings) -> str:
 
 def _build(name: str, settings: ReplicaSettings) -> Application:
     options, resources = settings.serve, settings.resources
-    deployment = serve.deployment(REPLICAS[type(settings)]).options(
+    undeployed: Deployment = serve.deployment(REPLICAS[type(settings)])  # type: ignore[assignment] # its overloads
+    deployment = undeployed.options(
         name=deployment_of(name),
         num_replicas=resources.replicas,
         ray_actor_options={
@@ -82,6 +83,9 @@ def _build(name: str, settings: ReplicaSettings) -> Application:
         graceful_shutdown_timeout_s=options.graceful_shutdown_timeout_s,
         graceful_shutdown_wait_loop_s=SHUTDOWN_POLL_S,
         max_constructor_retry_count=CONSTRUCTOR_ATTEMPTS,
+        # An update starts the new replicas beside the old, so that no moment is without one; of Control there must
+        # never be two.
+        max_surge_percent=0 if isinstance(settings, ControlSettings) else 100,
         # Requests come over our own servers; Serve's access log would only know of health checks.
         logging_config={"enable_access_log": False},
     )

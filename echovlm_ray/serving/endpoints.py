@@ -20,8 +20,6 @@ logger = logging.getLogger(__name__)
 # What a replica's metadata holds: where the other parts reach it, and where clients do if it has a public server too.
 ADDRESS_KEY = "address"
 PUBLIC_ADDRESS_KEY = "public_address"
-# The controller answers sooner when something changes, and by itself after at most a minute.
-POLL_TIMEOUT_S = 90.0
 RETRY_S = 0.5
 
 
@@ -61,8 +59,10 @@ class Endpoints:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends watching; does not wait for the poll under way, which holds nothing."""
+        """Ends watching, within half a second: no call to Ray may be under way when Ray itself is shut down."""
         self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def of(self, application: str) -> tuple[str, ...]:
         """The addresses of an application's replicas, host:port; none if it does not run.
@@ -101,7 +101,7 @@ class Endpoints:
         snapshots = dict.fromkeys(self._keys, -1)
         while not self._stopping.is_set():
             try:
-                updates = serve_api.wait_for_targets(snapshots, POLL_TIMEOUT_S)
+                updates = serve_api.wait_for_targets(snapshots, self._stopping.is_set)
             except UnsupportedRayError as error:
                 self._failure = error
                 return

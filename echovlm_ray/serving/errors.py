@@ -6,6 +6,7 @@ with one exchange inside a stream. A text that was written for the caller is pas
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -126,20 +127,20 @@ def _status_of_inner_call(error: grpc.aio.AioRpcError) -> status_pb2.Status:
 
 
 # Asked from top to bottom; the first type that fits decides.
-_CONVERSIONS: tuple[tuple[type[BaseException], Callable[[BaseException], status_pb2.Status]], ...] = (
-    (InvalidRequestError, _invalid_request),  # type: ignore[arg-type]
+_CONVERSIONS: tuple[tuple[type[BaseException], Callable[[Any], status_pb2.Status]], ...] = (
+    (InvalidRequestError, _invalid_request),
     (InvalidTensorError, _plain(code_pb2.INVALID_ARGUMENT)),
-    (TooManyOrgansError, _too_many_organs),  # type: ignore[arg-type]
+    (TooManyOrgansError, _too_many_organs),
     (UnknownOrganError, _plain(code_pb2.NOT_FOUND)),
     (UnknownBundleError, _plain(code_pb2.NOT_FOUND)),
     (BundleNotResidentError, _plain(code_pb2.FAILED_PRECONDITION)),
     (InvalidBundleError, _plain(code_pb2.FAILED_PRECONDITION)),
     (ExpertCapacityError, lambda error: _status(code_pb2.RESOURCE_EXHAUSTED, str(error), [_retry_info(RETRY_AFTER_S)])),
-    (OverloadedError, _overloaded),  # type: ignore[arg-type]
-    (ExpertsUnavailableError, _experts_unavailable),  # type: ignore[arg-type]
-    (ExpertsFailedError, _experts_failed),  # type: ignore[arg-type]
-    (PartUnavailableError, _part_unavailable),  # type: ignore[arg-type]
-    (ShuttingDownError, _shutting_down),  # type: ignore[arg-type]
+    (OverloadedError, _overloaded),
+    (ExpertsUnavailableError, _experts_unavailable),
+    (ExpertsFailedError, _experts_failed),
+    (PartUnavailableError, _part_unavailable),
+    (ShuttingDownError, _shutting_down),
     (DeadlineError, _plain(code_pb2.DEADLINE_EXCEEDED)),
     (TextUnavailableError, _plain(code_pb2.FAILED_PRECONDITION)),
     (UnauthenticatedError, _plain(code_pb2.UNAUTHENTICATED)),

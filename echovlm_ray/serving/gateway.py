@@ -182,8 +182,8 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
     def _text_processor(self) -> EchoVLMProcessor:
         if self._processor is None:
             raise TextUnavailableError(
-                "the served checkpoint has no tokenizer or no image processor, so it can only be called with token ids, "
-                "at the router: copy those files into its backbone/ folder and serve again"
+                "the served checkpoint has no tokenizer or no image processor, so it can only be called with token "
+                "ids, at the router: copy those files into its backbone/ folder and serve again"
             )
         return self._processor
 

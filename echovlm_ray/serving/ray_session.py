@@ -4,6 +4,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 NAMESPACE = "echovlm"
 # How long the processes of a local Ray may take to end by themselves.
 EXIT_GRACE_S = 5.0
+PROBE_TIMEOUT_S = 5.0
 
 
 @contextmanager
@@ -65,9 +67,13 @@ def local_ray(config: Config) -> Iterator[None]:
 def joined_ray(address: str) -> Iterator[None]:
     """Connects to a cluster, and starts Serve there if it does not run. The cluster stays as it is afterwards.
 
+    Args:
+        address: host:port of the cluster's head, or "auto" for the cluster that this machine belongs to.
+
     Raises:
         ConnectionError: no cluster answers there.
     """
+    _probe(address)
     try:
         with _kept_signal_handlers():
             ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
@@ -79,6 +85,19 @@ def joined_ray(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _probe(address: str) -> None:
+    """Ray itself tries for minutes before it says that nobody is there."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "/" in host:
+        raise ConnectionError(f'a Ray cluster is named by host:port or "auto", not by {address!r}')
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConnectionError(f"no Ray cluster can be joined at {address}: {error}") from None
 
 
 def end_processes(processes: set[psutil.Process], grace_s: float) -> None:

@@ -5,7 +5,8 @@ deployment a version. Both are done here and nowhere else; what comes back is ch
 clear text instead of somewhere else with a strange one.
 """
 
-from collections.abc import Hashable, Iterable, Mapping
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
 TIMEOUT_S = 60.0
+# The controller itself answers a poll without news after a minute.
+POLL_TIMEOUT_S = 90.0
 
 # One deployment's targets, as the controller's long poll knows them.
 TargetKey = Hashable
@@ -40,13 +43,13 @@ def target_key(application: str, deployment: str) -> TargetKey:
 
 
 def wait_for_targets(
-    snapshots: Mapping[TargetKey, int], timeout_s: float
+    snapshots: Mapping[TargetKey, int], stopping: Callable[[], bool]
 ) -> dict[TargetKey, tuple[int, list[Mapping[str, Any]]]]:
-    """Waits until the running replicas of a deployment are not those of the snapshot any more.
+    """Waits until the running replicas of a deployment are not those of the snapshot any more, at most a minute or so.
 
     Args:
         snapshots: what to watch, and the snapshot last seen of it; below zero for none.
-        timeout_s: more than the minute after which the controller answers without news.
+        stopping: asked twice a second; true ends the wait without news.
 
     Returns:
         for each deployment that changed, its new snapshot and what every running replica returned from
@@ -56,7 +59,12 @@ def wait_for_targets(
         UnsupportedRayError: the answer has another shape.
         ray.exceptions.RayError: the controller is away.
     """
-    updates = ray.get(_controller().listen_for_change.remote(dict(snapshots)), timeout=timeout_s)
+    pending: Any = _controller().listen_for_change.remote(dict(snapshots))
+    deadline = time.monotonic() + POLL_TIMEOUT_S
+    while not ray.wait([pending], timeout=0.5)[0]:
+        if stopping() or time.monotonic() > deadline:
+            return {}
+    updates: Any = ray.get(pending)
     if not isinstance(updates, dict):
         return {}
     try:
@@ -88,7 +96,7 @@ def delete_applications(names: Iterable[str]) -> None:
     ray.get(_controller().delete_apps.remote(list(names)), timeout=TIMEOUT_S)
 
 
-def _controller() -> "ActorHandle":
+def _controller() -> "ActorHandle[Any]":
     try:
         from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
     except ImportError as error:

@@ -80,17 +80,18 @@ def test_there_is_nothing_to_stop(environment: dict[str, str]) -> None:
     assert "no EchoVLM-Ray of yours" in refused("stop", environment=environment)
 
 
-def test_an_unreachable_cluster_is_told(checkpoint: Path, environment: dict[str, str]) -> None:
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_an_unreachable_cluster_is_told(checkpoint: Path, environment: dict[str, str], scheme: str) -> None:
     done = subprocess.run(
-        [ECHORAY, "serve", "--checkpoint", checkpoint, "--address", f"127.0.0.1:{free_port()}"],
+        [ECHORAY, "serve", "--checkpoint", checkpoint, "--address", f"{scheme}127.0.0.1:{free_port()}"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=60,
         env=environment,
         check=False,
     )
     assert done.returncode == 1
-    assert "no Ray cluster can be joined" in done.stderr
+    assert "Ray cluster" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -117,10 +118,18 @@ def family_with(process: subprocess.Popen[bytes], name: str) -> list[psutil.Proc
     while time.monotonic() < deadline:
         assert process.poll() is None, "it ended by itself"
         family = psutil.Process(process.pid).children(recursive=True)
-        if any(name in " ".join(member.cmdline()) for member in family if member.is_running()):
+        if any(name in title_of(member) for member in family):
             return family
         time.sleep(0.05)
     raise AssertionError(f"no {name} within 60 s")
+
+
+def title_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        # It has just ended.
+        return ""
 
 
 def assert_gone(family: list[psutil.Process]) -> None:
@@ -150,7 +159,7 @@ def test_stop_ends_it_from_another_shell(starting: subprocess.Popen[bytes], envi
     done = subprocess.run([ECHORAY, "stop"], capture_output=True, text=True, timeout=90, env=environment, check=False)
     assert done.returncode == 0, done
     assert str(starting.pid) in done.stdout
-    assert starting.wait(1) == 130
+    assert starting.wait(5) == 130
     assert_gone(family)
     assert "no EchoVLM-Ray of yours" in refused("stop", environment=environment)
 

@@ -57,9 +57,9 @@ def test_every_organ_answers_from_a_process_of_its_own(client: EchoVLMClient, ru
         assert [part.organ for part in answer.summary.provenance.organs] == [organ]
         texts.add(answer.text)
     assert len(texts) == 1, "identical copies of the experts give one answer"
-    status = running_system.status()
-    replicas = [replica for application in status["applications"] for replica in application["replicas"]]
-    assert {replica["application"] for replica in replicas} >= {f"expert-{organ}" for organ in ORGANS}
+    applications = running_system.status()["applications"]
+    assert {application["name"] for application in applications} >= {f"expert-{organ}" for organ in ORGANS}
+    replicas = [replica for application in applications for replica in application["replicas"]]
     assert len({replica["pid"] for replica in replicas}) == len(replicas) >= 10
     assert len({replica["endpoint"] for replica in replicas}) == len(replicas)
 

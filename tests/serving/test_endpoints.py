@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +11,7 @@ from collections.abc import Callable, Iterator
 import grpc
 import psutil
 import pytest
+import ray
 from ray import serve
 
 from echovlm_ray.checkpoint.demo import make_demo
@@ -98,10 +101,17 @@ def test_a_replica_is_found_at_both_of_its_addresses(endpoints: Endpoints) -> No
 
 
 def test_a_local_ray_is_guarded_by_a_token(endpoints: Endpoints) -> None:
-    from ray._raylet import AuthenticationMode, get_authentication_mode
-
-    assert get_authentication_mode() == AuthenticationMode.TOKEN
-    assert len(os.environ["RAY_AUTH_TOKEN"]) >= 32
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    code = f"import ray; ray.init(address={ray.get_runtime_context().gcs_address!r})"
+    stranger = os.environ | {"RAY_AUTH_TOKEN": "0" * 64}
+    with subprocess.Popen([sys.executable, "-c", code], env=stranger, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        # Ray would go on trying for a minute; its first answer says enough.
+        said = ""
+        while "InvalidAuthToken" not in said and (line := process.stderr.readline()):
+            said += line
+        process.kill()
+    assert "InvalidAuthToken" in said
 
 
 def test_a_killed_replica_is_gone_soon_and_its_successor_found(endpoints: Endpoints) -> None:

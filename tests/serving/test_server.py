@@ -35,7 +35,8 @@ class Control(control_pb2_grpc.ExpertControlServicer):
     ) -> control_pb2.ListResponse:
         self.seen.append(current_request_id())
         result = self.on_list()
-        return await result if asyncio.iscoroutine(result) else result
+        response: control_pb2.ListResponse = await result if asyncio.iscoroutine(result) else result
+        return response
 
     async def Watch(
         self, request: control_pb2.WatchRequest, context: grpc.aio.ServicerContext

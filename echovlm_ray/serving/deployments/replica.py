@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from echovlm_ray.serving.deployments.settings import Network, ReplicaSettings
+from echovlm_ray.serving.deployments.settings import ExpertGroupSettings, Network, ReplicaSettings
 from echovlm_ray.serving.endpoints import ADDRESS_KEY, PUBLIC_ADDRESS_KEY
 from echovlm_ray.serving.replica_status import SERVICE_NAME, ReplicaIdentity, ReplicaStatusService
 from echovlm_ray.serving.server import GrpcServer, Register, ServerOptions
@@ -163,6 +163,9 @@ def environment_of(settings: ReplicaSettings) -> dict[str, str]:
         "MALLOC_MMAP_THRESHOLD_": str(256 * 1024 * 1024),
         "OMP_NUM_THREADS": str(settings.model.torch_threads),
     }
+    if isinstance(settings, ExpertGroupSettings):
+        # There are many of these processes, with few threads each: one heap for all threads wastes least.
+        environment["MALLOC_ARENA_MAX"] = "1"
     if not settings.serve.grpc_event_engine:
         environment["GRPC_EXPERIMENTS"] = "-event_engine_client,-event_engine_listener"
     return environment
