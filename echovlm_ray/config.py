@@ -99,7 +99,7 @@ class GatewaySection(Section):
     # When a cine loop has more frames, this many are taken, evenly spread; the model looks at two together.
     max_frames: Annotated[int, Field(ge=2)] = 8
     # When an image, or two frames of a cine loop, would take more visual tokens, they are scaled down to fit.
-    max_visual_tokens: Annotated[int, Field(ge=4)] = 196
+    max_visual_tokens: Annotated[int, Field(ge=16)] = 196
     # When a request does not say how long its answer may get, this many tokens.
     default_new_tokens: PositiveInt = 256
     # When a call carries no deadline, this one, in seconds.

@@ -117,7 +117,7 @@ def _is_lost(error: grpc.aio.AioRpcError) -> bool:
     if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return False
     try:
-        status = rpc_status.from_call(error) # it has what a call has
+        status = rpc_status.from_call(error)
     except ValueError:
         return True
     if status is None:
