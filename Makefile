@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check protos clean
+.PHONY: help serve test check protos structures clean
 
 help:  ## Lists the targets.
 	@sed -n 's/^\([a-z][a-z-]*\):.*##  *\(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
@@ -28,6 +28,9 @@ check: $(VENV)/.dev  ## The checks alone: linter, formatter, type checker.
 
 protos: $(VENV)/.dev  ## Generates the Python code of protos/ again.
 	$(BIN)/python -m protos.generate
+
+structures:  ## Writes docs/structures.md again.
+	$(PYTHON) docs/write_structures.py
 
 clean:  ## Removes the environment and what tools left behind; checkpoints stay.
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -87,7 +87,8 @@ class ScriptedEchoVLM(echovlm_pb2_grpc.EchoVLMServicer):
                 if index == self.fail_after:
                     await context.abort_with_status(rpc_status.to_status(self.failures.pop(0)))
                 yield echovlm_pb2.GenerateEvent(text=piece)
-        except asyncio.CancelledError:
+        # The second where the call is cancelled while a message is being sent.
+        except (asyncio.CancelledError, GeneratorExit):
             self.cancelled.set()
             raise
         if not self.omit_summary:

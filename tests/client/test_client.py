@@ -178,6 +178,7 @@ def test_a_forgotten_stream_is_cancelled(servicer: ScriptedEchoVLM, address: str
     with EchoVLMClient(address) as client:
         stream = client.stream(b"x")
         next(stream)
+        next(stream)
         del stream
         gc.collect()
         assert servicer.cancelled.wait(5)
