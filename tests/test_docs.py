@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.write_structures import page
+from docs import write_structures
 from echovlm_ray.config_file import load_config
 from tests.running_system import RunningSystem
 
@@ -148,4 +148,4 @@ def test_the_extras_that_are_named_exist() -> None:
 
 
 def test_structures_says_what_the_modules_say() -> None:
-    assert (ROOT / "docs/structures.md").read_text() == page(), "run `make structures`"
+    assert (ROOT / "docs/structures.md").read_text() == write_structures.page(), "run `make structures`"
