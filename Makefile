@@ -4,10 +4,11 @@ VENV ?= .venv
 PYTHON ?= $(firstword $(foreach python,python3 python3.11 python3.12 python3.13 python3.14,$(if $(shell $(python) -c 'import sys; print(*[1] * (sys.version_info >= (3, 11)))' 2>/dev/null),$(python))))
 CHECKPOINT ?= checkpoints/demo
 BIN := $(VENV)/bin
+TRITON_PYTEST := .venv-triton/bin/python -m pytest --noconftest -p no:cacheprovider -W ignore
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check protos structures clean
+.PHONY: help serve test check protos triton-check gpu-packages gpu-check structures clean
 
 help:  ## Lists the targets.
 	@sed -n 's/^\([a-z][a-z-]*\):.*##  *\(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
@@ -29,11 +30,22 @@ check: $(VENV)/.dev  ## The checks alone: linter, formatter, type checker.
 protos: $(VENV)/.dev  ## Generates the Python code of protos/ again.
 	$(BIN)/python -m protos.generate
 
+triton-check: .venv-triton/.ready  ## The GPU kernels without a GPU: interpreted at small sizes, and compiled for Hopper.
+	.venv-triton/bin/python -c "from experts.kernels.gpu_support import import_megablocks; import_megablocks()"
+	TRITON_INTERPRET=1 $(TRITON_PYTEST) tests/experts/kernels/test_triton_interpreter.py
+	$(TRITON_PYTEST) tests/experts/kernels/test_triton_compile.py tests/experts/kernels/test_gpu_kernels_refused.py
+
+gpu-packages: $(VENV)/.dev  ## Gathers what a GPU machine without network lacks, in gpu-packages/.
+	$(BIN)/python -m benchmarks.gpu_packages gpu-packages
+
+gpu-check:  ## On a GPU machine, with gpu-packages/: conformance, speed against the roofline, the system. GPU_CHECK=options.
+	python3 -m benchmarks.gpu_check --packages gpu-packages $(GPU_CHECK)
+
 structures:  ## Writes docs/structures.md again.
 	$(PYTHON) docs/write_structures.py
 
 clean:  ## Removes the environment and what tools left behind; checkpoints stay.
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-triton gpu-packages build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(CHECKPOINT)/echovlm.json: | $(VENV)/.serve
 	$(BIN)/echoray checkpoint demo $(CHECKPOINT)
@@ -49,4 +61,10 @@ $(VENV)/.serve: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.serve
 	$(PIP_INSTALL) --editable '.[serve,dev]'
+	@touch $@
+
+.venv-triton/.ready: constraints-triton.txt
+	$(PYTHON) -m venv .venv-triton
+	.venv-triton/bin/python -m pip install --quiet --no-deps --requirement constraints-triton.txt
+	.venv-triton/bin/python -m pip install --quiet --no-deps --no-build-isolation megablocks==0.10.0 stanford-stk==0.7.1
 	@touch $@

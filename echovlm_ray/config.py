@@ -152,6 +152,8 @@ class ExpertsSection(Section):
     resources: Resources = Resources()
     # When set for an organ, these resources replace the ones above.
     organs: dict[str, Resources] = {}
+    # When you compare kernels or wrote one, name it; "auto" is the packed kernel on a CPU, and measures on a GPU.
+    kernel: str = "auto"
     # When loading a bundle would take a replica's resident weights above this many bytes, the load is refused.
     max_resident_bytes: PositiveInt = 16 * 1024**3
     # When more exchanges than this wait in one replica, further ones are refused and retried by the router.

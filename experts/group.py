@@ -10,7 +10,7 @@ import torch
 
 from experts.bundle import Bundle
 from experts.errors import BundleNotResidentError, ExpertCapacityError, InvalidBundleError, InvalidTensorError
-from experts.kernels.base import NO_EXPERT, ExpertKernel, ExpertWeights, PreparedExperts
+from experts.kernels.base import NO_EXPERT, ExpertKernel, ExpertWeights, PreparedExperts, kernel_in_use
 from experts.manifest import Manifest
 from experts.registry import Registry
 
@@ -213,7 +213,8 @@ class ExpertGroup:
             with self._changed:
                 self._state.held_bytes -= reserved
             raise
-        resident = Resident(digest, manifest.name, manifest.version, resident_bytes, self._kernel.name)
+        kernel = kernel_in_use(self._kernel, layers[0])
+        resident = Resident(digest, manifest.name, manifest.version, resident_bytes, kernel)
         return _Entry(resident, manifest, dtype, layers)
 
     def _check_fits(self, manifest: Manifest) -> None:

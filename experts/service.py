@@ -53,12 +53,22 @@ class ExpertGroupService(expert_pb2_grpc.ExpertGroupServicer):
         self._max_queue = max_queue
         self._inline_multiply_adds = inline_multiply_adds
         self._in_flight = 0
+        self._received = 0
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix=f"experts-{group.organ}")
 
     @property
     def exchanges_in_flight(self) -> int:
         """Exchanges received and not yet answered."""
         return self._in_flight
+
+    @property
+    def exchanges_received(self) -> int:
+        """All exchanges since the start, refused ones too."""
+        return self._received
+
+    def resident_bundles(self) -> list[expert_pb2.ResidentBundle]:
+        """What can be used now, as status shows it."""
+        return [_resident_to_proto(resident) for resident in self._group.resident()]
 
     def close(self) -> None:
         """Stops the threads; for after the server has stopped."""
@@ -77,6 +87,7 @@ class ExpertGroupService(expert_pb2_grpc.ExpertGroupServicer):
 
         async with asyncio.TaskGroup() as exchanges:
             async for request in request_iterator:
+                self._received += 1
                 if self._in_flight >= self._max_queue:
                     # Awaited here, so that a caller that reads no answers is not read either.
                     await answer(self._refusal(request))
@@ -113,7 +124,7 @@ class ExpertGroupService(expert_pb2_grpc.ExpertGroupServicer):
         """What is resident."""
         return expert_pb2.ExpertGroupStatusResponse(
             organ=self._group.organ,
-            bundles=[_resident_to_proto(resident) for resident in self._group.resident()],
+            bundles=self.resident_bundles(),
             exchanges_in_flight=self._in_flight,
         )
 

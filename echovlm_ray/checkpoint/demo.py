@@ -94,7 +94,7 @@ def demo_config(vocab_size: int, special_ids: dict[str, int]) -> dict[str, Any]:
         "max_position_embeddings": 32768,
         "max_window_layers": 4,
         "model_type": "qwen2_vl",
-        "moe_intermediate_size": 192,
+        "moe_intermediate_size": 64,
         "norm_topk_prob": False,
         "num_attention_heads": 8,
         "num_experts": 4,

@@ -16,8 +16,8 @@ from rich.markup import escape
 from rich.status import Status
 from rich.table import Table
 
+from echovlm_ray.cli.credentials import Authority, Certificate, Key, TokenFile, tls_of, token_of
 from echovlm_ray.client import (
-    TLS,
     Accepted,
     AnswerStream,
     DeadlineExceededError,
@@ -44,13 +44,6 @@ EXIT_CREDENTIALS = 5
 EXIT_INTERRUPTED = 130
 
 Server = Annotated[str, typer.Option(help="host:port of the gateway.", envvar="ECHORAY_SERVER")]
-TokenFile = Annotated[Path | None, typer.Option(help="File with the token to send.")]
-Authority = Annotated[
-    Path | None,
-    typer.Option("--ca", help="PEM file of the authority that signed the server's certificate; turns TLS on."),
-]
-Certificate = Annotated[Path | None, typer.Option(help="PEM file of your own certificate, if the server asks for one.")]
-Key = Annotated[Path | None, typer.Option(help="PEM file of your certificate's key.")]
 Timeout = Annotated[float, typer.Option(min=0.001, help="Give up after this many seconds.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
@@ -133,16 +126,10 @@ def info(
 def _client(
     server: str, token_file: Path | None, ca: Path | None, certificate: Path | None, key: Path | None, timeout: float
 ) -> EchoVLMClient:
-    token = None
-    if token_file is not None:
-        # The server's own token file will do: it may hold comments, and one token a line.
-        lines = [line.strip() for line in token_file.read_text().splitlines()]
-        token = next((line for line in lines if line and not line.startswith("#")), None)
-        if token is None:
-            raise ValueError(f"{token_file} holds no token: write it on a line of its own")
-    tls = TLS(authority=ca, certificate=certificate, key=key) if ca or certificate or key else None
     # Whoever waits at a terminal wants to hear at once that there is no server.
-    return EchoVLMClient(server, token=token, tls=tls, timeout_s=timeout, retry=False)
+    return EchoVLMClient(
+        server, token=token_of(token_file), tls=tls_of(ca, certificate, key), timeout_s=timeout, retry=False
+    )
 
 
 def _read_stdin(files: Sequence[str]) -> list[Image]:

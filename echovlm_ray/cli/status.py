@@ -1,7 +1,6 @@
 """`echoray status`: what runs where, from Control. Only the client's packages."""
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import grpc
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from echovlm_ray.cli.credentials import Authority, Certificate, Key, TokenFile, tls_of, token_of
 from echovlm_ray.client.connection import LOOPBACK, TLS, call_metadata, check_connection
 from protos import status_pb2, status_pb2_grpc
 
@@ -27,13 +27,10 @@ MEBIBYTE = 1024 * 1024
 
 def status(
     control: Annotated[str, typer.Option(help="host:port of Control.", envvar="ECHORAY_CONTROL")] = DEFAULT_CONTROL,
-    token_file: Annotated[Path | None, typer.Option(help="File with the token to send.")] = None,
-    ca: Annotated[
-        Path | None,
-        typer.Option("--ca", help="PEM file of the authority that signed the server's certificate; turns TLS on."),
-    ] = None,
-    certificate: Annotated[Path | None, typer.Option(help="PEM file of your own certificate, if asked for.")] = None,
-    key: Annotated[Path | None, typer.Option(help="PEM file of your certificate's key.")] = None,
+    token_file: TokenFile = None,
+    ca: Authority = None,
+    certificate: Certificate = None,
+    key: Key = None,
     timeout: Annotated[float, typer.Option(min=0.1, help="Give up after this many seconds.")] = 10.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
@@ -44,7 +41,7 @@ def status(
     Example: `echoray status`
     """
     try:
-        found = _ask(control, _token(token_file), _tls(ca, certificate, key), timeout)
+        found = _ask(control, token_of(token_file), tls_of(ca, certificate, key), timeout)
     except (ValueError, OSError) as error:
         _fail(str(error), EXIT_INVALID)
     except grpc.RpcError as error:
@@ -69,20 +66,6 @@ def _ask(control: str, token: str | None, tls: TLS | None, timeout: float) -> "G
         stub = status_pb2_grpc.SystemStatusStub(channel)
         response: GetStatusResponse = stub.GetStatus(status_pb2.GetStatusRequest(), timeout=timeout, metadata=metadata)
         return response
-
-
-def _token(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    lines = [line.strip() for line in path.read_text().splitlines()]
-    token = next((line for line in lines if line and not line.startswith("#")), None)
-    if token is None:
-        raise ValueError(f"{path} holds no token: write it on a line of its own")
-    return token
-
-
-def _tls(ca: Path | None, certificate: Path | None, key: Path | None) -> TLS | None:
-    return TLS(authority=ca, certificate=certificate, key=key) if ca or certificate or key else None
 
 
 def _explain(error: grpc.RpcError, control: str) -> tuple[str, int]:

@@ -7,6 +7,7 @@ import torch
 
 from echovlm_ray.engine.attention import PAGED_ATTENTION, AttentionStep, span_of
 from echovlm_ray.engine.kv_cache import BLOCK_SIZE, BlockPool, KVCache
+from echovlm_ray.engine.packing import pack_linears
 from echovlm_ray.engine.scheduler import Chunk
 from echovlm_ray.engine.sequence import Sequence
 from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
@@ -33,8 +34,21 @@ class ChunkResult:
 class ModelRunner:
     """The backbone, the cache it fills, and the dispatcher that computes its experts elsewhere."""
 
-    def __init__(self, model: EchoVLMForConditionalGeneration, dispatcher: Dispatcher, *, kv_cache_tokens: int) -> None:
-        """Allocates the cache.
+    def __init__(
+        self,
+        model: EchoVLMForConditionalGeneration,
+        dispatcher: Dispatcher,
+        *,
+        kv_cache_tokens: int,
+        packed_linears: bool = True,
+    ) -> None:
+        """Takes the model over: its attention becomes paged and, on a CPU, its linear layers packed.
+
+        Args:
+            model: a backbone without experts of its own.
+            dispatcher: computes the experts.
+            kv_cache_tokens: how many tokens the cache holds.
+            packed_linears: False leaves the linear layers as they are, to compare.
 
         Raises:
             ValueError: the model uses sliding-window attention, which the paged cache does not do.
@@ -43,9 +57,12 @@ class ModelRunner:
         if config.use_sliding_window:
             raise ValueError("the checkpoint has use_sliding_window: true; the engine serves full attention only")
         config._attn_implementation = PAGED_ATTENTION
+        # Asked first: a packed layer has no weights that torch could see.
+        dtype, self.device = model.dtype, model.device
+        if packed_linears:
+            pack_linears(model)
         self.model = model
         self.dispatcher = dispatcher
-        self.device = model.device
         self.num_blocks = BlockPool.blocks_for(kv_cache_tokens)
         self.max_tokens = self.num_blocks * BLOCK_SIZE
         self.cache = KVCache(
@@ -54,7 +71,7 @@ class ModelRunner:
             # Without the field every head has keys and values of its own.
             num_key_value_heads=config.num_key_value_heads or config.num_attention_heads,
             head_dim=config.hidden_size // config.num_attention_heads,
-            dtype=model.dtype,
+            dtype=dtype,
             device=self.device,
         )
 

@@ -17,7 +17,7 @@ from transformers.integrations.moe import use_experts_implementation
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeMLP
 
 from echovlm_ray.model.configuration import EchoVLMTextConfig
-from experts.kernels.base import ExpertWeights
+from echovlm_ray.model.expert_kernels import register_expert_kernels, weights_of
 from experts.kernels.registry import get_kernel
 from router.token_gate import route_tokens
 
@@ -41,8 +41,9 @@ class EchoVLMTokenGate(nn.Module):
 class EchoVLMExperts(nn.Module):
     """One layer's routed experts, stacked as transformers' experts interface wants them.
 
-    `config._experts_implementation` picks who computes them; "eager", the default, is the kernel `reference`, which
-    takes gradients. So a plain model and an expert group compute the same thing with the same code.
+    `config._experts_implementation` picks who computes them: any kernel of ours by its name, or a function of
+    transformers. "eager", the default, is the kernel `reference`, which takes gradients. So a plain model and an expert
+    group compute the same thing with the same code.
     """
 
     def __init__(self, config: EchoVLMTextConfig) -> None:
@@ -68,9 +69,7 @@ class EchoVLMExperts(nn.Module):
         Returns:
             tokens × hidden, in the dtype of hidden_states.
         """
-        gate_EFD, up_EFD = self.gate_up_proj.chunk(2, dim=1)
-        kernel = get_kernel("reference").load(ExpertWeights(gate_EFD, up_EFD, self.down_proj))
-        return kernel.forward(hidden_states, top_k_index, top_k_weights)
+        return get_kernel("reference").load(weights_of(self)).forward(hidden_states, top_k_index, top_k_weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,3 +112,6 @@ class EchoVLMSparseMoe(nn.Module):
         """`sigmoid(x · shared_expert_gateᵀ) · SwiGLU_shared(x)`: tokens × hidden."""
         output_TD: torch.Tensor = F.sigmoid(self.shared_expert_gate(x_TD)) * self.shared_expert(x_TD)
         return output_TD
+
+
+register_expert_kernels()

@@ -4,7 +4,7 @@ import socket
 import ssl
 from pathlib import Path
 
-from echovlm_ray.config import Config, ControlSection, GatewaySection
+from echovlm_ray.config import Config, ControlSection, ExpertsSection, GatewaySection
 from echovlm_ray.serving.auth import BearerTokens
 from echovlm_ray.serving.served import ServedCheckpoint, check_organs, served_checkpoint
 
@@ -38,6 +38,7 @@ def check(config: Config, *, local: bool) -> ServedCheckpoint:
     """
     served = served_checkpoint(config.model)
     check_organs(config, served)
+    _check_kernel(config.experts.kernel)
     for name, section in (("gateway", config.gateway), ("control", config.control)):
         _check_credentials(name, section)
         if local:
@@ -72,6 +73,18 @@ def check_port(name: str, section: GatewaySection | ControlSection) -> None:
                 f"{name} cannot listen on {section.host}:{section.port}: {error.strerror}. If another EchoVLM-Ray runs "
                 f"here, `echoray stop` ends it; otherwise set {name}.port to another port, or to 0 for any free one"
             ) from None
+
+
+def _check_kernel(name: str) -> None:
+    # The default needs no look, and a look needs torch.
+    if name == ExpertsSection().kernel:
+        return
+    from experts.kernels.registry import get_kernel
+
+    try:
+        get_kernel(name)
+    except ValueError as error:
+        raise ValueError(f"experts.kernel: {error}") from None
 
 
 def _check_credentials(name: str, section: GatewaySection | ControlSection) -> None:

@@ -1,7 +1,6 @@
 """The router's gRPC service: checks a request, has its images encoded, pins it, and streams the engine's tokens."""
 
 import asyncio
-import math
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from echovlm_ray.engine.sequence import Finish, SamplingParams, SequenceRequest,
 from echovlm_ray.errors import InvalidRequestError
 from echovlm_ray.model.configuration import EchoVLMConfig
 from echovlm_ray.model.positions import PlaceholderMismatchError, mrope_positions
+from echovlm_ray.serving.request_checks import check_sampling
 from echovlm_ray.serving.vision_client import VisionClient
 from experts.transport.codec import tensor_to_proto
 from protos import router_pb2, router_pb2_grpc, vision_pb2
@@ -139,7 +139,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
                 f"{limits.max_logits_bytes} (router.max_logits_bytes): send a shorter prompt",
             )
 
-        _check_sampling(request.sampling)
+        check_sampling(request.sampling)
         self._check_vision(request.vision_inputs)
         for kind, (name, token_id) in self._placeholders().items():
             found = sum(1 for token in request.input_ids if token == token_id)
@@ -283,15 +283,6 @@ class RouterService(router_pb2_grpc.RouterServicer):
             organ_source=choice.source,
             organs=organs,
         )
-
-
-def _check_sampling(sampling: router_pb2.Sampling) -> None:
-    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
-        raise InvalidRequestError("sampling.temperature", "must be 0 (greedy) or a positive number")
-    if not 0 <= sampling.top_p <= 1:
-        raise InvalidRequestError("sampling.top_p", "must be from 0 to 1; 0 and 1 keep all tokens")
-    if not (math.isfinite(sampling.repetition_penalty) and sampling.repetition_penalty >= 0):
-        raise InvalidRequestError("sampling.repetition_penalty", "must be a positive number; 0 and 1 change nothing")
 
 
 def _sampling(sampling: router_pb2.Sampling) -> SamplingParams:

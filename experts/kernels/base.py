@@ -27,9 +27,24 @@ class ExpertWeights:
         return self.gate_EFD.shape[0]
 
     @property
+    def intermediate_size(self) -> int:
+        """The inner size of an expert."""
+        return self.gate_EFD.shape[1]
+
+    @property
+    def hidden_size(self) -> int:
+        """The size of a token's row."""
+        return self.gate_EFD.shape[2]
+
+    @property
     def dtype(self) -> torch.dtype:
         """The element type of all three."""
         return self.gate_EFD.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where all three are."""
+        return self.gate_EFD.device
 
     @property
     def nbytes(self) -> int:
@@ -38,7 +53,10 @@ class ExpertWeights:
 
 
 class PreparedExperts(Protocol):
-    """One layer's experts, in whatever layout the kernel likes best."""
+    """One layer's experts, in whatever layout the kernel likes best.
+
+    May have a property `kernel_name: str`, where status must tell more than the kernel's own name: see `kernel_in_use`.
+    """
 
     @property
     def nbytes(self) -> int:
@@ -50,17 +68,18 @@ class PreparedExperts(Protocol):
 
         Args:
             x_TD: tokens × hidden, in the weights' dtype.
-            expert_index_TK: int32, from 0; `NO_EXPERT` where this group has no part in the pair.
+            expert_index_TK: int32 or int64, from 0; `NO_EXPERT` where this group has no part in the pair.
             weight_TK: weights of the pairs, in x's dtype.
 
         Returns:
-            tokens × hidden in x's dtype; the sum over k is taken in float32, in the order of the experts.
+            tokens × hidden in x's dtype. Each expert's weighted output is rounded to that dtype, as in the released
+            code; the sum over k is taken in float32, in the order of the experts.
         """
         ...
 
 
 class ExpertKernel(Protocol):
-    """A way to compute experts; stateless."""
+    """A way to compute experts; holds no weights of its own."""
 
     @property
     def name(self) -> str:
@@ -68,5 +87,14 @@ class ExpertKernel(Protocol):
         ...
 
     def load(self, weights: ExpertWeights) -> PreparedExperts:
-        """Prepares one layer's weights; may keep, repack or move them."""
+        """Prepares one layer's weights; may keep, repack or move them.
+
+        Raises:
+            ValueError: the kernel cannot compute weights of this dtype or on this device.
+        """
         ...
+
+
+def kernel_in_use(kernel: ExpertKernel, prepared: PreparedExperts) -> str:
+    """What really computes, for status: a kernel that chooses or falls back says so in its prepared weights."""
+    return str(getattr(prepared, "kernel_name", kernel.name))

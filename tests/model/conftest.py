@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from echovlm_ray import EchoVLMForConditionalGeneration
-from tests.model.support import CASES, FullCases
+from tests.golden_cases import CASES
+from tests.model.support import FullCases
 
 
 @pytest.fixture(scope="session")

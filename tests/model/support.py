@@ -10,23 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from echovlm_ray import EchoVLMConfig, EchoVLMForConditionalGeneration
+from tests.golden_cases import CASES
 
-CASES = {
-    "base": (
-        "text_only",
-        "one_image",
-        "two_images_single",
-        "batch_leftpad",
-        "batch_leftpad_textrow",
-        "batch_text_leftpad",
-        "batch_rightpad",
-        "video_and_image",
-        "batch_leftpad_eos",
-    ),
-    "bf16": ("text_only", "one_image", "batch_leftpad"),
-}
 ALL_CASES = [(variant, case) for variant, cases in CASES.items() for case in cases]
 IMAGE, VIDEO, START, END, EOS, PAD = 990, 991, 992, 993, 995, 996
+TEXT = {"input_ids": torch.tensor([[1, 2, 3, 4, 5, 6, 7]])}
 
 
 @dataclass(frozen=True)
@@ -95,6 +83,13 @@ def small_model(seed: int = 0, **changes: Any) -> EchoVLMForConditionalGeneratio
     config = small_config(**changes)
     model: EchoVLMForConditionalGeneration = EchoVLMForConditionalGeneration._from_config(config).eval()  # type: ignore[no-untyped-call]
     return model
+
+
+@torch.inference_mode()
+def logits_of(model: EchoVLMForConditionalGeneration, **inputs: Any) -> torch.Tensor:
+    """The logits of one forward pass."""
+    logits: torch.Tensor = model(**inputs).logits
+    return logits
 
 
 def image_prompt(

@@ -12,20 +12,12 @@ from echovlm_ray.model.positions import PlaceholderMismatchError
 from experts.kernels.base import ExpertWeights
 from experts.kernels.registry import get_kernel
 from router.token_gate import route_tokens
-from tests.model.support import IMAGE, START, image_prompt, small_model
-
-TEXT = {"input_ids": torch.tensor([[1, 2, 3, 4, 5, 6, 7]])}
+from tests.model.support import IMAGE, START, TEXT, image_prompt, logits_of, small_model
 
 
 @pytest.fixture(scope="module")
 def model() -> EchoVLMForConditionalGeneration:
     return small_model()
-
-
-@torch.inference_mode()
-def logits_of(model: EchoVLMForConditionalGeneration, **inputs: Any) -> torch.Tensor:
-    logits: torch.Tensor = model(**inputs).logits
-    return logits
 
 
 def test_no_state_stays_on_the_module_between_calls(model: EchoVLMForConditionalGeneration) -> None:

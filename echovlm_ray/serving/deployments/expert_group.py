@@ -9,7 +9,6 @@ from echovlm_ray.serving.errors import to_status
 from protos import expert_pb2, expert_pb2_grpc
 
 SERVICE_NAME = expert_pb2.DESCRIPTOR.services_by_name["ExpertGroup"].full_name
-KERNEL = "reference"
 
 
 class ExpertGroupReplica(Replica):
@@ -33,7 +32,7 @@ class ExpertGroupReplica(Replica):
         group = ExpertGroup(
             parsed.organ,
             Registry(registry_root(served.directory)),
-            get_kernel(KERNEL),
+            get_kernel(parsed.experts.kernel),
             device=device,
             dtype=dtype_of(parsed),
             max_resident_bytes=parsed.experts.max_resident_bytes,
@@ -42,24 +41,13 @@ class ExpertGroupReplica(Replica):
         await asyncio.to_thread(group.load, served.expert_set.bundle_digest(parsed.organ))
         service = ExpertGroupService(group, to_status=to_status, max_queue=parsed.experts.max_queue)
 
-        def bundles() -> list[expert_pb2.ResidentBundle]:
-            return [
-                expert_pb2.ResidentBundle(
-                    digest=resident.digest,
-                    name=resident.name,
-                    version=resident.version,
-                    resident_bytes=resident.resident_bytes,
-                    kernel=resident.kernel,
-                )
-                for resident in group.resident()
-            ]
-
         part = Part(
             services=[Service(expert_pb2_grpc.add_ExpertGroupServicer_to_server, service, SERVICE_NAME)],
             queue_length=lambda: service.exchanges_in_flight,
             device=str(device),
             organ=parsed.organ,
-            bundles=bundles,
+            bundles=service.resident_bundles,
+            work_done=lambda: service.exchanges_received,
             pending=lambda: service.exchanges_in_flight > 0,
             closing=[service.close],
         )

@@ -5,6 +5,7 @@ in a process of its own for every application that it builds, and an expert grou
 libraries.
 """
 
+import ctypes
 import inspect
 import logging
 from collections.abc import Callable, Sequence
@@ -46,6 +47,7 @@ class Part:
     Attributes:
         queue_length: requests waiting or under way.
         healthy: false makes Serve replace the replica.
+        work_done: grows with everything the part does; when it rests, free memory goes back to the system.
         pending: whether work is under way that no open call shows, which a stopping replica waits for.
     """
 
@@ -55,6 +57,7 @@ class Part:
     organ: str = ""
     bundles: Callable[[], Sequence[expert_pb2.ResidentBundle]] = tuple
     healthy: Callable[[], bool] = lambda: True
+    work_done: Callable[[], int] = lambda: 0
     pending: Callable[[], bool] = _nothing_pending
     # Called after the servers have stopped, first to last.
     closing: Sequence[Callable[[], object]] = field(default=())
@@ -67,6 +70,8 @@ class Replica:
     _public: GrpcServer | None = None
     _part: Part | None = None
     _grace_s: float = 0.0
+    _seen_work: int = 0
+    _rested_after: int = 0
 
     async def _start(
         self,
@@ -76,6 +81,7 @@ class Replica:
         public_services: Sequence[Service] = (),
     ) -> None:
         """Serves the part to the other parts on a port of its own, and to clients on the public one if there is one."""
+        _return_free_memory()
         self._part = part
         self._grace_s = max(0.0, settings.serve.graceful_shutdown_timeout_s - STOP_RESERVE_S)
         if public is not None:
@@ -102,6 +108,14 @@ class Replica:
         """Asked by Ray Serve every `serve.health_check_period_s`; raising makes it replace the replica."""
         if self._part is not None and not self._part.healthy():
             raise RuntimeError("the part has stopped working")
+        if self._part is not None:
+            self._rest(self._part.work_done())
+
+    def _rest(self, work_done: int) -> None:
+        if work_done == self._seen_work and work_done != self._rested_after:
+            self._rested_after = work_done
+            _return_free_memory()
+        self._seen_work = work_done
 
     async def __del__(self) -> None:
         """Called by Ray Serve before the process ends: calls under way finish, within the grace time."""
@@ -169,6 +183,13 @@ def environment_of(settings: ReplicaSettings) -> dict[str, str]:
     if not settings.serve.grpc_event_engine:
         environment["GRPC_EXPERIMENTS"] = "-event_engine_client,-event_engine_listener"
     return environment
+
+
+def _return_free_memory() -> None:
+    # What loading or a burst of work left behind: with the thresholds above, malloc would keep it for good.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _host(network: Network) -> str:

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from router.organ_gate import OrganGate
 
 SERVICE_NAME = router_pb2.DESCRIPTOR.services_by_name["Router"].full_name
-KERNEL = "reference"
 
 
 class RouterReplica(Replica):
@@ -139,7 +138,7 @@ def _placement(
         group = groups[member.organ] = ExpertGroup(
             member.organ,
             registry,
-            get_kernel(KERNEL),
+            get_kernel(settings.experts.kernel),
             device=device,
             dtype=dtype,
             max_resident_bytes=settings.experts.max_resident_bytes,

@@ -7,13 +7,13 @@ import torch
 from safetensors.torch import load_file
 
 from experts.kernels.base import ExpertWeights
-from experts.kernels.registry import KERNEL_NAMES, get_kernel
+from experts.kernels.registry import get_kernel
 
 # Relative to the largest value: the project's bounds for logits are wider still.
 TOLERANCE = {"base": 1e-6, "bf16": 1e-2}
 
 
-@pytest.mark.parametrize("name", KERNEL_NAMES)
+@pytest.mark.parametrize("name", ["reference", "cpu_packed", "torch_grouped", "auto"])
 @pytest.mark.parametrize("variant", TOLERANCE)
 def test_routed_experts_of_every_layer(name: str, variant: str, golden_dir: Path) -> None:
     checkpoint = load_file(golden_dir / variant / "checkpoint" / "model.safetensors")

@@ -1,6 +1,4 @@
-"""What every kernel must do, each against sums taken in float64 one token at a time."""
-
-import math
+"""What the kernels that run on a CPU must do beyond the conformance suite, against sums taken in float64 by hand."""
 
 import pytest
 import torch
@@ -8,20 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experts.kernels.base import NO_EXPERT, ExpertKernel, ExpertWeights
-from experts.kernels.registry import KERNEL_NAMES, get_kernel
+from experts.kernels.registry import get_kernel
+from tests.experts.kernels.conformance import TOLERANCE, make_weights, relative_error
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+CPU_KERNELS = ("reference", "cpu_packed", "torch_grouped", "auto")
 
-pytestmark = pytest.mark.parametrize("kernel", [get_kernel(name) for name in KERNEL_NAMES], ids=KERNEL_NAMES)
-
-
-def make_weights(experts: int, hidden: int, inner: int, dtype: torch.dtype, seed: int = 0) -> ExpertWeights:
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int) -> torch.Tensor:
-        return (torch.randn(shape, generator=generator) / math.sqrt(shape[-1])).to(dtype)
-
-    return ExpertWeights(random(experts, inner, hidden), random(experts, inner, hidden), random(experts, hidden, inner))
+pytestmark = pytest.mark.parametrize("kernel", [get_kernel(name) for name in CPU_KERNELS], ids=CPU_KERNELS)
 
 
 def make_exchange(
@@ -46,10 +36,6 @@ def by_hand(
                 inner = gate[expert] @ x
                 result[token] += factor * (down[expert] @ (inner / (1 + torch.exp(-inner)) * (up[expert] @ x)))
     return result
-
-
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -83,26 +69,6 @@ def test_agrees_at_any_size(
     exchange = make_exchange(tokens, hidden, experts, top_k, torch.float32, seed)
     output_TD = kernel.load(weights).forward(*exchange)
     torch.testing.assert_close(output_TD.double(), by_hand(weights, *exchange), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_all_rows_to_one_expert(kernel: ExpertKernel, dtype: torch.dtype) -> None:
-    weights = make_weights(4, 32, 32, dtype)
-    x_TD, index_TK, weight_TK = make_exchange(50, 32, 4, 2, dtype)
-    index_TK.fill_(3)
-    expected = by_hand(weights, x_TD, index_TK, weight_TK)
-    assert relative_error(kernel.load(weights).forward(x_TD, index_TK, weight_TK), expected) <= TOLERANCE[dtype]
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_no_part_in_a_token_is_exactly_zero(kernel: ExpertKernel, dtype: torch.dtype) -> None:
-    weights = make_weights(2, 16, 16, dtype)
-    x_TD, index_TK, weight_TK = make_exchange(4, 16, 2, 2, dtype)
-    index_TK[2] = NO_EXPERT
-    weight_TK[2] = float("nan")
-    output_TD = kernel.load(weights).forward(x_TD, index_TK, weight_TK)
-    assert torch.count_nonzero(output_TD[2]) == 0
-    assert not output_TD.isnan().any()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -1,0 +1,69 @@
+"""The packed layers compute what the stock ones do, take no more memory, and are used where they should be."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from echovlm_ray.engine.packing import MIN_OUT_FEATURES, PackedLinearLayer, pack_linears
+from echovlm_ray.model.checkpoint import load_backbone
+from experts.kernels.packed_linear import packing_available
+from tests.split_golden import SplitGolden, split_golden
+
+pytestmark = pytest.mark.skipif(not packing_available(torch.float32), reason="torch cannot pack weights here")
+
+
+@pytest.fixture(scope="module")
+def split_base(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> SplitGolden:
+    directory = tmp_path_factory.mktemp("split")
+    return split_golden(golden_dir / "base" / "checkpoint", directory, {"breast": range(4)}, "organs")
+
+
+def layers(dtype: torch.dtype) -> nn.Sequential:
+    torch.manual_seed(0)
+    narrow = nn.Sequential(nn.Linear(80, 2), nn.Linear(2, 64, bias=False))
+    return nn.Sequential(nn.Linear(48, 80), nn.SiLU(), narrow).to(dtype)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_the_same_numbers_as_stock_layers(dtype: torch.dtype, tolerance: float) -> None:
+    if not packing_available(dtype):
+        pytest.skip(f"torch cannot pack {dtype} here")
+    stock = layers(dtype)
+    packed = copy.deepcopy(stock)
+    # The one with two outputs stays as it is.
+    assert pack_linears(packed) == 2
+    x = torch.randn(3, 5, 48).to(dtype)
+    with torch.inference_mode():
+        torch.testing.assert_close(packed(x), stock(x), rtol=tolerance, atol=tolerance)
+        assert packed(x[:0]).shape == (0, 5, 64)
+
+
+def test_layers_of_the_backbone_are_packed_and_their_weights_let_go(split_base: SplitGolden) -> None:
+    backbone = load_backbone(split_base.backbone)
+    expected = [name for name, module in backbone.named_modules() if _large(module)]
+    assert {name.rsplit(".", 1)[-1] for name in expected} >= {"q_proj", "o_proj", "gate_proj", "down_proj", "lm_head"}
+    assert any("shared_expert" in name for name in expected)
+    assert pack_linears(backbone) == len(expected)
+    assert [name for name, module in backbone.named_modules() if isinstance(module, PackedLinearLayer)] == expected
+    assert not any(_large(module) for module in backbone.modules())
+    left = sum(parameter.nbytes for parameter in backbone.parameters())
+    packed = sum(module.packed.nbytes for module in backbone.modules() if isinstance(module, PackedLinearLayer))
+    whole = sum(parameter.nbytes for parameter in load_backbone(split_base.backbone).parameters())
+    # The layers are tiny, so oneDNN's padding to whole blocks shows.
+    assert whole <= left + packed <= 1.25 * whole
+
+
+def test_rows_do_not_depend_on_their_number() -> None:
+    packed = layers(torch.float32)
+    pack_linears(packed)
+    x = torch.randn(64, 48)
+    with torch.inference_mode():
+        first = packed[0]
+        assert torch.equal(first(x), torch.cat([first(x[:1]), first(x[1:7]), first(x[7:])]))
+
+
+def _large(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and module.out_features >= MIN_OUT_FEATURES
