@@ -1,6 +1,6 @@
 """The one place where an exception becomes a gRPC status.
 
-Servicers raise; `serving.interceptors` calls `to_status` on what they raise, and the expert groups on what goes wrong
+Servicers raise; `serving.interceptor` calls `to_status` on what they raise, and the expert groups on what goes wrong
 with one exchange inside a stream. A text that was written for the caller is passed on; any other exception is
 `INTERNAL` and carries nothing but that, for its text may hold paths, addresses or a patient's data.
 """
