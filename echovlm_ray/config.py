@@ -8,7 +8,9 @@ errors, is `echovlm_ray.config_file`.
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from router.rollouts.settings import RolloutSettings
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -123,7 +125,7 @@ class RouterSection(Section):
     """The language backbone, its cache, its batch, and its streams to the expert groups."""
 
     # When more requests shall decode together, raise it; each step then takes longer.
-    max_batch_size: PositiveInt = 16
+    max_batch_size: PositiveInt = 32
     # When more requests than this wait for a place in the batch, further ones end RESOURCE_EXHAUSTED.
     max_queue: PositiveInt = 128
     # When a prompt has more tokens, visual ones included, it is refused.
@@ -133,13 +135,22 @@ class RouterSection(Section):
     # When requests wait although the batch has room, raise it: the KV cache holds this many tokens in all.
     kv_cache_tokens: PositiveInt = 32_768
     # When prompts are long and decoding requests stall behind them, lower it: prompt tokens computed per step.
-    max_prefill_tokens: PositiveInt = 2048
+    max_prefill_tokens: PositiveInt = 512
+    # When an exchange with the experts takes longer than the dense MLP and the shared expert (slow network, fast GPU),
+    # set it to 2: each step is computed in two halves, and the experts of one work during the other's attention.
+    micro_batches: Literal[1, 2] = 1
+    # When prompts that begin alike (the same instructions, the same images) shall be computed anew each time, set it to
+    # false; true keeps in the KV cache what requests leave behind, as long as no other request needs the room.
+    prefix_reuse: bool = True
     # When a caller asks for logits that take more bytes than this, the request is refused (tests and evaluation ask).
     max_logits_bytes: PositiveInt = 64 * 1024 * 1024
     # When a request runs longer than this, in seconds, it ends, whatever deadline its caller gave.
     max_request_s: PositiveFloat = 3600.0
     # When an exchange with an expert replica takes longer, the replica counts as lost and its requests are retried.
     exchange_timeout_s: PositiveFloat = 10.0
+    # When expert replicas on the router's machine shall have more tokens in memory that they share with it, raise it
+    # (bytes in all, used while exchanges are under way): what does not fit travels in the messages. 0 shares none.
+    shared_memory_bytes: Annotated[int, Field(ge=0, le=2**36)] = 256 * 1024 * 1024
     # When the experts shall run inside the router's process (to compare, or where one GPU holds all), set "local".
     experts: Literal["remote", "local"] = "remote"
     resources: Resources = Resources()
@@ -156,6 +167,18 @@ class ExpertsSection(Section):
     kernel: str = "auto"
     # When loading a bundle would take a replica's resident weights above this many bytes, the load is refused.
     max_resident_bytes: PositiveInt = 16 * 1024**3
+    # When bundles come from a registry that several machines share, give its folder or a URL like s3://bucket/experts;
+    # the checkpoint's own registry/ folder is read besides.
+    registry: str | None = None
+    # When the registry's file system needs settings, give fsspec's, like endpoint_url for an S3 of your own; keep
+    # credentials in the environment (AWS_ACCESS_KEY_ID and so on).
+    registry_options: dict[str, str | int | bool] = {}
+    # When fetched bundles fill the disk of a machine, lower it; the least recently used files go first.
+    registry_cache_bytes: PositiveInt = 64 * 1024**3
+    # When only bundles signed by one of your keys may load, set "required".
+    signatures: Literal["optional", "required"] = "optional"
+    # When bundles are signed, give the public keys, PEM files; a signature that is there must then be by one of them.
+    public_keys: tuple[Path, ...] = ()
     # When more exchanges than this wait in one replica, further ones are refused and retried by the router.
     max_queue: PositiveInt = 1024
 
@@ -179,6 +202,25 @@ class ControlSection(Section):
     num_cpus: NonNegativeFloat = 0.1
 
 
+class RolloutsSection(Section, RolloutSettings):
+    """How an organ's experts are replaced; what is not said here is in `router.rollouts.settings`."""
+
+    # When unset, a file in the checkpoint's folder, or, where that cannot be written, in your own state folder; in a
+    # cluster of several machines give a PostgreSQL URL, postgresql://user@host/name, with the password in PGPASSWORD.
+    database: str | None = None
+    # When a bundle that somebody pushes is larger, it is refused before its first file.
+    max_push_bytes: PositiveInt = 64 * 1024**3
+    # When verifying a sound bundle fails for want of memory, raise it: what that may take beside the bundle's files.
+    verify_memory_bytes: PositiveInt = 8 * 1024**3
+
+    @field_validator("database")
+    @classmethod
+    def _is_supported(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith(("sqlite:///", "postgresql://")):
+            raise ValueError("a URL like sqlite:////var/lib/echovlm/rollouts.db or postgresql://user@host/name")
+        return url
+
+
 class ServeSection(Section):
     """How Ray and Ray Serve run the parts."""
 
@@ -190,6 +232,10 @@ class ServeSection(Section):
     graceful_shutdown_timeout_s: NonNegativeFloat = 20.0
     # When the object store is too large for the machine, lower it; no tensor ever travels through it.
     object_store_bytes: Annotated[int, Field(ge=78_643_200)] = 128 * 1024 * 1024
+    # When Prometheus shall find the metrics under a known port of its own, give it; 0 lets the system choose and prints
+    # which. Anybody may read them: keep the port behind a firewall. A cluster has one of its own, given to ray start as
+    # --metrics-export-port.
+    metrics_port: Port = 0
     # When "auto", the parts talk over loopback on one machine and over the nodes' addresses in a cluster of several;
     # set "node" when a cluster of one node will grow, and then keep its network to yourself: it is not encrypted.
     internal_network: Literal["auto", "loopback", "node"] = "auto"
@@ -206,6 +252,7 @@ class Config(Section):
     router: RouterSection = RouterSection()
     experts: ExpertsSection = ExpertsSection()
     control: ControlSection = ControlSection()
+    rollouts: RolloutsSection = RolloutsSection()
     serve: ServeSection = ServeSection()
 
     @model_validator(mode="after")
@@ -213,6 +260,7 @@ class Config(Section):
         self._check_tokens()
         self._check_listeners()
         self._check_devices()
+        self._check_signatures()
         return self
 
     def _check_tokens(self) -> None:
@@ -247,6 +295,15 @@ class Config(Section):
                 f"gateway.port and control.port are both {self.gateway.port}: change one",
                 "control.port",
                 "gateway.port",
+            )
+
+    def _check_signatures(self) -> None:
+        if self.experts.signatures == "required" and not self.experts.public_keys:
+            raise ContradictionError(
+                'experts.signatures is "required" but experts.public_keys names no key, so no bundle could load: '
+                'give the public keys, or set experts.signatures to "optional"',
+                "experts.signatures",
+                "experts.public_keys",
             )
 
     def _check_devices(self) -> None:

@@ -1,8 +1,11 @@
-"""A bundle: one version of one organ's experts, a folder of a manifest and safetensors files."""
+"""A bundle: one version of one organ's experts, a folder of a manifest and safetensors files.
+
+Beside them may lie `model.sig`, a signature over all of them (`experts.signing`); it is no part of the bundle's digest.
+"""
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -10,16 +13,25 @@ from typing import Self
 import torch
 
 from experts.bundle_layout import (
+    PROBE_PARTS,
     PROTOTYPE_TENSOR,
+    ProbePart,
     expected_tensors,
     expert_tensors_of_layer,
     gate_tensor,
+    num_expected_tensors,
+    probe_tensor,
 )
 from experts.errors import InvalidBundleError
 from experts.kernels.base import ExpertWeights
 from experts.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileEntry, Manifest
 from experts.safetensors_reader import SafetensorsFile
 
+SIGNATURE_NAME = "model.sig"
+# A signature names every file of the bundle once; real ones have a few kilobytes.
+MAX_SIGNATURE_BYTES = 1024 * 1024
+
+_MAX_LISTED_TENSORS = 100_000
 _READ_BYTES = 4 * 1024 * 1024
 
 
@@ -28,17 +40,31 @@ class Bundle:
 
     Attributes:
         manifest: what the bundle says about itself.
+        manifest_bytes: the manifest file as it lies on the disk; a signature covers these bytes.
+        signature: the content of `model.sig`; none if the bundle is not signed.
     """
 
-    def __init__(self, manifest: Manifest, locations: Mapping[str, Path], *, directory: Path | None = None) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        locations: Mapping[str, Path],
+        *,
+        directory: Path | None = None,
+        manifest_bytes: bytes | None = None,
+        signature: bytes | None = None,
+    ) -> None:
         """Joins a manifest to its files.
 
         Args:
             manifest: the manifest.
             locations: where each of the manifest's files lies.
             directory: the bundle's own folder, which must hold nothing else; none where files are stored by digest.
+            manifest_bytes: the manifest file, by default as `Manifest.to_json` writes it.
+            signature: the signature, if there is one.
         """
         self.manifest = manifest
+        self.manifest_bytes = manifest.to_json() if manifest_bytes is None else manifest_bytes
+        self.signature = signature
         self._locations = dict(locations)
         self._directory = directory
 
@@ -47,14 +73,22 @@ class Bundle:
         """Opens the bundle in a folder; `verify` looks at more than the manifest.
 
         Raises:
-            InvalidBundleError: there is no manifest, it is a link, or it is not valid.
+            InvalidBundleError: there is no manifest, it is a link, or it is not valid; or the signature is a link or
+                too large to be one.
         """
         path = directory / MANIFEST_NAME
         if path.is_symlink() or not path.is_file():
             raise InvalidBundleError(f"{directory}: has no {MANIFEST_NAME} that is a plain file; it is no bundle")
         with path.open("rb") as file:
-            manifest = Manifest.from_json(file.read(MAX_MANIFEST_BYTES + 1), str(path))
-        return cls(manifest, {entry.path: directory / entry.path for entry in manifest.files}, directory=directory)
+            content = file.read(MAX_MANIFEST_BYTES + 1)
+        manifest = Manifest.from_json(content, str(path))
+        return cls(
+            manifest,
+            {entry.path: directory / entry.path for entry in manifest.files},
+            directory=directory,
+            manifest_bytes=content,
+            signature=_read_signature(directory / SIGNATURE_NAME),
+        )
 
     @property
     def digest(self) -> str:
@@ -88,18 +122,40 @@ class Bundle:
         name = gate_tensor(layer)
         return self._file_of(name).tensor(name)
 
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor by its name in the bundle.
+
+        Raises:
+            InvalidBundleError: there is none, or its file is damaged.
+        """
+        return self._file_of(name).tensor(name)
+
     def prototype(self) -> torch.Tensor | None:
         """The mean vision feature of this organ's images, [hidden] in float32, if the bundle has one."""
         if not self.manifest.has_prototype:
             return None
         return self._file_of(PROTOTYPE_TENSOR).tensor(PROTOTYPE_TENSOR)
 
-    def verify(self, *, digests: bool = True, finite: bool = False) -> None:
+    def probe(self, layer: int) -> dict[ProbePart, torch.Tensor]:
+        """The recorded inputs and output of one layer; see `experts.probe`.
+
+        Raises:
+            IndexError: there is no such layer.
+            InvalidBundleError: the bundle has no probe, or its file is damaged.
+        """
+        self._check_layer(layer)
+        names = {part: probe_tensor(layer, part) for part in PROBE_PARTS}
+        return {part: self._file_of(name).tensor(name) for part, name in names.items()}
+
+    def verify(
+        self, *, digests: bool = True, finite: bool = False, read: Callable[[int], None] = lambda _: None
+    ) -> None:
         """Checks that the bundle is exactly what its manifest says.
 
         Args:
             digests: read every file once and compare its SHA-256.
             finite: refuse weights that are infinite or not a number.
+            read: told how many further bytes were read to compare digests.
 
         Raises:
             InvalidBundleError: names the file or tensor and what is wrong with it.
@@ -107,7 +163,7 @@ class Bundle:
         if self._directory is not None:
             self._verify_directory(self._directory)
         for entry in self.manifest.files:
-            verify_file(self._locations[entry.path], entry, digest=digests)
+            verify_file(self._locations[entry.path], entry, digest=digests, read=read)
         self._verify_tensors()
         if finite:
             self._verify_finite()
@@ -145,21 +201,31 @@ class Bundle:
             raise IndexError(f"layer {layer}: the bundle has layers 0 to {self.manifest.num_layers - 1}")
 
     def _verify_directory(self, directory: Path) -> None:
-        known = {MANIFEST_NAME, *self._locations}
+        needed = {MANIFEST_NAME, *self._locations}
         found = set()
         for entry in os.scandir(directory):
             if entry.is_symlink():
                 raise InvalidBundleError(f"{entry.name}: is a link; a bundle holds plain files only")
-            if entry.name not in known:
-                raise InvalidBundleError(f"{entry.name}: is not in the manifest; remove it or add it there")
+            if entry.name not in needed | {SIGNATURE_NAME}:
+                hint = "remove it or add it there"
+                if not entry.name.endswith(".safetensors"):
+                    hint = (
+                        "and a bundle holds safetensors files only: pickles, code and folders are never read; remove it"
+                    )
+                raise InvalidBundleError(f"{entry.name}: is not in the manifest, {hint}")
             found.add(entry.name)
-        if missing := sorted(known - found):
+        if missing := sorted(needed - found):
             raise InvalidBundleError(f"{', '.join(missing)}: named by the manifest and missing")
 
     def _verify_tensors(self) -> None:
-        expected = expected_tensors(self.manifest)
         found = self._file_by_tensor
+        count = num_expected_tensors(self.manifest)
+        if count > len(found) + _MAX_LISTED_TENSORS:
+            # Sizes out of a manifest must not decide how much memory is taken here.
+            raise InvalidBundleError(f"the manifest's sizes make {count} tensors, the files hold {len(found)}")
+        expected = expected_tensors(self.manifest)
         if missing := [name for name in expected if name not in found]:
+            self._refuse_missing_layer(set(missing))
             raise InvalidBundleError(f"{len(missing)} tensors are missing, the first is {missing[0]}")
         if unexpected := [name for name in found if name not in expected]:
             raise InvalidBundleError(
@@ -175,13 +241,25 @@ class Bundle:
                     f"{list(shape)}"
                 )
 
+    def _refuse_missing_layer(self, missing: set[str]) -> None:
+        for layer in range(self.manifest.num_layers):
+            projections = expert_tensors_of_layer(self.manifest, layer).values()
+            if missing.issuperset(name for names in projections for name in names):
+                raise InvalidBundleError(
+                    f"layer {layer} is missing: no file has any of its experts, and the manifest says that there are "
+                    f"layers 0 to {self.manifest.num_layers - 1}"
+                )
+
     def _verify_finite(self) -> None:
         for name, file in self._file_by_tensor.items():
-            if not torch.isfinite(file.tensor(name)).all():
+            tensor = file.tensor(name)
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise InvalidBundleError(f"{file.name}: {name} has values that are infinite or not a number")
 
 
-def verify_file(path: Path, entry: FileEntry, *, digest: bool = True) -> None:
+def verify_file(
+    path: Path, entry: FileEntry, *, digest: bool = True, read: Callable[[int], None] = lambda _: None
+) -> None:
     """Checks that a file is the one that a manifest names.
 
     Raises:
@@ -194,14 +272,29 @@ def verify_file(path: Path, entry: FileEntry, *, digest: bool = True) -> None:
     size = path.stat().st_size
     if size != entry.size:
         raise InvalidBundleError(f"{entry.path}: has {size} bytes, the manifest says {entry.size}")
-    if digest and (found := file_sha256(path)) != entry.sha256:
+    if digest and (found := file_sha256(path, read)) != entry.sha256:
         raise InvalidBundleError(f"{entry.path}: is damaged, its SHA-256 is {found}, the manifest says {entry.sha256}")
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal, read in pieces."""
+def file_sha256(path: Path, read: Callable[[int], None] = lambda _: None) -> str:
+    """SHA-256 of a file's content, in hexadecimal, read in pieces; `read` is told the size of each."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while piece := file.read(_READ_BYTES):
             digest.update(piece)
+            read(len(piece))
     return digest.hexdigest()
+
+
+def _read_signature(path: Path) -> bytes | None:
+    if path.is_symlink():
+        raise InvalidBundleError(f"{path.name}: is a link; a bundle holds plain files only")
+    if not path.exists():
+        return None
+    if not path.is_file():
+        raise InvalidBundleError(f"{path.name}: is no plain file")
+    with path.open("rb") as file:
+        content = file.read(MAX_SIGNATURE_BYTES + 1)
+    if len(content) > MAX_SIGNATURE_BYTES:
+        raise InvalidBundleError(f"{path.name}: is larger than {MAX_SIGNATURE_BYTES} bytes; this is no signature")
+    return content

@@ -15,32 +15,54 @@ from experts.bundle import Bundle
 from experts.bundle_layout import (
     EXPERTS_FILE,
     GATE_FILE,
+    PROBE_FILE,
     PROTOTYPE_FILE,
     TensorSpec,
     expert_stacks,
     gate_tensors,
+    probe_tensors,
     prototype_tensors,
 )
+from experts.kernels.base import ExpertWeights
 from experts.manifest import MANIFEST_NAME, BundleDescription, FileEntry, Manifest
+from experts.probe import NormWeight, ProbeSource
 from experts.safetensors_writer import StreamingWriter
 
 TensorSource = Callable[[str], torch.Tensor]
 
 MAX_FILE_BYTES = 5 * 1000**3
+_ABOUT_WEIGHTS = {
+    "num_layers",
+    "num_experts",
+    "hidden_size",
+    "intermediate_size",
+    "dtype",
+    "gate_dtype",
+    "has_prototype",
+    "probe",
+}
 
 
 def write_bundle(
-    directory: Path, description: BundleDescription, source: TensorSource, *, max_file_bytes: int = MAX_FILE_BYTES
+    directory: Path,
+    description: BundleDescription,
+    source: TensorSource,
+    *,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    norm_weight: NormWeight | None = None,
+    probed: Callable[[int], None] = lambda _: None,
 ) -> Manifest:
     """Writes a bundle; the folder appears when it is complete.
 
     Args:
         directory: the folder to make; its parent exists.
-        description: what the manifest shall say.
+        description: what the manifest shall say. With `probe` set, the self-test's inputs and outputs are recorded.
         source: gives a tensor by its name in the bundle; asked once for each, in the files' order, and only one
             tensor is held at a time.
         max_file_bytes: experts are spread over several files, none with more bytes of weights than this, unless one
             layer's matrices of one projection alone have more.
+        norm_weight: of the norm before the experts, for the probe's inputs to have the backbone's scale.
+        probed: told each layer of which the probe was recorded.
 
     Returns:
         The manifest, whose digest is the bundle's identity.
@@ -49,7 +71,7 @@ def write_bundle(
         FileExistsError: the folder exists.
         ValueError: the source gave a tensor of another dtype or shape than described.
     """
-    with _appearing(directory) as partial:
+    with new_bundle_folder(directory) as partial:
         shards = _shards(description, max_file_bytes)
         files = [
             _write_file(partial / _shard_name(index, len(shards)), tensors, source)
@@ -58,6 +80,16 @@ def write_bundle(
         files.append(_write_file(partial / GATE_FILE, gate_tensors(description), source))
         if description.has_prototype:
             files.append(_write_file(partial / PROTOTYPE_FILE, prototype_tensors(description), source))
+        if description.probe is not None:
+
+            def load_layer(layer: int) -> ExpertWeights:
+                probed(layer)
+                # Opened anew for each layer: the pages of a map that is gone are nobody's memory.
+                written = _manifest(description, files)
+                return Bundle(written, {entry.path: partial / entry.path for entry in files}).load_layer(layer)
+
+            probe = ProbeSource(description, load_layer, norm_weight)
+            files.append(_write_file(partial / PROBE_FILE, probe_tensors(description), probe))
         manifest = _manifest(description, files)
         (partial / MANIFEST_NAME).write_bytes(manifest.to_json())
     return manifest
@@ -82,7 +114,7 @@ def derive_bundle(directory: Path, source: Bundle, changes: Mapping[str, Any]) -
         raise ValueError(f"{', '.join(fixed)} cannot differ in a bundle of the same weights")
     content = source.manifest.model_dump(exclude={"format", "files"})
     manifest = _manifest(BundleDescription.model_validate({**content, **changes}), list(source.manifest.files))
-    with _appearing(directory) as partial:
+    with new_bundle_folder(directory) as partial:
         for name, location in source.locations.items():
             link_or_copy(location, partial / name)
         (partial / MANIFEST_NAME).write_bytes(manifest.to_json())
@@ -97,19 +129,13 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target, follow_symlinks=False)
 
 
-_ABOUT_WEIGHTS = {
-    "num_layers",
-    "num_experts",
-    "hidden_size",
-    "intermediate_size",
-    "dtype",
-    "gate_dtype",
-    "has_prototype",
-}
-
-
 @contextmanager
-def _appearing(directory: Path) -> Iterator[Path]:
+def new_bundle_folder(directory: Path) -> Iterator[Path]:
+    """A folder to fill; it gets its name when the block ends well and is removed when it raises.
+
+    Raises:
+        FileExistsError: the name is taken.
+    """
     if directory.exists():
         raise FileExistsError(f"{directory} exists; bundles are never changed in place")
     partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))

@@ -5,8 +5,20 @@ class InvalidBundleError(ValueError):
     """A bundle is not what its manifest says, or not what it must be. The text names the file and the reason."""
 
 
+class ProbeError(InvalidBundleError):
+    """A bundle's self-test failed: what a kernel computes with its weights is not what was recorded."""
+
+
+class SignatureError(InvalidBundleError):
+    """A bundle is not signed as the policy demands. The text says what is missing or wrong."""
+
+
 class UnknownBundleError(LookupError):
     """No such bundle in the registry. The text names what was asked for and what there is."""
+
+
+class RegistryError(ValueError):
+    """A registry's address or its options cannot be used. The text names the address and the reason."""
 
 
 class BundleNotResidentError(LookupError):

@@ -1,7 +1,7 @@
 """The versions of one organ's experts that this process holds, and the way to compute with any of them."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,8 +42,34 @@ class _State:
 
     entries: dict[str, _Entry] = field(default_factory=dict)
     loading: dict[str, Future[Resident]] = field(default_factory=dict)
+    # Of the loads under way, how far, from 0 to 1.
+    progress: dict[str, float] = field(default_factory=dict)
     # Bytes of everything that is resident, being loaded, or being unloaded and not yet gone.
     held_bytes: int = 0
+
+
+class _Progress:
+    """Notes how far a load is: reading and checking the files is half of it, preparing the layers the other."""
+
+    def __init__(self, state: _State, digest: str, manifest: Manifest) -> None:
+        self._progress = state.progress
+        self._digest = digest
+        self._size_bytes = max(manifest.size_bytes, 1)
+        self._num_layers = manifest.num_layers
+        self._read_bytes = 0
+        self._layers = 0
+
+    def add_read(self, count: int) -> None:
+        self._read_bytes += count
+        self._note()
+
+    def add_layer(self) -> None:
+        self._layers += 1
+        self._note()
+
+    def _note(self) -> None:
+        read = min(self._read_bytes / self._size_bytes, 1.0)
+        self._progress[self._digest] = 0.5 * read + 0.5 * self._layers / self._num_layers
 
 
 class ExpertGroup:
@@ -65,6 +91,7 @@ class ExpertGroup:
         dtype: torch.dtype | None = None,
         max_resident_bytes: int,
         backbone_digest: str | None = None,
+        admit: Callable[[Bundle], None] | None = None,
     ) -> None:
         """Starts empty.
 
@@ -76,6 +103,8 @@ class ExpertGroup:
             dtype: what the weights are converted to; none leaves them as the bundle has them.
             max_resident_bytes: a load that would take the weights of all versions together above this is refused.
             backbone_digest: when given, bundles that were trained against another backbone are refused.
+            admit: when given, asked about every bundle before it is loaded; raises where policy forbids it, as
+                `experts.signing.SignaturePolicy.admit` does.
         """
         self.organ = organ
         self._registry = registry
@@ -84,6 +113,7 @@ class ExpertGroup:
         self._dtype = dtype
         self._max_resident_bytes = max_resident_bytes
         self._backbone_digest = backbone_digest
+        self._admit = admit
         self._changed = threading.Condition()
         self._state = _State()
 
@@ -94,7 +124,7 @@ class ExpertGroup:
 
         Raises:
             UnknownBundleError: the registry does not have it.
-            InvalidBundleError: another organ's, another backbone's, or damaged.
+            InvalidBundleError: another organ's, another backbone's, damaged, or not admitted.
             ExpertCapacityError: no room; nothing was allocated.
         """
         with self._changed:
@@ -111,11 +141,13 @@ class ExpertGroup:
         except BaseException as error:
             with self._changed:
                 del self._state.loading[digest]
+                self._state.progress.pop(digest, None)
                 self._changed.notify_all()
             own.set_exception(error)
             raise
         with self._changed:
             del self._state.loading[digest]
+            self._state.progress.pop(digest, None)
             self._state.entries[digest] = entry
             self._changed.notify_all()
         own.set_result(entry.resident)
@@ -173,6 +205,16 @@ class ExpertGroup:
         with self._changed:
             return [entry.resident for entry in self._state.entries.values()]
 
+    def loading(self) -> dict[str, float]:
+        """The loads under way: digest → how far, from 0 to 1."""
+        with self._changed:
+            return {digest: self._state.progress.get(digest, 0.0) for digest in self._state.loading}
+
+    @property
+    def max_resident_bytes(self) -> int:
+        """What the weights of all versions together may take."""
+        return self._max_resident_bytes
+
     def parameters_per_expert(self, digest: str) -> int | None:
         """How many numbers one expert of one layer has: what a pair costs. None if the bundle is not resident."""
         with self._changed:
@@ -200,12 +242,18 @@ class ExpertGroup:
         bundle = self._registry.open(digest)
         manifest = bundle.manifest
         self._check_fits(manifest)
+        if self._admit is not None:
+            self._admit(bundle)
         dtype = self._dtype or manifest.torch_dtype
         reserved = manifest.num_expert_parameters * dtype.itemsize
         self._reserve(reserved, manifest)
         try:
-            bundle.verify()
-            layers = [self._prepare(bundle, layer, dtype) for layer in range(manifest.num_layers)]
+            progress = _Progress(self._state, digest, manifest)
+            bundle.verify(read=progress.add_read)
+            layers = []
+            for layer in range(manifest.num_layers):
+                layers.append(self._prepare(bundle, layer, dtype))
+                progress.add_layer()
             resident_bytes = sum(prepared.nbytes for prepared in layers)
             # A kernel may have padded or repacked.
             self._reserve(resident_bytes - reserved, manifest)

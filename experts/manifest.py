@@ -18,6 +18,9 @@ from experts.errors import InvalidBundleError
 
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
+# A longer list of wrong fields helps nobody, and its length would be whatever an attacker likes.
+_SHOWN_REASONS = 5
+_SHOWN_CHARACTERS = 200
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 Projection = Literal["gate", "up", "down"]
@@ -109,6 +112,13 @@ class FileEntry(_Frozen):
     size: Annotated[int, Field(ge=0, lt=2**63)]
 
 
+class ProbeSizes(_Frozen):
+    """How many recorded inputs a bundle's self-test has in every layer; see `experts.probe`."""
+
+    tokens: Annotated[int, Field(ge=1, le=4096)]
+    top_k: Annotated[int, Field(ge=1, le=64)]
+
+
 class BundleDescription(_Frozen):
     """Everything a manifest says except which files there are: what the maker of a bundle provides."""
 
@@ -146,6 +156,8 @@ class BundleDescription(_Frozen):
     source_experts: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     # Whether there is a prototype: the mean vision feature [hidden_size] of this organ's images.
     has_prototype: bool = False
+    # The sizes of the recorded inputs and outputs of the self-test; none if there is none.
+    probe: ProbeSizes | None = None
 
     @model_validator(mode="after")
     def _source_experts_fit(self) -> Self:
@@ -221,18 +233,39 @@ class Manifest(BundleDescription):
             where: what errors call it.
 
         Raises:
-            InvalidBundleError: too large, not JSON, or not a manifest; the text names every wrong field.
+            InvalidBundleError: too large, not JSON, a key that occurs twice, or not a manifest; the text names the
+                first wrong fields.
         """
         if len(content) > MAX_MANIFEST_BYTES:
             raise InvalidBundleError(f"{where}: is larger than {MAX_MANIFEST_BYTES} bytes")
         try:
+            # pydantic would take the last of two equal keys, and another reader of the same bytes the first.
+            json.loads(content, object_pairs_hook=_refuse_repetition)
             return cls.model_validate_json(content)
         except ValidationError as error:
-            reasons = "; ".join(
-                f"{'.'.join(str(part) for part in detail['loc']) or 'manifest'}: {detail['msg']}"
-                for detail in error.errors(include_url=False, include_input=False)
-            )
-            raise InvalidBundleError(f"{where}: {reasons}") from error
+            raise InvalidBundleError(f"{where}: {_reasons(error)}") from error
+        except (ValueError, RecursionError) as error:
+            raise InvalidBundleError(f"{where}: is not JSON: {str(error)[:_SHOWN_CHARACTERS]}") from error
+
+
+def _refuse_repetition(pairs: list[tuple[str, Any]]) -> None:
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise ValueError(f"the key {key[:_SHOWN_CHARACTERS]!r} occurs twice")
+        seen.add(key)
+
+
+def _reasons(error: ValidationError) -> str:
+    """What is wrong with which field, for the first few fields."""
+    details = error.errors(include_url=False, include_input=False)
+    reasons = []
+    for detail in details[:_SHOWN_REASONS]:
+        field = ".".join(str(part) for part in detail["loc"])[:_SHOWN_CHARACTERS] or "manifest"
+        reason = "is no field of a manifest" if detail["type"] == "extra_forbidden" else detail["msg"]
+        reasons.append(f"{field}: {reason}")
+    more = len(details) - _SHOWN_REASONS
+    return "; ".join(reasons) + (f"; and {more} more" if more > 0 else "")
 
 
 def _torch_dtype(name: DTypeName) -> torch.dtype:

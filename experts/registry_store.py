@@ -10,7 +10,8 @@ from typing import BinaryIO
 from fsspec import AbstractFileSystem
 
 from experts.bundle import file_sha256, verify_file
-from experts.errors import InvalidBundleError
+from experts.errors import ExpertCapacityError, InvalidBundleError
+from experts.file_cache import FileCache
 from experts.manifest import MAX_MANIFEST_BYTES, FileEntry
 
 _COPY_BYTES = 4 * 1024 * 1024
@@ -72,6 +73,15 @@ class LocalStore:
         finally:
             partial.unlink(missing_ok=True)
 
+    def replace(self, path: str, content: bytes) -> None:
+        """Writes a file, in place of an earlier one; readers see the one or the other."""
+        target = self._root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _appearing(target) as partial, partial.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
     def read(self, path: str) -> bytes | None:
         """A file's content, at most one byte more than a manifest may have; none if there is no such file."""
         try:
@@ -88,8 +98,8 @@ class LocalStore:
 class RemoteStore:
     """An object store, or whatever else fsspec reaches. Files that are used are kept in a folder of this machine."""
 
-    def __init__(self, filesystem: AbstractFileSystem, root: PurePosixPath, cache: Path) -> None:
-        """Args are the file system, the registry's root on it, and the local folder for fetched files."""
+    def __init__(self, filesystem: AbstractFileSystem, root: PurePosixPath, cache: FileCache) -> None:
+        """Args are the file system, the registry's root on it, and where fetched files are kept."""
         self._filesystem = filesystem
         self._root = root
         self._cache = cache
@@ -103,56 +113,77 @@ class RemoteStore:
         del link
         verify_file(source, entry)
         target = str(self._root / _file_path(entry))
-        # Another size is what a push that died left, on file systems where uploads are not atomic.
-        if self._filesystem.exists(target) and self._filesystem.size(target) == entry.size:
-            return
-        self._filesystem.makedirs(str(self._root / "files"), exist_ok=True)
-        self._filesystem.put_file(str(source), target)
+        with self._reaching():
+            self._filesystem.invalidate_cache()
+            # Another size is what a push that died left, on file systems where uploads are not atomic.
+            if self._filesystem.exists(target) and self._filesystem.size(target) == entry.size:
+                return
+            self._filesystem.makedirs(str(self._root / "files"), exist_ok=True)
+            self._filesystem.put_file(str(source), target)
 
     def locate_file(self, entry: FileEntry) -> Path:
         """Where a file lies on this machine, after fetching it if need be.
 
         Raises:
             InvalidBundleError: it is missing, or not what the entry says.
+            ExpertCapacityError: this machine has no room for it.
         """
-        target = self._cache / f"{entry.sha256}.safetensors"
-        if _has_size(target, entry.size):
-            return target
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _appearing(target) as partial:
+        if (kept := self._cache.locate(entry)) is not None:
+            return kept
+
+        def open_source() -> BinaryIO:
             try:
-                with (
-                    self._filesystem.open(str(self._root / _file_path(entry)), "rb") as reader,
-                    partial.open("xb") as writer,
-                ):
-                    _check_digest(_copy(reader, writer, limit=entry.size), entry)
+                source: BinaryIO = self._filesystem.open(str(self._root / _file_path(entry)), "rb")
             except FileNotFoundError as error:
                 raise InvalidBundleError(f"{entry.path}: named by the manifest and missing in the registry") from error
-        return target
+            return source
+
+        with self._reaching():
+            return self._cache.add(entry, open_source)
 
     def create(self, path: str, content: bytes) -> bool:
         """Writes a new file; false if there is one already."""
         target = str(self._root / path)
-        self._filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
-        try:
-            self._filesystem.pipe_file(target, content, mode="create")
-        except FileExistsError:
-            return False
+        with self._reaching():
+            self._filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
+            try:
+                self._filesystem.pipe_file(target, content, mode="create")
+            except FileExistsError:
+                return False
         return True
+
+    def replace(self, path: str, content: bytes) -> None:
+        """Writes a file, in place of an earlier one; readers see the one or the other where uploads are atomic."""
+        target = str(self._root / path)
+        with self._reaching():
+            self._filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
+            self._filesystem.pipe_file(target, content)
 
     def read(self, path: str) -> bytes | None:
         """A file's content, at most one byte more than a manifest may have; none if there is no such file."""
-        try:
-            content: bytes = self._filesystem.cat_file(str(self._root / path), end=MAX_MANIFEST_BYTES + 1)
-        except FileNotFoundError:
-            return None
+        with self._reaching():
+            try:
+                content: bytes = self._filesystem.cat_file(str(self._root / path), end=MAX_MANIFEST_BYTES + 1)
+            except FileNotFoundError:
+                return None
         return content
 
     def versions(self) -> list[tuple[str, str]]:
         """The organs and versions that have a manifest."""
-        self._filesystem.invalidate_cache()
-        paths = self._filesystem.glob(str(self._root / "bundles" / "*" / "*" / "manifest.json"))
+        with self._reaching():
+            self._filesystem.invalidate_cache()
+            paths = self._filesystem.glob(str(self._root / "bundles" / "*" / "*" / "manifest.json"))
         return [(PurePosixPath(path).parts[-3], PurePosixPath(path).parts[-2]) for path in paths]
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """Turns whatever a file system's own library raises into an OSError that names the registry."""
+        try:
+            yield
+        except (OSError, InvalidBundleError, ExpertCapacityError):
+            raise
+        except Exception as error:
+            raise ConnectionError(f"the registry {self._root} cannot be reached: {error}") from error
 
 
 def _file_path(entry: FileEntry) -> str:
@@ -188,14 +219,9 @@ def _link(source: Path, target: Path) -> bool:
     return True
 
 
-def _copy(reader: BinaryIO, writer: BinaryIO, *, limit: int | None = None) -> str:
+def _copy(reader: BinaryIO, writer: BinaryIO) -> str:
     digest = hashlib.sha256()
-    copied = 0
     while piece := reader.read(_COPY_BYTES):
-        copied += len(piece)
-        if limit is not None and copied > limit:
-            # The digest will not match; stop before the disk is full.
-            break
         digest.update(piece)
         writer.write(piece)
     return digest.hexdigest()

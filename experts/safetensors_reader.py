@@ -116,10 +116,17 @@ def _map_file(path: Path, name: str) -> mmap.mmap:
         os.close(descriptor)
 
 
+def _looks_pickled(start: bytes) -> bool:
+    """Whether a file starts as a pickle of protocol 2 or later does, or as the zip archive that `torch.save` makes."""
+    return start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and 2 <= start[1] <= 5)
+
+
 def _parse_header(content: mmap.mmap, name: str) -> dict[str, TensorInfo]:
     size = len(content)
     length = int.from_bytes(content[:8], "little")
     if length > min(MAX_HEADER_BYTES, size - 8):
+        if _looks_pickled(content[:4]):
+            raise InvalidBundleError(f"{name}: is a pickle and no safetensors file; pickles are never read, convert it")
         raise InvalidBundleError(f"{name}: is truncated or no safetensors file, its header claims {length} bytes")
     try:
         header = json.loads(content[8 : 8 + length].decode(), object_pairs_hook=_distinct)

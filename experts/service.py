@@ -1,27 +1,30 @@
 """The gRPC face of an expert group: the token loop, and loading and unloading."""
 
 import asyncio
-import logging
-import traceback
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from google.rpc import code_pb2, status_pb2
+import grpc
+from google.rpc import status_pb2
 from grpc.aio import ServicerContext
 
-from experts.errors import ExpertCapacityError
+from experts.doorbell import Doorbell
+from experts.errors import InvalidTensorError
+from experts.exchanges import Exchanges
 from experts.group import ExpertGroup, Resident
-from experts.transport.codec import tensor_from_proto, tensor_to_proto
-from protos import expert_pb2, expert_pb2_grpc
+from experts.transport import wire
+from experts.transport.host import host_id
+from protos import expert_pb2
 
-logger = logging.getLogger(__name__)
+_Answer = Callable[[bytes], Awaitable[None]]
+# The socket's thread holds up nobody else while it computes: not the event loop, and with it health checks.
+_LOCAL_INLINE_FACTOR = 8
 
-_Answer = Callable[[expert_pb2.ForwardResponse], Awaitable[None]]
 
-
-class ExpertGroupService(expert_pb2_grpc.ExpertGroupServicer):
-    """Serves one group on a grpc.aio server.
+class ExpertGroupService:
+    """Serves one group on a grpc.aio server, and on a Unix socket for callers on the same host.
 
     Exchanges of all streams overlap and are answered as they finish. What goes wrong with one is its answer; the
     stream goes on. When a stream ends its exchanges are dropped: they are pure functions, and the caller sends them
@@ -37,7 +40,7 @@ class ExpertGroupService(expert_pb2_grpc.ExpertGroupServicer):
         workers: int = 2,
         inline_multiply_adds: int = 8_000_000,
     ) -> None:
-        """Starts the threads that compute.
+        """Starts the threads that compute, and the one that serves callers on the same host.
 
         Args:
             group: what is served.
@@ -46,63 +49,75 @@ class ExpertGroupService(expert_pb2_grpc.ExpertGroupServicer):
             workers: exchanges computed at the same time.
             inline_multiply_adds: an exchange of at most this many is computed on the event loop when nothing else
                 waits. Passing it to a thread and back takes 110 to 160 µs (measured, grpcio 1.85, one thread), while
-                a core does this many in less than 1 ms. 0 computes all in threads.
+                a core does this many in less than 1 ms. On the Unix socket it may be eight times as large. 0 computes
+                all in threads.
         """
         self._group = group
-        self._to_status = to_status
-        self._max_queue = max_queue
         self._inline_multiply_adds = inline_multiply_adds
-        self._in_flight = 0
-        self._received = 0
+        self._exchanges = Exchanges(group, to_status=to_status, max_queue=max_queue)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix=f"experts-{group.organ}")
+        self._instance = secrets.token_hex(16)
+        self._doorbell = Doorbell(
+            self._exchanges,
+            self._pool,
+            instance=self._instance,
+            inline_multiply_adds=_LOCAL_INLINE_FACTOR * inline_multiply_adds,
+        )
 
     @property
     def exchanges_in_flight(self) -> int:
         """Exchanges received and not yet answered."""
-        return self._in_flight
+        return self._exchanges.in_flight
 
     @property
     def exchanges_received(self) -> int:
         """All exchanges since the start, refused ones too."""
-        return self._received
+        return self._exchanges.received
 
     def resident_bundles(self) -> list[expert_pb2.ResidentBundle]:
         """What can be used now, as status shows it."""
         return [_resident_to_proto(resident) for resident in self._group.resident()]
 
     def close(self) -> None:
-        """Stops the threads; for after the server has stopped."""
+        """Ends the streams on the Unix socket and stops the threads; for after the server has stopped."""
+        self._doorbell.stop()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    async def Forward(
-        self, request_iterator: AsyncIterator[expert_pb2.ForwardRequest], context: "ServicerContext[Any, Any]"
-    ) -> None:
-        """The token loop; see the .proto."""
+    async def Forward(self, request_iterator: AsyncIterator[bytes], context: "ServicerContext[bytes, bytes]") -> None:
+        """The token loop, in serialised messages; see the .proto."""
         writing = asyncio.Lock()
 
-        async def answer(response: expert_pb2.ForwardResponse) -> None:
+        async def answer(response: bytes) -> None:
             # gRPC allows one write at a time.
             async with writing:
                 await context.write(response)
 
+        unreadable = False
         async with asyncio.TaskGroup() as exchanges:
-            async for request in request_iterator:
-                self._received += 1
-                if self._in_flight >= self._max_queue:
+            async for message in request_iterator:
+                try:
+                    request, data = wire.parse(expert_pb2.ForwardRequest, message)
+                except wire.DecodeError:
+                    # Raised below: a task group would wrap it.
+                    unreadable = True
+                    break
+                before = self._exchanges.begin()
+                if before is None:
                     # Awaited here, so that a caller that reads no answers is not read either.
-                    await answer(self._refusal(request))
+                    await answer(self._exchanges.refusal(request))
                     continue
-                compute_here = self._in_flight == 0 and self._is_small(request)
-                self._in_flight += 1
-                if compute_here:
+                cost = self._exchanges.multiply_adds(request)
+                if before == 0 and cost is not None and cost <= self._inline_multiply_adds:
                     try:
-                        await answer(self._compute(request))
+                        await answer(self._exchanges.compute(request, data))
                     finally:
-                        self._in_flight -= 1
+                        self._exchanges.end()
                 else:
-                    exchange = exchanges.create_task(self._exchange(request, answer))
+                    exchange = exchanges.create_task(self._exchange(request, data, answer))
                     # Not in the task itself: one that is cancelled before it starts runs nothing.
-                    exchange.add_done_callback(self._ended)
+                    exchange.add_done_callback(self._exchanges.end)
+        if unreadable:
+            raise InvalidTensorError("a message of the stream is no ForwardRequest")
 
     async def Load(
         self, request: expert_pb2.LoadRequest, context: "ServicerContext[Any, Any]"
@@ -121,56 +136,42 @@ class ExpertGroupService(expert_pb2_grpc.ExpertGroupServicer):
     async def Status(
         self, request: expert_pb2.ExpertGroupStatusRequest, context: "ServicerContext[Any, Any]"
     ) -> expert_pb2.ExpertGroupStatusResponse:
-        """What is resident."""
+        """What is resident, and where callers on the same host may share memory."""
         return expert_pb2.ExpertGroupStatusResponse(
             organ=self._group.organ,
             bundles=self.resident_bundles(),
-            exchanges_in_flight=self._in_flight,
+            exchanges_in_flight=self.exchanges_in_flight,
+            local_address=self._doorbell.address,
+            instance=self._instance,
+            host=host_id(),
+            limit_bytes=self._group.max_resident_bytes,
+            loading=[
+                expert_pb2.LoadingBundle(digest=digest, progress=progress)
+                for digest, progress in self._group.loading().items()
+            ],
         )
 
-    async def _exchange(self, request: expert_pb2.ForwardRequest, answer: _Answer) -> None:
-        await answer(await asyncio.get_running_loop().run_in_executor(self._pool, self._compute, request))
+    async def _exchange(self, request: expert_pb2.ForwardRequest, data: memoryview | None, answer: _Answer) -> None:
+        loop = asyncio.get_running_loop()
+        await answer(await loop.run_in_executor(self._pool, self._exchanges.compute, request, data))
 
-    def _ended(self, exchange: asyncio.Task[None]) -> None:
-        self._in_flight -= 1
 
-    def _is_small(self, request: expert_pb2.ForwardRequest) -> bool:
-        parameters = self._group.parameters_per_expert(request.bundle_digest)
-        # int32: four bytes a pair.
-        return parameters is not None and parameters * len(request.expert_index.data) // 4 <= self._inline_multiply_adds
+def add_expert_group_to_server(service: ExpertGroupService, server: grpc.aio.Server) -> None:
+    """What the generated `add_ExpertGroupServicer_to_server` does, with the token loop's messages left serialised."""
+    handlers = {
+        "Forward": grpc.stream_stream_rpc_method_handler(service.Forward),
+        "Load": _unary(service.Load, expert_pb2.LoadRequest, expert_pb2.LoadResponse),
+        "Unload": _unary(service.Unload, expert_pb2.UnloadRequest, expert_pb2.UnloadResponse),
+        "Status": _unary(service.Status, expert_pb2.ExpertGroupStatusRequest, expert_pb2.ExpertGroupStatusResponse),
+    }
+    name = expert_pb2.DESCRIPTOR.services_by_name["ExpertGroup"].full_name
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
 
-    def _compute(self, request: expert_pb2.ForwardRequest) -> expert_pb2.ForwardResponse:
-        try:
-            output_TD = self._group.forward(
-                request.bundle_digest,
-                request.layer,
-                tensor_from_proto(request.hidden_states, "hidden_states"),
-                tensor_from_proto(request.expert_index, "expert_index"),
-                tensor_from_proto(request.weight, "weight"),
-            )
-            return expert_pb2.ForwardResponse(correlation_id=request.correlation_id, output=tensor_to_proto(output_TD))
-        except Exception as error:
-            return self._failure(request, error)
 
-    def _refusal(self, request: expert_pb2.ForwardRequest) -> expert_pb2.ForwardResponse:
-        reason = (
-            f"the expert group of {self._group.organ!r} has {self._in_flight} exchanges waiting, its limit "
-            f"max_queue = {self._max_queue}; send this one again later or to another replica"
-        )
-        return self._failure(request, ExpertCapacityError(reason))
-
-    def _failure(self, request: expert_pb2.ForwardRequest, error: Exception) -> expert_pb2.ForwardResponse:
-        status = self._to_status(error)
-        if status.code == code_pb2.INTERNAL:
-            # The places in the code, not the exception's text: that may show what was computed.
-            logger.error(
-                "an exchange with bundle %.64s, layer %d failed: %s\n%s",
-                request.bundle_digest,
-                request.layer,
-                type(error).__name__,
-                "".join(traceback.format_tb(error.__traceback__)),
-            )
-        return expert_pb2.ForwardResponse(correlation_id=request.correlation_id, error=status)
+def _unary(behaviour: Callable[..., Any], request: Any, response: Any) -> grpc.RpcMethodHandler:
+    return grpc.unary_unary_rpc_method_handler(
+        behaviour, request_deserializer=request.FromString, response_serializer=response.SerializeToString
+    )
 
 
 def _resident_to_proto(resident: Resident) -> expert_pb2.ResidentBundle:

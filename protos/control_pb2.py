@@ -24,25 +24,79 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/control.proto\x12\nechovlm.v1\"o\n\tExpertSet\x12\n\n\x02id\x18\x01 \x01(\t\x12\x17\n\x0f\x62\x61\x63kbone_digest\x18\x02 \x01(\t\x12\x0f\n\x07routing\x18\x03 \x01(\t\x12,\n\x07members\x18\x04 \x03(\x0b\x32\x1b.echovlm.v1.ExpertSetMember\"7\n\x0f\x45xpertSetMember\x12\r\n\x05organ\x18\x01 \x01(\t\x12\x15\n\rbundle_digest\x18\x02 \x01(\t\"\x1c\n\x0bListRequest\x12\r\n\x05organ\x18\x01 \x01(\t\"\\\n\x0cListResponse\x12#\n\x04live\x18\x01 \x01(\x0b\x32\x15.echovlm.v1.ExpertSet\x12\'\n\x07\x62undles\x18\x02 \x03(\x0b\x32\x16.echovlm.v1.BundleInfo\"\x96\x01\n\nBundleInfo\x12\r\n\x05organ\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x05 \x01(\t\x12\x13\n\x0bnum_experts\x18\x06 \x01(\r\x12\x12\n\nsize_bytes\x18\x07 \x01(\x04\x12\x0c\n\x04live\x18\x08 \x01(\x08\"\x0e\n\x0cWatchRequest2\x86\x01\n\rExpertControl\x12\x39\n\x04List\x12\x17.echovlm.v1.ListRequest\x1a\x18.echovlm.v1.ListResponse\x12:\n\x05Watch\x12\x18.echovlm.v1.WatchRequest\x1a\x15.echovlm.v1.ExpertSet0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/control.proto\x12\nechovlm.v1\"o\n\tExpertSet\x12\n\n\x02id\x18\x01 \x01(\t\x12\x17\n\x0f\x62\x61\x63kbone_digest\x18\x02 \x01(\t\x12\x0f\n\x07routing\x18\x03 \x01(\t\x12,\n\x07members\x18\x04 \x03(\x0b\x32\x1b.echovlm.v1.ExpertSetMember\"7\n\x0f\x45xpertSetMember\x12\r\n\x05organ\x18\x01 \x01(\t\x12\x15\n\rbundle_digest\x18\x02 \x01(\t\"^\n\x0bPushRequest\x12\x12\n\x08manifest\x18\x01 \x01(\x0cH\x00\x12\x0e\n\x04\x66ile\x18\x02 \x01(\tH\x00\x12\x0e\n\x04\x64\x61ta\x18\x03 \x01(\x0cH\x00\x12\x13\n\tsignature\x18\x04 \x01(\x0cH\x00\x42\x06\n\x04part\"6\n\x0cPushResponse\x12&\n\x06\x62undle\x18\x01 \x01(\x0b\x32\x16.echovlm.v1.BundleInfo\"n\n\x0cStageRequest\x12\r\n\x05organ\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x06 \x01(\x08\"p\n\x0eTrafficRequest\x12\r\n\x05organ\x18\x01 \x01(\t\x12\x0f\n\x07percent\x18\x02 \x01(\x01\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x06 \x01(\x08\"]\n\x0cOrganRequest\x12\r\n\x05organ\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x05 \x01(\x08\"o\n\rRetireRequest\x12\r\n\x05organ\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x06 \x01(\x08\"D\n\x0c\x41pplyRequest\x12\x14\n\x0crollout_json\x18\x01 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x02 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\"\x84\x01\n\x11OperationResponse\x12\x0f\n\x07\x63hanged\x18\x01 \x01(\x08\x12\r\n\x05steps\x18\x02 \x03(\t\x12$\n\x07rollout\x18\x03 \x01(\x0b\x32\x13.echovlm.v1.Rollout\x12)\n\x06memory\x18\x04 \x03(\x0b\x32\x19.echovlm.v1.ReplicaMemory\"q\n\rReplicaMemory\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x16\n\x0eresident_bytes\x18\x02 \x01(\x04\x12\x14\n\x0cneeded_bytes\x18\x03 \x01(\x04\x12\x13\n\x0blimit_bytes\x18\x04 \x01(\x04\x12\x0c\n\x04\x66its\x18\x05 \x01(\x08\"\xf1\x01\n\x07Rollout\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05organ\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x18\n\x10incumbent_digest\x18\x05 \x01(\t\x12\r\n\x05state\x18\x06 \x01(\t\x12\x0f\n\x07percent\x18\x07 \x01(\x01\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12\r\n\x05\x61\x63tor\x18\t \x01(\t\x12\x12\n\ncreated_at\x18\n \x01(\x01\x12\x13\n\x0bstate_since\x18\x0b \x01(\x01\x12(\n\x06shadow\x18\x0c \x01(\x0b\x32\x18.echovlm.v1.ShadowReport\"\xb6\x01\n\x0cShadowReport\x12\x10\n\x08requests\x18\x01 \x01(\x04\x12\x11\n\tidentical\x18\x02 \x01(\x04\x12\x15\n\rtoken_overlap\x18\x03 \x01(\x01\x12\"\n\x15mean_first_divergence\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x1a\n\rlatency_ratio\x18\x05 \x01(\x01H\x01\x88\x01\x01\x42\x18\n\x16_mean_first_divergenceB\x10\n\x0e_latency_ratio\"\x1c\n\x0bListRequest\x12\r\n\x05organ\x18\x01 \x01(\t\"\xb3\x01\n\x0cListResponse\x12#\n\x04live\x18\x01 \x01(\x0b\x32\x15.echovlm.v1.ExpertSet\x12\'\n\x07\x62undles\x18\x02 \x03(\x0b\x32\x16.echovlm.v1.BundleInfo\x12%\n\x08rollouts\x18\x03 \x03(\x0b\x32\x13.echovlm.v1.Rollout\x12.\n\x08replicas\x18\x04 \x03(\x0b\x32\x1c.echovlm.v1.ReplicaResidents\"\x96\x01\n\nBundleInfo\x12\r\n\x05organ\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x05 \x01(\t\x12\x13\n\x0bnum_experts\x18\x06 \x01(\r\x12\x12\n\nsize_bytes\x18\x07 \x01(\x04\x12\x0c\n\x04live\x18\x08 \x01(\x08\"s\n\x10ReplicaResidents\x12\r\n\x05organ\x18\x01 \x01(\t\x12\x0f\n\x07replica\x18\x02 \x01(\t\x12\x13\n\x0blimit_bytes\x18\x03 \x01(\x04\x12*\n\x07\x62undles\x18\x04 \x03(\x0b\x32\x19.echovlm.v1.ResidentShare\"I\n\rResidentShare\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x16\n\x0eresident_bytes\x18\x02 \x01(\x04\x12\x10\n\x08progress\x18\x03 \x01(\x01\"Q\n\x0eHistoryRequest\x12\r\n\x05organ\x18\x01 \x01(\t\x12\x0c\n\x04last\x18\x02 \x01(\r\x12\x0e\n\x06verify\x18\x03 \x01(\x08\x12\x12\n\nnoted_hash\x18\x04 \x01(\t\"o\n\x0fHistoryResponse\x12)\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x18.echovlm.v1.HistoryEntry\x12\x0e\n\x06length\x18\x02 \x01(\x04\x12\x11\n\thead_hash\x18\x03 \x01(\t\x12\x0e\n\x06\x66\x61ults\x18\x04 \x03(\t\"\xa3\x01\n\x0cHistoryEntry\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04time\x18\x02 \x01(\x01\x12\r\n\x05organ\x18\x03 \x01(\t\x12\x12\n\nrollout_id\x18\x04 \x01(\t\x12\r\n\x05\x65vent\x18\x05 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x06 \x01(\t\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12\x14\n\x0c\x64\x65tails_json\x18\x08 \x01(\t\x12\x0c\n\x04hash\x18\t \x01(\t\"\x0e\n\x0cWatchRequest\"\x9b\x01\n\x0c\x43ontrolState\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12#\n\x04live\x18\x02 \x01(\x0b\x32\x15.echovlm.v1.ExpertSet\x12%\n\x08rollouts\x18\x03 \x03(\x0b\x32\x13.echovlm.v1.Rollout\x12.\n\x08replicas\x18\x04 \x03(\x0b\x32\x1c.echovlm.v1.ReplicaResidents\"$\n\x12WatchPolicyRequest\x12\x0e\n\x06router\x18\x01 \x01(\t\"\xe5\x01\n\rTrafficPolicy\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12%\n\x06stable\x18\x02 \x01(\x0b\x32\x15.echovlm.v1.ExpertSet\x12\x30\n\ncandidates\x18\x03 \x03(\x0b\x32\x1c.echovlm.v1.CandidateTraffic\x12\x39\n\x08versions\x18\x04 \x03(\x0b\x32\'.echovlm.v1.TrafficPolicy.VersionsEntry\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"d\n\x10\x43\x61ndidateTraffic\x12\r\n\x05organ\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x12\n\nrollout_id\x18\x03 \x01(\t\x12\x0c\n\x04mode\x18\x04 \x01(\t\x12\x0f\n\x07percent\x18\x05 \x01(\x01\"~\n\rReportRequest\x12\x0e\n\x06router\x18\x01 \x01(\t\x12-\n\x0cobservations\x18\x02 \x03(\x0b\x32\x17.echovlm.v1.Observation\x12.\n\x07shadows\x18\x03 \x03(\x0b\x32\x1d.echovlm.v1.ShadowObservation\"\x8c\x01\n\x0bObservation\x12\r\n\x05organ\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x10\n\x08requests\x18\x03 \x01(\x04\x12\x0e\n\x06\x65rrors\x18\x04 \x01(\x04\x12\x11\n\tnonfinite\x18\x05 \x01(\x04\x12\x0e\n\x06tokens\x18\x06 \x01(\x04\x12\x19\n\x11seconds_per_token\x18\x07 \x03(\x01\"\xb0\x01\n\x11ShadowObservation\x12\x12\n\nrollout_id\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\x15\n\rshared_tokens\x18\x03 \x01(\r\x12\x1d\n\x10\x66irst_divergence\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x1a\n\rlatency_ratio\x18\x05 \x01(\x01H\x01\x88\x01\x01\x42\x13\n\x11_first_divergenceB\x10\n\x0e_latency_ratio\"\x10\n\x0eReportResponse2\xe5\x05\n\rExpertControl\x12;\n\x04Push\x12\x17.echovlm.v1.PushRequest\x1a\x18.echovlm.v1.PushResponse(\x01\x12@\n\x05Stage\x12\x18.echovlm.v1.StageRequest\x1a\x1d.echovlm.v1.OperationResponse\x12\x43\n\x06\x43\x61nary\x12\x1a.echovlm.v1.TrafficRequest\x1a\x1d.echovlm.v1.OperationResponse\x12\x43\n\x06Shadow\x12\x1a.echovlm.v1.TrafficRequest\x1a\x1d.echovlm.v1.OperationResponse\x12\x42\n\x07Promote\x12\x18.echovlm.v1.OrganRequest\x1a\x1d.echovlm.v1.OperationResponse\x12\x43\n\x08Rollback\x12\x18.echovlm.v1.OrganRequest\x1a\x1d.echovlm.v1.OperationResponse\x12\x42\n\x06Retire\x12\x19.echovlm.v1.RetireRequest\x1a\x1d.echovlm.v1.OperationResponse\x12@\n\x05\x41pply\x12\x18.echovlm.v1.ApplyRequest\x1a\x1d.echovlm.v1.OperationResponse\x12\x39\n\x04List\x12\x17.echovlm.v1.ListRequest\x1a\x18.echovlm.v1.ListResponse\x12\x42\n\x07History\x12\x1a.echovlm.v1.HistoryRequest\x1a\x1b.echovlm.v1.HistoryResponse\x12=\n\x05Watch\x12\x18.echovlm.v1.WatchRequest\x1a\x18.echovlm.v1.ControlState0\x01\x32\x9a\x01\n\x0bRolloutFeed\x12J\n\x0bWatchPolicy\x12\x1e.echovlm.v1.WatchPolicyRequest\x1a\x19.echovlm.v1.TrafficPolicy0\x01\x12?\n\x06Report\x12\x19.echovlm.v1.ReportRequest\x1a\x1a.echovlm.v1.ReportResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_TRAFFICPOLICY_VERSIONSENTRY']._loaded_options = None
+  _globals['_TRAFFICPOLICY_VERSIONSENTRY']._serialized_options = b'8\001'
   _globals['_EXPERTSET']._serialized_start=36
   _globals['_EXPERTSET']._serialized_end=147
   _globals['_EXPERTSETMEMBER']._serialized_start=149
   _globals['_EXPERTSETMEMBER']._serialized_end=204
-  _globals['_LISTREQUEST']._serialized_start=206
-  _globals['_LISTREQUEST']._serialized_end=234
-  _globals['_LISTRESPONSE']._serialized_start=236
-  _globals['_LISTRESPONSE']._serialized_end=328
-  _globals['_BUNDLEINFO']._serialized_start=331
-  _globals['_BUNDLEINFO']._serialized_end=481
-  _globals['_WATCHREQUEST']._serialized_start=483
-  _globals['_WATCHREQUEST']._serialized_end=497
-  _globals['_EXPERTCONTROL']._serialized_start=500
-  _globals['_EXPERTCONTROL']._serialized_end=634
+  _globals['_PUSHREQUEST']._serialized_start=206
+  _globals['_PUSHREQUEST']._serialized_end=300
+  _globals['_PUSHRESPONSE']._serialized_start=302
+  _globals['_PUSHRESPONSE']._serialized_end=356
+  _globals['_STAGEREQUEST']._serialized_start=358
+  _globals['_STAGEREQUEST']._serialized_end=468
+  _globals['_TRAFFICREQUEST']._serialized_start=470
+  _globals['_TRAFFICREQUEST']._serialized_end=582
+  _globals['_ORGANREQUEST']._serialized_start=584
+  _globals['_ORGANREQUEST']._serialized_end=677
+  _globals['_RETIREREQUEST']._serialized_start=679
+  _globals['_RETIREREQUEST']._serialized_end=790
+  _globals['_APPLYREQUEST']._serialized_start=792
+  _globals['_APPLYREQUEST']._serialized_end=860
+  _globals['_OPERATIONRESPONSE']._serialized_start=863
+  _globals['_OPERATIONRESPONSE']._serialized_end=995
+  _globals['_REPLICAMEMORY']._serialized_start=997
+  _globals['_REPLICAMEMORY']._serialized_end=1110
+  _globals['_ROLLOUT']._serialized_start=1113
+  _globals['_ROLLOUT']._serialized_end=1354
+  _globals['_SHADOWREPORT']._serialized_start=1357
+  _globals['_SHADOWREPORT']._serialized_end=1539
+  _globals['_LISTREQUEST']._serialized_start=1541
+  _globals['_LISTREQUEST']._serialized_end=1569
+  _globals['_LISTRESPONSE']._serialized_start=1572
+  _globals['_LISTRESPONSE']._serialized_end=1751
+  _globals['_BUNDLEINFO']._serialized_start=1754
+  _globals['_BUNDLEINFO']._serialized_end=1904
+  _globals['_REPLICARESIDENTS']._serialized_start=1906
+  _globals['_REPLICARESIDENTS']._serialized_end=2021
+  _globals['_RESIDENTSHARE']._serialized_start=2023
+  _globals['_RESIDENTSHARE']._serialized_end=2096
+  _globals['_HISTORYREQUEST']._serialized_start=2098
+  _globals['_HISTORYREQUEST']._serialized_end=2179
+  _globals['_HISTORYRESPONSE']._serialized_start=2181
+  _globals['_HISTORYRESPONSE']._serialized_end=2292
+  _globals['_HISTORYENTRY']._serialized_start=2295
+  _globals['_HISTORYENTRY']._serialized_end=2458
+  _globals['_WATCHREQUEST']._serialized_start=2460
+  _globals['_WATCHREQUEST']._serialized_end=2474
+  _globals['_CONTROLSTATE']._serialized_start=2477
+  _globals['_CONTROLSTATE']._serialized_end=2632
+  _globals['_WATCHPOLICYREQUEST']._serialized_start=2634
+  _globals['_WATCHPOLICYREQUEST']._serialized_end=2670
+  _globals['_TRAFFICPOLICY']._serialized_start=2673
+  _globals['_TRAFFICPOLICY']._serialized_end=2902
+  _globals['_TRAFFICPOLICY_VERSIONSENTRY']._serialized_start=2855
+  _globals['_TRAFFICPOLICY_VERSIONSENTRY']._serialized_end=2902
+  _globals['_CANDIDATETRAFFIC']._serialized_start=2904
+  _globals['_CANDIDATETRAFFIC']._serialized_end=3004
+  _globals['_REPORTREQUEST']._serialized_start=3006
+  _globals['_REPORTREQUEST']._serialized_end=3132
+  _globals['_OBSERVATION']._serialized_start=3135
+  _globals['_OBSERVATION']._serialized_end=3275
+  _globals['_SHADOWOBSERVATION']._serialized_start=3278
+  _globals['_SHADOWOBSERVATION']._serialized_end=3454
+  _globals['_REPORTRESPONSE']._serialized_start=3456
+  _globals['_REPORTRESPONSE']._serialized_end=3472
+  _globals['_EXPERTCONTROL']._serialized_start=3475
+  _globals['_EXPERTCONTROL']._serialized_end=4216
+  _globals['_ROLLOUTFEED']._serialized_start=4219
+  _globals['_ROLLOUTFEED']._serialized_end=4373
 # @@protoc_insertion_point(module_scope)

@@ -26,6 +26,164 @@ class ExpertSetMember(_message.Message):
     bundle_digest: str
     def __init__(self, organ: _Optional[str] = ..., bundle_digest: _Optional[str] = ...) -> None: ...
 
+class PushRequest(_message.Message):
+    __slots__ = ("manifest", "file", "data", "signature")
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    manifest: bytes
+    file: str
+    data: bytes
+    signature: bytes
+    def __init__(self, manifest: _Optional[bytes] = ..., file: _Optional[str] = ..., data: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class PushResponse(_message.Message):
+    __slots__ = ("bundle",)
+    BUNDLE_FIELD_NUMBER: _ClassVar[int]
+    bundle: BundleInfo
+    def __init__(self, bundle: _Optional[_Union[BundleInfo, _Mapping]] = ...) -> None: ...
+
+class StageRequest(_message.Message):
+    __slots__ = ("organ", "version", "digest", "actor", "reason", "dry_run")
+    ORGAN_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    ACTOR_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    organ: str
+    version: str
+    digest: str
+    actor: str
+    reason: str
+    dry_run: bool
+    def __init__(self, organ: _Optional[str] = ..., version: _Optional[str] = ..., digest: _Optional[str] = ..., actor: _Optional[str] = ..., reason: _Optional[str] = ..., dry_run: _Optional[bool] = ...) -> None: ...
+
+class TrafficRequest(_message.Message):
+    __slots__ = ("organ", "percent", "digest", "actor", "reason", "dry_run")
+    ORGAN_FIELD_NUMBER: _ClassVar[int]
+    PERCENT_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    ACTOR_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    organ: str
+    percent: float
+    digest: str
+    actor: str
+    reason: str
+    dry_run: bool
+    def __init__(self, organ: _Optional[str] = ..., percent: _Optional[float] = ..., digest: _Optional[str] = ..., actor: _Optional[str] = ..., reason: _Optional[str] = ..., dry_run: _Optional[bool] = ...) -> None: ...
+
+class OrganRequest(_message.Message):
+    __slots__ = ("organ", "digest", "actor", "reason", "dry_run")
+    ORGAN_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    ACTOR_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    organ: str
+    digest: str
+    actor: str
+    reason: str
+    dry_run: bool
+    def __init__(self, organ: _Optional[str] = ..., digest: _Optional[str] = ..., actor: _Optional[str] = ..., reason: _Optional[str] = ..., dry_run: _Optional[bool] = ...) -> None: ...
+
+class RetireRequest(_message.Message):
+    __slots__ = ("organ", "version", "digest", "actor", "reason", "dry_run")
+    ORGAN_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    ACTOR_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    organ: str
+    version: str
+    digest: str
+    actor: str
+    reason: str
+    dry_run: bool
+    def __init__(self, organ: _Optional[str] = ..., version: _Optional[str] = ..., digest: _Optional[str] = ..., actor: _Optional[str] = ..., reason: _Optional[str] = ..., dry_run: _Optional[bool] = ...) -> None: ...
+
+class ApplyRequest(_message.Message):
+    __slots__ = ("rollout_json", "actor", "dry_run")
+    ROLLOUT_JSON_FIELD_NUMBER: _ClassVar[int]
+    ACTOR_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    rollout_json: str
+    actor: str
+    dry_run: bool
+    def __init__(self, rollout_json: _Optional[str] = ..., actor: _Optional[str] = ..., dry_run: _Optional[bool] = ...) -> None: ...
+
+class OperationResponse(_message.Message):
+    __slots__ = ("changed", "steps", "rollout", "memory")
+    CHANGED_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    ROLLOUT_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    changed: bool
+    steps: _containers.RepeatedScalarFieldContainer[str]
+    rollout: Rollout
+    memory: _containers.RepeatedCompositeFieldContainer[ReplicaMemory]
+    def __init__(self, changed: _Optional[bool] = ..., steps: _Optional[_Iterable[str]] = ..., rollout: _Optional[_Union[Rollout, _Mapping]] = ..., memory: _Optional[_Iterable[_Union[ReplicaMemory, _Mapping]]] = ...) -> None: ...
+
+class ReplicaMemory(_message.Message):
+    __slots__ = ("replica", "resident_bytes", "needed_bytes", "limit_bytes", "fits")
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NEEDED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FITS_FIELD_NUMBER: _ClassVar[int]
+    replica: str
+    resident_bytes: int
+    needed_bytes: int
+    limit_bytes: int
+    fits: bool
+    def __init__(self, replica: _Optional[str] = ..., resident_bytes: _Optional[int] = ..., needed_bytes: _Optional[int] = ..., limit_bytes: _Optional[int] = ..., fits: _Optional[bool] = ...) -> None: ...
+
+class Rollout(_message.Message):
+    __slots__ = ("id", "organ", "version", "digest", "incumbent_digest", "state", "percent", "reason", "actor", "created_at", "state_since", "shadow")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    ORGAN_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    INCUMBENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    PERCENT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    ACTOR_FIELD_NUMBER: _ClassVar[int]
+    CREATED_AT_FIELD_NUMBER: _ClassVar[int]
+    STATE_SINCE_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    organ: str
+    version: str
+    digest: str
+    incumbent_digest: str
+    state: str
+    percent: float
+    reason: str
+    actor: str
+    created_at: float
+    state_since: float
+    shadow: ShadowReport
+    def __init__(self, id: _Optional[str] = ..., organ: _Optional[str] = ..., version: _Optional[str] = ..., digest: _Optional[str] = ..., incumbent_digest: _Optional[str] = ..., state: _Optional[str] = ..., percent: _Optional[float] = ..., reason: _Optional[str] = ..., actor: _Optional[str] = ..., created_at: _Optional[float] = ..., state_since: _Optional[float] = ..., shadow: _Optional[_Union[ShadowReport, _Mapping]] = ...) -> None: ...
+
+class ShadowReport(_message.Message):
+    __slots__ = ("requests", "identical", "token_overlap", "mean_first_divergence", "latency_ratio")
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    IDENTICAL_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_OVERLAP_FIELD_NUMBER: _ClassVar[int]
+    MEAN_FIRST_DIVERGENCE_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_RATIO_FIELD_NUMBER: _ClassVar[int]
+    requests: int
+    identical: int
+    token_overlap: float
+    mean_first_divergence: float
+    latency_ratio: float
+    def __init__(self, requests: _Optional[int] = ..., identical: _Optional[int] = ..., token_overlap: _Optional[float] = ..., mean_first_divergence: _Optional[float] = ..., latency_ratio: _Optional[float] = ...) -> None: ...
+
 class ListRequest(_message.Message):
     __slots__ = ("organ",)
     ORGAN_FIELD_NUMBER: _ClassVar[int]
@@ -33,12 +191,16 @@ class ListRequest(_message.Message):
     def __init__(self, organ: _Optional[str] = ...) -> None: ...
 
 class ListResponse(_message.Message):
-    __slots__ = ("live", "bundles")
+    __slots__ = ("live", "bundles", "rollouts", "replicas")
     LIVE_FIELD_NUMBER: _ClassVar[int]
     BUNDLES_FIELD_NUMBER: _ClassVar[int]
+    ROLLOUTS_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
     live: ExpertSet
     bundles: _containers.RepeatedCompositeFieldContainer[BundleInfo]
-    def __init__(self, live: _Optional[_Union[ExpertSet, _Mapping]] = ..., bundles: _Optional[_Iterable[_Union[BundleInfo, _Mapping]]] = ...) -> None: ...
+    rollouts: _containers.RepeatedCompositeFieldContainer[Rollout]
+    replicas: _containers.RepeatedCompositeFieldContainer[ReplicaResidents]
+    def __init__(self, live: _Optional[_Union[ExpertSet, _Mapping]] = ..., bundles: _Optional[_Iterable[_Union[BundleInfo, _Mapping]]] = ..., rollouts: _Optional[_Iterable[_Union[Rollout, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaResidents, _Mapping]]] = ...) -> None: ...
 
 class BundleInfo(_message.Message):
     __slots__ = ("organ", "name", "version", "digest", "description", "num_experts", "size_bytes", "live")
@@ -60,6 +222,171 @@ class BundleInfo(_message.Message):
     live: bool
     def __init__(self, organ: _Optional[str] = ..., name: _Optional[str] = ..., version: _Optional[str] = ..., digest: _Optional[str] = ..., description: _Optional[str] = ..., num_experts: _Optional[int] = ..., size_bytes: _Optional[int] = ..., live: _Optional[bool] = ...) -> None: ...
 
+class ReplicaResidents(_message.Message):
+    __slots__ = ("organ", "replica", "limit_bytes", "bundles")
+    ORGAN_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BUNDLES_FIELD_NUMBER: _ClassVar[int]
+    organ: str
+    replica: str
+    limit_bytes: int
+    bundles: _containers.RepeatedCompositeFieldContainer[ResidentShare]
+    def __init__(self, organ: _Optional[str] = ..., replica: _Optional[str] = ..., limit_bytes: _Optional[int] = ..., bundles: _Optional[_Iterable[_Union[ResidentShare, _Mapping]]] = ...) -> None: ...
+
+class ResidentShare(_message.Message):
+    __slots__ = ("digest", "resident_bytes", "progress")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    resident_bytes: int
+    progress: float
+    def __init__(self, digest: _Optional[str] = ..., resident_bytes: _Optional[int] = ..., progress: _Optional[float] = ...) -> None: ...
+
+class HistoryRequest(_message.Message):
+    __slots__ = ("organ", "last", "verify", "noted_hash")
+    ORGAN_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    VERIFY_FIELD_NUMBER: _ClassVar[int]
+    NOTED_HASH_FIELD_NUMBER: _ClassVar[int]
+    organ: str
+    last: int
+    verify: bool
+    noted_hash: str
+    def __init__(self, organ: _Optional[str] = ..., last: _Optional[int] = ..., verify: _Optional[bool] = ..., noted_hash: _Optional[str] = ...) -> None: ...
+
+class HistoryResponse(_message.Message):
+    __slots__ = ("entries", "length", "head_hash", "faults")
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    HEAD_HASH_FIELD_NUMBER: _ClassVar[int]
+    FAULTS_FIELD_NUMBER: _ClassVar[int]
+    entries: _containers.RepeatedCompositeFieldContainer[HistoryEntry]
+    length: int
+    head_hash: str
+    faults: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, entries: _Optional[_Iterable[_Union[HistoryEntry, _Mapping]]] = ..., length: _Optional[int] = ..., head_hash: _Optional[str] = ..., faults: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class HistoryEntry(_message.Message):
+    __slots__ = ("sequence", "time", "organ", "rollout_id", "event", "actor", "reason", "details_json", "hash")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    ORGAN_FIELD_NUMBER: _ClassVar[int]
+    ROLLOUT_ID_FIELD_NUMBER: _ClassVar[int]
+    EVENT_FIELD_NUMBER: _ClassVar[int]
+    ACTOR_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    DETAILS_JSON_FIELD_NUMBER: _ClassVar[int]
+    HASH_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    time: float
+    organ: str
+    rollout_id: str
+    event: str
+    actor: str
+    reason: str
+    details_json: str
+    hash: str
+    def __init__(self, sequence: _Optional[int] = ..., time: _Optional[float] = ..., organ: _Optional[str] = ..., rollout_id: _Optional[str] = ..., event: _Optional[str] = ..., actor: _Optional[str] = ..., reason: _Optional[str] = ..., details_json: _Optional[str] = ..., hash: _Optional[str] = ...) -> None: ...
+
 class WatchRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ControlState(_message.Message):
+    __slots__ = ("version", "live", "rollouts", "replicas")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    LIVE_FIELD_NUMBER: _ClassVar[int]
+    ROLLOUTS_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    live: ExpertSet
+    rollouts: _containers.RepeatedCompositeFieldContainer[Rollout]
+    replicas: _containers.RepeatedCompositeFieldContainer[ReplicaResidents]
+    def __init__(self, version: _Optional[int] = ..., live: _Optional[_Union[ExpertSet, _Mapping]] = ..., rollouts: _Optional[_Iterable[_Union[Rollout, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaResidents, _Mapping]]] = ...) -> None: ...
+
+class WatchPolicyRequest(_message.Message):
+    __slots__ = ("router",)
+    ROUTER_FIELD_NUMBER: _ClassVar[int]
+    router: str
+    def __init__(self, router: _Optional[str] = ...) -> None: ...
+
+class TrafficPolicy(_message.Message):
+    __slots__ = ("version", "stable", "candidates", "versions")
+    class VersionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    STABLE_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    stable: ExpertSet
+    candidates: _containers.RepeatedCompositeFieldContainer[CandidateTraffic]
+    versions: _containers.ScalarMap[str, str]
+    def __init__(self, version: _Optional[int] = ..., stable: _Optional[_Union[ExpertSet, _Mapping]] = ..., candidates: _Optional[_Iterable[_Union[CandidateTraffic, _Mapping]]] = ..., versions: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class CandidateTraffic(_message.Message):
+    __slots__ = ("organ", "digest", "rollout_id", "mode", "percent")
+    ORGAN_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    ROLLOUT_ID_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    PERCENT_FIELD_NUMBER: _ClassVar[int]
+    organ: str
+    digest: str
+    rollout_id: str
+    mode: str
+    percent: float
+    def __init__(self, organ: _Optional[str] = ..., digest: _Optional[str] = ..., rollout_id: _Optional[str] = ..., mode: _Optional[str] = ..., percent: _Optional[float] = ...) -> None: ...
+
+class ReportRequest(_message.Message):
+    __slots__ = ("router", "observations", "shadows")
+    ROUTER_FIELD_NUMBER: _ClassVar[int]
+    OBSERVATIONS_FIELD_NUMBER: _ClassVar[int]
+    SHADOWS_FIELD_NUMBER: _ClassVar[int]
+    router: str
+    observations: _containers.RepeatedCompositeFieldContainer[Observation]
+    shadows: _containers.RepeatedCompositeFieldContainer[ShadowObservation]
+    def __init__(self, router: _Optional[str] = ..., observations: _Optional[_Iterable[_Union[Observation, _Mapping]]] = ..., shadows: _Optional[_Iterable[_Union[ShadowObservation, _Mapping]]] = ...) -> None: ...
+
+class Observation(_message.Message):
+    __slots__ = ("organ", "digest", "requests", "errors", "nonfinite", "tokens", "seconds_per_token")
+    ORGAN_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    ERRORS_FIELD_NUMBER: _ClassVar[int]
+    NONFINITE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    organ: str
+    digest: str
+    requests: int
+    errors: int
+    nonfinite: int
+    tokens: int
+    seconds_per_token: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, organ: _Optional[str] = ..., digest: _Optional[str] = ..., requests: _Optional[int] = ..., errors: _Optional[int] = ..., nonfinite: _Optional[int] = ..., tokens: _Optional[int] = ..., seconds_per_token: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class ShadowObservation(_message.Message):
+    __slots__ = ("rollout_id", "tokens", "shared_tokens", "first_divergence", "latency_ratio")
+    ROLLOUT_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SHARED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_DIVERGENCE_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_RATIO_FIELD_NUMBER: _ClassVar[int]
+    rollout_id: str
+    tokens: int
+    shared_tokens: int
+    first_divergence: int
+    latency_ratio: float
+    def __init__(self, rollout_id: _Optional[str] = ..., tokens: _Optional[int] = ..., shared_tokens: _Optional[int] = ..., first_divergence: _Optional[int] = ..., latency_ratio: _Optional[float] = ...) -> None: ...
+
+class ReportResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

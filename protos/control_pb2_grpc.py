@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class ExpertControlStub:
-    """Missing associated documentation comment in .proto file."""
+    """For operators. Errors: NOT_FOUND for an unknown organ or version, FAILED_PRECONDITION for a rollout in another state.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -34,30 +35,140 @@ class ExpertControlStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.Push = channel.stream_unary(
+                '/echovlm.v1.ExpertControl/Push',
+                request_serializer=protos_dot_control__pb2.PushRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.PushResponse.FromString,
+                _registered_method=True)
+        self.Stage = channel.unary_unary(
+                '/echovlm.v1.ExpertControl/Stage',
+                request_serializer=protos_dot_control__pb2.StageRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.OperationResponse.FromString,
+                _registered_method=True)
+        self.Canary = channel.unary_unary(
+                '/echovlm.v1.ExpertControl/Canary',
+                request_serializer=protos_dot_control__pb2.TrafficRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.OperationResponse.FromString,
+                _registered_method=True)
+        self.Shadow = channel.unary_unary(
+                '/echovlm.v1.ExpertControl/Shadow',
+                request_serializer=protos_dot_control__pb2.TrafficRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.OperationResponse.FromString,
+                _registered_method=True)
+        self.Promote = channel.unary_unary(
+                '/echovlm.v1.ExpertControl/Promote',
+                request_serializer=protos_dot_control__pb2.OrganRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.OperationResponse.FromString,
+                _registered_method=True)
+        self.Rollback = channel.unary_unary(
+                '/echovlm.v1.ExpertControl/Rollback',
+                request_serializer=protos_dot_control__pb2.OrganRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.OperationResponse.FromString,
+                _registered_method=True)
+        self.Retire = channel.unary_unary(
+                '/echovlm.v1.ExpertControl/Retire',
+                request_serializer=protos_dot_control__pb2.RetireRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.OperationResponse.FromString,
+                _registered_method=True)
+        self.Apply = channel.unary_unary(
+                '/echovlm.v1.ExpertControl/Apply',
+                request_serializer=protos_dot_control__pb2.ApplyRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.OperationResponse.FromString,
+                _registered_method=True)
         self.List = channel.unary_unary(
                 '/echovlm.v1.ExpertControl/List',
                 request_serializer=protos_dot_control__pb2.ListRequest.SerializeToString,
                 response_deserializer=protos_dot_control__pb2.ListResponse.FromString,
                 _registered_method=True)
+        self.History = channel.unary_unary(
+                '/echovlm.v1.ExpertControl/History',
+                request_serializer=protos_dot_control__pb2.HistoryRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.HistoryResponse.FromString,
+                _registered_method=True)
         self.Watch = channel.unary_stream(
                 '/echovlm.v1.ExpertControl/Watch',
                 request_serializer=protos_dot_control__pb2.WatchRequest.SerializeToString,
-                response_deserializer=protos_dot_control__pb2.ExpertSet.FromString,
+                response_deserializer=protos_dot_control__pb2.ControlState.FromString,
                 _registered_method=True)
 
 
 class ExpertControlServicer:
-    """Missing associated documentation comment in .proto file."""
+    """For operators. Errors: NOT_FOUND for an unknown organ or version, FAILED_PRECONDITION for a rollout in another state.
+    """
+
+    def Push(self, request_iterator, context):
+        """Puts a bundle into the registry: first its manifest, then its files piece by piece. Pushing a bundle again is not
+        an error; a push that breaks off leaves nothing that anybody sees.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Stage(self, request, context):
+        """Begins a rollout: the bundle is verified and loaded on every replica, and gets no traffic yet.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Canary(self, request, context):
+        """Has the candidate answer a part of the requests.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Shadow(self, request, context):
+        """Has the candidate compute a part of the requests beside the incumbent, answering nobody.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Promote(self, request, context):
+        """Makes the candidate the organ's version for all new requests.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rollback(self, request, context):
+        """Ends a candidate's rollout; where none is in flight, brings back the version that was stable before.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Retire(self, request, context):
+        """Takes an organ, or one version of it, out of service for good.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Apply(self, request, context):
+        """A whole rollout with its steps; applying it again changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def List(self, request, context):
-        """The live expert set and the bundles of the registry.
+        """The live expert set, the rollouts, and the bundles of the registry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def History(self, request, context):
+        """What happened, oldest first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """The live expert set now, and again whenever it changes.
+        """The state now, and again whenever it changes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -66,15 +177,60 @@ class ExpertControlServicer:
 
 def add_ExpertControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'Push': grpc.stream_unary_rpc_method_handler(
+                    servicer.Push,
+                    request_deserializer=protos_dot_control__pb2.PushRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.PushResponse.SerializeToString,
+            ),
+            'Stage': grpc.unary_unary_rpc_method_handler(
+                    servicer.Stage,
+                    request_deserializer=protos_dot_control__pb2.StageRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.OperationResponse.SerializeToString,
+            ),
+            'Canary': grpc.unary_unary_rpc_method_handler(
+                    servicer.Canary,
+                    request_deserializer=protos_dot_control__pb2.TrafficRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.OperationResponse.SerializeToString,
+            ),
+            'Shadow': grpc.unary_unary_rpc_method_handler(
+                    servicer.Shadow,
+                    request_deserializer=protos_dot_control__pb2.TrafficRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.OperationResponse.SerializeToString,
+            ),
+            'Promote': grpc.unary_unary_rpc_method_handler(
+                    servicer.Promote,
+                    request_deserializer=protos_dot_control__pb2.OrganRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.OperationResponse.SerializeToString,
+            ),
+            'Rollback': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rollback,
+                    request_deserializer=protos_dot_control__pb2.OrganRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.OperationResponse.SerializeToString,
+            ),
+            'Retire': grpc.unary_unary_rpc_method_handler(
+                    servicer.Retire,
+                    request_deserializer=protos_dot_control__pb2.RetireRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.OperationResponse.SerializeToString,
+            ),
+            'Apply': grpc.unary_unary_rpc_method_handler(
+                    servicer.Apply,
+                    request_deserializer=protos_dot_control__pb2.ApplyRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.OperationResponse.SerializeToString,
+            ),
             'List': grpc.unary_unary_rpc_method_handler(
                     servicer.List,
                     request_deserializer=protos_dot_control__pb2.ListRequest.FromString,
                     response_serializer=protos_dot_control__pb2.ListResponse.SerializeToString,
             ),
+            'History': grpc.unary_unary_rpc_method_handler(
+                    servicer.History,
+                    request_deserializer=protos_dot_control__pb2.HistoryRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.HistoryResponse.SerializeToString,
+            ),
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
                     request_deserializer=protos_dot_control__pb2.WatchRequest.FromString,
-                    response_serializer=protos_dot_control__pb2.ExpertSet.SerializeToString,
+                    response_serializer=protos_dot_control__pb2.ControlState.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -85,7 +241,224 @@ def add_ExpertControlServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ExpertControl:
-    """Missing associated documentation comment in .proto file."""
+    """For operators. Errors: NOT_FOUND for an unknown organ or version, FAILED_PRECONDITION for a rollout in another state.
+    """
+
+    @staticmethod
+    def Push(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/echovlm.v1.ExpertControl/Push',
+            protos_dot_control__pb2.PushRequest.SerializeToString,
+            protos_dot_control__pb2.PushResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Stage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/echovlm.v1.ExpertControl/Stage',
+            protos_dot_control__pb2.StageRequest.SerializeToString,
+            protos_dot_control__pb2.OperationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Canary(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/echovlm.v1.ExpertControl/Canary',
+            protos_dot_control__pb2.TrafficRequest.SerializeToString,
+            protos_dot_control__pb2.OperationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Shadow(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/echovlm.v1.ExpertControl/Shadow',
+            protos_dot_control__pb2.TrafficRequest.SerializeToString,
+            protos_dot_control__pb2.OperationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Promote(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/echovlm.v1.ExpertControl/Promote',
+            protos_dot_control__pb2.OrganRequest.SerializeToString,
+            protos_dot_control__pb2.OperationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rollback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/echovlm.v1.ExpertControl/Rollback',
+            protos_dot_control__pb2.OrganRequest.SerializeToString,
+            protos_dot_control__pb2.OperationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Retire(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/echovlm.v1.ExpertControl/Retire',
+            protos_dot_control__pb2.RetireRequest.SerializeToString,
+            protos_dot_control__pb2.OperationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Apply(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/echovlm.v1.ExpertControl/Apply',
+            protos_dot_control__pb2.ApplyRequest.SerializeToString,
+            protos_dot_control__pb2.OperationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def List(request,
@@ -115,6 +488,33 @@ class ExpertControl:
             _registered_method=True)
 
     @staticmethod
+    def History(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/echovlm.v1.ExpertControl/History',
+            protos_dot_control__pb2.HistoryRequest.SerializeToString,
+            protos_dot_control__pb2.HistoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Watch(request,
             target,
             options=(),
@@ -130,7 +530,127 @@ class ExpertControl:
             target,
             '/echovlm.v1.ExpertControl/Watch',
             protos_dot_control__pb2.WatchRequest.SerializeToString,
-            protos_dot_control__pb2.ExpertSet.FromString,
+            protos_dot_control__pb2.ControlState.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class RolloutFeedStub:
+    """For the system's own Routers.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.WatchPolicy = channel.unary_stream(
+                '/echovlm.v1.RolloutFeed/WatchPolicy',
+                request_serializer=protos_dot_control__pb2.WatchPolicyRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.TrafficPolicy.FromString,
+                _registered_method=True)
+        self.Report = channel.unary_unary(
+                '/echovlm.v1.RolloutFeed/Report',
+                request_serializer=protos_dot_control__pb2.ReportRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.ReportResponse.FromString,
+                _registered_method=True)
+
+
+class RolloutFeedServicer:
+    """For the system's own Routers.
+    """
+
+    def WatchPolicy(self, request, context):
+        """What to do with new requests: the policy now, and again whenever it changes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Report(self, request, context):
+        """What was seen of the versions in use since the last report.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_RolloutFeedServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'WatchPolicy': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchPolicy,
+                    request_deserializer=protos_dot_control__pb2.WatchPolicyRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.TrafficPolicy.SerializeToString,
+            ),
+            'Report': grpc.unary_unary_rpc_method_handler(
+                    servicer.Report,
+                    request_deserializer=protos_dot_control__pb2.ReportRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.ReportResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'echovlm.v1.RolloutFeed', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('echovlm.v1.RolloutFeed', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class RolloutFeed:
+    """For the system's own Routers.
+    """
+
+    @staticmethod
+    def WatchPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/echovlm.v1.RolloutFeed/WatchPolicy',
+            protos_dot_control__pb2.WatchPolicyRequest.SerializeToString,
+            protos_dot_control__pb2.TrafficPolicy.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Report(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/echovlm.v1.RolloutFeed/Report',
+            protos_dot_control__pb2.ReportRequest.SerializeToString,
+            protos_dot_control__pb2.ReportResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,7 +41,7 @@ class ImageFile(_message.Message):
     def __init__(self, content: _Optional[bytes] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("task", "language", "prompt", "images", "organs", "sampling", "max_new_tokens", "stop")
+    __slots__ = ("task", "language", "prompt", "images", "organs", "sampling", "max_new_tokens", "stop", "session_key")
     TASK_FIELD_NUMBER: _ClassVar[int]
     LANGUAGE_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -50,6 +50,7 @@ class GenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
+    SESSION_KEY_FIELD_NUMBER: _ClassVar[int]
     task: Task
     language: Language
     prompt: str
@@ -58,7 +59,8 @@ class GenerateRequest(_message.Message):
     sampling: _router_pb2.Sampling
     max_new_tokens: int
     stop: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, task: _Optional[_Union[Task, str]] = ..., language: _Optional[_Union[Language, str]] = ..., prompt: _Optional[str] = ..., images: _Optional[_Iterable[_Union[ImageFile, _Mapping]]] = ..., organs: _Optional[_Iterable[str]] = ..., sampling: _Optional[_Union[_router_pb2.Sampling, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ...) -> None: ...
+    session_key: str
+    def __init__(self, task: _Optional[_Union[Task, str]] = ..., language: _Optional[_Union[Language, str]] = ..., prompt: _Optional[str] = ..., images: _Optional[_Iterable[_Union[ImageFile, _Mapping]]] = ..., organs: _Optional[_Iterable[str]] = ..., sampling: _Optional[_Union[_router_pb2.Sampling, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., session_key: _Optional[str] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("text", "summary")

@@ -64,7 +64,7 @@ class OrganHints(_message.Message):
     def __init__(self, organs: _Optional[_Iterable[str]] = ..., anatomy_terms: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RouterGenerateRequest(_message.Message):
-    __slots__ = ("input_ids", "vision_inputs", "organ_hints", "sampling", "max_new_tokens", "stop_token_ids", "return_logits", "ignore_eos")
+    __slots__ = ("input_ids", "vision_inputs", "organ_hints", "sampling", "max_new_tokens", "stop_token_ids", "return_logits", "ignore_eos", "session_key")
     INPUT_IDS_FIELD_NUMBER: _ClassVar[int]
     VISION_INPUTS_FIELD_NUMBER: _ClassVar[int]
     ORGAN_HINTS_FIELD_NUMBER: _ClassVar[int]
@@ -73,6 +73,7 @@ class RouterGenerateRequest(_message.Message):
     STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     RETURN_LOGITS_FIELD_NUMBER: _ClassVar[int]
     IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
+    SESSION_KEY_FIELD_NUMBER: _ClassVar[int]
     input_ids: _containers.RepeatedScalarFieldContainer[int]
     vision_inputs: _containers.RepeatedCompositeFieldContainer[_vision_pb2.VisionInput]
     organ_hints: OrganHints
@@ -81,7 +82,8 @@ class RouterGenerateRequest(_message.Message):
     stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
     return_logits: bool
     ignore_eos: bool
-    def __init__(self, input_ids: _Optional[_Iterable[int]] = ..., vision_inputs: _Optional[_Iterable[_Union[_vision_pb2.VisionInput, _Mapping]]] = ..., organ_hints: _Optional[_Union[OrganHints, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., return_logits: _Optional[bool] = ..., ignore_eos: _Optional[bool] = ...) -> None: ...
+    session_key: str
+    def __init__(self, input_ids: _Optional[_Iterable[int]] = ..., vision_inputs: _Optional[_Iterable[_Union[_vision_pb2.VisionInput, _Mapping]]] = ..., organ_hints: _Optional[_Union[OrganHints, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., return_logits: _Optional[bool] = ..., ignore_eos: _Optional[bool] = ..., session_key: _Optional[str] = ...) -> None: ...
 
 class RouterGenerateResponse(_message.Message):
     __slots__ = ("token_ids", "logits", "summary", "provenance")
@@ -131,13 +133,27 @@ class OrganProvenance(_message.Message):
     routed_share: float
     def __init__(self, organ: _Optional[str] = ..., bundle_version: _Optional[str] = ..., bundle_digest: _Optional[str] = ..., routed_share: _Optional[float] = ...) -> None: ...
 
+class PinsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class PinsResponse(_message.Message):
+    __slots__ = ("policy_version", "digests")
+    POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    policy_version: int
+    digests: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, policy_version: _Optional[int] = ..., digests: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class RouteRequest(_message.Message):
-    __slots__ = ("organ_hints", "vision_inputs")
+    __slots__ = ("organ_hints", "vision_inputs", "session_key")
     ORGAN_HINTS_FIELD_NUMBER: _ClassVar[int]
     VISION_INPUTS_FIELD_NUMBER: _ClassVar[int]
+    SESSION_KEY_FIELD_NUMBER: _ClassVar[int]
     organ_hints: OrganHints
     vision_inputs: _containers.RepeatedCompositeFieldContainer[_vision_pb2.VisionInput]
-    def __init__(self, organ_hints: _Optional[_Union[OrganHints, _Mapping]] = ..., vision_inputs: _Optional[_Iterable[_Union[_vision_pb2.VisionInput, _Mapping]]] = ...) -> None: ...
+    session_key: str
+    def __init__(self, organ_hints: _Optional[_Union[OrganHints, _Mapping]] = ..., vision_inputs: _Optional[_Iterable[_Union[_vision_pb2.VisionInput, _Mapping]]] = ..., session_key: _Optional[str] = ...) -> None: ...
 
 class RouteResponse(_message.Message):
     __slots__ = ("expert_set_id", "organ_source", "organs")

@@ -44,6 +44,11 @@ class RouterStub:
                 request_serializer=protos_dot_router__pb2.RouteRequest.SerializeToString,
                 response_deserializer=protos_dot_router__pb2.RouteResponse.FromString,
                 _registered_method=True)
+        self.Pins = channel.unary_unary(
+                '/echovlm.v1.Router/Pins',
+                request_serializer=protos_dot_router__pb2.PinsRequest.SerializeToString,
+                response_deserializer=protos_dot_router__pb2.PinsResponse.FromString,
+                _registered_method=True)
 
 
 class RouterServicer:
@@ -63,6 +68,13 @@ class RouterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Pins(self, request, context):
+        """The bundles that this Router still needs: those of the policy it applies, and of the requests under way.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RouterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +87,11 @@ def add_RouterServicer_to_server(servicer, server):
                     servicer.Route,
                     request_deserializer=protos_dot_router__pb2.RouteRequest.FromString,
                     response_serializer=protos_dot_router__pb2.RouteResponse.SerializeToString,
+            ),
+            'Pins': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pins,
+                    request_deserializer=protos_dot_router__pb2.PinsRequest.FromString,
+                    response_serializer=protos_dot_router__pb2.PinsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -131,6 +148,33 @@ class Router:
             '/echovlm.v1.Router/Route',
             protos_dot_router__pb2.RouteRequest.SerializeToString,
             protos_dot_router__pb2.RouteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pins(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/echovlm.v1.Router/Pins',
+            protos_dot_router__pb2.PinsRequest.SerializeToString,
+            protos_dot_router__pb2.PinsResponse.FromString,
             options,
             channel_credentials,
             insecure,

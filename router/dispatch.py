@@ -4,44 +4,39 @@ For each layer, every organ that gets any token is sent one exchange with those 
 experts behind gRPC differ only in the `ExpertPlacement` that carries the exchange, so their results are the same bits.
 """
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 
-from experts.kernels.base import NO_EXPERT
 from router.errors import ExpertsFailedError, ExpertsUnavailableError
 from router.exchange import Exchange, ExpertPlacement
 from router.expert_gates import ExpertGates
-from router.token_gate import TokenRouting, route_tokens
+from router.step_plan import FlatRows, Member, OrganRows, StepPlan, TokenAssignment, plan_step
+from router.stopwatch import Stopwatch
+from router.token_gate import TokenRouting, choose_experts, route_tokens
+
+__all__ = ["DispatchFailure", "DispatchStep", "Dispatcher", "PendingLayer", "TokenAssignment"]
 
 DispatchFailure = ExpertsUnavailableError | ExpertsFailedError
-
-
-@dataclass(frozen=True, slots=True)
-class TokenAssignment:
-    """Rows [start, end) of a forward pass: one sequence's tokens.
-
-    Attributes:
-        expert_set_id: the set that the sequence is pinned to.
-        shares: organ and π of sets routed by organ, adding up to 1; empty for flat sets.
-    """
-
-    start: int
-    end: int
-    expert_set_id: str
-    shares: tuple[tuple[str, float], ...]
 
 
 class Dispatcher:
     """Knows the gates of all expert sets in use, and where their experts are."""
 
-    def __init__(self, placement: ExpertPlacement, *, top_k: int, norm_topk_prob: bool) -> None:
-        """The last two are the model's `num_experts_per_tok` and `norm_topk_prob`."""
+    def __init__(
+        self, placement: ExpertPlacement, *, top_k: int, norm_topk_prob: bool, stopwatch: Stopwatch | None = None
+    ) -> None:
+        """Takes the model's `num_experts_per_tok` and `norm_topk_prob`, and what measures the stages, if anything."""
         self.placement = placement
         self.top_k = top_k
         self.norm_topk_prob = norm_topk_prob
+        self.stopwatch = stopwatch
         self._gates: dict[str, ExpertGates] = {}
+        # Set id → for every layer the gates of all its organs as one matrix.
+        self._stacked: dict[str, list[torch.Tensor]] = {}
 
     def add_set(self, gates: ExpertGates) -> None:
         """From now on sequences may be pinned to this set; a set that is known already is left alone."""
@@ -50,6 +45,7 @@ class Dispatcher:
     def remove_set(self, expert_set_id: str) -> None:
         """Forgets a set that no sequence is pinned to any more."""
         self._gates.pop(expert_set_id, None)
+        self._stacked.pop(expert_set_id, None)
 
     def gates(self, expert_set_id: str) -> ExpertGates:
         """The gates of a set.
@@ -58,6 +54,20 @@ class Dispatcher:
             KeyError: the set was not added, or was removed.
         """
         return self._gates[expert_set_id]
+
+    def stacked_rows(self, gates: ExpertGates, layer: int) -> torch.Tensor:
+        """The gate rows of all organs of a set, one organ behind the other."""
+        stacked = self._stacked.get(gates.expert_set.id)
+        if stacked is None:
+            organs = gates.expert_set.organs
+            stacked = [torch.cat([gates.rows_of(organ, each) for organ in organs]) for each in range(gates.num_layers)]
+            if gates.expert_set.id in self._gates:
+                self._stacked[gates.expert_set.id] = stacked
+        return stacked[layer]
+
+    def plan(self, assignments: Sequence[TokenAssignment], failed: Iterable[int], device: torch.device) -> StepPlan:
+        """See `router.step_plan.plan_step`."""
+        return plan_step(assignments, set(failed), self._gates, device)
 
     def unavailable(self, shares: Iterable[tuple[str, float]]) -> ExpertsUnavailableError | None:
         """Why tokens of these organs cannot be computed now, or None; never waits.
@@ -74,31 +84,26 @@ class Dispatcher:
         return DispatchStep(self, assignments)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Member:
-    """The rows that one expert set's sequences send to one organ, in ascending order.
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A member's rows in one layer."""
 
-    `share_R1` is float32, or None where every share is 1; `chunk_R` says whose row each is.
-    """
-
-    organ: str
-    digest: str
-    set_id: str
-    row_R: torch.Tensor
-    chunk_R: torch.Tensor
-    share_R1: torch.Tensor | None
+    member: Member
+    index_RK: torch.Tensor
+    weight_RK: torch.Tensor
 
 
 @dataclass(slots=True)
 class _Parcel:
-    """What is sent to one organ in one layer: the tokens of one or more members with the same bundle."""
+    """What is sent to one organ in one layer: the parts of one or more members with the same bundle."""
 
-    organ: str
-    digest: str
-    members: list[_Member] = field(default_factory=list)
-    index_RK: list[torch.Tensor] = field(default_factory=list)
-    weight_RK: list[torch.Tensor] = field(default_factory=list)
+    parts: list[_Part] = field(default_factory=list)
     exchange: Exchange | None = None
+
+    @property
+    def members(self) -> list[Member]:
+        """Whose rows they are."""
+        return [part.member for part in self.parts]
 
 
 class DispatchStep:
@@ -114,55 +119,104 @@ class DispatchStep:
     def __init__(self, dispatcher: Dispatcher, assignments: Sequence[TokenAssignment]) -> None:
         """See `Dispatcher.step`."""
         self.failures: dict[int, DispatchFailure] = {}
+        self.stopwatch = dispatcher.stopwatch
         self._dispatcher = dispatcher
         self._assignments = assignments
         self._num_rows = assignments[-1].end if assignments else 0
-        self._members: list[_Member] | None = None
-        # The experts that each row was sent to; counted only when asked, so that no layer waits for a device.
-        self._sent: list[tuple[_Member, torch.Tensor]] = []
-        self._pairs: list[dict[str, int]] | None = None
+        self._plan: StepPlan | None = None
+        # Pairs of sets routed by organ follow from how often a layer was begun with a plan; those of flat sets are
+        # counted where the tokens are, so that no layer waits for a device: organs of the set by row.
+        self._organ_pairs: list[dict[str, int]] = [{} for _ in assignments]
+        self._flat_pairs: dict[str, torch.Tensor] = {}
+        self._layers_of_plan = 0
 
     def begin(self, layer: int, x_TD: torch.Tensor) -> "PendingLayer":
         """Gates the rows and sends every organ its tokens; see `RoutedExperts.begin`."""
         assert x_TD.shape[0] == self._num_rows, "the forward pass has other rows than the assignments"
+        plan = self._plan
+        if plan is None:
+            plan = self._plan = self._dispatcher.plan(self._assignments, self.failures, x_TD.device)
+        self._layers_of_plan += 1
+        stopwatch = self.stopwatch
+        started = 0.0 if stopwatch is None else time.perf_counter()
         parcels: dict[tuple[str, str, int], _Parcel] = {}
-        sending: list[_Member] = []
-        flat_routing: dict[str, TokenRouting] = {}
-        for member in self._plan(x_TD.device):
-            gates = self._dispatcher.gates(member.set_id)
-            if gates.expert_set.routing == "organs":
-                routing = self._route(self._rows(x_TD, member.row_R), gates.rows_of(member.organ, layer))
-                taken, index_RK, weight_RK = member, routing.index_TK, routing.weight_TK
-            else:
-                if member.set_id not in flat_routing:
-                    x_RD = self._rows(x_TD, member.row_R)
-                    flat_routing[member.set_id] = self._route(x_RD, gates.flat_rows(layer))
-                taken, index_RK, weight_RK = _part_of_organ(member, gates, flat_routing[member.set_id])
-            if not len(taken.row_R):
-                continue
-            sending.append(taken)
-            self._sent.append((taken, index_RK))
-            key = (member.organ, member.digest, index_RK.shape[1])
-            parcel = parcels.setdefault(key, _Parcel(member.organ, member.digest))
-            parcel.members.append(taken)
-            parcel.index_RK.append(index_RK.to(torch.int32))
-            parcel.weight_RK.append(weight_RK)
+        parts: list[_Part] = []
+        for organ_rows in plan.organ_sets:
+            parts += self._gate_organs(organ_rows, layer, x_TD)
+        for flat_rows in plan.flat_sets:
+            parts += self._gate_flat(flat_rows, layer, x_TD)
+        for part in parts:
+            key = (part.member.organ, part.member.digest, part.index_RK.shape[1])
+            parcels.setdefault(key, _Parcel()).parts.append(part)
+        if stopwatch is not None:
+            stopwatch.lap("gate", started)
         for parcel in parcels.values():
             self._send(parcel, layer, x_TD)
-        return PendingLayer(self, list(parcels.values()), sending, x_TD)
+        return PendingLayer(self, plan, list(parcels.values()), [part.member for part in parts], x_TD)
 
     def pair_counts(self, index: int) -> dict[str, int]:
         """(token, layer, expert) pairs per organ that the gates chose for an assignment, over the layers so far."""
-        if self._pairs is None:
-            self._pairs = self._count()
-        return self._pairs[index]
+        self._count_organs()
+        assignment = self._assignments[index]
+        counted = self._flat_pairs.get(assignment.expert_set_id)
+        if counted is None:
+            return self._organ_pairs[index]
+        organs = self._dispatcher.gates(assignment.expert_set_id).expert_set.organs
+        pairs_O = counted[assignment.start : assignment.end].sum(0).tolist()
+        return {organ: count for organ, count in zip(organs, pairs_O, strict=True) if count}
 
-    def fail(self, members: Iterable[_Member], error: DispatchFailure) -> None:
+    def row_pair_counts(self, index: int) -> dict[str, list[int]]:
+        """The pairs of each row of an assignment to a flat set, whose rows go to different organs."""
+        assignment = self._assignments[index]
+        counted_TO = self._flat_pairs.get(assignment.expert_set_id)
+        if counted_TO is None:
+            return {}
+        organs = self._dispatcher.gates(assignment.expert_set_id).expert_set.organs
+        pairs_OT = counted_TO[assignment.start : assignment.end].T.tolist()
+        return {organ: pairs_T for organ, pairs_T in zip(organs, pairs_OT, strict=True) if any(pairs_T)}
+
+    def fail(self, members: Iterable[Member], error: DispatchFailure) -> None:
         """Marks the sequences that have rows in a parcel that failed."""
         for member in members:
-            for chunk in set(member.chunk_R.tolist()):
-                self.failures.setdefault(chunk, error)
-        self._members = None
+            for index in self._sequences_of(member):
+                self.failures.setdefault(index, error)
+        self._count_organs()
+        self._plan = None
+
+    def _gate_organs(self, organ_rows: OrganRows, layer: int, x_TD: torch.Tensor) -> Iterator[_Part]:
+        gates, members = organ_rows.gates, organ_rows.members
+        if organ_rows.organ_M is None:
+            for member in members:
+                x_RD = x_TD if member.row_R is None else x_TD[member.row_R]
+                routing = self._route(x_RD, gates.rows_of(member.organ, layer))
+                yield _Part(member, routing.index_TK, routing.weight_TK)
+            return
+        # One product, softmax and choice for all organs, of which each row then takes its own.
+        logits_TOE = F.linear(x_TD, self._dispatcher.stacked_rows(gates, layer)).unflatten(
+            1, (len(gates.expert_set.organs), -1)
+        )
+        top_k = min(self._dispatcher.top_k, logits_TOE.shape[2])
+        weight_MK, index_MK = choose_experts(
+            logits_TOE[organ_rows.row_M, organ_rows.organ_M], top_k, self._dispatcher.norm_topk_prob
+        )
+        sizes = organ_rows.sizes
+        for part in zip(members, index_MK.split(sizes), weight_MK.split(sizes), strict=True):
+            yield _Part(*part)
+
+    def _gate_flat(self, flat_rows: FlatRows, layer: int, x_TD: torch.Tensor) -> Iterator[_Part]:
+        gates, row_S, split = flat_rows.gates, flat_rows.row_S, flat_rows.split
+        routing = self._route(x_TD if row_S is None else x_TD[row_S], gates.flat_rows(layer))
+        organ_SK = split.organ_of(routing)
+        self._count_flat(gates, row_S, organ_SK, split.num_organs)
+        organs = gates.expert_set.organs
+        for organ, (row_R, index_RK, weight_RK) in zip(organs, split.split(routing, organ_SK), strict=True):
+            if not len(row_R):
+                continue
+            in_pass_R = row_R if row_S is None else row_S[row_R]
+            # A member's rows ascend, so as many as there are means all of them in order.
+            all_rows = len(row_R) == self._num_rows
+            member = Member(organ, gates.expert_set.bundle_digest(organ), None if all_rows else in_pass_R, None)
+            yield _Part(member, index_RK, weight_RK)
 
     def _route(self, x_RD: torch.Tensor, gate_ED: torch.Tensor) -> TokenRouting:
         # A group may have fewer experts than the model chooses per token.
@@ -170,69 +224,62 @@ class DispatchStep:
         return route_tokens(x_RD, gate_ED, top_k, self._dispatcher.norm_topk_prob)
 
     def _send(self, parcel: _Parcel, layer: int, x_TD: torch.Tensor) -> None:
-        members = parcel.members
-        if len(members) == 1:
-            x_RD = self._rows(x_TD, members[0].row_R)
-        else:
-            x_RD = x_TD[torch.cat([member.row_R for member in members])]
+        stopwatch = self.stopwatch
+        started = 0.0 if stopwatch is None else time.perf_counter()
+        first = parcel.parts[0]
+        row_R, index_RK, weight_RK = first.member.row_R, first.index_RK, first.weight_RK
+        if len(parcel.parts) > 1:
+            # No member has all rows, for each row is of one set only.
+            row_R = torch.cat([part.member.row_R for part in parcel.parts if part.member.row_R is not None])
+            index_RK = torch.cat([part.index_RK for part in parcel.parts])
+            weight_RK = torch.cat([part.weight_RK for part in parcel.parts])
         try:
-            parcel.exchange = self._dispatcher.placement.send(
-                parcel.organ,
-                parcel.digest,
-                layer,
-                x_RD,
-                torch.cat(parcel.index_RK),
-                torch.cat(parcel.weight_RK),
+            exchange = self._dispatcher.placement.send(
+                first.member.organ, first.member.digest, layer, x_TD, index_RK, weight_RK, row_R
             )
         except (ExpertsUnavailableError, ExpertsFailedError) as error:
-            self.fail(members, error)
+            self.fail(parcel.members, error)
+            return
+        parcel.exchange = exchange
+        if stopwatch is not None:
+            stopwatch.add("gather", exchange.gather_s)
+            # In this process the kernel has run by now.
+            stopwatch.add("send", time.perf_counter() - started - exchange.gather_s - exchange.compute_s)
 
-    def _count(self) -> list[dict[str, int]]:
-        pairs: list[dict[str, int]] = [{} for _ in self._assignments]
-        for member, index_RK in self._sent:
-            pairs_R = (index_RK != NO_EXPERT).sum(1).cpu()
-            for chunk, count in enumerate(torch.bincount(member.chunk_R, pairs_R, len(pairs)).long().tolist()):
-                if count:
-                    pairs[chunk][member.organ] = pairs[chunk].get(member.organ, 0) + count
-        return pairs
+    def _count_organs(self) -> None:
+        if self._plan is None or not self._layers_of_plan:
+            return
+        for organ_rows in self._plan.organ_sets:
+            for member in organ_rows.members:
+                top_k = min(self._dispatcher.top_k, organ_rows.gates.num_experts(member.organ))
+                for index in self._sequences_of(member):
+                    assignment = self._assignments[index]
+                    pairs = (assignment.end - assignment.start) * top_k * self._layers_of_plan
+                    counted = self._organ_pairs[index]
+                    counted[member.organ] = counted.get(member.organ, 0) + pairs
+        self._layers_of_plan = 0
 
-    def _rows(self, x_TD: torch.Tensor, row_R: torch.Tensor) -> torch.Tensor:
-        # A member's rows ascend, so as many as there are means all of them in order.
-        return x_TD if len(row_R) == self._num_rows else x_TD[row_R]
+    def _count_flat(
+        self, gates: ExpertGates, row_S: torch.Tensor | None, organ_SK: torch.Tensor, num_organs: int
+    ) -> None:
+        set_id = gates.expert_set.id
+        counted_TO = self._flat_pairs.get(set_id)
+        if counted_TO is None:
+            counted_TO = torch.zeros(self._num_rows, num_organs, dtype=torch.int64, device=organ_SK.device)
+            self._flat_pairs[set_id] = counted_TO
+        if row_S is None:
+            counted_TO.scatter_add_(1, organ_SK, torch.ones_like(organ_SK))
+        else:
+            own_SO = torch.zeros(len(row_S), num_organs, dtype=torch.int64, device=organ_SK.device)
+            counted_TO.index_add_(0, row_S, own_SO.scatter_add_(1, organ_SK, torch.ones_like(organ_SK)))
 
-    def _plan(self, device: torch.device) -> list[_Member]:
-        if self._members is not None:
-            return self._members
-        by_set: dict[str, list[int]] = {}
-        for chunk, assignment in enumerate(self._assignments):
-            if chunk not in self.failures:
-                by_set.setdefault(assignment.expert_set_id, []).append(chunk)
-        members = []
-        for set_id, chunks in by_set.items():
-            expert_set = self._dispatcher.gates(set_id).expert_set
-            for organ in expert_set.organs:
-                users = [(chunk, share) for chunk in chunks if (share := self._share(chunk, organ, expert_set.routing))]
-                if users:
-                    digest = expert_set.bundle_digest(organ)
-                    members.append(self._member(organ, digest, set_id, users, device))
-        self._members = members
-        return members
-
-    def _share(self, chunk: int, organ: str, routing: str) -> float:
-        if routing == "flat":
-            return 1.0
-        return dict(self._assignments[chunk].shares).get(organ, 0.0)
-
-    def _member(
-        self, organ: str, digest: str, set_id: str, users: list[tuple[int, float]], device: torch.device
-    ) -> _Member:
-        spans = [(self._assignments[chunk], chunk, share) for chunk, share in users]
-        row_R = torch.cat([torch.arange(span.start, span.end) for span, _, _ in spans])
-        chunk_R = torch.cat([torch.full((span.end - span.start,), chunk) for span, chunk, _ in spans])
-        share_R1 = None
-        if any(share != 1.0 for _, _, share in spans):
-            share_R1 = torch.cat([torch.full((span.end - span.start, 1), share) for span, _, share in spans]).to(device)
-        return _Member(organ, digest, set_id, row_R.to(device), chunk_R, share_R1)
+    def _sequences_of(self, member: Member) -> list[int]:
+        """The assignments that have rows in a member."""
+        if member.row_R is None:
+            return list(range(len(self._assignments)))
+        ends = torch.tensor([assignment.end for assignment in self._assignments])
+        indices: list[int] = torch.searchsorted(ends, member.row_R.cpu(), right=True).unique().tolist()
+        return indices
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,9 +287,10 @@ class PendingLayer:
     """One layer's exchanges under way."""
 
     step: DispatchStep
+    plan: StepPlan
     parcels: list[_Parcel]
     # In the order of the expert set's organs; a row belongs to one set only.
-    members: list[_Member]
+    members: list[Member]
     x_TD: torch.Tensor
 
     def result(self) -> torch.Tensor:
@@ -253,40 +301,55 @@ class PendingLayer:
         Returns:
             tokens × hidden in x's dtype; undefined in the rows of failed sequences.
         """
-        parts: dict[_Member, torch.Tensor] = {}
+        stopwatch = self.step.stopwatch
+        started = 0.0
+        outputs: dict[Member, torch.Tensor] = {}
         for parcel in self.parcels:
             if parcel.exchange is None:
                 continue
+            if stopwatch is not None:
+                started = time.perf_counter()
             try:
                 output_RD = parcel.exchange.result()
             except (ExpertsUnavailableError, ExpertsFailedError) as error:
                 self.step.fail(parcel.members, error)
                 continue
-            sizes = [len(member.row_R) for member in parcel.members]
-            parts.update(zip(parcel.members, torch.split(output_RD, sizes), strict=True))
-        if len(self.members) == len(parts) == 1:
-            ((member, part_RD),) = parts.items()
-            if member.share_R1 is None and part_RD.shape == self.x_TD.shape:
-                return part_RD
+            if stopwatch is not None:
+                stopwatch.lap("wait", started)
+                stopwatch.add("kernel", parcel.exchange.compute_s)
+            if len(parcel.parts) == 1:
+                outputs[parcel.parts[0].member] = output_RD
+            else:
+                sizes = [len(part.index_RK) for part in parcel.parts]
+                outputs.update(zip(parcel.members, output_RD.split(sizes), strict=True))
+        if stopwatch is None:
+            return self._sum(outputs)
+        started = time.perf_counter()
+        total_TD = self._sum(outputs)
+        stopwatch.lap("scatter", started)
+        return total_TD
+
+    def _sum(self, outputs: dict[Member, torch.Tensor]) -> torch.Tensor:
+        x_TD, members = self.x_TD, self.members
+        if len(members) == len(outputs) == 1 and members[0].row_R is None and members[0].share_R1 is None:
+            return outputs[members[0]]
+        if self.plan.disjoint and self.plan.complete and len(outputs) == len(members):
+            # Every row is written, and once.
+            total_TD = torch.empty_like(x_TD)
+            for member, output_RD in outputs.items():
+                assert member.row_R is not None, "a member that has all rows has others beside it"
+                total_TD.index_copy_(0, member.row_R, output_RD)
+            return total_TD
         # Minus zero, because adding to it changes no bit, not even the sign of a zero.
-        total_TD = torch.full(self.x_TD.shape, -0.0, dtype=torch.float32, device=self.x_TD.device)
-        for member in self.members:
-            if member not in parts:
+        sum_TD = torch.full(x_TD.shape, -0.0, dtype=torch.float32, device=x_TD.device)
+        for member in members:
+            if member not in outputs:
                 continue
-            part_RD = parts[member].float()
-            total_TD[member.row_R] += part_RD if member.share_R1 is None else part_RD * member.share_R1
-        return total_TD.to(self.x_TD.dtype)
-
-
-def _part_of_organ(
-    member: _Member, gates: ExpertGates, routing: TokenRouting
-) -> tuple[_Member, torch.Tensor, torch.Tensor]:
-    """The rows of a flat set that have an expert of this organ, with indices from its first expert on."""
-    start, end = gates.expert_range(member.organ)
-    own_RK = (routing.index_TK >= start) & (routing.index_TK < end)
-    kept_R = own_RK.any(1).nonzero()[:, 0]
-    index_RK = torch.where(own_RK, routing.index_TK - start, NO_EXPERT)
-    taken = _Member(
-        member.organ, member.digest, member.set_id, member.row_R[kept_R], member.chunk_R[kept_R.cpu()], member.share_R1
-    )
-    return taken, index_RK[kept_R], routing.weight_TK[kept_R]
+            part_RD = outputs[member].float()
+            if member.share_R1 is not None:
+                part_RD = part_RD * member.share_R1
+            if member.row_R is None:
+                sum_TD += part_RD
+            else:
+                sum_TD.index_add_(0, member.row_R, part_RD)
+        return sum_TD.to(x_TD.dtype)

@@ -26,3 +26,25 @@ class ExpertsFailedError(RuntimeError):
         """Names the organ and says why."""
         super().__init__(f"the experts of {organ!r} failed: {reason}")
         self.organ = organ
+
+
+class RolloutStateError(ValueError):
+    """A rollout, an organ or a version is not in a state in which that can be done. The text says what can."""
+
+
+class UnknownRolloutError(LookupError):
+    """There is no such rollout or version. The text names what there is."""
+
+
+class InvalidRolloutRequestError(ValueError):
+    """What was asked of a rollout makes no sense in itself, for example a percentage of 300."""
+
+    def __init__(self, field: str, description: str) -> None:
+        """Names the field of the request and what is wrong with it."""
+        super().__init__(f"{field}: {description}")
+        self.field = field
+        self.description = description
+
+
+class RolloutDatabaseError(RuntimeError):
+    """The rollouts' database cannot be used: another version's, out of reach, or damaged. The text says what to do."""

@@ -8,10 +8,20 @@ from router.errors import ExpertsUnavailableError
 
 
 class Exchange(Protocol):
-    """Tokens that were handed to an organ's experts."""
+    """Tokens that were handed to an organ's experts.
+
+    Attributes:
+        gather_s: seconds that collecting the rows took.
+        compute_s: seconds that the experts' kernel took, where it is known; 0 before.
+    """
+
+    gather_s: float
+    compute_s: float
 
     def result(self) -> torch.Tensor:
-        """Waits for the weighted sum over the group's experts: tokens × hidden, in the dtype that was sent.
+        """Waits for the weighted sum over the group's experts: rows sent × hidden, in the dtype that was sent.
+
+        It may share memory with what received it; that is kept for as long as the tensor is.
 
         Raises:
             ExpertsUnavailableError: no replica answered; the same tokens may be sent again later.
@@ -29,8 +39,9 @@ class ExpertPlacement(Protocol):
         bundle_digest: str,
         layer: int,
         x_TD: torch.Tensor,
-        expert_index_TK: torch.Tensor,
-        weight_TK: torch.Tensor,
+        expert_index_RK: torch.Tensor,
+        weight_RK: torch.Tensor,
+        row_R: torch.Tensor | None = None,
     ) -> Exchange:
         """Starts an exchange and returns without waiting for its result.
 
@@ -38,9 +49,10 @@ class ExpertPlacement(Protocol):
             organ: whose experts.
             bundle_digest: which version of them.
             layer: the decoder layer, from 0.
-            x_TD: tokens × hidden.
-            expert_index_TK: int32, from 0; `NO_EXPERT` where the group has no part in the pair.
-            weight_TK: in x's dtype.
+            x_TD: tokens × hidden. Must not change before the result is there: it may have to be sent again.
+            expert_index_RK: int32 or int64, from 0; `NO_EXPERT` where the group has no part in the pair.
+            weight_RK: in x's dtype.
+            row_R: which rows of x are sent, int64, on its device; None for all of them.
 
         Raises:
             ExpertsUnavailableError: no replica can be reached now.

@@ -1,12 +1,58 @@
 """The token gates of an expert set, built from its bundles' gate rows."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Self
 
 import torch
 
 from experts.bundle import Bundle
 from router.expert_set import ExpertSet
+from router.organ_gate import OrganProfile
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BundleGates:
+    """What a router keeps of one bundle; its experts stay where they are.
+
+    Attributes:
+        version: for people; the digest is the identity.
+        rows: the gate's rows, one matrix per layer, experts × hidden.
+        profile: by what the bundle's organ is recognised.
+    """
+
+    organ: str
+    version: str
+    backbone_digest: str
+    rows: tuple[torch.Tensor, ...]
+    profile: OrganProfile
+
+    @classmethod
+    def read(
+        cls, bundle: Bundle, *, num_layers: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> "BundleGates":
+        """Copies them out of the bundle's files, which need not stay.
+
+        Args:
+            bundle: the bundle.
+            num_layers: decoder layers of the backbone.
+            dtype: the backbone's; rows are converted to it.
+            device: where the gates are computed.
+
+        Raises:
+            ValueError: the bundle has another number of layers, or is damaged.
+        """
+        manifest = bundle.manifest
+        if manifest.num_layers != num_layers:
+            raise ValueError(
+                f"the bundle of {manifest.organ!r} has {manifest.num_layers} layers and the backbone {num_layers}"
+            )
+        rows = tuple(bundle.gate_ED(layer).to(device=device, dtype=dtype, copy=True) for layer in range(num_layers))
+        prototype = bundle.prototype()
+        profile = OrganProfile(
+            manifest.organ, manifest.organ_synonyms, None if prototype is None else prototype.clone()
+        )
+        return cls(manifest.organ, manifest.version, manifest.backbone_digest, rows, profile)
 
 
 class ExpertGates:
@@ -61,19 +107,36 @@ class ExpertGates:
         Raises:
             ValueError: a bundle is missing, was trained against another backbone, or does not fit the others.
         """
+        gates = {
+            digest: BundleGates.read(bundle, num_layers=num_layers, dtype=dtype, device=device)
+            for digest, bundle in bundles.items()
+        }
+        return cls.of(expert_set, gates)
+
+    @classmethod
+    def of(cls, expert_set: ExpertSet, gates: Mapping[str, BundleGates]) -> Self:
+        """Joins what was read of a set's bundles; rows are shared with all sets of the same bundles.
+
+        Args:
+            expert_set: the set.
+            gates: bundle digest → what was read, for every member.
+
+        Raises:
+            ValueError: see `from_bundles`, or a bundle is another organ's.
+        """
         gate_rows = {}
         for member in expert_set.members:
-            bundle = bundles.get(member.bundle_digest)
-            if bundle is None:
+            own = gates.get(member.bundle_digest)
+            if own is None:
                 raise ValueError(f"the bundle of {member.organ!r}, {member.bundle_digest}, was not given")
-            if bundle.manifest.backbone_digest != expert_set.backbone_digest:
+            if own.organ != member.organ:
+                raise ValueError(f"the bundle {member.bundle_digest} is of {own.organ!r}, not of {member.organ!r}")
+            if own.backbone_digest != expert_set.backbone_digest:
                 raise ValueError(
-                    f"the bundle of {member.organ!r} was made for backbone {bundle.manifest.backbone_digest}, "
+                    f"the bundle of {member.organ!r} was made for backbone {own.backbone_digest}, "
                     f"and the expert set is for {expert_set.backbone_digest}"
                 )
-            gate_rows[member.organ] = tuple(
-                bundle.gate_ED(layer).to(device=device, dtype=dtype) for layer in range(num_layers)
-            )
+            gate_rows[member.organ] = own.rows
         return cls(expert_set, gate_rows)
 
     def rows_of(self, organ: str, layer: int) -> torch.Tensor:

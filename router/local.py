@@ -1,5 +1,6 @@
 """Experts in the router's own process: the same groups, called instead of reached."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,9 +11,11 @@ from experts.group import ExpertGroup
 from router.errors import ExpertsFailedError, ExpertsUnavailableError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Computed:
     output_TD: torch.Tensor
+    gather_s: float
+    compute_s: float
 
     def result(self) -> torch.Tensor:
         return self.output_TD
@@ -31,19 +34,23 @@ class LocalExperts:
         bundle_digest: str,
         layer: int,
         x_TD: torch.Tensor,
-        expert_index_TK: torch.Tensor,
-        weight_TK: torch.Tensor,
+        expert_index_RK: torch.Tensor,
+        weight_RK: torch.Tensor,
+        row_R: torch.Tensor | None = None,
     ) -> _Computed:
         """Computes the exchange; see `ExpertPlacement.send`."""
         if (reason := self.unavailable(organ)) is not None:
             raise reason
+        started = time.perf_counter()
         try:
-            output = self._groups[organ].forward(bundle_digest, layer, x_TD, expert_index_TK, weight_TK)
+            x_RD = x_TD if row_R is None else x_TD[row_R]
+            gathered = time.perf_counter()
+            output = self._groups[organ].forward(bundle_digest, layer, x_RD, expert_index_RK.to(torch.int32), weight_RK)
         except BundleNotResidentError as error:
             raise ExpertsUnavailableError(organ, str(error)) from error
         except Exception as error:
             raise ExpertsFailedError(organ, str(error)) from error
-        return _Computed(output)
+        return _Computed(output, gathered - started, time.perf_counter() - gathered)
 
     def unavailable(self, organ: str) -> ExpertsUnavailableError | None:
         """An error when there is no group of that organ."""

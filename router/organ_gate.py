@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,11 @@ class OrganProfile:
     organ: str
     synonyms: tuple[str, ...] = ()
     prototype_D: torch.Tensor | None = None
+    # The organ's name and its synonyms, cut into words.
+    phrases: tuple[list[str], ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "phrases", tuple(_words(phrase) for phrase in (self.organ, *self.synonyms)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +57,12 @@ class OrganGate:
             max_organs: how many organs a request may use.
         """
         self._profiles = {profile.organ: profile for profile in profiles}
-        self._phrases = {
-            profile.organ: [_words(phrase) for phrase in (profile.organ, *profile.synonyms)]
-            for profile in self._profiles.values()
-        }
         self._default_organ = default_organ
         self._max_organs = max_organs
+
+    def with_profiles(self, profiles: Iterable[OrganProfile]) -> "OrganGate":
+        """A gate with the same settings for bundles with other profiles."""
+        return OrganGate(profiles, default_organ=self._default_organ, max_organs=self._max_organs)
 
     def check(self, expert_set: ExpertSet) -> None:
         """To be called at start, so that a wrong default is found before the first request.
@@ -89,7 +94,8 @@ class OrganGate:
             expert_set: the set to which the request will be pinned.
 
         Raises:
-            UnknownOrganError: the caller named an organ that the set does not have.
+            UnknownOrganError: the caller named an organ that the set does not have, or nothing is known and the set
+                does not have the default organ any more.
             TooManyOrgansError: the caller named more than a request may use.
         """
         named = self._named(organs, expert_set)
@@ -101,6 +107,11 @@ class OrganGate:
             return OrganChoice(_equal_shares(found), router_pb2.ORGAN_SOURCE_DICOM)
         if pooled_D is not None and (nearest := self._nearest(pooled_D, expert_set)) is not None:
             return OrganChoice(_equal_shares([nearest]), router_pb2.ORGAN_SOURCE_PROTOTYPE)
+        if self._default_organ not in expert_set.organs:
+            raise UnknownOrganError(
+                f"nothing tells the organ, and {self._default_organ!r} (model.default_organ) is not served any more: "
+                f"name one of {', '.join(expert_set.organs)}"
+            )
         return OrganChoice(_equal_shares([self._default_organ]), router_pb2.ORGAN_SOURCE_DEFAULT)
 
     def _named(self, hints: Sequence[str], expert_set: ExpertSet) -> list[str]:
@@ -140,8 +151,9 @@ class OrganGate:
                 nearest, highest = organ, similarity
         return nearest
 
-    def _phrases_of(self, organ: str) -> list[list[str]]:
-        return self._phrases.get(organ) or [_words(organ)]
+    def _phrases_of(self, organ: str) -> Sequence[list[str]]:
+        profile = self._profiles.get(organ)
+        return [_words(organ)] if profile is None else profile.phrases
 
 
 def _words(text: str) -> list[str]:

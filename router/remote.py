@@ -1,16 +1,18 @@
 """Experts behind gRPC: chooses a replica for every exchange, and another when one is lost."""
 
+import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 
 import torch
 from google.rpc import code_pb2
 
-from experts.transport.codec import tensor_from_proto, tensor_to_proto
-from protos import expert_pb2
-from router.channel import ChannelState, Connect, ReplicaChannel, ReplicaLostError, connect_insecure
+from experts.errors import InvalidTensorError
+from experts.transport.shared_memory import MemoryBudget
+from router.channel import ChannelState, Connect, ReplicaChannel, ReplicaLostError, SentExchange, connect_insecure
 from router.errors import ExpertsFailedError, ExpertsUnavailableError
+from router.tokens import Tokens
 
 # What a replica may answer while it is overloaded, starting, stopping, or has not loaded the bundle yet.
 PASSING_CODES = frozenset(
@@ -24,10 +26,13 @@ PASSING_CODES = frozenset(
         code_pb2.DEADLINE_EXCEEDED,
     }
 )
+# As much as the longest step of a model of full size takes, there and back, a few times over.
+SHARED_MEMORY_BYTES = 256 * 1024 * 1024
+_LONGEST_WATCH_S = 0.25
 
 
 class RemoteExperts:
-    """An `ExpertPlacement` of expert groups in other processes. Used from one thread."""
+    """An `ExpertPlacement` of expert groups in other processes. Used from one thread, save `close`."""
 
     def __init__(
         self,
@@ -35,6 +40,7 @@ class RemoteExperts:
         *,
         exchange_timeout_s: float,
         connect: Connect = connect_insecure,
+        shared_memory_bytes: int = SHARED_MEMORY_BYTES,
     ) -> None:
         """Opens nothing yet: channels are opened when an organ is first asked for, and never waited for.
 
@@ -43,11 +49,16 @@ class RemoteExperts:
             exchange_timeout_s: a replica that has not answered an exchange for so long counts as lost; it is used
                 again after it has answered a status call.
             connect: opens a gRPC channel to an address.
+            shared_memory_bytes: the most that is shared with replicas on this host, all together; what does not fit
+                travels in the messages. 0 shares none.
         """
         self._addresses = addresses
         self._timeout_s = exchange_timeout_s
         self._connect = connect
+        self._budget = MemoryBudget(shared_memory_bytes) if shared_memory_bytes else None
         self._channels: dict[str, dict[str, ReplicaChannel]] = {}
+        self._closing = threading.Event()
+        self._watcher: threading.Thread | None = None
 
     def send(
         self,
@@ -55,18 +66,12 @@ class RemoteExperts:
         bundle_digest: str,
         layer: int,
         x_TD: torch.Tensor,
-        expert_index_TK: torch.Tensor,
-        weight_TK: torch.Tensor,
+        expert_index_RK: torch.Tensor,
+        weight_RK: torch.Tensor,
+        row_R: torch.Tensor | None = None,
     ) -> "RemoteExchange":
         """Sends to the replica with the fewest exchanges in flight; see `ExpertPlacement.send`."""
-        request = expert_pb2.ForwardRequest(
-            bundle_digest=bundle_digest,
-            layer=layer,
-            expert_index=tensor_to_proto(expert_index_TK),
-            weight=tensor_to_proto(weight_TK),
-            hidden_states=tensor_to_proto(x_TD),
-        )
-        return RemoteExchange(self, organ, request, x_TD, self._timeout_s)
+        return RemoteExchange(self, organ, Tokens(bundle_digest, layer, x_TD, row_R, expert_index_RK, weight_RK))
 
     def unavailable(self, organ: str) -> ExpertsUnavailableError | None:
         """None when at least one replica of the organ is connected."""
@@ -92,15 +97,13 @@ class RemoteExperts:
 
     def close(self) -> None:
         """Closes all channels."""
-        for channels in self._channels.values():
-            for channel in channels.values():
-                channel.close("the router is shutting down")
+        self._closing.set()
+        for channel in self._all_channels():
+            channel.close("the router is shutting down")
         self._channels.clear()
 
-    def start(
-        self, organ: str, request: expert_pb2.ForwardRequest, tried: set[str]
-    ) -> tuple[ReplicaChannel, "Future[expert_pb2.ForwardResponse]"]:
-        """Sends a request to a replica whose address is not in `tried`.
+    def start(self, organ: str, tokens: Tokens, tried: set[str]) -> tuple[ReplicaChannel, SentExchange]:
+        """Sends an exchange to a replica whose address is not in `tried`.
 
         Raises:
             ExpertsUnavailableError: there is none.
@@ -111,82 +114,121 @@ class RemoteExperts:
             for channel in self._refresh(organ)
             if channel.state is ChannelState.READY and channel.address not in tried
         ]
-        for channel in sorted(ready, key=lambda channel: channel.in_flight):
+        if len(ready) > 1:
+            ready.sort(key=lambda channel: channel.in_flight)
+        for channel in ready:
             try:
-                return channel, channel.send(request)
+                return channel, channel.send(tokens)
             except ReplicaLostError as error:
                 reason = str(error)
         raise self.unavailable(organ) or ExpertsUnavailableError(organ, reason or "every replica was tried")
 
     def _refresh(self, organ: str) -> list[ReplicaChannel]:
         live = self._addresses(organ)
-        channels = self._channels.setdefault(organ, {})
-        for address in set(channels) - set(live):
-            channels.pop(address).retire()
+        channels = self._channels.get(organ)
+        if channels is None:
+            channels = self._channels[organ] = {}
+            self._start_watching()
+        if len(channels) != len(live) or not all(address in channels for address in live):
+            for address in set(channels) - set(live):
+                channels.pop(address).retire()
         for address in live:
             channel = channels.get(address)
             if channel is None or channel.state is ChannelState.CLOSED:
-                channels[address] = ReplicaChannel(organ, address, connect=self._connect)
+                channels[address] = ReplicaChannel(
+                    organ,
+                    address,
+                    connect=self._connect,
+                    exchange_timeout_s=self._timeout_s,
+                    budget=self._budget,
+                )
         return list(channels.values())
+
+    def _all_channels(self) -> list[ReplicaChannel]:
+        return [channel for channels in list(self._channels.values()) for channel in list(channels.values())]
+
+    def _start_watching(self) -> None:
+        if self._watcher is None:
+            period_s = min(_LONGEST_WATCH_S, self._timeout_s / 4)
+            self._watcher = threading.Thread(
+                target=_watch, args=(weakref.ref(self), self._closing, period_s), daemon=True, name="watch-experts"
+            )
+            self._watcher.start()
+
+
+def _watch(watched: "weakref.ref[RemoteExperts]", closing: threading.Event, period_s: float) -> None:
+    # By reference alone, so that one that was forgotten without being closed does not live on in its thread.
+    while not closing.wait(period_s):
+        experts = watched()
+        if experts is None:
+            return
+        now = time.monotonic()
+        for channel in experts._all_channels():
+            channel.watch(now)
+        del experts
 
 
 class RemoteExchange:
-    """An exchange under way. Experts are pure, so it is simply sent again when a replica is lost."""
+    """An exchange under way. Experts are pure, so it is simply sent again when a replica is lost.
 
-    def __init__(
-        self,
-        experts: RemoteExperts,
-        organ: str,
-        request: expert_pb2.ForwardRequest,
-        x_TD: torch.Tensor,
-        timeout_s: float,
-    ) -> None:
-        """Sends the request.
+    Attributes:
+        gather_s: see `Exchange`.
+        compute_s: see `Exchange`.
+    """
+
+    __slots__ = ("_channel", "_experts", "_organ", "_sent", "_tokens", "_tried", "compute_s", "gather_s")
+
+    def __init__(self, experts: RemoteExperts, organ: str, tokens: Tokens) -> None:
+        """Sends the tokens.
 
         Raises:
             ExpertsUnavailableError: no replica is connected.
         """
         self._experts = experts
         self._organ = organ
-        self._request = request
-        self._shape, self._dtype, self._device = x_TD.shape, x_TD.dtype, x_TD.device
-        self._timeout_s = timeout_s
+        self._tokens = tokens
         self._tried: set[str] = set()
+        self.compute_s = 0.0
         self._start()
 
     def _start(self) -> None:
-        self._channel, self._answer = self._experts.start(self._organ, self._request, self._tried)
+        self._channel, self._sent = self._experts.start(self._organ, self._tokens, self._tried)
         self._tried.add(self._channel.address)
-        self._deadline = time.monotonic() + self._timeout_s
+        self.gather_s = self._sent.gather_s
 
     def result(self) -> torch.Tensor:
         """Waits; see `Exchange.result`."""
         while True:
-            failure = self._wait()
-            if isinstance(failure, torch.Tensor):
-                return failure
+            outcome = self._wait()
+            if isinstance(outcome, torch.Tensor):
+                return outcome
             try:
                 self._start()
             except ExpertsUnavailableError:
-                raise failure from None
+                try:
+                    raise outcome from None
+                finally:
+                    # Its traceback holds this frame, which would hold it, and with it the shared memory.
+                    del outcome
 
     def _wait(self) -> torch.Tensor | ExpertsUnavailableError | ExpertsFailedError:
         try:
-            response = self._answer.result(max(0.0, self._deadline - time.monotonic()))
-        except TimeoutError:
-            reason = f"a replica did not answer within {self._timeout_s:g} s (router.exchange_timeout_s)"
-            self._channel.close(reason)
-            return ExpertsUnavailableError(self._organ, reason)
+            response = self._sent.response()
         except ReplicaLostError as error:
             return ExpertsUnavailableError(self._organ, str(error))
         if response.HasField("error"):
             if response.error.code in PASSING_CODES:
                 return ExpertsUnavailableError(self._organ, response.error.message)
             return ExpertsFailedError(self._organ, response.error.message)
-        output_TD = tensor_from_proto(response.output)
-        if output_TD.shape != self._shape or output_TD.dtype != self._dtype:
+        self.compute_s = response.compute_ns * 1e-9
+        try:
+            output_TD = self._sent.output_TD()
+        except InvalidTensorError as error:
+            return ExpertsFailedError(self._organ, str(error))
+        x_TD, shape = self._tokens.x_TD, self._tokens.shape
+        if output_TD.shape != shape or output_TD.dtype != x_TD.dtype:
             return ExpertsFailedError(
                 self._organ,
-                f"sent {tuple(self._shape)} {self._dtype} and got {tuple(output_TD.shape)} {output_TD.dtype} back",
+                f"sent {shape} {x_TD.dtype} and got {tuple(output_TD.shape)} {output_TD.dtype} back",
             )
-        return output_TD.to(self._device)
+        return output_TD if x_TD.is_cpu else output_TD.to(x_TD.device)

@@ -34,8 +34,14 @@ def route_tokens(x_TD: torch.Tensor, gate_ED: torch.Tensor, top_k: int, norm_top
         logits, weights and indices.
     """
     logits_TE = F.linear(x_TD, gate_ED)
+    weight_TK, index_TK = choose_experts(logits_TE, top_k, norm_topk_prob)
+    return TokenRouting(logits_TE, weight_TK, index_TK)
+
+
+def choose_experts(logits_TE: torch.Tensor, top_k: int, norm_topk_prob: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `route_tokens` does once the logits are there: weights in their dtype, and indices as int64."""
     probability_TE = F.softmax(logits_TE, dim=-1, dtype=torch.float32)
     weight_TK, index_TK = torch.topk(probability_TE, top_k, dim=-1)
     if norm_topk_prob:
         weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True)
-    return TokenRouting(logits_TE, weight_TK.to(x_TD.dtype), index_TK)
+    return weight_TK.to(logits_TE.dtype), index_TK

@@ -1,9 +1,11 @@
 """Engines over split golden checkpoints, with experts in process or behind gRPC."""
 
+import hashlib
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -11,7 +13,7 @@ import torch
 from echovlm_ray.engine.engine import Engine
 from echovlm_ray.engine.runner import ModelRunner
 from echovlm_ray.engine.sequence import Sequence as EngineSequence
-from echovlm_ray.engine.sequence import SequenceRequest, StepOutput
+from echovlm_ray.engine.sequence import SequenceRequest, StepOutput, VisionDigest
 from echovlm_ray.model.checkpoint import load_backbone, load_vision_tower
 from echovlm_ray.model.configuration import EchoVLMConfig
 from echovlm_ray.model.positions import mrope_positions
@@ -65,14 +67,22 @@ def running_engine(
     max_prefill_tokens: int = 64,
     max_request_s: float = 60.0,
     kv_cache_tokens: int = 4096,
+    prefix_reuse: bool = True,
+    micro_batches: int = 1,
 ) -> Iterator[Engine]:
-    runner = ModelRunner(load_backbone(split.backbone), dispatcher(split, placement), kv_cache_tokens=kv_cache_tokens)
+    runner = ModelRunner(
+        load_backbone(split.backbone),
+        dispatcher(split, placement),
+        kv_cache_tokens=kv_cache_tokens,
+        micro_batches=micro_batches,
+    )
     engine = Engine(
         runner,
         max_batch_size=max_batch_size,
         max_queue=max_queue,
         max_prefill_tokens=max_prefill_tokens,
         max_request_s=max_request_s,
+        prefix_reuse=prefix_reuse,
     )
     engine.start()
     try:
@@ -177,3 +187,15 @@ def run_together(engine: Engine, requests: Sequence[SequenceRequest]) -> list[An
     with engine._condition:
         answers = [submit(engine, request) for request in requests]
     return [answer.wait_well() for answer in answers]
+
+
+def vision_digests(request: SequenceRequest) -> tuple[VisionDigest, ...]:
+    """One digest for each run of placeholders, over the embeddings that fill it."""
+    if request.vision_rows_V is None or request.vision_embeddings_VD is None:
+        return ()
+    rows = request.vision_rows_V.tolist()
+    starts = [index for index, row in enumerate(rows) if not index or rows[index - 1] + 1 != row]
+    return tuple(
+        VisionDigest(start, end, hashlib.sha256(request.vision_embeddings_VD[start:end].numpy().tobytes()).hexdigest())
+        for start, end in pairwise([*starts, len(rows)])
+    )

@@ -12,11 +12,11 @@ from pathlib import Path
 import grpc
 
 from echovlm_ray.serving.errors import to_status
+from echovlm_ray.serving.interceptor import CallInterceptor
 from experts.group import ExpertGroup
 from experts.kernels.registry import get_kernel
 from experts.registry import Registry
-from experts.service import ExpertGroupService
-from protos import expert_pb2_grpc
+from experts.service import ExpertGroupService, add_expert_group_to_server
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,13 +29,13 @@ def expert_group(organ: str, registry: Path, digests: Sequence[str]) -> ExpertGr
     return group
 
 
-async def _start(group: ExpertGroup) -> tuple[grpc.aio.Server, str]:
-    server = grpc.aio.server()
+async def _start(group: ExpertGroup) -> tuple[grpc.aio.Server, ExpertGroupService, str]:
+    server = grpc.aio.server(interceptors=[CallInterceptor()])
     service = ExpertGroupService(group, to_status=to_status, max_queue=64)
-    expert_pb2_grpc.add_ExpertGroupServicer_to_server(service, server)
+    add_expert_group_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    return server, f"127.0.0.1:{port}"
+    return server, service, f"127.0.0.1:{port}"
 
 
 @dataclass
@@ -45,18 +45,22 @@ class ServerThread:
     loop: asyncio.AbstractEventLoop
     live: dict[str, list[str]] = field(default_factory=dict)
     servers: dict[str, grpc.aio.Server] = field(default_factory=dict)
+    services: dict[str, ExpertGroupService] = field(default_factory=dict)
+    groups: dict[str, list[ExpertGroup]] = field(default_factory=dict)
 
     def addresses(self, organ: str) -> list[str]:
         return list(self.live.get(organ, ()))
 
     def serve(self, group: ExpertGroup) -> str:
-        server, address = asyncio.run_coroutine_threadsafe(_start(group), self.loop).result(10)
-        self.servers[address] = server
+        server, service, address = asyncio.run_coroutine_threadsafe(_start(group), self.loop).result(10)
+        self.servers[address], self.services[address] = server, service
         self.live.setdefault(group.organ, []).append(address)
+        self.groups.setdefault(group.organ, []).append(group)
         return address
 
     def stop(self, address: str) -> None:
         """Ends a server at once; its address stays known, as it does for a moment in the served system."""
+        self.services.pop(address).close()
         asyncio.run_coroutine_threadsafe(self.servers.pop(address).stop(None), self.loop).result(10)
 
     def forget(self, address: str) -> None:
@@ -104,7 +108,7 @@ def expert_process(organ: str, registry: Path, digest: str) -> Iterator[ExpertPr
 
 
 async def _main(organ: str, registry: str, digest: str) -> None:
-    server, address = await _start(expert_group(organ, Path(registry), [digest]))
+    server, _, address = await _start(expert_group(organ, Path(registry), [digest]))
     print(address, flush=True)
     await server.wait_for_termination()
 

@@ -1,14 +1,16 @@
 """A golden checkpoint taken apart: a backbone folder and a registry of bundles, written here and not by the tools."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from experts.bundle import Bundle
+from experts.bundle_layout import PROTOTYPE_TENSOR
 from experts.bundle_writer import write_bundle
 from experts.manifest import BundleDescription, DTypeName
 from experts.registry import Registry
@@ -39,7 +41,13 @@ class SplitGolden:
 
 
 def split_golden(
-    checkpoint: Path, directory: Path, groups: Mapping[str, Sequence[int]], routing: Routing
+    checkpoint: Path,
+    directory: Path,
+    groups: Mapping[str, Sequence[int]],
+    routing: Routing,
+    *,
+    synonyms: Mapping[str, tuple[str, ...]] | None = None,
+    prototypes: Mapping[str, torch.Tensor] | None = None,
 ) -> SplitGolden:
     """Takes a checkpoint apart; `groups` says which experts each organ gets, in the set's order."""
     tensors = load_file(checkpoint / "model.safetensors")
@@ -53,19 +61,37 @@ def split_golden(
     (backbone / "generation_config.json").write_bytes((checkpoint / "generation_config.json").read_bytes())
     members = []
     for organ, experts in groups.items():
-        digest = _write_bundle(tensors, config, directory, organ, experts)
+        digest = write_golden_bundle(
+            tensors,
+            config,
+            directory,
+            organ,
+            experts,
+            synonyms=(synonyms or {}).get(organ, ()),
+            prototype_D=(prototypes or {}).get(organ),
+        )
         members.append(ExpertSetMember(organ=organ, bundle_digest=digest))
     expert_set = ExpertSet(backbone_digest=BACKBONE_DIGEST, routing=routing, members=tuple(members))
     return SplitGolden(backbone, directory / "registry", expert_set, tensors, config)
 
 
-def _write_bundle(
-    tensors: dict[str, torch.Tensor], config: dict[str, int], directory: Path, organ: str, experts: Sequence[int]
+def write_golden_bundle(
+    tensors: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    directory: Path,
+    organ: str,
+    experts: Sequence[int],
+    *,
+    version: str = "1.0.0",
+    change: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, tensor: tensor,
+    synonyms: tuple[str, ...] = (),
+    prototype_D: torch.Tensor | None = None,
 ) -> str:
+    """Puts a bundle of some of a checkpoint's experts into the registry beside it; its digest."""
     description = BundleDescription(
         name=f"golden-{organ}",
         organ=organ,
-        version="1.0.0",
+        version=version,
         description="Experts of a golden checkpoint.",
         authors="tests",
         license="Apache-2.0",
@@ -76,14 +102,22 @@ def _write_bundle(
         hidden_size=config["hidden_size"],
         intermediate_size=config["moe_intermediate_size"],
         dtype=DTYPES[tensors["model.layers.0.moe.gate.weight"].dtype],
+        organ_synonyms=synonyms,
+        has_prototype=prototype_D is not None,
     )
 
     def source(name: str) -> torch.Tensor:
+        if name == PROTOTYPE_TENSOR:
+            assert prototype_D is not None
+            return prototype_D
+        return change(name, released(name)).contiguous()
+
+    def released(name: str) -> torch.Tensor:
         _, layer, kind, *rest = name.split(".")
         if kind == "gate":
-            return tensors[f"model.layers.{layer}.moe.gate.weight"][list(experts)].contiguous()
+            return tensors[f"model.layers.{layer}.moe.gate.weight"][list(experts)]
         return tensors[f"model.layers.{layer}.moe.experts.{experts[int(rest[0])]}.{rest[1]}.weight"]
 
-    target = directory / f"bundle-{organ}"
+    target = directory / f"bundle-{organ}-{version}"
     write_bundle(target, description, source)
     return Registry(directory / "registry").push(target).digest

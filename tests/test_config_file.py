@@ -2,16 +2,18 @@ import ast
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from echovlm_ray import config as config_module
 from echovlm_ray.checkpoint.layout import ORGANS
-from echovlm_ray.config import Config, Section
+from echovlm_ray.config import Config
 from echovlm_ray.config_file import ConfigError, load_config
+from router.rollouts import settings as rollout_settings
 
 CLUSTER = Path(__file__).parent.parent / "cluster"
 
@@ -136,13 +138,14 @@ def test_an_override_wins_and_is_blamed_for_what_it_breaks(tmp_path: Path) -> No
 FieldPath = tuple[str, ...]
 
 
-def fields(section: type[Section], prefix: FieldPath = ()) -> Iterator[tuple[FieldPath, type[Section], str]]:
+def fields(section: type[BaseModel], prefix: FieldPath = ()) -> Iterator[tuple[FieldPath, type[BaseModel], str]]:
     for name, field in section.model_fields.items():
         inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, Section):
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
             yield from fields(inner, (*prefix, name))
         else:
-            yield (*prefix, name), section, name
+            owner = next(base for base in section.__mro__ if name in base.__annotations__)
+            yield (*prefix, name), owner, name
 
 
 def comment_above(lines: list[str], number: int) -> str:
@@ -152,7 +155,11 @@ def comment_above(lines: list[str], number: int) -> str:
 
 
 def comments_of_config() -> dict[tuple[str, str], str]:
-    source = Path(config_module.__file__).read_text()
+    return comments_of(config_module) | comments_of(rollout_settings)
+
+
+def comments_of(module: ModuleType) -> dict[tuple[str, str], str]:
+    source = Path(str(module.__file__)).read_text()
     lines = source.splitlines()
     return {
         (definition.name, field.target.id): comment_above(lines, field.lineno)

@@ -71,7 +71,7 @@ def read_groups(path: Path) -> dict[str, Any]:
     if len(content) > _MAX_FILE_BYTES:
         raise InvalidCheckpointError(f"{path}: larger than {_MAX_FILE_BYTES} bytes; this is no groups file")
     try:
-        groups = yaml.load(content, Loader=_DistinctKeysLoader)
+        groups = yaml.load(content, Loader=DistinctKeysLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InvalidCheckpointError(f"{path}: not YAML or JSON: {' '.join(str(error).split())}") from None
     if not isinstance(groups, dict):
@@ -99,7 +99,7 @@ def _check_organ(organ: object) -> None:
         raise InvalidCheckpointError(str(error)) from None
 
 
-class _DistinctKeysLoader(yaml.SafeLoader):
+class DistinctKeysLoader(yaml.SafeLoader):
     """The safe loader, except that a key that occurs twice is an error rather than silently the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:

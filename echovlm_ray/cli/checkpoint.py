@@ -1,18 +1,14 @@
 """`echoray checkpoint`: looks at, splits, merges and makes checkpoints. Loads torch only inside a command."""
 
-import re
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Look at, split, merge and make checkpoints.", rich_markup_mode="markdown")
+from echovlm_ray.cli.work import byte_progress, clear_errors, fail, parse_size
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+app = typer.Typer(no_args_is_help=True, help="Look at, split, merge and make checkpoints.", rich_markup_mode="markdown")
 
 Source = Annotated[Path, typer.Argument(metavar="SRC", help="The checkpoint's folder.")]
 Destination = Annotated[Path, typer.Argument(metavar="DST", help="The folder to make. It must not exist, or be empty.")]
@@ -35,7 +31,7 @@ def inspect_command(
 
     Example: `echoray checkpoint inspect checkpoints/demo`
     """
-    with _clear_errors():
+    with clear_errors():
         from echovlm_ray.checkpoint.inspect import inspect
         from echovlm_ray.cli.checkpoint_report import print_report
 
@@ -81,8 +77,8 @@ def split_command(
     Example: `echoray checkpoint split EchoVLM/ checkpoints/divided --groups groups.yaml`
     """
     if organs is not None and groups is not None:
-        _fail("--organs copies the experts and --groups divides them; give one of the two", code=2)
-    with _clear_errors():
+        fail("--organs copies the experts and --groups divides them; give one of the two", code=2)
+    with clear_errors():
         from echovlm_ray.checkpoint.groups import clone_groups, partition_groups, read_groups
         from echovlm_ray.checkpoint.split import Labels, split
 
@@ -96,14 +92,14 @@ def split_command(
         )
         names = [organ.strip() for organ in (_DEFAULT_ORGANS if organs is None else organs).split(",") if organ.strip()]
         assign = partial(clone_groups, names) if groups is None else partial(partition_groups, read_groups(groups))
-        with _progress("splitting") as (start, advance):
+        with byte_progress("splitting") as (start, advance):
             result = split(
                 source,
                 destination,
                 groups=assign,
                 routing="organs" if groups is None else "flat",
                 labels=labels,
-                max_shard_bytes=_parse_size(max_shard_size),
+                max_shard_bytes=parse_size(max_shard_size, "--max-shard-size"),
                 start=start,
                 progress=advance,
             )
@@ -136,16 +132,16 @@ def merge_command(
 
     Example: `echoray checkpoint merge checkpoints/echovlm merged-breast/ --organ breast`
     """
-    with _clear_errors():
+    with clear_errors():
         from echovlm_ray.checkpoint.merge import merge
 
-        with _progress("merging") as (start, advance):
+        with byte_progress("merging") as (start, advance):
             merge(
                 source,
                 destination,
                 organ=organ,
                 version=version,
-                max_shard_bytes=_parse_size(max_shard_size),
+                max_shard_bytes=parse_size(max_shard_size, "--max-shard-size"),
                 start=start,
                 progress=advance,
             )
@@ -163,7 +159,7 @@ def demo_command(
 
     Example: `echoray checkpoint demo checkpoints/demo`
     """
-    with _clear_errors():
+    with clear_errors():
         from echovlm_ray.checkpoint.demo import make_demo
 
         index, made = make_demo(directory)
@@ -172,64 +168,3 @@ def demo_command(
     else:
         typer.echo(f"{directory} holds {index.name} {index.version} already; nothing to do.")
     typer.echo(f"Next: echoray serve --checkpoint {directory}")
-
-
-def _parse_size(text: str) -> int:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match.group(2).upper() not in _UNITS:
-        _fail(f"--max-shard-size {text!r} is no size; write one like 5GB or 500MB", code=2)
-    size = int(float(match.group(1)) * _UNITS[match.group(2).upper()])
-    if size < 1:
-        _fail("--max-shard-size must be at least one byte", code=2)
-    return size
-
-
-def _fail(message: str, code: int = 1) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(code)
-
-
-@contextmanager
-def _clear_errors() -> Iterator[None]:
-    """Turns what a user did, and what a disk does, into one line; lets SIGTERM clean up as Ctrl-C does."""
-
-    from echovlm_ray.checkpoint.layout import InvalidCheckpointError
-    from experts.errors import InvalidBundleError
-
-    def interrupt(signum: int, frame: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    except (InvalidCheckpointError, InvalidBundleError) as error:
-        _fail(" ".join(str(error).split()))
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        _fail(f"{where}{error.strerror or error}")
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was left behind", code=130)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
-    """A bar on stderr: yields a function for the total and one for each step, both in bytes."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield (
-            lambda total: bar.update(task, total=total),
-            lambda nbytes: bar.advance(task, nbytes),
-        )

@@ -65,6 +65,9 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(min=0.0, help="Above 1: repeat less.")] = 1.0,
     seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    session: Annotated[
+        str, typer.Option(help="Requests of one session get the same experts while a version is tried on some of them.")
+    ] = "",
     server: Server = DEFAULT_ADDRESS,
     token_file: TokenFile = None,
     ca: Authority = None,
@@ -91,6 +94,7 @@ def generate(
         "seed": seed,
         "max_new_tokens": max_new_tokens,
         "stop": stop or [],
+        "session_key": session,
     }
     console = Console(stderr=True, highlight=False)
     with _failures(console, server), _client(server, token_file, ca, certificate, key, timeout) as client:

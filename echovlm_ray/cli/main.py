@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from echovlm_ray.cli import checkpoint
+from echovlm_ray.cli import checkpoint, experts
 from echovlm_ray.cli.generate import generate, info
 from echovlm_ray.cli.serve import serve
 from echovlm_ray.cli.status import status
@@ -51,6 +51,7 @@ app.command()(stop)
 app.command()(generate)
 app.command()(info)
 app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(experts.app, name="experts")
 
 
 def _print_version(wanted: bool) -> None:

@@ -131,6 +131,8 @@ def _progress(console: Console) -> Iterator[Callable[[Mapping[str, bool]], None]
 
 
 def _print_ready(system: "RunningSystem", config: "Config", console: Console, detach: bool) -> None:
+    from echovlm_ray.serving.ray_session import metrics_addresses
+
     index, expert_set = system.served.index, system.served.expert_set
     gateway = ", ".join(sorted(set(system.gateway_addresses)))
     organs = ", ".join(f"{organ} {version}" for organ, version in system.served.versions.items())
@@ -138,6 +140,7 @@ def _print_ready(system: "RunningSystem", config: "Config", console: Console, de
     rows = {
         "gateway": f"{gateway} ({_access(config.gateway)})",
         "control": f"{system.control_address} ({_access(config.control)})",
+        "metrics": ", ".join(f"http://{found}/metrics" for found in metrics_addresses()) or "none",
         "checkpoint": f"{system.served.directory}: {index.name} {index.version}",
         "experts": f"set {expert_set.id[:12]}, routing {expert_set.routing}",
         "organs": organs,

@@ -144,13 +144,16 @@ PLAIN_TYPES: dict[grpc.StatusCode, type[EchoVLMError]] = {
 }
 
 
-def from_rpc_error(error: grpc.RpcError, address: str, request_id: str) -> EchoVLMError:
+def from_rpc_error(
+    error: grpc.RpcError, address: str, request_id: str, *, service: str = "an EchoVLM gateway"
+) -> EchoVLMError:
     """The typed error of a failed call, of `grpc` or of `grpc.aio`.
 
     Args:
         error: as gRPC raised it.
         address: the server that was called, for the text.
         request_id: the call's id.
+        service: what should be at that address.
     """
     code: grpc.StatusCode = error.code()
     text = error.details() or code.name
@@ -174,7 +177,7 @@ def from_rpc_error(error: grpc.RpcError, address: str, request_id: str) -> EchoV
             reached=reached,
         )
     if code == grpc.StatusCode.UNIMPLEMENTED:
-        return EchoVLMError(f"{address} is not an EchoVLM gateway: {text}", code=code, request_id=request_id)
+        return EchoVLMError(f"{address} is not {service}: {text}", code=code, request_id=request_id)
     return PLAIN_TYPES.get(code, EchoVLMError)(text, code=code, request_id=request_id)
 
 

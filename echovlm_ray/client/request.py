@@ -57,6 +57,9 @@ class GenerateOptions(TypedDict, total=False):
     max_new_tokens: int | None
     # The answer ends before the first of these.
     stop: Sequence[str]
+    # While a new version of an organ's experts answers a part of the requests, all with the same key get the same
+    # experts: a key for a patient's visit, that tells nobody who it is. Empty: every request for itself.
+    session_key: str
 
 
 def build_request(
@@ -73,6 +76,7 @@ def build_request(
     seed: int | None = None,
     max_new_tokens: int | None = None,
     stop: Sequence[str] = (),
+    session_key: str = "",
 ) -> echovlm_pb2.GenerateRequest:
     """The message of one request; options are those of `GenerateOptions`.
 
@@ -106,6 +110,7 @@ def build_request(
         sampling=sampling,
         max_new_tokens=max_new_tokens or 0,
         stop=_strings("stop", stop),
+        session_key=session_key,
     )
 
 

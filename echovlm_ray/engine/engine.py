@@ -1,17 +1,21 @@
 """The engine: a thread that steps all running requests together until each is done."""
 
 import logging
+import math
 import threading
 import time
+from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 
-from echovlm_ray.engine.kv_cache import BlockPool
+from echovlm_ray.engine.block_pool import BLOCK_SIZE, BlockPool
 from echovlm_ray.engine.runner import ChunkResult, ModelRunner
-from echovlm_ray.engine.sampler import next_token
+from echovlm_ray.engine.sampler import next_tokens
 from echovlm_ray.engine.scheduler import Chunk, Scheduler
 from echovlm_ray.engine.sequence import Finish, Sequence, SequenceRequest, Sink, StepOutput
 from echovlm_ray.errors import DeadlineError, ShuttingDownError
+from router.dispatch import Dispatcher
 from router.errors import ExpertsUnavailableError
 
 logger = logging.getLogger(__name__)
@@ -31,8 +35,9 @@ class Engine:
         max_queue: int,
         max_prefill_tokens: int,
         max_request_s: float,
+        prefix_reuse: bool = True,
     ) -> None:
-        """The limits are the fields of the same names in `RouterSection`."""
+        """The arguments but the first are the fields of the same names in `RouterSection`."""
         self._runner = runner
         self._max_request_s = max_request_s
         self._scheduler = Scheduler(
@@ -41,9 +46,13 @@ class Engine:
             max_batch_size=max_batch_size,
             max_queue=max_queue,
             max_prefill_tokens=max_prefill_tokens,
+            prefix_reuse=prefix_reuse,
         )
         self._condition = threading.Condition()
         self._stopping = False
+        self._cancelled: list[Sequence] = []
+        # No sequence's deadline is before this one, so that a step looks at one number and not at every sequence.
+        self._next_deadline = math.inf
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -70,22 +79,55 @@ class Engine:
         return len(self._scheduler.waiting) + len(self._scheduler.running)
 
     @property
+    def num_blocks(self) -> int:
+        """Cache blocks in all."""
+        return self._scheduler.pool.num_blocks
+
+    @property
     def free_blocks(self) -> int:
-        """Cache blocks that no request holds."""
+        """Cache blocks that no request holds, those kept for prompts that begin alike included."""
         return self._scheduler.pool.num_free
 
-    def submit(self, request: SequenceRequest, sink: Sink) -> Sequence:
+    @property
+    def kept_blocks(self) -> int:
+        """Cache blocks that no request holds and that a prompt may still begin with."""
+        return self._scheduler.pool.num_kept
+
+    @property
+    def prefix_hits(self) -> int:
+        """Tokens since the start that were not computed, because what an earlier request left behind held them."""
+        return self._scheduler.prefix_hits
+
+    @property
+    def preemptions(self) -> int:
+        """How often since the start a request gave its cache blocks to an older one and was computed again."""
+        return self._scheduler.preemptions
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        """Computes the experts; a request's expert set must be added there before the request is submitted."""
+        return self._runner.dispatcher
+
+    def submit(self, request: SequenceRequest, sink: Sink, gone: Callable[[], None] | None = None) -> Sequence:
         """Queues a request.
+
+        Args:
+            request: the request.
+            sink: told what comes of it.
+            gone: called once from the engine's thread, after all that the sink is told, when the engine has let go of
+                the request, however it ended; its expert set is not used any more then. Must not block.
 
         Raises:
             OverloadedError: the queue is full or the cache too small for the request.
             ShuttingDownError: the engine is shutting down.
         """
         sequence = Sequence.start(request, sink, self._max_request_s)
+        sequence.gone = gone
         with self._condition:
             if self._stopping:
                 raise ShuttingDownError("the router is shutting down")
             self._scheduler.add(sequence)
+            self._next_deadline = min(self._next_deadline, sequence.deadline)
             self._condition.notify()
         return sequence
 
@@ -93,23 +135,27 @@ class Engine:
         """Ends a sequence at the next step, without telling its sink; harmless when it has ended."""
         with self._condition:
             sequence.cancelled = True
+            self._cancelled.append(sequence)
             self._condition.notify()
+
+    def forget_expert_set(self, expert_set_id: str) -> None:
+        """Drops what the cache keeps of an expert set that was removed; running requests keep what they hold."""
+        with self._condition:
+            self._scheduler.pool.forget_expert_set(expert_set_id)
+
+    def forget_prefixes(self) -> None:
+        """Drops all that the cache keeps for prompts that begin alike."""
+        with self._condition:
+            self._scheduler.pool.forget_all()
 
     def _run(self) -> None:
         while (chunks := self._next_chunks()) is not None:
             try:
-                results = self._runner.step(chunks)
+                self._commit(chunks, self._runner.step(chunks))
             except Exception as error:
                 # A bug or exhausted device memory: those requests end, the engine goes on.
                 logger.exception("a step failed")
                 for chunk in chunks:
-                    self._end(chunk.sequence, error)
-                continue
-            for chunk, result in zip(chunks, results, strict=True):
-                try:
-                    self._commit(chunk, result)
-                except Exception as error:
-                    logger.exception("a sequence failed")
                     self._end(chunk.sequence, error)
 
     def _next_chunks(self) -> list[Chunk] | None:
@@ -125,72 +171,107 @@ class Engine:
             return None
 
     def _idle_seconds(self) -> float | None:
-        wake = [sequence.deadline for sequence in (*self._scheduler.running, *self._scheduler.waiting)]
+        wake = self._next_deadline
         if (retry := self._scheduler.next_retry()) is not None:
-            wake.append(retry)
-        return max(0.0, min(wake) - time.monotonic()) if wake else None
+            wake = min(wake, retry)
+        return None if wake == math.inf else max(0.0, wake - time.monotonic())
 
     def _drop_ended(self) -> None:
+        for sequence in self._cancelled:
+            if self._scheduler.finish(sequence):
+                self._let_go(sequence)
+        self._cancelled.clear()
         now = time.monotonic()
-        for sequence in (*self._scheduler.running, *self._scheduler.waiting):
-            if sequence.cancelled:
-                self._scheduler.finish(sequence)
-            elif sequence.deadline <= now:
-                late = DeadlineError("the deadline passed before the answer was complete")
-                self._end(sequence, sequence.stalled_by or late)
+        if now >= self._next_deadline:
+            self._drop_expired(now)
         for sequence in self._scheduler.overflow():
             assert sequence.stalled_by is not None
             self._end(sequence, sequence.stalled_by)
 
+    def _drop_expired(self, now: float) -> None:
+        self._next_deadline = math.inf
+        for sequence in (*self._scheduler.running, *self._scheduler.waiting):
+            if sequence.deadline <= now:
+                late = DeadlineError("the deadline passed before the answer was complete")
+                self._end(sequence, sequence.stalled_by or late)
+            else:
+                self._next_deadline = min(self._next_deadline, sequence.deadline)
+
     def _end(self, sequence: Sequence, error: Exception) -> None:
         with self._condition:
-            self._scheduler.finish(sequence)
-        _deliver(sequence, error)
+            was_there = self._scheduler.finish(sequence)
+        if was_there:
+            self._deliver(sequence, error)
+            self._let_go(sequence)
 
-    def _commit(self, chunk: Chunk, result: ChunkResult) -> None:
-        sequence = chunk.sequence
-        if isinstance(result.failure, ExpertsUnavailableError):
-            # The step is simply run again: experts are pure, and its cache slots will be written again.
-            if not sequence.num_stalls:
-                logger.warning("a request waits: %s", result.failure)
-            sequence.stall(result.failure, time.monotonic())
+    def _let_go(self, sequence: Sequence) -> None:
+        if sequence.gone is None:
             return
-        if result.failure is not None:
-            logger.error("a request failed: %s", result.failure)
-            self._end(sequence, result.failure)
+        try:
+            sequence.gone()
+        except Exception:
+            # Nobody else may suffer from it.
+            logger.exception("what follows the end of a request failed")
+
+    def _deliver(self, sequence: Sequence, output: StepOutput | Exception) -> None:
+        if sequence.cancelled:
             return
-        sequence.resume()
-        sequence.num_computed = chunk.end
-        for organ, pairs in result.routed_pairs.items():
-            sequence.routed_pairs[organ] = sequence.routed_pairs.get(organ, 0) + pairs
-        if sequence.request.return_logits and result.logits_TV is not None:
-            sequence.prompt_logits.append(result.logits_TV)
-            sequence.num_logits += len(result.logits_TV)
-        if not chunk.reaches_last_token:
-            return
-        assert result.logits_TV is not None
-        token_id = next_token(sequence, result.logits_TV[-1])
+        try:
+            sequence.sink(output)
+        except Exception:
+            # Whoever asked is gone; nobody else may suffer from it.
+            logger.exception("a sink failed")
+            self.cancel(sequence)
+
+    def _commit(self, chunks: list[Chunk], results: list[ChunkResult]) -> None:
+        sampled = []
+        for chunk, result in zip(chunks, results, strict=True):
+            sequence = chunk.sequence
+            if result.failure is not None:
+                self._fail(sequence, result.failure)
+                continue
+            sequence.resume()
+            sequence.add_computed(chunk.end, _block_pairs(chunk, result))
+            if sequence.request.return_logits and result.logits_TV is not None:
+                sequence.prompt_logits.append(result.logits_TV)
+                sequence.num_logits += len(result.logits_TV)
+            if chunk.reaches_last_token:
+                assert result.logits_TV is not None
+                sampled.append((sequence, result.logits_TV[-1]))
+        for (sequence, _), token_id in zip(sampled, next_tokens(sampled), strict=True):
+            if isinstance(token_id, Exception):
+                self._fail(sequence, token_id)
+                continue
+            with self._condition:
+                output = self._append(sequence, token_id)
+            self._deliver(sequence, output)
+            if output.finish is not None:
+                self._let_go(sequence)
+
+    def _append(self, sequence: Sequence, token_id: int) -> StepOutput:
+        self._scheduler.publish(sequence)
         sequence.token_ids.append(token_id)
-        finish = _finish(sequence, token_id)
         logits_TV = torch.cat(sequence.prompt_logits) if sequence.prompt_logits else None
         sequence.prompt_logits.clear()
-        if finish is not None:
-            with self._condition:
-                self._scheduler.finish(sequence)
+        finish = _finish(sequence, token_id)
         tells = finish is not None or sequence.num_generated == 1
-        routed_pairs = dict(sequence.routed_pairs) if tells else None
-        _deliver(sequence, StepOutput(token_id, logits_TV, finish, routed_pairs))
+        output = StepOutput(token_id, logits_TV, finish, sequence.routed_pairs() if tells else None)
+        if finish is not None:
+            self._scheduler.finish(sequence)
+        return output
 
-
-def _deliver(sequence: Sequence, output: StepOutput | Exception) -> None:
-    if sequence.cancelled:
-        return
-    try:
-        sequence.sink(output)
-    except Exception:
-        # Whoever asked is gone; nobody else may suffer from it.
-        logger.exception("a sink failed")
-        sequence.cancelled = True
+    def _fail(self, sequence: Sequence, failure: Exception) -> None:
+        if isinstance(failure, ExpertsUnavailableError):
+            # The step is simply run again: experts are pure, and its cache slots will be written again.
+            if not sequence.num_stalls:
+                logger.warning("a request waits: %s", failure)
+            sequence.stall(failure, time.monotonic())
+            return
+        logger.error("a request failed: %s", failure)
+        with self._condition:
+            # No later request shall begin with what may have spoilt this one.
+            self._scheduler.pool.forget(sequence.block_table)
+        self._end(sequence, failure)
 
 
 def _finish(sequence: Sequence, token_id: int) -> Finish | None:
@@ -199,3 +280,20 @@ def _finish(sequence: Sequence, token_id: int) -> Finish | None:
     if sequence.num_generated >= sequence.request.max_new_tokens:
         return Finish.LENGTH
     return None
+
+
+def _block_pairs(chunk: Chunk, result: ChunkResult) -> list[dict[str, int]]:
+    """The routed pairs of a chunk's tokens, block by block."""
+    start, end = chunk.start, chunk.end
+    bounds = [start, *range(start - start % BLOCK_SIZE + BLOCK_SIZE, end, BLOCK_SIZE), end]
+    if len(bounds) == 2:
+        return [result.routed_pairs]
+    if chunk.sequence.request.shares:
+        # Each token goes to as many experts of each organ as every other.
+        each = {organ: pairs // (end - start) for organ, pairs in result.routed_pairs.items()}
+        return [{organ: pairs * (to - begin) for organ, pairs in each.items()} for begin, to in pairwise(bounds)]
+    assert result.row_pairs is not None, "several tokens of a flat set without the pairs of each"
+    return [
+        {organ: sum(counts[begin - start : to - start]) for organ, counts in result.row_pairs.items()}
+        for begin, to in pairwise(bounds)
+    ]

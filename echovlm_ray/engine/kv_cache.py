@@ -1,37 +1,13 @@
 """The paged KV cache: keys and values in blocks that sequences borrow (Kwon et al. 2023, arXiv 2309.06180)."""
 
+import numpy as np
 import torch
 
-BLOCK_SIZE = 16
+from echovlm_ray.engine.block_pool import BLOCK_SIZE, BlockPool
 
+__all__ = ["BLOCK_SIZE", "BlockPool", "KVCache"]
 
-class BlockPool:
-    """Hands out cache blocks and takes them back."""
-
-    def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
-        self._free = list(range(num_blocks - 1, -1, -1))
-
-    @property
-    def num_free(self) -> int:
-        """Blocks that nobody holds."""
-        return len(self._free)
-
-    @staticmethod
-    def blocks_for(num_tokens: int) -> int:
-        """How many blocks hold that many tokens."""
-        return -(-num_tokens // BLOCK_SIZE)
-
-    def allocate(self, num_blocks: int) -> list[int] | None:
-        """That many blocks, or None when there are not enough."""
-        if num_blocks > len(self._free):
-            return None
-        return [self._free.pop() for _ in range(num_blocks)]
-
-    def release(self, blocks: list[int]) -> None:
-        """Takes blocks back; they must have come from `allocate`."""
-        assert len(self._free) + len(blocks) <= self.num_blocks, "a block was released twice"
-        self._free.extend(blocks)
+_OFFSETS = np.arange(BLOCK_SIZE)
 
 
 class KVCache:
@@ -51,14 +27,16 @@ class KVCache:
         # Zeros, not empty memory: pages are committed only when first written.
         self.key_LSHD = torch.zeros(shape, dtype=dtype, device=device)
         self.value_LSHD = torch.zeros(shape, dtype=dtype, device=device)
-        self._offset = torch.arange(BLOCK_SIZE)
-        self._device = device
+        self.dtype = dtype
+        self.device = device
 
-    def slots(self, block_table: list[int], start: int, end: int) -> torch.Tensor:
-        """The slots of a sequence's tokens [start, end), int64."""
-        blocks = torch.tensor(block_table[: BlockPool.blocks_for(end)], dtype=torch.int64)
-        slots = (blocks[:, None] * BLOCK_SIZE + self._offset).flatten()
-        return slots[start:end].to(self._device)
+    @staticmethod
+    def slots(block_table: list[int], start: int, end: int) -> torch.Tensor:
+        """The slots of a sequence's tokens [start, end): int64, on the CPU."""
+        first = start // BLOCK_SIZE
+        blocks = np.array(block_table[first : BlockPool.blocks_for(end)], dtype=np.int64)
+        slots = (blocks[:, None] * BLOCK_SIZE + _OFFSETS).reshape(-1)
+        return torch.from_numpy(slots[start - first * BLOCK_SIZE : end - first * BLOCK_SIZE])
 
     def write(self, layer: int, slots_T: torch.Tensor, key_THD: torch.Tensor, value_THD: torch.Tensor) -> None:
         """Stores new tokens; writing a slot again replaces it, which makes a repeated step harmless."""

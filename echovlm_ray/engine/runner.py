@@ -5,13 +5,14 @@ from dataclasses import dataclass
 
 import torch
 
-from echovlm_ray.engine.attention import PAGED_ATTENTION, AttentionStep, span_of
+from echovlm_ray.engine.fused_layers import fuse_layers
 from echovlm_ray.engine.kv_cache import BLOCK_SIZE, BlockPool, KVCache
 from echovlm_ray.engine.packing import pack_linears
 from echovlm_ray.engine.scheduler import Chunk
 from echovlm_ray.engine.sequence import Sequence
-from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
-from router.dispatch import Dispatcher, DispatchFailure, TokenAssignment
+from echovlm_ray.engine.step_batch import StepBatch, split_chunks
+from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration, ForwardPart
+from router.dispatch import Dispatcher, DispatchFailure, DispatchStep
 from router.errors import ExpertsUnavailableError
 
 
@@ -24,11 +25,13 @@ class ChunkResult:
             chunk reaches the last token.
         routed_pairs: (token, layer, expert) pairs per organ.
         failure: why its experts did not compute the chunk; then the rest means nothing.
+        row_pairs: the pairs of each token, where they may differ from token to token: several tokens of a flat set.
     """
 
     logits_TV: torch.Tensor | None
     routed_pairs: dict[str, int]
     failure: DispatchFailure | None
+    row_pairs: dict[str, list[int]] | None = None
 
 
 class ModelRunner:
@@ -41,14 +44,17 @@ class ModelRunner:
         *,
         kv_cache_tokens: int,
         packed_linears: bool = True,
+        micro_batches: int = 1,
     ) -> None:
-        """Takes the model over: its attention becomes paged and, on a CPU, its linear layers packed.
+        """Takes the model over: its layers are fused, its attention paged and, on a CPU, its linear layers packed.
 
         Args:
             model: a backbone without experts of its own.
             dispatcher: computes the experts.
             kv_cache_tokens: how many tokens the cache holds.
             packed_linears: False leaves the linear layers as they are, to compare.
+            micro_batches: 2 computes a step in two halves, so that the experts of one work during the attention of
+                the other. It pays where an exchange takes longer than the dense MLP and the shared expert.
 
         Raises:
             ValueError: the model uses sliding-window attention, which the paged cache does not do.
@@ -56,13 +62,14 @@ class ModelRunner:
         config = model.config.text_config
         if config.use_sliding_window:
             raise ValueError("the checkpoint has use_sliding_window: true; the engine serves full attention only")
-        config._attn_implementation = PAGED_ATTENTION
         # Asked first: a packed layer has no weights that torch could see.
         dtype, self.device = model.dtype, model.device
+        fuse_layers(model.model.language_model)
         if packed_linears:
             pack_linears(model)
         self.model = model
         self.dispatcher = dispatcher
+        self.micro_batches = micro_batches
         self.num_blocks = BlockPool.blocks_for(kv_cache_tokens)
         self.max_tokens = self.num_blocks * BLOCK_SIZE
         self.cache = KVCache(
@@ -82,65 +89,35 @@ class ModelRunner:
     @torch.inference_mode()
     def step(self, chunks: Sequences[Chunk]) -> list[ChunkResult]:
         """Computes the chunks together; each sees its own cache and its own expert set only."""
-        assignments, spans, slots, positions, embeddings = [], [], [], [], []
-        row = 0
-        for chunk in chunks:
-            sequence = chunk.sequence
-            count = chunk.end - chunk.start
-            request = sequence.request
-            assignments.append(TokenAssignment(row, row + count, request.expert_set_id, request.shares))
-            spans.append(span_of(self.cache, sequence.block_table, row, chunk.start, chunk.end))
-            slots.append(self.cache.slots(sequence.block_table, chunk.start, chunk.end))
-            positions.append(_positions(chunk))
-            embeddings.append(self._embed(chunk))
-            row += count
-        experts = self.dispatcher.step(assignments)
-        hidden_states = self.model.model.language_model(
-            inputs_embeds=torch.cat(embeddings)[None],
-            position_ids=torch.cat(positions, dim=1)[:, None].to(self.device),
-            # A mapping that is ready made: no mask is built, the spans say who sees what.
-            attention_mask={"full_attention": None},
-            use_cache=False,
-            routed_experts=experts,
-            attention_step=AttentionStep(self.cache, torch.cat(slots), tuple(spans)),
-        ).last_hidden_state[0]
-        rows = [_logit_rows(chunk, assignment) for chunk, assignment in zip(chunks, assignments, strict=True)]
-        logits = self.model.lm_head(torch.cat([hidden_states[start:end] for start, end in rows])).float()
+        batches = [StepBatch.of(part, self.cache) for part in split_chunks(chunks, self.micro_batches)]
+        experts = [self.dispatcher.step(batch.assignments) for batch in batches]
+        embed = self.model.get_input_embeddings()
+        hidden_states = self.model.model.language_model.forward_side_by_side(
+            [
+                ForwardPart(
+                    batch.place_vision(embed(batch.token_ids_T))[None],
+                    batch.position_ids_31T,
+                    step,
+                    {"attention_step": batch.attention},
+                )
+                for batch, step in zip(batches, experts, strict=True)
+            ]
+        )
         results = []
-        offset = 0
-        for index, (start, end) in enumerate(rows):
-            own = logits[offset : offset + end - start] if end > start else None
-            offset += end - start
-            results.append(ChunkResult(own, experts.pair_counts(index), experts.failures.get(index)))
+        for batch, step, hidden in zip(batches, experts, hidden_states, strict=True):
+            logits_LV = self.model.lm_head(batch.logit_rows(hidden[0])).float()
+            results += _results(batch, step, logits_LV)
         return results
 
-    def _embed(self, chunk: Chunk) -> torch.Tensor:
-        request = chunk.sequence.request
-        token_ids = torch.tensor(chunk.sequence.token_ids[chunk.start : chunk.end], device=self.device)
-        embeddings_TD: torch.Tensor = self.model.get_input_embeddings()(token_ids)
-        if request.vision_rows_V is not None and request.vision_embeddings_VD is not None:
-            first, last = torch.searchsorted(request.vision_rows_V, torch.tensor([chunk.start, chunk.end])).tolist()
-            if last > first:
-                rows = request.vision_rows_V[first:last] - chunk.start
-                visual = request.vision_embeddings_VD[first:last].to(embeddings_TD)
-                embeddings_TD = embeddings_TD.index_copy(0, rows.to(self.device), visual)
-        return embeddings_TD
 
-
-def _positions(chunk: Chunk) -> torch.Tensor:
-    sequence = chunk.sequence
-    request = sequence.request
-    prompt = request.position_ids_3T[:, chunk.start : chunk.end]
-    start = max(chunk.start, sequence.num_prompt)
-    generated = torch.arange(start, max(chunk.end, start)) + request.position_delta
-    return torch.cat([prompt, generated.expand(3, -1)], dim=1)
-
-
-def _logit_rows(chunk: Chunk, assignment: TokenAssignment) -> tuple[int, int]:
-    if chunk.sequence.request.return_logits:
-        # After a stall tokens may be computed again whose logits were given already.
-        again = min(max(chunk.sequence.num_logits - chunk.start, 0), chunk.end - chunk.start)
-        return assignment.start + again, assignment.end
-    if chunk.reaches_last_token:
-        return assignment.end - 1, assignment.end
-    return assignment.end, assignment.end
+def _results(batch: StepBatch, step: DispatchStep, logits_LV: torch.Tensor) -> list[ChunkResult]:
+    results = []
+    offset = 0
+    for index, (start, end) in enumerate(batch.logit_spans):
+        own = logits_LV[offset : offset + end - start] if end > start else None
+        offset += end - start
+        assignment = batch.assignments[index]
+        varies = assignment.end - assignment.start > 1 and not assignment.shares
+        row_pairs = step.row_pair_counts(index) if varies else None
+        results.append(ChunkResult(own, step.pair_counts(index), step.failures.get(index), row_pairs))
+    return results

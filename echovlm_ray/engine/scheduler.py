@@ -2,10 +2,10 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from echovlm_ray.engine.kv_cache import BLOCK_SIZE, BlockPool
+from echovlm_ray.engine.block_pool import BLOCK_SIZE, BlockContents, BlockPool
 from echovlm_ray.engine.sequence import Sequence
 from echovlm_ray.errors import OverloadedError
 from router.errors import ExpertsUnavailableError
@@ -31,9 +31,13 @@ class Chunk:
 class Scheduler:
     """Continuous batching: every step takes all decoding sequences, then as much prefill as the budget allows.
 
-    A sequence is admitted when the cache has blocks for its longest possible end. One whose experts do not answer is
-    stalled: it counts for nothing in the batch, and gives its blocks to others that need them, so that a lost organ
-    does not keep the other organs' requests waiting. It is then computed again from its first token.
+    First come, first served: a sequence is admitted when the cache has blocks for the tokens it has, and gets further
+    ones as it grows. When none is free then, the sequence that was admitted last gives its blocks and goes back to the
+    front of the queue, so the oldest always advances and everything ends.
+
+    A sequence whose experts do not answer is stalled: it counts for nothing in the batch, and gives its blocks before
+    any other does, so that a lost organ does not keep the other organs' requests waiting. Tokens whose blocks were
+    given are computed again.
     """
 
     def __init__(
@@ -44,15 +48,21 @@ class Scheduler:
         max_batch_size: int,
         max_queue: int,
         max_prefill_tokens: int,
+        prefix_reuse: bool = True,
     ) -> None:
         self.pool = pool
         self.unavailable = unavailable
         self.max_batch_size = max_batch_size
         self.max_queue = max_queue
         self.max_prefill_tokens = max_prefill_tokens
+        self.prefix_reuse = prefix_reuse
+        # In the order of arrival; those that were preempted are the oldest, and in front.
         self.waiting: deque[Sequence] = deque()
-        # In the order of admission, stalled ones included.
+        # In the order of admission, which is that of arrival; stalled ones included.
         self.running: list[Sequence] = []
+        # Since the start: tokens that were not computed because their blocks were there, and sequences sent back.
+        self.prefix_hits = 0
+        self.preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
         """Puts a sequence at the end of the queue.
@@ -69,34 +79,56 @@ class Scheduler:
             )
         self.waiting.append(sequence)
 
-    def finish(self, sequence: Sequence) -> None:
-        """Removes a sequence and frees its blocks; harmless when it is already gone."""
+    def finish(self, sequence: Sequence) -> bool:
+        """Removes a sequence and frees its blocks; False, and nothing done, when it is already gone."""
         if sequence in self.running:
             self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
-        self._release(sequence)
+        else:
+            return False
+        self._give_blocks(sequence)
+        return True
 
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step, in the order in which the sequences came."""
         now = time.monotonic()
-        ready = [sequence for sequence in self.running if self._is_ready(sequence, now)]
+        ready = self._ready(self.running, now)
         self._admit(ready, now)
         budget = self.max_prefill_tokens
-        chunks = []
-        for sequence in ready[: self.max_batch_size]:
-            if not sequence.block_table and not self._allocate(sequence, ready):
+        chunks: list[Chunk] = []
+        for sequence in ready:
+            if len(chunks) == self.max_batch_size:
+                break
+            # Without blocks it waits for some, or was just preempted by an older one.
+            if not sequence.block_table:
                 continue
             count = sequence.num_pending
             if count > 1:
                 count = min(count, budget)
+            end = sequence.num_computed + count
+            if not count or not self._grow(sequence, end, ready):
+                continue
+            if count > 1:
                 budget -= count
-            if count:
-                chunks.append(Chunk(sequence, sequence.num_computed, sequence.num_computed + count))
+            chunks.append(Chunk(sequence, sequence.num_computed, end))
         return chunks
+
+    def publish(self, sequence: Sequence) -> None:
+        """Lets others begin with a sequence's full blocks; call it when a token that is a number came out of them."""
+        full = sequence.num_computed // BLOCK_SIZE
+        if not self.prefix_reuse or full == sequence.num_published:
+            return
+        keys = sequence.prefix.first(full, sequence.token_ids)
+        for index in range(sequence.num_published, len(keys)):
+            contents = BlockContents(keys[index], sequence.request.expert_set_id, sequence.block_pairs[index])
+            self.pool.publish(sequence.block_table[index], contents)
+        sequence.num_published = full
 
     def overflow(self) -> list[Sequence]:
         """The latest stalled sequences beyond `max_queue` of them, which there is no place to keep."""
+        if len(self.running) <= self.max_queue:
+            return []
         stalled = [sequence for sequence in self.running if sequence.stalled_by]
         return stalled[self.max_queue :]
 
@@ -104,36 +136,89 @@ class Scheduler:
         """When the first stalled sequence may run again, in `time.monotonic` seconds; None when nothing is stalled."""
         return min((sequence.retry_at for sequence in self.running if sequence.stalled_by), default=None)
 
-    def _is_ready(self, sequence: Sequence, now: float) -> bool:
-        if sequence.retry_at > now:
-            return False
-        if (error := self.unavailable(sequence)) is not None:
-            sequence.stall(error, now)
-            return False
-        return True
+    def _ready(self, sequences: Iterable[Sequence], now: float) -> list[Sequence]:
+        """Those whose experts can be reached as far as anybody knows; the others are stalled."""
+        ready = []
+        asked: dict[tuple[str, object], ExpertsUnavailableError | None] = {}
+        for sequence in sequences:
+            if sequence.retry_at > now:
+                continue
+            experts = (sequence.request.expert_set_id, sequence.request.shares)
+            if experts not in asked:
+                asked[experts] = self.unavailable(sequence)
+            if (error := asked[experts]) is None:
+                ready.append(sequence)
+            else:
+                sequence.stall(error, now)
+        return ready
 
     def _admit(self, ready: list[Sequence], now: float) -> None:
+        # Those that gave their blocks while they were stalled are older than all that wait.
+        for sequence in ready:
+            if not sequence.block_table and not self._take_blocks(sequence, ready):
+                return
         while self.waiting and len(ready) < self.max_batch_size:
             sequence = self.waiting[0]
-            if not self._allocate(sequence, ready):
-                return
-            self.running.append(self.waiting.popleft())
-            if self._is_ready(sequence, now):
+            if self._ready([sequence], now):
+                if not self._take_blocks(sequence, ready):
+                    return
                 ready.append(sequence)
+            self.running.append(self.waiting.popleft())
 
-    def _allocate(self, sequence: Sequence, ready: list[Sequence]) -> bool:
-        count = BlockPool.blocks_for(sequence.max_tokens)
-        # The latest gives first: it has the least to compute again.
+    def _take_blocks(self, sequence: Sequence, ready: list[Sequence]) -> bool:
+        """Blocks for all tokens that a sequence has, those of a known beginning among them, or False."""
+        reused = self._reusable(sequence)
+        needed = BlockPool.blocks_for(len(sequence.token_ids)) - len(reused)
+        # One more for each of the others that may grow, or the next to do so would send this one back at once.
+        spare = sum(0 < len(other.block_table) < BlockPool.blocks_for(other.max_tokens) for other in ready)
         holders = [holder for holder in self.running if holder.block_table and holder not in ready]
-        while (blocks := self.pool.allocate(count)) is None:
-            if not holders:
-                return False
-            holder = holders.pop()
-            self._release(holder)
-            holder.forget_computed()
-        sequence.block_table = blocks
+        given = sum(len(holder.block_table) for holder in holders)
+        if self.pool.num_free_without(reused) + given < needed + spare:
+            return False
+        self.pool.hold(reused)
+        while self.pool.num_free < needed + spare and holders:
+            # The latest gives first: it has the least to compute again.
+            self._give_blocks(holders.pop())
+        # Blocks that a holder shares with others do not become free.
+        blocks = self.pool.allocate(needed) if self.pool.num_free >= needed + spare else None
+        if blocks is None:
+            self.pool.release(reused)
+            return False
+        sequence.reuse(reused, [dict(self.pool.contents(block).routed_pairs) for block in reused])
+        sequence.block_table = [*reused, *blocks]
+        self.prefix_hits += len(reused) * BLOCK_SIZE
         return True
 
-    def _release(self, sequence: Sequence) -> None:
+    def _reusable(self, sequence: Sequence) -> list[int]:
+        # Whoever wants the logits of all tokens has to compute all tokens.
+        if not self.prefix_reuse or sequence.request.return_logits:
+            return []
+        # Never the last token: the next one is chosen from its logits.
+        full = (len(sequence.token_ids) - 1) // BLOCK_SIZE
+        return self.pool.find(sequence.prefix.first(full, sequence.token_ids))
+
+    def _grow(self, sequence: Sequence, num_tokens: int, ready: list[Sequence]) -> bool:
+        """Sees to blocks for a running sequence's tokens; False when it had to give its own instead."""
+        while (missing := BlockPool.blocks_for(num_tokens) - len(sequence.block_table)) > 0:
+            if (blocks := self.pool.allocate(missing)) is not None:
+                sequence.block_table += blocks
+                return True
+            holders = [holder for holder in self.running if holder.block_table]
+            stalled = [holder for holder in holders if holder not in ready]
+            if stalled:
+                self._give_blocks(stalled[-1])
+                continue
+            self._preempt(holders[-1])
+            if holders[-1] is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._give_blocks(sequence)
+        self.running.remove(sequence)
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def _give_blocks(self, sequence: Sequence) -> None:
         self.pool.release(sequence.block_table)
-        sequence.block_table = []
+        sequence.forget_computed()

@@ -2,12 +2,16 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
+from collections.abc import Sequence as Sequences
 from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
 
+from echovlm_ray.engine.block_pool import BLOCK_SIZE
+from echovlm_ray.engine.prefix import PrefixKeys
 from router.errors import ExpertsUnavailableError
 
 # A restarted expert group shall be noticed at once, and one that stays away shall not be asked all the time.
@@ -39,6 +43,19 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class VisionDigest:
+    """Rows [start, end) of a request's vision embeddings are one picture's, whole and in order.
+
+    Attributes:
+        content_digest: over the picture and the encoder; equal digests mean equal embeddings.
+    """
+
+    start: int
+    end: int
+    content_digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceRequest:
     """What the engine is asked to do; checked by whoever builds it.
 
@@ -48,6 +65,7 @@ class SequenceRequest:
         position_delta: added to a generated token's index to get its position.
         vision_rows_V: int64, ascending: the prompt positions that vision embeddings replace.
         vision_embeddings_VD: their embeddings.
+        vision_digests: what the embeddings are of; blocks from a picture on that none tells of are not reused.
         expert_set_id: the set that the request is pinned to.
         shares: organ and π; empty for flat sets.
         deadline: in `time.monotonic` seconds; None: only the engine's own limit of a request's time holds.
@@ -61,6 +79,7 @@ class SequenceRequest:
     max_new_tokens: int
     vision_rows_V: torch.Tensor | None = None
     vision_embeddings_VD: torch.Tensor | None = None
+    vision_digests: tuple[VisionDigest, ...] = ()
     sampling: SamplingParams = SamplingParams()
     stop_token_ids: frozenset[int] = frozenset()
     return_logits: bool = False
@@ -98,14 +117,20 @@ class Sequence:
     generator: torch.Generator | None
     # In `time.monotonic` seconds.
     deadline: float
+    prefix: PrefixKeys
     # Tokens whose keys and values are in the cache.
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
+    # (token, layer, expert) pairs per organ that computing the tokens of each block took.
+    block_pairs: list[dict[str, int]] = field(default_factory=list)
+    # Blocks at its beginning that other sequences may begin with too.
+    num_published: int = 0
     # With return_logits: how many rows were computed, and those that wait for the first token.
     num_logits: int = 0
     prompt_logits: list[torch.Tensor] = field(default_factory=list)
-    routed_pairs: dict[str, int] = field(default_factory=dict)
     cancelled: bool = False
+    # Called once when the engine has let go of it, however it ended.
+    gone: Callable[[], None] | None = None
     # Set while the experts it needs do not answer; how often in a row they did not, and when they are asked again.
     stalled_by: ExpertsUnavailableError | None = None
     num_stalls: int = 0
@@ -124,7 +149,7 @@ class Sequence:
         deadline = time.monotonic() + max_seconds
         if request.deadline is not None:
             deadline = min(deadline, request.deadline)
-        return cls(request, sink, list(request.input_ids), generator, deadline)
+        return cls(request, sink, list(request.input_ids), generator, deadline, PrefixKeys(request))
 
     @property
     def num_prompt(self) -> int:
@@ -158,7 +183,39 @@ class Sequence:
         self.stalled_by = None
         self.num_stalls = 0
 
+    def reuse(self, block_table: list[int], block_pairs: list[dict[str, int]]) -> None:
+        """Begins with full blocks that were computed for another sequence with the same beginning."""
+        self.block_table = block_table
+        self.block_pairs = block_pairs
+        self.num_published = len(block_table)
+        self.num_computed = len(block_table) * BLOCK_SIZE
+
     def forget_computed(self) -> None:
         """Starts over with an empty cache; the tokens stay, and will be computed again in one prefill."""
+        self.block_table = []
+        self.block_pairs = []
+        self.num_published = 0
         self.num_computed = 0
-        self.routed_pairs.clear()
+
+    def add_computed(self, end: int, block_pairs: Sequences[dict[str, int]]) -> None:
+        """Notes that the tokens up to `end` are in the cache.
+
+        Args:
+            end: of the tokens computed so far.
+            block_pairs: routed pairs per organ, for every block from that of the first new token on.
+        """
+        for block, pairs in enumerate(block_pairs, self.num_computed // BLOCK_SIZE):
+            if block == len(self.block_pairs):
+                self.block_pairs.append(dict(pairs))
+                continue
+            known = self.block_pairs[block]
+            for organ, count in pairs.items():
+                known[organ] = known.get(organ, 0) + count
+        self.num_computed = end
+
+    def routed_pairs(self) -> dict[str, int]:
+        """(token, layer, expert) pairs per organ that the tokens in the cache took, whoever computed them."""
+        total: Counter[str] = Counter()
+        for pairs in self.block_pairs:
+            total.update(pairs)
+        return dict(total)

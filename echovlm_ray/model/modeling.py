@@ -7,6 +7,7 @@ they map to the modules.
 # transformers leaves most of its methods untyped.
 # mypy: disable-error-code="no-untyped-call"
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -38,11 +39,19 @@ from echovlm_ray.model.experts import EchoVLMExperts, EchoVLMSparseMoe, EchoVLMT
 from echovlm_ray.model.load_balancing import load_balancing_loss
 from echovlm_ray.model.positions import batch_positions
 from echovlm_ray.model.vision_tower import EchoVLMVisionTower
-from router.routed_experts import RoutedExperts
+from router.routed_experts import PendingExperts, RoutedExperts
+
+# The dense MLP's output (… × hidden), the shared expert's (tokens × hidden) and the two coefficients (… × 2).
+BesideExperts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class EchoVLMDecoderLayer(Qwen2VLDecoderLayer):
-    """Attention, then dense MLP and mixture of experts side by side, mixed by two coefficients per token."""
+    """Attention, then dense MLP and mixture of experts side by side, mixed by two coefficients per token.
+
+    Attributes:
+        fused: set by a runtime that only infers: computes what stands beside the routed experts in its own way, from
+            … × hidden to `BesideExperts`.
+    """
 
     def __init__(self, config: EchoVLMTextConfig, layer_idx: int, *, routed_experts: bool = True) -> None:
         GradientCheckpointingLayer.__init__(self)
@@ -52,34 +61,78 @@ class EchoVLMDecoderLayer(Qwen2VLDecoderLayer):
         self.mlp = Qwen2MLP(config)
         self.moe = EchoVLMSparseMoe(config, routed_experts=routed_experts)
         self.coefficient = nn.Linear(config.hidden_size, 2)
+        self.fused: nn.Module | None = None
         self.input_layernorm = Qwen2VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen2VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(  # type: ignore[override]
         self, hidden_states: torch.Tensor, *, routed_experts: RoutedExperts | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        """One layer.
+        """One layer: `begin`, then `finish`.
 
         Args:
             hidden_states: batch × tokens × hidden.
-            routed_experts: who computes the routed experts; None: the layer's own. They are begun first and waited
-                for last, so that experts elsewhere work while the dense MLP and the shared expert are computed here.
+            routed_experts: who computes the routed experts; None: the layer's own.
             kwargs: what Qwen2-VL's attention takes.
 
         Returns:
             batch × tokens × hidden.
         """
+        return self.finish(self.begin(hidden_states, routed_experts=routed_experts, **kwargs))
+
+    def begin(
+        self, hidden_states: torch.Tensor, *, routed_experts: RoutedExperts | None = None, **kwargs: Any
+    ) -> "LayerUnderWay":
+        """Attention, and the routed experts begun: experts elsewhere work while the caller does something else."""
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         x = self.post_attention_layernorm(hidden_states)
-        x_TD = x.reshape(-1, self.hidden_size)
-        pending = (routed_experts or self.moe).begin(self.layer_idx, x_TD)
-        dense = self.mlp(x)
-        shared_TD = self.moe.shared(x_TD)
-        share = F.softmax(self.coefficient(x), dim=-1)
-        mixture = (pending.result() + shared_TD).view_as(x)
-        output: torch.Tensor = hidden_states + (share[..., :1] * mixture + share[..., 1:] * dense)
+        pending = (routed_experts or self.moe).begin(self.layer_idx, x.reshape(-1, self.hidden_size))
+        return LayerUnderWay(hidden_states, x, pending)
+
+    def finish(self, under_way: "LayerUnderWay") -> torch.Tensor:
+        """The dense MLP and the shared expert; only then are the routed experts waited for. Returns as `forward`."""
+        x = under_way.x
+        dense, shared_TD, coefficient = (self.fused or self._beside_experts)(x)
+        share = F.softmax(coefficient, dim=-1)
+        mixture = (under_way.pending.result() + shared_TD).view_as(x)
+        output: torch.Tensor = under_way.hidden_states + (share[..., :1] * mixture + share[..., 1:] * dense)
         return output
+
+    def _beside_experts(self, x: torch.Tensor) -> BesideExperts:
+        return self.mlp(x), self.moe.shared(x.reshape(-1, self.hidden_size)), self.coefficient(x)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerUnderWay:
+    """A layer between `begin` and `finish`.
+
+    Attributes:
+        hidden_states: batch × tokens × hidden, after the attention's residual sum.
+        x: the same, after the post-attention norm.
+        pending: its routed experts.
+    """
+
+    hidden_states: torch.Tensor
+    x: torch.Tensor
+    pending: PendingExperts
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardPart:
+    """One of several forward passes that go through the layers side by side.
+
+    Attributes:
+        inputs_embeds: batch × tokens × hidden.
+        position_ids: 3 × batch × tokens.
+        routed_experts: who computes its routed experts.
+        attention: what the attention function in use takes beside queries, keys and values.
+    """
+
+    inputs_embeds: torch.Tensor
+    position_ids: torch.Tensor
+    routed_experts: RoutedExperts
+    attention: dict[str, Any]
 
 
 class EchoVLMPreTrainedModel(Qwen2VLPreTrainedModel):
@@ -130,6 +183,26 @@ class EchoVLMTextModel(EchoVLMPreTrainedModel, Qwen2VLTextModel):
         self.rotary_emb = Qwen2VLRotaryEmbedding(config)  # type: ignore[arg-type]
         self.gradient_checkpointing = False
         self.post_init()
+
+    def forward_side_by_side(self, parts: Sequence[ForwardPart]) -> list[torch.Tensor]:
+        """Several forward passes without a mask or a cache of transformers, layer by layer in turn.
+
+        In each layer the routed experts of all parts are begun before any is waited for, so that the experts of one
+        part work during the attention of the next. The arithmetic is that of `forward`.
+
+        Returns:
+            each part's last hidden states, batch × tokens × hidden.
+        """
+        hidden_states = [part.inputs_embeds for part in parts]
+        position_embeddings = [self.rotary_emb(part.inputs_embeds, part.position_ids) for part in parts]
+        for layer in self.layers:
+            assert isinstance(layer, EchoVLMDecoderLayer)
+            under_way = [
+                layer.begin(hidden, routed_experts=part.routed_experts, position_embeddings=positions, **part.attention)
+                for hidden, part, positions in zip(hidden_states, parts, position_embeddings, strict=True)
+            ]
+            hidden_states = [layer.finish(begun) for begun in under_way]
+        return [self.norm(hidden) for hidden in hidden_states]
 
 
 class EchoVLMModel(EchoVLMPreTrainedModel, Qwen2VLModel):

@@ -124,7 +124,8 @@ def serve_system(
                 _finish_requests()
             # A local Ray's processes end with it, and what still starts would only keep them.
             if address is not None and not (ready and keep):
-                _remove(tuple(applications))
+                # With the expert groups of organs that appeared since.
+                _remove(_ours() or tuple(applications))
 
 
 def remove_from_cluster(address: str) -> tuple[str, ...]:
@@ -134,8 +135,7 @@ def remove_from_cluster(address: str) -> tuple[str, ...]:
         ConnectionError: no cluster at the address.
     """
     with joined_ray(address):
-        applications = serve.status().applications
-        ours = tuple(name for name, found in applications.items() if _is_ours(name, found))
+        ours = _ours()
         if ours:
             _finish_requests()
             _remove(ours)
@@ -176,6 +176,10 @@ def _check_capacity(config: Config, served: ServedCheckpoint, *, may_grow: bool)
             if not may_grow:
                 raise StartError(text)
             logger.warning("%s, or let the cluster grow", text)
+
+
+def _ours() -> tuple[str, ...]:
+    return tuple(name for name, found in serve.status().applications.items() if _is_ours(name, found))
 
 
 def _is_ours(name: str, found: ApplicationStatusOverview) -> bool:

@@ -57,6 +57,15 @@ def build_applications(config: Config, organs: tuple[str, ...], network: Network
     return {name: _build(name, settings) for name, settings in settings_of(config, organs, network).items()}
 
 
+def deploy(name: str, settings: ReplicaSettings) -> None:
+    """Declares one application to Serve and returns before it runs; one that is as it shall be stays as it is."""
+    serve.run_many(
+        [serve.RunTarget(_build(name, settings), name=name, route_prefix=None)],
+        wait_for_ingress_deployment_creation=False,
+        wait_for_applications_running=False,
+    )
+
+
 def version_of(settings: ReplicaSettings) -> str:
     """What a replica is: while it stays the same, deploying again leaves the replica alone.
 

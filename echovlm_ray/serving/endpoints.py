@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 # What a replica's metadata holds: where the other parts reach it, and where clients do if it has a public server too.
 ADDRESS_KEY = "address"
 PUBLIC_ADDRESS_KEY = "public_address"
+# The replica's id in Serve, which no other replica ever gets.
+REPLICA_KEY = "replica"
 RETRY_S = 0.5
 
 
@@ -30,10 +32,12 @@ class ReplicaAddresses:
     Attributes:
         address: host:port for the other parts.
         public_address: host:port for clients; "" if the part has none.
+        replica: the replica's id, which no other one ever gets.
     """
 
     address: str
     public_address: str = ""
+    replica: str = ""
 
 
 class Endpoints:
@@ -45,6 +49,8 @@ class Endpoints:
         self._replicas: Mapping[str, tuple[ReplicaAddresses, ...]] = {}
         self._changed: list[Callable[[], None]] = []
         self._stopping = threading.Event()
+        self._lock = threading.Lock()
+        self._watches_others = threading.Event()
         self._keys: dict[Any, str] = {}
         self._failure: UnsupportedRayError | None = None
         self._thread = threading.Thread(target=self._watch, name="endpoints", daemon=True)
@@ -55,8 +61,24 @@ class Endpoints:
         Raises:
             UnsupportedRayError: this Ray keeps its deployments otherwise than the pinned one.
         """
-        self._keys = {serve_api.target_key(*names): names[0] for names in self._deployments.items()}
+        with self._lock:
+            self._keys = {serve_api.target_key(*names): names[0] for names in self._deployments.items()}
         self._thread.start()
+
+    def watch(self, deployments: Mapping[str, str]) -> None:
+        """Watches further applications from now on; their addresses are here within a second. Allowed at any time.
+
+        Args:
+            deployments: application → name of its deployment; those that are watched already stay as they are.
+        """
+        with self._lock:
+            new = {name: deployment for name, deployment in deployments.items() if name not in self._deployments}
+            if not new:
+                return
+            self._deployments |= new
+            if self._thread.is_alive():
+                self._keys = self._keys | {serve_api.target_key(*names): names[0] for names in new.items()}
+                self._watches_others.set()
 
     def stop(self) -> None:
         """Ends watching, within half a second: no call to Ray may be under way when Ray itself is shut down."""
@@ -78,6 +100,10 @@ class Endpoints:
             raise self._failure
         return self._replicas.get(application, ())
 
+    def all(self) -> Mapping[str, tuple["ReplicaAddresses", ...]]:
+        """All addresses of all applications that run."""
+        return self._replicas
+
     def source(self, application: str) -> Callable[[], tuple[str, ...]]:
         """A function that returns the application's addresses whenever it is called."""
         return lambda: self.of(application)
@@ -98,30 +124,52 @@ class Endpoints:
 
     def _watch(self) -> None:
         # Below zero means: tell me whatever you have.
-        snapshots = dict.fromkeys(self._keys, -1)
+        snapshots: dict[Any, int] = {}
         while not self._stopping.is_set():
+            self._watches_others.clear()
+            keys = self._keys
+            snapshots = {key: snapshots.get(key, -1) for key in keys}
             try:
-                updates = serve_api.wait_for_targets(snapshots, self._stopping.is_set)
+                updates = serve_api.wait_for_targets(snapshots, self._must_ask_anew)
             except UnsupportedRayError as error:
                 self._failure = error
                 return
             except Exception as error:
                 # The controller restarts, or this process is about to end.
                 logger.debug("asking the Serve controller for endpoints again: %s", type(error).__name__)
-                snapshots = dict.fromkeys(self._keys, -1)
+                snapshots = {}
                 self._stopping.wait(RETRY_S)
                 continue
             replicas = dict(self._replicas)
             for key, (snapshot, metadata) in updates.items():
                 snapshots[key] = snapshot
-                replicas[self._keys[key]] = tuple(
-                    sorted(_addresses(entry) for entry in metadata if ADDRESS_KEY in entry)
-                )
+                replicas[keys[key]] = tuple(sorted(_addresses(entry) for entry in metadata if ADDRESS_KEY in entry))
             if replicas != self._replicas:
                 self._replicas = replicas
                 for callback in self._changed:
                     callback()
 
+    def _must_ask_anew(self) -> bool:
+        return self._stopping.is_set() or self._watches_others.is_set()
+
+
+def addresses_now(application: str, deployment: str, timeout_s: float) -> tuple[str, ...]:
+    """Where an application's replicas listen at this moment, for who asks once; none if nobody says so in time.
+
+    Args:
+        application: the application.
+        deployment: the name of its deployment.
+        timeout_s: rounded up to half a second.
+    """
+    deadline = time.monotonic() + timeout_s
+    try:
+        key = serve_api.target_key(application, deployment)
+        updates = serve_api.wait_for_targets({key: -1}, lambda: time.monotonic() >= deadline)
+    except Exception as error:
+        logger.debug("the Serve controller does not say where %s is: %s", application, type(error).__name__)
+        return ()
+    return tuple(_addresses(entry).address for _, found in updates.values() for entry in found if ADDRESS_KEY in entry)
+
 
 def _addresses(metadata: Mapping[str, Any]) -> ReplicaAddresses:
-    return ReplicaAddresses(metadata[ADDRESS_KEY], metadata.get(PUBLIC_ADDRESS_KEY, ""))
+    return ReplicaAddresses(metadata[ADDRESS_KEY], metadata.get(PUBLIC_ADDRESS_KEY, ""), metadata.get(REPLICA_KEY, ""))

@@ -28,9 +28,19 @@ from experts.errors import (
     ExpertCapacityError,
     InvalidBundleError,
     InvalidTensorError,
+    RegistryError,
     UnknownBundleError,
 )
-from router.errors import ExpertsFailedError, ExpertsUnavailableError, TooManyOrgansError, UnknownOrganError
+from router.errors import (
+    ExpertsFailedError,
+    ExpertsUnavailableError,
+    InvalidRolloutRequestError,
+    RolloutDatabaseError,
+    RolloutStateError,
+    TooManyOrgansError,
+    UnknownOrganError,
+    UnknownRolloutError,
+)
 
 DOMAIN = "echovlm.v1"
 DETAILS_KEY = "grpc-status-details-bin"
@@ -76,6 +86,10 @@ def _invalid_request(error: InvalidRequestError) -> status_pb2.Status:
 
 def _too_many_organs(error: TooManyOrgansError) -> status_pb2.Status:
     return _invalid_request(InvalidRequestError("organs", str(error)))
+
+
+def _invalid_rollout_request(error: InvalidRolloutRequestError) -> status_pb2.Status:
+    return _invalid_request(InvalidRequestError(error.field, error.description))
 
 
 def _experts_unavailable(error: ExpertsUnavailableError) -> status_pb2.Status:
@@ -133,8 +147,13 @@ _CONVERSIONS: tuple[tuple[type[BaseException], Callable[[Any], status_pb2.Status
     (TooManyOrgansError, _too_many_organs),
     (UnknownOrganError, _plain(code_pb2.NOT_FOUND)),
     (UnknownBundleError, _plain(code_pb2.NOT_FOUND)),
+    (UnknownRolloutError, _plain(code_pb2.NOT_FOUND)),
+    (RolloutStateError, _plain(code_pb2.FAILED_PRECONDITION)),
+    (InvalidRolloutRequestError, _invalid_rollout_request),
+    (RolloutDatabaseError, _plain(code_pb2.FAILED_PRECONDITION)),
     (BundleNotResidentError, _plain(code_pb2.FAILED_PRECONDITION)),
     (InvalidBundleError, _plain(code_pb2.FAILED_PRECONDITION)),
+    (RegistryError, _plain(code_pb2.FAILED_PRECONDITION)),
     (ExpertCapacityError, lambda error: _status(code_pb2.RESOURCE_EXHAUSTED, str(error), [_retry_info(RETRY_AFTER_S)])),
     (OverloadedError, _overloaded),
     (ExpertsUnavailableError, _experts_unavailable),

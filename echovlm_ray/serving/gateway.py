@@ -260,6 +260,7 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
             organ_hints=router_pb2.OrganHints(organs=checked.organs, anatomy_terms=terms),
             sampling=sampling,
             max_new_tokens=checked.max_new_tokens,
+            session_key=checked.session_key,
         )
         accepted = echovlm_pb2.RequestAccepted(
             prompt_tokens=len(input_ids),

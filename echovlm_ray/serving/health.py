@@ -34,7 +34,13 @@ class HealthMonitor:
     """Probes the parts and publishes their health, and from it the health of the whole."""
 
     def __init__(
-        self, parts: Mapping[str, Addresses], publish: Publish, *, all_organs_needed: bool, speaks_text: bool
+        self,
+        parts: Mapping[str, Addresses],
+        publish: Publish,
+        *,
+        all_organs_needed: bool,
+        speaks_text: bool,
+        live_parts: Callable[[], Mapping[str, Addresses]] = dict,
     ) -> None:
         """Takes what to watch.
 
@@ -44,11 +50,14 @@ class HealthMonitor:
             all_organs_needed: with one gate over all organs, every request needs every one of them; otherwise the
                 whole serves as long as any organ does.
             speaks_text: false where the checkpoint has no tokenizer: then the parts serve, but not the model.
+            live_parts: further parts, that come and go while the system runs. One that went does not serve.
         """
         self._parts = dict(parts)
         self._publish = publish
         self._all_organs_needed = all_organs_needed
         self._speaks_text = speaks_text
+        self._live_parts = live_parts
+        self._published: set[str] = set()
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -84,7 +93,8 @@ class HealthMonitor:
             await self._round()
 
     async def _round(self) -> None:
-        live = {name: tuple(addresses()) for name, addresses in self._parts.items()}
+        parts = {**self._parts, **self._live_parts()}
+        live = {name: tuple(addresses()) for name, addresses in parts.items()}
         await self._close_all_but({address for addresses in live.values() for address in addresses})
         states = await asyncio.gather(*[self._any_serves(addresses) for addresses in live.values()])
         serving = dict(zip(live, states, strict=True))
@@ -92,7 +102,9 @@ class HealthMonitor:
         enough_organs = not organs or (all(organs) if self._all_organs_needed else any(organs))
         serving[OVERALL] = serving[ROUTER] and serving[VISION] and enough_organs
         serving[MODEL] = serving[OVERALL] and self._speaks_text
-        for name, state in serving.items():
+        gone = dict.fromkeys(self._published - set(serving), False)
+        self._published |= set(serving)
+        for name, state in (serving | gone).items():
             await self._publish(name, state)
 
     async def _any_serves(self, addresses: Sequence[str]) -> bool:

@@ -1,12 +1,19 @@
 """What is checked before anything starts, so that a mistake is told at once and in words."""
 
+import logging
 import socket
 import ssl
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from echovlm_ray.config import Config, ControlSection, ExpertsSection, GatewaySection
 from echovlm_ray.serving.auth import BearerTokens
-from echovlm_ray.serving.served import ServedCheckpoint, check_organs, served_checkpoint
+from echovlm_ray.serving.rollout_files import FOLDER, DatabaseLock, RolloutFiles
+from echovlm_ray.serving.served import ServedCheckpoint, served_checkpoint
+from router.errors import RolloutDatabaseError, RolloutStateError
+
+logger = logging.getLogger(__name__)
 
 
 class PortTakenError(ValueError):
@@ -15,30 +22,38 @@ class PortTakenError(ValueError):
 
 def resolve_paths(config: Config) -> Config:
     """The configuration with absolute paths: replicas have another working directory."""
-    update = {
+    update: dict[str, Any] = {
         "model": config.model.model_copy(update={"checkpoint": config.model.checkpoint.expanduser().absolute()}),
         "gateway": _absolute(config.gateway),
         "control": _absolute(config.control),
+        "experts": _absolute_experts(config.experts),
     }
+    checkpoint = update["model"].checkpoint
+    update["rollouts"] = config.rollouts.model_copy(
+        update={"database": RolloutFiles.of(config.rollouts, checkpoint).database}
+    )
     return config.model_copy(update=update)
 
 
 def check(config: Config, *, local: bool) -> ServedCheckpoint:
-    """Checks the checkpoint, certificates, tokens and ports.
+    """Checks the checkpoint, the rollouts' database, certificates, tokens and ports.
 
     Args:
         config: with absolute paths.
         local: whether the servers will run on this machine.
 
     Returns:
-        the checkpoint that will be served.
+        the checkpoint that will be served, with the experts that the rollouts' database says.
 
     Raises:
         ValueError: something cannot be used; the text says what and how to mend it.
     """
     served = served_checkpoint(config.model)
-    check_organs(config, served)
+    if config.router.experts == "remote":
+        served = _with_live_set(config, served, local=local)
+    _check_organs(config, served)
     _check_kernel(config.experts.kernel)
+    _check_bundles(config.experts, served)
     for name, section in (("gateway", config.gateway), ("control", config.control)):
         _check_credentials(name, section)
         if local:
@@ -75,6 +90,59 @@ def check_port(name: str, section: GatewaySection | ControlSection) -> None:
             ) from None
 
 
+def _with_live_set(config: Config, served: ServedCheckpoint, *, local: bool) -> ServedCheckpoint:
+    """The checkpoint with the set of the rollouts' database, if there is one already."""
+    files = RolloutFiles.of(config.rollouts, served.directory)
+    if served.directory / FOLDER not in files.base.parents:
+        logger.info("the rollouts' state is kept in %s", files.base.parent)
+    try:
+        if local:
+            lock = DatabaseLock(files.lock)
+            lock.take(0)
+            lock.release()
+        if files.is_new:
+            return served
+        from router.rollouts.database import Database
+        from router.rollouts.store import RolloutStore
+
+        database = Database(files.database)
+        try:
+            store = RolloutStore(database)
+            with store.read() as transaction:
+                if not transaction.adopted():
+                    return served
+            store.check_belongs_to(served.expert_set)
+            live = store.snapshot().expert_set()
+        finally:
+            database.close()
+    except (RolloutDatabaseError, RolloutStateError) as error:
+        raise ValueError(f"rollouts.database: {error}") from None
+    own = {entry.bundle_digest for entry in served.index.organs}
+    if all(member.bundle_digest in own for member in live.members):
+        return replace(served, expert_set=live)
+    from echovlm_ray.serving.bundles import open_registry
+
+    versions = {
+        manifest.digest: manifest.version for manifest in open_registry(config.experts, served.directory).list()
+    }
+    return replace(served, expert_set=live, other_versions=versions)
+
+
+def _check_organs(config: Config, served: ServedCheckpoint) -> None:
+    """Refuses resources for organs that there are not, and of which no bundle is in the registry either."""
+    known = {*served.organs, *(entry.organ for entry in served.index.organs)}
+    if unknown := [organ for organ in config.experts.organs if organ not in known]:
+        from echovlm_ray.serving.bundles import open_registry
+
+        known |= {manifest.organ for manifest in open_registry(config.experts, served.directory).list()}
+        for organ in unknown:
+            if organ not in known:
+                raise ValueError(
+                    f"experts.organs names {organ!r}, which {served.directory} does not have: it has "
+                    f"{', '.join(sorted(known))}"
+                )
+
+
 def _check_kernel(name: str) -> None:
     # The default needs no look, and a look needs torch.
     if name == ExpertsSection().kernel:
@@ -85,6 +153,20 @@ def _check_kernel(name: str) -> None:
         get_kernel(name)
     except ValueError as error:
         raise ValueError(f"experts.kernel: {error}") from None
+
+
+def _check_bundles(section: ExpertsSection, served: ServedCheckpoint) -> None:
+    for key in section.public_keys:
+        if not key.is_file():
+            raise ValueError(f"experts.public_keys {key} is no file: give the path of a PEM public key")
+    # The checkpoint's own bundles, by default accepted as they are: no look, which would need torch.
+    if section.registry is None and section.signatures == "optional":
+        return
+    from echovlm_ray.serving.bundles import open_registry, signature_policy
+
+    registry, policy = open_registry(section, served.directory), signature_policy(section)
+    for member in served.expert_set.members:
+        policy.admit(registry.open(member.bundle_digest))
 
 
 def _check_credentials(name: str, section: GatewaySection | ControlSection) -> None:
@@ -119,6 +201,13 @@ def _absolute(section: GatewaySection | ControlSection) -> GatewaySection | Cont
         authority = None if tls.client_authority is None else _path(tls.client_authority)
         paths = {"certificate": _path(tls.certificate), "key": _path(tls.key), "client_authority": authority}
         update["tls"] = tls.model_copy(update=paths)
+    return section.model_copy(update=update)
+
+
+def _absolute_experts(section: ExpertsSection) -> ExpertsSection:
+    update: dict[str, object] = {"public_keys": tuple(_path(key) for key in section.public_keys)}
+    if section.registry is not None and "://" not in section.registry:
+        update["registry"] = str(_path(Path(section.registry)))
     return section.model_copy(update=update)
 
 

@@ -46,6 +46,7 @@ def local_ray(config: Config) -> Iterator[None]:
                 namespace=NAMESPACE,
                 include_dashboard=False,
                 object_store_memory=config.serve.object_store_bytes,
+                _metrics_export_port=config.serve.metrics_port or None,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
@@ -85,6 +86,12 @@ def joined_ray(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def metrics_addresses() -> list[str]:
+    """host:port of every node's metrics, for Prometheus; of the Ray that this process is connected to."""
+    nodes = [node for node in ray.nodes() if node["Alive"] and node.get("MetricsExportPort", 0) > 0]
+    return sorted(f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in nodes)
 
 
 def _probe(address: str) -> None:

@@ -26,6 +26,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_ORGANS = 16
 MAX_ORGAN_CHARACTERS = 64
+MAX_SESSION_KEY_CHARACTERS = 256
 # Far above what a token takes on average, so that a prompt can be refused before it is cut into tokens.
 PROMPT_CHARACTERS_PER_TOKEN = 32
 
@@ -40,6 +41,7 @@ class CheckedRequest:
     organs: tuple[str, ...]
     max_new_tokens: int
     stop: tuple[str, ...]
+    session_key: str
 
 
 def check_request(
@@ -63,6 +65,7 @@ def check_request(
     _check_images(request, task, gateway)
     _check_strings(request)
     check_sampling(request.sampling)
+    check_session_key(request.session_key)
     if request.max_new_tokens > router.max_new_tokens:
         raise InvalidRequestError(
             "max_new_tokens",
@@ -76,6 +79,7 @@ def check_request(
         organs=tuple(request.organs),
         max_new_tokens=request.max_new_tokens or gateway.default_new_tokens,
         stop=tuple(request.stop),
+        session_key=request.session_key,
     )
 
 
@@ -91,6 +95,19 @@ def check_sampling(sampling: router_pb2.Sampling) -> None:
         raise InvalidRequestError("sampling.top_p", "must be from 0 to 1; 0 and 1 keep all tokens")
     if not (math.isfinite(sampling.repetition_penalty) and sampling.repetition_penalty >= 0):
         raise InvalidRequestError("sampling.repetition_penalty", "must be a positive number; 0 and 1 change nothing")
+
+
+def check_session_key(session_key: str) -> None:
+    """Refuses a key that is no key but a document.
+
+    Raises:
+        InvalidRequestError: it is too long.
+    """
+    if len(session_key) > MAX_SESSION_KEY_CHARACTERS:
+        raise InvalidRequestError(
+            "session_key",
+            f"has {len(session_key)} characters; at most {MAX_SESSION_KEY_CHARACTERS} are allowed: send a digest of it",
+        )
 
 
 def _check_prompt(request: echovlm_pb2.GenerateRequest, task: Task, router: RouterSection) -> None:

@@ -1,10 +1,11 @@
 """What a configuration and a split checkpoint together mean: which organs are served, and by which expert set."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from echovlm_ray.checkpoint.layout import CheckpointIndex, backbone_directory, read_index
-from echovlm_ray.config import Config, ModelSection
+from echovlm_ray.config import ModelSection
 from router.expert_set import ExpertSet
 
 
@@ -16,11 +17,13 @@ class ServedCheckpoint:
         directory: the split folder.
         index: its contents.
         expert_set: the set with which serving starts.
+        other_versions: digest → version of the set's bundles that did not come with the checkpoint.
     """
 
     directory: Path
     index: CheckpointIndex
     expert_set: ExpertSet
+    other_versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def organs(self) -> tuple[str, ...]:
@@ -39,7 +42,9 @@ class ServedCheckpoint:
     @property
     def versions(self) -> dict[str, str]:
         """Organ → version of its bundle in the set."""
-        return {entry.organ: entry.version for entry in self.index.organs}
+        own = {entry.bundle_digest: entry.version for entry in self.index.organs}
+        known = {**own, **self.other_versions}
+        return {member.organ: known.get(member.bundle_digest, "") for member in self.expert_set.members}
 
 
 def served_checkpoint(model: ModelSection) -> ServedCheckpoint:
@@ -64,17 +69,3 @@ def served_checkpoint(model: ModelSection) -> ServedCheckpoint:
             f"choose one of {', '.join(expert_set.organs)}"
         )
     return ServedCheckpoint(model.checkpoint, index, expert_set)
-
-
-def check_organs(config: Config, served: ServedCheckpoint) -> None:
-    """Refuses resources for organs that there are not.
-
-    Raises:
-        ValueError: names the organ and those that there are.
-    """
-    for organ in config.experts.organs:
-        if organ not in served.organs:
-            raise ValueError(
-                f"experts.organs names {organ!r}, which {served.directory} does not have: "
-                f"it has {', '.join(served.organs)}"
-            )

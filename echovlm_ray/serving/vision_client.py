@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import grpc
 import torch
@@ -12,6 +13,19 @@ from experts.transport.codec import tensor_from_proto
 from protos import vision_pb2, vision_pb2_grpc
 
 RETRY_INTERVAL_S = 0.2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedPicture:
+    """An image or a video as the language model sees it.
+
+    Attributes:
+        content_digest: over the picture and the encoder; equal digests mean equal embeddings.
+        embedding: visual tokens × hidden.
+    """
+
+    content_digest: str
+    embedding: torch.Tensor
 
 
 class VisionClient:
@@ -25,8 +39,8 @@ class VisionClient:
         self._in_flight: dict[str, int] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
-    async def encode(self, inputs: Sequence[vision_pb2.VisionInput], deadline: float | None) -> list[torch.Tensor]:
-        """The embeddings of the inputs, in order, each visual tokens × hidden.
+    async def encode(self, inputs: Sequence[vision_pb2.VisionInput], deadline: float | None) -> list[EncodedPicture]:
+        """The embeddings of the inputs, in order.
 
         Encoding has no effect but its result, so a lost call is sent again until the deadline.
 
@@ -48,7 +62,10 @@ class VisionClient:
                 tried.add(address)
                 try:
                     response = await self._call(address, request, deadline)
-                    return [tensor_from_proto(item.embedding) for item in response.embeddings]
+                    return [
+                        EncodedPicture(item.content_digest, tensor_from_proto(item.embedding))
+                        for item in response.embeddings
+                    ]
                 except grpc.aio.AioRpcError as error:
                     if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
                         raise DeadlineError("the deadline passed while the images were encoded") from error

@@ -13,16 +13,12 @@ import torch.nn.functional as F
 from experts.kernels.base import ExpertWeights, PreparedExperts
 from experts.kernels.packed_linear import MAX_PADDING, MAX_ROWS, PackedLinear, padded_rows, unavailable_reason
 from experts.kernels.reference import ReferenceExperts
+from experts.kernels.silu_multiply import silu_and_multiply
 
 _LOG = logging.getLogger(__name__)
 
 # Up to this many pairs, sorting in Python beats a sort, a histogram and their tensors.
 _FEW_PAIRS = 64
-# torch splits an element-wise loop over threads from 32768 elements on, anywhere in a row, and computes what is left
-# at the end of a piece with another exponential than the rest, which differs in the last bit. Smaller pieces, each of
-# whole rows of a strided view, meet the end of a row always at the same columns.
-_PIECE_ELEMENTS = 32768 - 1
-_PIECE_COLUMNS = 8192
 
 
 class PackedExperts:
@@ -96,26 +92,8 @@ class PackedExperts:
             sum_1D.add_(self._expert(expert, x_2D)[:1].mul_(weight_1K[:, k : k + 1]))
 
     def _expert(self, expert: int, x_ND: torch.Tensor) -> torch.Tensor:
-        gate_up_N2F = self._gate_up[expert].product(x_ND)
-        return self._down[expert].product(_silu_and_multiply(gate_up_N2F, self._inner_size))
-
-
-def _silu_and_multiply(gate_up_N2F: torch.Tensor, inner_size: int) -> torch.Tensor:
-    """silu of the left half times the right half; overwrites the left half."""
-    if gate_up_N2F.shape[0] * inner_size <= _PIECE_ELEMENTS:
-        gate_NF, up_NF = gate_up_N2F.chunk(2, dim=1)
-        return F.silu(gate_NF, inplace=True) * up_NF
-    inner_NF = gate_up_N2F.new_empty((gate_up_N2F.shape[0], inner_size))
-    columns = min(inner_size, _PIECE_COLUMNS)
-    rows = max(1, _PIECE_ELEMENTS // columns)
-    for row in range(0, gate_up_N2F.shape[0], rows):
-        piece_n2F = gate_up_N2F[row : row + rows]
-        for column in range(0, inner_size, columns):
-            end = min(column + columns, inner_size)
-            gate = F.silu(piece_n2F[:, column:end], inplace=True)
-            up = piece_n2F[:, inner_size + column : inner_size + end]
-            torch.mul(gate, up, out=inner_NF[row : row + rows, column:end])
-    return inner_NF
+        gate_NF, up_NF = self._gate_up[expert].product(x_ND).chunk(2, dim=1)
+        return self._down[expert].product(silu_and_multiply(gate_NF, up_NF))
 
 
 def _sort_in_python(expert_index_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, list[int]]:

@@ -1,8 +1,7 @@
 """Tensors to and from their protobuf message.
 
-Copies of the data: `tensor_to_proto` makes two (into a bytes object, and into the message), serialising makes one
-more; parsing makes one, and `tensor_from_proto` makes two (out of the message, and into memory that a kernel may
-write to).
+`tensor_to_proto` and `tensor_from_proto` are for any message and copy the data six times between them, parsing and
+serialising included. The token loop uses `experts.transport.wire`, which copies it once.
 """
 
 import math
@@ -29,20 +28,46 @@ _TORCH_TYPES = {data_type: dtype for dtype, data_type in _DATA_TYPES.items()}
 _SWAP_BYTES = sys.byteorder == "big"
 
 
+def data_type_of(dtype: torch.dtype) -> tensor_pb2.DataType:
+    """The protocol's name of a torch dtype.
+
+    Raises:
+        InvalidTensorError: it has none.
+    """
+    data_type = _DATA_TYPES.get(dtype)
+    if data_type is None:
+        names = ", ".join(str(known).removeprefix("torch.") for known in _DATA_TYPES)
+        raise InvalidTensorError(f"a tensor of {dtype} cannot be sent; convert it to one of {names}")
+    return data_type
+
+
+def torch_type_of(data_type: int, name: str) -> torch.dtype:
+    """The torch dtype of the protocol's name; `name` is the message's field, for the error.
+
+    Raises:
+        InvalidTensorError: it is unknown.
+    """
+    dtype: torch.dtype | None = _TORCH_TYPES.get(data_type)  # type: ignore[call-overload]
+    if dtype is None:
+        raise InvalidTensorError(f"{name}.dtype is {data_type}, which is no element type of the protocol")
+    return dtype
+
+
+def octets_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes that a tensor of any shape, layout and device has in a message; not copied where that can be helped."""
+    octets = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    if _SWAP_BYTES:
+        octets = _swapped(octets, tensor.element_size())
+    return octets.numpy().data
+
+
 def tensor_to_proto(tensor: torch.Tensor) -> tensor_pb2.Tensor:
     """The message of a tensor of any shape, layout and device.
 
     Raises:
         InvalidTensorError: the element type has no place in the protocol.
     """
-    data_type = _DATA_TYPES.get(tensor.dtype)
-    if data_type is None:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DATA_TYPES)
-        raise InvalidTensorError(f"a tensor of {tensor.dtype} cannot be sent; convert it to one of {names}")
-    octets = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    if _SWAP_BYTES:
-        octets = _swapped(octets, tensor.element_size())
-    return tensor_pb2.Tensor(dtype=data_type, shape=tensor.shape, data=octets.numpy().tobytes())
+    return tensor_pb2.Tensor(dtype=data_type_of(tensor.dtype), shape=tensor.shape, data=octets_of(tensor).tobytes())
 
 
 def tensor_from_proto(message: tensor_pb2.Tensor, name: str = "tensor") -> torch.Tensor:
@@ -56,9 +81,21 @@ def tensor_from_proto(message: tensor_pb2.Tensor, name: str = "tensor") -> torch
         InvalidTensorError: unknown element type, negative or absurd shape, or not exactly as many bytes as the shape
             takes; nothing is allocated before that is known.
     """
-    dtype = _TORCH_TYPES.get(message.dtype)
-    if dtype is None:
-        raise InvalidTensorError(f"{name}.dtype is {message.dtype}, which is no element type of the protocol")
+    # A bytearray, not the message's read-only bytes: torch would share those and let a kernel write into them.
+    return tensor_from_octets(message, bytearray(message.data), name)
+
+
+def tensor_from_octets(
+    message: tensor_pb2.Tensor, octets: bytearray | memoryview, name: str = "tensor"
+) -> torch.Tensor:
+    """The tensor of a message whose data is given apart, sharing the memory of the data.
+
+    Whoever gives read-only memory answers for it that nothing writes to the tensor.
+
+    Raises:
+        InvalidTensorError: see `tensor_from_proto`.
+    """
+    dtype = torch_type_of(message.dtype, name)
     shape = tuple(message.shape)
     if len(shape) > MAX_DIMENSIONS:
         raise InvalidTensorError(f"{name}.shape has {len(shape)} dimensions; at most {MAX_DIMENSIONS} are allowed")
@@ -66,19 +103,17 @@ def tensor_from_proto(message: tensor_pb2.Tensor, name: str = "tensor") -> torch
         raise InvalidTensorError(f"{name}.shape is {list(shape)}; sizes cannot be negative")
     if math.prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
         raise InvalidTensorError(f"{name}.shape is {list(shape)}; at most {MAX_ELEMENTS} elements are allowed")
-    data = message.data
     expected = math.prod(shape) * dtype.itemsize
-    if len(data) != expected:
+    if len(octets) != expected:
         raise InvalidTensorError(
-            f"{name}.data has {len(data)} bytes, but shape {list(shape)} of {str(dtype).removeprefix('torch.')} "
+            f"{name}.data has {len(octets)} bytes, but shape {list(shape)} of {str(dtype).removeprefix('torch.')} "
             f"takes {expected}"
         )
-    if not data:
+    if not octets:
         return torch.empty(shape, dtype=dtype)
     if _SWAP_BYTES:
-        return _swapped(torch.frombuffer(bytearray(data), dtype=torch.uint8), dtype.itemsize).view(dtype).reshape(shape)
-    # A bytearray, not the message's read-only bytes: torch would share those and let a kernel write into them.
-    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
+        return _swapped(torch.frombuffer(octets, dtype=torch.uint8), dtype.itemsize).view(dtype).reshape(shape)
+    return torch.frombuffer(octets, dtype=dtype).reshape(shape)
 
 
 def _swapped(octets: torch.Tensor, element_size: int) -> torch.Tensor:

@@ -28,7 +28,7 @@ def stalling(what):
             time.sleep(60)
     yield (lambda count: total.__setitem__(0, count)), advance
 
-cli._progress = stalling
+cli.byte_progress = stalling
 cli.app(sys.argv[1:])
 """
 

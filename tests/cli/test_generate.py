@@ -60,9 +60,10 @@ def test_the_answer_goes_to_stdout_and_its_provenance_to_stderr(
 def test_every_option_reaches_the_request(servicer: ScriptedEchoVLM, address: str, image: str) -> None:
     arguments = ["--task", "vqa", "--prompt", "Which side?", "--organ", "heart", "--organ", "liver", "--top-k", "5"]
     arguments += ["--temperature", "0.5", "--top-p", "0.25", "--repetition-penalty", "1.5", "--seed", "7"]
-    arguments += ["--max-new-tokens", "9", "--stop", "END", "--stop", "。", "--server", address]
+    arguments += ["--max-new-tokens", "9", "--stop", "END", "--stop", "。", "--session", "visit-1", "--server", address]
     assert run("generate", image, image, *arguments).exit_code == 0
     request = servicer.requests[0]
+    assert request.session_key == "visit-1"
     assert len(request.images) == 2
     assert (request.prompt, list(request.organs), list(request.stop)) == (
         "Which side?",

@@ -40,6 +40,7 @@ def test_every_option_reaches_its_field() -> None:
         seed=2**64 - 1,
         max_new_tokens=12,
         stop=["。", "\n\n"],
+        session_key="visit-1",
     )
     assert request.task == echovlm_pb2.TASK_VQA
     assert request.language == echovlm_pb2.LANGUAGE_CHINESE
@@ -50,6 +51,7 @@ def test_every_option_reaches_its_field() -> None:
     assert sampling.seed == 2**64 - 1
     assert request.max_new_tokens == 12
     assert list(request.stop) == ["。", "\n\n"]
+    assert request.session_key == "visit-1"
 
 
 def test_left_out_options_are_left_to_the_server() -> None:
@@ -60,6 +62,7 @@ def test_left_out_options_are_left_to_the_server() -> None:
     assert not request.sampling.HasField("seed")
     assert not request.organs
     assert not request.stop
+    assert request.session_key == ""
 
 
 def test_seed_zero_is_a_seed() -> None:

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from echovlm_ray.engine.engine import Engine
-from echovlm_ray.engine.sequence import Finish, SequenceRequest
+from echovlm_ray.engine.scheduler import Chunk
+from echovlm_ray.engine.sequence import Finish, SequenceRequest, StepOutput
+from echovlm_ray.engine.sequence import Sequence as EngineSequence
 from echovlm_ray.errors import DeadlineError, OverloadedError, ShuttingDownError
 from router.errors import ExpertsFailedError, ExpertsUnavailableError
 from router.local import LocalExperts
@@ -148,6 +150,56 @@ def test_a_sink_that_fails_harms_nobody(engine: Engine, prompt: SequenceRequest)
     engine.submit(of(prompt, "breast"), bad_sink)
     assert len(submit(engine, prompt).wait_well().token_ids) == 16
     wait_until(lambda: engine.free_blocks == free)
+
+
+def recorded_steps(engine: Engine) -> list[tuple[float, set[EngineSequence]]]:
+    """When each step of an engine that has not started yet begins, and for whom."""
+    steps: list[tuple[float, set[EngineSequence]]] = []
+    step = engine._runner.step
+
+    def recording(chunks: list[Chunk]) -> Any:
+        steps.append((time.monotonic(), {chunk.sequence for chunk in chunks}))
+        return step(chunks)
+
+    engine._runner.step = recording  # type: ignore[method-assign, assignment]
+    return steps
+
+
+def test_the_step_after_a_cancellation_is_without_the_request(engine: Engine, prompt: SequenceRequest) -> None:
+    steps = recorded_steps(engine)
+    own: list[EngineSequence] = []
+    told = []
+
+    def sink(output: StepOutput | Exception) -> None:
+        told.append(output)
+        if len(told) == 3:
+            engine.cancel(own[0])
+
+    try:
+        with engine._condition:
+            own.append(engine.submit(of(prompt, "breast", max_new_tokens=1500, stop_token_ids=frozenset()), sink))
+            other = submit(engine, of(prompt, "breast", max_new_tokens=10, stop_token_ids=frozenset()))
+        other.wait_well()
+    finally:
+        del engine._runner.step
+    assert len(told) == 3
+    assert sum(own[0] in sequences for _, sequences in steps) == 3 + (len(prompt.input_ids) - 1) // 64
+    assert not own[0].block_table
+
+
+def test_no_step_begins_for_an_expired_request(engine: Engine, prompt: SequenceRequest) -> None:
+    steps = recorded_steps(engine)
+    deadline = time.monotonic() + 0.15
+    try:
+        endless = of(prompt, "breast", max_new_tokens=3000, stop_token_ids=frozenset(), deadline=deadline)
+        answer = submit(engine, endless).wait()
+    finally:
+        del engine._runner.step
+    assert isinstance(answer.error, DeadlineError)
+    begun = [begun for begun, sequences in steps if answer.sequence in sequences]
+    assert len(begun) > 2
+    # One may have been looked at just before and begun just after.
+    assert sum(each > deadline for each in begun) <= 1
 
 
 class FaultyExperts(LocalExperts):

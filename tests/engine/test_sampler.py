@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from echovlm_ray.engine import sampler
-from echovlm_ray.engine.sampler import NonFiniteLogitsError, next_token
+from echovlm_ray.engine.sampler import NonFiniteLogitsError, next_tokens
 from echovlm_ray.engine.sequence import SamplingParams, Sequence, SequenceRequest
 
 VOCABULARY = 50
@@ -31,6 +31,13 @@ def sequence(sampling: SamplingParams, token_ids: list[int]) -> Sequence:
         sampling=sampling,
     )
     return Sequence.start(request, lambda output: None)
+
+
+def next_token(own: Sequence, logits_V: torch.Tensor) -> int:
+    (chosen,) = next_tokens([(own, logits_V)])
+    if isinstance(chosen, Exception):
+        raise chosen
+    return chosen
 
 
 @settings(max_examples=150, deadline=None)
@@ -96,3 +103,47 @@ def test_a_tiny_temperature_is_greedy_and_does_not_overflow() -> None:
 def test_logits_that_are_no_numbers_are_an_error(temperature: float, value: float) -> None:
     with pytest.raises(NonFiniteLogitsError):
         next_token(sequence(SamplingParams(temperature=temperature), [0]), torch.tensor([1.0, value, 2.0]))
+
+
+def test_a_step_chooses_for_each_sequence_as_if_it_were_alone() -> None:
+    generator = torch.Generator().manual_seed(2)
+    kinds = [
+        SamplingParams(),
+        SamplingParams(temperature=1.5, seed=4),
+        SamplingParams(repetition_penalty=1.7),
+        SamplingParams(temperature=0.7, top_k=5, top_p=0.8, repetition_penalty=1.2, seed=9),
+    ] * 3
+    together = [sequence(kind, [3, 5, 5, 11]) for kind in kinds]
+    alone = [sequence(kind, [3, 5, 5, 11]) for kind in kinds]
+    for _ in range(20):
+        logits_BV = torch.randn(len(kinds), VOCABULARY, generator=generator)
+        chosen = next_tokens(list(zip(together, logits_BV, strict=True)))
+        assert chosen == [next_token(own, logits_V) for own, logits_V in zip(alone, logits_BV, strict=True)]
+
+
+def test_one_row_that_is_no_number_is_nobody_elses_trouble() -> None:
+    logits_BV = torch.randn(4, VOCABULARY)
+    logits_BV[1, 7] = torch.nan
+    logits_BV[3, 2] = torch.inf
+    own = [sequence(SamplingParams(temperature=temperature), [0]) for temperature in (0.0, 0.0, 1.0, 1.0)]
+    chosen = next_tokens(list(zip(own, logits_BV, strict=True)))
+    assert [isinstance(each, NonFiniteLogitsError) for each in chosen] == [False, True, False, True]
+    assert chosen[0] == int(logits_BV[0].argmax())
+    assert next_tokens([]) == []
+
+
+@given(
+    st.lists(
+        st.lists(st.floats(-9, 9, width=32) | st.just(math.nan) | st.just(math.inf), min_size=8, max_size=8),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_the_largest_values_are_found_alike_on_a_processor_and_on_a_device(values: list[list[float]]) -> None:
+    rows = list(torch.tensor(values))
+    here, there = sampler._highest(rows), sampler._highest_together(rows)
+    for (one, place), (other, other_place) in zip(here, there, strict=True):
+        if math.isnan(one):
+            assert math.isnan(other)
+        else:
+            assert (one, place) == (other, other_place)

@@ -1,6 +1,8 @@
 """Blocks are neither lost nor given twice, whatever happens to the sequences."""
 
 import time
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echovlm_ray.engine.kv_cache import BLOCK_SIZE, BlockPool, KVCache
+from echovlm_ray.engine.block_pool import BLOCK_SIZE, BlockPool
+from echovlm_ray.engine.kv_cache import KVCache
 from echovlm_ray.engine.scheduler import Chunk, Scheduler
 from echovlm_ray.engine.sequence import Sequence, SequenceRequest
 from echovlm_ray.errors import OverloadedError
@@ -17,9 +20,9 @@ from router.errors import ExpertsUnavailableError
 ORGANS = ("breast", "liver")
 
 
-def sequence(num_prompt: int, max_new_tokens: int, organ: str = "breast") -> Sequence:
+def sequence(num_prompt: int, max_new_tokens: int, organ: str = "breast", first_token: int = 0) -> Sequence:
     request = SequenceRequest(
-        input_ids=tuple(range(num_prompt)),
+        input_ids=tuple(range(first_token, first_token + num_prompt)),
         position_ids_3T=torch.zeros(3, num_prompt, dtype=torch.int64),
         position_delta=0,
         expert_set_id="set",
@@ -41,62 +44,109 @@ class Outage:
 
 
 def scheduler(
-    num_blocks: int = 20, outage: Outage | None = None, *, batch: int = 4, queue: int = 8, prefill: int = 32
+    num_blocks: int = 20,
+    outage: Outage | None = None,
+    *,
+    batch: int = 4,
+    queue: int = 8,
+    prefill: int = 32,
+    prefix_reuse: bool = True,
 ) -> Scheduler:
     return Scheduler(
-        BlockPool(num_blocks), outage or Outage(), max_batch_size=batch, max_queue=queue, max_prefill_tokens=prefill
+        BlockPool(num_blocks),
+        outage or Outage(),
+        max_batch_size=batch,
+        max_queue=queue,
+        max_prefill_tokens=prefill,
+        prefix_reuse=prefix_reuse,
     )
 
 
-def advance(planned: Scheduler, chunks: list[Chunk]) -> None:
+class Memory:
+    """What a real cache would hold: for every slot, what the token's keys and values were computed from."""
+
+    def __init__(self) -> None:
+        self.slots: dict[int, object] = {}
+
+    def compute(self, chunk: Chunk) -> None:
+        own = chunk.sequence
+        for index in range(chunk.end):
+            slot = own.block_table[index // BLOCK_SIZE] * BLOCK_SIZE + index % BLOCK_SIZE
+            source = (own.request.shares, hash(tuple(own.token_ids[: index + 1])))
+            if index < chunk.start:
+                assert self.slots[slot] == source, "a sequence sees what was computed for another"
+            else:
+                self.slots[slot] = source
+
+
+def advance(planned: Scheduler, chunks: list[Chunk], memory: Memory | None = None) -> None:
     """What the engine does with the chunks of a step that worked."""
     for chunk in chunks:
         own = chunk.sequence
+        if memory is not None:
+            memory.compute(chunk)
         own.resume()
-        own.num_computed = chunk.end
+        num_blocks = (chunk.end - 1) // BLOCK_SIZE - chunk.start // BLOCK_SIZE + 1
+        own.add_computed(chunk.end, [{}] * num_blocks)
         if chunk.reaches_last_token:
-            own.token_ids.append(0)
+            planned.publish(own)
+            own.token_ids.append(7 * len(own.token_ids) % 3)
             if own.num_generated >= own.request.max_new_tokens:
                 planned.finish(own)
 
 
 def check(planned: Scheduler) -> None:
-    held = [block for own in planned.running for block in own.block_table]
-    assert sorted(held + planned.pool._free) == list(range(planned.pool.num_blocks))
+    pool = planned.pool
+    holders = Counter(block for own in planned.running for block in own.block_table)
+    assert [holders[block] for block in range(pool.num_blocks)] == pool._num_holders
+    assert sorted([*holders, *pool._free, *pool._kept]) == list(range(pool.num_blocks))
     assert not any(own.block_table for own in planned.waiting)
     for own in planned.running:
-        assert not own.block_table or len(own.block_table) * BLOCK_SIZE >= own.max_tokens
-        assert own.block_table or own.num_computed == 0
+        assert len(own.block_table) == len(set(own.block_table))
+        assert len(own.block_table) * BLOCK_SIZE >= own.num_computed
+        assert all(holders[block] == 1 for block in own.block_table[own.num_computed // BLOCK_SIZE :])
 
 
 actions = st.one_of(
-    st.tuples(st.just("add"), st.integers(1, 100), st.integers(1, 20), st.sampled_from(ORGANS)),
+    st.tuples(
+        st.just("add"), st.integers(1, 100), st.integers(1, 40), st.sampled_from(ORGANS), st.sampled_from([0, 16])
+    ),
     st.tuples(st.just("cancel"), st.integers(0, 50)),
     st.tuples(st.just("step")),
     st.tuples(st.just("fail"), st.integers(0, 50)),
     st.tuples(st.just("outage"), st.sampled_from(ORGANS)),
     st.tuples(st.just("recovery"), st.sampled_from(ORGANS)),
+    st.tuples(st.just("forget")),
 )
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(actions, max_size=60))
-def test_no_block_is_lost_and_everything_ends(script: list[tuple[Any, ...]]) -> None:
-    outage = Outage()
-    planned = scheduler(outage=outage)
+@settings(max_examples=300, deadline=None)
+@given(
+    script=st.lists(actions, max_size=60),
+    num_blocks=st.sampled_from([9, 12, 20]),
+    batch=st.integers(1, 5),
+    prefix_reuse=st.booleans(),
+)
+def test_no_block_is_lost_and_everything_ends(
+    script: list[tuple[Any, ...]], num_blocks: int, batch: int, prefix_reuse: bool
+) -> None:
+    outage, memory = Outage(), Memory()
+    planned = scheduler(num_blocks, outage, batch=batch, prefix_reuse=prefix_reuse)
     for action, *arguments in script:
         everyone = [*planned.running, *planned.waiting]
         if action == "add":
             try:
                 planned.add(sequence(*arguments))
             except OverloadedError:
-                assert len(planned.waiting) == planned.max_queue
+                assert len(planned.waiting) >= planned.max_queue
         elif action == "cancel" and everyone:
             planned.finish(everyone[arguments[0] % len(everyone)])
         elif action == "outage":
             outage.organs.add(arguments[0])
         elif action == "recovery":
             outage.organs.discard(arguments[0])
+        elif action == "forget":
+            planned.pool.forget_expert_set("set")
         elif action in ("step", "fail"):
             chunks = planned.schedule()
             check(planned)
@@ -106,7 +156,7 @@ def test_no_block_is_lost_and_everything_ends(script: list[tuple[Any, ...]]) -> 
             if action == "fail" and chunks:
                 lost = chunks.pop(arguments[0] % len(chunks))
                 lost.sequence.stall(ExpertsUnavailableError("breast", "lost"), time.monotonic() - 10)
-            advance(planned, chunks)
+            advance(planned, chunks, memory)
         check(planned)
     outage.organs.clear()
     for _ in range(3000):
@@ -114,15 +164,148 @@ def test_no_block_is_lost_and_everything_ends(script: list[tuple[Any, ...]]) -> 
             break
         for own in planned.running:
             own.retry_at = 0.0
-        advance(planned, planned.schedule())
+        chunks = planned.schedule()
+        assert chunks, "nothing advances"
+        advance(planned, chunks, memory)
+        check(planned)
     assert not planned.running
     assert not planned.waiting
     assert planned.pool.num_free == planned.pool.num_blocks
+    assert prefix_reuse or not planned.pool.num_kept
+    planned.pool.forget_all()
+    assert sorted(planned.pool._free) == list(range(num_blocks))
+
+
+def test_more_are_admitted_than_could_reach_their_longest_end() -> None:
+    planned = scheduler(num_blocks=8, batch=8)
+    for _ in range(4):
+        planned.add(sequence(10, 100))
+    assert len(planned.schedule()) == 4
+
+
+def test_the_latest_gives_its_blocks_and_goes_on_where_it_was() -> None:
+    planned = scheduler(num_blocks=5, batch=3, prefill=100, prefix_reuse=False)
+    old, young = sequence(30, 30), sequence(25, 30, first_token=500)
+    planned.add(old)
+    planned.add(young)
+    order = []
+    while planned.running or planned.waiting:
+        before = len(young.token_ids)
+        chunks = planned.schedule()
+        order.append([chunk.sequence for chunk in chunks])
+        if young in planned.waiting:
+            assert len(young.token_ids) == before, "a token was lost"
+        advance(planned, chunks)
+    assert planned.preemptions
+    assert [young.num_generated, old.num_generated] == [30, 30]
+    assert all(old in step for step in order[:30]), "the oldest was held up"
+
+
+def test_one_that_was_sent_back_comes_before_those_that_wait() -> None:
+    planned = scheduler(num_blocks=4, batch=2, prefill=100, prefix_reuse=False)
+    own = [sequence(31, 20, first_token=100 * number) for number in range(3)]
+    planned.add(own[0])
+    advance(planned, planned.schedule())
+    planned.add(own[1])
+    planned.add(own[2])
+    ended: list[Sequence] = []
+    while planned.running or planned.waiting:
+        advance(planned, planned.schedule())
+        ended += [each for each in own if each not in ended and each.num_generated == 20]
+    assert ended == own
+
+
+def test_a_longest_request_alone_can_always_finish() -> None:
+    planned = scheduler(num_blocks=6, batch=4)
+    longest = sequence(16, 81)
+    for each in (sequence(40, 30, first_token=300), longest, sequence(40, 30, first_token=600)):
+        planned.add(each)
+    for _ in range(300):
+        advance(planned, planned.schedule())
+    assert not planned.running
+    assert not planned.waiting
+    assert longest.num_generated == 81
+
+
+def test_a_prompt_begins_with_what_another_left_behind() -> None:
+    planned = scheduler(num_blocks=20, prefill=100)
+    first, same, longer = sequence(40, 1), sequence(40, 1), sequence(70, 1)
+    other_organ = sequence(40, 1, "liver")
+    planned.add(first)
+    advance(planned, planned.schedule())
+    assert planned.pool.num_kept == 2
+    spans = []
+    for each in (same, longer, other_organ):
+        planned.add(each)
+        (chunk,) = planned.schedule()
+        spans.append((chunk.start, chunk.end))
+        advance(planned, [chunk])
+    assert spans == [(32, 40), (32, 70), (0, 40)]
+    assert planned.prefix_hits == 64
+
+
+def test_the_last_token_is_always_computed() -> None:
+    planned = scheduler(num_blocks=20, prefill=100)
+    for start in (0, 16, 16):
+        planned.add(sequence(32, 1))
+        (chunk,) = planned.schedule()
+        assert (chunk.start, chunk.end) == (start, 32)
+        advance(planned, [chunk])
+
+
+def test_an_answer_and_its_prompt_are_where_the_next_turn_begins() -> None:
+    planned = scheduler(num_blocks=20, prefill=100)
+    first = sequence(20, 20)
+    planned.add(first)
+    while planned.running or planned.waiting:
+        advance(planned, planned.schedule())
+    request = replace(
+        first.request,
+        input_ids=(*first.token_ids, 1, 2, 3),
+        position_ids_3T=torch.cat([torch.zeros(3, 20, dtype=torch.int64), torch.arange(20, 43).expand(3, -1)], dim=1),
+    )
+    planned.add(Sequence.start(request, lambda output: None))
+    (chunk,) = planned.schedule()
+    # 39 of the 40 tokens were in the cache: two full blocks.
+    assert (chunk.start, chunk.end) == (32, 43)
+
+
+def test_who_wants_logits_computes_everything() -> None:
+    planned = scheduler(num_blocks=20, prefill=100)
+    planned.add(sequence(40, 1))
+    advance(planned, planned.schedule())
+    request = replace(sequence(40, 1).request, return_logits=True)
+    planned.add(Sequence.start(request, lambda output: None))
+    (chunk,) = planned.schedule()
+    assert (chunk.start, chunk.end) == (0, 40)
+
+
+def test_what_was_not_computed_well_is_not_shared() -> None:
+    planned = scheduler(num_blocks=20, prefill=24)
+    planned.add(sequence(40, 1))
+    advance(planned, planned.schedule())
+    # Half a prompt, from which no token came yet.
+    planned.add(sequence(40, 1))
+    chunks = planned.schedule()
+    assert [(chunk.start, chunk.end) for chunk in chunks] == [(24, 40), (0, 8)]
+
+
+def test_prompts_share_the_budget_in_the_order_in_which_they_came() -> None:
+    planned = scheduler(num_blocks=100, batch=8, prefill=50, prefix_reuse=False)
+    own = [sequence(length, 5, first_token=100 * length) for length in (20, 60, 10, 15)]
+    for each in own:
+        planned.add(each)
+    steps = []
+    for _ in range(3):
+        chunks = planned.schedule()
+        steps.append([(own.index(chunk.sequence), chunk.end - chunk.start) for chunk in chunks])
+        advance(planned, chunks)
+    assert steps == [[(0, 20), (1, 30)], [(0, 1), (1, 30), (2, 10), (3, 10)], [(0, 1), (1, 1), (2, 1), (3, 5)]]
 
 
 def test_sequences_of_a_lost_organ_make_room_for_the_others() -> None:
     outage = Outage()
-    planned = scheduler(num_blocks=4, outage=outage, batch=2)
+    planned = scheduler(num_blocks=4, outage=outage, batch=2, prefix_reuse=False)
     lost = [sequence(30, 3, "liver") for _ in range(2)]
     for own in lost:
         planned.add(own)
@@ -175,16 +358,6 @@ def test_limits_are_named() -> None:
     planned.add(sequence(30, 3))
     with pytest.raises(OverloadedError, match=r"1 requests already wait \(router.max_queue\)"):
         planned.add(sequence(1, 1))
-
-
-def test_a_released_block_cannot_be_released_again() -> None:
-    pool = BlockPool(2)
-    blocks = pool.allocate(2)
-    assert blocks is not None
-    assert pool.allocate(1) is None
-    pool.release(blocks)
-    with pytest.raises(AssertionError, match="twice"):
-        pool.release(blocks)
 
 
 @given(st.permutations(range(6)), st.data())

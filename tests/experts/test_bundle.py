@@ -1,36 +1,25 @@
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
 
-from experts.bundle import Bundle, file_sha256
+from experts.bundle import Bundle
 from experts.bundle_layout import expert_tensor, gate_tensor
 from experts.bundle_writer import derive_bundle, write_bundle
 from experts.errors import InvalidBundleError
+from experts.manifest import FileEntry, Manifest
+from experts.safetensors_reader import SafetensorsFile
+from tests.experts.bad_bundles import BAD_BUNDLES, SMALL, change_tensor, small_bundle
 
 MakeBundle = Callable[..., Path]
-
-
-def declare(directory: Path, **changes: Any) -> None:
-    """Makes the manifest agree with the files as they are now."""
-    path = directory / "manifest.json"
-    content = json.loads(path.read_bytes())
-    for file in content["files"]:
-        where = directory / file["path"]
-        file.update(sha256=file_sha256(where), size=where.stat().st_size)
-    path.write_text(json.dumps({**content, **changes}))
-
-
-def replace_tensors(directory: Path, file: str, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    tensors = {name: tensor.clone() for name, tensor in load_file(directory / file).items()}
-    change(tensors)
-    save_file(tensors, directory / file)
-    declare(directory)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -140,106 +129,9 @@ def test_layers_that_do_not_exist(make_bundle: MakeBundle) -> None:
     assert bundle.prototype() is None
 
 
-def flip_last_byte(directory: Path) -> None:
-    path = directory / "experts.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-
-
-def truncate(directory: Path) -> None:
-    os.truncate(directory / "experts.safetensors", 1000)
-
-
-def truncate_and_declare(directory: Path) -> None:
-    truncate(directory)
-    declare(directory)
-
-
-def replace_by_link(directory: Path) -> None:
-    path = directory / "experts.safetensors"
-    path.rename(directory.parent / "elsewhere")
-    path.symlink_to(directory.parent / "elsewhere")
-
-
-def replace_by_pipe(directory: Path) -> None:
-    (directory / "gate.safetensors").unlink()
-    os.mkfifo(directory / "gate.safetensors")
-
-
-def replace_by_pickle(directory: Path) -> None:
-    torch.save({"layers.0.gate.weight": torch.zeros(3, 16)}, directory / "gate.safetensors")
-    declare(directory)
-
-
-def repeat_a_tensor(directory: Path) -> None:
-    extra = load_file(directory / "gate.safetensors")[gate_tensor(0)]
-    replace_tensors(directory, "experts.safetensors", lambda tensors: tensors.update({gate_tensor(0): extra}))
-
-
-def lose_a_tensor(directory: Path) -> None:
-    def lose(tensors: dict[str, torch.Tensor]) -> None:
-        del tensors[gate_tensor(1)]
-
-    replace_tensors(directory, "gate.safetensors", lose)
-
-
-def change_tensor(file: str, name: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
-    return lambda directory: replace_tensors(
-        directory, file, lambda tensors: tensors.update({name: make(tensors[name])})
-    )
-
-
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [
-        (
-            lambda directory: (directory / "gate.safetensors").unlink(),
-            "gate.safetensors: named by the manifest and missing",
-        ),
-        (lambda directory: (directory / "extra.safetensors").touch(), "extra.safetensors: is not in the manifest"),
-        (lambda directory: (directory / "code.py").touch(), "code.py: is not in the manifest"),
-        (lambda directory: (directory / "folder").mkdir(), "folder: is not in the manifest"),
-        (truncate, "experts.safetensors: has 1000 bytes, the manifest says"),
-        (flip_last_byte, "experts.safetensors: is damaged"),
-        (replace_by_link, "experts.safetensors: is a link"),
-        (replace_by_pipe, "gate.safetensors: .*no plain file"),
-        (replace_by_pickle, "gate.safetensors: is truncated or no safetensors file"),
-        (truncate_and_declare, "experts.safetensors: .*truncated"),
-        (repeat_a_tensor, "gate.safetensors: tensor layers.0.gate.weight is also in experts.safetensors"),
-        (
-            lose_a_tensor,
-            "1 tensors are missing, the first is layers.1.gate.weight",
-        ),
-        (
-            lambda directory: replace_tensors(
-                directory, "gate.safetensors", lambda tensors: tensors.update(surprise=torch.zeros(1))
-            ),
-            "gate.safetensors: 1 unexpected tensors, the first is surprise",
-        ),
-        (
-            change_tensor("gate.safetensors", gate_tensor(0), lambda gate: gate[:2].clone()),
-            r"layers.0.gate.weight has the shape \[2, 16\], the manifest's sizes make it \[3, 16\]",
-        ),
-        (
-            change_tensor("experts.safetensors", expert_tensor(1, 2, "down"), lambda down: down.T.contiguous()),
-            r"layers.1.experts.2.down_proj.weight has the shape \[24, 16\]",
-        ),
-        (
-            change_tensor("experts.safetensors", expert_tensor(0, 0, "up"), lambda up: up.half()),
-            "layers.0.experts.0.up_proj.weight is torch.float16, the manifest says torch.float32",
-        ),
-        (
-            change_tensor("experts.safetensors", expert_tensor(0, 1, "up"), lambda up: up.fill_(float("nan"))),
-            "layers.0.experts.1.up_proj.weight has values that are infinite",
-        ),
-        (lambda directory: declare(directory, num_experts=4), "6 tensors are missing"),
-        (lambda directory: declare(directory, has_prototype=True), "missing, the first is prototype"),
-    ],
-)
-def test_damage_is_refused_with_its_own_reason(
-    damage: Callable[[Path], None], reason: str, make_bundle: MakeBundle
-) -> None:
+@pytest.mark.parametrize("kind", BAD_BUNDLES)
+def test_damage_is_refused_with_its_own_reason(kind: str, make_bundle: MakeBundle) -> None:
+    damage, reason = BAD_BUNDLES[kind]
     directory = make_bundle()
     Bundle.open(directory).verify(finite=True)
     damage(directory)
@@ -261,3 +153,92 @@ def test_a_folder_without_a_manifest_is_no_bundle(make_bundle: MakeBundle, tmp_p
     (directory / "manifest.json").symlink_to(tmp_path / "manifest.json")
     with pytest.raises(InvalidBundleError, match="is no bundle"):
         Bundle.open(directory)
+
+
+@st.composite
+def damaged(draw: st.DrawFn, content: bytes) -> bytes:
+    """Bytes changed, cut out, doubled or put in, a few times."""
+    result = bytearray(content)
+    for _ in range(draw(st.integers(1, 4))):
+        position = draw(st.integers(0, len(result)))
+        action = draw(st.sampled_from(["change", "cut", "insert", "truncate"]))
+        if action == "change" and position < len(result):
+            result[position] = draw(st.integers(0, 255))
+        elif action == "cut":
+            del result[position : position + draw(st.integers(1, 20))]
+        elif action == "insert":
+            result[position:position] = draw(st.binary(min_size=1, max_size=20))
+        else:
+            del result[position:]
+    return bytes(result)
+
+
+def only_refused(directory: Path) -> None:
+    """Opens and uses all of a bundle; anything but a refusal or success fails the test."""
+    try:
+        bundle = Bundle.open(directory)
+        bundle.verify(digests=False, finite=True)
+        bundle.load_layer(0)
+        bundle.gate_ED(0)
+    except InvalidBundleError as error:
+        str(error).encode()
+
+
+@given(data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_whatever_a_manifest_is_it_is_read_or_refused(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        directory = small_bundle(folder)
+        path = directory / "manifest.json"
+        content = path.read_bytes()
+        path.write_bytes(data.draw(damaged(content) | st.binary(max_size=200)))
+        only_refused(directory)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=5), children, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(field=st.sampled_from(sorted(Manifest.model_fields)), value=JSON)
+@settings(max_examples=200, deadline=None)
+def test_whatever_a_field_is_it_is_read_or_refused(field: str, value: Any) -> None:
+    files = [FileEntry(path=f"{name}.safetensors", sha256="0" * 64, size=1) for name in "ab"]
+    good = Manifest(format="echovlm-experts-1", files=tuple(files), **SMALL.model_dump()).model_dump(mode="json")
+    try:
+        Manifest.from_json(json.dumps({**good, field: value}).encode(), "manifest.json")
+    except InvalidBundleError as error:
+        str(error).encode()
+
+
+@given(data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_whatever_a_header_is_it_is_read_or_refused(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        directory = small_bundle(folder)
+        path = directory / data.draw(st.sampled_from(["experts.safetensors", "gate.safetensors"]))
+        content = path.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        header = data.draw(damaged(content[8 : 8 + length]))
+        # Mostly with a length that fits, or nothing but the length would ever be looked at.
+        prefix = data.draw(st.just(len(header).to_bytes(8, "little")) | st.binary(min_size=8, max_size=8))
+        path.write_bytes(prefix + header + content[8 + length :])
+        manifest = json.loads((directory / "manifest.json").read_bytes())
+        for file in manifest["files"]:
+            file["size"] = (directory / file["path"]).stat().st_size
+        (directory / "manifest.json").write_text(json.dumps(manifest))
+        only_refused(directory)
+
+
+@given(content=st.binary(max_size=300))
+@settings(max_examples=200, deadline=None)
+def test_whatever_a_file_is_it_is_read_or_refused(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.safetensors"
+        path.write_bytes(content)
+        try:
+            SafetensorsFile(path)
+        except InvalidBundleError as error:
+            str(error).encode()

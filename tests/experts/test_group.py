@@ -14,6 +14,7 @@ from experts.errors import (
     ExpertCapacityError,
     InvalidBundleError,
     InvalidTensorError,
+    SignatureError,
     UnknownBundleError,
 )
 from experts.group import ExpertGroup
@@ -370,3 +371,24 @@ def test_many_threads_at_once(registry: Registry, make_bundle: MakeBundle) -> No
     for manifest in manifests:
         group.unload(manifest.digest)
     assert group._state.held_bytes == 0
+
+
+def test_a_bundle_that_is_not_admitted_takes_no_memory(registry: Registry, pushed: Manifest) -> None:
+    asked: list[Bundle] = []
+
+    def refuse(bundle: Bundle) -> None:
+        asked.append(bundle)
+        raise SignatureError("it is not signed")
+
+    group = ExpertGroup(
+        "breast", registry, ReferenceKernel(), device="cpu", max_resident_bytes=BUNDLE_BYTES, admit=refuse
+    )
+    with pytest.raises(SignatureError, match="not signed"):
+        group.load(pushed.digest)
+    assert [bundle.digest for bundle in asked] == [pushed.digest]
+    assert group.resident() == []
+    admitted = ExpertGroup(
+        "breast", registry, ReferenceKernel(), device="cpu", max_resident_bytes=BUNDLE_BYTES, admit=asked.append
+    )
+    admitted.load(pushed.digest)
+    assert len(asked) == 2

@@ -16,6 +16,7 @@ from experts.bundle import Bundle
 from experts.bundle_writer import derive_bundle
 from experts.errors import InvalidBundleError, UnknownBundleError
 from experts.registry import Registry
+from experts.registry_store import RemoteStore
 
 MakeBundle = Callable[..., Path]
 
@@ -51,7 +52,7 @@ def test_what_is_pushed_is_found(any_registry: Registry, make_bundle: MakeBundle
 
 
 def any_registry_cache(registry: Registry) -> Path | None:
-    return getattr(registry._store, "_cache", None)
+    return registry._store._cache.directory if isinstance(registry._store, RemoteStore) else None
 
 
 def test_pushing_again_changes_nothing(registry: Registry, make_bundle: MakeBundle) -> None:
@@ -222,14 +223,14 @@ def test_fetched_files_are_checked_and_kept(make_bundle: MakeBundle, tmp_path: P
     filesystem.pipe_file(remote, content + b"x")
     with pytest.raises(InvalidBundleError, match=r"experts.safetensors: is damaged"):
         registry.open(manifest.digest)
-    assert not cache.exists() or list(cache.iterdir()) == []
+    assert list(cache.glob("*.safetensors")) == list(cache.glob(".*.partial")) == []
 
     filesystem.pipe_file(remote, content)
     registry.open(manifest.digest).verify()
     filesystem.rm_file(remote)
     # From the cache now.
     registry.open(manifest.digest).verify()
-    assert sorted(file.name for file in cache.iterdir()) == sorted(
+    assert sorted(file.name for file in cache.glob("*.safetensors")) == sorted(
         f"{entry.sha256}.safetensors" for entry in manifest.files
     )
     shutil.rmtree(cache)

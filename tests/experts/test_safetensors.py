@@ -190,7 +190,7 @@ def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[
         (b"", "truncated"),
         (b"\1\0\0", "truncated"),
         (b"\xff" * 8 + b"{}", "truncated or no safetensors"),
-        (b"\x80\x04\x95" + b"p" * 40, "truncated or no safetensors"),
+        (b"\x80\x04\x95" + b"p" * 40, "is a pickle"),
         (raw(b"{"), "header is not valid"),
         (raw(b"\xff\xfe"), "header is not valid"),
         (raw(b"[" * 100_000), "header is not valid"),

@@ -20,7 +20,7 @@ from experts.kernels.base import ExpertWeights
 from experts.kernels.reference import ReferenceExperts, ReferenceKernel
 from experts.manifest import Manifest
 from experts.registry import Registry
-from experts.service import ExpertGroupService
+from experts.service import ExpertGroupService, add_expert_group_to_server
 from experts.transport.codec import tensor_from_proto, tensor_to_proto
 from protos import expert_pb2, expert_pb2_grpc, tensor_pb2
 
@@ -81,7 +81,7 @@ async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
             inline_multiply_adds=inline_multiply_adds,
         )
         server = grpc.aio.server(interceptors=[CallInterceptor()])
-        expert_pb2_grpc.add_ExpertGroupServicer_to_server(service, server)
+        add_expert_group_to_server(service, server)
         address = f"unix:{tmp_path}/socket" if unix else "127.0.0.1:0"
         port = server.add_insecure_port(address)
         await server.start()

@@ -1,6 +1,8 @@
 """The dispatcher against the formula, on real expert groups."""
 
+import time
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,16 @@ from router.errors import ExpertsUnavailableError
 from router.exchange import Exchange
 from router.expert_gates import ExpertGates
 from router.expert_set import ExpertSet, ExpertSetMember, Routing
+from router.stopwatch import STAGES, Stopwatch
+from tests.engines import dispatcher as dispatcher_of
+from tests.engines import local_experts, remote_experts
+from tests.expert_servers import server_thread
 from tests.split_golden import split_golden
 
 HIDDEN = 8
-# Organs may differ in their number of experts.
+# Organs may differ in their number of experts; those that do not are gated together.
 SIZES = {"breast": 4, "liver": 2, "heart": 1}
+EQUAL_SIZES = {"breast": 3, "liver": 3, "heart": 3}
 ORGANS = tuple(SIZES)
 
 
@@ -40,10 +47,12 @@ class ScalingExperts:
         x_TD: torch.Tensor,
         expert_index_TK: torch.Tensor,
         weight_TK: torch.Tensor,
+        row_R: torch.Tensor | None = None,
     ) -> Exchange:
         if organ in self.lost:
             raise ExpertsUnavailableError(organ, "lost")
-        assert expert_index_TK.dtype == torch.int32
+        assert expert_index_TK.dtype in (torch.int32, torch.int64)
+        x_TD = x_TD if row_R is None else x_TD[row_R]
         assert weight_TK.dtype == x_TD.dtype
         self.sent.append((organ, bundle_digest, x_TD, expert_index_TK))
         factor_TK = torch.where(expert_index_TK == NO_EXPERT, 0.0, scale(organ, expert_index_TK))
@@ -60,6 +69,7 @@ class ScalingExperts:
 class Answered:
     def __init__(self, organ: str, output_TD: torch.Tensor, lost: bool) -> None:
         self.organ, self.output_TD, self.lost = organ, output_TD, lost
+        self.gather_s = self.compute_s = 0.0
 
     def result(self) -> torch.Tensor:
         if self.lost:
@@ -71,14 +81,20 @@ def scale(organ: str, expert: torch.Tensor) -> torch.Tensor:
     return torch.pow(2.0, expert + 4.0 * ORGANS.index(organ))
 
 
-def gates(routing: Routing, seed: int = 0, layers: int = 2, digests: Mapping[str, str] | None = None) -> ExpertGates:
+def gates(
+    routing: Routing,
+    seed: int = 0,
+    layers: int = 2,
+    digests: Mapping[str, str] | None = None,
+    sizes: Mapping[str, int] = SIZES,
+) -> ExpertGates:
     generator = torch.Generator().manual_seed(seed)
     members = tuple(
         ExpertSetMember(organ=organ, bundle_digest=(digests or {}).get(organ, f"{organ}-{seed}")) for organ in ORGANS
     )
     rows = {
         organ: tuple(torch.randn(count, HIDDEN, generator=generator) for _ in range(layers))
-        for organ, count in SIZES.items()
+        for organ, count in sizes.items()
     }
     return ExpertGates(ExpertSet(backbone_digest="b", routing=routing, members=members), rows)
 
@@ -88,7 +104,7 @@ def expected(own: ExpertGates, layer: int, x_TD: torch.Tensor, shares: Mapping[s
     total_TD = torch.zeros_like(x_TD)
     choices = shares or {"": 1.0}
     for organ, share in choices.items():
-        experts = [(name, index) for name in ([organ] if organ else ORGANS) for index in range(SIZES[name])]
+        experts = [(name, index) for name in ([organ] if organ else ORGANS) for index in range(own.num_experts(name))]
         gate_ED = torch.cat([own.rows_of(name, layer) for name in ([organ] if organ else ORGANS)])
         for token, x_D in enumerate(x_TD):
             probability = F.softmax(gate_ED @ x_D, dim=0)
@@ -110,10 +126,17 @@ shares = st.one_of(
         st.tuples(st.integers(1, 4), st.sampled_from(["organs", "other", "flat"]), shares), min_size=1, max_size=6
     ),
     seed=st.integers(0, 1000),
+    sizes=st.sampled_from([SIZES, EQUAL_SIZES]),
 )
-def test_every_row_gets_its_own_sets_and_organs_sum(chunks: list[tuple[Any, ...]], seed: int) -> None:
+def test_every_row_gets_its_own_sets_and_organs_sum(
+    chunks: list[tuple[Any, ...]], seed: int, sizes: dict[str, int]
+) -> None:
     # Two sets of organs with another gate and other bundles, and a flat one, in one batch.
-    own = {"organs": gates("organs"), "other": gates("organs", seed=1), "flat": gates("flat", seed=2)}
+    own = {
+        "organs": gates("organs", sizes=sizes),
+        "other": gates("organs", seed=1, sizes=sizes),
+        "flat": gates("flat", seed=2, sizes=sizes),
+    }
     experts = ScalingExperts()
     dispatcher = Dispatcher(experts, top_k=2, norm_topk_prob=False)
     for each in own.values():
@@ -142,8 +165,11 @@ def test_every_row_gets_its_own_sets_and_organs_sum(chunks: list[tuple[Any, ...]
         pairs = step.pair_counts(index)
         if name == "flat":
             assert sum(pairs.values()) == count * 2 * 2
+            by_row = step.row_pair_counts(index)
+            assert {organ: sum(counts) for organ, counts in by_row.items()} == pairs
+            assert [sum(counts[row] for counts in by_row.values()) for row in range(count)] == [4] * count
         else:
-            assert pairs == {organ: count * 2 * min(2, SIZES[organ]) for organ, _ in assignment.shares}
+            assert pairs == {organ: count * 2 * min(2, sizes[organ]) for organ, _ in assignment.shares}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -219,6 +245,71 @@ def test_a_lost_organ_fails_its_rows_only_and_is_asked_once(moment: str) -> None
     assert [organ for organ, *_ in experts.sent] == ["breast"], "rows that failed were sent on"
     assert dispatcher.unavailable((("breast", 1.0),)) is None
     assert (dispatcher.unavailable((("liver", 1.0),)) is not None) == (moment == "lost")
+
+
+@pytest.mark.parametrize("sizes", [SIZES, EQUAL_SIZES], ids=["different", "equal"])
+@pytest.mark.parametrize("routing", ["organs", "flat"])
+def test_rows_of_a_failed_sequence_are_neither_sent_nor_counted(routing: Routing, sizes: dict[str, int]) -> None:
+    own = gates(routing, sizes=sizes)
+    experts = ScalingExperts()
+    dispatcher = Dispatcher(experts, top_k=2, norm_topk_prob=False)
+    dispatcher.add_set(own)
+    x_TD = torch.randn(9, HIDDEN)
+    organs = ("breast", "liver", "heart")
+    step = dispatcher.step(
+        [
+            TokenAssignment(3 * n, 3 * n + 3, own.expert_set.id, ((organ, 1.0),) if routing == "organs" else ())
+            for n, organ in enumerate(organs)
+        ]
+    )
+    step.begin(0, x_TD).result()
+    experts.lost_while_computing.add("liver")
+    step.begin(1, x_TD).result()
+    assert 1 in step.failures
+    failed = set(step.failures)
+    experts.lost_while_computing.clear()
+    experts.sent.clear()
+    found_TD = step.begin(0, x_TD).result()
+    for index in set(range(3)) - failed:
+        rows = slice(3 * index, 3 * index + 3)
+        shares = {organs[index]: 1.0} if routing == "organs" else {}
+        torch.testing.assert_close(found_TD[rows], expected(own, 0, x_TD[rows], shares))
+        top_k = min(2, sizes[organs[index]]) if routing == "organs" else 2
+        assert sum(step.pair_counts(index).values()) == 3 * 3 * top_k
+    assert not any(torch.equal(row, x_TD[3 * n]) for _, _, x, _ in experts.sent for row in x for n in failed)
+
+
+def test_a_stopwatch_sees_every_stage(golden_dir: Path, tmp_path: Path) -> None:
+    groups = {"breast": (0, 1), "liver": (2, 3)}
+    split = split_golden(golden_dir / "base" / "checkpoint", tmp_path, groups, "organs")
+    stopwatch = Stopwatch()
+    with server_thread() as servers, closing(remote_experts(split, servers)) as remote:
+        for placement in (remote, local_experts(split)):
+            dispatching = dispatcher_of(split, placement)
+            dispatching.stopwatch = stopwatch
+            stopwatch.reset()
+            assert set(stopwatch.totals()) == set(STAGES)
+            x_TD = torch.randn(6, int(str(split.config["hidden_size"])))
+            set_id = split.expert_set.id
+            started = time.perf_counter()
+            step = dispatching.step(
+                [
+                    TokenAssignment(0, 2, set_id, (("breast", 1.0),)),
+                    TokenAssignment(2, 6, set_id, (("breast", 0.5), ("liver", 0.5))),
+                ]
+            )
+            for layer in range(3):
+                step.begin(layer, x_TD).result()
+            elapsed = time.perf_counter() - started
+            counts = {stage: count for stage, (count, _) in stopwatch.totals().items()}
+            assert counts == {"gate": 3, "gather": 6, "send": 6, "wait": 6, "kernel": 6, "scatter": 3}
+            seconds = {stage: seconds for stage, (_, seconds) in stopwatch.totals().items()}
+            assert all(0 < value < elapsed for value in seconds.values()), seconds
+            # In this process the kernel's time is nobody else's.
+            own = sum(seconds.values()) - (0.0 if placement is not remote else seconds["kernel"])
+            assert own < elapsed
+    with pytest.raises(KeyError):
+        stopwatch.add("lunch", 1.0)
 
 
 def test_gates_that_do_not_fit_are_refused() -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import grpc
 import pytest
@@ -15,6 +15,7 @@ from protos import expert_pb2, expert_pb2_grpc
 from router.channel import ChannelState, ReplicaChannel, ReplicaLostError
 from router.errors import ExpertsFailedError, ExpertsUnavailableError
 from router.remote import RemoteExperts
+from router.tokens import Tokens
 
 X_TD = torch.arange(6.0).reshape(2, 3)
 INDEX_TK = torch.zeros(2, 1, dtype=torch.int32)
@@ -115,6 +116,17 @@ def experts(cluster: Cluster) -> Iterator[RemoteExperts]:
 
 def send(experts: RemoteExperts, layer: int = 0) -> torch.Tensor:
     return experts.send("liver", "digest", layer, X_TD, INDEX_TK, WEIGHT_TK).result()
+
+
+def threads_of(organ: str) -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name in (f"to-{organ}", f"open-{organ}")]
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def test_exchanges_overlap_and_are_told_apart(cluster: Cluster) -> None:
@@ -240,17 +252,15 @@ def test_an_address_that_is_gone_is_closed_after_its_last_answer(cluster: Cluste
     cluster.live.clear()
     assert experts.unavailable("liver") is not None
     assert torch.equal(exchange.result(), X_TD * 2)
-    channel._reader.join(5)
-    assert not channel._reader.is_alive()
+    until(lambda: not threads_of("liver"))
     with pytest.raises(ReplicaLostError, match="out of service"):
-        channel.send(expert_pb2.ForwardRequest())
+        channel.send(Tokens("digest", 0, X_TD, None, INDEX_TK, WEIGHT_TK))
 
 
 def test_an_address_of_another_organ_is_not_used(cluster: Cluster) -> None:
     address = cluster.add(Replica("heart"))
     channel = ReplicaChannel("liver", address)
-    channel._reader.join(5)
-    assert channel.state is ChannelState.CLOSED
+    until(lambda: channel.state is ChannelState.CLOSED)
     assert "serves 'heart'" in channel.reason
 
 
@@ -258,9 +268,6 @@ def test_closing_ends_all_threads(cluster: Cluster) -> None:
     cluster.add(Replica())
     experts = RemoteExperts(cluster.addresses, exchange_timeout_s=5.0)
     experts.wait_until_connected(["liver"], 5)
-    (channel,) = experts._refresh("liver")
+    assert threads_of("liver")
     experts.close()
-    channel._reader.join(5)
-    assert not channel._reader.is_alive()
-    names = [thread.name for thread in threading.enumerate() if thread.name == "to-liver" and thread.is_alive()]
-    assert names == []
+    until(lambda: not threads_of("liver") and not any(t.name == "watch-experts" for t in threading.enumerate()))

@@ -13,18 +13,16 @@ from safetensors.torch import load_file
 from echovlm_ray.checkpoint.layout import CheckpointIndex, backbone_directory, read_index, registry_root
 from echovlm_ray.config import GatewaySection, RouterSection
 from echovlm_ray.model.checkpoint import load_vision_tower
-from echovlm_ray.model.configuration import EchoVLMConfig
 from echovlm_ray.model.processing import EchoVLMProcessor
 from echovlm_ray.serving.gateway import GatewayService, ModelDescription, OrganDescription
-from echovlm_ray.serving.router import RouterService, ServedModel
 from echovlm_ray.serving.router_client import RouterClient
 from echovlm_ray.serving.server import GrpcServer, ServerOptions
 from echovlm_ray.serving.vision_client import VisionClient
 from echovlm_ray.serving.vision_encoder import VisionEncoderService
 from echovlm_ray.vision.encoder import VisionEncoder, encoder_digest
 from protos import echovlm_pb2_grpc, router_pb2, router_pb2_grpc, vision_pb2_grpc
-from router.organ_gate import OrganGate, OrganProfile
 from tests.engines import local_experts, running_engine
+from tests.serving.router_system import router_parts
 from tests.split_golden import SplitGolden
 
 
@@ -104,20 +102,13 @@ async def whole_system(
         max_batch_patches=16_384,
         max_queue=16,
     )
-    organs = OrganGate([OrganProfile("liver", ("hepatic",))], default_organ="breast", max_organs=2)
-    versions = {entry.organ: entry.version for entry in index.organs}
-    model = ServedModel(
-        EchoVLMConfig.from_pretrained(backbone),
-        split.expert_set,
-        versions,
-        frozenset([processor.tokenizer.get_vocab()["<|im_end|>"]]),
-    )
+    end_token_ids = frozenset([processor.tokenizer.get_vocab()["<|im_end|>"]])
     register_vision = vision_pb2_grpc.add_VisionEncoderServicer_to_server
     register_router = router_pb2_grpc.add_RouterServicer_to_server
     with running_engine(split, local_experts(split), kv_cache_tokens=8192, max_prefill_tokens=2048) as engine:
         async with served(register_vision, VisionEncoderService(encoder), "echovlm.v1.VisionEncoder") as address:
             vision = VisionClient(lambda: [address], [])
-            router = RouterService(engine, model, organs, vision, limits)
+            router = router_parts(engine, split, vision, limits, end_token_ids=end_token_ids).service
             async with (
                 served(register_router, router, "echovlm.v1.Router") as router_address,
                 gateway(checkpoint, processor, [router_address], section, limits) as system,

@@ -6,7 +6,7 @@ from echovlm_ray.config import Config
 from echovlm_ray.serving.applications import version_of
 from echovlm_ray.serving.deployments.control import brief
 from echovlm_ray.serving.deployments.replica import environment_of
-from echovlm_ray.serving.deployments.settings import ReplicaSettings, deployments_of, settings_of
+from echovlm_ray.serving.deployments.settings import ControlSettings, ReplicaSettings, deployments_of, settings_of
 
 ORGANS = ("breast", "heart")
 
@@ -48,10 +48,19 @@ def test_a_change_restarts_only_the_parts_that_it_concerns() -> None:
 def test_one_organs_resources_do_not_restart_another_organ() -> None:
     before = settings()
     after = settings(experts={"organs": {"heart": {"num_cpus": 0.5}}})
-    # The router has all of them, for experts in its own process.
-    assert changed(before, after) <= {"expert-heart", "router"}
+    # The router has all of them, for experts in its own process; Control, to deploy a new organ's.
+    assert changed(before, after) <= {"expert-heart", "router", "control"}
     assert "expert-heart" in changed(before, after)
     assert after["expert-heart"].resources.num_cpus == 0.5
+
+
+def test_control_deploys_a_new_organ_as_it_would_have_been_deployed_with_the_others() -> None:
+    sections: dict[str, Mapping[str, Any]] = {"experts": {"organs": {"lung": {"num_cpus": 0.5}}}}
+    control = settings(**sections)["control"]
+    assert isinstance(control, ControlSettings)
+    together = settings_of(config(**sections), (*ORGANS, "lung"), "loopback")["expert-lung"]
+    assert version_of(control.expert_group("lung")) == version_of(together)
+    assert control.expert_group("lung").resources.num_cpus == 0.5
 
 
 def test_settings_survive_the_way_to_the_replica() -> None:

@@ -20,7 +20,7 @@ from echovlm_ray.config import Config
 from echovlm_ray.serving import serve_api
 from echovlm_ray.serving.applications import build_applications
 from echovlm_ray.serving.deployments.settings import CONTROL, DEPLOYMENTS
-from echovlm_ray.serving.endpoints import Endpoints
+from echovlm_ray.serving.endpoints import Endpoints, addresses_now
 from echovlm_ray.serving.ray_session import local_ray
 from protos import status_pb2, status_pb2_grpc
 
@@ -98,6 +98,20 @@ def test_a_replica_is_found_at_both_of_its_addresses(endpoints: Endpoints) -> No
     assert found[CONTROL].status == "RUNNING"
     assert [replica.pid for replica in found[CONTROL].replicas] == [described.pid]
     assert found["router"].status == "NOT_STARTED"
+
+
+def test_an_application_that_is_watched_later_is_found(endpoints: Endpoints) -> None:
+    later = Endpoints({})
+    later.start()
+    later.watch({"vision": DEPLOYMENTS["vision"]})
+    later.watch({CONTROL: DEPLOYMENTS[CONTROL]})
+    until(lambda: later.of(CONTROL) == endpoints.of(CONTROL), 5)
+    later.watch({CONTROL: DEPLOYMENTS[CONTROL]})
+    (replica,) = later.all()[CONTROL]
+    assert replica.replica
+    later.stop()
+    assert addresses_now(CONTROL, DEPLOYMENTS[CONTROL], 5) == endpoints.of(CONTROL)
+    assert addresses_now("expert-spleen", "ExpertGroup", 0.1) == ()
 
 
 def test_a_local_ray_is_guarded_by_a_token(endpoints: Endpoints) -> None:

@@ -41,6 +41,13 @@ def test_too_many_organs_are_a_violation_of_the_organs_field() -> None:
     assert detail(status, error_details_pb2.BadRequest).field_violations[0].field == "organs"
 
 
+def test_an_invalid_rollout_request_names_its_field() -> None:
+    status = to_status(router_errors.InvalidRolloutRequestError("percent", "300 is above 100"))
+    assert status.code == code_pb2.INVALID_ARGUMENT
+    (violation,) = detail(status, error_details_pb2.BadRequest).field_violations
+    assert (violation.field, violation.description) == ("percent", "300 is above 100")
+
+
 def test_load_says_when_to_come_back() -> None:
     status = to_status(OverloadedError("the queue holds 128 requests (router.max_queue)", retry_after_s=2.5))
     assert status.code == code_pb2.RESOURCE_EXHAUSTED
@@ -70,6 +77,9 @@ def test_failed_experts_name_the_organ_and_no_reason() -> None:
     [
         (UnknownOrganError("there is no organ 'spleen'"), code_pb2.NOT_FOUND),
         (expert_errors.UnknownBundleError("no bundle"), code_pb2.NOT_FOUND),
+        (router_errors.UnknownRolloutError("no rollout"), code_pb2.NOT_FOUND),
+        (router_errors.RolloutStateError("it is staged; possible: rollback"), code_pb2.FAILED_PRECONDITION),
+        (router_errors.RolloutDatabaseError("a newer version wrote it"), code_pb2.FAILED_PRECONDITION),
         (expert_errors.BundleNotResidentError("not loaded"), code_pb2.FAILED_PRECONDITION),
         (expert_errors.InvalidBundleError("damaged"), code_pb2.FAILED_PRECONDITION),
         (expert_errors.InvalidTensorError("hidden_states has 3 bytes"), code_pb2.INVALID_ARGUMENT),
@@ -90,6 +100,7 @@ def test_each_typed_error_has_its_code_and_keeps_its_text(error: Exception, code
 def test_no_typed_error_was_forgotten() -> None:
     arguments = {
         "InvalidRequestError": ("field", "text"),
+        "InvalidRolloutRequestError": ("field", "text"),
         "PartUnavailableError": ("part", "text"),
         "ExpertsUnavailableError": ("organ", "text"),
         "ExpertsFailedError": ("organ", "text"),

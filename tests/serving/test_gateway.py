@@ -180,6 +180,7 @@ BAD = [
     (request(png(), stop=["ok", "x" * 257]), "stop[1]", "257 characters"),
     (request(png(), organs=[""]), "organs[0]", "0 characters"),
     (request(png(), organs=["liver"] * 17), "organs", "at most 16"),
+    (request(png(), session_key="k" * 257), "session_key", "257 characters"),
     (request(png(), organs=["liver", "heart", "breast"]), "organs", ""),
     (request(png(), sampling={"temperature": -1}), "sampling.temperature", "positive"),
     (request(png(), sampling={"temperature": float("nan")}), "sampling.temperature", "positive"),
@@ -238,6 +239,13 @@ async def test_requests_over_the_limit_are_sent_away(checkpoint: Path, processor
             while system.service.queue_length:
                 await asyncio.sleep(0.01)
         assert (await stream(system, request(png())))[-1].summary.completion_tokens == 12
+
+
+async def test_the_session_key_reaches_the_router(checkpoint: Path, processor: EchoVLMProcessor) -> None:
+    async with scripted(checkpoint, processor, [last()]) as (system, router):
+        await stream(system, request(png(), session_key="visit 7"))
+        await stream(system, request(png()))
+    assert [each.session_key for each in router.requests] == ["visit 7", ""]
 
 
 async def test_characters_are_never_cut_in_half(checkpoint: Path, processor: EchoVLMProcessor) -> None:

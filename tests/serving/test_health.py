@@ -79,6 +79,29 @@ async def test_with_one_gate_over_all_organs_the_whole_needs_each() -> None:
         await parts.until(heart=False, breast=True, model=False, overall=False)
 
 
+async def test_an_organ_that_appears_is_published_and_one_that_goes_serves_no_more() -> None:
+    parts = Parts()
+    for name in parts.servers:
+        await parts.add(name)
+    live = {organ_service("breast"): parts.source(organ_service("breast"))}
+    fixed = {name: parts.source(name) for name in (health.ROUTER, health.VISION, health.CONTROL)}
+    monitor = HealthMonitor(
+        fixed, parts.publish, all_organs_needed=False, speaks_text=True, live_parts=lambda: dict(live)
+    )
+    await monitor.start()
+    assert organ_service("heart") not in parts.published
+    live[organ_service("heart")] = parts.source(organ_service("heart"))
+    monitor.wake()
+    async with parts.changed, asyncio.timeout(5):
+        await parts.changed.wait_for(lambda: parts.published.get(organ_service("heart")))
+    del live[organ_service("breast")]
+    monitor.wake()
+    await parts.until(breast=False, heart=True, overall=True)
+    await monitor.stop()
+    for servers in parts.servers.values():
+        await servers[0].stop(0)
+
+
 @pytest.mark.parametrize("part", ["router", "vision"])
 async def test_the_whole_needs_router_and_vision_encoder(part: str) -> None:
     async with monitored() as (parts, _):

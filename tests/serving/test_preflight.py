@@ -7,8 +7,14 @@ import pytest
 from echovlm_ray.checkpoint.demo import make_demo
 from echovlm_ray.config import Config
 from echovlm_ray.serving import preflight
+from echovlm_ray.serving.bundles import open_registry
+from echovlm_ray.serving.rollout_files import DatabaseLock, RolloutFiles
 from echovlm_ray.serving.served import served_checkpoint
+from router.expert_set import ExpertSet, ExpertSetMember
+from router.rollouts.database import Database
+from router.rollouts.store import RolloutStore
 from tests.certificates import write_certificates
+from tests.changed_bundles import changed_bundle
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +114,71 @@ def test_another_routing_is_another_expert_set(checkpoint: Path) -> None:
     assert served_checkpoint(model).expert_set.routing == "organs"
     same = served_checkpoint(model.model_copy(update={"routing": "organs"}))
     assert same.expert_set.id == served_checkpoint(model).expert_set.id
+
+
+def adopted(checkpoint: Path, **changes: Any) -> ExpertSet:
+    """Writes a live set into the checkpoint's database, as Control does, and returns it."""
+    index = served_checkpoint(config(checkpoint).model).expert_set
+    expert_set = index.model_copy(update=changes)
+    database = Database(RolloutFiles.of(config(checkpoint).rollouts, checkpoint).database)
+    RolloutStore(database).adopt(expert_set, actor="tests")
+    database.close()
+    return expert_set
+
+
+class TestRollouts:
+    @pytest.fixture
+    def checkpoint(self, tmp_path: Path) -> Path:
+        make_demo(tmp_path / "demo")
+        return tmp_path / "demo"
+
+    def test_the_databases_set_is_what_will_be_served(self, checkpoint: Path) -> None:
+        index = served_checkpoint(config(checkpoint).model)
+        source = open_registry(config(checkpoint).experts, checkpoint).open(index.expert_set.bundle_digest("heart"))
+        manifest = changed_bundle(checkpoint.parent / "next", source, "1.1.0")
+        open_registry(config(checkpoint).experts, checkpoint).push(checkpoint.parent / "next")
+        kept = [member for member in index.expert_set.members if member.organ == "breast"]
+        heart = ExpertSetMember(organ="heart", bundle_digest=manifest.digest)
+        live = adopted(checkpoint, members=(*kept, heart))
+        served = preflight.check(config(checkpoint), local=True)
+        assert served.expert_set == live
+        assert served.versions == {"breast": "1.0.0", "heart": "1.1.0"}
+        # Experts in the router's own process are the checkpoint's.
+        local = preflight.check(config(checkpoint, router={"experts": "local"}), local=True)
+        assert local.expert_set == index.expert_set
+
+    def test_a_database_of_another_backbone_is_refused_with_both_named(self, checkpoint: Path) -> None:
+        ours = adopted(checkpoint, backbone_digest="0" * 64)
+        with pytest.raises(ValueError, match=r"^rollouts\.database: .*000000000000.*give another database"):
+            preflight.check(config(checkpoint), local=True)
+        other = {"database": f"sqlite:///{checkpoint.parent}/other.db"}
+        served = preflight.check(config(checkpoint, rollouts=other), local=True)
+        assert served.expert_set.backbone_digest != ours.backbone_digest
+
+    def test_a_database_that_another_control_uses_is_refused(self, checkpoint: Path) -> None:
+        lock = DatabaseLock(RolloutFiles.of(config(checkpoint).rollouts, checkpoint).lock)
+        lock.take(0)
+        with pytest.raises(ValueError, match=r"^rollouts\.database: another Control"):
+            preflight.check(config(checkpoint), local=True)
+        lock.release()
+        preflight.check(config(checkpoint), local=True)
+
+    def test_resources_may_be_given_to_an_organ_that_is_not_served_yet(self, checkpoint: Path) -> None:
+        sections: dict[str, Any] = {"experts": {"organs": {"lung": {"num_cpus": 0.5}}}}
+        with pytest.raises(ValueError, match="names 'lung'"):
+            preflight.check(config(checkpoint, **sections), local=True)
+        index = served_checkpoint(config(checkpoint).model)
+        registry = open_registry(config(checkpoint).experts, checkpoint)
+        source = registry.open(index.expert_set.bundle_digest("heart"))
+        changed_bundle(checkpoint.parent / "lung", source, "1.0.0", organ="lung")
+        registry.push(checkpoint.parent / "lung")
+        preflight.check(config(checkpoint, **sections), local=True)
+
+    def test_paths_are_those_of_the_folder_in_which_it_was_called(
+        self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(checkpoint.parent)
+        resolved = preflight.resolve_paths(config(Path("demo"), rollouts={"database": "sqlite:///state/r.db"}))
+        assert resolved.rollouts.database == f"sqlite:///{checkpoint.parent}/state/r.db"
+        resolved = preflight.resolve_paths(config(Path("demo")))
+        assert resolved.rollouts.database == f"sqlite:///{checkpoint}/rollouts/rollouts.db"

@@ -15,17 +15,16 @@ import torch
 from echovlm_ray.config import RouterSection
 from echovlm_ray.engine.engine import Engine
 from echovlm_ray.model.checkpoint import load_vision_tower
-from echovlm_ray.model.configuration import EchoVLMConfig
 from echovlm_ray.serving.interceptor import CallInterceptor
-from echovlm_ray.serving.router import RouterService, ServedModel
-from echovlm_ray.serving.vision_client import VisionClient
+from echovlm_ray.serving.router import RouterService
+from echovlm_ray.serving.vision_client import EncodedPicture, VisionClient
 from echovlm_ray.serving.vision_encoder import VisionEncoderService
 from echovlm_ray.vision.encoder import VisionEncoder
 from experts.transport.codec import tensor_from_proto
 from protos import router_pb2, router_pb2_grpc, vision_pb2, vision_pb2_grpc
-from router.organ_gate import OrganGate, OrganProfile
 from tests.engines import local_experts, running_engine
 from tests.golden_cases import GoldenRow, golden_rows, router_request
+from tests.serving.router_system import router_parts
 from tests.split_golden import SplitGolden, split_golden
 
 ALL = (0, 1, 2, 3)
@@ -46,7 +45,14 @@ class Served:
 @pytest.fixture(scope="module")
 def split(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> SplitGolden:
     groups = {"breast": ALL, "liver": ALL, "heart": ALL}
-    return split_golden(golden_dir / "base" / "checkpoint", tmp_path_factory.mktemp("split"), groups, "organs")
+    return split_golden(
+        golden_dir / "base" / "checkpoint",
+        tmp_path_factory.mktemp("split"),
+        groups,
+        "organs",
+        synonyms={"liver": ("hepatic",)},
+        prototypes={"heart": torch.ones(64)},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +75,10 @@ async def serving(split: SplitGolden, checkpoint: Path, limits: RouterSection) -
     )
     vision_servers = dict([(await vision_server(encoder))[::-1] for _ in range(2)])
     live_vision = list(vision_servers)
-    config = EchoVLMConfig.from_pretrained(split.backbone)
-    profiles = [OrganProfile("liver", ("hepatic",)), OrganProfile("heart", (), torch.ones(64))]
-    gate = OrganGate(profiles, default_organ="breast", max_organs=2)
-    versions = dict.fromkeys(split.expert_set.organs, "1.0.0")
     with running_engine(split, local_experts(split), max_batch_size=limits.max_batch_size) as engine:
         vision = VisionClient(lambda: live_vision, [])
-        served = ServedModel(config, split.expert_set, versions, frozenset({995}))
-        service = RouterService(engine, served, gate, vision, limits)
+        parts = router_parts(engine, split, vision, limits, end_token_ids=frozenset({995}))
+        service = parts.service
         server = grpc.aio.server(interceptors=[CallInterceptor()])
         router_pb2_grpc.add_RouterServicer_to_server(service, server)
         port = server.add_insecure_port("127.0.0.1:0")
@@ -272,3 +274,50 @@ async def test_a_lost_vision_encoder_is_replaced_by_another(served: Served, rows
     served.live_vision.clear()
     text_only = next(row for row in rows if not row.vision)
     assert (await generate(served, router_request(text_only)))[0]
+
+
+def cut_short(row: GoldenRow, organ: str = "liver") -> router_pb2.RouterGenerateRequest:
+    """The row without a wish for logits, which would have everything computed."""
+    request = router_request(row, organs=(organ,))
+    request.return_logits = False
+    return request
+
+
+async def test_the_same_prompt_and_pictures_are_computed_once(served: Served, rows: list[GoldenRow]) -> None:
+    row = next(row for row in rows if len(row.vision) == 2)
+    first, _, summary = await generate(served, cut_short(row))
+    assert served.engine.prefix_hits == 0
+    again, _, same_summary = await generate(served, cut_short(row))
+    reused = (len(row.input_ids) - 1) // 16 * 16
+    assert served.engine.prefix_hits == reused > int(row.input_ids.index(990))
+    assert again == first
+    assert same_summary == summary
+    # The same tokens with another picture in them, or other experts, are another prompt.
+    other = cut_short(row)
+    patches = other.vision_inputs[0].patches
+    patches.data = bytes(len(patches.data))
+    before_picture = row.input_ids.index(990) // 16 * 16
+    await generate(served, other)
+    assert served.engine.prefix_hits == reused + before_picture
+    await generate(served, cut_short(row, "heart"))
+    assert served.engine.prefix_hits == reused + before_picture
+
+
+async def test_images_and_videos_go_where_their_placeholders_are(served: Served, rows: list[GoldenRow]) -> None:
+    row = next(row for row in rows if {item.kind for item in row.vision} == {1, 2})
+    request = router_request(row)
+    pictures = [
+        EncodedPicture(f"{index}", torch.full((served.service._reader.visual_tokens(item), 64), float(index)))
+        for index, item in enumerate(request.vision_inputs)
+    ]
+    input_ids = torch.tensor(row.input_ids)
+    rows_V, embeddings_VD, digests = served.service._reader.place_vision(input_ids, request.vision_inputs, pictures)
+    assert rows_V is not None
+    assert embeddings_VD is not None
+    assert rows_V.tolist() == [index for index, token in enumerate(row.input_ids) if token in (990, 991)]
+    assert [digest.content_digest for digest in digests] == ["0", "1"]
+    for digest in digests:
+        own = embeddings_VD[digest.start : digest.end]
+        assert own.unique().tolist() == [float(digest.content_digest)]
+        kinds = {row.input_ids[index] for index in rows_V[digest.start : digest.end].tolist()}
+        assert kinds == {990 if request.vision_inputs[int(digest.content_digest)].kind == 1 else 991}

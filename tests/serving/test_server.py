@@ -40,10 +40,10 @@ class Control(control_pb2_grpc.ExpertControlServicer):
 
     async def Watch(
         self, request: control_pb2.WatchRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[control_pb2.ExpertSet]:
+    ) -> AsyncIterator[control_pb2.ControlState]:
         try:
             for number in range(1000):
-                yield control_pb2.ExpertSet(id=str(number))
+                yield control_pb2.ControlState(version=number)
                 if number == 2 and self.on_list is not control_pb2.ListResponse:
                     self.on_list()
                 await asyncio.sleep(0.01)
@@ -140,7 +140,7 @@ async def test_an_error_in_the_middle_of_a_stream_is_mapped_after_what_came_befo
     control.on_list = raising(InvalidRequestError("x", "wrong"))
     async with connected(control) as channel:
         call = stub(channel).Watch(control_pb2.WatchRequest())
-        assert [(await call.read()).id for _ in range(3)] == ["0", "1", "2"]
+        assert [(await call.read()).version for _ in range(3)] == [0, 1, 2]
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call.read()
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT

@@ -1,70 +1,235 @@
 """Control as a Ray Serve deployment."""
 
-from collections.abc import Mapping
-from typing import Any
+import asyncio
+import logging
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from echovlm_ray.serving.deployments.replica import Part, Replica, Service
-from echovlm_ray.serving.deployments.settings import ControlSettings, deployments_of
+from echovlm_ray.serving.deployments.settings import (
+    DEPLOYMENTS,
+    EXPERT_DEPLOYMENT,
+    EXPERT_PREFIX,
+    ROUTER,
+    ControlSettings,
+    expert_application,
+)
 from echovlm_ray.serving.endpoints import Endpoints
+from echovlm_ray.serving.rollout_files import SQLITE, DatabaseLock, RolloutFiles
 from echovlm_ray.serving.server import ServerOptions
 from protos import control_pb2_grpc, status_pb2_grpc
 
+if TYPE_CHECKING:
+    from echovlm_ray.serving.control.catalogue import Catalogue
+    from echovlm_ray.serving.control.fleet import GrpcFleet
+    from echovlm_ray.serving.control.organs import OrganApplications
+    from echovlm_ray.serving.control.status import ApplicationState
+    from echovlm_ray.serving.served import ServedCheckpoint
+    from router.rollouts.controller import RolloutController
+    from router.rollouts.store import RolloutStore
+
+logger = logging.getLogger(__name__)
+
 # A failed application's message holds a trace; its last line says what was wrong.
 MAX_MESSAGE = 500
+# The largest message is a manifest.
+MAX_RECEIVE_BYTES = 8 * 1024 * 1024
+# What a Control before this one may take to end, beyond the grace time of its calls.
+LOCK_EXTRA_S = 10.0
+STARTER = "start"
 
 
 class ControlReplica(Replica):
-    """Serves `echovlm.v1.ExpertControl` and `echovlm.v1.SystemStatus`."""
+    """Serves `echovlm.v1.ExpertControl` and `echovlm.v1.SystemStatus`, and to Routers `echovlm.v1.RolloutFeed`."""
 
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc] # Serve awaits it
         """Takes the fields of `ControlSettings`."""
-        from echovlm_ray.checkpoint.layout import registry_root
-        from echovlm_ray.serving.control import (
-            CONTROL_SERVICE,
-            STATUS_SERVICE,
-            ApplicationState,
-            ExpertControlService,
-            LiveExpertSet,
-            SystemStatusService,
-        )
+
+        from echovlm_ray.serving.bundles import open_registry
+        from echovlm_ray.serving.control import CONTROL_SERVICE, FEED_SERVICE, STATUS_SERVICE
+        from echovlm_ray.serving.control.catalogue import Catalogue
+        from echovlm_ray.serving.control.feed import RolloutFeedService
+        from echovlm_ray.serving.control.policies import PolicyPublisher
+        from echovlm_ray.serving.control.push import PushReceiver
+        from echovlm_ray.serving.control.rollout_metrics import RolloutMetrics
+        from echovlm_ray.serving.control.service import ExpertControlService
+        from echovlm_ray.serving.control.state import StateReader, StateWatch
+        from echovlm_ray.serving.control.status import SystemStatusService
         from echovlm_ray.serving.served import served_checkpoint
-        from experts.registry import Registry
+        from router.rollouts.controller import RolloutController
+        from router.rollouts.health import HealthMonitor
+        from router.rollouts.operations import RolloutOperations
 
         parsed = ControlSettings.model_validate(settings)
         served = served_checkpoint(parsed.model)
-        organs = served.organs if parsed.experts_placement == "remote" else ()
-        endpoints = Endpoints(deployments_of(organs))
+        remote = parsed.experts_placement == "remote"
+        files = RolloutFiles.of(parsed.rollouts, served.directory)
+        state = ExitStack()
+        store = await asyncio.to_thread(_open_store, state, parsed, served, files)
+
+        organs = (await asyncio.to_thread(store.snapshot)).known_organs if remote else ()
+        endpoints = Endpoints(DEPLOYMENTS | _watched(organs))
         endpoints.start()
-        live = LiveExpertSet(served.expert_set)
-
-        def states() -> Mapping[str, ApplicationState]:
-            from ray import serve
-
-            applications = serve.status().applications
-            return {
-                name: ApplicationState(overview.status.value, brief(overview.message))
-                for name, overview in applications.items()
-            }
-
-        control = Service(
-            control_pb2_grpc.add_ExpertControlServicer_to_server,
-            ExpertControlService(Registry(registry_root(served.directory)), live),
-            CONTROL_SERVICE,
+        registry = open_registry(parsed.experts, served.directory)
+        catalogue = Catalogue(registry)
+        monitor = HealthMonitor(store.clock)
+        # The feed knows which Routers are connected, and is made of what the fleet is needed for.
+        feeds: list[RolloutFeedService] = []
+        fleet = _fleet(parsed, endpoints, catalogue, lambda: feeds[0].watching() if feeds else frozenset())
+        endpoints.on_change(lambda: fleet.keep_only(_reachable(endpoints)))
+        controller = RolloutController(store, fleet, _verifier(parsed, store, catalogue), parsed.rollouts, monitor)
+        policies = PolicyPublisher(store, catalogue.version, files.policy if remote else None)
+        await policies.start()
+        feed = RolloutFeedService(policies, store, monitor, controller.wake)
+        feeds.append(feed)
+        reader = StateReader(store, fleet, catalogue.version, parsed.rollouts.status_timeout_s)
+        watch = StateWatch(reader, store)
+        metrics = RolloutMetrics(store, catalogue.version)
+        pushes = PushReceiver(registry, files.incoming, parsed.rollouts.max_push_bytes)
+        await asyncio.to_thread(pushes.clear)
+        operations = RolloutOperations(store, fleet, parsed.rollouts) if remote else None
+        service = ExpertControlService(store, operations, catalogue, pushes, reader, watch, parsed.model.default_organ)
+        status = SystemStatusService(
+            lambda: _applications(store, remote), endpoints.of, _states, lambda: policies.current.stable.id
         )
-        sources = {name: endpoints.source(name) for name in deployments_of(organs)}
-        status = Service(
-            status_pb2_grpc.add_SystemStatusServicer_to_server,
-            SystemStatusService(sources, states, live),
-            STATUS_SERVICE,
-        )
+        applications = _organ_applications(parsed, store, controller, endpoints)
+        if remote:
+            controller.start()
+            applications.start()
+
+        closing: list[Callable[[], object]] = [policies.stop, watch.stop, metrics.stop]
+        if remote:
+            closing += [lambda: asyncio.to_thread(applications.stop), lambda: asyncio.to_thread(controller.stop)]
         section = parsed.control
-        public = ServerOptions(section.host, section.port, section.tls, section.token_file)
         part = Part(
-            services=[control, status],
+            # Operators' calls come over the public server alone, which asks for their token.
+            services=[Service(control_pb2_grpc.add_RolloutFeedServicer_to_server, feed, FEED_SERVICE)],
             queue_length=lambda: self._public.active_calls if self._public is not None else 0,
-            closing=[endpoints.stop],
+            closing=[*closing, endpoints.stop, fleet.close, lambda: asyncio.to_thread(state.close)],
         )
-        await self._start(parsed, part, public, [control, status])
+        public = ServerOptions(
+            section.host, section.port, section.tls, section.token_file, max_receive_bytes=MAX_RECEIVE_BYTES
+        )
+        await self._start(
+            parsed,
+            part,
+            public,
+            [
+                Service(control_pb2_grpc.add_ExpertControlServicer_to_server, service, CONTROL_SERVICE),
+                Service(status_pb2_grpc.add_SystemStatusServicer_to_server, status, STATUS_SERVICE),
+            ],
+        )
+
+
+def _open_store(
+    state: ExitStack, settings: ControlSettings, served: "ServedCheckpoint", files: RolloutFiles
+) -> "RolloutStore":
+    """Opens the database, for this Control alone, and gives it a live set if it has none; `state` closes it."""
+    from router.rollouts.database import Database
+    from router.rollouts.store import RolloutStore
+
+    url = files.database
+    if settings.experts_placement == "local":
+        # Nothing can change, so nothing is to be kept.
+        folder = Path(state.enter_context(tempfile.TemporaryDirectory(prefix="echovlm-control-")))
+        url = f"{SQLITE}{folder / 'rollouts.db'}"
+    else:
+        lock = DatabaseLock(files.lock)
+        lock.take(settings.serve.graceful_shutdown_timeout_s + LOCK_EXTRA_S)
+        state.callback(lock.release)
+    database = Database(url)
+    state.callback(database.close)
+    store = RolloutStore(database)
+    if not store.adopt(served.expert_set, actor=STARTER) and store.snapshot().expert_set() != served.expert_set:
+        logger.info("served is what the rollouts' database %s says, not what the checkpoint came with", database.name)
+    return store
+
+
+def _fleet(
+    settings: ControlSettings, endpoints: Endpoints, catalogue: "Catalogue", watching: Callable[[], frozenset[str]]
+) -> "GrpcFleet":
+    from echovlm_ray.serving.control.fleet import GrpcFleet
+
+    return GrpcFleet(
+        experts=lambda organ: endpoints.replicas(expert_application(organ)),
+        routers=lambda: endpoints.replicas(ROUTER),
+        watching=watching,
+        manifest=catalogue.manifest,
+        element_bytes={"auto": None, "float32": 4, "bfloat16": 2}[settings.model.dtype],
+    )
+
+
+def _verifier(settings: ControlSettings, store: "RolloutStore", catalogue: "Catalogue") -> Any:
+    from echovlm_ray.serving.control.verifier import SubprocessVerifier
+
+    return SubprocessVerifier(
+        settings.model,
+        settings.experts,
+        settings.rollouts,
+        lambda: catalogue.manifest(store.snapshot().organs[0].stable_digest),
+    )
+
+
+def _organ_applications(
+    settings: ControlSettings, store: "RolloutStore", controller: "RolloutController", endpoints: Endpoints
+) -> "OrganApplications":
+    from echovlm_ray.serving import serve_api
+    from echovlm_ray.serving.control.organs import OrganApplications
+
+    def deploy(organ: str) -> None:
+        # Only here: it loads the other parts' deployments.
+        from echovlm_ray.serving import applications
+
+        applications.deploy(expert_application(organ), settings.expert_group(organ))
+
+    return OrganApplications(
+        store,
+        lambda: controller.views,
+        _deployed_organs,
+        deploy,
+        lambda organ: serve_api.delete_applications([expert_application(organ)]),
+        lambda organ: endpoints.watch(_watched([organ])),
+    )
+
+
+def _watched(organs: Any) -> dict[str, str]:
+    return {expert_application(organ): EXPERT_DEPLOYMENT for organ in organs}
+
+
+def _reachable(endpoints: Endpoints) -> set[str]:
+    return {replica.address for replicas in endpoints.all().values() for replica in replicas}
+
+
+def _applications(store: "RolloutStore", remote: bool) -> list[str]:
+    """Those that there should be, in the order in which status shows them."""
+    if not remote:
+        return list(DEPLOYMENTS)
+    snapshot = store.snapshot()
+    organs = dict.fromkeys([live.organ for live in snapshot.organs] + [rollout.organ for rollout in snapshot.in_flight])
+    return [*DEPLOYMENTS, *map(expert_application, organs)]
+
+
+def _states() -> "Mapping[str, ApplicationState]":
+    from ray import serve
+
+    from echovlm_ray.serving.control.status import ApplicationState
+
+    applications = serve.status().applications
+    return {
+        name: ApplicationState(overview.status.value, brief(overview.message))
+        for name, overview in applications.items()
+    }
+
+
+def _deployed_organs() -> set[str]:
+    return {
+        name.removeprefix(EXPERT_PREFIX)
+        for name, state in _states().items()
+        if name.startswith(EXPERT_PREFIX) and state.status not in ("DELETING", "NOT_STARTED")
+    }
 
 
 def brief(message: str) -> str:

@@ -1,29 +1,37 @@
 """The expert group of one organ as a Ray Serve deployment."""
 
 import asyncio
-from typing import Any
+import logging
+from typing import TYPE_CHECKING, Any
 
 from echovlm_ray.serving.deployments.replica import Part, Replica, Service, device_of, dtype_of
-from echovlm_ray.serving.deployments.settings import ExpertGroupSettings
+from echovlm_ray.serving.deployments.settings import CONTROL, DEPLOYMENTS, ExpertGroupSettings
 from echovlm_ray.serving.errors import to_status
-from protos import expert_pb2, expert_pb2_grpc
+from protos import expert_pb2
+
+if TYPE_CHECKING:
+    from echovlm_ray.serving.served import ServedCheckpoint
+    from experts.group import ExpertGroup
+
+logger = logging.getLogger(__name__)
 
 SERVICE_NAME = expert_pb2.DESCRIPTOR.services_by_name["ExpertGroup"].full_name
+# Whoever starts together with Control need not wait for it.
+FIND_CONTROL_S = 0.5
 
 
 class ExpertGroupReplica(Replica):
-    """Loads its organ's bundle of the live set, then serves `echovlm.v1.ExpertGroup`."""
+    """Loads what is to be served of its organ, then serves `echovlm.v1.ExpertGroup`."""
 
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc] # Serve awaits it
         """Takes the fields of `ExpertGroupSettings`."""
         import torch
 
-        from echovlm_ray.checkpoint.layout import registry_root
+        from echovlm_ray.serving.bundles import open_registry, signature_policy
         from echovlm_ray.serving.served import served_checkpoint
         from experts.group import ExpertGroup
         from experts.kernels.registry import get_kernel
-        from experts.registry import Registry
-        from experts.service import ExpertGroupService
+        from experts.service import ExpertGroupService, add_expert_group_to_server
 
         parsed = ExpertGroupSettings.model_validate(settings)
         torch.set_num_threads(parsed.model.torch_threads)
@@ -31,18 +39,19 @@ class ExpertGroupReplica(Replica):
         device = device_of(parsed)
         group = ExpertGroup(
             parsed.organ,
-            Registry(registry_root(served.directory)),
+            open_registry(parsed.experts, served.directory),
             get_kernel(parsed.experts.kernel),
             device=device,
             dtype=dtype_of(parsed),
             max_resident_bytes=parsed.experts.max_resident_bytes,
             backbone_digest=served.expert_set.backbone_digest,
+            admit=signature_policy(parsed.experts).admit,
         )
-        await asyncio.to_thread(group.load, served.expert_set.bundle_digest(parsed.organ))
+        await asyncio.to_thread(_load, group, parsed, served)
         service = ExpertGroupService(group, to_status=to_status, max_queue=parsed.experts.max_queue)
 
         part = Part(
-            services=[Service(expert_pb2_grpc.add_ExpertGroupServicer_to_server, service, SERVICE_NAME)],
+            services=[Service(add_expert_group_to_server, service, SERVICE_NAME)],
             queue_length=lambda: service.exchanges_in_flight,
             device=str(device),
             organ=parsed.organ,
@@ -52,3 +61,22 @@ class ExpertGroupReplica(Replica):
             closing=[service.close],
         )
         await self._start(parsed, part)
+
+
+def _load(group: "ExpertGroup", settings: ExpertGroupSettings, served: "ServedCheckpoint") -> None:
+    """Loads what Control says, or what it last said; where it never said anything, what the checkpoint came with."""
+    from echovlm_ray.serving.endpoints import addresses_now
+    from echovlm_ray.serving.known_policy import ask_policy, read_policy, wanted_digests
+
+    control = addresses_now(CONTROL, DEPLOYMENTS[CONTROL], FIND_CONTROL_S)
+    policy = ask_policy(control) or read_policy(settings.policy_file)
+    if policy is None or policy.stable.backbone_digest != served.expert_set.backbone_digest:
+        if settings.organ in served.organs:
+            group.load(served.expert_set.bundle_digest(settings.organ))
+        return
+    for digest in wanted_digests(policy, settings.organ):
+        try:
+            group.load(digest)
+        except Exception as error:
+            # What was left on the disk may be outdated. Control sees what is missing here, tries again, and judges.
+            logger.warning("%s… of %s is not loaded at the start: %s", digest[:12], settings.organ, error)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from echovlm_ray.serving.deployments.replica import Part, Replica, Service
 from echovlm_ray.serving.deployments.settings import (
     CONTROL,
+    EXPERT_DEPLOYMENT,
     ROUTER,
     VISION,
     GatewaySettings,
@@ -18,8 +19,10 @@ from protos import echovlm_pb2, echovlm_pb2_grpc
 
 if TYPE_CHECKING:
     from echovlm_ray.serving.gateway import ModelDescription
-    from echovlm_ray.serving.health import HealthMonitor
+    from echovlm_ray.serving.health import Addresses, HealthMonitor
+    from echovlm_ray.serving.live_model import LiveModel
     from echovlm_ray.serving.served import ServedCheckpoint
+    from experts.registry import Registry
 
 SERVICE_NAME = echovlm_pb2.DESCRIPTOR.services_by_name["EchoVLM"].full_name
 
@@ -30,7 +33,9 @@ class GatewayReplica(Replica):
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc] # Serve awaits it
         """Takes the fields of `GatewaySettings`."""
         from echovlm_ray.model.processing import EchoVLMProcessor
+        from echovlm_ray.serving.bundles import open_registry
         from echovlm_ray.serving.gateway import GatewayService
+        from echovlm_ray.serving.live_model import LiveModel
         from echovlm_ray.serving.router_client import RouterClient
         from echovlm_ray.serving.served import served_checkpoint
 
@@ -42,9 +47,11 @@ class GatewayReplica(Replica):
         processor = None
         if not served.missing_text_files:
             processor = await asyncio.to_thread(EchoVLMProcessor.from_pretrained, served.directory)
-        description = await asyncio.to_thread(_describe, parsed, served)
+        registry = await asyncio.to_thread(open_registry, parsed.experts, served.directory)
+        description = await asyncio.to_thread(_describe, parsed, served, registry)
+        live = LiveModel(endpoints.source(CONTROL), description, registry.find, INTERNAL_CHANNEL_OPTIONS)
         router = RouterClient(endpoints.source(ROUTER), INTERNAL_CHANNEL_OPTIONS)
-        service = GatewayService(processor, router, lambda: description, gateway=section, limits=parsed.router)
+        service = GatewayService(processor, router, live.describe, gateway=section, limits=parsed.router)
         public = ServerOptions(
             section.host,
             section.port,
@@ -52,20 +59,25 @@ class GatewayReplica(Replica):
             section.token_file,
             max_receive_bytes=section.max_images * section.max_image_bytes + MESSAGE_SLACK_BYTES,
         )
-        monitor = _monitor(self, parsed, served, endpoints)
+        monitor = _monitor(self, parsed, served, endpoints, live)
         part = Part(
             services=[],
             queue_length=lambda: service.queue_length,
-            closing=[monitor.stop, router.close, service.close, endpoints.stop],
+            closing=[monitor.stop, live.stop, router.close, service.close, endpoints.stop],
         )
         clients = Service(echovlm_pb2_grpc.add_EchoVLMServicer_to_server, service, SERVICE_NAME)
         await self._start(parsed, part, public, [clients])
+        await live.start()
         endpoints.on_change(monitor.wake)
         await monitor.start()
 
 
 def _monitor(
-    replica: GatewayReplica, settings: GatewaySettings, served: "ServedCheckpoint", endpoints: Endpoints
+    replica: GatewayReplica,
+    settings: GatewaySettings,
+    served: "ServedCheckpoint",
+    endpoints: Endpoints,
+    live: "LiveModel",
 ) -> "HealthMonitor":
     from echovlm_ray.serving import health
 
@@ -74,29 +86,32 @@ def _monitor(
         health.VISION: endpoints.source(VISION),
         health.CONTROL: endpoints.source(CONTROL),
     }
-    for organ in served.organs:
-        # Experts in the router's own process live and die with it.
-        application = expert_application(organ) if settings.router.experts == "remote" else ROUTER
-        parts[health.organ_service(organ)] = endpoints.source(application)
+
+    def organs() -> "dict[str, Addresses]":
+        names = [described.organ for described in live.describe().organs]
+        if settings.router.experts != "remote":
+            # Experts in the router's own process live and die with it.
+            return {health.organ_service(name): endpoints.source(ROUTER) for name in names}
+        endpoints.watch({expert_application(name): EXPERT_DEPLOYMENT for name in names})
+        return {health.organ_service(name): endpoints.source(expert_application(name)) for name in names}
+
     return health.HealthMonitor(
         parts,
         replica.publish_health,
         all_organs_needed=served.expert_set.routing == "flat",
         speaks_text=not served.missing_text_files,
+        live_parts=organs,
     )
 
 
-def _describe(settings: GatewaySettings, served: "ServedCheckpoint") -> "ModelDescription":
+def _describe(settings: GatewaySettings, served: "ServedCheckpoint", registry: "Registry") -> "ModelDescription":
     from echovlm_ray.checkpoint import demo
-    from echovlm_ray.checkpoint.layout import registry_root
     from echovlm_ray.serving.gateway import ModelDescription, OrganDescription
-    from experts.registry import Registry
 
     index, expert_set = served.index, served.expert_set
-    registry = Registry(registry_root(served.directory))
     organs = []
     for member in expert_set.members:
-        manifest = registry.open(member.bundle_digest).manifest
+        manifest = registry.find(member.organ, served.versions[member.organ])
         organs.append(OrganDescription(manifest.organ, manifest.version, member.bundle_digest, manifest.num_experts))
     return ModelDescription(
         name=index.name,

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from echovlm_ray.serving.deployments.settings import ExpertGroupSettings, Network, ReplicaSettings
-from echovlm_ray.serving.endpoints import ADDRESS_KEY, PUBLIC_ADDRESS_KEY
+from echovlm_ray.serving.endpoints import ADDRESS_KEY, PUBLIC_ADDRESS_KEY, REPLICA_KEY
+from echovlm_ray.serving.metrics import PartMetrics
 from echovlm_ray.serving.replica_status import SERVICE_NAME, ReplicaIdentity, ReplicaStatusService
 from echovlm_ray.serving.server import GrpcServer, Register, ServerOptions
 from protos import expert_pb2, status_pb2_grpc
@@ -40,6 +41,10 @@ def _nothing_pending() -> bool:
     return False
 
 
+def _nothing_to_measure() -> None:
+    return
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """What a replica serves to the other parts, and how it describes itself.
@@ -49,6 +54,7 @@ class Part:
         healthy: false makes Serve replace the replica.
         work_done: grows with everything the part does; when it rests, free memory goes back to the system.
         pending: whether work is under way that no open call shows, which a stopping replica waits for.
+        measure: brings metrics of the part's own up to date; called with every health check.
     """
 
     services: Sequence[Service]
@@ -59,6 +65,7 @@ class Part:
     healthy: Callable[[], bool] = lambda: True
     work_done: Callable[[], int] = lambda: 0
     pending: Callable[[], bool] = _nothing_pending
+    measure: Callable[[], None] = _nothing_to_measure
     # Called after the servers have stopped, first to last.
     closing: Sequence[Callable[[], object]] = field(default=())
 
@@ -69,6 +76,8 @@ class Replica:
     _internal: GrpcServer | None = None
     _public: GrpcServer | None = None
     _part: Part | None = None
+    _replica_id: str = ""
+    _metrics: PartMetrics | None = None
     _grace_s: float = 0.0
     _seen_work: int = 0
     _rested_after: int = 0
@@ -92,14 +101,17 @@ class Replica:
         self._internal = GrpcServer(ServerOptions(host=_host(settings.network)))
         for service in part.services:
             self._internal.add(service.register, service.servicer, service.name)
-        status = ReplicaStatusService(_identity(part), self._endpoint, part.queue_length, part.bundles)
+        identity = _identity(part)
+        self._replica_id = identity.replica_id
+        self._metrics = PartMetrics("experts" if part.organ else identity.application, part.organ)
+        status = ReplicaStatusService(identity, self._endpoint, part.queue_length, part.bundles)
         self._internal.add(status_pb2_grpc.add_ReplicaStatusServicer_to_server, status, SERVICE_NAME)
         await self._internal.start()
 
     def record_replica_metadata(self) -> dict[str, str]:
         """Asked by Ray Serve once the replica has started; `serving.endpoints` reads it elsewhere."""
         assert self._internal is not None
-        metadata = {ADDRESS_KEY: self._internal.address}
+        metadata = {ADDRESS_KEY: self._internal.address, REPLICA_KEY: self._replica_id}
         if self._public is not None:
             metadata[PUBLIC_ADDRESS_KEY] = self._public.address
         return metadata
@@ -110,6 +122,17 @@ class Replica:
             raise RuntimeError("the part has stopped working")
         if self._part is not None:
             self._rest(self._part.work_done())
+            self._measure(self._part)
+
+    def _measure(self, part: Part) -> None:
+        if self._metrics is None:
+            return
+        try:
+            self._metrics.update(part.queue_length(), part.bundles())
+            part.measure()
+        except Exception:
+            # Nobody's request needs them.
+            logger.exception("the replica's metrics could not be brought up to date")
 
     def _rest(self, work_done: int) -> None:
         if work_done == self._seen_work and work_done != self._rested_after:

@@ -1,10 +1,12 @@
 """The router as a Ray Serve deployment."""
 
 import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from echovlm_ray.serving.deployments.replica import Part, Replica, Service, device_of, dtype_of
 from echovlm_ray.serving.deployments.settings import (
+    CONTROL,
     DEPLOYMENTS,
     EXPERT_DEPLOYMENT,
     VISION,
@@ -22,9 +24,16 @@ if TYPE_CHECKING:
     from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
     from echovlm_ray.serving.router import ServedModel
     from echovlm_ray.serving.served import ServedCheckpoint
-    from experts.bundle import Bundle
+    from experts.registry import Registry
     from router.exchange import ExpertPlacement
+    from router.expert_gates import BundleGates
     from router.organ_gate import OrganGate
+    from router.rollouts.traffic import TrafficPolicy
+
+# At start, Control's policy is waited for so long; without it the checkpoint's own experts serve.
+FIRST_POLICY_S = 10.0
+# How long a policy waits for the address of a new organ's replica.
+NEW_ORGAN_S = 3.0
 
 SERVICE_NAME = router_pb2.DESCRIPTOR.services_by_name["Router"].full_name
 
@@ -37,6 +46,9 @@ class RouterReplica(Replica):
         import torch
 
         from echovlm_ray.serving.router import RouterService
+        from echovlm_ray.serving.router.feed import RolloutFeedClient
+        from echovlm_ray.serving.router.outcomes import Outcomes
+        from echovlm_ray.serving.router.pinning import ExpertSets
         from echovlm_ray.serving.served import served_checkpoint
         from echovlm_ray.serving.vision_client import VisionClient
 
@@ -44,7 +56,7 @@ class RouterReplica(Replica):
         torch.set_num_threads(parsed.model.torch_threads)
         served = served_checkpoint(parsed.model)
         device = device_of(parsed)
-        watched = {VISION: DEPLOYMENTS[VISION]}
+        watched = {name: DEPLOYMENTS[name] for name in (VISION, CONTROL)}
         if parsed.router.experts == "remote":
             watched |= {expert_application(organ): EXPERT_DEPLOYMENT for organ in served.organs}
         endpoints = Endpoints(watched)
@@ -52,14 +64,28 @@ class RouterReplica(Replica):
         engine, model, organ_gate = await asyncio.to_thread(_build, parsed, served, device, endpoints)
         engine.start()
         vision = VisionClient(endpoints.source(VISION), INTERNAL_CHANNEL_OPTIONS)
-        service = RouterService(engine, model, organ_gate, vision, parsed.router)
+        expert_sets = ExpertSets(
+            engine.dispatcher,
+            organ_gate,
+            model.expert_set,
+            model.gates,
+            read=model.read_gates,
+            forget=engine.forget_expert_set,
+            prepare=_find_new_organs(endpoints, served.organs),
+        )
+        outcomes = Outcomes()
+        feed = RolloutFeedClient(endpoints.source(CONTROL), expert_sets, outcomes, INTERNAL_CHANNEL_OPTIONS)
+        service = RouterService(engine, model, expert_sets, vision, parsed.router, outcomes)
         part = Part(
             services=[Service(router_pb2_grpc.add_RouterServicer_to_server, service, SERVICE_NAME)],
             queue_length=lambda: service.queue_length,
             device=str(device),
             healthy=lambda: engine.alive,
-            closing=[vision.close, engine.stop, endpoints.stop],
+            measure=lambda: outcomes.metrics.prefix_hits(engine.prefix_hits),
+            closing=[vision.close, engine.stop, feed.stop, endpoints.stop],
         )
+        # Before the first request: what Control took out of service meanwhile is not resident anywhere.
+        await feed.start(FIRST_POLICY_S)
         await self._start(parsed, part)
 
 
@@ -67,62 +93,64 @@ def _build(
     settings: RouterSettings, served: "ServedCheckpoint", device: "torch.device", endpoints: Endpoints
 ) -> "tuple[Engine, ServedModel, OrganGate]":
     """Loads the backbone and the gates, and puts the engine together; takes as long as reading the weights."""
-    from echovlm_ray.checkpoint.layout import registry_root
     from echovlm_ray.engine.engine import Engine
     from echovlm_ray.engine.runner import ModelRunner
     from echovlm_ray.model.checkpoint import load_backbone
+    from echovlm_ray.serving.bundles import open_registry
     from echovlm_ray.serving.router import ServedModel
-    from experts.registry import Registry
     from router.dispatch import Dispatcher
     from router.expert_gates import ExpertGates
     from router.organ_gate import OrganGate
 
     backbone = load_backbone(served.directory, dtype=dtype_of(settings), device=device)
     config = backbone.config
+    registry = open_registry(settings.experts, served.directory)
+    read_gates = _gate_reader(registry, config.text_config.num_hidden_layers, backbone.dtype, device)
     expert_set = served.expert_set
-    registry = Registry(registry_root(served.directory))
-    bundles = {member.bundle_digest: registry.open(member.bundle_digest) for member in expert_set.members}
+    gates = {member.bundle_digest: read_gates(member.bundle_digest) for member in expert_set.members}
     dispatcher = Dispatcher(
         _placement(settings, served, registry, device, backbone.dtype, endpoints),
         top_k=config.text_config.num_experts_per_tok,
         norm_topk_prob=config.text_config.norm_topk_prob,
     )
-    dispatcher.add_set(
-        ExpertGates.from_bundles(
-            expert_set,
-            bundles,
-            num_layers=config.text_config.num_hidden_layers,
-            dtype=backbone.dtype,
-            device=device,
-        )
-    )
+    dispatcher.add_set(ExpertGates.of(expert_set, gates))
     limits = settings.router
     engine = Engine(
-        ModelRunner(backbone, dispatcher, kv_cache_tokens=limits.kv_cache_tokens),
+        ModelRunner(backbone, dispatcher, kv_cache_tokens=limits.kv_cache_tokens, micro_batches=limits.micro_batches),
         max_batch_size=limits.max_batch_size,
         max_queue=limits.max_queue,
         max_prefill_tokens=limits.max_prefill_tokens,
         max_request_s=limits.max_request_s,
+        prefix_reuse=limits.prefix_reuse,
     )
-    model = ServedModel(config, expert_set, served.versions, _end_tokens(backbone, served))
-    profiles = [_profile(bundle) for bundle in bundles.values()]
-    return (
-        engine,
-        model,
-        OrganGate(
-            profiles, default_organ=settings.model.default_organ, max_organs=settings.model.max_organs_per_request
-        ),
+    organ_gate = OrganGate(
+        [each.profile for each in gates.values()],
+        default_organ=settings.model.default_organ,
+        max_organs=settings.model.max_organs_per_request,
     )
+    return engine, ServedModel(config, expert_set, gates, read_gates, _end_tokens(backbone, served)), organ_gate
+
+
+def _gate_reader(
+    registry: "Registry", num_layers: int, dtype: "torch.dtype", device: "torch.device"
+) -> "Callable[[str], BundleGates]":
+    from router.expert_gates import BundleGates
+
+    def read(digest: str) -> BundleGates:
+        return BundleGates.read(registry.open(digest), num_layers=num_layers, dtype=dtype, device=device)
+
+    return read
 
 
 def _placement(
     settings: RouterSettings,
     served: "ServedCheckpoint",
-    registry: Any,
+    registry: "Registry",
     device: "torch.device",
     dtype: "torch.dtype",
     endpoints: Endpoints,
 ) -> "ExpertPlacement":
+    from echovlm_ray.serving.bundles import signature_policy
     from experts.group import ExpertGroup
     from experts.kernels.registry import get_kernel
     from router.local import LocalExperts
@@ -132,7 +160,9 @@ def _placement(
         return RemoteExperts(
             lambda organ: endpoints.of(expert_application(organ)),
             exchange_timeout_s=settings.router.exchange_timeout_s,
+            shared_memory_bytes=settings.router.shared_memory_bytes,
         )
+
     groups = {}
     for member in served.expert_set.members:
         group = groups[member.organ] = ExpertGroup(
@@ -143,16 +173,24 @@ def _placement(
             dtype=dtype,
             max_resident_bytes=settings.experts.max_resident_bytes,
             backbone_digest=served.expert_set.backbone_digest,
+            admit=signature_policy(settings.experts).admit,
         )
         group.load(member.bundle_digest)
     return LocalExperts(groups)
 
 
-def _profile(bundle: "Bundle") -> Any:
-    from router.organ_gate import OrganProfile
+def _find_new_organs(endpoints: Endpoints, organs: tuple[str, ...]) -> "Callable[[TrafficPolicy], None]":
+    """What has the replicas of organs watched that a policy is the first to name."""
+    known = set(organs)
 
-    manifest = bundle.manifest
-    return OrganProfile(manifest.organ, manifest.organ_synonyms, bundle.prototype())
+    def find(policy: "TrafficPolicy") -> None:
+        new = {expert_application(organ): EXPERT_DEPLOYMENT for organ in policy.organs if organ not in known}
+        if new:
+            endpoints.watch(new)
+            endpoints.wait_for(new, NEW_ORGAN_S)
+            known.update(policy.organs)
+
+    return find
 
 
 def _end_tokens(model: "EchoVLMForConditionalGeneration", served: "ServedCheckpoint") -> frozenset[int]:

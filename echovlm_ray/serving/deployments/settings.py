@@ -4,6 +4,7 @@ Serve restarts an application's replicas when what they were started with change
 uses, a new limit of the gateway restarts no expert group.
 """
 
+from pathlib import Path
 from typing import Any, Literal
 
 from echovlm_ray.config import (
@@ -13,11 +14,13 @@ from echovlm_ray.config import (
     GatewaySection,
     ModelSection,
     Resources,
+    RolloutsSection,
     RouterSection,
     Section,
     ServeSection,
     VisionSection,
 )
+from echovlm_ray.serving.rollout_files import RolloutFiles
 
 GATEWAY = "gateway"
 VISION = "vision"
@@ -64,10 +67,11 @@ class ReplicaSettings(Section):
 
 
 class GatewaySettings(ReplicaSettings):
-    """The gateway's."""
+    """The gateway's; `experts` says where the live bundles are described."""
 
     gateway: GatewaySection
     router: RouterSection
+    experts: ExpertsSection
 
     @property
     def resources(self) -> Resources:
@@ -99,10 +103,15 @@ class RouterSettings(ReplicaSettings):
 
 
 class ExpertGroupSettings(ReplicaSettings):
-    """One organ's expert group's."""
+    """One organ's expert group's.
+
+    Attributes:
+        policy_file: where Control leaves what is to be served.
+    """
 
     organ: str
     experts: ExpertsSection
+    policy_file: Path
 
     @property
     def resources(self) -> Resources:
@@ -111,15 +120,30 @@ class ExpertGroupSettings(ReplicaSettings):
 
 
 class ControlSettings(ReplicaSettings):
-    """Control's."""
+    """Control's; `experts` says how it verifies bundles and deploys the group of a new organ."""
 
     control: ControlSection
+    rollouts: RolloutsSection
+    experts: ExpertsSection
     experts_placement: Literal["remote", "local"]
 
     @property
     def resources(self) -> Resources:
         """See `ReplicaSettings`."""
         return Resources(replicas=1, num_cpus=self.control.num_cpus)
+
+    def expert_group(self, organ: str) -> ExpertGroupSettings:
+        """What an organ's expert group is started with, the same whoever deploys it."""
+        # Other organs' resources are no business of this one.
+        update = {"resources": self.experts.resources_of(organ), "organs": {}}
+        return ExpertGroupSettings(
+            model=self.model,
+            serve=self.serve,
+            network=self.network,
+            organ=organ,
+            experts=self.experts.model_copy(update=update),
+            policy_file=RolloutFiles.of(self.rollouts, self.model.checkpoint).policy,
+        )
 
 
 def settings_of(config: Config, organs: tuple[str, ...], network: Network) -> dict[str, ReplicaSettings]:
@@ -130,14 +154,23 @@ def settings_of(config: Config, organs: tuple[str, ...], network: Network) -> di
     common: dict[str, Any] = {"model": config.model, "serve": config.serve, "network": network}
     settings: dict[str, ReplicaSettings] = {
         ROUTER: RouterSettings(**common, router=config.router, experts=config.experts),
-        GATEWAY: GatewaySettings(**common, gateway=config.gateway, router=config.router),
+        GATEWAY: GatewaySettings(
+            **common,
+            gateway=config.gateway,
+            router=config.router,
+            # What runs the experts is no business of the gateway.
+            experts=config.experts.model_copy(update={"resources": Resources(), "organs": {}}),
+        ),
         VISION: VisionSettings(**common, vision=config.vision),
     }
+    control = ControlSettings(
+        **common,
+        control=config.control,
+        rollouts=config.rollouts,
+        experts=config.experts,
+        experts_placement=config.router.experts,
+    )
     if config.router.experts == "remote":
-        for organ in organs:
-            # Other organs' resources are no business of this one.
-            update = {"resources": config.experts.resources_of(organ), "organs": {}}
-            experts = config.experts.model_copy(update=update)
-            settings[expert_application(organ)] = ExpertGroupSettings(**common, organ=organ, experts=experts)
-    settings[CONTROL] = ControlSettings(**common, control=config.control, experts_placement=config.router.experts)
+        settings |= {expert_application(organ): control.expert_group(organ) for organ in organs}
+    settings[CONTROL] = control
     return settings

@@ -1,0 +1,139 @@
+"""An engine in this process, with its experts in it too or in processes of their own, to look inside while it runs."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from benchmarks.expert_processes import ExpertProcess, expert_processes
+from benchmarks.systems.engine import run_in_engine
+from benchmarks.timings import Timings
+from benchmarks.workload import Workload
+from echovlm_ray.config import Config, ModelSection, Resources, RouterSection
+from echovlm_ray.engine.engine import Engine
+from echovlm_ray.engine.runner import ModelRunner
+from echovlm_ray.model.configuration import EchoVLMTextConfig
+from echovlm_ray.serving.deployments.replica import environment_of
+from echovlm_ray.serving.deployments.router import _build
+from echovlm_ray.serving.deployments.settings import ROUTER, RouterSettings, expert_application, settings_of
+from echovlm_ray.serving.endpoints import Endpoints
+from echovlm_ray.serving.served import served_checkpoint
+from router.expert_set import ExpertSet
+from router.remote import RemoteExperts
+
+Placement = Literal["remote", "in process"]
+DTypeName = Literal["auto", "float32", "bfloat16"]
+CONNECT_SECONDS = 30
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredEngine:
+    """A running engine.
+
+    Attributes:
+        run: runs a workload to its end.
+        expert_set: that its requests are pinned to.
+        processes: of its experts; none where they are in this process.
+    """
+
+    engine: Engine
+    run: Callable[[Workload], Timings]
+    expert_set: ExpertSet
+    processes: list[ExpertProcess]
+
+    @property
+    def runner(self) -> ModelRunner:
+        """What computes the engine's steps."""
+        return self.engine._runner
+
+    @property
+    def config(self) -> EchoVLMTextConfig:
+        """The language model's configuration."""
+        config = self.runner.model.config.text_config
+        assert isinstance(config, EchoVLMTextConfig)
+        return config
+
+
+class _FixedEndpoints(Endpoints):
+    """The addresses of processes that no Serve knows of."""
+
+    def __init__(self, processes: list[ExpertProcess]) -> None:
+        super().__init__({})
+        self._addresses = {expert_application(process.organ): (process.address,) for process in processes}
+
+    def of(self, application: str) -> tuple[str, ...]:
+        return self._addresses.get(application, ())
+
+
+@contextmanager
+def measured_engine(
+    checkpoint: Path,
+    placement: Placement,
+    *,
+    organs: Sequence[str] = (),
+    dtype: DTypeName = "auto",
+    max_batch_size: int = 32,
+    threads: int = 1,
+) -> Iterator[MeasuredEngine]:
+    """The engine that the served router builds, running.
+
+    Args:
+        checkpoint: a split folder.
+        placement: where the experts are.
+        organs: which organs' experts have a process; none names all of them.
+        dtype: that the weights are converted to; "auto" leaves them as they are. Remote experts keep their own.
+        max_batch_size: of the engine.
+        threads: of torch, in every process.
+    """
+    torch.set_num_threads(threads)
+    settings = _settings(checkpoint, placement, dtype, max_batch_size, threads)
+    served = served_checkpoint(settings.model)
+    with ExitStack() as stack:
+        processes = []
+        if placement == "remote":
+            processes = stack.enter_context(expert_processes(checkpoint, organs or served.organs, threads))
+        engine, model, organ_gate = _build(settings, served, torch.device("cpu"), _FixedEndpoints(processes))
+        engine.start()
+        stack.callback(engine.stop)
+        experts = engine._runner.dispatcher.placement
+        if isinstance(experts, RemoteExperts):
+            experts.wait_until_connected([process.organ for process in processes], CONNECT_SECONDS)
+
+        def run(workload: Workload) -> Timings:
+            return run_in_engine(engine, model, organ_gate, workload)
+
+        yield MeasuredEngine(engine, run, served.expert_set, processes)
+
+
+def become_router_process(module: str) -> None:
+    """Starts this program again with the environment of a served router's process, unless it has it already.
+
+    The allocator and gRPC read theirs once, when a process begins.
+
+    Args:
+        module: that runs as `__main__`.
+    """
+    environment = environment_of(_settings(Path("checkpoint"), "remote", "auto", 1, 1))
+    if any(os.environ.get(name) != value for name, value in environment.items()):
+        os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], os.environ | environment)
+
+
+def _settings(
+    checkpoint: Path, placement: Placement, dtype: DTypeName, max_batch_size: int, threads: int
+) -> RouterSettings:
+    config = Config(
+        model=ModelSection(checkpoint=checkpoint, torch_threads=threads, device="cpu", dtype=dtype),
+        router=RouterSection(
+            experts="remote" if placement == "remote" else "local",
+            max_batch_size=max_batch_size,
+            resources=Resources(num_cpus=0),
+        ),
+    )
+    settings = settings_of(config, (), "loopback")[ROUTER]
+    assert isinstance(settings, RouterSettings)
+    return settings

@@ -1,0 +1,38 @@
+"""The whole served system, for a load generator: `python -m benchmarks.systems.gateway --checkpoint DIR`.
+
+Prints the gateway's address as JSON once it answers, and ends when its standard input is closed.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from benchmarks.systems.protocol import parent_has_gone
+from echovlm_ray.config import Config, ControlSection, GatewaySection, ModelSection, RouterSection
+from echovlm_ray.serving.app import serve_system
+
+
+def main() -> None:
+    """Serves until the standard input is closed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="the split folder")
+    parser.add_argument("--max-batch-size", type=int, default=32, help="router.max_batch_size (default: %(default)s)")
+    options = parser.parse_args()
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    # Whatever a library prints belongs in the log.
+    os.dup2(2, 1)
+    config = Config(
+        model=ModelSection(checkpoint=options.checkpoint),
+        gateway=GatewaySection(port=0),
+        control=ControlSection(port=0),
+        router=RouterSection(max_batch_size=options.max_batch_size),
+    )
+    with serve_system(config, stopping=parent_has_gone) as system:
+        answers.write(json.dumps({"address": system.gateway_address, "start_s": system.start_s}) + "\n")
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""What the commands that call Control have in common: how it is reached, and what is said when it refuses."""
+
+import functools
+import getpass
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import grpc
+import typer
+
+from echovlm_ray.cli.credentials import Authority, Certificate, Key, TokenFile, tls_of, token_of
+from echovlm_ray.cli.work import fail
+from echovlm_ray.client.control import DEFAULT_CONTROL, ExpertControlClient
+from echovlm_ray.client.errors import (
+    DeadlineExceededError,
+    EchoVLMError,
+    InvalidRequestError,
+    NotFoundError,
+    OverloadedError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+
+EXIT_FAILED = 1
+EXIT_INVALID = 2
+EXIT_UNAVAILABLE = 3
+EXIT_CREDENTIALS = 5
+EXIT_INTERRUPTED = 130
+
+Control = Annotated[str, typer.Option(help="host:port of Control.", envvar="ECHORAY_CONTROL")]
+NamedControl = Annotated[str | None, typer.Option(help="host:port of Control, to go through it.")]
+Timeout = Annotated[float, typer.Option(min=0.1, help="Give up a call to Control after this many seconds.")]
+Reason = Annotated[str, typer.Option(help="Why; it stands in the history.")]
+Actor = Annotated[
+    str | None, typer.Option(envvar="ECHORAY_ACTOR", help="Who asks; it stands in the history. [default: your login]")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would happen, also to every replica's memory.")]
+Wait = Annotated[bool, typer.Option("--wait", help="Show how it goes until it is done or has failed.")]
+
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+
+
+def with_control(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options by which Control is reached, and an `ExpertControlClient` as its first argument.
+
+    Whatever a call raises becomes one line on stderr and an exit code.
+    """
+    return _with_control(command, inspect.Parameter("control", _KEYWORD, default=DEFAULT_CONTROL, annotation=Control))
+
+
+def with_named_control(command: Callable[..., None]) -> Callable[..., None]:
+    """The same for a command that calls Control only when it is named; the first argument is None otherwise."""
+    return _with_control(command, inspect.Parameter("control", _KEYWORD, default=None, annotation=NamedControl))
+
+
+def actor_of(actor: str | None) -> str:
+    """Who asks: as given, or the user's login name."""
+    if actor is not None:
+        return actor
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        fail("this user has no login name: say who asks with --actor", EXIT_INVALID)
+
+
+@contextmanager
+def control_failures(address: str) -> Iterator[None]:
+    """One line and one exit code for each way in which Control refuses, or does not answer."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        fail("interrupted", EXIT_INTERRUPTED)
+    except EchoVLMError as error:
+        fail(*explain(error, address))
+
+
+def explain(error: EchoVLMError, address: str) -> tuple[str, int]:
+    """What to tell the user, and the exit code."""
+    retry_after_s = getattr(error, "retry_after_s", None)
+    later = "" if retry_after_s is None else f"; try again in {retry_after_s:g} s"
+    match error:
+        case InvalidRequestError(violations=[_, *_] as violations):
+            return _line("; ".join(map(str, violations))), EXIT_INVALID
+        case InvalidRequestError() | NotFoundError():
+            return _line(str(error)), EXIT_INVALID
+        case UnavailableError(reached=False) | DeadlineExceededError():
+            return (
+                f"nothing answers at {address}: start the system with `echoray serve`, or name its Control with "
+                "--control (`echoray serve` prints it; with TLS give --ca)",
+                EXIT_UNAVAILABLE,
+            )
+        case UnavailableError() | OverloadedError():
+            return _line(f"{error}{later}"), EXIT_UNAVAILABLE
+        case UnauthenticatedError():
+            return f"{error} (give the token's file with --token-file)", EXIT_CREDENTIALS
+        case PermissionDeniedError():
+            return _line(str(error)), EXIT_CREDENTIALS
+        case EchoVLMError(code=grpc.StatusCode.UNIMPLEMENTED):
+            return (
+                f"what answers at {address} is not Control: name Control's address, not the gateway's",
+                EXIT_UNAVAILABLE,
+            )
+        case _:
+            return _line(str(error)), EXIT_FAILED
+
+
+def _with_control(command: Callable[..., None], control: inspect.Parameter) -> Callable[..., None]:
+    connection = [
+        control,
+        inspect.Parameter("token_file", _KEYWORD, default=None, annotation=TokenFile),
+        inspect.Parameter("ca", _KEYWORD, default=None, annotation=Authority),
+        inspect.Parameter("certificate", _KEYWORD, default=None, annotation=Certificate),
+        inspect.Parameter("key", _KEYWORD, default=None, annotation=Key),
+        inspect.Parameter("timeout", _KEYWORD, default=30.0, annotation=Timeout),
+    ]
+    signature = inspect.signature(command)
+    own = list(signature.parameters.values())[1:]
+
+    @functools.wraps(command)
+    def connected(*arguments: Any, **options: Any) -> None:
+        named = {parameter.name: options.pop(parameter.name) for parameter in connection}
+        if named["control"] is None:
+            command(None, *arguments, **options)
+            return
+        with _open(**named) as client, control_failures(client.address):
+            command(client, *arguments, **options)
+
+    # What typer reads the options from.
+    connected.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[parameter.replace(kind=_KEYWORD) for parameter in own] + connection
+    )
+    connected.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *connection]}
+    return connected
+
+
+def _open(
+    control: str,
+    token_file: Path | None,
+    ca: Path | None,
+    certificate: Path | None,
+    key: Path | None,
+    timeout: float,
+) -> ExpertControlClient:
+    try:
+        return ExpertControlClient(
+            control, token=token_of(token_file), tls=tls_of(ca, certificate, key), timeout_s=timeout
+        )
+    except (ValueError, OSError) as error:
+        fail(_line(str(error)), EXIT_INVALID)
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())

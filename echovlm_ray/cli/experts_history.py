@@ -1,0 +1,124 @@
+"""`echoray experts history`: what happened, and whether anybody has changed it since."""
+
+import json
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from echovlm_ray.cli.control import EXIT_FAILED, with_control
+from echovlm_ray.cli.experts_targets import AsJSON
+from echovlm_ray.cli.rollout_tables import console_of
+from echovlm_ray.client.control import ExpertControlClient
+
+if TYPE_CHECKING:
+    from protos.control_pb2 import HistoryEntry, HistoryResponse
+
+DEFAULT_LAST = 50
+
+
+@with_control
+def history(
+    control: ExpertControlClient,
+    organ: Annotated[str, typer.Argument(metavar="[ORGAN]", help="Only this organ's. [default: all]")] = "",
+    last: Annotated[int, typer.Option(min=0, help="The last so many entries; 0 for all.")] = DEFAULT_LAST,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check the whole history: every entry seals the next.")
+    ] = False,
+    head: Annotated[
+        str, typer.Option(metavar="HASH", help="The head that was noted down earlier, to be found; implies --verify.")
+    ] = "",
+    as_json: AsJSON = False,
+) -> None:
+    """Shows what happened to rollouts, oldest first: when, by whom and why.
+
+    Every entry holds the hash of the one before it, so whoever changes, removes or inserts one is found by `--verify`.
+    Whoever rewrites all of it is found by `--head`, with a head that was noted down where nobody could change it.
+
+    Exit status: 0 all is well; 1 the history was tampered with.
+
+    Example: `echoray experts history heart --verify`
+    """
+    found = control.history(organ, last=last, verify=verify or bool(head), noted_hash=head)
+    if as_json:
+        typer.echo(json.dumps(_as_dict(found, verified=verify or bool(head)), indent=2, ensure_ascii=False))
+    else:
+        console = console_of()
+        if found.entries:
+            console.print(_table(found))
+        else:
+            console.print("Nothing has happened yet.")
+        _print_head(found, verify or bool(head), console)
+    if found.faults:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _table(found: "HistoryResponse") -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", justify="right", no_wrap=True)
+    for header in ("time", "organ", "event", "rollout", "by", "details", "reason"):
+        table.add_column(header, overflow="fold", no_wrap=header in ("time", "event"))
+    for entry in found.entries:
+        table.add_row(
+            str(entry.sequence),
+            datetime.fromtimestamp(entry.time).astimezone().strftime("%Y-%m-%d %H:%M:%S"),
+            entry.organ,
+            entry.event.replace("_", " "),
+            entry.rollout_id,
+            escape(entry.actor),
+            escape(_details(entry)),
+            escape(entry.reason),
+        )
+    return table
+
+
+def _details(entry: "HistoryEntry") -> str:
+    """What fits into a line: single values, and of digests as much as people compare."""
+    details: dict[str, Any] = json.loads(entry.details_json or "{}")
+    before, after = details.pop("from_state", ""), details.pop("to_state", "")
+    move = f"{before} → {after}".replace("_", " ").removeprefix(" ").strip() if after else ""
+    shown = {key: value for key, value in details.items() if isinstance(value, str | int | float) and value != ""}
+    rest = (key if value is True else f"{key} {_brief(value)}" for key, value in shown.items() if value is not False)
+    return ", ".join(part for part in (move, *rest) if part)
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, str) and len(value) == 64:
+        return value[:12]
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _print_head(found: "HistoryResponse", verified: bool, console: Console) -> None:
+    for fault in found.faults:
+        console.print(f"[bold red]TAMPERED WITH:[/] {escape(fault)}", soft_wrap=True)
+    if verified and not found.faults:
+        console.print(f"[green]The history is intact[/green]: {found.length} entries.")
+    console.print(f"head {found.head_hash}", style="dim", soft_wrap=True)
+    if verified and not found.faults:
+        console.print("Note the head down elsewhere, and give it to --head the next time.", style="dim")
+
+
+def _as_dict(found: "HistoryResponse", *, verified: bool) -> dict[str, Any]:
+    return {
+        "entries": [
+            {
+                "sequence": entry.sequence,
+                "time": datetime.fromtimestamp(entry.time, UTC).isoformat(),
+                "organ": entry.organ,
+                "rollout_id": entry.rollout_id,
+                "event": entry.event,
+                "actor": entry.actor,
+                "reason": entry.reason,
+                "details": json.loads(entry.details_json or "{}"),
+                "hash": entry.hash,
+            }
+            for entry in found.entries
+        ],
+        "length": found.length,
+        "head_hash": found.head_hash,
+        "verified": verified,
+        "faults": list(found.faults),
+    }

@@ -1,0 +1,144 @@
+"""`echoray experts list`, `push` and `pull`: what is in a system or a registry, and the ways in and out."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from echovlm_ray.cli.control import with_control, with_named_control
+from echovlm_ray.cli.experts_targets import (
+    DEFAULT_REGISTRY,
+    EXIT_INVALID,
+    AsJSON,
+    RegistryOptions,
+    RegistryURL,
+    in_registry,
+    registry_at,
+)
+from echovlm_ray.cli.experts_watch import watch_state
+from echovlm_ray.cli.rollout_tables import bundles_view, console_of, state_view
+from echovlm_ray.cli.rollout_words import bundle_as_dict, state_as_dict, versions_of
+from echovlm_ray.cli.work import byte_progress, clear_errors, fail
+from echovlm_ray.client.control import ExpertControlClient
+
+
+@with_control
+def list_command(
+    control: ExpertControlClient,
+    registry: Annotated[
+        str | None,
+        typer.Option(help="List what this registry has instead: a folder, a split checkpoint's folder, or a URL."),
+    ] = None,
+    registry_option: RegistryOptions = None,
+    organ: Annotated[str, typer.Option(help="Only this organ's.")] = "",
+    watch: Annotated[bool, typer.Option("--watch", help="Go on showing what changes, until Ctrl-C.")] = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Lists what a running system serves: live versions, rollouts, what every replica holds, and its registry.
+
+    With `--registry`, what a registry has, with no system: by organ and from the oldest version to the newest.
+
+    Example: `echoray experts list`
+
+    Example: `echoray experts list --registry checkpoints/echovlm`
+    """
+    if registry is not None:
+        if watch:
+            fail("--watch shows a running system: leave --registry out", EXIT_INVALID)
+        _list_registry(registry, registry_option, organ, as_json)
+    elif watch:
+        watch_state(control, organ, as_json)
+    else:
+        _list_system(control, organ, as_json)
+
+
+@with_named_control
+def push(
+    control: ExpertControlClient | None,
+    context: typer.Context,
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")],
+    registry: RegistryURL = DEFAULT_REGISTRY,
+    registry_option: RegistryOptions = None,
+) -> None:
+    """Adds a bundle to a registry, with its signature if it has one, after checking its files.
+
+    With `--control` it is sent to a running system, which puts it into the registry that it is configured with.
+
+    Nobody sees half a push, and pushing again changes nothing. A version stays what it is for ever: another bundle of
+    the same organ and version is refused.
+
+    Example: `echoray experts push breast-1.1.0 --registry s3://models/experts`
+
+    Example: `echoray experts push breast-1.1.0 --control 127.0.0.1:50052`
+    """
+    if control is None:
+        with clear_errors():
+            manifest = registry_at(registry, registry_option).open().push(bundle)
+        typer.echo(f"{manifest.organ}@{manifest.version} is in {registry}: {manifest.digest}")
+        return
+    source = context.get_parameter_source("registry")
+    if registry_option or (source is not None and source.name == "COMMANDLINE"):
+        fail("give --registry or --control, not both: Control has a registry of its own", EXIT_INVALID)
+    with byte_progress("sending") as (start, advance):
+        info = control.push(bundle, start=start, progress=advance)
+    typer.echo(f"{info.organ}@{info.version} is in the registry of {control.address}: {info.digest}")
+    typer.echo(f"Next: echoray experts stage {info.organ} {info.version}")
+
+
+def pull(
+    version: Annotated[str, typer.Argument(metavar="ORGAN@VERSION", help="Which bundle.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.")],
+    registry: RegistryURL = DEFAULT_REGISTRY,
+    registry_option: RegistryOptions = None,
+) -> None:
+    """Copies a bundle out of a registry into a folder of its own, and checks it.
+
+    Example: `echoray experts pull breast@1.1.0 breast-1.1.0 --registry s3://models/experts`
+    """
+    named = in_registry(version)
+    if named is None:
+        fail(f"{version} is not ORGAN@VERSION, like breast@1.0.0", EXIT_INVALID)
+    with clear_errors():
+        opened = registry_at(registry, registry_option).open()
+        directory.absolute().parent.mkdir(parents=True, exist_ok=True)
+        manifest = opened.pull(opened.find(*named).digest, directory)
+    typer.echo(f"{manifest.organ}@{manifest.version} is in {directory}: {manifest.digest}")
+
+
+def _list_registry(registry: str, options: list[str] | None, organ: str, as_json: bool) -> None:
+    with clear_errors():
+        from echovlm_ray.cli.experts_tables import print_versions
+
+        opened = registry_at(registry, options).open()
+        found = [(manifest, opened.is_signed(manifest)) for manifest in opened.list(organ or None)]
+    if as_json:
+        rows = [
+            {
+                "organ": manifest.organ,
+                "version": manifest.version,
+                "name": manifest.name,
+                "digest": manifest.digest,
+                "backbone_digest": manifest.backbone_digest,
+                "num_experts": manifest.num_experts,
+                "size_bytes": manifest.size_bytes,
+                "signed": signed,
+            }
+            for manifest, signed in found
+        ]
+        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+    else:
+        print_versions(found)
+
+
+def _list_system(control: ExpertControlClient, organ: str, as_json: bool) -> None:
+    found = control.list(organ)
+    versions = versions_of(found.bundles, found.rollouts)
+    if as_json:
+        state = state_as_dict(found.live, found.rollouts, found.replicas, versions, organ)
+        state["bundles"] = [bundle_as_dict(bundle) for bundle in found.bundles]
+        typer.echo(json.dumps(state, indent=2, ensure_ascii=False))
+        return
+    console = console_of()
+    console.print(state_view(found.live, found.rollouts, found.replicas, versions, organ))
+    console.print(bundles_view(found.bundles))

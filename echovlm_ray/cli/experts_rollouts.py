@@ -1,0 +1,303 @@
+"""`echoray experts stage`, `canary`, `shadow`, `promote`, `rollback`, `retire` and `apply`, through Control."""
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from echovlm_ray.cli.control import EXIT_FAILED, EXIT_INVALID, Actor, DryRun, Reason, Wait, actor_of, with_control
+from echovlm_ray.cli.experts_targets import AsJSON
+from echovlm_ray.cli.rollout_tables import console_of, memory_view
+from echovlm_ray.cli.rollout_wait import LOADED, Reached, has_taken_over, is_gone, is_loaded, wait_until
+from echovlm_ray.cli.rollout_words import in_flight, operation_as_dict, short, state_in_words
+from echovlm_ray.cli.work import fail
+from echovlm_ray.client.control import ExpertControlClient
+
+if TYPE_CHECKING:
+    from protos.control_pb2 import OperationResponse, Rollout
+    from router.rollouts.rollout_file import RolloutFile
+
+_DIGEST_START = re.compile(r"[0-9a-f]{6,64}")
+_WHOLE_DIGEST = 64
+
+Organ = Annotated[str, typer.Argument(metavar="ORGAN", help="Whose experts, like heart.")]
+Percent = Annotated[float, typer.Option(help="Of the organ's requests: above 0, at most 100.")]
+Digest = Annotated[
+    str, typer.Option(help="Only if this is the bundle in question; its first digits will do. [default: looked up]")
+]
+
+
+@with_control
+def stage(
+    control: ExpertControlClient,
+    organ: Organ,
+    bundle: Annotated[str, typer.Argument(metavar="VERSION|DIGEST", help="The bundle, by version or digest.")],
+    reason: Reason = "",
+    actor: Actor = None,
+    dry_run: DryRun = False,
+    wait: Wait = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Begins a rollout: a bundle of the registry is verified and loaded on every replica, and gets no traffic yet.
+
+    An organ that is not served yet is a new one. With `--wait` it ends when the candidate is loaded everywhere.
+
+    Exit status, of all these commands: 0 done, or so already; 1 refused, failed, or in a dry run no room; 2 wrong
+    options or an unknown organ or version; 3 Control does not answer; 5 credentials; 130 Ctrl-C.
+
+    Example: `echoray experts stage heart 1.1.0 --reason "finer valves" --wait`
+    """
+    version, digest = _bundle(control, organ, bundle)
+    response = control.stage(
+        organ, version=version, digest=digest, actor=actor_of(actor), reason=reason, dry_run=dry_run
+    )
+    _finish(control, response, dry_run, as_json, is_loaded if wait else None)
+    if response.HasField("rollout") and not (dry_run or as_json):
+        typer.echo(f"Next: echoray experts canary {organ} --percent 5" if wait else _watch(organ))
+
+
+@with_control
+def canary(
+    control: ExpertControlClient,
+    organ: Organ,
+    percent: Percent,
+    digest: Digest = "",
+    reason: Reason = "",
+    actor: Actor = None,
+    dry_run: DryRun = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Has the candidate answer a part of the requests. Requests of one session stay with one version.
+
+    From now on the candidate is rolled back by itself when it fails too often, is too slow or computes what is no
+    number. A rollout file's own steps end with this command.
+
+    Example: `echoray experts canary heart --percent 5`
+    """
+    digest = _whole(control, organ, digest)
+    response = control.canary(organ, percent, digest=digest, actor=actor_of(actor), reason=reason, dry_run=dry_run)
+    _finish(control, response, dry_run, as_json)
+
+
+@with_control
+def shadow(
+    control: ExpertControlClient,
+    organ: Organ,
+    percent: Percent,
+    digest: Digest = "",
+    reason: Reason = "",
+    actor: Actor = None,
+    dry_run: DryRun = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Has the candidate compute a part of the requests beside the incumbent, answering nobody.
+
+    `echoray experts list` shows how far the two agree.
+
+    Example: `echoray experts shadow heart --percent 20`
+    """
+    digest = _whole(control, organ, digest)
+    response = control.shadow(organ, percent, digest=digest, actor=actor_of(actor), reason=reason, dry_run=dry_run)
+    _finish(control, response, dry_run, as_json)
+
+
+@with_control
+def promote(
+    control: ExpertControlClient,
+    organ: Organ,
+    digest: Digest = "",
+    reason: Reason = "",
+    actor: Actor = None,
+    dry_run: DryRun = False,
+    wait: Wait = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Makes the candidate the organ's version for all new requests; those under way end with what they have.
+
+    With `--wait` it ends when no request uses the version before any more, and its memory is free.
+
+    Example: `echoray experts promote heart --reason "agrees with the board" --wait`
+    """
+    digest = _whole(control, organ, digest)
+    if not digest and (candidate := in_flight(control.list(organ).rollouts, organ)):
+        # So that nobody promotes what somebody else has staged in the meantime.
+        digest = candidate.digest
+    response = control.promote(organ, digest=digest, actor=actor_of(actor), reason=reason, dry_run=dry_run)
+    _finish(control, response, dry_run, as_json, has_taken_over if wait else None)
+
+
+@with_control
+def rollback(
+    control: ExpertControlClient,
+    organ: Organ,
+    digest: Digest = "",
+    reason: Reason = "",
+    actor: Actor = None,
+    dry_run: DryRun = False,
+    wait: Wait = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Takes back the candidate; where none is in flight, the stable version, in favour of the one before it.
+
+    An earlier version is verified and loaded first, and the stable one serves until then. With `--wait` it ends when
+    no request uses what was taken back, and its memory is free.
+
+    Example: `echoray experts rollback heart --reason "misses effusions" --wait`
+    """
+    digest = _whole(control, organ, digest) or _to_take_back(control, organ)
+    response = control.rollback(organ, digest=digest, actor=actor_of(actor), reason=reason, dry_run=dry_run)
+    # A rollout that is under way after a rollback brings the earlier version back.
+    ended = response.rollout.state in ("rolled_back", "failed")
+    _finish(control, response, dry_run, as_json, (is_gone if ended else has_taken_over) if wait else None)
+
+
+@with_control
+def retire(
+    control: ExpertControlClient,
+    organ: Organ,
+    version: Annotated[
+        str, typer.Option(help="Only bar this version, or digest, from being staged again. [default: the whole organ]")
+    ] = "",
+    reason: Reason = "",
+    actor: Actor = None,
+    dry_run: DryRun = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Takes an organ out of service for good, or with `--version` bars one version of it.
+
+    Example: `echoray experts retire heart --version 1.0.1 --reason "trained on the wrong labels"`
+    """
+    named, digest = _bundle(control, organ, version) if version else ("", "")
+    response = control.retire(
+        organ, version=named, digest=digest, actor=actor_of(actor), reason=reason, dry_run=dry_run
+    )
+    _finish(control, response, dry_run, as_json)
+
+
+@with_control
+def apply(
+    control: ExpertControlClient,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The rollout file, in YAML.")],
+    actor: Actor = None,
+    dry_run: DryRun = False,
+    wait: Wait = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Begins the rollout that a file describes, with its steps and thresholds. Applying it again changes nothing.
+
+    With `--wait` it ends when the last step of the file has begun, or the candidate has taken over if the file says so.
+
+    Example: `echoray experts apply rollout.yaml --wait`
+    """
+    from echovlm_ray.cli.rollout_yaml import read_rollout_file
+    from echovlm_ray.yaml_document import DocumentError
+
+    try:
+        rollout_file = read_rollout_file(file)
+    except DocumentError as error:
+        fail(str(error), EXIT_INVALID)
+    response = control.apply(rollout_file.model_dump_json(), actor=actor_of(actor), dry_run=dry_run)
+    _finish(control, response, dry_run, as_json, _last_step(rollout_file) if wait else None)
+    if response.changed and not (as_json or wait):
+        typer.echo(_watch(rollout_file.organ))
+
+
+def _last_step(file: "RolloutFile") -> Reached:
+    if file.promote:
+        return has_taken_over
+    if not file.steps:
+        return is_loaded
+    last = file.steps[-1]
+    further = LOADED[LOADED.index("canary") + 1 :]
+    return lambda rollout, state: (
+        (rollout.state == last.mode and rollout.percent == last.percent) or rollout.state in further
+    )
+
+
+def _finish(
+    control: ExpertControlClient,
+    response: "OperationResponse",
+    dry_run: bool,
+    as_json: bool,
+    reached: Reached | None = None,
+) -> None:
+    """Says what was done or would be, waits if that is wanted, and gives the exit status."""
+    if not as_json:
+        _print(response, dry_run)
+    if reached is not None and response.HasField("rollout") and not dry_run:
+        rollout = wait_until(control, response.rollout, reached)
+        response.rollout.CopyFrom(rollout)
+        if not as_json:
+            typer.echo(f"{_named(rollout)} is {state_in_words(rollout)}.")
+    if as_json:
+        typer.echo(json.dumps(operation_as_dict(response), ensure_ascii=False))
+    if dry_run and any(not memory.fits for memory in response.memory):
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _print(response: "OperationResponse", dry_run: bool) -> None:
+    console = console_of()
+    if dry_run:
+        console.print("Nothing was done. This would happen:", style="bold")
+    elif not response.changed:
+        console.print("Nothing to do.", style="bold")
+    elif response.HasField("rollout"):
+        console.print(f"{_named(response.rollout)}, rollout {response.rollout.id}:", style="bold", markup=False)
+    else:
+        console.print("Done:", style="bold")
+    for step in response.steps:
+        console.print(f"  {step}", markup=False, soft_wrap=True)
+    if response.memory:
+        console.print(memory_view(response.memory))
+
+
+def _named(rollout: "Rollout") -> str:
+    return f"{rollout.organ} {rollout.version or short(rollout.digest)}"
+
+
+def _watch(organ: str) -> str:
+    return f"See how it goes: echoray experts watch {organ}"
+
+
+def _bundle(control: ExpertControlClient, organ: str, text: str) -> tuple[str, str]:
+    """Version and digest of which one is given; no semantic version looks like the beginning of a digest."""
+    if _DIGEST_START.fullmatch(text):
+        return "", _whole(control, organ, text)
+    return text, ""
+
+
+def _whole(control: ExpertControlClient, organ: str, start: str) -> str:
+    """The digest that begins so, of the organ's bundles and rollouts."""
+    if not start or len(start) == _WHOLE_DIGEST:
+        return start
+    if not _DIGEST_START.fullmatch(start):
+        fail(f"{start!r} is no digest: give its 64 hexadecimal digits, or at least the first 6", EXIT_INVALID)
+    found = control.list(organ)
+    known = {bundle.digest for bundle in found.bundles} | {rollout.digest for rollout in found.rollouts}
+    matching = sorted(digest for digest in known if digest.startswith(start))
+    if not matching:
+        bundles = ", ".join(f"{bundle.version} ({short(bundle.digest)})" for bundle in found.bundles)
+        fail(f"no bundle of {organ} begins with {start}; there are {bundles or 'none'}", EXIT_INVALID)
+    if len(matching) > 1:
+        fail(f"several bundles of {organ} begin with {start}: {', '.join(matching)}", EXIT_INVALID)
+    return matching[0]
+
+
+def _to_take_back(control: ExpertControlClient, organ: str) -> str:
+    """What a rollback is about now: sent along, so that a repeated call does not take back the version below."""
+    found = control.list(organ)
+    stable = next((member.bundle_digest for member in found.live.members if member.organ == organ), "")
+    candidate = in_flight(found.rollouts, organ)
+    if candidate is None or _restores(control, candidate):
+        return stable
+    return candidate.digest
+
+
+def _restores(control: ExpertControlClient, rollout: "Rollout") -> bool:
+    """Whether a rollout is itself a rollback that is under way; who asks again does not want to stop it."""
+    for entry in control.history(rollout.organ).entries:
+        if entry.rollout_id == rollout.id and entry.event == "stage":
+            return bool(json.loads(entry.details_json or "{}").get("restores"))
+    return False

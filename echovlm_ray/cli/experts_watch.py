@@ -1,0 +1,180 @@
+"""`echoray experts watch`, and how every command shows what goes on: a live table, lines for a pipe, or JSON."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from echovlm_ray.cli.control import with_control
+from echovlm_ray.cli.experts_targets import AsJSON
+from echovlm_ray.cli.rollout_changes import changes
+from echovlm_ray.cli.rollout_tables import console_of, state_view
+from echovlm_ray.cli.rollout_words import state_as_dict, versions_of
+from echovlm_ray.client.control import ExpertControlClient
+from echovlm_ray.client.errors import CallCancelledError, EchoVLMError, InternalServerError, UnavailableError
+
+if TYPE_CHECKING:
+    from protos.control_pb2 import ControlState
+
+# How long Control may be away, as while it is restarted, before watching gives up.
+PATIENCE_S = 60.0
+RECONNECT_S = 0.5
+REDRAW_PER_SECOND = 4
+
+Show = Callable[["ControlState"], None]
+
+
+@with_control
+def watch(
+    control: ExpertControlClient,
+    organ: Annotated[str, typer.Argument(metavar="[ORGAN]", help="Only this organ.")] = "",
+    as_json: AsJSON = False,
+) -> None:
+    """Shows what is live, the rollouts and what every replica holds and loads, as it changes, until Ctrl-C.
+
+    On a terminal a live table, otherwise a line for every change; with `--json` one object a line.
+
+    Example: `echoray experts watch heart`
+    """
+    watch_state(control, organ, as_json)
+
+
+def watch_state(control: ExpertControlClient, organ: str, as_json: bool) -> None:
+    """Shows every state until Ctrl-C, which is how it is meant to end."""
+    names = Versions(control)
+    names.check_organ(organ)
+    try:
+        with _json_lines(names, organ) if as_json else display(names, organ, console_of()) as show:
+            for state in states(control, _note_absence):
+                show(state)
+    except KeyboardInterrupt:
+        return
+
+
+class Versions:
+    """The versions of the digests that are shown: asked for when a digest is new."""
+
+    def __init__(self, control: ExpertControlClient) -> None:
+        """Asks nothing yet."""
+        self._control = control
+        self._known: dict[str, str] = {}
+
+    def check_organ(self, organ: str) -> None:
+        """Has Control refuse an organ that there is not.
+
+        Raises:
+            NotFoundError: the text names those that there are.
+        """
+        if organ:
+            self._control.list(organ)
+
+    def of(self, state: "ControlState") -> dict[str, str]:
+        """Digest → version of everything in a state, as far as the registry knows it."""
+        digests = {member.bundle_digest for member in state.live.members}
+        digests |= {share.digest for replica in state.replicas for share in replica.bundles}
+        self._known |= versions_of((), state.rollouts)
+        if digests - set(self._known):
+            try:
+                self._known |= versions_of(self._control.list().bundles)
+            except EchoVLMError:
+                # Digests say what it is, too.
+                return self._known
+            self._known |= dict.fromkeys(digests - set(self._known), "")
+        return self._known
+
+
+def states(control: ExpertControlClient, absent: Callable[[], None]) -> Iterator["ControlState"]:
+    """Every state, also across a restart of Control.
+
+    Args:
+        control: whom to ask.
+        absent: called when Control has gone away; it is asked again for a minute.
+
+    Raises:
+        EchoVLMError: Control did not come back, or never was there.
+    """
+    seen = False
+    lost_at: float | None = None
+    while True:
+        try:
+            with closing(control.watch()) as watching:  # type: ignore[type-var] # it is a generator
+                for state in watching:
+                    seen, lost_at = True, None
+                    yield state
+            raise UnavailableError("Control ended the watch")
+        except (UnavailableError, CallCancelledError, InternalServerError):
+            if lost_at is None:
+                lost_at = time.monotonic()
+                if seen:
+                    absent()
+            if not seen or time.monotonic() - lost_at > PATIENCE_S:
+                raise
+        time.sleep(RECONNECT_S)
+
+
+@contextmanager
+def display(names: Versions, organ: str, console: Console, note: str = "") -> Iterator[Show]:
+    """Shows states as they come: on a terminal in a table that stays in place, otherwise in lines.
+
+    Args:
+        names: the versions.
+        organ: only this organ's, if given.
+        console: where to.
+        note: stands below the table.
+    """
+    if console.is_terminal:
+        with _live_table(names, organ, console, note) as show:
+            yield show
+    else:
+        yield _lines(names, organ, console)
+
+
+@contextmanager
+def _live_table(names: Versions, organ: str, console: Console, note: str) -> Iterator[Show]:
+    latest: list[tuple[ControlState, dict[str, str]]] = []
+
+    def draw() -> RenderableType:
+        if not latest:
+            return Text("waiting for Control …", style="dim")
+        state, versions = latest[0]
+        # Drawn again and again: times go on by themselves.
+        table = state_view(state.live, state.rollouts, state.replicas, versions, organ)
+        return Group(table, Text(note, style="dim")) if note else table
+
+    def show(state: "ControlState") -> None:
+        latest[:] = [(state, dict(names.of(state)))]
+
+    with Live(get_renderable=draw, console=console, refresh_per_second=REDRAW_PER_SECOND):
+        yield show
+
+
+def _lines(names: Versions, organ: str, console: Console) -> Show:
+    before: list[ControlState] = []
+
+    def show(state: "ControlState") -> None:
+        now = datetime.now().astimezone().strftime("%H:%M:%S")
+        for line in changes(before[0] if before else None, state, names.of(state), organ):
+            console.print(f"{now} {line}", markup=False, soft_wrap=True)
+        before[:] = [state]
+
+    return show
+
+
+@contextmanager
+def _json_lines(names: Versions, organ: str) -> Iterator[Show]:
+    def show(state: "ControlState") -> None:
+        shown = state_as_dict(state.live, state.rollouts, state.replicas, names.of(state), organ)
+        typer.echo(json.dumps({"version": state.version, **shown}, ensure_ascii=False))
+
+    yield show
+
+
+def _note_absence() -> None:
+    typer.echo("Control does not answer; trying again …", err=True)

@@ -1,0 +1,89 @@
+"""What changed from one state of Control to the next, in lines: for logs and pipes, which cannot redraw a table."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from echovlm_ray.cli.rollout_words import (
+    IN_FLIGHT,
+    Versions,
+    short,
+    size_in_words,
+    state_in_words,
+    version_in_words,
+)
+
+if TYPE_CHECKING:
+    from protos.control_pb2 import ControlState, Rollout
+
+# Of a load's progress: a line for every so much of it.
+PROGRESS_STEP = 0.1
+
+
+def changes(before: "ControlState | None", after: "ControlState", versions: Versions, organ: str = "") -> Iterator[str]:
+    """One line for everything that is new; without a state before, what is live and what is on its way.
+
+    Args:
+        before: the state that was told last.
+        after: the state now.
+        versions: of the digests in both.
+        organ: only this organ's, if given.
+    """
+    yield from _live(before, after, versions, organ)
+    yield from _rollouts(before, after, versions, organ)
+    yield from _replicas(before, after, versions, organ)
+
+
+def _live(before: "ControlState | None", after: "ControlState", versions: Versions, organ: str) -> Iterator[str]:
+    old = {} if before is None else {member.organ: member.bundle_digest for member in before.live.members}
+    new = {member.organ: member.bundle_digest for member in after.live.members}
+    for name, digest in new.items():
+        if organ in ("", name) and old.get(name) != digest:
+            text = f"{name}: {version_in_words(digest, versions)} ({short(digest)}) is live"
+            yield text if name not in old else f"{text} instead of {version_in_words(old[name], versions)}"
+    for name in old:
+        if organ in ("", name) and name not in new:
+            yield f"{name}: no longer live"
+
+
+def _rollouts(before: "ControlState | None", after: "ControlState", versions: Versions, organ: str) -> Iterator[str]:
+    old = {} if before is None else {rollout.id: _standing(rollout) for rollout in before.rollouts}
+    for rollout in after.rollouts:
+        if organ not in ("", rollout.organ) or old.get(rollout.id) == _standing(rollout):
+            continue
+        if before is None and rollout.state not in IN_FLIGHT:
+            continue
+        version = rollout.version or version_in_words(rollout.digest, versions)
+        reason = f": {rollout.reason}" if rollout.reason else ""
+        yield f"{rollout.organ}: {version} ({rollout.id}) is {state_in_words(rollout)}{reason}"
+
+
+def _replicas(before: "ControlState | None", after: "ControlState", versions: Versions, organ: str) -> Iterator[str]:
+    old = {} if before is None else _progress(before)
+    new = _progress(after)
+    for (name, replica, digest), (progress, nbytes) in new.items():
+        if organ not in ("", name):
+            continue
+        told = old.get((name, replica, digest), (-1.0, 0))[0]
+        where = f"{name}: replica {replica}"
+        if progress >= 1:
+            # What is held from the beginning is no news.
+            if told < 1 and before is not None:
+                yield f"{where} holds {version_in_words(digest, versions)}, {size_in_words(nbytes)}"
+        elif told < 0 or int(progress / PROGRESS_STEP) > int(told / PROGRESS_STEP):
+            yield f"{where} loads {version_in_words(digest, versions)}: {progress:.0%}"
+    living = {(replica.organ, replica.replica) for replica in after.replicas}
+    for name, replica, digest in old:
+        if organ in ("", name) and (name, replica, digest) not in new and (name, replica) in living:
+            yield f"{name}: replica {replica} has let go of {version_in_words(digest, versions)}"
+
+
+def _standing(rollout: "Rollout") -> tuple[str, float, str]:
+    return rollout.state, rollout.percent, rollout.reason
+
+
+def _progress(state: "ControlState") -> dict[tuple[str, str, str], tuple[float, int]]:
+    return {
+        (replica.organ, replica.replica, share.digest): (share.progress, share.resident_bytes)
+        for replica in state.replicas
+        for share in replica.bundles
+    }

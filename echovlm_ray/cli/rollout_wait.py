@@ -1,0 +1,78 @@
+"""Waits for a rollout to get where a command wants it, and shows how it goes; Ctrl-C ends the waiting alone."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import typer
+
+from echovlm_ray.cli.control import EXIT_INTERRUPTED
+from echovlm_ray.cli.experts_watch import Versions, display, states
+from echovlm_ray.cli.rollout_tables import console_of
+from echovlm_ray.cli.rollout_words import ENDED_BADLY, short, state_in_words
+from echovlm_ray.cli.work import fail
+
+if TYPE_CHECKING:
+    from echovlm_ray.client.control import ExpertControlClient
+    from protos.control_pb2 import ControlState, Rollout
+
+Reached = Callable[["Rollout", "ControlState"], bool]
+# It is, or was, the organ's version.
+SERVED = ("stable", "superseded", "retired")
+LOADED = ("warm", "shadow", "canary", *SERVED)
+
+
+def is_loaded(rollout: "Rollout", state: "ControlState") -> bool:
+    """The candidate can compute on every replica: what `stage` waits for."""
+    return rollout.state in LOADED
+
+
+def has_taken_over(rollout: "Rollout", state: "ControlState") -> bool:
+    """All requests use the new version, those under way too: what `promote` waits for."""
+    return rollout.state in SERVED and not is_held(rollout.organ, rollout.incumbent_digest, state)
+
+
+def is_gone(rollout: "Rollout", state: "ControlState") -> bool:
+    """No request uses the candidate any more, and its memory is free: what `rollback` waits for."""
+    return rollout.state in ENDED_BADLY and not is_held(rollout.organ, rollout.digest, state)
+
+
+def is_held(organ: str, digest: str, state: "ControlState") -> bool:
+    """Whether a replica of the organ has a bundle in memory."""
+    return any(
+        share.digest == digest for replica in state.replicas if replica.organ == organ for share in replica.bundles
+    )
+
+
+def wait_until(control: "ExpertControlClient", rollout: "Rollout", reached: Reached) -> "Rollout":
+    """Returns the rollout once it is there; shows the way on stderr.
+
+    Ends the command with exit code 1, and the reason, if the rollout ends badly before.
+    """
+    organ = rollout.organ
+    note = "Ctrl-C ends only the waiting; the rollout goes on."
+    try:
+        with display(Versions(control), organ, console_of(stderr=True), note) as show:
+            for state in states(control, lambda: typer.echo("Control does not answer; trying again …", err=True)):
+                show(state)
+                current = next((found for found in state.rollouts if found.id == rollout.id), None)
+                if current is None:
+                    fail(_ended(f"{rollout.id} has ended and another rollout of {organ} has begun", organ))
+                if reached(current, state):
+                    return current
+                # Where the end is what was asked for, only the memory is still awaited.
+                if current.state in ENDED_BADLY and reached is not is_gone:
+                    because = f": {current.reason}" if current.reason else ""
+                    version = current.version or short(current.digest)
+                    fail(_ended(f"{organ} {version} is {state_in_words(current)}{because}", organ))
+    except KeyboardInterrupt:
+        typer.echo(
+            f"No longer waiting; the rollout goes on. See it: echoray experts watch {organ}. "
+            f"Take it back: echoray experts rollback {organ}",
+            err=True,
+        )
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    raise AssertionError("states end with an error only")
+
+
+def _ended(problem: str, organ: str) -> str:
+    return f"{problem}; see echoray experts history {organ}"

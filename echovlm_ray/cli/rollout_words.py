@@ -1,0 +1,188 @@
+"""Rollouts in words and as JSON, the same in every command."""
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from protos.control_pb2 import (
+        BundleInfo,
+        ExpertSet,
+        OperationResponse,
+        ReplicaMemory,
+        ReplicaResidents,
+        Rollout,
+        ShadowReport,
+    )
+
+IN_FLIGHT = ("staged", "verified", "warm", "shadow", "canary")
+ENDED_BADLY = ("failed", "rolled_back")
+_SHOWN_DIGEST = 12
+
+# Digest → version, as far as it is known.
+Versions = Mapping[str, str]
+
+
+def state_in_words(rollout: "Rollout") -> str:
+    """A rollout's state with its part of the traffic, for example "canary 5 %"."""
+    state = rollout.state.replace("_", " ")
+    return f"{state} {rollout.percent:g} %" if rollout.percent else state
+
+
+def in_flight(rollouts: Iterable["Rollout"], organ: str) -> "Rollout | None":
+    """An organ's rollout that has not ended."""
+    return next((rollout for rollout in rollouts if rollout.organ == organ and rollout.state in IN_FLIGHT), None)
+
+
+def newest(rollouts: Iterable["Rollout"], organ: str) -> "Rollout | None":
+    """An organ's rollout in flight, or else its last one."""
+    found = [rollout for rollout in rollouts if rollout.organ == organ]
+    return in_flight(found, organ) or max(found, key=lambda rollout: rollout.created_at, default=None)
+
+
+def versions_of(bundles: Iterable["BundleInfo"], rollouts: Iterable["Rollout"] = ()) -> dict[str, str]:
+    """The versions of all digests that an answer tells of."""
+    known = {rollout.digest: rollout.version for rollout in rollouts if rollout.version}
+    return known | {bundle.digest: bundle.version for bundle in bundles}
+
+
+def version_in_words(digest: str, versions: Versions) -> str:
+    """A bundle's version, or where that is not known the beginning of its digest."""
+    return versions.get(digest) or f"{digest[:_SHOWN_DIGEST]}…"
+
+
+def short(digest: str) -> str:
+    """As much of a digest as people compare."""
+    return digest[:_SHOWN_DIGEST]
+
+
+def size_in_words(nbytes: float) -> str:
+    """Bytes with a unit that keeps the number short."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.3g} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+def age_in_words(since: float, now: float | None = None) -> str:
+    """How long ago a time was, for example "3 min"."""
+    seconds = max(0.0, (time.time() if now is None else now) - since)
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def shadow_in_words(report: "ShadowReport") -> str:
+    """How far a shadow agrees with the incumbent."""
+    text = f"{report.requests} compared, {report.identical} identical, token overlap {report.token_overlap:.3g}"
+    if report.HasField("mean_first_divergence"):
+        text += f", the others part at token {report.mean_first_divergence:.3g} on average"
+    if report.HasField("latency_ratio"):
+        text += f", time per token x {report.latency_ratio:.3g}"
+    return text
+
+
+def operation_as_dict(response: "OperationResponse") -> dict[str, Any]:
+    """What an operation did, or would do."""
+    return {
+        "changed": response.changed,
+        "steps": list(response.steps),
+        "rollout": rollout_as_dict(response.rollout) if response.HasField("rollout") else None,
+        "memory": [_memory_as_dict(memory) for memory in response.memory],
+    }
+
+
+def rollout_as_dict(rollout: "Rollout") -> dict[str, Any]:
+    """A rollout; numbers as numbers, which protobuf's own JSON does not have."""
+    shadow = None
+    if rollout.HasField("shadow"):
+        report = rollout.shadow
+        shadow = {
+            "requests": report.requests,
+            "identical": report.identical,
+            "token_overlap": report.token_overlap,
+            "mean_first_divergence": report.mean_first_divergence if report.HasField("mean_first_divergence") else None,
+            "latency_ratio": report.latency_ratio if report.HasField("latency_ratio") else None,
+        }
+    return {
+        "id": rollout.id,
+        "organ": rollout.organ,
+        "version": rollout.version,
+        "digest": rollout.digest,
+        "incumbent_digest": rollout.incumbent_digest or None,
+        "state": rollout.state,
+        "percent": rollout.percent,
+        "reason": rollout.reason,
+        "actor": rollout.actor,
+        "created_at": rollout.created_at,
+        "state_since": rollout.state_since,
+        "shadow": shadow,
+    }
+
+
+def state_as_dict(
+    live: "ExpertSet",
+    rollouts: Iterable["Rollout"],
+    replicas: Iterable["ReplicaResidents"],
+    versions: Versions,
+    organ: str = "",
+) -> dict[str, Any]:
+    """The live set, the rollouts and what every replica holds; of one organ if it is given."""
+    return {
+        "expert_set_id": live.id,
+        "backbone_digest": live.backbone_digest,
+        "routing": live.routing,
+        "live": [
+            {
+                "organ": member.organ,
+                "version": versions.get(member.bundle_digest),
+                "digest": member.bundle_digest,
+            }
+            for member in live.members
+            if organ in ("", member.organ)
+        ],
+        "rollouts": [rollout_as_dict(rollout) for rollout in rollouts if organ in ("", rollout.organ)],
+        "replicas": [
+            {
+                "organ": replica.organ,
+                "replica": replica.replica,
+                "limit_bytes": replica.limit_bytes,
+                "bundles": [
+                    {
+                        "digest": share.digest,
+                        "version": versions.get(share.digest),
+                        "resident_bytes": share.resident_bytes,
+                        "progress": share.progress,
+                    }
+                    for share in replica.bundles
+                ],
+            }
+            for replica in replicas
+            if organ in ("", replica.organ)
+        ],
+    }
+
+
+def bundle_as_dict(bundle: "BundleInfo") -> dict[str, Any]:
+    """A bundle of the registry."""
+    return {
+        "organ": bundle.organ,
+        "version": bundle.version,
+        "name": bundle.name,
+        "digest": bundle.digest,
+        "description": bundle.description,
+        "num_experts": bundle.num_experts,
+        "size_bytes": bundle.size_bytes,
+        "live": bundle.live,
+    }
+
+
+def _memory_as_dict(memory: "ReplicaMemory") -> dict[str, Any]:
+    return {
+        "replica": memory.replica,
+        "resident_bytes": memory.resident_bytes,
+        "needed_bytes": memory.needed_bytes,
+        "limit_bytes": memory.limit_bytes,
+        "fits": memory.fits,
+    }

@@ -1,0 +1,54 @@
+"""Reads a rollout file: YAML in, `RolloutFile` out, and errors that name the file, the line and the fix."""
+
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ValidationError
+
+from echovlm_ray.yaml_document import Document, DocumentError, KeyPath, Problem, read_document
+from router.rollouts.rollout_file import RolloutFile
+from router.rollouts.settings import Step, Thresholds
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+# How like a field's name a misspelling must be to be taken for it.
+SIMILARITY = 0.6
+
+
+def read_rollout_file(path: Path) -> RolloutFile:
+    """The rollout that a file describes.
+
+    Raises:
+        DocumentError: the file cannot be read, or its contents cannot be used.
+    """
+    document = read_document(path, "`organ:`, `version:` and what else a rollout needs, one a line")
+    try:
+        return RolloutFile.model_validate(document.values)
+    except ValidationError as error:
+        problems = {_problem(document, detail): None for detail in error.errors(include_url=False)}
+        raise DocumentError(sorted(problems, key=lambda problem: document.order(problem.where))) from None
+
+
+def _problem(document: Document, detail: "ErrorDetails") -> Problem:
+    path = tuple(str(part) for part in detail["loc"])
+    field = ".".join(path)
+    message = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    if not path:
+        # A rule about several fields: shown at the first of them that it speaks of.
+        named = next((key for key in document.values if key in message), "")
+        return Problem(document.where((named,)), message)
+    if detail["type"] == "extra_forbidden":
+        return Problem(document.where(path), f"{field} is unknown; {_suggestion(path)}")
+    if detail["type"] == "missing":
+        return Problem(document.where(path), f"{field} is missing: add it")
+    return Problem(document.where(path), f"{field} is {detail['input']!r}; it must be {message}")
+
+
+def _suggestion(path: KeyPath) -> str:
+    sections: dict[str, type[BaseModel]] = {"steps": Step, "thresholds": Thresholds}
+    section = sections[path[0]] if len(path) > 1 and path[0] in sections else RolloutFile
+    known = list(section.model_fields)
+    similar = difflib.get_close_matches(path[-1], known, n=1, cutoff=SIMILARITY)
+    return f"did you mean {similar[0]}?" if similar else f"there are {', '.join(known)}"

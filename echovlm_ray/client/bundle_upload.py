@@ -1,0 +1,83 @@
+"""A bundle's folder as the messages of one push: its manifest, its signature, then its files piece by piece."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from echovlm_ray.client.errors import FieldViolation, InvalidRequestError
+from protos import control_pb2
+
+MANIFEST_NAME = "manifest.json"
+SIGNATURE_NAME = "model.sig"
+# What Control reads at most; its own limits say the same.
+MAX_MANIFEST_BYTES = 4 * 1024 * 1024
+PIECE_BYTES = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class BundleUpload:
+    """What is sent. The server checks all of it again; here only what would send the wrong bytes.
+
+    Attributes:
+        manifest: the manifest's own bytes.
+        signature: the signature's, or empty.
+        files: name in the manifest → where the file is.
+        size_bytes: of all the files.
+    """
+
+    manifest: bytes
+    signature: bytes
+    files: dict[str, Path]
+    size_bytes: int
+
+    def messages(self, progress: Callable[[int], None] = lambda nbytes: None) -> Iterator[control_pb2.PushRequest]:
+        """The messages in order; `progress` is told of each piece's bytes when it is taken."""
+        yield control_pb2.PushRequest(manifest=self.manifest)
+        if self.signature:
+            yield control_pb2.PushRequest(signature=self.signature)
+        for name, path in self.files.items():
+            yield control_pb2.PushRequest(file=name)
+            with path.open("rb") as file:
+                while piece := file.read(PIECE_BYTES):
+                    progress(len(piece))
+                    yield control_pb2.PushRequest(data=piece)
+
+
+def open_upload(directory: Path) -> BundleUpload:
+    """Reads a bundle's manifest and finds its files.
+
+    Raises:
+        InvalidRequestError: the folder is no bundle: no manifest, a file that is missing, a link, or of another size.
+    """
+    manifest = _read(directory / MANIFEST_NAME, MAX_MANIFEST_BYTES)
+    try:
+        entries = [(str(entry["path"]), int(entry["size"])) for entry in json.loads(manifest)["files"]]
+    except (ValueError, TypeError, KeyError):
+        raise _invalid(f"{directory / MANIFEST_NAME} is no manifest of a bundle") from None
+    files: dict[str, Path] = {}
+    for name, size in entries:
+        path = directory / name
+        if ".." in Path(name).parts or Path(name).is_absolute() or path.is_symlink():
+            raise _invalid(f"{name[:200]!r} in the manifest leads out of the bundle's folder {directory}")
+        if not path.is_file():
+            raise _invalid(f"{path} is missing, and the manifest names it")
+        if path.stat().st_size != size:
+            raise _invalid(f"{path} has {path.stat().st_size} bytes; the manifest says {size}")
+        files[name] = path
+    signature = directory / SIGNATURE_NAME
+    content = _read(signature, MAX_MANIFEST_BYTES) if signature.exists() else b""
+    return BundleUpload(manifest, content, files, sum(size for _, size in entries))
+
+
+def _read(path: Path, limit: int) -> bytes:
+    try:
+        if path.stat().st_size > limit:
+            raise _invalid(f"{path} has more than {limit} bytes")
+        return path.read_bytes()
+    except OSError as error:
+        raise _invalid(f"{path} cannot be read: {error.strerror}; name a bundle's folder") from None
+
+
+def _invalid(text: str) -> InvalidRequestError:
+    return InvalidRequestError(text, violations=[FieldViolation("", text)])

@@ -1,0 +1,228 @@
+"""The client for operators: `echovlm.v1.ExpertControl` from Python, which `echoray experts` uses too.
+
+    from echovlm_ray.client.control import ExpertControlClient
+
+    with ExpertControlClient("127.0.0.1:50052") as control:
+        control.stage("heart", version="1.1.0", actor="ann", reason="finer valves")
+        for state in control.watch():
+            print(state.rollouts)
+
+Messages are those of protos/control.proto; what can go wrong is an `EchoVLMError`, as with the other clients.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import grpc
+
+from echovlm_ray.client.bundle_upload import open_upload
+from echovlm_ray.client.connection import TLS, call_metadata, channel_options, check_connection
+from echovlm_ray.client.errors import from_rpc_error
+from protos import control_pb2, control_pb2_grpc
+
+DEFAULT_CONTROL = "127.0.0.1:50052"
+# Registries and histories are long; one answer holds all that was asked for.
+MAX_ANSWER_BYTES = 256 * 1024 * 1024
+
+Response = TypeVar("Response")
+
+
+class ExpertControlClient:
+    """Calls a system's Control. Safe to share between threads.
+
+    Args:
+        address: host:port of Control.
+        token: for servers with a token file; never sent unencrypted to another machine.
+        tls: for servers with certificates; `TLS()` trusts what the machine trusts.
+        timeout_s: how long a call may take in seconds; a push and a watch may take as long as they like.
+
+    Raises:
+        ValueError: an address, token or certificate that cannot be used.
+
+    No call is sent again by itself. All may be: give `digest` to `promote` and `rollback`, and the repetition of what
+    was done already changes nothing.
+
+    Every operation takes `actor`, who asks, and `reason`, why; both stand in the history. With `dry_run` it only says
+    what would happen. All of them raise:
+
+        NotFoundError: an unknown organ or version; the text names those that there are.
+        FailedPreconditionError: the rollout is in another state; the text says what is possible.
+        InvalidRequestError: what was asked makes no sense in itself.
+        UnavailableError: nothing answers.
+    """
+
+    def __init__(
+        self,
+        address: str = DEFAULT_CONTROL,
+        *,
+        token: str | None = None,
+        tls: TLS | None = None,
+        timeout_s: float | None = 30.0,
+    ) -> None:
+        check_connection(address, token, tls)
+        options = [
+            *channel_options(address, tls, retry=False),
+            ("grpc.max_receive_message_length", MAX_ANSWER_BYTES),
+            # Whoever watches wants to see a restarted Control at once.
+            ("grpc.max_reconnect_backoff_ms", 1000),
+        ]
+        if tls is None:
+            self._channel = grpc.insecure_channel(address, options)
+        else:
+            self._channel = grpc.secure_channel(address, tls.credentials(), options)
+        self._stub = control_pb2_grpc.ExpertControlStub(self._channel)
+        self.address = address
+        self._token = token
+        self._timeout_s = timeout_s
+
+    def push(
+        self,
+        directory: Path,
+        *,
+        start: Callable[[int], None] = lambda total: None,
+        progress: Callable[[int], None] = lambda nbytes: None,
+    ) -> control_pb2.BundleInfo:
+        """Puts the bundle in a folder into Control's registry; pushing it again changes nothing.
+
+        Args:
+            directory: the bundle's folder.
+            start: told how many bytes there are.
+            progress: told of each piece's bytes when it is sent; from another thread.
+
+        Raises:
+            InvalidRequestError: it is no bundle.
+        """
+        upload = open_upload(directory)
+        start(upload.size_bytes)
+        return self._call(self._stub.Push, control_pb2.PushResponse, upload.messages(progress), limited=False).bundle
+
+    def stage(
+        self,
+        organ: str,
+        *,
+        version: str = "",
+        digest: str = "",
+        actor: str,
+        reason: str = "",
+        dry_run: bool = False,
+    ) -> control_pb2.OperationResponse:
+        """Begins a rollout of a bundle, named by its version in the registry or by its digest."""
+        request = control_pb2.StageRequest(
+            organ=organ, version=version, digest=digest, actor=actor, reason=reason, dry_run=dry_run
+        )
+        return self._call(self._stub.Stage, control_pb2.OperationResponse, request)
+
+    def canary(
+        self, organ: str, percent: float, *, digest: str = "", actor: str, reason: str = "", dry_run: bool = False
+    ) -> control_pb2.OperationResponse:
+        """Has the candidate answer a part of the requests."""
+        return self._call(
+            self._stub.Canary, control_pb2.OperationResponse, _traffic(organ, percent, digest, actor, reason, dry_run)
+        )
+
+    def shadow(
+        self, organ: str, percent: float, *, digest: str = "", actor: str, reason: str = "", dry_run: bool = False
+    ) -> control_pb2.OperationResponse:
+        """Has the candidate compute a part of the requests beside the incumbent, answering nobody."""
+        return self._call(
+            self._stub.Shadow, control_pb2.OperationResponse, _traffic(organ, percent, digest, actor, reason, dry_run)
+        )
+
+    def promote(
+        self, organ: str, *, digest: str = "", actor: str, reason: str = "", dry_run: bool = False
+    ) -> control_pb2.OperationResponse:
+        """Makes the candidate the organ's version for all new requests."""
+        request = control_pb2.OrganRequest(organ=organ, digest=digest, actor=actor, reason=reason, dry_run=dry_run)
+        return self._call(self._stub.Promote, control_pb2.OperationResponse, request)
+
+    def rollback(
+        self, organ: str, *, digest: str = "", actor: str, reason: str = "", dry_run: bool = False
+    ) -> control_pb2.OperationResponse:
+        """Ends a candidate's rollout; where none is in flight, brings back the version that was stable before."""
+        request = control_pb2.OrganRequest(organ=organ, digest=digest, actor=actor, reason=reason, dry_run=dry_run)
+        return self._call(self._stub.Rollback, control_pb2.OperationResponse, request)
+
+    def retire(
+        self,
+        organ: str,
+        *,
+        version: str = "",
+        digest: str = "",
+        actor: str,
+        reason: str = "",
+        dry_run: bool = False,
+    ) -> control_pb2.OperationResponse:
+        """Takes an organ, or one version of it, out of service for good."""
+        request = control_pb2.RetireRequest(
+            organ=organ, version=version, digest=digest, actor=actor, reason=reason, dry_run=dry_run
+        )
+        return self._call(self._stub.Retire, control_pb2.OperationResponse, request)
+
+    def apply(self, rollout_json: str, *, actor: str, dry_run: bool = False) -> control_pb2.OperationResponse:
+        """Stages what a rollout file says, with its steps; applying it again changes nothing."""
+        request = control_pb2.ApplyRequest(rollout_json=rollout_json, actor=actor, dry_run=dry_run)
+        return self._call(self._stub.Apply, control_pb2.OperationResponse, request)
+
+    def list(self, organ: str = "") -> control_pb2.ListResponse:
+        """The live expert set, the rollouts, the replicas, and the bundles of the registry; of one organ or of all."""
+        return self._call(self._stub.List, control_pb2.ListResponse, control_pb2.ListRequest(organ=organ))
+
+    def history(
+        self, organ: str = "", *, last: int = 0, verify: bool = False, noted_hash: str = ""
+    ) -> control_pb2.HistoryResponse:
+        """What happened, oldest first; of one organ or of all.
+
+        Args:
+            organ: empty for all.
+            last: only the last so many entries; 0 for all.
+            verify: also check the whole chain of hashes; what is wrong is then in `faults`.
+            noted_hash: with `verify`, a head that was noted earlier and must be in the chain.
+        """
+        request = control_pb2.HistoryRequest(organ=organ, last=last, verify=verify, noted_hash=noted_hash)
+        return self._call(self._stub.History, control_pb2.HistoryResponse, request)
+
+    def watch(self) -> Iterator[control_pb2.ControlState]:
+        """The state now, and again whenever it changes, without an end. Letting go of the iterator ends the call."""
+        request_id, metadata = call_metadata(self._token, None)
+        call = self._stub.Watch(control_pb2.WatchRequest(), metadata=metadata)
+        try:
+            yield from call
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self.address, request_id, service="Control") from None
+        finally:
+            call.cancel()
+
+    def close(self) -> None:
+        """Closes the connection; calls under way are cancelled."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        """The client itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes the connection."""
+        self.close()
+
+    def _call(
+        self, method: Callable[..., Any], kind: type[Response], request: Any, *, limited: bool = True
+    ) -> Response:
+        request_id, metadata = call_metadata(self._token, None)
+        try:
+            response = method(request, timeout=self._timeout_s if limited else None, metadata=metadata)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self.address, request_id, service="Control") from None
+        assert isinstance(response, kind)
+        return response
+
+
+def _traffic(
+    organ: str, percent: float, digest: str, actor: str, reason: str, dry_run: bool
+) -> control_pb2.TrafficRequest:
+    return control_pb2.TrafficRequest(
+        organ=organ, percent=percent, digest=digest, actor=actor, reason=reason, dry_run=dry_run
+    )

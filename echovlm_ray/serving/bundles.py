@@ -1,0 +1,48 @@
+"""Where a deployment's bundles come from, and which of them may load: what the `experts` section says about both."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from echovlm_ray.checkpoint.layout import registry_root
+from echovlm_ray.config import ExpertsSection
+
+if TYPE_CHECKING:
+    from experts.bundle_source import RegistryLocation
+    from experts.registry import Registry
+    from experts.signing import SignaturePolicy
+
+
+def registry_location(section: ExpertsSection, checkpoint: Path) -> "RegistryLocation":
+    """The configured registry; the checkpoint's own, where none is configured, and besides it in any case."""
+    from experts.bundle_source import RegistryLocation
+
+    own = str(registry_root(checkpoint))
+    if section.registry is None:
+        return RegistryLocation(root=own)
+    return RegistryLocation(
+        root=section.registry,
+        options=section.registry_options,
+        cache_bytes=section.registry_cache_bytes,
+        fallbacks=(own,),
+    )
+
+
+def open_registry(section: ExpertsSection, checkpoint: Path) -> "Registry":
+    """The same, opened.
+
+    Raises:
+        RegistryError: there is no file system for experts.registry, or one of experts.registry_options is wrong.
+    """
+    from experts.errors import RegistryError
+
+    try:
+        return registry_location(section, checkpoint).open()
+    except RegistryError as error:
+        raise RegistryError(f"experts.registry: {error}") from None
+
+
+def signature_policy(section: ExpertsSection) -> "SignaturePolicy":
+    """Which bundles may load."""
+    from experts.signing import SignaturePolicy
+
+    return SignaturePolicy(signatures=section.signatures, public_keys=section.public_keys)

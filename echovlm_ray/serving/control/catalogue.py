@@ -1,0 +1,57 @@
+"""What bundles there are, by digest: a registry is asked by organ and version, and everybody else speaks of digests."""
+
+import threading
+
+from experts.errors import UnknownBundleError
+from experts.manifest import Manifest
+from experts.registry import Registry
+
+
+class Catalogue:
+    """The manifests of a registry. Bundles never change, so what was read once is kept. Safe from several threads."""
+
+    def __init__(self, registry: Registry) -> None:
+        """Takes the registry; nothing is read yet."""
+        self._registry = registry
+        self._lock = threading.Lock()
+        self._manifests: dict[str, Manifest] = {}
+
+    def list(self, organ: str | None = None) -> list[Manifest]:
+        """All bundles, or an organ's, by organ and then from the oldest version to the newest; read anew."""
+        manifests = self._registry.list(organ)
+        with self._lock:
+            self._manifests |= {manifest.digest: manifest for manifest in manifests}
+        return manifests
+
+    def manifest(self, digest: str) -> Manifest:
+        """The manifest of a bundle.
+
+        Raises:
+            UnknownBundleError: the registry does not have it.
+        """
+        with self._lock:
+            known = self._manifests.get(digest)
+        if known is None:
+            self.list()
+            with self._lock:
+                known = self._manifests.get(digest)
+        if known is None:
+            raise UnknownBundleError(
+                f"the registry {self._registry.root} has no bundle with the digest {digest[:100]!r}; push it first"
+            )
+        return known
+
+    def version(self, digest: str) -> str:
+        """The version of a bundle; "" where the registry does not have it any more."""
+        try:
+            return self.manifest(digest).version
+        except UnknownBundleError:
+            return ""
+
+    def digest_of(self, organ: str, version: str) -> str:
+        """The digest of an organ's version.
+
+        Raises:
+            UnknownBundleError: there is none; the text names the versions that there are.
+        """
+        return self._registry.find(organ, version).digest

@@ -1,0 +1,34 @@
+"""From the threads that change something to the coroutines that wait for it."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Changes:
+    """Wakes everybody who listens. Made on the event loop on which they do."""
+
+    def __init__(self) -> None:
+        """Nobody listens yet."""
+        self._loop = asyncio.get_running_loop()
+        self._listeners: set[asyncio.Event] = set()
+
+    def announce(self) -> None:
+        """Something changed; from any thread, at any time."""
+        # A closed loop means that nobody is left to listen.
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._wake)
+
+    @contextmanager
+    def listener(self) -> Iterator[asyncio.Event]:
+        """An event that is set by every change; whoever waits for it clears it."""
+        event = asyncio.Event()
+        self._listeners.add(event)
+        try:
+            yield event
+        finally:
+            self._listeners.discard(event)
+
+    def _wake(self) -> None:
+        for listener in self._listeners:
+            listener.set()

@@ -1,0 +1,175 @@
+"""The replicas of all expert groups, reached over gRPC, and the Routers that use them."""
+
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import grpc
+
+from echovlm_ray.serving.endpoints import ReplicaAddresses
+from echovlm_ray.serving.server import INTERNAL_CHANNEL_OPTIONS
+from experts.errors import ExpertCapacityError, InvalidBundleError, UnknownBundleError
+from experts.manifest import Manifest
+from protos import expert_pb2, expert_pb2_grpc, router_pb2, router_pb2_grpc
+from router.rollouts.fleet import ReplicaLostError, ReplicaResidents
+
+STATUS_TIMEOUT_S = 5.0
+PINS_TIMEOUT_S = 5.0
+# For the exchanges under way to end, and the memory to be freed.
+UNLOAD_TIMEOUT_S = 120.0
+
+
+class GrpcFleet:
+    """A `router.rollouts.fleet.Fleet` of running replicas. Safe from several threads; every method may block."""
+
+    def __init__(
+        self,
+        experts: Callable[[str], Sequence[ReplicaAddresses]],
+        routers: Callable[[], Sequence[ReplicaAddresses]],
+        watching: Callable[[], Collection[str]],
+        manifest: Callable[[str], Manifest],
+        element_bytes: int | None,
+    ) -> None:
+        """Opens nothing yet.
+
+        Args:
+            experts: organ → the replicas of its group now.
+            routers: the Routers' replicas now.
+            watching: the Routers that are connected to Control; one that has just started is here before it is
+                among `routers`.
+            manifest: digest → manifest; raises `UnknownBundleError`.
+            element_bytes: of the weights as replicas keep them; None where they stay as the bundle has them.
+        """
+        self._experts = experts
+        self._routers = routers
+        self._watching = watching
+        self._manifest = manifest
+        self._element_bytes = element_bytes
+        self._lock = threading.Lock()
+        self._channels: dict[str, grpc.Channel] = {}
+
+    def replicas(self, organ: str) -> Sequence[str]:
+        """See `Fleet`: the ids that Serve gave the replicas, which it gives to no other."""
+        return [found.replica for found in self._experts(organ)]
+
+    def resident(self, replica: str, organ: str) -> ReplicaResidents:
+        """See `Fleet`.
+
+        Raises:
+            ReplicaLostError: it is gone or does not answer.
+        """
+        stub = expert_pb2_grpc.ExpertGroupStub(self._channel_of(replica, organ))
+        try:
+            status: expert_pb2.ExpertGroupStatusResponse = stub.Status(
+                expert_pb2.ExpertGroupStatusRequest(), timeout=STATUS_TIMEOUT_S
+            )
+        except (grpc.RpcError, ValueError) as error:
+            raise _converted(error) from None
+        if status.organ != organ:
+            raise ReplicaLostError(f"what answers in its place serves {status.organ!r}")
+        return ReplicaResidents(
+            {bundle.digest: bundle.resident_bytes for bundle in status.bundles},
+            status.limit_bytes,
+            {loading.digest: loading.progress for loading in status.loading},
+        )
+
+    def load(self, replica: str, organ: str, digest: str, timeout_s: float) -> None:
+        """See `Fleet`.
+
+        Raises:
+            TimeoutError: it did not load within `timeout_s` seconds.
+        """
+        stub = expert_pb2_grpc.ExpertGroupStub(self._channel_of(replica, organ))
+        try:
+            stub.Load(expert_pb2.LoadRequest(bundle_digest=digest), timeout=timeout_s)
+        except (grpc.RpcError, ValueError) as error:
+            if isinstance(error, grpc.RpcError) and error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise TimeoutError(f"it was not loaded within {timeout_s:g} s") from None
+            raise _converted(error) from None
+
+    def unload(self, replica: str, organ: str, digest: str) -> None:
+        """See `Fleet`."""
+        stub = expert_pb2_grpc.ExpertGroupStub(self._channel_of(replica, organ))
+        try:
+            stub.Unload(expert_pb2.UnloadRequest(bundle_digest=digest), timeout=UNLOAD_TIMEOUT_S)
+        except (grpc.RpcError, ValueError) as error:
+            raise _converted(error) from None
+
+    def load_bytes(self, organ: str, digest: str) -> int:
+        """See `Fleet`: a kernel may pad, so it may be a little more."""
+        manifest = self._manifest(digest)
+        return manifest.num_expert_parameters * (self._element_bytes or manifest.torch_dtype.itemsize)
+
+    def pinned(self) -> Collection[str]:
+        """See `Fleet`.
+
+        Raises:
+            ReplicaLostError: no Router is known, one does not answer, one has no policy yet, or one is connected that
+                cannot be asked yet.
+        """
+        routers = self._routers()
+        if not routers:
+            raise ReplicaLostError("no Router is known")
+        if len(connected := [name for name in self._watching() if name]) > len(routers):
+            raise ReplicaLostError(f"{len(connected)} Routers are connected and only {len(routers)} can be asked")
+        stubs = [router_pb2_grpc.RouterStub(self._channel(router.address)) for router in routers]
+        try:
+            calls = [stub.Pins.future(router_pb2.PinsRequest(), timeout=PINS_TIMEOUT_S) for stub in stubs]
+            answers: list[router_pb2.PinsResponse] = [call.result() for call in calls]
+        except (grpc.RpcError, ValueError) as error:
+            raise _converted(error) from None
+        digests: set[str] = set()
+        for pins in answers:
+            if not pins.policy_version:
+                raise ReplicaLostError("a Router has no policy yet")
+            digests.update(pins.digests)
+        return digests
+
+    def close(self) -> None:
+        """Closes all channels; calls under way end."""
+        with self._lock:
+            channels, self._channels = list(self._channels.values()), {}
+        for channel in channels:
+            channel.close()
+
+    def keep_only(self, addresses: Collection[str]) -> None:
+        """Closes the channels to all other addresses."""
+        with self._lock:
+            gone = [self._channels.pop(address) for address in set(self._channels) - set(addresses)]
+        for channel in gone:
+            channel.close()
+
+    def _channel_of(self, replica: str, organ: str) -> grpc.Channel:
+        for found in self._experts(organ):
+            if found.replica == replica:
+                return self._channel(found.address)
+        raise ReplicaLostError("it does not run any more")
+
+    def _channel(self, address: str) -> grpc.Channel:
+        with self._lock:
+            channel = self._channels.get(address)
+            if channel is None:
+                channel = self._channels[address] = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+            return channel
+
+
+_CHANNEL_OPTIONS: Sequence[tuple[str, Any]] = (*INTERNAL_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0))
+
+# What replicas answer, in the types that the controller tells apart.
+_ERRORS: Mapping[grpc.StatusCode, Callable[[str], Exception]] = {
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ExpertCapacityError,
+    grpc.StatusCode.FAILED_PRECONDITION: InvalidBundleError,
+    grpc.StatusCode.NOT_FOUND: UnknownBundleError,
+}
+_LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+
+def _converted(error: grpc.RpcError | ValueError) -> Exception:
+    if isinstance(error, ValueError):
+        # So gRPC refuses calls on a channel that was closed because its replica is gone.
+        return ReplicaLostError("it does not run any more")
+    code = error.code()
+    if code in _LOST:
+        # gRPC's own texts name addresses.
+        return ReplicaLostError(f"it does not answer ({code.name})")
+    return _ERRORS.get(code, RuntimeError)(str(error.details()))

@@ -1,0 +1,105 @@
+"""Has the expert group of an organ that is new run, and that of an organ that was retired end."""
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+
+from router.rollouts.fleet_view import OrganView
+from router.rollouts.records import Snapshot
+from router.rollouts.store import RolloutStore
+
+logger = logging.getLogger(__name__)
+
+PERIOD_S = 2.0
+
+
+class OrganApplications:
+    """Follows the database on a thread: each pass starts what is missing and ends what nobody needs any more.
+
+    Applications of organs that are live and not in flight are started with the system, by whoever starts that.
+    """
+
+    def __init__(
+        self,
+        store: RolloutStore,
+        views: Callable[[], Mapping[str, OrganView]],
+        deployed: Callable[[], set[str]],
+        deploy: Callable[[str], None],
+        remove: Callable[[str], None],
+        watch: Callable[[str], None],
+    ) -> None:
+        """Takes what it works with; all of it may block and is called on the thread.
+
+        Args:
+            store: the state.
+            views: organ → what its replicas held when the controller last looked.
+            deployed: the organs whose applications Serve knows.
+            deploy: starts an organ's application.
+            remove: ends it.
+            watch: has the replicas of an organ's application found from now on.
+        """
+        self._store = store
+        self._views = views
+        self._deployed = deployed
+        self._deploy = deploy
+        self._remove = remove
+        self._watch = watch
+        self._wake = threading.Event()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="organs", daemon=True)
+        self._unsubscribe = store.subscribe(self._wake.set)
+
+    def start(self) -> None:
+        """Begins."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends after the pass under way."""
+        self._unsubscribe()
+        self._stopping.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def pass_once(self) -> bool:
+        """One pass.
+
+        Returns:
+            Whether all is as it shall be.
+        """
+        snapshot = self._store.snapshot()
+        for organ in snapshot.known_organs:
+            self._watch(organ)
+        in_flight = {rollout.organ for rollout in snapshot.in_flight}
+        ended = _ended(snapshot)
+        deployed = self._deployed() if in_flight or ended else set()
+        for organ in sorted(in_flight - deployed):
+            logger.info("starting the expert group of %s", organ)
+            self._deploy(organ)
+        leaving = ended & deployed
+        for organ in sorted(leaving):
+            view = self._views().get(organ)
+            # Looked at after it was retired, or its emptiness says nothing.
+            if view is not None and view.empty:
+                logger.info("ending the expert group of %s", organ)
+                self._remove(organ)
+        return not leaving
+
+    def _run(self) -> None:
+        settled = False
+        while not self._stopping.is_set():
+            self._wake.clear()
+            try:
+                settled = self.pass_once()
+            except Exception:
+                logger.exception("the organs' applications are looked at again")
+                settled = False
+            self._wake.wait(None if settled else PERIOD_S)
+
+
+def _ended(snapshot: Snapshot) -> set[str]:
+    return (
+        set(snapshot.known_organs)
+        - {live.organ for live in snapshot.organs}
+        - {rollout.organ for rollout in snapshot.in_flight}
+    )

@@ -1,0 +1,240 @@
+"""Control's service for operators."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+from pydantic import ValidationError
+
+from echovlm_ray.errors import InvalidRequestError
+from echovlm_ray.serving.control.catalogue import Catalogue
+from echovlm_ray.serving.control.messages import bundle_to_proto, entry_to_proto, outcome_to_proto
+from echovlm_ray.serving.control.push import PushReceiver
+from echovlm_ray.serving.control.state import StateReader, StateWatch
+from protos import control_pb2, control_pb2_grpc
+from router.errors import RolloutStateError, UnknownOrganError
+from router.rollouts.history import Entry
+from router.rollouts.operations import RolloutOperations
+from router.rollouts.outcome import Outcome
+from router.rollouts.rollout_file import RolloutFile
+from router.rollouts.store import RolloutStore
+
+# History entries read at once.
+PAGE = 1000
+
+
+class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
+    """Serves `echovlm.v1.ExpertControl`: each call is one of `RolloutOperations`, made on a thread."""
+
+    def __init__(
+        self,
+        store: RolloutStore,
+        operations: RolloutOperations | None,
+        catalogue: Catalogue,
+        pushes: PushReceiver,
+        reader: StateReader,
+        watch: StateWatch,
+        default_organ: str,
+    ) -> None:
+        """Takes its parts.
+
+        Args:
+            store: the state.
+            operations: what changes it; None where experts run in the router's process and cannot be replaced.
+            catalogue: what bundles there are.
+            pushes: takes in further ones.
+            reader: says what replicas hold.
+            watch: says so whenever it changes.
+            default_organ: what requests use that name none; it cannot be retired.
+        """
+        self._store = store
+        self._replacing = operations
+        self._catalogue = catalogue
+        self._pushes = pushes
+        self._reader = reader
+        self._watch = watch
+        self._default_organ = default_organ
+
+    async def Push(
+        self, request_iterator: AsyncIterator[control_pb2.PushRequest], context: grpc.aio.ServicerContext
+    ) -> control_pb2.PushResponse:
+        """Takes in a bundle."""
+        manifest = await self._pushes.receive(request_iterator)
+        return control_pb2.PushResponse(bundle=bundle_to_proto(manifest, await asyncio.to_thread(self._in_use)))
+
+    async def Stage(
+        self, request: control_pb2.StageRequest, context: grpc.aio.ServicerContext
+    ) -> control_pb2.OperationResponse:
+        """Begins a rollout."""
+
+        def stage() -> Outcome:
+            return self._operations.stage(
+                request.organ,
+                self._digest(request.organ, request.version, request.digest),
+                actor=request.actor,
+                reason=request.reason,
+                dry_run=request.dry_run,
+            )
+
+        return await self._answer(stage, dry_run=request.dry_run)
+
+    async def Canary(
+        self, request: control_pb2.TrafficRequest, context: grpc.aio.ServicerContext
+    ) -> control_pb2.OperationResponse:
+        """Has the candidate answer a part of the requests."""
+        return await self._answer(lambda: self._operations.canary(**_traffic(request)), dry_run=request.dry_run)
+
+    async def Shadow(
+        self, request: control_pb2.TrafficRequest, context: grpc.aio.ServicerContext
+    ) -> control_pb2.OperationResponse:
+        """Has the candidate compute a part of the requests unseen."""
+        return await self._answer(lambda: self._operations.shadow(**_traffic(request)), dry_run=request.dry_run)
+
+    async def Promote(
+        self, request: control_pb2.OrganRequest, context: grpc.aio.ServicerContext
+    ) -> control_pb2.OperationResponse:
+        """Makes the candidate stable."""
+        return await self._answer(lambda: self._operations.promote(**_organ(request)), dry_run=request.dry_run)
+
+    async def Rollback(
+        self, request: control_pb2.OrganRequest, context: grpc.aio.ServicerContext
+    ) -> control_pb2.OperationResponse:
+        """Takes back the candidate, or the stable version."""
+        return await self._answer(lambda: self._operations.rollback(**_organ(request)), dry_run=request.dry_run)
+
+    async def Retire(
+        self, request: control_pb2.RetireRequest, context: grpc.aio.ServicerContext
+    ) -> control_pb2.OperationResponse:
+        """Takes an organ, or one version of it, out of service."""
+
+        def retire() -> Outcome:
+            asked = {"actor": request.actor, "reason": request.reason}
+            if request.version or request.digest:
+                digest = self._digest(request.organ, request.version, request.digest)
+                return self._operations.retire_version(request.organ, digest, **asked, dry_run=request.dry_run)
+            if request.organ == self._default_organ:
+                raise RolloutStateError(
+                    f"{request.organ!r} is model.default_organ, which requests use that name no organ: set another one "
+                    "before it is retired"
+                )
+            return self._operations.retire_organ(request.organ, **asked, dry_run=request.dry_run)
+
+        return await self._answer(retire, dry_run=request.dry_run)
+
+    async def Apply(
+        self, request: control_pb2.ApplyRequest, context: grpc.aio.ServicerContext
+    ) -> control_pb2.OperationResponse:
+        """Begins what a rollout file says."""
+        try:
+            file = RolloutFile.model_validate_json(request.rollout_json)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            field = ".".join(["rollout_json", *map(str, first["loc"])])
+            raise InvalidRequestError(field, first["msg"].removeprefix("Value error, ")) from None
+
+        def apply() -> Outcome:
+            if file.digest is not None:
+                self._digest(file.organ, "", file.digest)
+            return self._operations.apply(file, self._catalogue.digest_of, actor=request.actor, dry_run=request.dry_run)
+
+        return await self._answer(apply, dry_run=request.dry_run)
+
+    async def List(
+        self, request: control_pb2.ListRequest, context: grpc.aio.ServicerContext
+    ) -> control_pb2.ListResponse:
+        """The live set, the rollouts, and the registry's bundles, of one organ or of all."""
+        return await asyncio.to_thread(self._list, request.organ or None)
+
+    async def History(
+        self, request: control_pb2.HistoryRequest, context: grpc.aio.ServicerContext
+    ) -> control_pb2.HistoryResponse:
+        """What happened, oldest first."""
+        return await asyncio.to_thread(self._history, request)
+
+    async def Watch(
+        self, request: control_pb2.WatchRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[control_pb2.ControlState]:
+        """The state now and whenever it changes."""
+        async for state in self._watch.watch():
+            yield state
+
+    @property
+    def _operations(self) -> RolloutOperations:
+        if self._replacing is None:
+            raise RolloutStateError(
+                'the experts run in the router\'s own process (router.experts is "local"), where they cannot be '
+                'replaced: set it to "remote"'
+            )
+        return self._replacing
+
+    async def _answer(self, operation: Callable[[], Outcome], *, dry_run: bool) -> control_pb2.OperationResponse:
+        def call() -> control_pb2.OperationResponse:
+            return outcome_to_proto(operation(), self._catalogue.version, dry_run=dry_run)
+
+        return await asyncio.to_thread(call)
+
+    def _digest(self, organ: str, version: str, digest: str) -> str:
+        """The bundle that is meant, if the registry has it."""
+        if not version and not digest:
+            raise InvalidRequestError("version", "or digest must say which bundle of the organ is meant")
+        if version:
+            found = self._catalogue.digest_of(organ, version)
+            if digest and digest != found:
+                raise InvalidRequestError("digest", f"is not that of {organ} {version}, which is {found}")
+            return found
+        manifest = self._catalogue.manifest(digest)
+        if manifest.organ != organ:
+            raise InvalidRequestError("digest", f"is of a bundle of {manifest.organ!r}, not of {organ[:64]!r}")
+        return digest
+
+    def _in_use(self) -> set[str]:
+        return {live.stable_digest for live in self._store.snapshot().organs}
+
+    def _list(self, organ: str | None) -> control_pb2.ListResponse:
+        manifests = self._catalogue.list(organ)
+        snapshot = self._store.snapshot()
+        if organ is not None and not manifests and organ not in snapshot.known_organs:
+            raise UnknownOrganError(f"there is no organ {organ[:64]!r}: there are {', '.join(snapshot.known_organs)}")
+        state = self._reader.read(organ)
+        in_use = self._in_use()
+        return control_pb2.ListResponse(
+            live=state.live,
+            bundles=[bundle_to_proto(manifest, in_use) for manifest in manifests],
+            rollouts=state.rollouts,
+            replicas=state.replicas,
+        )
+
+    def _history(self, request: control_pb2.HistoryRequest) -> control_pb2.HistoryResponse:
+        head = self._store.head()
+        entries: list[Entry] = []
+        noted = not request.noted_hash
+        after = 0 if request.organ or request.noted_hash or not request.last else max(0, head.count - request.last)
+        while page := self._store.history(after=after, limit=PAGE):
+            after = page[-1].sequence
+            noted = noted or any(entry.hash == request.noted_hash for entry in page)
+            entries += [entry for entry in page if request.organ in ("", entry.organ)]
+            if request.last:
+                entries = entries[-request.last :]
+        faults = []
+        if request.verify and (problem := self._store.verify_history().problem):
+            faults.append(problem)
+        if not noted:
+            faults.append(f"no entry has the hash {request.noted_hash[:64]!r} that was noted: rewritten, or removed")
+        return control_pb2.HistoryResponse(
+            entries=map(entry_to_proto, entries), length=head.count, head_hash=head.hash, faults=faults
+        )
+
+
+def _traffic(request: control_pb2.TrafficRequest) -> dict[str, Any]:
+    return {**_organ(request), "percent": request.percent}
+
+
+def _organ(request: control_pb2.OrganRequest | control_pb2.TrafficRequest) -> dict[str, Any]:
+    return {
+        "organ": request.organ,
+        "digest": request.digest or None,
+        "actor": request.actor,
+        "reason": request.reason,
+        "dry_run": request.dry_run,
+    }

@@ -1,0 +1,94 @@
+"""What operators see: the live set, the rollouts, and what every replica holds."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Collection, Mapping
+
+from echovlm_ray.serving.control.changes import Changes
+from echovlm_ray.serving.control.messages import (
+    VersionOf,
+    expert_set_to_proto,
+    residents_to_proto,
+    rollout_to_proto,
+)
+from protos import control_pb2
+from router.rollouts.fleet import Fleet
+from router.rollouts.fleet_view import FleetObserver, OrganView
+from router.rollouts.shadow import report_of
+from router.rollouts.states import State
+from router.rollouts.store import RolloutStore
+
+LOADING_PERIOD_S = 0.25
+IDLE_PERIOD_S = 1.0
+_LOADING = (State.STAGED, State.VERIFIED)
+
+
+class StateReader:
+    """Reads the database and asks the replicas. Safe from several threads; every method may block."""
+
+    def __init__(self, store: RolloutStore, fleet: Fleet, version_of: VersionOf, status_timeout_s: float) -> None:
+        """Takes where things are, and how long a replica may take to answer."""
+        self._store = store
+        self._version_of = version_of
+        self._observer = FleetObserver(fleet, status_timeout_s)
+        # The observer asks a replica once at a time.
+        self._lock = threading.Lock()
+
+    def read(self, organ: str | None = None) -> control_pb2.ControlState:
+        """The state of all organs or of one."""
+        with self._store.read() as transaction:
+            snapshot = transaction.snapshot()
+            organs = snapshot.known_organs if organ is None else (organ,)
+            # The newest one of an organ is the one in flight, if one is.
+            rollouts = [
+                rollout_to_proto(rollout, self._version_of, report_of(transaction.connection, rollout.id))
+                for known in organs
+                for rollout in transaction.rollouts(organ=known, limit=1)
+            ]
+        views = self._observe(organs)
+        return control_pb2.ControlState(
+            version=snapshot.sequence,
+            live=expert_set_to_proto(snapshot.expert_set()),
+            rollouts=rollouts,
+            replicas=[message for view in views.values() for message in residents_to_proto(view)],
+        )
+
+    def _observe(self, organs: Collection[str]) -> Mapping[str, OrganView]:
+        with self._lock:
+            return self._observer.observe(organs, ())
+
+
+class StateWatch:
+    """The state again and again, for as long as somebody watches. Belongs to one event loop."""
+
+    def __init__(self, reader: StateReader, store: RolloutStore) -> None:
+        """Takes what reads the state, and who says that it changed."""
+        self._reader = reader
+        self._changes = Changes()
+        self._unsubscribe = store.subscribe(self._changes.announce)
+
+    def stop(self) -> None:
+        """No change is heard of any more."""
+        self._unsubscribe()
+
+    async def watch(self) -> AsyncIterator[control_pb2.ControlState]:
+        """The state now, then every one that is different."""
+        last: control_pb2.ControlState | None = None
+        with self._changes.listener() as changed:
+            while True:
+                changed.clear()
+                state = await asyncio.to_thread(self._reader.read)
+                if state != last:
+                    last = state
+                    yield state
+                try:
+                    async with asyncio.timeout(LOADING_PERIOD_S if _loads(state) else IDLE_PERIOD_S):
+                        await changed.wait()
+                except TimeoutError:
+                    continue
+
+
+def _loads(state: control_pb2.ControlState) -> bool:
+    return any(rollout.state in _LOADING for rollout in state.rollouts) or any(
+        bundle.progress < 1 for replica in state.replicas for bundle in replica.bundles
+    )

@@ -1,0 +1,80 @@
+"""What runs where: every replica describes itself, Control gathers the whole."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import grpc
+
+from echovlm_ray.serving.server import INTERNAL_CHANNEL_OPTIONS
+from protos import status_pb2, status_pb2_grpc
+
+DESCRIBE_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class ApplicationState:
+    """What Ray Serve says of an application.
+
+    Attributes:
+        status: RUNNING, DEPLOYING, UNHEALTHY, …
+        message: why, if it is not well.
+    """
+
+    status: str
+    message: str = ""
+
+
+class SystemStatusService(status_pb2_grpc.SystemStatusServicer):
+    """Serves `echovlm.v1.SystemStatus`: asks every replica to describe itself."""
+
+    def __init__(
+        self,
+        applications: Callable[[], Sequence[str]],
+        addresses: Callable[[str], Sequence[str]],
+        states: Callable[[], Mapping[str, ApplicationState]],
+        expert_set_id: Callable[[], str],
+    ) -> None:
+        """Takes what there is to ask.
+
+        Args:
+            applications: those that there should be now, in the order in which status shows them; may block, and is
+                called on a thread.
+            addresses: application → its replicas' addresses now.
+            states: what Ray Serve says of them; may block, and is called on a thread.
+            expert_set_id: of the live set.
+        """
+        self._applications = applications
+        self._addresses = addresses
+        self._states = states
+        self._expert_set_id = expert_set_id
+
+    async def GetStatus(
+        self, request: status_pb2.GetStatusRequest, context: grpc.aio.ServicerContext
+    ) -> status_pb2.GetStatusResponse:
+        """Every application with every replica that runs."""
+        states, names = await asyncio.to_thread(lambda: (self._states(), self._applications()))
+        replicas = await asyncio.gather(*[self._describe(self._addresses(name)) for name in names])
+        applications = []
+        for name, found in zip(names, replicas, strict=True):
+            state = states.get(name, ApplicationState("NOT_STARTED"))
+            applications.append(
+                status_pb2.ApplicationStatus(name=name, status=state.status, message=state.message, replicas=found)
+            )
+        return status_pb2.GetStatusResponse(applications=applications, expert_set_id=self._expert_set_id())
+
+    async def _describe(self, addresses: Sequence[str]) -> list[status_pb2.ReplicaDescription]:
+        return list(await asyncio.gather(*[_describe_one(address) for address in addresses]))
+
+
+async def _describe_one(address: str) -> status_pb2.ReplicaDescription:
+    async with grpc.aio.insecure_channel(address, options=INTERNAL_CHANNEL_OPTIONS) as channel:
+        stub = status_pb2_grpc.ReplicaStatusStub(channel)
+        try:
+            described: status_pb2.ReplicaDescription = await stub.Describe(
+                status_pb2.DescribeRequest(), timeout=DESCRIBE_TIMEOUT_S
+            )
+        except grpc.aio.AioRpcError:
+            # It is listed without a pid: it runs, as far as Serve knows, and does not answer.
+            return status_pb2.ReplicaDescription(endpoint=address)
+        return described

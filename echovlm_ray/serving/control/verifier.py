@@ -1,0 +1,70 @@
+"""Judges bundles in a process of their own, so that one that crashes or exhausts memory does not take Control along."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from echovlm_ray.config import ExpertsSection, ModelSection, RolloutsSection
+from echovlm_ray.serving.bundles import registry_location, signature_policy
+from experts.bundle_check import BackboneSizes, CheckRequest
+from experts.bundle_source import BundleSource
+from experts.errors import InvalidBundleError
+from experts.isolated_check import check_in_subprocess
+
+if TYPE_CHECKING:
+    from experts.manifest import DTypeName, Manifest
+
+# What Control itself can compute with, where the experts' own kernel needs a GPU that Control does not have.
+CPU_KERNEL = "auto"
+
+
+class SubprocessVerifier:
+    """A `router.rollouts.fleet.Verifier`: files, signature, shapes, backbone, finite weights, and the self-test.
+
+    The self-test runs on the CPU. Where an organ's experts run on a GPU, it runs there with the CPU's default kernel:
+    it then says that the weights compute what was recorded, and the GPU's own kernel first sees them when they load.
+    """
+
+    def __init__(
+        self,
+        model: ModelSection,
+        experts: ExpertsSection,
+        rollouts: RolloutsSection,
+        backbone: "Callable[[], Manifest]",
+    ) -> None:
+        """Takes the configuration.
+
+        Args:
+            model: where the checkpoint is, and the dtype in which it is served.
+            experts: where bundles are, which may load, and the kernel.
+            rollouts: how much time and memory a check may take.
+            backbone: a bundle that is served now: whatever its backbone and sizes are, others must have them too.
+        """
+        self._model = model
+        self._experts = experts
+        self._rollouts = rollouts
+        self._backbone = backbone
+
+    def verify(self, organ: str, digest: str) -> None:
+        """See `Verifier`.
+
+        Raises:
+            InvalidBundleError: the bundle must not be used; the text says why.
+        """
+        served = self._backbone()
+        on_gpu = bool(self._experts.resources_of(organ).num_gpus) and self._model.device != "cpu"
+        dtype: DTypeName | None = None if self._model.dtype == "auto" else self._model.dtype
+        request = CheckRequest(
+            source=BundleSource(registry=registry_location(self._experts, self._model.checkpoint), digest=digest),
+            organ=organ,
+            backbone=BackboneSizes(
+                digest=served.backbone_digest, num_layers=served.num_layers, hidden_size=served.hidden_size
+            ),
+            policy=signature_policy(self._experts),
+            kernel=CPU_KERNEL if on_gpu else self._experts.kernel,
+            dtype=dtype,
+            memory_bytes=self._rollouts.verify_memory_bytes,
+            torch_threads=self._model.torch_threads,
+        )
+        result = check_in_subprocess(request, timeout_s=self._rollouts.verify_timeout_s)
+        if not result.ok:
+            raise InvalidBundleError(result.reason or "the check gave no reason")

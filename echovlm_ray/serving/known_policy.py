@@ -1,0 +1,75 @@
+"""What to serve, for a replica that starts: asked of Control, or, while that is away, read from where it left it.
+
+Control writes every policy into a file before anybody else hears of it from Control, so a replica that starts without
+Control misses at most the last change; Control sees that and mends it when it is back.
+"""
+
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import grpc
+from google.protobuf import json_format
+
+from protos import control_pb2, control_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+ASK_TIMEOUT_S = 2.0
+
+
+def write_policy(path: Path, policy: control_pb2.TrafficPolicy) -> None:
+    """Replaces the file in one step.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json_format.MessageToJson(policy, preserving_proto_field_name=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as partial:
+        partial.write(text + "\n")
+        partial.flush()
+        os.fsync(partial.fileno())
+    Path(partial.name).chmod(0o644)
+    Path(partial.name).replace(path)
+
+
+def read_policy(path: Path) -> control_pb2.TrafficPolicy | None:
+    """The last policy that Control wrote; None where there is none that can be read."""
+    try:
+        return json_format.Parse(path.read_text(), control_pb2.TrafficPolicy())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, json_format.ParseError) as error:
+        logger.warning("%s is passed over: %s", path, type(error).__name__)
+        return None
+
+
+def ask_policy(addresses: Sequence[str], timeout_s: float = ASK_TIMEOUT_S) -> control_pb2.TrafficPolicy | None:
+    """The policy that Control has now; None if it does not answer in time.
+
+    Args:
+        addresses: of Control's internal server.
+        timeout_s: how long to wait for each address.
+    """
+    for address in addresses:
+        with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+            stub = control_pb2_grpc.RolloutFeedStub(channel)
+            try:
+                # Without a name, as nobody who goes on with the answer.
+                stream = stub.WatchPolicy(control_pb2.WatchPolicyRequest(), timeout=timeout_s)
+                policy: control_pb2.TrafficPolicy = next(iter(stream))
+                stream.cancel()
+            except (grpc.RpcError, StopIteration):
+                continue
+            return policy
+    return None
+
+
+def wanted_digests(policy: control_pb2.TrafficPolicy, organ: str) -> list[str]:
+    """The bundles of an organ that a policy may send requests to, the stable one first."""
+    stable = [member.bundle_digest for member in policy.stable.members if member.organ == organ]
+    candidates = [candidate.digest for candidate in policy.candidates if candidate.organ == organ]
+    return list(dict.fromkeys(stable + candidates))

@@ -1,0 +1,39 @@
+"""From the engine's thread to the event loop: all that a step says wakes the loop once, not once a request."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+Letter = TypeVar("Letter")
+
+
+class Mailbox(Generic[Letter]):
+    """Puts what other threads say into queues of an event loop, in order."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        """`loop` is the one on which the queues are read."""
+        self._loop = loop
+        self._letters: deque[tuple[asyncio.Queue[Letter], Letter]] = deque()
+        self._woken = False
+
+    def sink(self, queue: "asyncio.Queue[Letter]") -> Callable[[Letter], None]:
+        """What another thread calls with each letter for a queue without a limit."""
+
+        def put(letter: Letter) -> None:
+            # A closed loop means that nobody is left to read.
+            if self._loop.is_closed():
+                return
+            self._letters.append((queue, letter))
+            if not self._woken:
+                self._woken = True
+                self._loop.call_soon_threadsafe(self._deliver)
+
+        return put
+
+    def _deliver(self) -> None:
+        # First, or a letter that comes now could be left lying.
+        self._woken = False
+        while self._letters:
+            queue, letter = self._letters.popleft()
+            queue.put_nowait(letter)

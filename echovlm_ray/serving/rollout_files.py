@@ -1,0 +1,137 @@
+"""Where the state of rollouts lies: the database, and the few files beside it.
+
+rollouts.db                    the database, unless it is PostgreSQL
+rollouts.db.policy.json        what Control last told the Routers, for replicas that start while it is away
+rollouts.db.incoming/          bundles that are being pushed
+rollouts.db.lock               held by the one Control that uses the database
+"""
+
+import fcntl
+import hashlib
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+from urllib.parse import urlsplit
+
+from echovlm_ray.config import RolloutsSection
+from router.errors import RolloutDatabaseError
+
+SQLITE = "sqlite:///"
+FOLDER = "rollouts"
+DATABASE_NAME = "rollouts.db"
+LOCK_POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutFiles:
+    """Where everything lies.
+
+    Attributes:
+        database: the database's URL.
+        base: what the names of the other files begin with; the database itself where it is a file.
+    """
+
+    database: str
+    base: Path
+
+    @classmethod
+    def of(cls, section: RolloutsSection, checkpoint: Path) -> Self:
+        """What the configuration says, and where it says nothing, the checkpoint's folder, or the user's state folder
+        when nobody may write there."""
+        folder = default_folder(checkpoint)
+        if section.database is None:
+            path = folder / DATABASE_NAME
+            return cls(f"{SQLITE}{path}", path)
+        if section.database.startswith(SQLITE):
+            path = Path(section.database.removeprefix(SQLITE)).expanduser().absolute()
+            return cls(f"{SQLITE}{path}", path)
+        # Two databases must not share these files; a password in the URL may change.
+        parts = urlsplit(section.database)
+        named = f"{parts.hostname}:{parts.port}{parts.path}?{parts.query}"
+        return cls(section.database, folder / f"postgresql-{hashlib.sha256(named.encode()).hexdigest()[:12]}")
+
+    @property
+    def policy(self) -> Path:
+        """Control's last policy, as JSON of the message `TrafficPolicy`."""
+        return self.base.with_name(f"{self.base.name}.policy.json")
+
+    @property
+    def incoming(self) -> Path:
+        """The folder for bundles that are being pushed."""
+        return self.base.with_name(f"{self.base.name}.incoming")
+
+    @property
+    def lock(self) -> Path:
+        """The file that the database's Control holds."""
+        return self.base.with_name(f"{self.base.name}.lock")
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the database is a file that does not exist yet."""
+        return self.database.startswith(SQLITE) and not self.base.exists()
+
+
+def default_folder(checkpoint: Path) -> Path:
+    """Where the state lies when nothing is configured."""
+    folder = checkpoint / FOLDER
+    if os.access(folder if folder.exists() else checkpoint, os.W_OK):
+        return folder
+    base = os.environ.get("XDG_STATE_HOME")
+    state = Path(base) if base else Path.home() / ".local" / "state"
+    # Checkpoints of the same name in different places are different ones.
+    place = hashlib.sha256(str(checkpoint.absolute()).encode()).hexdigest()[:12]
+    return state / "echovlm-ray" / f"{checkpoint.name}-{place}"
+
+
+class DatabaseLock:
+    """Held by the one Control that uses a database, and free again when its process ends, however it ends.
+
+    It tells the Controls of one machine from each other, and of those that share the folder where its file system
+    knows locks.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Takes the lock's file; it is made when the lock is taken."""
+        self._path = path
+        self._descriptor: int | None = None
+
+    def take(self, timeout_s: float) -> None:
+        """Waits until nobody else holds it.
+
+        Raises:
+            RolloutDatabaseError: somebody else still does after `timeout_s` seconds, or the file cannot be made.
+        """
+        deadline = time.monotonic() + timeout_s
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise RolloutDatabaseError(
+                f"{self._path} cannot be made: {error.strerror}; set rollouts.database to a file in a folder that may "
+                "be written"
+            ) from None
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() < deadline:
+                    time.sleep(LOCK_POLL_S)
+                    continue
+                os.close(descriptor)
+                raise RolloutDatabaseError(
+                    f"another Control uses the rollouts' database beside {self._path}: stop that system, or set "
+                    "rollouts.database to another file"
+                ) from None
+            except OSError:
+                os.close(descriptor)
+                raise
+            self._descriptor = descriptor
+            return
+
+    def release(self) -> None:
+        """Gives it back; harmless when repeated."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None

@@ -1,0 +1,222 @@
+"""A router's side of Control's `RolloutFeed`: policies come, outcomes go. Nothing waits for it.
+
+While Control is away the router goes on with what it last knew, and keeps its outcomes.
+"""
+
+import asyncio
+import contextlib
+import logging
+import uuid
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+import grpc
+from pydantic import ValidationError
+
+from echovlm_ray.serving.router.outcomes import Outcomes, report_of
+from echovlm_ray.serving.router.pinning import ExpertSets, UnusablePolicyError
+from protos import control_pb2, control_pb2_grpc
+from router.expert_set import ExpertSet
+from router.rollouts.traffic import TrafficPolicy
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE_S = 0.1
+LONGEST_PAUSE_S = 3.0
+REPORT_PERIOD_S = 1.0
+REPORT_TIMEOUT_S = 5.0
+# What is left to report when the router stops gets one try.
+LAST_REPORT_S = 1.0
+
+
+class RolloutFeedClient:
+    """Watches Control wherever it is now, has its policies taken up, and reports. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        addresses: Callable[[], Sequence[str]],
+        expert_sets: ExpertSets,
+        outcomes: Outcomes,
+        channel_options: Sequence[tuple[str, int | str]] = (),
+        report_period_s: float = REPORT_PERIOD_S,
+    ) -> None:
+        """Takes its parts.
+
+        Args:
+            addresses: where Control's internal server is now; empty while it is away.
+            expert_sets: takes the policies up.
+            outcomes: what is reported.
+            channel_options: of the connection.
+            report_period_s: seconds between reports.
+        """
+        # Never used again by another process, as Control may hold against it what this one did.
+        self.name = f"router-{uuid.uuid4().hex}"
+        self._addresses = addresses
+        self._expert_sets = expert_sets
+        self._outcomes = outcomes
+        self._options = list(channel_options)
+        self._report_period_s = report_period_s
+        self._channel: grpc.aio.Channel | None = None
+        self._address = ""
+        self._wanted: TrafficPolicy | None = None
+        self._arrived = asyncio.Event()
+        self._taken_up = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self, wait_s: float = 0.0) -> None:
+        """Begins, and waits for the first policy, but not for longer than that: Control may be away."""
+        self._tasks = [
+            asyncio.create_task(self._for_ever(step)) for step in (self._watch, self._take_up_next, self._report)
+        ]
+        if wait_s:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self._taken_up.wait()
+
+    async def stop(self) -> None:
+        """Ends; what is left to report is sent if Control is there."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(LAST_REPORT_S):
+                await self._send_reports()
+        if self._channel is not None:
+            await self._channel.close()
+
+    async def _for_ever(self, step: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Takes a step again and again; after one that raised soon, with a pause that grows from time to time."""
+        loop = asyncio.get_running_loop()
+        pause = FIRST_PAUSE_S
+        while True:
+            began = loop.time()
+            try:
+                await step()
+                pause = FIRST_PAUSE_S
+            except Exception as error:
+                if loop.time() - began > LONGEST_PAUSE_S:
+                    pause = FIRST_PAUSE_S
+                if not isinstance(error, grpc.aio.AioRpcError | _ControlAwayError):
+                    logger.exception("the rollout feed failed")
+                elif pause == FIRST_PAUSE_S:
+                    logger.info("Control does not answer; the router goes on with policy %d", self._version)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    @property
+    def _version(self) -> int:
+        return self._expert_sets.policy.version
+
+    async def _stub(self) -> control_pb2_grpc.RolloutFeedStub:
+        addresses = self._addresses()
+        if not addresses:
+            raise _ControlAwayError
+        if self._address not in addresses or self._channel is None:
+            self._address = addresses[0]
+            # Exchanged first: another task may come here while the old one closes.
+            old, self._channel = self._channel, grpc.aio.insecure_channel(self._address, options=self._options)
+            if old is not None:
+                await old.close()
+        return control_pb2_grpc.RolloutFeedStub(self._channel)
+
+    async def _watch(self) -> None:
+        stub = await self._stub()
+        call = stub.WatchPolicy(control_pb2.WatchPolicyRequest(router=self.name))
+        try:
+            async for message in call:
+                self._offer(message)
+        except asyncio.CancelledError:
+            # So a stream ends whose channel was closed, because Control is elsewhere now.
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+        finally:
+            call.cancel()
+        # However it ended: the next Control may not be there yet.
+        raise _ControlAwayError
+
+    def _offer(self, message: control_pb2.TrafficPolicy) -> None:
+        try:
+            policy = policy_from_proto(message)
+        except (ValidationError, ValueError):
+            logger.exception("policy %d of Control makes no sense; policy %d stays", message.version, self._version)
+            return
+        if policy.version <= self._version or (self._wanted is not None and policy.version < self._wanted.version):
+            logger.debug("policy %d comes after policy %d was taken up", policy.version, self._version)
+            return
+        self._wanted = policy
+        self._arrived.set()
+
+    async def _take_up_next(self) -> None:
+        await self._arrived.wait()
+        self._arrived.clear()
+        pause = FIRST_PAUSE_S
+        while (policy := self._wanted) is not None and policy.version > self._version:
+            try:
+                if await self._expert_sets.take_up(policy):
+                    logger.info("policy %d is in force, expert set %s", policy.version, policy.stable.id[:12])
+                self._taken_up.set()
+                return
+            except UnusablePolicyError as error:
+                logger.error("policy %d is refused, and policy %d stays: %s", policy.version, self._version, error)
+                return
+            except Exception as error:
+                logger.warning(
+                    "policy %d cannot be taken up yet, and policy %d stays: %s", policy.version, self._version, error
+                )
+            # A newer policy need not wait for this one.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._arrived.wait()
+            self._arrived.clear()
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    async def _report(self) -> None:
+        await asyncio.sleep(self._report_period_s)
+        await self._send_reports()
+
+    async def _send_reports(self) -> None:
+        while len(self._outcomes):
+            runs, shadows = self._outcomes.take()
+            reported = False
+            try:
+                stub = await self._stub()
+                await stub.Report(report_of(self.name, runs, shadows), timeout=REPORT_TIMEOUT_S)
+                reported = True
+            finally:
+                if not reported:
+                    self._outcomes.give_back(runs, shadows)
+
+
+class _ControlAwayError(ConnectionError):
+    """Control is not to be reached now."""
+
+
+def policy_from_proto(message: control_pb2.TrafficPolicy) -> TrafficPolicy:
+    """The policy of a message.
+
+    Raises:
+        ValueError: it is none, or its set is not the one that its id names.
+    """
+    stable = ExpertSet.model_validate(
+        {
+            "backbone_digest": message.stable.backbone_digest,
+            "routing": message.stable.routing,
+            "members": [
+                {"organ": member.organ, "bundle_digest": member.bundle_digest} for member in message.stable.members
+            ],
+        }
+    )
+    if message.stable.id and message.stable.id != stable.id:
+        raise ValueError(f"the expert set {message.stable.id} has the contents of {stable.id}")
+    candidates = [
+        {
+            "organ": candidate.organ,
+            "digest": candidate.digest,
+            "rollout_id": candidate.rollout_id,
+            "mode": candidate.mode,
+            "percent": candidate.percent,
+        }
+        for candidate in message.candidates
+    ]
+    return TrafficPolicy.model_validate({"version": message.version, "stable": stable, "candidates": candidates})

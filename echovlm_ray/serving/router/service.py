@@ -1,0 +1,212 @@
+"""The router's gRPC service: checks a request, has its images encoded, pins it, and streams the engine's tokens."""
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import AsyncIterator, Sequence
+
+import grpc
+import torch
+
+from echovlm_ray.config import RouterSection
+from echovlm_ray.engine.engine import Engine
+from echovlm_ray.engine.sequence import Finish, SequenceRequest, StepOutput
+from echovlm_ray.engine.sequence import Sequence as EngineSequence
+from echovlm_ray.errors import InvalidRequestError, OverloadedError
+from echovlm_ray.serving.mailbox import Mailbox
+from echovlm_ray.serving.request_checks import check_session_key
+from echovlm_ray.serving.request_id import current_request_id, request_id_of
+from echovlm_ray.serving.router.admission import Admission, PinnedExperts, RequestTraits
+from echovlm_ray.serving.router.outcomes import Outcomes
+from echovlm_ray.serving.router.pinning import ExpertSets
+from echovlm_ray.serving.router.provenance import provenance_of
+from echovlm_ray.serving.router.request import RequestReader, ServedModel
+from echovlm_ray.serving.router.runs import Run
+from echovlm_ray.serving.router.shadow import Shadow, Shadows, drawn_seed
+from echovlm_ray.serving.vision_client import EncodedPicture, VisionClient
+from experts.transport.codec import tensor_to_proto
+from protos import router_pb2, router_pb2_grpc, vision_pb2
+from router.errors import TooManyOrgansError
+
+# A request that waits for a lost organ ends so much before its deadline that the reason still reaches the caller.
+DEADLINE_MARGIN = 0.1
+LONGEST_MARGIN_S = 0.2
+
+FINISH_REASONS = {Finish.STOP: router_pb2.FINISH_REASON_STOP, Finish.LENGTH: router_pb2.FINISH_REASON_LENGTH}
+
+
+class RouterService(router_pb2_grpc.RouterServicer):
+    """Serves `echovlm.v1.Router` over an engine."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        model: ServedModel,
+        expert_sets: ExpertSets,
+        vision: VisionClient,
+        limits: RouterSection,
+        outcomes: Outcomes,
+    ) -> None:
+        """Takes its parts.
+
+        Args:
+            engine: runs the requests.
+            model: what is served.
+            expert_sets: pins them; has the engine's dispatcher told of their sets.
+            vision: encodes their images.
+            limits: of a request.
+            outcomes: where it is noted what became of them.
+        """
+        self._engine = engine
+        self._reader = RequestReader(model, limits)
+        self._expert_sets = expert_sets
+        self._vision = vision
+        self._limits = limits
+        self._outcomes = outcomes
+        self._shadows = Shadows(engine, outcomes, limits.max_batch_size)
+        self._mailbox: Mailbox[StepOutput | Exception] | None = None
+
+    @property
+    def queue_length(self) -> int:
+        """Requests that wait or run, for status; shadows answer nobody and do not count."""
+        return max(0, self._engine.queue_length - len(self._shadows))
+
+    async def Route(
+        self, request: router_pb2.RouteRequest, context: grpc.aio.ServicerContext
+    ) -> router_pb2.RouteResponse:
+        """Says which organs and which expert set a request would use; computes nothing but the vision features."""
+        check_session_key(request.session_key)
+        self._reader.check_vision(request.vision_inputs)
+        pictures = await self._encode(request.vision_inputs, self._deadline(context))
+        traits = _traits(request.organ_hints, pictures, request.session_key, context)
+        try:
+            expert_set, choice = self._expert_sets.route(traits)
+        except TooManyOrgansError as error:
+            raise InvalidRequestError("organs", str(error)) from error
+        shares = [router_pb2.OrganShare(organ=organ, share=share) for organ, share in choice.shares]
+        return router_pb2.RouteResponse(expert_set_id=expert_set.id, organ_source=choice.source, organs=shares)
+
+    async def Pins(self, request: router_pb2.PinsRequest, context: grpc.aio.ServicerContext) -> router_pb2.PinsResponse:
+        """Which bundles must stay resident for this router."""
+        version, digests = self._expert_sets.pins()
+        return router_pb2.PinsResponse(policy_version=version, digests=sorted(digests))
+
+    async def Generate(
+        self, request: router_pb2.RouterGenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[router_pb2.RouterGenerateResponse]:
+        """Streams the tokens of one request; leaving the stream cancels it at the engine's next step."""
+        self._reader.check(request)
+        deadline = self._deadline(context)
+        pictures = await self._encode(request.vision_inputs, deadline)
+        unpinned = self._reader.sequence_request(request, pictures, deadline)
+        admission = self._admit(_traits(request.organ_hints, pictures, request.session_key, context))
+        experts = admission.experts
+        pinned = _pinned(unpinned, admission)
+        shadow = None if admission.shadow is None else self._shadows.prepare(admission.shadow, pinned)
+        completed, complete = 0, False
+        try:
+            outputs: asyncio.Queue[StepOutput | Exception] = asyncio.Queue()
+            sequence = await self._submit(pinned, experts, outputs, shadow)
+            try:
+                while not complete:
+                    output = await outputs.get()
+                    if isinstance(output, Exception):
+                        raise output
+                    completed += 1
+                    complete = output.finish is not None
+                    if completed == 1 and shadow is not None:
+                        shadow.begin()
+                    yield _response(request, output, completed, experts)
+            finally:
+                self._engine.cancel(sequence)
+        finally:
+            if shadow is not None:
+                shadow.leave(complete)
+
+    async def _submit(
+        self,
+        request: SequenceRequest,
+        experts: PinnedExperts,
+        outputs: "asyncio.Queue[StepOutput | Exception]",
+        shadow: Shadow | None,
+    ) -> EngineSequence:
+        if self._mailbox is None:
+            self._mailbox = Mailbox(asyncio.get_running_loop())
+
+        def ended() -> None:
+            if shadow is not None:
+                shadow.incumbent_ended(run)
+
+        run = Run(experts, experts.used, self._outcomes, sink=self._mailbox.sink(outputs), ended=ended)
+        try:
+            self._shadows.make_way(len(request.input_ids) + request.max_new_tokens)
+            try:
+                return self._engine.submit(request, run.sink, run.gone)
+            except OverloadedError:
+                if not await self._shadows.step_aside():
+                    raise
+                return self._engine.submit(request, run.sink, run.gone)
+        except BaseException:
+            run.drop()
+            raise
+
+    def _admit(self, traits: RequestTraits) -> Admission:
+        try:
+            return self._expert_sets.admit(traits)
+        except TooManyOrgansError as error:
+            raise InvalidRequestError("organs", str(error)) from error
+
+    def _deadline(self, context: grpc.aio.ServicerContext) -> float:
+        remaining = context.time_remaining()
+        seconds = self._limits.max_request_s if remaining is None else min(remaining, self._limits.max_request_s)
+        return time.monotonic() + seconds - min(seconds * DEADLINE_MARGIN, LONGEST_MARGIN_S)
+
+    async def _encode(self, inputs: Sequence[vision_pb2.VisionInput], deadline: float) -> list[EncodedPicture]:
+        if not inputs:
+            return []
+        pictures = await self._vision.encode(inputs, deadline)
+        expected = self._reader.expected_embeddings(inputs)
+        found = [tuple(picture.embedding.shape) for picture in pictures]
+        if found != expected:
+            raise RuntimeError(f"the vision encoder returned embeddings of {found} instead of {expected}")
+        return pictures
+
+
+def _traits(
+    hints: router_pb2.OrganHints, pictures: list[EncodedPicture], session_key: str, context: grpc.aio.ServicerContext
+) -> RequestTraits:
+    pooled = torch.cat([picture.embedding for picture in pictures]).float().mean(0) if pictures else None
+    request_id = current_request_id() or request_id_of(context.invocation_metadata() or ())
+    return RequestTraits(hints.organs, hints.anatomy_terms, pooled, request_id, session_key)
+
+
+def _pinned(request: SequenceRequest, admission: Admission) -> SequenceRequest:
+    """The request with its experts; one that has a shadow gets a seed, so that the shadow draws as it does."""
+    experts, sampling = admission.experts, request.sampling
+    if admission.shadow is not None and sampling.temperature > 0 and sampling.seed is None:
+        sampling = dataclasses.replace(sampling, seed=drawn_seed())
+    return dataclasses.replace(
+        request, expert_set_id=experts.expert_set.id, shares=experts.choice.shares, sampling=sampling
+    )
+
+
+def _response(
+    request: router_pb2.RouterGenerateRequest, output: StepOutput, completed: int, experts: PinnedExperts
+) -> router_pb2.RouterGenerateResponse:
+    response = router_pb2.RouterGenerateResponse(token_ids=[output.token_id])
+    if output.logits_TV is not None:
+        response.logits.CopyFrom(tensor_to_proto(output.logits_TV))
+    if output.routed_pairs is None:
+        return response
+    provenance = provenance_of(experts, output.routed_pairs)
+    if completed == 1:
+        response.provenance.CopyFrom(provenance)
+    if output.finish is not None:
+        summary = router_pb2.RouterSummary(
+            finish_reason=FINISH_REASONS[output.finish],
+            prompt_tokens=len(request.input_ids),
+            completion_tokens=completed,
+            provenance=provenance,
+        )
+        response.summary.CopyFrom(summary)
+    return response

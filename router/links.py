@@ -1,0 +1,170 @@
+"""The two ways in which messages travel on one stream to a replica.
+
+On the host itself the thread that waits reads the socket, see `experts.transport.grpc_core`. To other hosts, and where
+that cannot be had, threads of gRPC and one of ours do, through its public interface.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import grpc
+
+from experts.transport.grpc_core import DirectCall, StreamEndedError
+
+FORWARD = "/echovlm.v1.ExpertGroup/Forward"
+
+Received = Callable[[bytes], None]
+
+
+class LinkLostError(ConnectionError):
+    """The stream is over. The text says why, without addresses."""
+
+
+class Link(Protocol):
+    """One stream to a replica. One thread sends; any may wait and close."""
+
+    def send(self, message: bytes) -> None:
+        """Sends a message.
+
+        Raises:
+            LinkLostError: the stream is over.
+        """
+        ...
+
+    def wait(self, is_done: Callable[[], bool]) -> None:
+        """Waits until `is_done()`, which changes when a message is received. Whoever watches the time closes the link.
+
+        Raises:
+            LinkLostError: the stream is over.
+        """
+        ...
+
+    def close(self) -> None:
+        """Ends the stream now and frees it; releases whoever waits. Harmless when repeated."""
+        ...
+
+    @property
+    def connected(self) -> bool:
+        """Whether the connection stands, as far as is known."""
+        ...
+
+    @property
+    def being_read(self) -> bool:
+        """Whether somebody reads answers now; otherwise some may lie there."""
+        ...
+
+
+class DirectLink:
+    """A stream that the waiting thread reads. A thread that never waits never receives anything."""
+
+    def __init__(self, channel: grpc.Channel, received: Received) -> None:
+        """Opens the stream; `received` is called by a thread that waits."""
+        self._channel = channel
+        self._call = DirectCall(channel, FORWARD)
+        self._received = received
+        self._readers = 0
+        self._closed = False
+
+    @property
+    def connected(self) -> bool:
+        """See `Link`; of a broken connection nothing is known until somebody looks at sockets."""
+        return not self._closed and self._call.connected
+
+    @property
+    def being_read(self) -> bool:
+        """See `Link`."""
+        return self._readers > 0
+
+    def send(self, message: bytes) -> None:
+        """See `Link`."""
+        try:
+            self._call.send(message)
+        except StreamEndedError as error:
+            raise LinkLostError(_broke(error)) from None
+
+    def wait(self, is_done: Callable[[], bool]) -> None:
+        """See `Link`."""
+        self._readers += 1
+        try:
+            self._call.read_until(is_done, self._received)
+        except StreamEndedError as error:
+            raise LinkLostError(_broke(error)) from None
+        finally:
+            self._readers -= 1
+
+    def close(self) -> None:
+        """See `Link`."""
+        if not self._closed:
+            self._closed = True
+            self._call.cancel("closed")
+            self._call.drain()
+            self._channel.close()
+
+
+class ThreadedLink:
+    """A stream that a thread of its own reads."""
+
+    def __init__(self, channel: grpc.Channel, received: Received, lost: Callable[[str], None], name: str) -> None:
+        """Opens the stream; `received` and `lost` are called by the thread, whose name is given."""
+        self._channel = channel
+        self._received = received
+        self._lost = lost
+        self._news = threading.Condition()
+        self._over: str | None = None
+        # None ends the stream.
+        self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._responses: Any = channel.stream_stream(FORWARD)(self._outgoing())
+        self.reader = threading.Thread(target=self._read, daemon=True, name=name)
+        self.reader.start()
+
+    @property
+    def connected(self) -> bool:
+        """See `Link`; the reader learns at once when the connection breaks."""
+        return self._over is None
+
+    @property
+    def being_read(self) -> bool:
+        """See `Link`; by a thread that does nothing else."""
+        return True
+
+    def send(self, message: bytes) -> None:
+        """See `Link`."""
+        if self._over is not None:
+            raise LinkLostError(self._over)
+        self._requests.put(message)
+
+    def wait(self, is_done: Callable[[], bool]) -> None:
+        """See `Link`."""
+        with self._news:
+            self._news.wait_for(lambda: is_done() or self._over is not None)
+            if not is_done():
+                raise LinkLostError(self._over)
+
+    def close(self) -> None:
+        """See `Link`."""
+        self._requests.put(None)
+        self._channel.close()
+
+    def _read(self) -> None:
+        reason = "a replica ended the stream"
+        try:
+            for message in self._responses:
+                with self._news:
+                    self._received(message)
+                    self._news.notify_all()
+        except grpc.RpcError as error:
+            reason = f"the stream to a replica broke ({error.code().name})"
+        with self._news:
+            self._over = reason
+            self._news.notify_all()
+        self._lost(reason)
+
+    def _outgoing(self) -> Iterator[bytes]:
+        return iter(self._requests.get, None)
+
+
+def _broke(error: StreamEndedError) -> str:
+    # The status alone: its text may hold an address.
+    return f"the stream to a replica broke ({str(error).partition(':')[0]})"

@@ -1,0 +1,1 @@
+"""Replaces one organ's experts under live traffic: states, database, history, traffic, controller, health."""

@@ -1,0 +1,115 @@
+"""What all replicas hold, asked at one time."""
+
+from collections.abc import Collection, Hashable, Iterable, Mapping
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from router.rollouts.background import Background
+from router.rollouts.fleet import Fleet, ReplicaResidents
+from router.rollouts.outcome import words
+
+# Replicas asked at once; those above are asked the next time.
+MAX_ASKED = 256
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaView:
+    """One replica.
+
+    Attributes:
+        replica: its name.
+        residents: what it holds; none if it did not say.
+        problem: why it did not, or "".
+    """
+
+    replica: str
+    residents: ReplicaResidents | None
+    problem: str = ""
+
+    def holds(self, digest: str) -> bool:
+        """Whether it can compute with a bundle, as far as is known."""
+        return self.residents is not None and digest in self.residents.bytes_by_digest
+
+
+@dataclass(frozen=True, slots=True)
+class OrganView:
+    """The replicas of one organ.
+
+    Attributes:
+        organ: the organ.
+        replicas: all that should be serving.
+        problem: why the replicas are not known, or "".
+    """
+
+    organ: str
+    replicas: tuple[ReplicaView, ...]
+    problem: str = ""
+
+    def missing(self, digest: str) -> list[str]:
+        """The replicas that do not hold a bundle, as far as is known."""
+        return [view.replica for view in self.replicas if not view.holds(digest)]
+
+    def held_everywhere(self, digest: str) -> bool:
+        """Whether there are replicas, and all of them hold a bundle."""
+        return bool(self.replicas) and not self.missing(digest)
+
+    @property
+    def empty(self) -> bool:
+        """Whether no replica holds anything: a retired organ's application may be taken down then."""
+        return not self.problem and all(
+            view.residents is not None and not view.residents.bytes_by_digest for view in self.replicas
+        )
+
+
+class FleetObserver:
+    """Asks all replicas at once, and waits for none longer than it must."""
+
+    def __init__(self, fleet: Fleet, timeout_s: float) -> None:
+        """Takes the fleet, and how long a replica may take to answer."""
+        self._fleet = fleet
+        self._timeout_s = timeout_s
+        self._calls = Background(MAX_ASKED)
+
+    def observe(self, organs: Iterable[str], unloading: Collection[tuple[str, str]]) -> dict[str, OrganView]:
+        """What the replicas of these organs hold now.
+
+        Args:
+            organs: the organs.
+            unloading: (replica, digest) that are being unloaded: a replica may still name them, but not for long.
+        """
+        self._calls.take_done()
+        names: dict[str, list[str]] = {}
+        problems: dict[str, str] = {}
+        asked: dict[tuple[str, str], Future[Any]] = {}
+        for organ in organs:
+            try:
+                names[organ] = list(self._fleet.replicas(organ))
+            except Exception as error:
+                names[organ], problems[organ] = [], f"its replicas cannot be listed: {words(error)}"
+            for replica in names[organ]:
+                key: Hashable = (replica, organ)
+                if future := self._calls.start(key, partial(self._fleet.resident, replica, organ)):
+                    asked[replica, organ] = future
+        wait(asked.values(), timeout=self._timeout_s)
+        return {
+            organ: OrganView(
+                organ,
+                tuple(_view_of(replica, asked.get((replica, organ)), unloading) for replica in replicas),
+                problems.get(organ, ""),
+            )
+            for organ, replicas in names.items()
+        }
+
+
+def _view_of(replica: str, future: Future[Any] | None, unloading: Collection[tuple[str, str]]) -> ReplicaView:
+    if future is None or not future.done():
+        return ReplicaView(replica, None, "does not answer")
+    if error := future.exception():
+        return ReplicaView(replica, None, words(error))
+    residents: ReplicaResidents = future.result()
+    held: Mapping[str, int] = {
+        digest: size for digest, size in residents.bytes_by_digest.items() if (replica, digest) not in unloading
+    }
+    return ReplicaView(replica, replace(residents, bytes_by_digest=held))

@@ -1,0 +1,201 @@
+"""The history: append-only, every entry chained to the one before it by SHA-256, so that tampering is found."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Connection, Row, insert, select, update
+
+from experts.digest import canonical_json, digest_of
+from router.rollouts import schema
+from router.rollouts.states import Action
+
+GENESIS = "0" * 64
+_BATCH = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The newest entry's number, which is how many there are, and its hash. Note it down elsewhere to check later."""
+
+    count: int
+    hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One thing that happened.
+
+    Attributes:
+        sequence: from 1, without gaps.
+        at: ISO 8601 in UTC.
+        actor: who asked; "controller" for what nobody asked for.
+        action: an `Action`.
+        organ: the organ, or "" where all are meant.
+        digest: the bundle, or "".
+        rollout_id: the rollout, or "".
+        from_state: where the rollout stood before, or "".
+        to_state: where it stands now, or "".
+        reason: why, in words.
+        details: what else there is to know: numbers and names.
+        previous_hash: the hash of the entry before.
+        hash: SHA-256 over the canonical JSON of all the other fields.
+    """
+
+    sequence: int
+    at: str
+    actor: str
+    action: str
+    organ: str
+    digest: str
+    rollout_id: str
+    from_state: str
+    to_state: str
+    reason: str
+    details: Mapping[str, Any]
+    previous_hash: str
+    hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What checking the chain found.
+
+    Attributes:
+        head: the newest entry as it stands in the chain.
+        problem: what is wrong first, and where; "" if nothing is.
+    """
+
+    head: Head
+    problem: str = ""
+
+    @property
+    def intact(self) -> bool:
+        """Whether nothing was found."""
+        return not self.problem
+
+
+def append(
+    connection: Connection,
+    action: Action,
+    *,
+    now: float,
+    actor: str,
+    organ: str = "",
+    digest: str = "",
+    rollout_id: str = "",
+    from_state: str = "",
+    to_state: str = "",
+    reason: str = "",
+    details: Mapping[str, Any] | None = None,
+) -> int:
+    """Adds an entry inside the transaction that makes the change it tells of.
+
+    Returns:
+        Its sequence number.
+    """
+    head = head_of(connection)
+    fields: dict[str, Any] = {
+        "sequence": head.count + 1,
+        "at": datetime.fromtimestamp(now, UTC).isoformat(timespec="microseconds"),
+        "actor": actor,
+        "action": str(action),
+        "organ": organ,
+        "digest": digest,
+        "rollout_id": rollout_id,
+        "from_state": from_state,
+        "to_state": to_state,
+        "reason": reason,
+        "details": canonical_json(dict(details or {})).decode(),
+        "previous_hash": head.hash,
+    }
+    fields["hash"] = digest_of(fields)
+    connection.execute(insert(schema.history).values(**fields))
+    connection.execute(update(schema.history_head).values(count=fields["sequence"], hash=fields["hash"]))
+    return head.count + 1
+
+
+def head_of(connection: Connection) -> Head:
+    """The head as the database says it, apart from the chain itself; an empty one if its row is gone."""
+    row = connection.execute(select(schema.history_head.c["count"], schema.history_head.c.hash)).first()
+    return Head(0, GENESIS) if row is None else Head(row[0], row[1])
+
+
+def entries(connection: Connection, *, organ: str | None = None, after: int = 0, limit: int = _BATCH) -> list[Entry]:
+    """Entries in order, of one organ or of all.
+
+    Args:
+        connection: a transaction.
+        organ: only this organ's.
+        after: only entries with a larger sequence number.
+        limit: at most so many.
+    """
+    query = select(schema.history).where(schema.history.c.sequence > after)
+    if organ is not None:
+        query = query.where(schema.history.c.organ == organ)
+    rows = connection.execute(query.order_by(schema.history.c.sequence).limit(limit))
+    return [Entry(**{**row._mapping, "details": json.loads(row.details)}) for row in rows]
+
+
+def verify(connection: Connection, noted: Head | None = None) -> Verification:
+    """Checks every entry: changed, removed, inserted or reordered ones are found, also at the end.
+
+    Args:
+        connection: a transaction.
+        noted: a head that was noted down earlier. Whoever rewrites the whole chain, head included, is found only by
+            this.
+    """
+    head = Head(0, GENESIS)
+    noted_seen = noted is None or noted == head
+    for row in _rows(connection):
+        if problem := _problem_of(row, head):
+            return Verification(head, problem)
+        head = Head(row.sequence, row.hash)
+        noted_seen = noted_seen or head == noted
+    stated = head_of(connection)
+    if stated != head:
+        return Verification(head, _problem_at_end(head, stated))
+    if noted is not None and not noted_seen:
+        return Verification(
+            head, f"entry {noted.count} is not the one that was noted down ({noted.hash[:12]}…): rewritten, or removed"
+        )
+    return Verification(head)
+
+
+def _problem_of(row: Row[Any], head: Head) -> str:
+    expected = head.count + 1
+    if row.sequence < expected:
+        return f"entry {row.sequence}: there is no such number in a history; it was put there"
+    if row.sequence > expected:
+        missing = f"entry {expected}" if row.sequence == expected + 1 else f"entries {expected} to {row.sequence - 1}"
+        return f"before entry {row.sequence}: {missing} missing"
+    fields = dict(row._mapping)
+    stated = fields.pop("hash")
+    if digest_of(fields) != stated:
+        return f"entry {row.sequence}: it does not have its own hash; a field was changed, or it was put there"
+    if row.previous_hash != head.hash:
+        return f"entry {row.sequence}: it does not follow entry {head.count}; one of them was replaced or moved"
+    return ""
+
+
+def _problem_at_end(head: Head, stated: Head) -> str:
+    if stated.count > head.count:
+        return f"after entry {head.count}: there must be {stated.count} entries; the last ones were removed"
+    if stated.count < head.count:
+        return f"entry {stated.count + 1}: there must be only {stated.count} entries; it was added behind the head"
+    return f"entry {head.count}: it is not the one that the head names; it was replaced"
+
+
+def _rows(connection: Connection) -> Iterator[Row[Any]]:
+    last: int | None = None
+    while True:
+        query = select(schema.history).order_by(schema.history.c.sequence).limit(_BATCH)
+        if last is not None:
+            query = query.where(schema.history.c.sequence > last)
+        rows = connection.execute(query).all()
+        if not rows:
+            return
+        yield from rows
+        last = rows[-1].sequence

@@ -1,0 +1,360 @@
+"""What operators may ask for. Each operation is one transaction; the controller does the rest.
+
+All of them may be called from any thread and block. Each takes `dry_run`, which makes the same checks, raises the same
+errors, says what would happen, and touches nothing. Asking for what already is changes nothing and is not in the
+history.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from router.errors import RolloutStateError
+from router.rollouts.decisions import (
+    already_applied,
+    check_known,
+    checked_candidate,
+    roll_back_candidate,
+    rolled_back_before,
+)
+from router.rollouts.fleet import Fleet
+from router.rollouts.outcome import Outcome, ReplicaMemory, memory_plan, not_resident
+from router.rollouts.records import Snapshot
+from router.rollouts.requests import check_actor, check_digest, check_organ, check_percent
+from router.rollouts.rollout_file import RolloutFile
+from router.rollouts.sentences import in_words, stage_steps, traffic_steps
+from router.rollouts.settings import RolloutPlan, RolloutSettings
+from router.rollouts.states import Action
+from router.rollouts.store import RolloutStore
+from router.rollouts.transaction import Transaction
+
+MANUAL = RolloutPlan()
+
+
+class RolloutOperations:
+    """The operations over a store and a fleet."""
+
+    def __init__(self, store: RolloutStore, fleet: Fleet, settings: RolloutSettings) -> None:
+        """Takes where the state is, what replicas there are, and the defaults."""
+        self._store = store
+        self._fleet = fleet
+        self._settings = settings
+
+    def stage(
+        self,
+        organ: str,
+        digest: str,
+        *,
+        actor: str,
+        reason: str = "",
+        plan: RolloutPlan = MANUAL,
+        dry_run: bool = False,
+    ) -> Outcome:
+        """Begins a rollout: the bundle is verified and loaded on every replica, and gets no traffic yet.
+
+        An organ that is not in the live set is a new one.
+
+        Args:
+            organ: the organ.
+            digest: the bundle's digest.
+            actor: who asks.
+            reason: why.
+            plan: what happens by itself once it is warm.
+            dry_run: only say what would happen.
+
+        Raises:
+            InvalidRolloutRequestError: an organ, digest or actor that cannot be one.
+            RolloutStateError: another rollout of the organ is in flight, or the version was retired.
+        """
+        return self._stage(organ, digest, actor=actor, reason=reason, plan=plan, dry_run=dry_run)
+
+    def apply(
+        self, file: RolloutFile, resolve: Callable[[str, str], str], *, actor: str, dry_run: bool = False
+    ) -> Outcome:
+        """Stages what a rollout file says, with its steps. Applying the same file again changes nothing.
+
+        Args:
+            file: the file.
+            resolve: organ and version → digest; may raise what the registry raises.
+            actor: who asks.
+            dry_run: only say what would happen.
+
+        Raises:
+            RolloutStateError: another rollout of the organ is in flight, or the version was retired.
+        """
+        digest = file.digest or resolve(file.organ, file.version or "")
+        return self._stage(
+            file.organ,
+            digest,
+            actor=actor,
+            reason=file.reason,
+            plan=file.plan,
+            dry_run=dry_run,
+            file_digest=file.identity(digest),
+        )
+
+    def canary(
+        self,
+        organ: str,
+        percent: float,
+        *,
+        actor: str,
+        reason: str = "",
+        digest: str | None = None,
+        dry_run: bool = False,
+    ) -> Outcome:
+        """Has the candidate answer a part of the requests. Ends the plan's automatic steps.
+
+        Args:
+            organ: the organ.
+            percent: above 0, at most 100.
+            actor: who asks.
+            reason: why.
+            digest: when given, only if this is the candidate.
+            dry_run: only say what would happen.
+
+        Raises:
+            InvalidRolloutRequestError: a percentage out of bounds.
+            UnknownOrganError: there is no such organ.
+            RolloutStateError: there is no candidate, or it is not warm on every replica.
+        """
+        percent = check_percent(percent)
+        return self._advance(Action.CANARY, organ, percent, actor, reason, digest, dry_run)
+
+    def shadow(
+        self,
+        organ: str,
+        percent: float,
+        *,
+        actor: str,
+        reason: str = "",
+        digest: str | None = None,
+        dry_run: bool = False,
+    ) -> Outcome:
+        """Has the candidate compute a part of the requests beside the incumbent, answering nobody.
+
+        Takes and raises what `canary` does; a new organ has no incumbent to be compared with.
+        """
+        percent = check_percent(percent)
+        return self._advance(Action.SHADOW, organ, percent, actor, reason, digest, dry_run)
+
+    def promote(
+        self, organ: str, *, actor: str, reason: str = "", digest: str | None = None, dry_run: bool = False
+    ) -> Outcome:
+        """Makes the candidate the organ's version for all new requests, in one transaction.
+
+        Takes and raises what `canary` does.
+        """
+        return self._advance(Action.PROMOTE, organ, None, actor, reason, digest, dry_run)
+
+    def rollback(
+        self, organ: str, *, actor: str, reason: str = "", digest: str | None = None, dry_run: bool = False
+    ) -> Outcome:
+        """Takes back the candidate; or, with nothing in flight, the stable version, in favour of the one before.
+
+        An earlier version is verified, loaded and promoted by the controller, and the stable one serves until then.
+
+        Args:
+            organ: the organ.
+            actor: who asks.
+            reason: why.
+            digest: the version to take back. Give it wherever a call may be repeated: without it, the repetition of a
+                rollback that has just ended takes back the version below.
+            dry_run: only say what would happen.
+
+        Raises:
+            UnknownOrganError: there is no such organ.
+            UnknownRolloutError: the digest is neither candidate nor stable.
+            RolloutStateError: there is nothing to go back to.
+        """
+        check_actor(actor)
+        with self._transaction(dry_run) as transaction:
+            snapshot = transaction.snapshot()
+            check_known(snapshot, organ)
+            candidate = snapshot.candidate(organ)
+            if candidate is None:
+                outcome = self._roll_back_stable(transaction, snapshot, organ, actor, reason, digest, dry_run)
+            else:
+                outcome = roll_back_candidate(transaction, snapshot, candidate, actor, reason, digest, dry_run)
+        if dry_run and outcome.changed and candidate is None:
+            return Outcome(organ, True, outcome.steps, None, self._memory_of_previous(organ))
+        return outcome
+
+    def retire_organ(self, organ: str, *, actor: str, reason: str = "", dry_run: bool = False) -> Outcome:
+        """Takes an organ out of the live set; its replicas are emptied once no request uses them.
+
+        Raises:
+            UnknownOrganError: there is no such organ.
+            RolloutStateError: a rollout of it is in flight, or it is the last one.
+        """
+        check_actor(actor)
+        with self._transaction(dry_run) as transaction:
+            snapshot = transaction.snapshot()
+            check_known(snapshot, organ)
+            if candidate := snapshot.candidate(organ):
+                raise RolloutStateError(
+                    f"{candidate.subject} is {candidate.state}, so {organ!r} cannot be retired; roll it back first"
+                )
+            if snapshot.live(organ) is None:
+                return Outcome(organ, False, (f"{organ} is not in the live set; nothing to do",))
+            if len(snapshot.organs) == 1:
+                raise RolloutStateError(f"{organ!r} is the last organ of the live set; stop the system instead")
+            if not dry_run:
+                transaction.retire_organ(organ, actor=actor, reason=reason)
+        steps = (
+            f"new requests no longer find {organ}",
+            "requests under way end with the experts that they have",
+            f"then every version of {organ} is unloaded from its replicas",
+        )
+        return Outcome(organ, True, steps)
+
+    def retire_version(
+        self, organ: str, digest: str, *, actor: str, reason: str = "", dry_run: bool = False
+    ) -> Outcome:
+        """Bars a version from being staged or rolled back to.
+
+        Raises:
+            UnknownOrganError: there is no such organ.
+            RolloutStateError: the version is stable or in flight.
+        """
+        check_actor(actor)
+        check_digest(digest)
+        with self._transaction(dry_run) as transaction:
+            snapshot = transaction.snapshot()
+            check_known(snapshot, organ)
+            if (organ, digest) in snapshot.retired:
+                return Outcome(organ, False, (f"{digest[:12]}… is retired already; nothing to do",))
+            live, candidate = snapshot.live(organ), snapshot.candidate(organ)
+            if live is not None and live.stable_digest == digest:
+                raise RolloutStateError(
+                    f"{digest[:12]}… is the stable version of {organ!r} and cannot be retired; promote another one, "
+                    "roll it back, or retire the organ"
+                )
+            if candidate is not None and candidate.digest == digest:
+                raise RolloutStateError(f"{candidate.subject} is {candidate.state}; roll it back before retiring it")
+            if not dry_run:
+                transaction.retire_version(organ, digest, actor=actor, reason=reason)
+        return Outcome(organ, True, (f"{digest[:12]}… can no longer be staged for {organ} or rolled back to",))
+
+    @contextmanager
+    def _transaction(self, dry_run: bool) -> Iterator[Transaction]:
+        with self._store.read() if dry_run else self._store.write() as transaction:
+            yield transaction
+
+    def _stage(
+        self,
+        organ: str,
+        digest: str,
+        *,
+        actor: str,
+        reason: str,
+        plan: RolloutPlan,
+        dry_run: bool,
+        file_digest: str | None = None,
+    ) -> Outcome:
+        check_actor(actor)
+        check_organ(organ)
+        check_digest(digest)
+        with self._transaction(dry_run) as transaction:
+            snapshot = transaction.snapshot()
+            if file_digest is not None and (applied := transaction.applied(file_digest)):
+                return Outcome(organ, False, (already_applied(applied),), applied)
+            live, candidate = snapshot.live(organ), snapshot.candidate(organ)
+            if candidate is not None:
+                # A file asks for its own steps, which a rollout begun otherwise does not have.
+                if candidate.digest == digest and file_digest is None and not candidate.restores:
+                    return Outcome(organ, False, (f"it is in flight already, {candidate.state}",), candidate)
+                raise RolloutStateError(
+                    f"{candidate.subject} is {candidate.state}, so no other can begin; promote it or roll it back first"
+                )
+            if live is not None and live.stable_digest == digest:
+                return Outcome(organ, False, (f"{digest[:12]}… is the stable version of {organ} already",))
+            if (organ, digest) in snapshot.retired:
+                raise RolloutStateError(f"the version {digest[:12]}… of {organ!r} was retired; stage another one")
+            if live is None and any(step.mode == "shadow" for step in plan.steps):
+                raise RolloutStateError(
+                    f"{organ!r} is new and has no version that a shadow could be compared with; use canary steps"
+                )
+            rollout = None
+            if not dry_run:
+                rollout = transaction.stage(
+                    organ, digest, self._resolved(plan), actor=actor, reason=reason, file_digest=file_digest
+                )
+        memory = memory_plan(self._fleet, organ, digest) if dry_run else ()
+        return Outcome(organ, True, stage_steps(organ, live is None, plan), rollout, memory)
+
+    def _advance(
+        self,
+        action: Action,
+        organ: str,
+        percent: float | None,
+        actor: str,
+        reason: str,
+        digest: str | None,
+        dry_run: bool,
+    ) -> Outcome:
+        check_actor(actor)
+        with self._store.read() as transaction:
+            rollout, target = checked_candidate(transaction, action, organ, digest)
+        if rollout.state == target and rollout.percent == percent:
+            return Outcome(organ, False, (f"it is {in_words(target, percent)} already",), rollout)
+        # Not inside the writing transaction: replicas may be slow to answer.
+        if problem := not_resident(self._fleet, organ, rollout.digest):
+            raise RolloutStateError(f"{rollout.subject} cannot get traffic now: {problem}; ask again in a moment")
+        if not dry_run:
+            with self._store.write() as transaction:
+                rollout, _ = checked_candidate(transaction, action, organ, digest or rollout.digest)
+                if rollout.state == target and rollout.percent == percent:
+                    # Somebody else was faster.
+                    return Outcome(organ, False, (f"it is {in_words(target, percent)} already",), rollout)
+                if action == Action.PROMOTE:
+                    rollout = transaction.promote(
+                        rollout, actor=actor, reason=reason, max_previous=self._settings.max_previous
+                    )
+                else:
+                    rollout = transaction.move(
+                        rollout, action, actor=actor, reason=reason, percent=percent, automatic=False
+                    )
+        return Outcome(organ, True, traffic_steps(target, organ, percent, rollout), rollout)
+
+    def _roll_back_stable(
+        self,
+        transaction: Transaction,
+        snapshot: Snapshot,
+        organ: str,
+        actor: str,
+        reason: str,
+        digest: str | None,
+        dry_run: bool,
+    ) -> Outcome:
+        live = snapshot.live(organ)
+        if digest is not None and (live is None or live.stable_digest != digest):
+            return rolled_back_before(transaction, organ, digest)
+        if live is None:
+            raise RolloutStateError(f"{organ!r} is not served and nothing is in flight; there is nothing to roll back")
+        if not live.previous:
+            raise RolloutStateError(
+                f"the stable version of {organ!r} has none before it to go back to; stage the version that you want"
+            )
+        previous = live.previous[-1]
+        rollout = None
+        if not dry_run:
+            plan = self._resolved(RolloutPlan(promote=True))
+            rollout = transaction.stage(organ, previous, plan, actor=actor, reason=reason, restores=True)
+        steps = (
+            f"{previous[:12]}…, stable before, is verified and loaded on every replica of {organ}",
+            f"then it replaces {live.stable_digest[:12]}… for new requests; until then nothing changes",
+        )
+        return Outcome(organ, True, steps, rollout)
+
+    def _memory_of_previous(self, organ: str) -> tuple[ReplicaMemory, ...]:
+        live = self._store.snapshot().live(organ)
+        return memory_plan(self._fleet, organ, live.previous[-1]) if live and live.previous else ()
+
+    def _resolved(self, plan: RolloutPlan) -> RolloutPlan:
+        """The plan with the settings of now, so that a later change of them does not reach a rollout under way."""
+        return plan.model_copy(
+            update={
+                "thresholds": plan.thresholds or self._settings.thresholds,
+                "warm_timeout_s": plan.warm_timeout_s or self._settings.warm_timeout_s,
+            }
+        )

@@ -1,0 +1,98 @@
+"""What an operation did, or would do."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from router.rollouts.fleet import Fleet
+from router.rollouts.records import Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaMemory:
+    """What a candidate would mean for one replica's memory.
+
+    Attributes:
+        resident_bytes: what the replica holds now.
+        needed_bytes: what loading adds; 0 if it holds the candidate already.
+        limit_bytes: what it may hold.
+        problem: why nothing is known of it, or "".
+    """
+
+    replica: str
+    resident_bytes: int
+    needed_bytes: int
+    limit_bytes: int
+    problem: str = ""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the candidate can be loaded."""
+        return not self.problem and self.resident_bytes + self.needed_bytes <= self.limit_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The answer to an operator.
+
+    Attributes:
+        organ: the organ.
+        changed: whether anything was changed, or would be; false where all is already as asked.
+        steps: what happens, in words.
+        rollout: the rollout that it is about, as it stands now; none for a dry run of staging, and for retiring.
+        memory: of dry runs that lead to a load: every replica's.
+    """
+
+    organ: str
+    changed: bool
+    steps: tuple[str, ...]
+    rollout: Rollout | None = None
+    memory: tuple[ReplicaMemory, ...] = ()
+
+
+def memory_plan(fleet: Fleet, organ: str, digest: str) -> tuple[ReplicaMemory, ...]:
+    """What loading a bundle would take on every replica of an organ.
+
+    Raises:
+        UnknownBundleError: there is no such bundle.
+    """
+    load_bytes = fleet.load_bytes(organ, digest)
+    return tuple(_memory_of(fleet, replica, organ, digest, load_bytes) for replica in fleet.replicas(organ))
+
+
+def _memory_of(fleet: Fleet, replica: str, organ: str, digest: str, load_bytes: int) -> ReplicaMemory:
+    try:
+        residents = fleet.resident(replica, organ)
+    except Exception as error:
+        return ReplicaMemory(replica, 0, load_bytes, 0, f"does not answer: {words(error)}")
+    held = residents.bytes_by_digest
+    needed = 0 if digest in held else load_bytes
+    return ReplicaMemory(replica, sum(held.values()), needed, residents.limit_bytes)
+
+
+def words(error: BaseException) -> str:
+    """An exception in one line, for the history."""
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
+
+
+def not_resident(fleet: Fleet, organ: str, digest: str) -> str:
+    """Why requests may not be sent to a bundle now, in words; "" if every replica of the organ holds it."""
+    replicas = fleet.replicas(organ)
+    if not replicas:
+        return f"no replica of {organ!r} is running"
+    missing = [replica for replica in replicas if not _holds(fleet, replica, organ, digest)]
+    return f"it is not loaded on {listed(missing)} of {len(replicas)} replicas" if missing else ""
+
+
+def _holds(fleet: Fleet, replica: str, organ: str, digest: str) -> bool:
+    try:
+        return digest in fleet.resident(replica, organ).bytes_by_digest
+    except Exception:
+        return False
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a sentence; of many only the first few."""
+    names = list(names)
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

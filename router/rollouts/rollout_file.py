@@ -1,0 +1,54 @@
+"""A whole rollout in a file: what to bring where, in which steps, and when to give up."""
+
+import re
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+from experts.digest import digest_of
+from router.rollouts.settings import RolloutPlan, Step, Thresholds
+
+DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+class RolloutFile(BaseModel):
+    """What `rollout.yaml` holds. Applying it again changes nothing; any change in it makes it another rollout."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # Which organ's experts are replaced, or which new organ is brought.
+    organ: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,39}$")]
+    # When the bundle is known by its version in the registry, name it here; otherwise give its digest.
+    version: str | None = None
+    digest: Annotated[str, Field(pattern=f"^{DIGEST.pattern}$")] | None = None
+    # When empty, the candidate becomes stable as soon as it is warm, or waits for an operator if promote is false.
+    steps: tuple[Step, ...] = ()
+    # When false, the rollout stays at its last step until an operator promotes it.
+    promote: bool = True
+    # When unset, the controller's own.
+    thresholds: Thresholds | None = None
+    # When unset, the controller's own.
+    warm_timeout_s: PositiveFloat | None = None
+    # Why: it stands in the history.
+    reason: Annotated[str, Field(max_length=500)] = ""
+    # When a rollout failed or was rolled back and the same file shall be tried again, raise it.
+    attempt: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.version is None) == (self.digest is None):
+            raise ValueError("give either the bundle's version or its digest, and not both")
+        # The plan has rules of its own.
+        _ = self.plan
+        return self
+
+    @property
+    def plan(self) -> RolloutPlan:
+        """What the rollout does by itself."""
+        return RolloutPlan(
+            steps=self.steps, promote=self.promote, thresholds=self.thresholds, warm_timeout_s=self.warm_timeout_s
+        )
+
+    def identity(self, digest: str) -> str:
+        """What tells this file from others: SHA-256 over its contents, with the bundle's digest for its version."""
+        return digest_of({**self.model_dump(mode="json", exclude={"version"}), "digest": digest})

@@ -1,0 +1,117 @@
+"""The tables of the rollouts' database, as `migrations` leaves them."""
+
+from sqlalchemy import Boolean, Column, Double, Index, Integer, MetaData, String, Table, Text, text
+
+from router.rollouts.states import IN_FLIGHT
+
+metadata = MetaData()
+
+# One row: what the live expert set is, apart from its members.
+live_set = Table(
+    "live_set",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("backbone_digest", String(128), nullable=False),
+    Column("routing", String(16), nullable=False),
+)
+
+live_organs = Table(
+    "live_organs",
+    metadata,
+    Column("organ", String(64), primary_key=True),
+    # The order in which partial sums are added.
+    Column("position", Integer, nullable=False, unique=True),
+    Column("stable_digest", String(64), nullable=False),
+    # Digests that were stable before, as a JSON array, the last one newest.
+    Column("previous", Text, nullable=False),
+)
+
+rollouts = Table(
+    "rollouts",
+    metadata,
+    Column("id", String(96), primary_key=True),
+    # The number of the history entry that staged it.
+    Column("sequence", Integer, nullable=False, unique=True),
+    Column("organ", String(64), nullable=False),
+    Column("digest", String(64), nullable=False),
+    # What was stable when it was staged; none for a new organ.
+    Column("incumbent_digest", String(64), nullable=True),
+    Column("state", String(16), nullable=False),
+    Column("percent", Double, nullable=True),
+    Column("reason", Text, nullable=False),
+    Column("actor", String(200), nullable=False),
+    # Whether it brings back an earlier stable version.
+    Column("restores", Boolean, nullable=False),
+    # `RolloutPlan` in JSON.
+    Column("plan", Text, nullable=False),
+    # Whether the plan's steps are still followed; an operator's own canary or shadow ends that.
+    Column("automatic", Boolean, nullable=False),
+    Column("next_step", Integer, nullable=False),
+    # Seconds since 1970.
+    Column("created_at", Double, nullable=False),
+    Column("state_since", Double, nullable=False),
+    Column("traffic_since", Double, nullable=True),
+    Column("verify_attempts", Integer, nullable=False),
+    Column("replica_losses", Integer, nullable=False),
+)
+
+_IN_FLIGHT = text("state IN ({})".format(", ".join(f"'{state}'" for state in IN_FLIGHT)))
+# One rollout in flight per organ, whatever the code does.
+Index("one_in_flight", rollouts.c.organ, unique=True, sqlite_where=_IN_FLIGHT, postgresql_where=_IN_FLIGHT)
+
+applied_files = Table(
+    "applied_files",
+    metadata,
+    Column("file_digest", String(64), primary_key=True),
+    Column("organ", String(64), nullable=False),
+    Column("rollout_id", String(96), nullable=False),
+    Column("applied_at", Double, nullable=False),
+)
+
+# An organ's row has the digest "".
+retired = Table(
+    "retired",
+    metadata,
+    Column("organ", String(64), primary_key=True),
+    Column("digest", String(64), primary_key=True),
+    Column("retired_at", Double, nullable=False),
+)
+
+shadow_reports = Table(
+    "shadow_reports",
+    metadata,
+    Column("rollout_id", String(96), primary_key=True),
+    # `ShadowReport` in JSON.
+    Column("report", Text, nullable=False),
+    Column("updated_at", Double, nullable=False),
+)
+
+history = Table(
+    "history",
+    metadata,
+    # From 1, without gaps.
+    Column("sequence", Integer, primary_key=True, autoincrement=False),
+    # ISO 8601, UTC, as it was hashed.
+    Column("at", String(32), nullable=False),
+    Column("actor", String(200), nullable=False),
+    Column("action", String(32), nullable=False),
+    Column("organ", String(64), nullable=False),
+    Column("digest", String(64), nullable=False),
+    Column("rollout_id", String(96), nullable=False),
+    Column("from_state", String(16), nullable=False),
+    Column("to_state", String(16), nullable=False),
+    Column("reason", Text, nullable=False),
+    # A JSON object, as it was hashed.
+    Column("details", Text, nullable=False),
+    Column("previous_hash", String(64), nullable=False),
+    Column("hash", String(64), nullable=False),
+)
+
+# One row: the newest entry's number and hash, so that entries missing at the end are noticed. Writers lock it.
+history_head = Table(
+    "history_head",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("count", Integer, nullable=False),
+    Column("hash", String(64), nullable=False),
+)

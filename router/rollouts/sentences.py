@@ -1,0 +1,42 @@
+"""The words in which outcomes say what happens."""
+
+from router.rollouts.records import Rollout
+from router.rollouts.settings import RolloutPlan
+from router.rollouts.states import State
+
+
+def in_words(state: State, percent: float | None) -> str:
+    """A state with its part of the traffic, for example "canary 5 %"."""
+    return str(state) if percent is None else f"{state} {percent:g} %"
+
+
+def stage_steps(organ: str, is_new: bool, plan: RolloutPlan) -> tuple[str, ...]:
+    """What follows when a rollout is staged."""
+    steps = ["the bundle is read and verified", f"it is loaded on every replica of {organ}; no request uses it yet"]
+    for step in plan.steps:
+        verb = "answers" if step.mode == "canary" else "computes, unseen,"
+        steps.append(f"it {verb} {step.percent:g} % of the requests for {step.hold_s:g} s")
+    if plan.promote:
+        place = "joins the live set" if is_new else "becomes stable"
+        steps.append(f"it {place}, unless its thresholds took it back before")
+    else:
+        steps.append("it then waits for an operator: canary, shadow, promote or rollback")
+    return tuple(steps)
+
+
+def traffic_steps(target: State, organ: str, percent: float | None, rollout: Rollout) -> tuple[str, ...]:
+    """What follows when a warm candidate is moved."""
+    candidate = f"{rollout.digest[:12]}…"
+    if target == State.CANARY:
+        return (f"{candidate} answers {percent:g} % of the requests to {organ}; those under way end as they began",)
+    if target == State.SHADOW:
+        return (
+            f"{candidate} computes {percent:g} % of the requests to {organ} beside the incumbent",
+            "its answers are compared and thrown away",
+        )
+    if rollout.incumbent_digest is None:
+        return (f"{organ} joins the live set with {candidate}",)
+    return (
+        f"{candidate} answers all new requests to {organ}; those under way end as they began",
+        f"{rollout.incumbent_digest[:12]}… is unloaded once no request uses it",
+    )

@@ -1,0 +1,89 @@
+"""What a rollout is told: its thresholds, its automatic steps, and how patient the controller is."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+Mode = Literal["canary", "shadow"]
+Percent = Annotated[float, Field(gt=0, le=100)]
+
+
+class Thresholds(BaseModel):
+    """When a candidate is rolled back without being asked."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # When a candidate answered fewer requests than this within the window, only its non-finite outputs count.
+    min_requests: PositiveInt = 50
+    # When a larger part of the candidate's requests fails, it is rolled back; 1 switches this off.
+    max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.02
+    # When more of its outputs are infinite or not a number, it is rolled back, however few requests there were.
+    max_nonfinite: Annotated[int, Field(ge=0)] = 0
+    # When its time per token is this many times the incumbent's, it is rolled back.
+    max_latency_ratio: PositiveFloat = 1.5
+    # When rare slow answers matter more than the usual ones, raise it: the quantile of time per token that is compared.
+    latency_quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    # When traffic is thin, lengthen it: only what Routers reported within so many seconds counts.
+    window_s: PositiveFloat = 300.0
+
+
+class Step(BaseModel):
+    """One automatic step: a part of the traffic for a time."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # When answers of the candidate shall not reach callers yet, set "shadow".
+    mode: Mode = "canary"
+    # When more requests shall reach the candidate, raise it.
+    percent: Percent
+    # When the step shall last longer before the next one, raise it (seconds).
+    hold_s: Annotated[float, Field(ge=0)]
+
+
+class RolloutPlan(BaseModel):
+    """What a rollout does by itself once its candidate is warm."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # When empty, an operator decides about traffic; otherwise these are taken one after another.
+    steps: tuple[Step, ...] = ()
+    # When true, the candidate becomes stable after the last step without being asked.
+    promote: bool = False
+    # When unset, the controller's own thresholds at the time of staging.
+    thresholds: Thresholds | None = None
+    # When unset, the controller's own limit at the time of staging (seconds from verified to warm).
+    warm_timeout_s: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _percentages_rise(self) -> Self:
+        canaries = [step.percent for step in self.steps if step.mode == "canary"]
+        if canaries != sorted(canaries):
+            raise ValueError(f"the canary steps must not fall, but their percentages are {canaries}")
+        return self
+
+
+class RolloutSettings(BaseModel):
+    """How the controller works."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # When a rollout does not bring its own, these decide about automatic rollback.
+    thresholds: Thresholds = Thresholds()
+    # When bundles are large or storage is slow, raise it: seconds for a candidate to be loaded on every replica.
+    warm_timeout_s: PositiveFloat = 600.0
+    # When verifying a bundle takes longer than this, in seconds, the candidate has failed.
+    verify_timeout_s: PositiveFloat = 600.0
+    # When verifying a bundle took the whole process down this many times, the candidate has failed.
+    max_verify_attempts: PositiveInt = 3
+    # When more replicas than this were lost while they loaded the candidate, it has failed.
+    max_replica_losses: Annotated[int, Field(ge=0)] = 2
+    # When replicas take long to restart, raise it: so many seconds pass before the candidate is tried again.
+    loss_pause_s: Annotated[float, Field(ge=0)] = 15.0
+    # When the fleet shall be looked at more often, lower it (seconds); every change wakes the controller anyway.
+    period_s: PositiveFloat = 1.0
+    # When replicas are slow to say what they hold, raise it (seconds).
+    status_timeout_s: PositiveFloat = 2.0
+    # When many replicas shall load at the same time, raise it: verifications, loads and unloads under way together.
+    max_operations: PositiveInt = 32
+    # When a rolled-back stable version shall give way to older ones, this many of them are remembered per organ.
+    max_previous: PositiveInt = 10

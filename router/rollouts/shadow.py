@@ -1,0 +1,131 @@
+"""How far a shadow's answers agree with the incumbent's: numbers only, never a token."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy import Connection, insert, select, update
+
+from router.rollouts import schema
+
+
+@dataclass(frozen=True, slots=True)
+class ShadowRecord:
+    """One request answered by both.
+
+    Attributes:
+        tokens: of the longer of the two answers.
+        shared_tokens: tokens that both have, wherever they stand, each as often as both have it.
+        first_divergence: the first position, from 0, at which they differ; none if they are identical.
+        latency_ratio: the candidate's seconds per token over the incumbent's; none if it was not measured.
+    """
+
+    tokens: int
+    shared_tokens: int
+    first_divergence: int | None
+    latency_ratio: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        incumbent_ids: Sequence[int],
+        candidate_ids: Sequence[int],
+        *,
+        incumbent_s_per_token: float | None = None,
+        candidate_s_per_token: float | None = None,
+    ) -> Self:
+        """Compares two answers; of the token ids only counts are kept."""
+        shared = sum((Counter(incumbent_ids) & Counter(candidate_ids)).values())
+        common = min(len(incumbent_ids), len(candidate_ids))
+        first = next((at for at in range(common) if incumbent_ids[at] != candidate_ids[at]), None)
+        if first is None and len(incumbent_ids) != len(candidate_ids):
+            first = common
+        ratio = (
+            candidate_s_per_token / incumbent_s_per_token if incumbent_s_per_token and candidate_s_per_token else None
+        )
+        return cls(max(len(incumbent_ids), len(candidate_ids)), shared, first, ratio)
+
+
+class ShadowReport(BaseModel):
+    """All comparisons of one rollout together."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    requests: int = 0
+    identical: int = 0
+    tokens: int = 0
+    shared_tokens: int = 0
+    # Over the requests that diverged.
+    first_divergence_sum: int = 0
+    first_divergence_min: int | None = None
+    # Over the requests whose latency was measured.
+    latency_measured: int = 0
+    latency_log_ratio_sum: float = 0.0
+
+    @property
+    def token_overlap(self) -> float | None:
+        """Shared tokens over tokens; none before the first."""
+        return self.shared_tokens / self.tokens if self.tokens else None
+
+    @property
+    def identical_rate(self) -> float | None:
+        """Identical answers over all; none before the first."""
+        return self.identical / self.requests if self.requests else None
+
+    @property
+    def mean_first_divergence(self) -> float | None:
+        """Where answers part on average, of those that do."""
+        diverged = self.requests - self.identical
+        return self.first_divergence_sum / diverged if diverged else None
+
+    @property
+    def latency_ratio(self) -> float | None:
+        """The geometric mean of the candidate's time per token over the incumbent's."""
+        return math.exp(self.latency_log_ratio_sum / self.latency_measured) if self.latency_measured else None
+
+    def with_records(self, records: Iterable[ShadowRecord]) -> "ShadowReport":
+        """The report with more comparisons."""
+        report = self
+        for record in records:
+            report = report._with(record)
+        return report
+
+    def _with(self, record: ShadowRecord) -> "ShadowReport":
+        first = record.first_divergence
+        known = self.first_divergence_min
+        ratio = record.latency_ratio
+        return ShadowReport(
+            requests=self.requests + 1,
+            identical=self.identical + (first is None),
+            tokens=self.tokens + record.tokens,
+            shared_tokens=self.shared_tokens + record.shared_tokens,
+            first_divergence_sum=self.first_divergence_sum + (first or 0),
+            first_divergence_min=known if first is None else first if known is None else min(first, known),
+            latency_measured=self.latency_measured + (ratio is not None),
+            latency_log_ratio_sum=self.latency_log_ratio_sum + (math.log(ratio) if ratio is not None else 0.0),
+        )
+
+
+def report_of(connection: Connection, rollout_id: str) -> ShadowReport:
+    """A rollout's report; an empty one before the first comparison."""
+    query = select(schema.shadow_reports.c.report).where(schema.shadow_reports.c.rollout_id == rollout_id)
+    stored = connection.execute(query).scalar()
+    return ShadowReport() if stored is None else ShadowReport.model_validate_json(stored)
+
+
+def add_records(connection: Connection, rollout_id: str, records: Iterable[ShadowRecord], now: float) -> ShadowReport:
+    """Adds comparisons to a rollout's report, inside a writing transaction.
+
+    Returns:
+        The report with them.
+    """
+    table = schema.shadow_reports
+    report = report_of(connection, rollout_id).with_records(records)
+    values = {"report": report.model_dump_json(), "updated_at": now}
+    changed = connection.execute(update(table).where(table.c.rollout_id == rollout_id).values(**values))
+    if changed.rowcount == 0:
+        connection.execute(insert(table).values(rollout_id=rollout_id, **values))
+    return report

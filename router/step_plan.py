@@ -1,0 +1,148 @@
+"""Who sends which rows where in one forward pass: found out once, and the same for all of its layers."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from router.expert_gates import ExpertGates
+from router.flat_split import FlatSplit
+
+
+@dataclass(frozen=True, slots=True)
+class TokenAssignment:
+    """Rows [start, end) of a forward pass: one sequence's tokens.
+
+    Attributes:
+        expert_set_id: the set that the sequence is pinned to.
+        shares: organ and π of sets routed by organ, adding up to 1; empty for flat sets.
+    """
+
+    start: int
+    end: int
+    expert_set_id: str
+    shares: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Member:
+    """The rows that one expert set's sequences send to one organ, in ascending order.
+
+    Attributes:
+        row_R: None for all rows of the pass.
+        share_R1: float32; None where every share is 1.
+    """
+
+    organ: str
+    digest: str
+    row_R: torch.Tensor | None
+    share_R1: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OrganRows:
+    """One set routed by organ: its members, and for their rows one behind the other, which row and which organ.
+
+    Attributes:
+        gates: the set's.
+        members: in the set's order.
+        sizes: rows of each member.
+        row_M: the rows of all members.
+        organ_M: the place of each row's organ in the set's order. None where the organs' gates cannot be computed in
+            one product, because they differ in their number of experts, or because there is one member only.
+    """
+
+    gates: ExpertGates
+    members: tuple[Member, ...]
+    sizes: tuple[int, ...]
+    row_M: torch.Tensor
+    organ_M: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FlatRows:
+    """One flat set: its rows, None for all of the pass, and how they are divided."""
+
+    gates: ExpertGates
+    row_S: torch.Tensor | None
+    split: FlatSplit
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """The plan of one pass, for the sequences that have not failed.
+
+    Attributes:
+        disjoint: every row goes to one organ at most, with a share of 1: parts need no adding up.
+        complete: every row goes somewhere.
+    """
+
+    organ_sets: tuple[OrganRows, ...]
+    flat_sets: tuple[FlatRows, ...]
+    disjoint: bool
+    complete: bool
+
+
+def plan_step(
+    assignments: Sequence[TokenAssignment],
+    failed: Collection[int],
+    gates_of: Mapping[str, ExpertGates],
+    device: torch.device,
+) -> StepPlan:
+    """Plans a pass.
+
+    Args:
+        assignments: all rows of the pass, in ascending order without gaps.
+        failed: indices of assignments that send nothing.
+        gates_of: expert set id → gates.
+        device: where the rows are.
+    """
+    by_set: dict[str, list[TokenAssignment]] = {}
+    for index, assignment in enumerate(assignments):
+        if index not in failed:
+            by_set.setdefault(assignment.expert_set_id, []).append(assignment)
+    num_rows = assignments[-1].end if assignments else 0
+    organ_sets, flat_sets = [], []
+    for set_id, own in by_set.items():
+        gates = gates_of[set_id]
+        if gates.expert_set.routing == "flat":
+            ranges = [gates.expert_range(organ) for organ in gates.expert_set.organs]
+            flat_sets.append(FlatRows(gates, _rows(own, num_rows, device), FlatSplit(ranges, device)))
+        else:
+            organ_sets.append(_organ_rows(own, gates, num_rows, device))
+    whole = all(len(assignment.shares) == 1 for own in by_set.values() for assignment in own)
+    plain = all(member.share_R1 is None for planned in organ_sets for member in planned.members)
+    disjoint = not flat_sets and whole and plain
+    return StepPlan(tuple(organ_sets), tuple(flat_sets), disjoint, complete=not failed)
+
+
+def _organ_rows(own: Sequence[TokenAssignment], gates: ExpertGates, num_rows: int, device: torch.device) -> OrganRows:
+    members, sizes, rows, places = [], [], [], []
+    for place, organ in enumerate(gates.expert_set.organs):
+        users = [(each, share) for each in own if (share := dict(each.shares).get(organ, 0.0))]
+        if not users:
+            continue
+        counts = [each.end - each.start for each, _ in users]
+        row_R = torch.cat([torch.arange(each.start, each.end) for each, _ in users])
+        share_R1 = None
+        if any(share != 1.0 for _, share in users):
+            shares = torch.tensor([share for _, share in users], dtype=torch.float32)
+            share_R1 = torch.repeat_interleave(shares, torch.tensor(counts))[:, None].to(device)
+        all_rows = len(row_R) == num_rows
+        row_R = row_R.to(device)
+        members.append(Member(organ, gates.expert_set.bundle_digest(organ), None if all_rows else row_R, share_R1))
+        sizes.append(len(row_R))
+        rows.append(row_R)
+        places.append(place)
+    stackable = len(members) > 1 and len({gates.num_experts(organ) for organ in gates.expert_set.organs}) == 1
+    organ_M = None
+    if stackable:
+        organ_M = torch.repeat_interleave(torch.tensor(places), torch.tensor(sizes)).to(device)
+    row_M = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64, device=device)
+    return OrganRows(gates, tuple(members), tuple(sizes), row_M, organ_M)
+
+
+def _rows(own: Sequence[TokenAssignment], num_rows: int, device: torch.device) -> torch.Tensor | None:
+    if sum(each.end - each.start for each in own) == num_rows:
+        return None
+    return torch.cat([torch.arange(each.start, each.end) for each in own]).to(device)

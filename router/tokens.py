@@ -1,0 +1,141 @@
+"""What one exchange sends, and the two forms in which it goes: in the message, or in shared memory."""
+
+import logging
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+
+from experts.errors import InvalidTensorError
+from experts.transport import wire
+from experts.transport.codec import tensor_to_proto
+from experts.transport.layout import Area, Layout
+from experts.transport.shared_memory import SharedMemory
+from protos import expert_pb2
+
+logger = logging.getLogger(__name__)
+
+# The same few exchanges come again and again; their views are kept until there are so many.
+_MAX_KEPT = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The tokens of an exchange. The tensors must not change before its answer: it may have to be sent again.
+
+    Attributes:
+        row_R: which rows of `x_TD`, in the order of the other two; None for all of them.
+        expert_index_RK: int32 or int64.
+        weight_RK: in x's dtype.
+    """
+
+    bundle_digest: str
+    layer: int
+    x_TD: torch.Tensor
+    row_R: torch.Tensor | None
+    expert_index_RK: torch.Tensor
+    weight_RK: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Tokens × hidden of what is sent, and of the answer."""
+        return self.expert_index_RK.shape[0], self.x_TD.shape[1]
+
+    def message(self, correlation_id: int) -> bytes:
+        """The serialised request with the tensors in it."""
+        head = expert_pb2.ForwardRequest(
+            correlation_id=correlation_id,
+            bundle_digest=self.bundle_digest,
+            layer=self.layer,
+            expert_index=tensor_to_proto(self.expert_index_RK.to(torch.int32)),
+            weight=tensor_to_proto(self.weight_RK),
+        )
+        return wire.with_tensor(head, self.x_TD if self.row_R is None else self.x_TD[self.row_R])
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an exchange lies in shared memory. As long as it is kept, or its output is, nothing else gets there."""
+
+    area: Area
+    layout: Layout
+
+    def output_TD(self) -> torch.Tensor:
+        """The answer, without a copy."""
+        return self.layout.output_TD(self.area)
+
+
+@dataclass(frozen=True, slots=True)
+class _Views:
+    layout: Layout
+    hidden_states_TD: torch.Tensor
+    expert_index_TK: torch.Tensor
+    weight_TK: torch.Tensor
+    request: expert_pb2.ForwardRequest
+
+
+class TokenWriter:
+    """Puts exchanges into one shared memory. Used by one thread at a time."""
+
+    def __init__(self, memory: SharedMemory) -> None:
+        """Nothing is written yet."""
+        self.memory = memory
+        self._layouts: dict[Hashable, Layout | None] = {}
+        self._views: dict[Hashable, _Views] = {}
+
+    def write(self, tokens: Tokens, correlation_id: int) -> tuple[bytes, Place] | None:
+        """The serialised request without the tensors, and where they are; None when there is no room for them."""
+        kind = (*tokens.shape, tokens.expert_index_RK.shape[1], tokens.x_TD.dtype)
+        if kind not in self._layouts:
+            self._layouts[kind] = _layout(*kind)
+        layout = self._layouts[kind]
+        if layout is None:
+            return None
+        allocated = self.memory.allocate(layout.nbytes)
+        if allocated is None:
+            if self.memory.budget.tell_once():
+                logger.warning(
+                    "the memory shared with expert replicas (router.shared_memory_bytes = %d) does not hold all that "
+                    "is under way: what does not fit travels in the messages",
+                    self.memory.budget.limit_bytes,
+                )
+            return None
+        area, offset = allocated
+        views = self._views.get((offset, kind))
+        if views is None:
+            if len(self._views) >= _MAX_KEPT:
+                self._views.clear()
+            views = self._views[offset, kind] = self._make_views(offset, layout)
+        x_TD = tokens.x_TD.detach() if tokens.x_TD.requires_grad else tokens.x_TD
+        if tokens.row_R is None:
+            views.hidden_states_TD.copy_(x_TD)
+        elif x_TD.is_cpu:
+            torch.index_select(x_TD, 0, tokens.row_R, out=views.hidden_states_TD)
+        else:
+            views.hidden_states_TD.copy_(x_TD[tokens.row_R])
+        views.expert_index_TK.copy_(tokens.expert_index_RK)
+        views.weight_TK.copy_(tokens.weight_RK.detach() if tokens.weight_RK.requires_grad else tokens.weight_RK)
+        request = views.request
+        request.correlation_id = correlation_id
+        request.bundle_digest = tokens.bundle_digest
+        request.layer = tokens.layer
+        return request.SerializeToString(), Place(area, layout)
+
+    def _make_views(self, offset: int, layout: Layout) -> _Views:
+        # Not of the area: they would keep it from ever being free again.
+        stretch = self.memory.stretch(offset, layout.nbytes)
+        return _Views(
+            layout,
+            layout.hidden_states_TD(stretch),
+            layout.expert_index_TK(stretch),
+            layout.weight_TK(stretch),
+            expert_pb2.ForwardRequest(shared=layout.to_proto(offset)),
+        )
+
+
+def _layout(tokens: int, hidden_size: int, top_k: int, dtype: torch.dtype) -> Layout | None:
+    try:
+        return Layout.of(tokens, hidden_size, top_k, dtype)
+    except InvalidTensorError:
+        # An empty exchange, or a dtype that the replica shall refuse with its own words.
+        return None

@@ -1,0 +1,36 @@
+"""Further versions of a bundle, with other weights: what a model developer would push."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from experts.bundle import Bundle
+from experts.bundle_writer import write_bundle
+from experts.manifest import BundleDescription, Manifest
+
+
+def slightly_changed(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor * 1.25
+
+
+def not_a_number(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(tensor, torch.nan)
+
+
+def changed_bundle(
+    directory: Path,
+    source: Bundle,
+    version: str,
+    change: Callable[[torch.Tensor], torch.Tensor] = slightly_changed,
+    **fields: object,
+) -> Manifest:
+    """A bundle like another one, with its experts' weights changed; gates stay as they are."""
+    content = source.manifest.model_dump(exclude={"format", "files", "probe"})
+    description = BundleDescription.model_validate({**content, "version": version, **fields})
+
+    def tensor(name: str) -> torch.Tensor:
+        found = source.tensor(name)
+        return change(found) if "experts" in name else found
+
+    return write_bundle(directory, description, tensor)
