@@ -8,10 +8,10 @@ TRITON_PYTEST := .venv-triton/bin/python -m pytest --noconftest -p no:cacheprovi
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check protos triton-check gpu-packages gpu-check structures clean
+.PHONY: help serve test benchmarks-check check protos triton-check gpu-packages gpu-check structures clean
 
 help:  ## Lists the targets.
-	@sed -n 's/^\([a-z][a-z-]*\):.*##  *\(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
+	@sed -n 's/^\([a-z][a-z-]*\):.*##  *\(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 26
 
 serve: $(VENV)/.serve $(CHECKPOINT)/echovlm.json  ## Installs what is missing, makes the demo checkpoint if there is none, and serves until Ctrl-C.
 	@exec $(BIN)/echoray serve --checkpoint $(CHECKPOINT)
@@ -21,6 +21,9 @@ test: $(VENV)/.dev  ## Installs what the tests need and runs all checks and test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy .
 	$(BIN)/python -m pytest
+
+benchmarks-check: $(VENV)/.dev  ## The tests of the benchmarks, which start whole systems to measure them.
+	$(BIN)/python -m pytest tests/benchmarks
 
 check: $(VENV)/.dev  ## The checks alone: linter, formatter, type checker.
 	$(BIN)/ruff check .
