@@ -117,8 +117,13 @@ def test_what_the_parts_say_is_scraped_with_its_labels() -> None:
 
 
 def test_a_running_system_is_scraped(running_system: RunningSystem) -> None:
-    printed = re.search(r"metrics +http://(\S+)/metrics", running_system.log.read_text())
-    assert printed is not None
+    printed = None
+    deadline = time.monotonic() + 30
+    while printed is None and time.monotonic() < deadline:
+        # The system answers a moment before it says where everything is.
+        time.sleep(0.2)
+        printed = re.search(r"metrics +http://(\S+)/metrics", running_system.log.read_text())
+    assert printed is not None, running_system.log.read_text()
     before = scrape(printed[1]).get(("echovlm_tokens_total", "heart", "1.0.0"), 0.0)
     command = ["generate", "--organ", "heart", "--task", "free", "--prompt", "Describe", "--max-new-tokens", "5"]
     subprocess.run(
