@@ -76,7 +76,9 @@ class FileCache:
                 )
             # Whoever opens it to write to it has mistaken it for a copy.
             partial.chmod(0o444)
-            partial.replace(target)
+            # Under the lock, so that whoever lists the folder to see what is held meets it by one name or the other.
+            with self._locked():
+                partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
         return target

@@ -225,7 +225,7 @@ class ReplicaChannel:
             link, writer = self._link, self._writer
         if oldest is not None and link is not None and oldest.deadline <= now:
             self._look_once_more(link, oldest)
-        elif self._state is ChannelState.READY and link is not None and not link.connected:
+        elif oldest is None and self._state is ChannelState.READY and link is not None and not link.connected:
             self.close(BROKEN)
         elif writer is not None:
             writer.memory.give_back_if_idle(now)
@@ -275,7 +275,7 @@ class ReplicaChannel:
                 self.close(f"a replica serves {status.organ!r}")
                 return
             if budget is None or not self._open_shared(status, budget, timeout_s):
-                self._ready(ThreadedLink(self._channel, self._received, self.close, f"to-{self.organ}"), None)
+                self._ready(ThreadedLink(self._channel, self._received, self._lost, f"to-{self.organ}"), None)
         except grpc.RpcError as error:
             self.close(f"the stream to a replica broke ({error.code().name})")
         except ValueError:
@@ -336,6 +336,14 @@ class ReplicaChannel:
                 self._state, self._link, self._writer = ChannelState.READY, link, writer
                 return
         link.close()
+
+    def _lost(self, reason: str) -> None:
+        link = self._link
+        if link is not None:
+            # Answers that came before the end are answers.
+            with suppress(LinkLostError):
+                link.wait(lambda: not self._pending)
+        self.close(reason)
 
     def _received(self, message: bytes) -> None:
         try:

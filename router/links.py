@@ -6,7 +6,7 @@ that cannot be had, threads of gRPC and one of ours do, through its public inter
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import grpc
@@ -104,30 +104,32 @@ class DirectLink:
 
 
 class ThreadedLink:
-    """A stream that a thread of its own reads."""
+    """A stream whose socket threads of gRPC serve, and from which one of ours takes the messages."""
 
     def __init__(self, channel: grpc.Channel, received: Received, lost: Callable[[str], None], name: str) -> None:
-        """Opens the stream; `received` and `lost` are called by the thread, whose name is given."""
+        """Opens the stream; `received` is called by a thread that waits, `lost` by ours, whose name is given."""
         self._channel = channel
         self._received = received
         self._lost = lost
-        self._news = threading.Condition()
+        # Reentrant: what is done with a message may close the link.
+        self._lock = threading.RLock()
+        self._readers = 0
         self._over: str | None = None
-        # None ends the stream.
+        # None ends the stream in both.
         self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._responses: Any = channel.stream_stream(FORWARD)(self._outgoing())
-        self.reader = threading.Thread(target=self._read, daemon=True, name=name)
-        self.reader.start()
+        self._messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._responses: Any = channel.stream_stream(FORWARD)(iter(self._requests.get, None))
+        threading.Thread(target=self._read, daemon=True, name=name).start()
 
     @property
     def connected(self) -> bool:
-        """See `Link`; the reader learns at once when the connection breaks."""
+        """See `Link`; our thread learns at once when the connection breaks."""
         return self._over is None
 
     @property
     def being_read(self) -> bool:
-        """See `Link`; by a thread that does nothing else."""
-        return True
+        """See `Link`."""
+        return self._readers > 0
 
     def send(self, message: bytes) -> None:
         """See `Link`."""
@@ -137,10 +139,18 @@ class ThreadedLink:
 
     def wait(self, is_done: Callable[[], bool]) -> None:
         """See `Link`."""
-        with self._news:
-            self._news.wait_for(lambda: is_done() or self._over is not None)
-            if not is_done():
-                raise LinkLostError(self._over)
+        with self._lock:
+            self._readers += 1
+            try:
+                while not is_done():
+                    message = self._messages.get()
+                    if message is None:
+                        # For whoever asks next.
+                        self._messages.put(None)
+                        raise LinkLostError(self._over)
+                    self._received(message)
+            finally:
+                self._readers -= 1
 
     def close(self) -> None:
         """See `Link`."""
@@ -151,18 +161,12 @@ class ThreadedLink:
         reason = "a replica ended the stream"
         try:
             for message in self._responses:
-                with self._news:
-                    self._received(message)
-                    self._news.notify_all()
+                self._messages.put(message)
         except grpc.RpcError as error:
             reason = f"the stream to a replica broke ({error.code().name})"
-        with self._news:
-            self._over = reason
-            self._news.notify_all()
+        self._over = reason
+        self._messages.put(None)
         self._lost(reason)
-
-    def _outgoing(self) -> Iterator[bytes]:
-        return iter(self._requests.get, None)
 
 
 def _broke(error: StreamEndedError) -> str:

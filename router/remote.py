@@ -57,6 +57,8 @@ class RemoteExperts:
         self._connect = connect
         self._budget = MemoryBudget(shared_memory_bytes) if shared_memory_bytes else None
         self._channels: dict[str, dict[str, ReplicaChannel]] = {}
+        # Those that are not used any more, until what they were sent is answered.
+        self._retired: list[ReplicaChannel] = []
         self._closing = threading.Event()
         self._watcher: threading.Thread | None = None
 
@@ -101,6 +103,7 @@ class RemoteExperts:
         for channel in self._all_channels():
             channel.close("the router is shutting down")
         self._channels.clear()
+        self._retired = []
 
     def start(self, organ: str, tokens: Tokens, tried: set[str]) -> tuple[ReplicaChannel, SentExchange]:
         """Sends an exchange to a replica whose address is not in `tried`.
@@ -131,10 +134,12 @@ class RemoteExperts:
             self._start_watching()
         if len(channels) != len(live) or not all(address in channels for address in live):
             for address in set(channels) - set(live):
-                channels.pop(address).retire()
+                channel = channels.pop(address)
+                channel.retire()
+                self._retired = [each for each in (*self._retired, channel) if each.in_flight]
         for address in live:
-            channel = channels.get(address)
-            if channel is None or channel.state is ChannelState.CLOSED:
+            found = channels.get(address)
+            if found is None or found.state is ChannelState.CLOSED:
                 channels[address] = ReplicaChannel(
                     organ,
                     address,
@@ -145,7 +150,8 @@ class RemoteExperts:
         return list(channels.values())
 
     def _all_channels(self) -> list[ReplicaChannel]:
-        return [channel for channels in list(self._channels.values()) for channel in list(channels.values())]
+        used = [channel for channels in list(self._channels.values()) for channel in list(channels.values())]
+        return used + self._retired
 
     def _start_watching(self) -> None:
         if self._watcher is None:

@@ -246,6 +246,34 @@ async def test_a_bad_exchange_is_answered_and_the_stream_goes_on(
     assert torch.equal(tensor_from_proto(response.output), group.forward(pushed.digest, 0, *inputs(4)))
 
 
+async def test_what_is_no_request_ends_its_stream_alone(serve: Serve, group: ExpertGroup, pushed: Manifest) -> None:
+    group.load(pushed.digest)
+    served = await serve(group)
+    call = served.stub.Forward()
+    garbage = served.channel.stream_stream("/echovlm.v1.ExpertGroup/Forward")()
+    await garbage.write(b"\xff\xff\xff")
+    with pytest.raises(grpc.aio.AioRpcError, match="no ForwardRequest") as failure:
+        await garbage.read()
+    assert failure.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    await call.write(request(pushed.digest, 1))
+    assert not (await read(call)).HasField("error")
+
+
+async def test_memory_is_shared_on_the_unix_socket_only(serve: Serve, group: ExpertGroup, pushed: Manifest) -> None:
+    group.load(pushed.digest)
+    served = await serve(group)
+    call = served.stub.Forward()
+    shared = expert_pb2.SharedTensors(offset=64, dtype=FLOAT, tokens=1, hidden_size=16, top_k=1)
+    await call.write(expert_pb2.ForwardRequest(correlation_id=1, bundle_digest=pushed.digest, shared=shared))
+    response = await read(call)
+    assert response.error.code == code_pb2.INVALID_ARGUMENT
+    assert "shares no memory" in response.error.message
+    status = await served.stub.Status(expert_pb2.ExpertGroupStatusRequest())
+    assert status.local_address.startswith("unix-abstract:echovlm-breast-")
+    assert len(status.instance) == 32
+    assert status.host
+
+
 async def test_a_full_queue_refuses_and_disturbs_nothing(
     serve: Serve, door_group: ExpertGroup, kernel: DoorKernel, pushed: Manifest
 ) -> None:

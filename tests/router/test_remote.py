@@ -27,7 +27,7 @@ class Replica(expert_pb2_grpc.ExpertGroupServicer):
 
     def __init__(self, organ: str = "liver") -> None:
         self.organ = organ
-        self.received = 0
+        self.received = self.answered = 0
         # Layers that are answered only after this many seconds.
         self.delays: dict[int, float] = {}
         self.error: status_pb2.Status | None = None
@@ -61,6 +61,7 @@ class Replica(expert_pb2_grpc.ExpertGroupServicer):
             response.output.CopyFrom(tensor_to_proto(output))
         async with self.writing:
             await context.write(response)
+        self.answered += 1
 
 
 class Cluster:
@@ -170,6 +171,19 @@ def test_a_broken_stream_fails_its_exchanges_at_once(cluster: Cluster) -> None:
     assert time.monotonic() - started < 10, "it waited for the exchange's timeout"
     killing.join()
     experts.close()
+
+
+def test_an_answer_that_came_before_the_stream_ended_is_an_answer(cluster: Cluster, experts: RemoteExperts) -> None:
+    replica = Replica()
+    address = cluster.add(replica)
+    experts.wait_until_connected(["liver"], 5)
+    exchanges = [experts.send("liver", "digest", layer, X_TD + layer, INDEX_TK, WEIGHT_TK) for layer in range(3)]
+    until(lambda: replica.answered == 3)
+    time.sleep(0.1)
+    cluster.kill(address)
+    until(lambda: experts.unavailable("liver") is not None)
+    for layer, exchange in enumerate(exchanges):
+        assert torch.equal(exchange.result(), (X_TD + layer) * 2)
 
 
 def test_a_lost_exchange_is_sent_to_another_replica(cluster: Cluster, experts: RemoteExperts) -> None:

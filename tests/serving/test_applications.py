@@ -72,6 +72,8 @@ def test_the_environment_follows_the_configuration() -> None:
     environment = environment_of(settings(model={"torch_threads": 3})["router"])
     assert environment["OMP_NUM_THREADS"] == "3"
     assert "event_engine" in environment["GRPC_EXPERIMENTS"]
+    assert environment["GRPC_POLL_STRATEGY"] == "poll"
+    assert "GRPC_POLL_STRATEGY" not in environment_of(settings()["gateway"])
     assert "GRPC_EXPERIMENTS" not in environment_of(settings(serve={"grpc_event_engine": True})["router"])
 
 
