@@ -8,7 +8,7 @@ TRITON_PYTEST := .venv-triton/bin/python -m pytest --noconftest -p no:cacheprovi
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test benchmarks-check check protos triton-check gpu-packages gpu-check structures clean
+.PHONY: help serve test faults-check benchmarks-check check protos triton-check gpu-packages gpu-check structures clean
 
 help:  ## Lists the targets.
 	@sed -n 's/^\([a-z][a-z-]*\):.*##  *\(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 26
@@ -21,6 +21,9 @@ test: $(VENV)/.dev  ## Installs what the tests need and runs all checks and test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy .
 	$(BIN)/python -m pytest
+
+faults-check: $(VENV)/.dev  ## Kills processes at every stage of a rollout, and tries every kind of bad bundle; takes an hour.
+	$(BIN)/python -m pytest tests/faults --every-stage
 
 benchmarks-check: $(VENV)/.dev  ## The tests of the benchmarks, which start whole systems to measure them.
 	$(BIN)/python -m pytest tests/benchmarks

@@ -19,7 +19,7 @@ from echovlm_ray.engine.engine import Engine
 from echovlm_ray.engine.runner import ModelRunner
 from echovlm_ray.model.configuration import EchoVLMTextConfig
 from echovlm_ray.serving.deployments.replica import environment_of
-from echovlm_ray.serving.deployments.router import _build
+from echovlm_ray.serving.deployments.router import build_engine
 from echovlm_ray.serving.deployments.settings import ROUTER, RouterSettings, expert_application, settings_of
 from echovlm_ray.serving.endpoints import Endpoints
 from echovlm_ray.serving.served import served_checkpoint
@@ -97,7 +97,7 @@ def measured_engine(
         processes = []
         if placement == "remote":
             processes = stack.enter_context(expert_processes(checkpoint, organs or served.organs, threads))
-        engine, model, organ_gate = _build(settings, served, torch.device("cpu"), _FixedEndpoints(processes))
+        engine, model, organ_gate = build_engine(settings, served, torch.device("cpu"), _FixedEndpoints(processes))
         engine.start()
         stack.callback(engine.stop)
         experts = engine._runner.dispatcher.placement

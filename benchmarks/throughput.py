@@ -88,6 +88,7 @@ def _router_settings(threads: int) -> RouterSettings:
         network="loopback",
         router=RouterSection(),
         experts=ExpertsSection(),
+        policy_file=None,
     )
 
 

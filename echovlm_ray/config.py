@@ -181,6 +181,9 @@ class ExpertsSection(Section):
     public_keys: tuple[Path, ...] = ()
     # When more exchanges than this wait in one replica, further ones are refused and retried by the router.
     max_queue: PositiveInt = 1024
+    # When the machine runs other programs that matter less than the experts, lower it (0 to 19, as of the command
+    # nice): where cores are few, the experts' processes leave them to the router's, for which every request waits.
+    niceness: Annotated[int, Field(ge=0, le=19)] = 5
 
     def resources_of(self, organ: str) -> Resources:
         """The resources of one organ's group."""

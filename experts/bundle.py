@@ -52,6 +52,7 @@ class Bundle:
         directory: Path | None = None,
         manifest_bytes: bytes | None = None,
         signature: bytes | None = None,
+        fetch_again: Callable[[FileEntry], Path | None] | None = None,
     ) -> None:
         """Joins a manifest to its files.
 
@@ -61,12 +62,15 @@ class Bundle:
             directory: the bundle's own folder, which must hold nothing else; none where files are stored by digest.
             manifest_bytes: the manifest file, by default as `Manifest.to_json` writes it.
             signature: the signature, if there is one.
+            fetch_again: for a file that is a copy of another place's and is damaged, where a new copy lies; none if it
+                is no copy.
         """
         self.manifest = manifest
         self.manifest_bytes = manifest.to_json() if manifest_bytes is None else manifest_bytes
         self.signature = signature
         self._locations = dict(locations)
         self._directory = directory
+        self._fetch_again = fetch_again
 
     @classmethod
     def open(cls, directory: Path) -> Self:
@@ -163,7 +167,15 @@ class Bundle:
         if self._directory is not None:
             self._verify_directory(self._directory)
         for entry in self.manifest.files:
-            verify_file(self._locations[entry.path], entry, digest=digests, read=read)
+            try:
+                verify_file(self._locations[entry.path], entry, digest=digests, read=read)
+            except InvalidBundleError:
+                fetched = self._fetch_again(entry) if self._fetch_again is not None else None
+                if fetched is None:
+                    raise
+                self._locations[entry.path] = fetched
+                # What was mapped is the damaged copy.
+                self.__dict__.pop("_files", None)
         self._verify_tensors()
         if finite:
             self._verify_finite()

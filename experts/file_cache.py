@@ -6,6 +6,7 @@ is complete and its digest is right. Removing a file that somebody has mapped ta
 
 import fcntl
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from typing import BinaryIO
 
 from experts.errors import ExpertCapacityError, InvalidBundleError
 from experts.manifest import FileEntry
+
+logger = logging.getLogger(__name__)
 
 _PIECE_BYTES = 4 * 1024 * 1024
 # A file that was asked for within this time may be about to be mapped.
@@ -82,6 +85,15 @@ class FileCache:
         finally:
             partial.unlink(missing_ok=True)
         return target
+
+    def remove(self, entry: FileEntry) -> bool:
+        """Forgets a file that was found damaged; whether there was one of its name."""
+        try:
+            self._path(entry).unlink()
+        except FileNotFoundError:
+            return False
+        logger.warning("the copy of %s in %s is damaged and was removed", entry.path, self.directory)
+        return True
 
     def _path(self, entry: FileEntry) -> Path:
         return self.directory / f"{entry.sha256}.safetensors"

@@ -11,7 +11,7 @@ sees. A signature carries the digest in its name, so that of two pushes of diffe
 import itertools
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
@@ -146,6 +146,7 @@ class Registry:
             {entry.path: self._locate(entry) for entry in manifest.files},
             manifest_bytes=content,
             signature=self._signature(manifest),
+            fetch_again=self._store.fetch_again if isinstance(self._store, RemoteStore) else None,
         )
 
     def find(self, organ: str, version: str) -> Manifest:
@@ -160,24 +161,37 @@ class Registry:
         for fallback in self._fallbacks:
             with suppress(UnknownBundleError):
                 return fallback.find(organ, version)
-        versions = ", ".join(known.version for known in self.list(organ)) or "none"
+        versions = ", ".join(known.version for known in self.list(organ, damaged=str)) or "none"
         raise UnknownBundleError(
             f"the registry {self._roots()} has no version {version!r} of organ {organ!r}; it has {versions}"
         )
 
-    def list(self, organ: str | None = None) -> list[Manifest]:
+    def list(
+        self, organ: str | None = None, *, damaged: Callable[[InvalidBundleError], object] | None = None
+    ) -> list[Manifest]:
         """All bundles, or an organ's, by organ and then from the oldest version to the newest.
 
         Of a version that a fallback has too, the one here counts.
 
+        Args:
+            organ: only this one's.
+            damaged: told of every manifest that is damaged, which is then left out.
+
         Raises:
-            InvalidBundleError: a manifest is damaged.
+            InvalidBundleError: a manifest is damaged, and `damaged` is not given.
         """
         manifests: dict[tuple[str, str], Manifest] = {}
         for fallback in reversed(self._fallbacks):
-            manifests |= {(manifest.organ, manifest.version): manifest for manifest in fallback.list(organ)}
+            known = fallback.list(organ, damaged=damaged)
+            manifests |= {(manifest.organ, manifest.version): manifest for manifest in known}
         for known_organ, version in self._versions(organ):
-            found = self._read(known_organ, version)
+            try:
+                found = self._read(known_organ, version)
+            except InvalidBundleError as error:
+                if damaged is None:
+                    raise
+                damaged(error)
+                continue
             if found is not None:
                 manifests[known_organ, version] = found[0]
         return sorted(manifests.values(), key=lambda manifest: (manifest.organ, version_key(manifest.version)))

@@ -128,9 +128,18 @@ class RemoteStore:
             InvalidBundleError: it is missing, or not what the entry says.
             ExpertCapacityError: this machine has no room for it.
         """
-        if (kept := self._cache.locate(entry)) is not None:
-            return kept
+        return self._cache.locate(entry) or self._fetch(entry)
 
+    def fetch_again(self, entry: FileEntry) -> Path | None:
+        """Puts a new copy in the place of one on this machine that was found damaged; none if there was no copy.
+
+        Raises:
+            InvalidBundleError: the file is missing in the registry, or not what the entry says there either.
+            ExpertCapacityError: this machine has no room for it.
+        """
+        return self._fetch(entry) if self._cache.remove(entry) else None
+
+    def _fetch(self, entry: FileEntry) -> Path:
         def open_source() -> BinaryIO:
             try:
                 source: BinaryIO = self._filesystem.open(str(self._root / _file_path(entry)), "rb")

@@ -5,7 +5,7 @@ It is built by the function that the served router is built by, with `router.exp
 
 import argparse
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from echovlm_ray.config import ExpertsSection, ModelSection, Resources, RouterSe
 from echovlm_ray.engine.engine import Engine
 from echovlm_ray.engine.sequence import SequenceRequest, StepOutput
 from echovlm_ray.model.positions import mrope_positions
-from echovlm_ray.serving.deployments.router import _build
+from echovlm_ray.serving.deployments.router import build_engine
 from echovlm_ray.serving.deployments.settings import RouterSettings
 from echovlm_ray.serving.endpoints import Endpoints
 from echovlm_ray.serving.router import ServedModel
@@ -90,9 +90,10 @@ def open_engine(checkpoint: Path, threads: int, max_batch_size: int) -> Iterator
         network="loopback",
         router=RouterSection(experts="local", max_batch_size=max_batch_size, resources=Resources(num_cpus=0)),
         experts=ExpertsSection(),
+        policy_file=None,
     )
-    build: Callable[..., tuple[Engine, ServedModel, OrganGate]] = _build
-    engine, model, organ_gate = build(settings, served_checkpoint(settings.model), torch.device("cpu"), Endpoints({}))
+    served = served_checkpoint(settings.model)
+    engine, model, organ_gate = build_engine(settings, served, torch.device("cpu"), Endpoints({}))
     engine.start()
     try:
         yield lambda workload: run_in_engine(engine, model, organ_gate, workload)

@@ -1,6 +1,6 @@
 """The whole served system, for a load generator: `python -m benchmarks.systems.gateway --checkpoint DIR`.
 
-Prints the gateway's address as JSON once it answers, and ends when its standard input is closed.
+Prints the addresses of gateway and Control as JSON once it answers, and ends when its standard input is closed.
 """
 
 import argparse
@@ -30,7 +30,8 @@ def main() -> None:
         router=RouterSection(max_batch_size=options.max_batch_size),
     )
     with serve_system(config, stopping=parent_has_gone) as system:
-        answers.write(json.dumps({"address": system.gateway_address, "start_s": system.start_s}) + "\n")
+        ready = {"address": system.gateway_address, "control": system.control_address, "start_s": system.start_s}
+        answers.write(json.dumps(ready) + "\n")
         sys.stdin.read()
 
 

@@ -75,14 +75,17 @@ class MeasuredSystem(AbstractContextManager["MeasuredSystem"]):
             self._process.stdin.flush()
         return Timings.from_json(self._read())
 
+    def log_tail(self, lines: int = LOG_LINES) -> str:
+        """The last lines of what it and its libraries said."""
+        self._log.seek(0)
+        return "\n".join(self._log.read().decode(errors="replace").splitlines()[-lines:])
+
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()
-            self._log.seek(0)
-            lines = self._log.read().decode(errors="replace").splitlines()
-            raise SystemFailedError("\n".join(lines[-LOG_LINES:]) or f"ended with {self._process.returncode}")
+            raise SystemFailedError(self.log_tail() or f"ended with {self._process.returncode}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 

@@ -40,10 +40,13 @@ class RouterMetrics:
             SECONDS_PER_TOKEN,
             ("organ", "version"),
         )
-        self._prefix_hits = _counter(
-            "echovlm_prefix_cache_hits", "Requests that began with what the KV cache still had.", ()
+        self._prefix_hits = _Total(
+            _counter("echovlm_prefix_cache_hits", "Prompt tokens that the KV cache still had, and nobody computed.", ())
         )
-        self._seen_hits = 0
+        self._preemptions = _Total(
+            _counter("echovlm_preemptions", "Requests that gave their cache blocks to older ones and began anew.", ())
+        )
+        self._blocks = _gauge("echovlm_cache_blocks", "Blocks of the KV cache; `kind`: used, kept or free.", ("kind",))
 
     def request(
         self, organ: str, version: str, *, tokens: int, seconds_per_token: float | None, kind: RequestKind
@@ -66,9 +69,22 @@ class RouterMetrics:
 
     def prefix_hits(self, total: int) -> None:
         """Takes the engine's count since its start."""
-        if total > self._seen_hits:
-            self._prefix_hits.inc(total - self._seen_hits)
-            self._seen_hits = total
+        self._prefix_hits.reached(total)
+
+    def preemptions(self, total: int) -> None:
+        """Takes the engine's count since its start."""
+        self._preemptions.reached(total)
+
+    def cache_blocks(self, *, total: int, free: int, kept: int) -> None:
+        """Takes how the KV cache stands now.
+
+        Args:
+            total: blocks that there are.
+            free: that no request holds, the kept ones included.
+            kept: of these, the ones that a later prompt may begin with.
+        """
+        for kind, blocks in (("used", total - free), ("kept", kept), ("free", free - kept)):
+            self._blocks.set(blocks, tags={"kind": kind})
 
 
 class PartMetrics:
@@ -129,6 +145,19 @@ class ControlMetrics:
     def _labels(self, organ: str, version: str, kind: str | None = None) -> tuple[tuple[str, str], ...]:
         labels = (("organ", organ), ("version", self._versions.bounded(version)))
         return labels if kind is None else (*labels, ("kind", kind))
+
+
+class _Total:
+    """A counter that follows somebody else's count."""
+
+    def __init__(self, counter: Any) -> None:
+        self._counter = counter
+        self._seen = 0
+
+    def reached(self, total: int) -> None:
+        if total > self._seen:
+            self._counter.inc(total - self._seen)
+            self._seen = total
 
 
 class _CurrentOnly:

@@ -129,7 +129,7 @@ class Convergence:
             for view in views[live.organ].replicas
             if view.replica not in self._caught_up and view.holds(live.stable_digest)
         ]
-        if not any(live.previous for live, _ in new):
+        if not any(snapshot.earlier(live.organ) for live, _ in new):
             self._caught_up |= {view.replica for _, view in new}
             return
         try:
@@ -138,7 +138,10 @@ class Convergence:
             logger.debug("it is not known yet what requests use: %s", words(error))
             return
         for live, view in new:
-            missing = [digest for digest in live.previous if digest in pinned and not view.holds(digest)]
+            kept = _kept(snapshot, live.organ)
+            missing = [
+                digest for digest in sorted((snapshot.earlier(live.organ) - kept) & pinned) if not view.holds(digest)
+            ]
             for digest in missing:
                 self._load(live.organ, view, digest, self._default_timeout_s, draining=True)
             if not missing:

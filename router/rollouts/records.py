@@ -99,6 +99,7 @@ class Snapshot:
         in_flight: at most one rollout per organ.
         known_organs: all that were ever served or staged: a replica of any of them may still hold something.
         retired: (organ, digest) of what was retired; the digest of a whole organ is "".
+        ended: (organ, digest) of the rollouts that ended last: requests may still be pinned to them.
     """
 
     sequence: int
@@ -108,6 +109,7 @@ class Snapshot:
     in_flight: tuple[Rollout, ...]
     known_organs: tuple[str, ...]
     retired: frozenset[tuple[str, str]]
+    ended: frozenset[tuple[str, str]] = frozenset()
 
     def live(self, organ: str) -> LiveOrgan | None:
         """An organ that is served, or none."""
@@ -116,6 +118,12 @@ class Snapshot:
     def candidate(self, organ: str) -> Rollout | None:
         """An organ's rollout in flight, or none."""
         return next((rollout for rollout in self.in_flight if rollout.organ == organ), None)
+
+    def earlier(self, organ: str) -> frozenset[str]:
+        """The versions that an organ's requests may have begun with, and new ones do not get."""
+        live = self.live(organ)
+        ended = {digest for known, digest in self.ended if known == organ}
+        return frozenset(ended.union(live.previous if live else ()))
 
     def expert_set(self) -> ExpertSet:
         """The stable set: what new requests get, candidates apart."""

@@ -15,6 +15,8 @@ from router.rollouts.settings import RolloutPlan
 from router.rollouts.states import IN_FLIGHT, WITH_TRAFFIC, Action, State, next_state
 
 MAX_REASON = 500
+# A request lasts minutes: what ended before so many other rollouts did is in no request's use.
+MAX_ENDED = 256
 
 
 class Transaction:
@@ -42,6 +44,13 @@ class Transaction:
             raise not_adopted()
         organs = tuple(map(live_organ_of_row, self._live_rows()))
         in_flight = tuple(self.rollouts(states=IN_FLIGHT))
+        rollouts = schema.rollouts.c
+        ended = self.connection.execute(
+            select(rollouts.organ, rollouts.digest)
+            .where(rollouts.state.not_in([str(state) for state in IN_FLIGHT]))
+            .order_by(rollouts.sequence.desc())
+            .limit(MAX_ENDED)
+        ).all()
         retired = self.connection.execute(select(schema.retired.c.organ, schema.retired.c.digest)).all()
         staged = self.connection.execute(select(schema.rollouts.c.organ).distinct()).scalars()
         known = {live.organ for live in organs} | {organ for organ, _ in retired} | set(staged)
@@ -53,6 +62,7 @@ class Transaction:
             in_flight=in_flight,
             known_organs=tuple(sorted(known)),
             retired=frozenset((organ, digest) for organ, digest in retired),
+            ended=frozenset((organ, digest) for organ, digest in ended),
         )
 
     def rollouts(

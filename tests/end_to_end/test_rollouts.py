@@ -1,110 +1,16 @@
 """One organ's experts replaced under load, with Control and a replica killed on the way; then what must not pass."""
 
-import os
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
-from echovlm_ray.checkpoint.layout import read_index, registry_root
-from echovlm_ray.client import EchoVLMClient
 from echovlm_ray.client.control import ExpertControlClient
-from echovlm_ray.client.errors import EchoVLMError
 from experts.bundle import Bundle
-from experts.registry import Registry
-from protos import control_pb2
 from tests.changed_bundles import changed_bundle, not_a_number
+from tests.live_rollouts import WHO, ask, bundle_of, held, in_state, kill, load, rollout_of, until
 from tests.running_system import RunningSystem
-
-PATIENCE_SECONDS = 90.0
-WHO = "end-to-end test"
-Found = TypeVar("Found")
-
-# (organ, version of its bundle, text)
-Answered = tuple[str, str, str]
-
-
-def until(look: Callable[[], Found | None], what: str) -> Found:
-    """Looks again and again, also while Control is away."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while True:
-        try:
-            found = look()
-        except EchoVLMError:
-            found = None
-        if found:
-            return found
-        assert time.monotonic() < deadline, f"not within {PATIENCE_SECONDS} s: {what}"
-        time.sleep(0.05)
-
-
-def ask(system: RunningSystem, organ: str) -> Answered:
-    with EchoVLMClient(system.gateway_address) as client:
-        return answer_of(client, organ)
-
-
-def answer_of(client: EchoVLMClient, organ: str) -> Answered:
-    answer = client.generate(
-        prompt="What is shown?", task="free", organs=[organ], max_new_tokens=24, timeout_s=PATIENCE_SECONDS
-    )
-    (share,) = answer.summary.provenance.organs
-    return share.organ, share.bundle_version, answer.text
-
-
-@contextmanager
-def load(system: RunningSystem, organs: tuple[str, ...]) -> Iterator[list[Answered]]:
-    """One stream of requests for each organ while the block lasts; a single one that fails fails the block."""
-    stop = threading.Event()
-    answered: list[Answered] = []
-
-    def stream(organ: str) -> None:
-        with EchoVLMClient(system.gateway_address) as client:
-            while not stop.is_set():
-                answered.append(answer_of(client, organ))
-
-    with ThreadPoolExecutor(len(organs)) as pool:
-        streams: list[Future[None]] = [pool.submit(stream, organ) for organ in organs]
-        try:
-            yield answered
-        finally:
-            stop.set()
-        for each in streams:
-            each.result()
-
-
-def rollout_of(control: ExpertControlClient, organ: str) -> control_pb2.Rollout:
-    (rollout,) = control.list(organ).rollouts
-    return rollout
-
-
-def in_state(control: ExpertControlClient, organ: str, state: str) -> control_pb2.Rollout:
-    def look() -> control_pb2.Rollout | None:
-        rollout = rollout_of(control, organ)
-        assert rollout.state == state or rollout.state not in ("failed", "rolled_back"), rollout.reason
-        return rollout if rollout.state == state else None
-
-    return until(look, f"{organ} {state}")
-
-
-def kill(system: RunningSystem, *applications: str) -> list[int]:
-    """Ends the replicas of some applications at once."""
-    # All of them first: with Control gone nobody says where the others are.
-    pids = [int(replica["pid"]) for application in applications for replica in system.replicas(application)]
-    assert len(pids) == len(applications)
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-    return pids
-
-
-def held(control: ExpertControlClient, organ: str) -> list[set[str]]:
-    replicas = control.list(organ).replicas
-    return [{bundle.digest for bundle in replica.bundles if bundle.progress == 1} for replica in replicas]
 
 
 @pytest.fixture
@@ -115,8 +21,7 @@ def control(running_system: RunningSystem) -> Iterator[ExpertControlClient]:
 
 @pytest.fixture
 def heart(running_system: RunningSystem) -> Bundle:
-    index = read_index(running_system.checkpoint)
-    return Registry(registry_root(running_system.checkpoint)).open(index.entry("heart").bundle_digest)
+    return bundle_of(running_system, "heart")
 
 
 def test_an_organs_experts_are_replaced_under_load(

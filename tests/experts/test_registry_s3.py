@@ -186,6 +186,36 @@ def test_what_was_changed_in_the_bucket_is_refused(
         location.open().open(manifest.digest)
 
 
+def rot(path: Path) -> None:
+    content = path.read_bytes()
+    path.chmod(0o644)
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def test_a_copy_that_rots_is_fetched_once_more(
+    location: RegistryLocation, make_bundle: MakeBundle, server: str, bucket: str, tmp_path: Path
+) -> None:
+    manifest = location.open().push(make_bundle())
+    experts = next(entry for entry in manifest.files if entry.path == "experts.safetensors")
+    bundle = location.open().open(manifest.digest)
+    weights = bundle.load_layer(0)
+    copy = bundle.locations[experts.path]
+    good = copy.read_bytes()
+    rot(copy)
+    # Also when it rots after a first look at it.
+    bundle.verify()
+    assert copy.read_bytes() == good
+    assert bundle.load_layer(0).down_EDF.equal(weights.down_EDF)
+
+    rot(copy)
+    boto3.client("s3", endpoint_url=server).delete_object(
+        Bucket=bucket, Key=f"experts/files/{experts.sha256}.safetensors"
+    )
+    with pytest.raises(InvalidBundleError, match="missing in the registry"):
+        location.open().open(manifest.digest).verify()
+    assert not copy.exists()
+
+
 def test_the_cache_has_a_limit(location: RegistryLocation, make_bundle: MakeBundle) -> None:
     manifest = location.open().push(make_bundle())
     small = location.model_copy(update={"cache_bytes": manifest.size_bytes - 1})

@@ -266,13 +266,21 @@ async def watching_router(
     placement: ExpertPlacement | None = None,
     limits: RouterSection | None = None,
     control_runs: bool = True,
+    last_known: TrafficPolicy | None = None,
+    said: TrafficPolicy | None = None,
 ) -> AsyncIterator[WatchingRouter]:
-    """A router over a real engine, with a Control that has said nothing yet."""
+    """A router over a real engine.
+
+    Its Control has said nothing yet, or `said` one policy; `last_known` is what an earlier one left.
+    """
+    left = None if last_known is None else policy_to_proto(last_known)
     limits = limits or RouterSection(max_new_tokens=2000)
     placement = versions.placement() if placement is None else placement
     control = Control()
     if control_runs:
         await control.start()
+    if said is not None:
+        await control.servicer.set(said)
     with running_engine(
         versions.split,
         placement,
@@ -284,7 +292,7 @@ async def watching_router(
         feed = RolloutFeedClient(
             lambda: list(control.addresses), parts.expert_sets, parts.outcomes, report_period_s=0.05
         )
-        await feed.start()
+        await feed.start(0.0 if left is None else 0.5, lambda: left)
         server = grpc.aio.server(interceptors=[CallInterceptor()])
         router_pb2_grpc.add_RouterServicer_to_server(parts.service, server)
         port = server.add_insecure_port("127.0.0.1:0")

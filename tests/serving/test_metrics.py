@@ -47,6 +47,9 @@ class Part:
         router.request("heart", "1.1.0", tokens=3, seconds_per_token=None, kind="error")
         router.prefix_hits(4)
         router.prefix_hits(9)
+        router.preemptions(2)
+        router.preemptions(2)
+        router.cache_blocks(total=10, free=7, kept=3)
         old, new = (ResidentBundle(version=version, resident_bytes=1000) for version in ("1.0.0", "1.1.0"))
         part.update(5, [old, new])
         part.update(3, [new])
@@ -107,6 +110,9 @@ def test_what_the_parts_say_is_scraped_with_its_labels() -> None:
     assert found["echovlm_seconds_per_token_bucket", "heart", "1.0.0", "0.025"] == 1
     assert ("echovlm_seconds_per_token_count", "heart", "1.1.0") not in found
     assert found[("echovlm_prefix_cache_hits_total",)] == 9
+    assert found[("echovlm_preemptions_total",)] == 2
+    blocks = {kind: found["echovlm_cache_blocks", kind] for kind in ("used", "kept", "free")}
+    assert blocks == {"used": 3, "kept": 3, "free": 4}
     assert found["echovlm_queue_length", "heart", "experts"] == 3
     assert found["echovlm_resident_bytes", "heart", "1.0.0"] == 0
     assert found["echovlm_resident_bytes", "heart", "1.1.0"] == 1000

@@ -36,6 +36,25 @@ async def test_without_control_the_checkpoints_own_set_serves_as_policy_0(versio
         assert router.control.servicer.watchers == {router.feed.name}
 
 
+async def test_without_control_what_it_last_left_serves_until_it_says_something_newer(versions: Versions) -> None:
+    left = TrafficPolicy(version=7, stable=versions.expert_set(liver="2.0.0"))
+    async with watching_router(versions, control_runs=False, last_known=left) as router:
+        assert (await router.generate().rest()).versions == {"liver": "2.0.0"}
+        assert await router.pins() == (7, set(left.digests))
+        router.version = 7
+        await router.control.start()
+        await router.policy(versions.expert_set(liver="3.0.0"))
+        assert (await router.generate().rest()).versions == {"liver": "3.0.0"}
+
+
+async def test_what_control_says_counts_and_not_what_an_earlier_one_left(versions: Versions) -> None:
+    left = TrafficPolicy(version=7, stable=versions.expert_set(liver="2.0.0"))
+    now = TrafficPolicy(version=5, stable=versions.expert_set(liver="3.0.0"))
+    async with watching_router(versions, last_known=left, said=now) as router:
+        assert router.parts.expert_sets.policy.version == 5
+        assert (await router.generate().rest()).versions == {"liver": "3.0.0"}
+
+
 async def test_it_goes_on_while_control_is_away_and_reports_afterwards(versions: Versions) -> None:
     digest = versions.digests["liver", "2.0.0"]
     async with watching_router(versions) as router:

@@ -1,10 +1,13 @@
 """What bundles there are, by digest: a registry is asked by organ and version, and everybody else speaks of digests."""
 
+import logging
 import threading
 
 from experts.errors import UnknownBundleError
 from experts.manifest import Manifest
 from experts.registry import Registry
+
+logger = logging.getLogger(__name__)
 
 
 class Catalogue:
@@ -17,8 +20,11 @@ class Catalogue:
         self._manifests: dict[str, Manifest] = {}
 
     def list(self, organ: str | None = None) -> list[Manifest]:
-        """All bundles, or an organ's, by organ and then from the oldest version to the newest; read anew."""
-        manifests = self._registry.list(organ)
+        """All bundles, or an organ's, by organ and then from the oldest version to the newest; read anew.
+
+        One damaged manifest must take neither the others nor Control itself out of service.
+        """
+        manifests = self._registry.list(organ, damaged=lambda error: logger.warning("passed over: %s", error))
         with self._lock:
             self._manifests |= {manifest.digest: manifest for manifest in manifests}
         return manifests

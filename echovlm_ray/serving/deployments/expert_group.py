@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 from echovlm_ray.serving.deployments.replica import Part, Replica, Service, device_of, dtype_of
@@ -34,6 +35,8 @@ class ExpertGroupReplica(Replica):
         from experts.service import ExpertGroupService, add_expert_group_to_server
 
         parsed = ExpertGroupSettings.model_validate(settings)
+        # Before any thread that computes is started: on Linux it holds for this one and for those that it starts.
+        os.nice(parsed.experts.niceness)
         torch.set_num_threads(parsed.model.torch_threads)
         served = served_checkpoint(parsed.model)
         device = device_of(parsed)

@@ -15,13 +15,14 @@ from echovlm_ray.serving.deployments.settings import (
 )
 from echovlm_ray.serving.endpoints import Endpoints
 from echovlm_ray.serving.server import INTERNAL_CHANNEL_OPTIONS
-from protos import router_pb2, router_pb2_grpc
+from protos import control_pb2, router_pb2, router_pb2_grpc
 
 if TYPE_CHECKING:
     import torch
 
     from echovlm_ray.engine.engine import Engine
     from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
+    from echovlm_ray.serving.metrics import RouterMetrics
     from echovlm_ray.serving.router import ServedModel
     from echovlm_ray.serving.served import ServedCheckpoint
     from experts.registry import Registry
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from router.organ_gate import OrganGate
     from router.rollouts.traffic import TrafficPolicy
 
-# At start, Control's policy is waited for so long; without it the checkpoint's own experts serve.
+# At start, Control's policy is waited for so long; then what it last left in its file serves, and where there is none,
+# the checkpoint's own experts.
 FIRST_POLICY_S = 10.0
 # How long a policy waits for the address of a new organ's replica.
 NEW_ORGAN_S = 3.0
@@ -61,7 +63,7 @@ class RouterReplica(Replica):
             watched |= {expert_application(organ): EXPERT_DEPLOYMENT for organ in served.organs}
         endpoints = Endpoints(watched)
         endpoints.start()
-        engine, model, organ_gate = await asyncio.to_thread(_build, parsed, served, device, endpoints)
+        engine, model, organ_gate = await asyncio.to_thread(build_engine, parsed, served, device, endpoints)
         engine.start()
         vision = VisionClient(endpoints.source(VISION), INTERNAL_CHANNEL_OPTIONS)
         expert_sets = ExpertSets(
@@ -81,15 +83,15 @@ class RouterReplica(Replica):
             queue_length=lambda: service.queue_length,
             device=str(device),
             healthy=lambda: engine.alive,
-            measure=lambda: outcomes.metrics.prefix_hits(engine.prefix_hits),
+            measure=lambda: _measure(outcomes.metrics, engine),
             closing=[vision.close, engine.stop, feed.stop, endpoints.stop],
         )
         # Before the first request: what Control took out of service meanwhile is not resident anywhere.
-        await feed.start(FIRST_POLICY_S)
+        await feed.start(FIRST_POLICY_S, lambda: _last_known(parsed, served))
         await self._start(parsed, part)
 
 
-def _build(
+def build_engine(
     settings: RouterSettings, served: "ServedCheckpoint", device: "torch.device", endpoints: Endpoints
 ) -> "tuple[Engine, ServedModel, OrganGate]":
     """Loads the backbone and the gates, and puts the engine together; takes as long as reading the weights."""
@@ -129,6 +131,12 @@ def _build(
         max_organs=settings.model.max_organs_per_request,
     )
     return engine, ServedModel(config, expert_set, gates, read_gates, _end_tokens(backbone, served)), organ_gate
+
+
+def _measure(metrics: "RouterMetrics", engine: "Engine") -> None:
+    metrics.prefix_hits(engine.prefix_hits)
+    metrics.preemptions(engine.preemptions)
+    metrics.cache_blocks(total=engine.num_blocks, free=engine.free_blocks, kept=engine.kept_blocks)
 
 
 def _gate_reader(
@@ -177,6 +185,15 @@ def _placement(
         )
         group.load(member.bundle_digest)
     return LocalExperts(groups)
+
+
+def _last_known(settings: RouterSettings, served: "ServedCheckpoint") -> control_pb2.TrafficPolicy | None:
+    """What Control last said, if it was said of this checkpoint."""
+    from echovlm_ray.serving.known_policy import read_policy
+
+    policy = read_policy(settings.policy_file) if settings.policy_file is not None else None
+    theirs = (policy.stable.backbone_digest, policy.stable.routing) if policy is not None else None
+    return policy if theirs == (served.expert_set.backbone_digest, served.expert_set.routing) else None
 
 
 def _find_new_organs(endpoints: Endpoints, organs: tuple[str, ...]) -> "Callable[[TrafficPolicy], None]":

@@ -91,10 +91,15 @@ class VisionSettings(ReplicaSettings):
 
 
 class RouterSettings(ReplicaSettings):
-    """The router's; `experts` counts where they run in its process."""
+    """The router's; `experts` counts where they run in its process.
+
+    Attributes:
+        policy_file: where Control leaves what is to be served; none where nothing can change.
+    """
 
     router: RouterSection
     experts: ExpertsSection
+    policy_file: Path | None
 
     @property
     def resources(self) -> Resources:
@@ -152,8 +157,14 @@ def settings_of(config: Config, organs: tuple[str, ...], network: Network) -> di
     Those that take longest to start come first: then no core idles while the last of them starts.
     """
     common: dict[str, Any] = {"model": config.model, "serve": config.serve, "network": network}
+    policy_file = RolloutFiles.of(config.rollouts, config.model.checkpoint).policy
     settings: dict[str, ReplicaSettings] = {
-        ROUTER: RouterSettings(**common, router=config.router, experts=config.experts),
+        ROUTER: RouterSettings(
+            **common,
+            router=config.router,
+            experts=config.experts,
+            policy_file=policy_file if config.router.experts == "remote" else None,
+        ),
         GATEWAY: GatewaySettings(
             **common,
             gateway=config.gateway,

@@ -63,15 +63,33 @@ class RolloutFeedClient:
         self._taken_up = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def start(self, wait_s: float = 0.0) -> None:
-        """Begins, and waits for the first policy, but not for longer than that: Control may be away."""
+    async def start(
+        self,
+        wait_s: float = 0.0,
+        last_known: Callable[[], control_pb2.TrafficPolicy | None] = lambda: None,
+    ) -> None:
+        """Begins, and waits for the first policy to be in force.
+
+        Args:
+            wait_s: the longest to wait; Control may be away.
+            last_known: what Control said before, taken up when it says nothing in that time; may block.
+        """
         self._tasks = [
             asyncio.create_task(self._for_ever(step)) for step in (self._watch, self._take_up_next, self._report)
         ]
-        if wait_s:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait_s):
-                    await self._taken_up.wait()
+        if not wait_s or await self._in_force(wait_s):
+            return
+        if (message := await asyncio.to_thread(last_known)) is not None:
+            logger.warning("Control does not answer; taken up is policy %d, the last one that it left", message.version)
+            self._offer(message)
+            await self._in_force(wait_s)
+
+    async def _in_force(self, wait_s: float) -> bool:
+        """Waits until a policy was taken up; whether one was."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                await self._taken_up.wait()
+        return self._taken_up.is_set()
 
     async def stop(self) -> None:
         """Ends; what is left to report is sent if Control is there."""

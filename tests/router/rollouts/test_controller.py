@@ -68,6 +68,26 @@ def test_a_replica_that_comes_back_gets_the_earlier_versions_that_requests_still
     world.reach_held(key)
 
 
+@pytest.mark.parametrize("promoted", [False, True], ids=["a candidate", "a stable version"])
+def test_a_replica_that_comes_back_gets_a_version_that_was_taken_back_while_requests_use_it(
+    world: World, promoted: bool
+) -> None:
+    key = world.stage()
+    world.reach(State.WARM)
+    if promoted:
+        world.operations.promote("heart", actor="ann")
+    else:
+        world.operations.canary("heart", percent=50, actor="ann")
+    world.fleet.pins = {key}
+    world.operations.rollback("heart", actor="ann")
+    reconcile_until(world.controller, lambda _: world.stable() == world.v1)
+    world.fleet.remove_replica("heart", "heart-1")
+    world.fleet.add_replica("heart", "heart-3")
+    world.reach_held(world.v1, key)
+    world.fleet.pins = set()
+    world.reach_held(world.v1)
+
+
 def test_one_replica_tries_a_candidate_before_the_others_do(world: World) -> None:
     proceed = threading.Event()
     world.fleet.before_load = waiting_for(proceed)

@@ -1,0 +1,269 @@
+"""The swaps of `benchmarks.swaps`: versions of one organ's experts, and the ways from one to the next."""
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from echovlm_ray.client import EchoVLMClient, EchoVLMError
+from echovlm_ray.client.control import ExpertControlClient
+from experts.bundle import Bundle
+from experts.bundle_writer import write_bundle
+from experts.manifest import BundleDescription
+from protos import control_pb2
+
+ACTOR = "benchmark"
+PATIENCE_S = 180.0
+# Between two requests that ask which version serves, so that asking is no load of its own.
+ASK_AGAIN_S = 0.01
+CANARY_S = 1.0
+# Versions differ by this factor in every weight of their experts.
+STEP = 1.2
+
+
+class SwapFailedError(RuntimeError):
+    """A swap that should have gone through did not; the text says where it stands."""
+
+
+@dataclass(slots=True)
+class Swap:
+    """One replacement. Moments are those of the monotonic clock.
+
+    Attributes:
+        kind: how; see `Swapper.KINDS`.
+        began: when it was asked for.
+        ended: when the replicas held what was live afterwards, and nothing else.
+        phases: "verify", "load", "canary" and "switch" → beginning and end, as far as there were any.
+        decided: when `promote`, or the `rollback` of a stable version, was sent. None where a candidate was taken back.
+        served_s: from then to the moment when the first request was sent that the new version answered.
+        answered_s: from then to the end of its answer.
+        prepared: whether the new version was resident when it was decided.
+    """
+
+    kind: str
+    began: float
+    ended: float = 0.0
+    phases: dict[str, tuple[float, float]] = field(default_factory=dict)
+    decided: float | None = None
+    served_s: float | None = None
+    answered_s: float | None = None
+    prepared: bool = True
+
+
+def write_version(directory: Path, source: Bundle, version: str, number: int) -> None:
+    """Writes a bundle whose experts answer otherwise than the source's; number 0 gives the same weights."""
+    content = source.manifest.model_dump(exclude={"format", "files", "probe"})
+    description = BundleDescription.model_validate({**content, "version": version})
+
+    def tensor(name: str) -> torch.Tensor:
+        found = source.tensor(name)
+        return found * STEP**number if "experts" in name else found
+
+    write_bundle(directory, description, tensor)
+
+
+def seconds_to_read(source: Bundle) -> float:
+    """How long it takes to read a bundle's files once and compute their SHA-256, with warm file caches."""
+    began = time.perf_counter()
+    for path in source.locations.values():
+        with path.open("rb") as file:
+            hashlib.file_digest(file, "sha256")
+    return time.perf_counter() - began
+
+
+class ControlWatch(AbstractContextManager["ControlWatch"]):
+    """What Control says of one organ, as it changes: it is told, and never asked again and again."""
+
+    def __init__(self, control: ExpertControlClient, organ: str) -> None:
+        """Listens for as long as the block lasts."""
+        self._control = control
+        self._organ = organ
+        self._state = control_pb2.ControlState()
+        self._changed = threading.Condition()
+        # Rollout and state → when it was in that state first.
+        self._since: dict[tuple[str, str], float] = {}
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="control-watch", daemon=True)
+
+    @property
+    def live(self) -> str:
+        """The digest that is live now."""
+        members = self._state.live.members
+        return next(member.bundle_digest for member in members if member.organ == self._organ)
+
+    @property
+    def rollout(self) -> control_pb2.Rollout | None:
+        """The organ's newest rollout."""
+        found = [rollout for rollout in self._state.rollouts if rollout.organ == self._organ]
+        return max(found, key=lambda rollout: rollout.created_at, default=None)
+
+    @property
+    def settled(self) -> bool:
+        """Whether all replicas hold what is live, and nothing else."""
+        held = [
+            {bundle.digest for bundle in replica.bundles}
+            for replica in self._state.replicas
+            if replica.organ == self._organ
+        ]
+        return bool(held) and all(digests == {self.live} for digests in held)
+
+    def since(self, rollout_id: str, state: str) -> float | None:
+        """When a rollout was first seen in a state, on the monotonic clock."""
+        return self._since.get((rollout_id, state))
+
+    def wait(self, look: Callable[[], bool], what: str) -> float:
+        """Waits until something is so; the moment at which it was seen.
+
+        Raises:
+            SwapFailedError: it does not come to pass.
+        """
+        with self._changed:
+            if not self._changed.wait_for(look, PATIENCE_S):
+                raise SwapFailedError(f"not within {PATIENCE_S:g} s: {what}")
+            return time.monotonic()
+
+    def _run(self) -> None:
+        while not self._stopping:
+            try:
+                for state in self._control.watch():
+                    self._take(state)
+                    if self._stopping:
+                        return
+            except EchoVLMError:
+                time.sleep(0.5)
+
+    def _take(self, state: control_pb2.ControlState) -> None:
+        # What happened before it was told here; the wall clock is the same machine's.
+        behind = time.time() - time.monotonic()
+        with self._changed:
+            self._state = state
+            for rollout in state.rollouts:
+                self._since.setdefault((rollout.id, rollout.state), rollout.state_since - behind)
+            self._changed.notify_all()
+
+    def __enter__(self) -> Self:
+        """Waits for the first state."""
+        self._thread.start()
+        self.wait(lambda: bool(self._state.live.members), "Control says what is live")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stops listening; the thread ends with the next state, or with the client."""
+        self._stopping = True
+
+
+class Swapper:
+    """Replaces one organ's experts, one way after another."""
+
+    KINDS = ("promote", "roll back", "canary, promote", "canary, roll back")
+
+    def __init__(
+        self, server: str, control: ExpertControlClient, watch: ControlWatch, organ: str, versions: dict[str, str]
+    ) -> None:
+        """Takes the versions there are: version → digest."""
+        self._server = server
+        self._control = control
+        self._watch = watch
+        self._organ = organ
+        self._versions = versions
+        self._turn = 0
+
+    def next(self) -> Swap:
+        """The next swap, whole.
+
+        Raises:
+            SwapFailedError: it does not go through.
+        """
+        kind = self.KINDS[self._turn % len(self.KINDS)]
+        self._turn += 1
+        live = self._watch.live
+        swap = Swap(kind, time.monotonic(), prepared=kind != "roll back")
+        digest = ""
+        if swap.prepared:
+            digest = self._candidate(live)
+            self._stage(digest, swap)
+            if kind.startswith("canary"):
+                began = time.monotonic()
+                self._control.canary(self._organ, 50, digest=digest, actor=ACTOR)
+                time.sleep(CANARY_S)
+                swap.phases["canary"] = (began, time.monotonic())
+        switching = time.monotonic()
+        if kind == "canary, roll back":
+            self._control.rollback(self._organ, digest=digest, actor=ACTOR)
+            self._watch.wait(lambda: self._is(digest, "rolled_back"), "the candidate is rolled back")
+        else:
+            swap.decided = switching
+            if swap.prepared:
+                self._control.promote(self._organ, digest=digest, actor=ACTOR)
+            else:
+                self._control.rollback(self._organ, digest=live, actor=ACTOR)
+            self._ask_until_served(live, swap)
+            self._watch.wait(lambda: self._watch.live != live, "another version is live")
+        swap.ended = self._watch.wait(lambda: self._watch.settled, "the replicas hold what is live, and nothing else")
+        swap.phases["switch"] = (switching, swap.ended)
+        if not swap.prepared:
+            self._note_preparation(swap)
+        return swap
+
+    def serve(self, version: str) -> None:
+        """Makes a version the live one, if it is not, and waits until it is alone."""
+        digest = self._versions[version]
+        if self._watch.live != digest:
+            self._stage(digest, Swap("", time.monotonic()))
+            self._control.promote(self._organ, digest=digest, actor=ACTOR)
+            self._watch.wait(lambda: self._watch.live == digest, f"{version} is live")
+        self._watch.wait(lambda: self._watch.settled, f"{version} is alone")
+
+    def _candidate(self, live: str) -> str:
+        others = [digest for digest in self._versions.values() if digest != live]
+        return others[self._turn % len(others)]
+
+    def _is(self, digest: str, *states: str) -> bool:
+        rollout = self._watch.rollout
+        return rollout is not None and rollout.digest == digest and rollout.state in states
+
+    def _stage(self, digest: str, swap: Swap) -> None:
+        before = self._watch.rollout
+        self._control.stage(self._organ, digest=digest, actor=ACTOR)
+
+        def warm() -> bool:
+            rollout = self._watch.rollout
+            if rollout is None or (before is not None and rollout.id == before.id):
+                return False
+            if rollout.state in ("failed", "rolled_back"):
+                raise SwapFailedError(f"{self._organ} {rollout.version} is {rollout.state}: {rollout.reason}")
+            return rollout.state == "warm" and rollout.digest == digest
+
+        self._watch.wait(warm, "the candidate is warm")
+        self._note_preparation(swap)
+
+    def _note_preparation(self, swap: Swap) -> None:
+        rollout = self._watch.rollout
+        assert rollout is not None
+        verified = self._watch.since(rollout.id, "verified")
+        warm = self._watch.since(rollout.id, "warm")
+        if verified is not None and warm is not None:
+            swap.phases["verify"] = (swap.began, verified)
+            swap.phases["load"] = (verified, warm)
+
+    def _ask_until_served(self, before: str, swap: Swap) -> None:
+        assert swap.decided is not None
+        deadline = time.monotonic() + PATIENCE_S
+        with EchoVLMClient(self._server) as client:
+            while (asked := time.monotonic()) < deadline:
+                answer = client.generate(prompt="?", task="free", organs=[self._organ], max_new_tokens=1)
+                if answer.summary.provenance.organs[0].bundle_digest != before:
+                    swap.served_s, swap.answered_s = asked - swap.decided, time.monotonic() - swap.decided
+                    return
+                # A version that is not resident yet takes seconds.
+                time.sleep(ASK_AGAIN_S if swap.prepared else 10 * ASK_AGAIN_S)
+        raise SwapFailedError(f"no answer of the new version within {PATIENCE_S:g} s")

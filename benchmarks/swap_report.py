@@ -1,0 +1,189 @@
+"""What `benchmarks.swaps` found, as a table, as JSON and as a picture."""
+
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot
+
+from benchmarks.swap_operations import Swap
+from benchmarks.swap_streams import Heard
+
+TARGET_GAP_RATIO, TARGET_PROMOTE_RATIO, TARGET_GROWTH = 1.2, 1.5, 0.05
+# The memory of this part of the swaps, at the beginning and at the end, is left out and compared with the rest.
+WARM_UP_PART = 0.1
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """One run.
+
+    Attributes:
+        heard: all answers under load.
+        failures: of requests under load.
+        alone: organ, version, prompt → the answer when nobody else asks.
+        swaps: all of them, in order.
+        quiet: the intervals under the same load without swaps.
+        memory: part → its resident bytes after every swap.
+        bundle_bytes: of one version.
+        read_s: how long it takes to read and checksum it, measured before every swap, under the same load.
+    """
+
+    heard: Sequence[Heard]
+    failures: Sequence[str]
+    alone: Mapping[tuple[str, str, str], str]
+    swaps: Sequence[Swap]
+    quiet: Sequence[tuple[float, float]]
+    memory: Mapping[str, Sequence[int]]
+    bundle_bytes: int
+    read_s: Sequence[float]
+
+    @property
+    def mismatches(self) -> int:
+        """Answers that are not the ones that their version gives when run alone."""
+        return sum(
+            self.alone.get((heard.asked.organ, heard.version, heard.asked.prompt)) != heard.text for heard in self.heard
+        )
+
+    @property
+    def gaps_during_ms(self) -> list[float]:
+        """Pauses within answers while a swap went on."""
+        return self._gaps([(swap.began, swap.ended) for swap in self.swaps])
+
+    @property
+    def gaps_without_ms(self) -> list[float]:
+        """Pauses within answers under the same load without a swap."""
+        return self._gaps(self.quiet)
+
+    @property
+    def gap_ratio(self) -> float:
+        """p99 during swaps ÷ p99 without."""
+        return percentile(self.gaps_during_ms, 99) / percentile(self.gaps_without_ms, 99)
+
+    def served_s(self, *, prepared: bool) -> list[float]:
+        """From the decision to the first answer of the new version, where it was, or was not, resident already."""
+        return [swap.served_s for swap in self.swaps if swap.served_s is not None and swap.prepared == prepared]
+
+    def growth(self, part: str) -> float:
+        """Resident memory at the end ÷ after the warm-up, less 1: medians over a tenth of the swaps each."""
+        samples = self.memory[part]
+        count = max(1, round(len(samples) * WARM_UP_PART))
+        return statistics.median(samples[-count:]) / statistics.median(samples[count : 2 * count] or samples[:1]) - 1
+
+    def _gaps(self, intervals: Sequence[tuple[float, float]]) -> list[float]:
+        return [
+            (end - begin) * 1e3
+            for heard in self.heard
+            for begin, end in heard.gaps
+            if any(begin >= first and end <= last for first, last in intervals)
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers."""
+        return {
+            "answers": len(self.heard),
+            "failures": list(self.failures),
+            "mismatches": self.mismatches,
+            "swaps": dict(Counter(swap.kind for swap in self.swaps)),
+            "gap_p50_ms": {
+                "during": percentile(self.gaps_during_ms, 50),
+                "without": percentile(self.gaps_without_ms, 50),
+            },
+            "gap_p99_ms": {
+                "during": percentile(self.gaps_during_ms, 99),
+                "without": percentile(self.gaps_without_ms, 99),
+            },
+            "gap_p99_ratio": self.gap_ratio,
+            "bundle_bytes": self.bundle_bytes,
+            "read_and_checksum_s": list(self.read_s),
+            "served_after_promote_s": self.served_s(prepared=True),
+            "served_after_rollback_s": self.served_s(prepared=False),
+            "swap_s": [swap.ended - swap.began for swap in self.swaps],
+            "memory_bytes": {part: list(samples) for part, samples in self.memory.items()},
+            "memory_growth": {part: self.growth(part) for part in self.memory},
+        }
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """A percentile, by the nearest value above."""
+    return sorted(values)[min(len(values) - 1, len(values) * percent // 100)]
+
+
+def table(found: Findings) -> list[str]:
+    """The measures as lines of Markdown."""
+    read_ms = statistics.median(found.read_s) * 1e3
+    rows: list[tuple[str, str, str]] = [
+        (f"failed requests, of {len(found.heard) + len(found.failures)}", str(len(found.failures)), "0"),
+        (
+            f"answers that differ from their version's when run alone, of {len(found.heard)}",
+            str(found.mismatches),
+            "0",
+        ),
+    ]
+    for percent in (50, 99):
+        during, without = percentile(found.gaps_during_ms, percent), percentile(found.gaps_without_ms, percent)
+        target = f"≤ {TARGET_GAP_RATIO}" if percent == 99 else ""
+        text = f"pause within an answer, p{percent}: during swaps ÷ without, ms"
+        rows.append((text, f"{during:.1f} ÷ {without:.1f} = {during / without:.2f}", target))
+    rows.append((f"reading and checksumming the {found.bundle_bytes / MIB:.1f} MiB, ms", f"{read_ms:.0f}", ""))
+    for prepared, text in (
+        (True, "`promote` to the first answer of the new version (resident since it was staged)"),
+        (False, "`rollback` to the first answer of the version before (not resident: verified and loaded)"),
+    ):
+        times = found.served_s(prepared=prepared)
+        if times:
+            median = statistics.median(times) * 1e3
+            rows.append((f"{text}, ms, median and worst", f"{median:.0f}, {max(times) * 1e3:.0f}", ""))
+            if prepared:
+                target = f"≤ {TARGET_PROMOTE_RATIO}"
+                rows.append(("the same ÷ reading and checksumming, medians", f"{median / read_ms:.2f}", target))
+    whole = statistics.median(swap.ended - swap.began for swap in found.swaps)
+    rows.append(
+        ("a whole swap, from the first command to the old version's memory back, s, median", f"{whole:.1f}", "")
+    )
+    for part, samples in found.memory.items():
+        text = f"resident memory of {part} at the end, MiB, and its growth since the first tenth of the swaps"
+        target = f"≤ {TARGET_GROWTH:.0%}"
+        rows.append((text, f"{samples[-1] / MIB:.0f}, {found.growth(part):+.1%}", target))
+    return ["| measure | value | target |", "| --- | --- | --- |", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def plot(found: Findings, title: str, path: Path) -> None:
+    """Pauses over time with the swaps shaded, their distribution, and memory over the swaps."""
+    figure, (over_time, distribution, memory) = pyplot.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
+    began = min((swap.began for swap in found.swaps), default=0.0)
+    points = [(end - began, (end - begin) * 1e3) for heard in found.heard for begin, end in heard.gaps]
+    over_time.scatter([moment for moment, _ in points], [gap for _, gap in points], s=2, alpha=0.4)
+    for swap in found.swaps:
+        over_time.axvspan(swap.began - began, swap.ended - began, color="C1", alpha=0.15, linewidth=0)
+    over_time.set_xlabel("s; shaded: a swap")
+    over_time.set_ylabel("pause within an answer, ms")
+    for gaps, label in ((found.gaps_without_ms, "without"), (found.gaps_during_ms, "during swaps")):
+        ordered = sorted(gaps)
+        part_above = [1 - index / len(ordered) for index in range(len(ordered))]
+        distribution.plot(ordered, part_above, label=label)
+    distribution.axhline(0.01, color="gray", linestyle=":", label="p99")
+    distribution.set_yscale("log")
+    distribution.set_xscale("log")
+    distribution.set_xlabel("pause, ms")
+    distribution.set_ylabel("part that is longer")
+    distribution.legend(fontsize="small")
+    for part, samples in found.memory.items():
+        memory.plot(range(1, len(samples) + 1), [sample / MIB for sample in samples], label=part)
+    memory.set_xlabel("swaps")
+    memory.set_ylabel("resident memory, MiB")
+    memory.set_ylim(bottom=0)
+    memory.legend(fontsize="small")
+    for axis in (over_time, distribution, memory):
+        axis.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
