@@ -153,6 +153,8 @@ def _started(checkpoint: Path, organ: str, threads: int) -> Iterator["subprocess
 
 async def _serve(directory: Path, organ: str, answers: IO[str]) -> None:
     section = ExpertsSection()
+    # As a replica on a CPU does.
+    os.nice(section.niceness)
     expert_set = read_index(directory).expert_set()
     kernel = NotedKernel(get_kernel(section.kernel))
     group = ExpertGroup(

@@ -23,6 +23,7 @@ ACTOR = "benchmark"
 PATIENCE_S = 180.0
 # Between two requests that ask which version serves, so that asking is no load of its own.
 ASK_AGAIN_S = 0.01
+LOOK_AGAIN_S = 0.1
 CANARY_S = 1.0
 # Versions differ by this factor in every weight of their experts.
 STEP = 1.2
@@ -59,7 +60,8 @@ class Swap:
 
 def write_version(directory: Path, source: Bundle, version: str, number: int) -> None:
     """Writes a bundle whose experts answer otherwise than the source's; number 0 gives the same weights."""
-    content = source.manifest.model_dump(exclude={"format", "files", "probe"})
+    # With a probe, as what `echoray experts pack` makes.
+    content = source.manifest.model_dump(exclude={"format", "files"})
     description = BundleDescription.model_validate({**content, "version": version})
 
     def tensor(name: str) -> torch.Tensor:
@@ -104,15 +106,22 @@ class ControlWatch(AbstractContextManager["ControlWatch"]):
         found = [rollout for rollout in self._state.rollouts if rollout.organ == self._organ]
         return max(found, key=lambda rollout: rollout.created_at, default=None)
 
-    @property
-    def settled(self) -> bool:
-        """Whether all replicas hold what is live, and nothing else."""
-        held = [
-            {bundle.digest for bundle in replica.bundles}
-            for replica in self._state.replicas
-            if replica.organ == self._organ
-        ]
-        return bool(held) and all(digests == {self.live} for digests in held)
+    def wait_until_settled(self) -> float:
+        """Waits until all replicas hold what is live, and nothing else; the moment at which it was seen.
+
+        Raises:
+            SwapFailedError: they do not.
+        """
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            # Control tells nobody at once that a version has left the memory.
+            found = self._control.list(self._organ)
+            live = {member.bundle_digest for member in found.live.members if member.organ == self._organ}
+            held = [{bundle.digest for bundle in replica.bundles} for replica in found.replicas]
+            if held and all(digests == live for digests in held):
+                return time.monotonic()
+            time.sleep(LOOK_AGAIN_S)
+        raise SwapFailedError(f"not within {PATIENCE_S:g} s: the replicas hold what is live, and nothing else")
 
     def since(self, rollout_id: str, state: str) -> float | None:
         """When a rollout was first seen in a state, on the monotonic clock."""
@@ -208,7 +217,7 @@ class Swapper:
                 self._control.rollback(self._organ, digest=live, actor=ACTOR)
             self._ask_until_served(live, swap)
             self._watch.wait(lambda: self._watch.live != live, "another version is live")
-        swap.ended = self._watch.wait(lambda: self._watch.settled, "the replicas hold what is live, and nothing else")
+        swap.ended = self._watch.wait_until_settled()
         swap.phases["switch"] = (switching, swap.ended)
         if not swap.prepared:
             self._note_preparation(swap)
@@ -221,7 +230,7 @@ class Swapper:
             self._stage(digest, Swap("", time.monotonic()))
             self._control.promote(self._organ, digest=digest, actor=ACTOR)
             self._watch.wait(lambda: self._watch.live == digest, f"{version} is live")
-        self._watch.wait(lambda: self._watch.settled, f"{version} is alone")
+        self._watch.wait_until_settled()
 
     def _candidate(self, live: str) -> str:
         others = [digest for digest in self._versions.values() if digest != live]

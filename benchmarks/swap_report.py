@@ -20,6 +20,12 @@ TARGET_GAP_RATIO, TARGET_PROMOTE_RATIO, TARGET_GROWTH = 1.2, 1.5, 0.05
 # The memory of this part of the swaps, at the beginning and at the end, is left out and compared with the rest.
 WARM_UP_PART = 0.1
 MIB = 1024 * 1024
+PHASES = {
+    "verify": "of a swap, verifying the bundle in a process of its own",
+    "load": "of a swap, loading it on the replicas",
+    "canary": "of a swap, half of the requests on the candidate",
+    "switch": "of a swap, from the decision to the old version's memory back",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +61,31 @@ class Findings:
 
     @property
     def gaps_during_ms(self) -> list[float]:
-        """Pauses within answers while a swap went on."""
-        return self._gaps([(swap.began, swap.ended) for swap in self.swaps])
+        """Pauses within answers of which some part fell into a swap."""
+        return self._overlapping([(swap.began, swap.ended) for swap in self.swaps])
 
     @property
     def gaps_without_ms(self) -> list[float]:
         """Pauses within answers under the same load without a swap."""
-        return self._gaps(self.quiet)
+        return [
+            (end - begin) * 1e3
+            for heard in self.heard
+            for begin, end in heard.gaps
+            if any(begin >= first and end <= last for first, last in self.quiet)
+        ]
+
+    @property
+    def phases(self) -> Mapping[str, list[tuple[float, float]]]:
+        """Phase of a swap → beginning and end of each; only those into which some pause fell."""
+        found: dict[str, list[tuple[float, float]]] = {}
+        for swap in self.swaps:
+            for phase, interval in swap.phases.items():
+                found.setdefault(phase, []).append(interval)
+        return {phase: intervals for phase, intervals in found.items() if self._overlapping(intervals)}
+
+    def gaps_in_ms(self, phase: str) -> list[float]:
+        """Pauses within answers of which some part fell into this phase of a swap."""
+        return self._overlapping([swap.phases[phase] for swap in self.swaps if phase in swap.phases])
 
     @property
     def gap_ratio(self) -> float:
@@ -69,8 +93,12 @@ class Findings:
         return percentile(self.gaps_during_ms, 99) / percentile(self.gaps_without_ms, 99)
 
     def served_s(self, *, prepared: bool) -> list[float]:
-        """From the decision to the first answer of the new version, where it was, or was not, resident already."""
+        """From the decision until requests got the new version, where it was, or was not, resident already."""
         return [swap.served_s for swap in self.swaps if swap.served_s is not None and swap.prepared == prepared]
+
+    def answered_s(self, *, prepared: bool) -> list[float]:
+        """From the decision to the end of the first answer of the new version."""
+        return [swap.answered_s for swap in self.swaps if swap.answered_s is not None and swap.prepared == prepared]
 
     def growth(self, part: str) -> float:
         """Resident memory at the end ÷ after the warm-up, less 1: medians over a tenth of the swaps each."""
@@ -78,12 +106,12 @@ class Findings:
         count = max(1, round(len(samples) * WARM_UP_PART))
         return statistics.median(samples[-count:]) / statistics.median(samples[count : 2 * count] or samples[:1]) - 1
 
-    def _gaps(self, intervals: Sequence[tuple[float, float]]) -> list[float]:
+    def _overlapping(self, intervals: Sequence[tuple[float, float]]) -> list[float]:
         return [
             (end - begin) * 1e3
             for heard in self.heard
             for begin, end in heard.gaps
-            if any(begin >= first and end <= last for first, last in intervals)
+            if any(begin < last and end > first for first, last in intervals)
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -105,7 +133,15 @@ class Findings:
             "bundle_bytes": self.bundle_bytes,
             "read_and_checksum_s": list(self.read_s),
             "served_after_promote_s": self.served_s(prepared=True),
+            "answered_after_promote_s": self.answered_s(prepared=True),
             "served_after_rollback_s": self.served_s(prepared=False),
+            "phases": {
+                phase: {
+                    "seconds": [end - begin for begin, end in intervals],
+                    "gap_p99_ms": percentile(self.gaps_in_ms(phase), 99),
+                }
+                for phase, intervals in self.phases.items()
+            },
             "swap_s": [swap.ended - swap.began for swap in self.swaps],
             "memory_bytes": {part: list(samples) for part, samples in self.memory.items()},
             "memory_growth": {part: self.growth(part) for part in self.memory},
@@ -134,17 +170,25 @@ def table(found: Findings) -> list[str]:
         text = f"pause within an answer, p{percent}: during swaps ÷ without, ms"
         rows.append((text, f"{during:.1f} ÷ {without:.1f} = {during / without:.2f}", target))
     rows.append((f"reading and checksumming the {found.bundle_bytes / MIB:.1f} MiB, ms", f"{read_ms:.0f}", ""))
-    for prepared, text in (
-        (True, "`promote` to the first answer of the new version (resident since it was staged)"),
-        (False, "`rollback` to the first answer of the version before (not resident: verified and loaded)"),
+    for times, text, has_target in (
+        (found.served_s(prepared=True), "`promote` until requests get the new version, which is resident", True),
+        (found.answered_s(prepared=True), "`promote` until the first answer of the new version is complete", False),
+        (
+            found.served_s(prepared=False),
+            "`rollback` until requests get the version before, which is verified and loaded first",
+            False,
+        ),
     ):
-        times = found.served_s(prepared=prepared)
         if times:
             median = statistics.median(times) * 1e3
             rows.append((f"{text}, ms, median and worst", f"{median:.0f}, {max(times) * 1e3:.0f}", ""))
-            if prepared:
-                target = f"≤ {TARGET_PROMOTE_RATIO}"
-                rows.append(("the same ÷ reading and checksumming, medians", f"{median / read_ms:.2f}", target))
+            if has_target:
+                ratio = f"{median / read_ms:.2f}, {max(times) * 1e3 / read_ms:.2f}"
+                rows.append(("the same ÷ reading and checksumming once", ratio, f"≤ {TARGET_PROMOTE_RATIO}"))
+    for phase, intervals in found.phases.items():
+        seconds = statistics.median(end - begin for begin, end in intervals)
+        gap = percentile(found.gaps_in_ms(phase), 99)
+        rows.append((f"{PHASES[phase]}: s, median; p99 of the pauses meanwhile, ms", f"{seconds:.2f}; {gap:.1f}", ""))
     whole = statistics.median(swap.ended - swap.began for swap in found.swaps)
     rows.append(
         ("a whole swap, from the first command to the old version's memory back, s, median", f"{whole:.1f}", "")

@@ -65,6 +65,7 @@ def ask(client: EchoVLMClient, asked: Asked) -> Heard:
                 times.append(time.monotonic())
                 text += event.text
         summary = stream.summary
+    assert summary is not None
     (share,) = summary.provenance.organs
     return Heard(asked, share.bundle_version, text, began, tuple(times), time.monotonic())
 

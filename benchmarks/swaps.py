@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.machine import describe
-from benchmarks.swap_operations import Swap, SwapFailedError, Swapper, seconds_to_read, write_version
+from benchmarks.swap_operations import ControlWatch, Swap, SwapFailedError, Swapper, seconds_to_read, write_version
 from benchmarks.swap_report import Findings, plot, table
 from benchmarks.swap_streams import Asked, Streams, ask
 from benchmarks.systems.protocol import MeasuredSystem, SystemFailedError, exit_on_sigterm
@@ -51,10 +51,10 @@ def measure(options: argparse.Namespace, checkpoint: Path, work: Path, console: 
     with MeasuredSystem(arguments, {}) as system, Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("starting the system", total=options.swaps)
         ready = system.wait_until_ready()
-        with ExpertControlClient(ready["control"]) as control:
+        with ExpertControlClient(ready["control"]) as control, ControlWatch(control, options.organ) as watch:
             progress.update(task, description="pushing the versions")
             versions = push_versions(control, source, work)
-            swapper = Swapper(ready["address"], control, options.organ, versions)
+            swapper = Swapper(ready["address"], control, watch, options.organ, versions)
             processes = processes_of(ready["control"], options.organ)
             # Half of the streams ask the organ that is swapped, the others each of the rest in turn.
             asked = [

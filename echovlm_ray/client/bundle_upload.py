@@ -66,11 +66,13 @@ def open_upload(directory: Path) -> BundleUpload:
             raise _invalid(f"{path} has {path.stat().st_size} bytes; the manifest says {size}")
         files[name] = path
     signature = directory / SIGNATURE_NAME
-    content = _read(signature, MAX_MANIFEST_BYTES) if signature.exists() else b""
+    content = _read(signature, MAX_MANIFEST_BYTES) if signature.exists() or signature.is_symlink() else b""
     return BundleUpload(manifest, content, files, sum(size for _, size in entries))
 
 
 def _read(path: Path, limit: int) -> bytes:
+    if path.is_symlink():
+        raise _invalid(f"{path} is a link; put the file itself there")
     try:
         if path.stat().st_size > limit:
             raise _invalid(f"{path} has more than {limit} bytes")

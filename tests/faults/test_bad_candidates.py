@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -67,6 +68,11 @@ class Ward:
             pid
         ).memory_info().rss
 
+    def check_memory(self, shares: list[tuple[str, int]], resident: int) -> None:
+        """It is what it was: at once as the replica counts it, and for the system once the replica is at rest."""
+        assert self.memory()[0] == shares
+        until(lambda: self.memory()[1] < resident + RESIDENT_TOLERANCE_BYTES, "memory given back", pause_s=0.5)
+
     @contextmanager
     def unharmed(self) -> Iterator[list[Answered]]:
         """The incumbent answers all of the block long, always the same, and afterwards the memory is what it was."""
@@ -76,9 +82,7 @@ class Ward:
             until(lambda: held(self.control, ORGAN) == [{self.incumbent.digest}], "only the incumbent held")
         assert {answer for answer in answered if answer[1] == self.before[1]} == {self.before}
         assert ask(self.system, ORGAN) == self.before
-        shares_now, resident_now = self.memory()
-        assert shares_now == shares
-        assert resident_now < resident + RESIDENT_TOLERANCE_BYTES
+        self.check_memory(shares, resident)
         assert not self.control.history(verify=True).faults
 
     def check_told(self, digest: str, state: str, words: str) -> control_pb2.Rollout:
@@ -108,14 +112,14 @@ def strict_ward(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     """A system with little memory, a public key, and thresholds that few requests reach."""
     folder = tmp_path_factory.mktemp("strict")
     private, public = folder / "release.pem", folder / "release.pub"
-    make = ["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", private]
+    make: list[str | Path] = ["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", private]
     subprocess.run(make, check=True, capture_output=True)
     subprocess.run(["openssl", "ec", "-in", private, "-pubout", "-out", public], check=True, capture_output=True)
-    sections = {
+    sections: dict[str, dict[str, Any]] = {
         "experts": {"max_resident_bytes": LIMIT_BYTES, "public_keys": [str(public)]},
         "rollouts": {
             "database": f"sqlite:///{folder}/rollouts.db",
-            "thresholds": {"min_requests": MIN_REQUESTS, "window_s": 60.0},
+            "thresholds": {"min_requests": MIN_REQUESTS, "max_latency_ratio": 1.2},
         },
     }
     with running(demo_checkpoint, folder, **sections) as system, ward_of(system) as ward:
@@ -155,8 +159,10 @@ def test_a_candidate_that_is_slow_to_warm_is_refused(ward: Ward, tmp_path: Path)
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("mode", ["canary", "shadow"])
-@pytest.mark.parametrize("kind", ROLLED_BACK)
+# A shadow decodes in the same steps as the incumbent that it is compared with, so there it is not slower.
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("outputs that overflow", "canary"), ("outputs that overflow", "shadow"), ("slow", "canary")]
+)
 def test_what_only_requests_can_show_is_rolled_back(strict_ward: Ward, tmp_path: Path, kind: str, mode: str) -> None:
     ward, (make, words) = strict_ward, ROLLED_BACK[kind]
     shares, resident = ward.memory()
@@ -184,9 +190,7 @@ def test_what_only_requests_can_show_is_rolled_back(strict_ward: Ward, tmp_path:
     ward.check_told(digest, "rolled_back", words)
     until(lambda: held(ward.control, ORGAN) == [{ward.incumbent.digest}], "only the incumbent held")
     assert ask(ward.system, ORGAN) == ward.before
-    shares_now, resident_now = ward.memory()
-    assert shares_now == shares
-    assert resident_now < resident + RESIDENT_TOLERANCE_BYTES
+    ward.check_memory(shares, resident)
 
 
 def small_bundle(folder: Path, version: str) -> None:

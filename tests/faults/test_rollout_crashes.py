@@ -93,6 +93,7 @@ class Scene:
                     if isinstance(event, Text):
                         text += event.text
                         begun.set()
+                assert stream.summary is not None
                 (share,) = stream.summary.provenance.organs
             return share.organ, share.bundle_version, text
 

@@ -35,11 +35,13 @@ class ExpertGroupReplica(Replica):
         from experts.service import ExpertGroupService, add_expert_group_to_server
 
         parsed = ExpertGroupSettings.model_validate(settings)
-        # Before any thread that computes is started: on Linux it holds for this one and for those that it starts.
-        os.nice(parsed.experts.niceness)
+        device = device_of(parsed)
+        if device.type == "cpu":
+            # Before any thread that computes is started: on Linux it holds for this one and for those that it starts.
+            # With a GPU this process only hands work on, and doing that late would leave the GPU idle.
+            os.nice(parsed.experts.niceness)
         torch.set_num_threads(parsed.model.torch_threads)
         served = served_checkpoint(parsed.model)
-        device = device_of(parsed)
         group = ExpertGroup(
             parsed.organ,
             open_registry(parsed.experts, served.directory),

@@ -1,0 +1,39 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from echovlm_ray.config import ExpertsSection
+from tests.running_system import ECHORAY, RunningSystem
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="niceness of threads is Linux's")
+
+
+def replica(system: RunningSystem, application: str) -> psutil.Process:
+    found = psutil.Process(system.process.pid).children(recursive=True)
+    return next(process for process in found if f"ServeReplica:{application}:" in " ".join(process.cmdline()))
+
+
+def seconds_of_threads(process: psutil.Process) -> dict[int, float]:
+    """CPU time by thread. The kernel's scheduler notes it in nanoseconds; /proc's ticks are too coarse."""
+    tasks = Path(f"/proc/{process.pid}/task").iterdir()
+    return {int(task.name): int((task / "schedstat").read_text().split()[0]) / 1e9 for task in tasks}
+
+
+def busiest_thread(before: dict[int, float], after: dict[int, float]) -> int:
+    return max(after, key=lambda thread: after[thread] - before.get(thread, 0.0))
+
+
+def test_the_experts_compute_below_the_router(running_system: RunningSystem) -> None:
+    processes = [replica(running_system, "expert-heart"), replica(running_system, "router")]
+    before = [seconds_of_threads(process) for process in processes]
+    command = ["generate", "--organ", "heart", "--task", "free", "--prompt", "Describe", "--max-new-tokens", "100"]
+    subprocess.run(
+        [ECHORAY, *command, "--server", running_system.gateway_address], check=True, capture_output=True, timeout=60
+    )
+    busiest = [busiest_thread(b, seconds_of_threads(p)) for b, p in zip(before, processes, strict=True)]
+    experts, router = (os.getpriority(os.PRIO_PROCESS, thread) for thread in busiest)
+    assert (experts, router) == (ExpertsSection().niceness, 0)
