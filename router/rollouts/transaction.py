@@ -47,7 +47,8 @@ class Transaction:
         rollouts = schema.rollouts.c
         ended = self.connection.execute(
             select(rollouts.organ, rollouts.digest)
-            .where(rollouts.state.not_in([str(state) for state in IN_FLIGHT]))
+            # Those that failed may kill whoever loads them, and hardly ever had a request.
+            .where(rollouts.state.not_in([str(state) for state in (*IN_FLIGHT, State.FAILED)]))
             .order_by(rollouts.sequence.desc())
             .limit(MAX_ENDED)
         ).all()

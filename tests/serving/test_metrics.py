@@ -138,8 +138,13 @@ def test_a_running_system_is_scraped(running_system: RunningSystem) -> None:
     parts = {"gateway", "vision", "router", "control", "experts"}
 
     def complete(found: dict[tuple[str, ...], float]) -> bool:
+        # Every part is exported in its own time.
         kinds = {key[-1] for key in found if key[0] == "echovlm_queue_length"}
-        return kinds == parts and found.get(("echovlm_tokens_total", "heart", "1.0.0"), 0.0) > before
+        return (
+            kinds == parts
+            and ("echovlm_live", "heart", "1.0.0") in found
+            and found.get(("echovlm_tokens_total", "heart", "1.0.0"), 0.0) > before
+        )
 
     found = scrape_until(printed[1], complete)
     assert found["echovlm_requests_total", "heart", "1.0.0", "ok"] >= 1
