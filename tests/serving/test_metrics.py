@@ -143,6 +143,8 @@ def test_a_running_system_is_scraped(running_system: RunningSystem) -> None:
         return (
             kinds == parts
             and ("echovlm_live", "heart", "1.0.0") in found
+            and ("echovlm_resident_bytes", "heart", "1.0.0") in found
+            and ("echovlm_requests_total", "heart", "1.0.0", "ok") in found
             and found.get(("echovlm_tokens_total", "heart", "1.0.0"), 0.0) > before
         )
 
