@@ -25,6 +25,7 @@ from rich.progress import Progress
 
 from benchmarks.dispatch_peers import HIDDEN_SIZE, ORGAN, STREAM_METHOD, pin
 from benchmarks.machine import describe
+from benchmarks.timings import nearest_rank
 from echovlm_ray.config import Config
 from echovlm_ray.serving.deployments.replica import environment_of
 from echovlm_ray.serving.deployments.settings import ROUTER, settings_of
@@ -58,8 +59,7 @@ class Measured:
 
     def percentile(self, way: str, percent: float) -> float:
         """Of one way."""
-        ordered = sorted(self.microseconds[way])
-        return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
+        return nearest_rank(self.microseconds[way], percent)
 
     def ratio(self, way: str) -> float:
         """p50 over that of the floor."""

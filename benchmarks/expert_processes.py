@@ -18,19 +18,16 @@ from typing import IO
 
 import torch
 
+from benchmarks.served_group import served_group
+from benchmarks.systems.protocol import answers_only
 from echovlm_ray.checkpoint.layout import read_index, registry_root
 from echovlm_ray.config import Config, ExpertsSection, ModelSection
-from echovlm_ray.serving.errors import to_status
-from echovlm_ray.serving.server import GrpcServer, ServerOptions
 from experts.group import ExpertGroup
 from experts.kernels.base import ExpertKernel, ExpertWeights, PreparedExperts
 from experts.kernels.registry import get_kernel
 from experts.registry import Registry
-from experts.service import ExpertGroupService, add_expert_group_to_server
-from protos import expert_pb2
 
 ROOT = Path(__file__).resolve().parent.parent
-SERVICE_NAME = expert_pb2.DESCRIPTOR.services_by_name["ExpertGroup"].full_name
 STOP_SECONDS = 10
 
 # Begin and end of one call of a kernel, in `time.perf_counter` seconds.
@@ -166,17 +163,12 @@ async def _serve(directory: Path, organ: str, answers: IO[str]) -> None:
         backbone_digest=expert_set.backbone_digest,
     )
     group.load(expert_set.bundle_digest(organ))
-    service = ExpertGroupService(group, to_status=to_status, max_queue=section.max_queue)
-    server = GrpcServer(ServerOptions())
-    server.add(add_expert_group_to_server, service, SERVICE_NAME)
-    await server.start()
-    print(server.address, file=answers)
-    while await asyncio.to_thread(sys.stdin.readline):
-        busy = kernel.busy.copy()
-        kernel.busy.clear()
-        print(json.dumps(busy), file=answers)
-    await server.stop(0)
-    service.close()
+    async with served_group(group) as address:
+        print(address, file=answers)
+        while await asyncio.to_thread(sys.stdin.readline):
+            busy = kernel.busy.copy()
+            kernel.busy.clear()
+            print(json.dumps(busy), file=answers)
 
 
 def main() -> None:
@@ -187,10 +179,7 @@ def main() -> None:
     options = parser.parse_args()
     # As `environment_of` says.
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    # Whatever a library prints is no answer.
-    os.dup2(2, 1)
-    asyncio.run(_serve(options.checkpoint, options.organ, answers))
+    asyncio.run(_serve(options.checkpoint, options.organ, answers_only()))
 
 
 if __name__ == "__main__":

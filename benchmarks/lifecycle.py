@@ -30,6 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.lifecycle_callers import TOLERANCE, Caller, HangingError, Question, Tally
 from benchmarks.machine import describe
+from benchmarks.measure_table import measure_table
 from benchmarks.swap_operations import write_version
 from benchmarks.systems.protocol import MeasuredSystem, SystemFailedError, exit_on_sigterm
 from echovlm_ray.checkpoint.demo import make_demo
@@ -247,7 +248,7 @@ def table(found: Findings) -> list[str]:
         ),
         ("growth of it after the warm-up", f"{found.growth:+.1%}", f"≤ {TARGET_GROWTH:.0%}"),
     ]
-    return ["| measure | value | target |", "| --- | --- | --- |", *(f"| {' | '.join(row)} |" for row in rows)]
+    return measure_table(rows)
 
 
 def plot(found: Findings, path: Path) -> None:

@@ -16,35 +16,25 @@ from typing import IO
 
 import torch
 
+from benchmarks.served_group import served_group
+from benchmarks.systems.protocol import answers_only
 from echovlm_ray.config import ExpertsSection
-from echovlm_ray.serving.errors import to_status
-from echovlm_ray.serving.server import GrpcServer, ServerOptions
 from experts.group import ExpertGroup
 from experts.kernels.registry import get_kernel
 from experts.registry import Registry
-from experts.service import ExpertGroupService, add_expert_group_to_server
-from protos import expert_pb2
-
-SERVICE_NAME = expert_pb2.DESCRIPTOR.services_by_name["ExpertGroup"].full_name
 
 
 async def _serve(registry: Path, organ: str, max_resident_bytes: int, answers: IO[str]) -> None:
-    section = ExpertsSection()
     group = ExpertGroup(
         organ,
         Registry(registry),
-        get_kernel(section.kernel),
+        get_kernel(ExpertsSection().kernel),
         device="cpu",
         max_resident_bytes=max_resident_bytes,
     )
-    service = ExpertGroupService(group, to_status=to_status, max_queue=section.max_queue)
-    server = GrpcServer(ServerOptions())
-    server.add(add_expert_group_to_server, service, SERVICE_NAME)
-    await server.start()
-    answers.write(json.dumps({"address": server.address, "pid": os.getpid()}) + "\n")
-    await asyncio.to_thread(sys.stdin.read)
-    await server.stop(0)
-    service.close()
+    async with served_group(group) as address:
+        answers.write(json.dumps({"address": address, "pid": os.getpid()}) + "\n")
+        await asyncio.to_thread(sys.stdin.read)
 
 
 def main() -> None:
@@ -57,10 +47,7 @@ def main() -> None:
     faulthandler.register(signal.SIGUSR1)
     # As `environment_of` says.
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    # Whatever a library prints is no answer.
-    os.dup2(2, 1)
-    asyncio.run(_serve(options.registry, options.organ, options.max_resident_bytes, answers))
+    asyncio.run(_serve(options.registry, options.organ, options.max_resident_bytes, answers_only()))
 
 
 if __name__ == "__main__":

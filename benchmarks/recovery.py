@@ -5,12 +5,9 @@ SIGKILL, again and again, and asks that organ at once for an answer. Writes `ben
 """
 
 import argparse
-import json
 import os
 import signal
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -20,9 +17,9 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.machine import describe
+from benchmarks.running_parts import first_replicas
 from echovlm_ray.client import EchoVLMClient, EchoVLMError, Text
 
-ECHORAY = Path(sys.executable).with_name("echoray")
 RESULT = Path(__file__).resolve().parent / "results" / "recovery.md"
 TARGET_SECONDS = 5.0
 OTHERS = ("liver", "thyroid", "kidney")
@@ -54,17 +51,9 @@ class Load:
                     self.failures += 1
 
 
-def process_of(organ: str, control: str) -> int:
-    """The process id of an organ's expert replica."""
-    command: list[str | Path] = [ECHORAY, "status", "--json", "--control", control]
-    status = json.loads(subprocess.run(command, capture_output=True).stdout)
-    (application,) = [found for found in status["applications"] if found["name"] == f"expert-{organ}"]
-    return int(application["replicas"][0]["pid"])
-
-
 def recover(organ: str, server: str, control: str) -> float:
     """Kills the organ's expert process; seconds until it has answered a request that was sent at once."""
-    os.kill(process_of(organ, control), signal.SIGKILL)
+    os.kill(first_replicas(control)[f"expert-{organ}"], signal.SIGKILL)
     killed_at = time.monotonic()
     with EchoVLMClient(server) as client:
         client.generate(prompt="Again?", task="free", organs=[organ], max_new_tokens=1, timeout_s=120)

@@ -1,6 +1,5 @@
 """The swaps of `benchmarks.swaps`: versions of one organ's experts, and the ways from one to the next."""
 
-import hashlib
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import torch
 
 from echovlm_ray.client import EchoVLMClient, EchoVLMError
 from echovlm_ray.client.control import ExpertControlClient
-from experts.bundle import Bundle
+from experts.bundle import Bundle, file_sha256
 from experts.bundle_writer import write_bundle
 from experts.manifest import BundleDescription
 from protos import control_pb2
@@ -75,8 +74,7 @@ def seconds_to_read(source: Bundle) -> float:
     """How long it takes to read a bundle's files once and compute their SHA-256, with warm file caches."""
     began = time.perf_counter()
     for path in source.locations.values():
-        with path.open("rb") as file:
-            hashlib.file_digest(file, "sha256")
+        file_sha256(path)
     return time.perf_counter() - began
 
 

@@ -4,6 +4,7 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot
 
+from benchmarks.measure_table import measure_table
 from benchmarks.swap_operations import Swap
 from benchmarks.swap_streams import Heard
+from benchmarks.timings import nearest_rank
 
 TARGET_GAP_RATIO, TARGET_PROMOTE_RATIO, TARGET_GROWTH = 1.2, 1.5, 0.05
 # The memory of this part of the swaps, at the beginning and at the end, is left out and compared with the rest.
@@ -28,7 +31,7 @@ PHASES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Findings:
     """One run.
 
@@ -59,12 +62,12 @@ class Findings:
             self.alone.get((heard.asked.organ, heard.version, heard.asked.prompt)) != heard.text for heard in self.heard
         )
 
-    @property
+    @cached_property
     def gaps_during_ms(self) -> list[float]:
         """Pauses within answers of which some part fell into a swap."""
         return self._overlapping([(swap.began, swap.ended) for swap in self.swaps])
 
-    @property
+    @cached_property
     def gaps_without_ms(self) -> list[float]:
         """Pauses within answers under the same load without a swap."""
         return [
@@ -74,23 +77,25 @@ class Findings:
             if any(begin >= first and end <= last for first, last in self.quiet)
         ]
 
-    @property
-    def phases(self) -> Mapping[str, list[tuple[float, float]]]:
-        """Phase of a swap → beginning and end of each; only those into which some pause fell."""
-        found: dict[str, list[tuple[float, float]]] = {}
+    @cached_property
+    def phases(self) -> Mapping[str, tuple[list[float], list[float]]]:
+        """Phase of a swap → how many seconds each took, and the pauses in ms of which some part fell into one.
+
+        Only those into which some pause fell.
+        """
+        intervals: dict[str, list[tuple[float, float]]] = {}
         for swap in self.swaps:
             for phase, interval in swap.phases.items():
-                found.setdefault(phase, []).append(interval)
-        return {phase: intervals for phase, intervals in found.items() if self._overlapping(intervals)}
-
-    def gaps_in_ms(self, phase: str) -> list[float]:
-        """Pauses within answers of which some part fell into this phase of a swap."""
-        return self._overlapping([swap.phases[phase] for swap in self.swaps if phase in swap.phases])
+                intervals.setdefault(phase, []).append(interval)
+        found = {
+            phase: ([end - begin for begin, end in each], self._overlapping(each)) for phase, each in intervals.items()
+        }
+        return {phase: (seconds, gaps) for phase, (seconds, gaps) in found.items() if gaps}
 
     @property
     def gap_ratio(self) -> float:
         """p99 during swaps ÷ p99 without."""
-        return percentile(self.gaps_during_ms, 99) / percentile(self.gaps_without_ms, 99)
+        return nearest_rank(self.gaps_during_ms, 99) / nearest_rank(self.gaps_without_ms, 99)
 
     def served_s(self, *, prepared: bool) -> list[float]:
         """From the decision until requests got the new version, where it was, or was not, resident already."""
@@ -122,12 +127,12 @@ class Findings:
             "mismatches": self.mismatches,
             "swaps": dict(Counter(swap.kind for swap in self.swaps)),
             "gap_p50_ms": {
-                "during": percentile(self.gaps_during_ms, 50),
-                "without": percentile(self.gaps_without_ms, 50),
+                "during": nearest_rank(self.gaps_during_ms, 50),
+                "without": nearest_rank(self.gaps_without_ms, 50),
             },
             "gap_p99_ms": {
-                "during": percentile(self.gaps_during_ms, 99),
-                "without": percentile(self.gaps_without_ms, 99),
+                "during": nearest_rank(self.gaps_during_ms, 99),
+                "without": nearest_rank(self.gaps_without_ms, 99),
             },
             "gap_p99_ratio": self.gap_ratio,
             "bundle_bytes": self.bundle_bytes,
@@ -136,21 +141,13 @@ class Findings:
             "answered_after_promote_s": self.answered_s(prepared=True),
             "served_after_rollback_s": self.served_s(prepared=False),
             "phases": {
-                phase: {
-                    "seconds": [end - begin for begin, end in intervals],
-                    "gap_p99_ms": percentile(self.gaps_in_ms(phase), 99),
-                }
-                for phase, intervals in self.phases.items()
+                phase: {"seconds": seconds, "gap_p99_ms": nearest_rank(gaps, 99)}
+                for phase, (seconds, gaps) in self.phases.items()
             },
             "swap_s": [swap.ended - swap.began for swap in self.swaps],
             "memory_bytes": {part: list(samples) for part, samples in self.memory.items()},
             "memory_growth": {part: self.growth(part) for part in self.memory},
         }
-
-
-def percentile(values: Sequence[float], percent: int) -> float:
-    """A percentile, by the nearest value above."""
-    return sorted(values)[min(len(values) - 1, len(values) * percent // 100)]
 
 
 def table(found: Findings) -> list[str]:
@@ -165,7 +162,7 @@ def table(found: Findings) -> list[str]:
         ),
     ]
     for percent in (50, 99):
-        during, without = percentile(found.gaps_during_ms, percent), percentile(found.gaps_without_ms, percent)
+        during, without = nearest_rank(found.gaps_during_ms, percent), nearest_rank(found.gaps_without_ms, percent)
         target = f"≤ {TARGET_GAP_RATIO}" if percent == 99 else ""
         text = f"pause within an answer, p{percent}: during swaps ÷ without, ms"
         rows.append((text, f"{during:.1f} ÷ {without:.1f} = {during / without:.2f}", target))
@@ -185,10 +182,9 @@ def table(found: Findings) -> list[str]:
             if has_target:
                 ratio = f"{median / read_ms:.2f}, {max(times) * 1e3 / read_ms:.2f}"
                 rows.append(("the same ÷ reading and checksumming once", ratio, f"≤ {TARGET_PROMOTE_RATIO}"))
-    for phase, intervals in found.phases.items():
-        seconds = statistics.median(end - begin for begin, end in intervals)
-        gap = percentile(found.gaps_in_ms(phase), 99)
-        rows.append((f"{PHASES[phase]}: s, median; p99 of the pauses meanwhile, ms", f"{seconds:.2f}; {gap:.1f}", ""))
+    for phase, (seconds, gaps) in found.phases.items():
+        value = f"{statistics.median(seconds):.2f}; {nearest_rank(gaps, 99):.1f}"
+        rows.append((f"{PHASES[phase]}: s, median; p99 of the pauses meanwhile, ms", value, ""))
     whole = statistics.median(swap.ended - swap.began for swap in found.swaps)
     rows.append(
         ("a whole swap, from the first command to the old version's memory back, s, median", f"{whole:.1f}", "")
@@ -197,7 +193,7 @@ def table(found: Findings) -> list[str]:
         text = f"resident memory of {part} at the end, MiB, and its growth since the first tenth of the swaps"
         target = f"≤ {TARGET_GROWTH:.0%}"
         rows.append((text, f"{samples[-1] / MIB:.0f}, {found.growth(part):+.1%}", target))
-    return ["| measure | value | target |", "| --- | --- | --- |", *(f"| {' | '.join(row)} |" for row in rows)]
+    return measure_table(rows)
 
 
 def plot(found: Findings, title: str, path: Path) -> None:

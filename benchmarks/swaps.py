@@ -9,7 +9,7 @@ Every answer is compared with the one that its version gives when nobody else as
 
 import argparse
 import json
-import subprocess
+import shutil
 import sys
 import tempfile
 import time
@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.machine import describe
+from benchmarks.running_parts import first_replicas
 from benchmarks.swap_operations import ControlWatch, Swap, SwapFailedError, Swapper, seconds_to_read, write_version
 from benchmarks.swap_report import Findings, plot, table
 from benchmarks.swap_streams import Asked, Streams, ask
@@ -35,7 +36,6 @@ from experts.bundle_writer import link_or_copy
 from experts.registry import Registry
 
 RESULTS = Path(__file__).resolve().parent / "results"
-ECHORAY = Path(sys.executable).with_name("echoray")
 PROMPTS = ("What is shown?", "Describe the image.", "Is there flow?")
 NUM_VERSIONS = 4
 KINDS = len(Swapper.KINDS)
@@ -55,7 +55,9 @@ def measure(options: argparse.Namespace, checkpoint: Path, work: Path, console: 
             progress.update(task, description="pushing the versions")
             versions = push_versions(control, source, work)
             swapper = Swapper(ready["address"], control, watch, options.organ, versions)
-            processes = processes_of(ready["control"], options.organ)
+            pids = first_replicas(ready["control"])
+            watched = ("router", "control", f"expert-{options.organ}")
+            processes = {part: psutil.Process(pids[part]) for part in watched}
             # Half of the streams ask the organ that is swapped, the others each of the rest in turn.
             asked = [
                 organs[0] if turn % 2 == 0 else organs[1 + turn // 2 % (len(organs) - 1)]
@@ -111,17 +113,6 @@ def answers_alone(
     return found
 
 
-def processes_of(control: str, organ: str) -> dict[str, psutil.Process]:
-    """The processes whose memory is watched."""
-    command: list[str | Path] = [ECHORAY, "status", "--json", "--control", control]
-    status = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-    return {
-        application["name"]: psutil.Process(application["replicas"][0]["pid"])
-        for application in status["applications"]
-        if application["name"] in (f"expert-{organ}", "router", "control")
-    }
-
-
 @contextmanager
 def copied(checkpoint: Path | None) -> Iterator[tuple[Path, Path]]:
     """A copy of a checkpoint that may be written to, of the demo without one; and a folder for what is pushed."""
@@ -131,12 +122,13 @@ def copied(checkpoint: Path | None) -> Iterator[tuple[Path, Path]]:
         if checkpoint is None:
             make_demo(copy)
         else:
-            for path in sorted(checkpoint.rglob("*")):
-                relative = path.relative_to(checkpoint)
+            shutil.copytree(
+                checkpoint,
+                copy,
                 # Rollouts of earlier runs are none of ours.
-                if path.is_file() and relative.parts[0] != "rollouts":
-                    (copy / relative).parent.mkdir(parents=True, exist_ok=True)
-                    link_or_copy(path, copy / relative)
+                ignore=shutil.ignore_patterns("rollouts"),
+                copy_function=lambda source, target: link_or_copy(Path(source), Path(target)),
+            )
         yield copy, work
 
 
@@ -167,15 +159,16 @@ def main() -> None:
             "",
         ]
     )
+    values = {"machine": describe(), **found.to_json()}
     if options.json:
-        json.dump({"machine": describe(), **found.to_json()}, sys.stdout, indent=2)
+        json.dump(values, sys.stdout, indent=2)
         print()
     else:
         console.print(text, markup=False, soft_wrap=True)
     name = options.name or what.replace(" ", "_").removeprefix("the_")
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / f"swaps_{name}.md").write_text(f"{text}\n![pauses and memory](swaps_{name}.png)\n")
-    (options.output / f"swaps_{name}.json").write_text(json.dumps({"machine": describe(), **found.to_json()}) + "\n")
+    (options.output / f"swaps_{name}.json").write_text(json.dumps(values) + "\n")
     plot(found, f"{len(found.swaps)} swaps, {options.streams} streams, {what}", options.output / f"swaps_{name}.png")
     for failure in found.failures[:10]:
         console.print(failure, style="red", markup=False)

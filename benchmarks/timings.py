@@ -67,6 +67,11 @@ class Timings:
         return cls(value["prompt_tokens"], tuple(value["submitted"]), tuple(tuple(times) for times in value["tokens"]))
 
 
+def nearest_rank(values: Sequence[float], percent: float) -> float:
+    """A percentile that is one of the values, the next one above."""
+    return sorted(values)[min(len(values) - 1, int(len(values) * percent / 100))]
+
+
 def percentile(values: Sequence[float], percent: float) -> float:
     """The value below which that part of all values lies, between neighbours in proportion."""
     return float(numpy.percentile(values, percent))

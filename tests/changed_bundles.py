@@ -18,6 +18,12 @@ def not_a_number(tensor: torch.Tensor) -> torch.Tensor:
     return torch.full_like(tensor, torch.nan)
 
 
+def changed_description(source: Bundle, version: str, **fields: object) -> BundleDescription:
+    """What a bundle says of itself, with another version and other fields; without a probe, if they bring none."""
+    content = source.manifest.model_dump(exclude={"format", "files", "probe"})
+    return BundleDescription.model_validate({**content, "version": version, **fields})
+
+
 def changed_bundle(
     directory: Path,
     source: Bundle,
@@ -26,11 +32,9 @@ def changed_bundle(
     **fields: object,
 ) -> Manifest:
     """A bundle like another one, with its experts' weights changed; gates stay as they are."""
-    content = source.manifest.model_dump(exclude={"format", "files", "probe"})
-    description = BundleDescription.model_validate({**content, "version": version, **fields})
 
     def tensor(name: str) -> torch.Tensor:
         found = source.tensor(name)
         return change(found) if "experts" in name else found
 
-    return write_bundle(directory, description, tensor)
+    return write_bundle(directory, changed_description(source, version, **fields), tensor)

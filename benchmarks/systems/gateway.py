@@ -5,11 +5,10 @@ Prints the addresses of gateway and Control as JSON once it answers, and ends wh
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
-from benchmarks.systems.protocol import parent_has_gone
+from benchmarks.systems.protocol import answers_only, parent_has_gone
 from echovlm_ray.config import Config, ControlSection, GatewaySection, ModelSection, RouterSection
 from echovlm_ray.serving.app import serve_system
 
@@ -20,9 +19,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="the split folder")
     parser.add_argument("--max-batch-size", type=int, default=32, help="router.max_batch_size (default: %(default)s)")
     options = parser.parse_args()
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    # Whatever a library prints belongs in the log.
-    os.dup2(2, 1)
+    answers = answers_only()
     config = Config(
         model=ModelSection(checkpoint=options.checkpoint),
         gateway=GatewaySection(port=0),

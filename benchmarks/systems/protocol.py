@@ -116,9 +116,7 @@ def serve_workloads(open_system: Callable[[], AbstractContextManager[Run]]) -> N
     Args:
         open_system: gives, for the length of a block, the function that runs a workload.
     """
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    # Whatever a library prints belongs in the log.
-    os.dup2(2, 1)
+    answers = answers_only()
     with open_system() as run:
         answers.write(json.dumps({"ready": True}) + "\n")
         for line in sys.stdin:
@@ -127,6 +125,13 @@ def serve_workloads(open_system: Callable[[], AbstractContextManager[Run]]) -> N
             if any(len(times) != workload.new_tokens for times in timings.tokens):
                 raise RuntimeError(f"a stream did not make {workload.new_tokens} tokens")
             answers.write(json.dumps(timings.to_json()) + "\n")
+
+
+def answers_only() -> IO[str]:
+    """The child's standard output, for its answers alone: whatever a library prints goes to the log from now on."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    return answers
 
 
 def parent_has_gone() -> bool:

@@ -1,6 +1,7 @@
 """A bundle's folder as the messages of one push: its manifest, its signature, then its files piece by piece."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,7 @@ def open_upload(directory: Path) -> BundleUpload:
             raise _invalid(f"{path} has {path.stat().st_size} bytes; the manifest says {size}")
         files[name] = path
     signature = directory / SIGNATURE_NAME
-    content = _read(signature, MAX_MANIFEST_BYTES) if signature.exists() or signature.is_symlink() else b""
+    content = _read(signature, MAX_MANIFEST_BYTES) if os.path.lexists(signature) else b""
     return BundleUpload(manifest, content, files, sum(size for _, size in entries))
 
 

@@ -13,9 +13,9 @@ from experts.bundle import Bundle
 from experts.bundle_layout import PROBE_FILE, expert_tensor, probe_tensor
 from experts.bundle_writer import write_bundle
 from experts.digest import canonical_json
-from experts.manifest import MANIFEST_NAME, BundleDescription, Manifest
+from experts.manifest import MANIFEST_NAME, Manifest
 from experts.probe import make_inputs, probe_sizes, reference_output
-from tests.changed_bundles import changed_bundle, not_a_number
+from tests.changed_bundles import changed_bundle, changed_description, not_a_number
 from tests.experts.bad_bundles import replace_tensors
 
 # Times the incumbent's size, under a limit of 120 MB on replicas.
@@ -41,18 +41,18 @@ class Workshop:
     registry: Path
     push: Callable[[Path], object]
 
-    def make(self, change: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor * 1.25, **fields: Any) -> str:
+    def make(self, change: Callable[[torch.Tensor], torch.Tensor] | None = None, **fields: Any) -> str:
         """Pushes a version with other weights, or that says something else of itself."""
-        digest = changed_bundle(self.folder, self.incumbent, self.version, change, **fields).digest
+        digest = changed_bundle(self.folder, self.incumbent, self.version, change or self.own_weights, **fields).digest
         self.push(self.folder)
         return digest
 
-    def description(self, **fields: Any) -> BundleDescription:
-        content = self.incumbent.manifest.model_dump(exclude={"format", "files", "probe"})
-        return BundleDescription.model_validate({**content, "version": self.version, **fields})
+    def own_weights(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Weights that no other version of any organ has: the registry keeps equal files once, and some get damaged."""
+        return tensor * (1.5 + int(self.version.rsplit(".", 1)[-1]) / 128)
 
     def write(self, tensor: Callable[[str], torch.Tensor], **fields: Any) -> str:
-        digest = write_bundle(self.folder, self.description(**fields), tensor).digest
+        digest = write_bundle(self.folder, changed_description(self.incumbent, self.version, **fields), tensor).digest
         self.push(self.folder)
         return digest
 
@@ -114,7 +114,8 @@ def infinite(workshop: Workshop) -> str:
 def other_self_test(workshop: Workshop) -> str:
     """Brings outputs that are not those of its weights."""
     sizes = probe_sizes(workshop.incumbent.manifest.num_experts)
-    write_bundle(workshop.folder, workshop.description(probe=sizes), workshop.incumbent.tensor)
+    description = changed_description(workshop.incumbent, workshop.version, probe=sizes)
+    write_bundle(workshop.folder, description, workshop.incumbent.tensor)
     output = probe_tensor(2, "output")
     replace_tensors(workshop.folder, PROBE_FILE, lambda tensors: tensors.update({output: tensors[output] * 1.01}))
     workshop.push(workshop.folder)

@@ -31,7 +31,7 @@ ORGAN = "thyroid"
 MIN_REQUESTS = 4
 # What a process may keep of what it gave back: the allocator's, and the kernel's, not a bundle's 3 MB again and again.
 RESIDENT_TOLERANCE_BYTES = 24_000_000
-# What every change is tested with; `--every-stage` takes all.
+# What runs without `--every-stage`.
 QUICK = ("corrupt", "wrong backbone", "other outputs")
 NUMBERS = itertools.count(1)
 # What lies beside the bundle's own files is not sent; and whether weights are finite, staging looks.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from echovlm_ray.client import EchoVLMClient, Text
 from echovlm_ray.client.control import ExpertControlClient
 from experts.bundle import Bundle
 from protos import control_pb2
@@ -80,8 +81,6 @@ class Scene:
         begun = threading.Event()
 
         def run() -> Answered:
-            from echovlm_ray.client import EchoVLMClient, Text
-
             text = ""
             with (
                 EchoVLMClient(self.system.gateway_address) as client,
@@ -200,7 +199,7 @@ STAGES: dict[str, tuple[Callable[[Scene], Pinned | None], str, str]] = {
     "restoring, verified": (restored_and_loading, "verified", "stable"),
     "restored, draining": (restored_and_draining, "stable", "stable"),
 }
-# What every change is tested with; `--every-stage` takes all.
+# What runs without `--every-stage`.
 QUICK = {("verified", "both"), ("canary", "control"), ("draining", "both"), ("taken back, draining", "replica")}
 CASES = [
     pytest.param(stage, victim, marks=() if (stage, victim) in QUICK else pytest.mark.thorough, id=f"{stage}-{victim}")
