@@ -52,10 +52,16 @@ class RunningSystem:
         ]
 
     def health(self, service: str) -> int:
-        """What `grpc.health.v1` says of a service at the gateway."""
+        """What `grpc.health.v1` says of a service at the gateway; of a new organ it hears a moment after its answers."""
         with grpc.insecure_channel(self.gateway_address) as channel:
             request = health_pb2.HealthCheckRequest(service=service)
-            return int(health_pb2_grpc.HealthStub(channel).Check(request, timeout=10).status)
+            try:
+                return int(health_pb2_grpc.HealthStub(channel).Check(request, timeout=10).status)
+            except grpc.RpcError as error:
+                if error.code() != grpc.StatusCode.NOT_FOUND:
+                    raise
+                # What Watch says of it.
+                return int(health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
 
     def wait_until_healthy(self, service: str, seconds: float) -> float:
         """Waits for a service; returns how long it took."""
