@@ -52,7 +52,7 @@ class RunningSystem:
         ]
 
     def health(self, service: str) -> int:
-        """What `grpc.health.v1` says of a service at the gateway; of a new organ it hears a moment after its answers."""
+        """What `grpc.health.v1` says of a service at the gateway, which hears of new organs a moment later."""
         with grpc.insecure_channel(self.gateway_address) as channel:
             request = health_pb2.HealthCheckRequest(service=service)
             try:
