@@ -304,10 +304,11 @@ def test_a_stopwatch_sees_every_stage(golden_dir: Path, tmp_path: Path) -> None:
             counts = {stage: count for stage, (count, _) in stopwatch.totals().items()}
             assert counts == {"gate": 3, "gather": 6, "send": 6, "wait": 6, "kernel": 6, "scatter": 3}
             seconds = {stage: seconds for stage, (_, seconds) in stopwatch.totals().items()}
-            assert all(0 < value < elapsed for value in seconds.values()), seconds
-            # In this process the kernel's time is nobody else's.
-            own = sum(seconds.values()) - (0.0 if placement is not remote else seconds["kernel"])
-            assert own < elapsed
+            assert all(value > 0 for value in seconds.values()), seconds
+            # In this process the kernel's time is nobody else's; two servers compute at once.
+            kernel_s = seconds.pop("kernel")
+            assert kernel_s < (2 if placement is remote else 1) * elapsed
+            assert sum(seconds.values()) + (0.0 if placement is remote else kernel_s) < elapsed
     with pytest.raises(KeyError):
         stopwatch.add("lunch", 1.0)
 
