@@ -2,52 +2,157 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+import threading
+import time
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from pydantic import ValidationError
 
 from experts.bundle_check import CheckRequest, CheckResult
+from experts.check_fork_server import REPORT, start_check
 
 DEFAULT_TIMEOUT_S = 600.0
 _MAX_RESULT_BYTES = 1024 * 1024
 _SHOWN_BYTES = 500
+# How long a killed group may take to be gone.
+_KILL_S = 5.0
+
+
+class IsolatedChecks:
+    """Checks bundles, each in a process of its own, which is forked from one that has all imports behind it.
+
+    That one runs from `start`, or the first check, until `close`, and takes the memory of an idle interpreter with
+    torch, about 200 MB. May be used from several threads at once.
+    """
+
+    def __init__(self) -> None:
+        """Starts nothing yet."""
+        self._lock = threading.Lock()
+        self._server: _ForkServer | None = None
+
+    def start(self) -> None:
+        """Begins to import, in the other process, what checks need, so that the first one need not wait for it."""
+        with self._lock:
+            if self._server is None:
+                self._server = _ForkServer()
+
+    def close(self) -> None:
+        """Ends the process that checks are forked from; a check under way goes on. A later check starts it anew."""
+        with self._lock:
+            server, self._server = self._server, None
+        if server is not None:
+            server.close()
+
+    def check(self, request: CheckRequest, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> CheckResult:
+        """Runs `experts.bundle_check` and waits; a thread may be waiting while an event loop goes on.
+
+        Args:
+            request: what to check, and how.
+            timeout_s: after so long the process, and all that it started, is killed.
+
+        Returns:
+            The result. It is not ok, with a reason, whatever way the process ended.
+        """
+        deadline = time.monotonic() + timeout_s
+        with (
+            tempfile.TemporaryFile() as wanted,
+            tempfile.TemporaryFile() as output,
+            tempfile.TemporaryFile() as errors,
+        ):
+            wanted.write(_absolute(request).model_dump_json().encode())
+            try:
+                # Somebody may have killed the process that forks, in which case there is another one to ask.
+                for _ in range(2):
+                    wanted.seek(0)
+                    code = self._run(wanted.fileno(), output.fileno(), errors.fileno(), deadline)
+                    if code is not None:
+                        return _result(code, output, errors)
+            except TimeoutError:
+                return CheckResult(ok=False, reason=f"the check did not end within {timeout_s:g} s and was killed")
+        return CheckResult(ok=False, reason="the check could not be started, or was lost with the process it came from")
+
+    def _run(self, wanted: int, output: int, errors: int, deadline: float) -> int | None:
+        """Returns the exit code, or minus the number of the signal; None when the process was not there.
+
+        Raises:
+            TimeoutError: it was killed at the deadline.
+        """
+        report, report_of_check = socket.socketpair()
+        with report:
+            with report_of_check:
+                self.start()
+                try:
+                    with self._lock:
+                        if self._server is None:
+                            return None
+                        start_check(self._server.connection, wanted, output, errors, report_of_check.fileno())
+                except OSError:
+                    self.close()
+                    return None
+            process_id: int | None = None
+            try:
+                process_id = _next_number(report, deadline)
+                code = None if process_id is None else _next_number(report, deadline)
+            except BaseException:
+                # Also Ctrl-C.
+                if process_id is None:
+                    # It may be about to start; it shall not.
+                    self.close()
+                else:
+                    # It has not reported its end, so the id is still its own.
+                    _kill_group(process_id)
+                    with suppress(OSError):
+                        _next_number(report, time.monotonic() + _KILL_S)
+                raise
+            if code is None:
+                self.close()
+            return code
 
 
 def check_in_subprocess(request: CheckRequest, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> CheckResult:
-    """Runs `experts.bundle_check` and waits; a thread may be waiting while an event loop goes on.
+    """Checks one bundle; see `IsolatedChecks.check`. Who checks several keeps an `IsolatedChecks`."""
+    with closing(IsolatedChecks()) as checks:
+        return checks.check(request, timeout_s=timeout_s)
 
-    Args:
-        request: what to check, and how.
-        timeout_s: after so long the process, and all that it started, is killed.
 
-    Returns:
-        The result. It is not ok, with a reason, whatever way the process ended.
-    """
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "experts.bundle_check"],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=errors,
-            env={**os.environ, "OMP_NUM_THREADS": str(request.torch_threads), "PYTHONFAULTHANDLER": "0"},
-            cwd=_import_root(),
-            # A group of its own, so that what a kernel starts ends with it. No session of its own: Linux gives every
-            # session an equal part of the cores, and niceness counts only within it (sched(7), autogroup).
-            process_group=0,
-        )
-        try:
-            _give_way(process.pid)
-            process.communicate(_absolute(request).model_dump_json().encode(), timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            return CheckResult(ok=False, reason=f"the check did not end within {timeout_s:g} s and was killed")
-        finally:
-            _kill_group(process)
-        return _result(process.returncode, output, errors)
+class _ForkServer:
+    """A process of `experts.check_fork_server`."""
+
+    def __init__(self) -> None:
+        self.connection, other_end = socket.socketpair()
+        with other_end:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "experts.check_fork_server", str(other_end.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[other_end.fileno()],
+                # One thread, for what has threads cannot be forked; a check takes as many as its request says.
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "0"},
+                cwd=_import_root(),
+                # No session of its own: Linux gives every session an equal part of the cores, and niceness counts only
+                # within it (sched(7), autogroup).
+                process_group=0,
+            )
+        _give_way(self._process.pid)
+
+    def close(self) -> None:
+        """Ends it, also in the middle of its imports."""
+        self.connection.close()
+        self._process.kill()
+        self._process.wait()
+
+
+def _next_number(report: socket.socket, deadline: float) -> int | None:
+    """What the watcher of a check says next; None when it has ended without saying anything."""
+    # Nought would mean: do not wait at all.
+    report.settimeout(max(0.001, deadline - time.monotonic()))
+    number = report.recv(REPORT.size)
+    return REPORT.unpack(number)[0] if len(number) == REPORT.size else None
 
 
 def _give_way(pid: int) -> None:
@@ -75,15 +180,14 @@ def _result(code: int, output: BinaryIO, errors: BinaryIO) -> CheckResult:
         return CheckResult(ok=False, reason=f"the check ended with exit code {code} and without a result: {last}")
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
+def _kill_group(process_id: int) -> None:
     # All may be gone by themselves.
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        os.killpg(process_id, signal.SIGKILL)
 
 
 def _import_root() -> Path:
-    """Where `-m experts.bundle_check` finds the same code as runs here."""
+    """Where `-m experts.check_fork_server` finds the same code as runs here."""
     return Path(__file__).resolve().parent.parent
 
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from pathlib import Path
 
 import psutil
@@ -15,7 +17,7 @@ from pydantic import ValidationError
 
 from experts.bundle_check import BackboneSizes, CheckRequest, CheckResult, check
 from experts.bundle_source import BundleSource, RegistryLocation
-from experts.isolated_check import check_in_subprocess
+from experts.isolated_check import IsolatedChecks, check_in_subprocess
 from experts.probe import probe_sizes
 from experts.signing import SignaturePolicy, sign_bundle
 from tests.experts.bad_bundles import BAD_BUNDLES
@@ -247,3 +249,53 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     )
     assert result.reason is not None
     assert "no bundle with the digest" in result.reason
+
+
+def test_checks_share_what_they_come_from(bundle: BundleSource, make_bundle: MakeBundle) -> None:
+    """Several at once; each is a process of its own, and what the first one did the others do not see."""
+    with closing(IsolatedChecks()) as checks:
+        checks.start()
+        bad = make_bundle(name="bad")
+        BAD_BUNDLES["not a number"][0](bad)
+        requests = [CheckRequest(source=bundle), CheckRequest(source=BundleSource(folder=bad))] * 3
+        with ThreadPoolExecutor(len(requests)) as threads:
+            results = list(threads.map(checks.check, requests))
+        assert [result.ok for result in results] == [True, False] * 3
+        (server,) = fork_servers()
+        # Those that watched have ended, and nobody is left to be waited for.
+        for _ in range(50):
+            if not server.children():
+                break
+            time.sleep(0.1)
+        assert server.children() == []
+    assert fork_servers() == []
+
+
+def test_what_checks_come_from_is_killed(bundle: BundleSource) -> None:
+    with closing(IsolatedChecks()) as checks:
+        assert checks.check(CheckRequest(source=bundle)).ok
+        (server,) = fork_servers()
+        server.kill()
+        assert checks.check(CheckRequest(source=bundle)).ok
+        (other,) = fork_servers()
+        assert other != server
+    # A later check starts it anew.
+    assert checks.check(CheckRequest(source=bundle)).ok
+    checks.close()
+    assert fork_servers() == []
+
+
+def test_too_little_time_even_to_begin(bundle: BundleSource) -> None:
+    result = check_in_subprocess(CheckRequest(source=bundle), timeout_s=0.05)
+    assert result == CheckResult(ok=False, reason="the check did not end within 0.05 s and was killed")
+    assert fork_servers() == []
+
+
+def fork_servers() -> list[psutil.Process]:
+    """The processes of this one that checks are forked from."""
+    found = []
+    for process in psutil.Process().children():
+        with suppress(psutil.Error):
+            if "experts.check_fork_server" in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found

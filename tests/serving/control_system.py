@@ -146,6 +146,7 @@ async def control_system(
         verifier = SubprocessVerifier(
             model, experts, section, lambda: catalogue.manifest(expert_set.members[0].bundle_digest)
         )
+        stack.callback(verifier.close)
         controller = RolloutController(store, fleet, verifier, section, monitor)
         policies = PolicyPublisher(store, catalogue.version, files.policy)
         await policies.start()

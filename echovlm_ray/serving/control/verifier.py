@@ -8,7 +8,7 @@ from echovlm_ray.serving.bundles import registry_location, signature_policy
 from experts.bundle_check import BackboneSizes, CheckRequest
 from experts.bundle_source import BundleSource
 from experts.errors import InvalidBundleError
-from experts.isolated_check import check_in_subprocess
+from experts.isolated_check import IsolatedChecks
 
 if TYPE_CHECKING:
     from experts.manifest import DTypeName, Manifest
@@ -43,6 +43,15 @@ class SubprocessVerifier:
         self._experts = experts
         self._rollouts = rollouts
         self._backbone = backbone
+        self._checks = IsolatedChecks()
+
+    def start(self) -> None:
+        """Begins to make ready for the first check, which otherwise waits for it."""
+        self._checks.start()
+
+    def close(self) -> None:
+        """Ends the process that checks come from."""
+        self._checks.close()
 
     def verify(self, organ: str, digest: str) -> None:
         """See `Verifier`.
@@ -65,6 +74,6 @@ class SubprocessVerifier:
             memory_bytes=self._rollouts.verify_memory_bytes,
             torch_threads=self._model.torch_threads,
         )
-        result = check_in_subprocess(request, timeout_s=self._rollouts.verify_timeout_s)
+        result = self._checks.check(request, timeout_s=self._rollouts.verify_timeout_s)
         if not result.ok:
             raise InvalidBundleError(result.reason or "the check gave no reason")

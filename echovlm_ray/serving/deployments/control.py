@@ -5,6 +5,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from echovlm_ray.serving.control.fleet import GrpcFleet
     from echovlm_ray.serving.control.organs import OrganApplications
     from echovlm_ray.serving.control.status import ApplicationState
+    from echovlm_ray.serving.control.verifier import SubprocessVerifier
     from echovlm_ray.serving.served import ServedCheckpoint
     from router.rollouts.controller import RolloutController
     from router.rollouts.store import RolloutStore
@@ -80,7 +82,8 @@ class ControlReplica(Replica):
         feeds: list[RolloutFeedService] = []
         fleet = _fleet(parsed, endpoints, catalogue, lambda: feeds[0].watching() if feeds else frozenset())
         endpoints.on_change(lambda: fleet.keep_only(_reachable(endpoints)))
-        controller = RolloutController(store, fleet, _verifier(parsed, store, catalogue), parsed.rollouts, monitor)
+        verifier = _verifier(parsed, store, catalogue)
+        controller = RolloutController(store, fleet, verifier, parsed.rollouts, monitor)
         policies = PolicyPublisher(store, catalogue.version, files.policy if remote else None)
         await policies.start()
         feed = RolloutFeedService(policies, store, monitor, controller.wake)
@@ -97,12 +100,14 @@ class ControlReplica(Replica):
         )
         applications = _organ_applications(parsed, store, controller, endpoints)
         if remote:
+            verifier.start()
             controller.start()
             applications.start()
 
         closing: list[Callable[[], object]] = [policies.stop, watch.stop, metrics.stop]
         if remote:
-            closing += [lambda: asyncio.to_thread(applications.stop), lambda: asyncio.to_thread(controller.stop)]
+            stops = (applications.stop, controller.stop, verifier.close)
+            closing += [partial(asyncio.to_thread, stop) for stop in stops]
         section = parsed.control
         part = Part(
             # Operators' calls come over the public server alone, which asks for their token.
@@ -162,7 +167,7 @@ def _fleet(
     )
 
 
-def _verifier(settings: ControlSettings, store: "RolloutStore", catalogue: "Catalogue") -> Any:
+def _verifier(settings: ControlSettings, store: "RolloutStore", catalogue: "Catalogue") -> "SubprocessVerifier":
     from echovlm_ray.serving.control.verifier import SubprocessVerifier
 
     return SubprocessVerifier(

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from echovlm_ray.serving.deployments.replica import Part, Replica, Service, device_of, dtype_of
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SERVICE_NAME = expert_pb2.DESCRIPTOR.services_by_name["ExpertGroup"].full_name
+# Python's own is 0.005: so long an exchange would wait for every step of a load in another thread, layer after layer.
+SWITCH_INTERVAL_S = 0.0005
 # Whoever starts together with Control need not wait for it.
 FIND_CONTROL_S = 0.5
 
@@ -40,6 +43,7 @@ class ExpertGroupReplica(Replica):
             # Before any thread that computes is started: on Linux it holds for this one and for those that it starts.
             # With a GPU this process only hands work on, and doing that late would leave the GPU idle.
             os.nice(parsed.experts.niceness)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         torch.set_num_threads(parsed.model.torch_threads)
         served = served_checkpoint(parsed.model)
         group = ExpertGroup(
