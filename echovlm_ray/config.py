@@ -203,6 +203,9 @@ class ControlSection(Section):
     token_file: Path | None = None
     # When Ray refuses to place Control, lower it. There is one replica, always: it is the only writer of what is live.
     num_cpus: NonNegativeFloat = 0.1
+    # When rollouts must go on however busy the machine is, lower it (0 to 19, as of the command nice): where cores are
+    # few, Control leaves them to those that answer.
+    niceness: Annotated[int, Field(ge=0, le=19)] = 10
 
 
 class RolloutsSection(Section, RolloutSettings):

@@ -70,10 +70,11 @@ class OrganApplications:
         snapshot = self._store.snapshot()
         for organ in snapshot.known_organs:
             self._watch(organ)
-        in_flight = {rollout.organ for rollout in snapshot.in_flight}
+        # Asking Serve takes tens of milliseconds of a core; an organ that has replicas needs no question.
+        missing = {rollout.organ for rollout in snapshot.in_flight if not self._has_replicas(rollout.organ)}
         ended = _ended(snapshot)
-        deployed = self._deployed() if in_flight or ended else set()
-        for organ in sorted(in_flight - deployed):
+        deployed = self._deployed() if missing or ended else set()
+        for organ in sorted(missing - deployed):
             logger.info("starting the expert group of %s", organ)
             self._deploy(organ)
         leaving = ended & deployed
@@ -84,6 +85,10 @@ class OrganApplications:
                 logger.info("ending the expert group of %s", organ)
                 self._remove(organ)
         return not leaving
+
+    def _has_replicas(self, organ: str) -> bool:
+        view = self._views().get(organ)
+        return view is not None and bool(view.replicas)
 
     def _run(self) -> None:
         settled = False

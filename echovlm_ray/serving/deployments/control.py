@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -66,6 +67,8 @@ class ControlReplica(Replica):
         from router.rollouts.operations import RolloutOperations
 
         parsed = ControlSettings.model_validate(settings)
+        # Before any thread is started: on Linux it holds for this one and for those that it starts.
+        os.nice(parsed.control.niceness)
         served = served_checkpoint(parsed.model)
         remote = parsed.experts_placement == "remote"
         files = RolloutFiles.of(parsed.rollouts, served.directory)
