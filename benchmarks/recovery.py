@@ -53,7 +53,7 @@ class Load:
 
 def recover(organ: str, server: str, control: str) -> float:
     """Kills the organ's expert process; seconds until it has answered a request that was sent at once."""
-    os.kill(first_replicas(control)[f"expert-{organ}"], signal.SIGKILL)
+    os.kill(first_replicas(control)[f"expert-{organ}"].pid, signal.SIGKILL)
     killed_at = time.monotonic()
     with EchoVLMClient(server) as client:
         client.generate(prompt="Again?", task="free", organs=[organ], max_new_tokens=1, timeout_s=120)

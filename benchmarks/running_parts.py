@@ -3,13 +3,22 @@
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 ECHORAY = Path(sys.executable).with_name("echoray")
 
 
-def first_replicas(control: str) -> dict[str, int]:
-    """Application → the process id of its first replica.
+@dataclass(frozen=True, slots=True)
+class RunningPart:
+    """A process, and the address of its gRPC server."""
+
+    pid: int
+    endpoint: str
+
+
+def first_replicas(control: str) -> dict[str, RunningPart]:
+    """Application → its first replica.
 
     Args:
         control: Control's address.
@@ -18,7 +27,7 @@ def first_replicas(control: str) -> dict[str, int]:
     # It ends with 1 where some part does not run.
     status = json.loads(subprocess.run(command, capture_output=True).stdout)
     return {
-        application["name"]: int(application["replicas"][0]["pid"])
+        application["name"]: RunningPart(int(replica["pid"]), replica["endpoint"])
         for application in status["applications"]
-        if application["replicas"]
+        for replica in application["replicas"][:1]
     }

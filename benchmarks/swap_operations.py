@@ -9,21 +9,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import grpc
 import torch
 
-from echovlm_ray.client import EchoVLMClient, EchoVLMError
+from echovlm_ray.client import EchoVLMError
 from echovlm_ray.client.control import ExpertControlClient
 from experts.bundle import Bundle, file_sha256
 from experts.bundle_writer import write_bundle
 from experts.manifest import BundleDescription
-from protos import control_pb2
+from protos import control_pb2, router_pb2, router_pb2_grpc
 
 ACTOR = "benchmark"
 PATIENCE_S = 180.0
-# Between two requests that ask which version serves, so that asking is no load of its own.
-ASK_AGAIN_S = 0.01
+# Between two questions to the router about what it would do.
+ASK_AGAIN_S = 0.005
 LOOK_AGAIN_S = 0.1
 CANARY_S = 1.0
+MOST_SESSIONS = 64
 # Versions differ by this factor in every weight of their experts.
 STEP = 1.2
 
@@ -42,8 +44,7 @@ class Swap:
         ended: when the replicas held what was live afterwards, and nothing else.
         phases: "verify", "load", "canary" and "switch" → beginning and end, as far as there were any.
         decided: when `promote`, or the `rollback` of a stable version, was sent. None where a candidate was taken back.
-        served_s: from then to the moment when the first request was sent that the new version answered.
-        answered_s: from then to the end of its answer.
+        served_s: from then to the moment when the router was asked and gave a new request to the new version.
         prepared: whether the new version was resident when it was decided.
     """
 
@@ -53,7 +54,6 @@ class Swap:
     phases: dict[str, tuple[float, float]] = field(default_factory=dict)
     decided: float | None = None
     served_s: float | None = None
-    answered_s: float | None = None
     prepared: bool = True
 
 
@@ -168,16 +168,54 @@ class ControlWatch(AbstractContextManager["ControlWatch"]):
         self._stopping = True
 
 
+class RouterView(AbstractContextManager["RouterView"]):
+    """What the router would do with a new request for an organ. Asking computes nothing, so it is no load."""
+
+    def __init__(self, endpoint: str, organ: str) -> None:
+        """Connects when first asked."""
+        self._channel = grpc.insecure_channel(endpoint)
+        self._stub = router_pb2_grpc.RouterStub(self._channel)
+        self._hints = router_pb2.OrganHints(organs=[organ])
+
+    def expert_set(self, session_key: str = "") -> str:
+        """The id of the expert set that a request of this moment gets."""
+        request = router_pb2.RouteRequest(organ_hints=self._hints, session_key=session_key)
+        response: router_pb2.RouteResponse = self._stub.Route(request, timeout=PATIENCE_S)
+        return response.expert_set_id
+
+    def session_of(self, expert_set_id: str) -> str:
+        """The key of a session whose requests get an expert set, though others may get a candidate's.
+
+        Raises:
+            SwapFailedError: there is none.
+        """
+        for number in range(MOST_SESSIONS):
+            if self.expert_set(key := f"session {number}") == expert_set_id:
+                return key
+        raise SwapFailedError(f"of {MOST_SESSIONS} sessions none gets the expert set {expert_set_id[:12]}…")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes the connection."""
+        self._channel.close()
+
+
 class Swapper:
     """Replaces one organ's experts, one way after another."""
 
     KINDS = ("promote", "roll back", "canary, promote", "canary, roll back")
 
     def __init__(
-        self, server: str, control: ExpertControlClient, watch: ControlWatch, organ: str, versions: dict[str, str]
+        self,
+        router: RouterView,
+        control: ExpertControlClient,
+        watch: ControlWatch,
+        organ: str,
+        versions: dict[str, str],
     ) -> None:
         """Takes the versions there are: version → digest."""
-        self._server = server
+        self._router = router
         self._control = control
         self._watch = watch
         self._organ = organ
@@ -192,7 +230,7 @@ class Swapper:
         """
         kind = self.KINDS[self._turn % len(self.KINDS)]
         self._turn += 1
-        live = self._watch.live
+        live, live_set = self._watch.live, self._router.expert_set()
         swap = Swap(kind, time.monotonic(), prepared=kind != "roll back")
         digest = ""
         if swap.prepared:
@@ -208,12 +246,13 @@ class Swapper:
             self._control.rollback(self._organ, digest=digest, actor=ACTOR)
             self._watch.wait(lambda: self._is(digest, "rolled_back"), "the candidate is rolled back")
         else:
-            swap.decided = switching
+            session = self._router.session_of(live_set)
+            swap.decided = switching = time.monotonic()
             if swap.prepared:
                 self._control.promote(self._organ, digest=digest, actor=ACTOR)
             else:
                 self._control.rollback(self._organ, digest=live, actor=ACTOR)
-            self._ask_until_served(live, swap)
+            self._ask_until_served(session, live_set, swap)
             self._watch.wait(lambda: self._watch.live != live, "another version is live")
         swap.ended = self._watch.wait_until_settled()
         swap.phases["switch"] = (switching, swap.ended)
@@ -262,15 +301,13 @@ class Swapper:
             swap.phases["verify"] = (swap.began, verified)
             swap.phases["load"] = (verified, warm)
 
-    def _ask_until_served(self, before: str, swap: Swap) -> None:
+    def _ask_until_served(self, session: str, before: str, swap: Swap) -> None:
         assert swap.decided is not None
         deadline = time.monotonic() + PATIENCE_S
-        with EchoVLMClient(self._server) as client:
-            while (asked := time.monotonic()) < deadline:
-                answer = client.generate(prompt="?", task="free", organs=[self._organ], max_new_tokens=1)
-                if answer.summary.provenance.organs[0].bundle_digest != before:
-                    swap.served_s, swap.answered_s = asked - swap.decided, time.monotonic() - swap.decided
-                    return
-                # A version that is not resident yet takes seconds.
-                time.sleep(ASK_AGAIN_S if swap.prepared else 10 * ASK_AGAIN_S)
-        raise SwapFailedError(f"no answer of the new version within {PATIENCE_S:g} s")
+        while (asked := time.monotonic()) < deadline:
+            if self._router.expert_set(session) != before:
+                swap.served_s = asked - swap.decided
+                return
+            # A version that is not resident yet takes longer.
+            time.sleep(ASK_AGAIN_S if swap.prepared else 10 * ASK_AGAIN_S)
+        raise SwapFailedError(f"no request went to the new version within {PATIENCE_S:g} s")

@@ -101,10 +101,6 @@ class Findings:
         """From the decision until requests got the new version, where it was, or was not, resident already."""
         return [swap.served_s for swap in self.swaps if swap.served_s is not None and swap.prepared == prepared]
 
-    def answered_s(self, *, prepared: bool) -> list[float]:
-        """From the decision to the end of the first answer of the new version."""
-        return [swap.answered_s for swap in self.swaps if swap.answered_s is not None and swap.prepared == prepared]
-
     def growth(self, part: str) -> float:
         """Resident memory at the end ÷ after the warm-up, less 1: medians over a tenth of the swaps each."""
         samples = self.memory[part]
@@ -138,7 +134,6 @@ class Findings:
             "bundle_bytes": self.bundle_bytes,
             "read_and_checksum_s": list(self.read_s),
             "served_after_promote_s": self.served_s(prepared=True),
-            "answered_after_promote_s": self.answered_s(prepared=True),
             "served_after_rollback_s": self.served_s(prepared=False),
             "phases": {
                 phase: {"seconds": seconds, "gap_p99_ms": nearest_rank(gaps, 99)}
@@ -169,7 +164,6 @@ def table(found: Findings) -> list[str]:
     rows.append((f"reading and checksumming the {found.bundle_bytes / MIB:.1f} MiB, ms", f"{read_ms:.0f}", ""))
     for times, text, has_target in (
         (found.served_s(prepared=True), "`promote` until requests get the new version, which is resident", True),
-        (found.answered_s(prepared=True), "`promote` until the first answer of the new version is complete", False),
         (
             found.served_s(prepared=False),
             "`rollback` until requests get the version before, which is verified and loaded first",

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
@@ -23,7 +23,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.machine import describe
 from benchmarks.running_parts import first_replicas
-from benchmarks.swap_operations import ControlWatch, Swap, SwapFailedError, Swapper, seconds_to_read, write_version
+from benchmarks.swap_operations import (
+    ControlWatch,
+    RouterView,
+    Swap,
+    SwapFailedError,
+    Swapper,
+    seconds_to_read,
+    write_version,
+)
 from benchmarks.swap_report import Findings, plot, table
 from benchmarks.swap_streams import Asked, Streams, ask
 from benchmarks.systems.protocol import MeasuredSystem, SystemFailedError, exit_on_sigterm
@@ -51,13 +59,16 @@ def measure(options: argparse.Namespace, checkpoint: Path, work: Path, console: 
     with MeasuredSystem(arguments, {}) as system, Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("starting the system", total=options.swaps)
         ready = system.wait_until_ready()
-        with ExpertControlClient(ready["control"]) as control, ControlWatch(control, options.organ) as watch:
+        with ExitStack() as stack:
+            control = stack.enter_context(ExpertControlClient(ready["control"]))
+            watch = stack.enter_context(ControlWatch(control, options.organ))
             progress.update(task, description="pushing the versions")
             versions = push_versions(control, source, work)
-            swapper = Swapper(ready["address"], control, watch, options.organ, versions)
-            pids = first_replicas(ready["control"])
+            parts = first_replicas(ready["control"])
+            router = stack.enter_context(RouterView(parts["router"].endpoint, options.organ))
+            swapper = Swapper(router, control, watch, options.organ, versions)
             watched = ("router", "control", f"expert-{options.organ}")
-            processes = {part: psutil.Process(pids[part]) for part in watched}
+            processes = {part: psutil.Process(parts[part].pid) for part in watched}
             # Half of the streams ask the organ that is swapped, the others each of the rest in turn.
             asked = [
                 organs[0] if turn % 2 == 0 else organs[1 + turn // 2 % (len(organs) - 1)]

@@ -20,7 +20,7 @@ def heard(began: float, pause: float, *, version: str = "1.0.0", text: str = "ab
 
 @pytest.fixture
 def found() -> Findings:
-    swap = Swap("promote", 10.0, 12.0, {"verify": (10.0, 11.0), "switch": (11.0, 12.0)}, 11.0, 0.03, 0.05)
+    swap = Swap("promote", 10.0, 12.0, {"verify": (10.0, 11.0), "switch": (11.0, 12.0)}, 11.0, 0.03)
     return Findings(
         heard=[heard(1.0, 0.1), heard(10.1, 0.2), heard(13.0, 0.1, version="2.0.0", text="xyz")],
         failures=["heart: it broke"],
