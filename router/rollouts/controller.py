@@ -86,8 +86,11 @@ class RolloutController:
         """Has a pass begin at once, for example after an observation that may end a candidate."""
         self._wake.set()
 
-    def reconcile_once(self) -> Mapping[str, OrganView]:
+    def reconcile_once(self, *, recent_s: float = 0.0) -> Mapping[str, OrganView]:
         """One pass. Waits for replicas to say what they hold, and for nothing else.
+
+        Args:
+            recent_s: how old may be what is known of organs that nothing happens to.
 
         Returns:
             What the replicas held.
@@ -97,7 +100,9 @@ class RolloutController:
         """
         self._take_finished()
         snapshot = self._store.snapshot()
-        views = self._observer.observe(snapshot.known_organs, self._convergence.unloading())
+        views = self._observer.observe_unsettled(
+            snapshot, snapshot.known_organs, self._convergence.unloading(), recent_s
+        )
         for rollout in snapshot.in_flight:
             self._advance(rollout, snapshot, views[rollout.organ])
         snapshot = self._store.snapshot()
@@ -109,7 +114,8 @@ class RolloutController:
         while not self._stopping.is_set():
             self._wake.clear()
             try:
-                self.reconcile_once()
+                # A rollout wakes this many times a second; the other organs' replicas have requests to answer.
+                self.reconcile_once(recent_s=self._settings.period_s)
             except Exception:
                 logger.exception("a pass over the rollouts failed; the next one tries again")
                 self._stopping.wait(self._settings.period_s)

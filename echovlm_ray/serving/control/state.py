@@ -2,7 +2,8 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator
+from functools import partial
 
 from echovlm_ray.serving.control.changes import Changes
 from echovlm_ray.serving.control.messages import (
@@ -13,7 +14,7 @@ from echovlm_ray.serving.control.messages import (
 )
 from protos import control_pb2
 from router.rollouts.fleet import Fleet
-from router.rollouts.fleet_view import FleetObserver, OrganView
+from router.rollouts.fleet_view import FleetObserver
 from router.rollouts.shadow import report_of
 from router.rollouts.states import State
 from router.rollouts.store import RolloutStore
@@ -34,8 +35,13 @@ class StateReader:
         # The observer asks a replica once at a time.
         self._lock = threading.Lock()
 
-    def read(self, organ: str | None = None) -> control_pb2.ControlState:
-        """The state of all organs or of one."""
+    def read(self, organ: str | None = None, *, recent_s: float = 0.0) -> control_pb2.ControlState:
+        """The state of all organs or of one.
+
+        Args:
+            organ: none for all.
+            recent_s: how old may be what is said of the replicas of organs that nothing happens to.
+        """
         with self._store.read() as transaction:
             snapshot = transaction.snapshot()
             organs = snapshot.known_organs if organ is None else (organ,)
@@ -45,17 +51,14 @@ class StateReader:
                 for known in organs
                 for rollout in transaction.rollouts(organ=known, limit=1)
             ]
-        views = self._observe(organs)
+        with self._lock:
+            views = self._observer.observe_unsettled(snapshot, organs, (), recent_s)
         return control_pb2.ControlState(
             version=snapshot.sequence,
             live=expert_set_to_proto(snapshot.expert_set()),
             rollouts=rollouts,
             replicas=[message for view in views.values() for message in residents_to_proto(view)],
         )
-
-    def _observe(self, organs: Collection[str]) -> Mapping[str, OrganView]:
-        with self._lock:
-            return self._observer.observe(organs, ())
 
 
 class StateWatch:
@@ -77,7 +80,7 @@ class StateWatch:
         with self._changes.listener() as changed:
             while True:
                 changed.clear()
-                state = await asyncio.to_thread(self._reader.read)
+                state = await asyncio.to_thread(partial(self._reader.read, recent_s=IDLE_PERIOD_S))
                 if state != last:
                     last = state
                     yield state
