@@ -22,17 +22,22 @@ class World:
     applications: set[str] = field(default_factory=lambda: {"heart", "liver"})
     views: dict[str, OrganView] = field(default_factory=dict)
     watched: set[str] = field(default_factory=set)
+    asked: list[str] = field(default_factory=list)
     organs: OrganApplications = field(init=False)
 
     def __post_init__(self) -> None:
         self.organs = OrganApplications(
             self.store,
             lambda: self.views,
-            lambda: set(self.applications),
+            self.deployed,
             self.applications.add,
             self.applications.remove,
             self.watched.add,
         )
+
+    def deployed(self) -> set[str]:
+        self.asked.append("applications")
+        return set(self.applications)
 
     def holds(self, organ: str, *digests: str) -> None:
         residents = ReplicaResidents(dict.fromkeys(digests, 1), 10)
@@ -66,6 +71,17 @@ def test_a_new_organ_runs_from_when_it_is_staged_until_it_is_taken_back_and_empt
     world.organs.pass_once()
     assert world.applications == {"heart", "liver"}
     assert world.organs.pass_once()
+
+
+def test_serve_is_not_asked_about_an_organ_that_has_replicas(world: World) -> None:
+    with world.store.write() as transaction:
+        transaction.stage("heart", "a" * 64, RolloutPlan(), actor="tests", reason="")
+    world.holds("heart", "h" * 64)
+    assert world.organs.pass_once()
+    assert not world.asked
+    world.views["heart"] = OrganView("heart", ())
+    assert world.organs.pass_once()
+    assert len(world.asked) == 1
 
 
 def test_a_retired_organ_ends_once_no_replica_holds_anything(world: World) -> None:

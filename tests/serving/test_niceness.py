@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from echovlm_ray.config import ExpertsSection
+from echovlm_ray.config import ControlSection, ExpertsSection
 from tests.running_system import ECHORAY, RunningSystem
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="niceness of threads is Linux's")
@@ -37,3 +37,16 @@ def test_the_experts_compute_below_the_router(running_system: RunningSystem) -> 
     busiest = [busiest_thread(b, seconds_of_threads(p)) for b, p in zip(before, processes, strict=True)]
     experts, router = (os.getpriority(os.PRIO_PROCESS, thread) for thread in busiest)
     assert (experts, router) == (ExpertsSection().niceness, 0)
+
+
+def test_control_gives_way_to_those_that_answer(running_system: RunningSystem) -> None:
+    process = replica(running_system, "control")
+    before = seconds_of_threads(process)
+    subprocess.run(
+        [ECHORAY, "experts", "list", "--control", running_system.control_address],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+    busiest = busiest_thread(before, seconds_of_threads(process))
+    assert os.getpriority(os.PRIO_PROCESS, busiest) == ControlSection().niceness
