@@ -23,7 +23,8 @@ ACTOR = "benchmark"
 PATIENCE_S = 180.0
 # Between two questions to the router about what it would do.
 ASK_AGAIN_S = 0.005
-LOOK_AGAIN_S = 0.1
+# Between two looks at what the replicas hold, for which Control asks them and reads the registry.
+LOOK_AGAIN_S = 0.25
 CANARY_S = 1.0
 MOST_SESSIONS = 64
 # Versions differ by this factor in every weight of their experts.

@@ -25,8 +25,10 @@ class KVCache:
     ) -> None:
         shape = (num_layers, num_blocks * BLOCK_SIZE, num_key_value_heads, head_dim)
         # Zeros, not empty memory: pages are committed only when first written.
-        self.key_LSHD = torch.zeros(shape, dtype=dtype, device=device)
-        self.value_LSHD = torch.zeros(shape, dtype=dtype, device=device)
+        # Written, not only asked for: else the system hands out the pages one by one under load, and whether there are
+        # enough of them shows days later.
+        self.key_LSHD = torch.empty(shape, dtype=dtype, device=device).zero_()
+        self.value_LSHD = torch.empty(shape, dtype=dtype, device=device).zero_()
         self.dtype = dtype
         self.device = device
 
