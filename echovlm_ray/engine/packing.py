@@ -5,7 +5,7 @@ import logging
 import torch
 from torch import nn
 
-from experts.kernels.packed_linear import PackedLinear, packing_available
+from experts.kernels.packed_linear import MAX_ROWS, PackedLinear, packing_available, padded_rows
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,35 @@ def pack_linears(model: nn.Module) -> int:
                 packed += 1
     logger.info("%d linear layers are packed for the CPU", packed)
     return packed
+
+
+def warm_up(model: nn.Module, max_head_rows: int) -> int:
+    """Has oneDNN compile its code for every number of rows that a step may have, before the first request needs it.
+
+    Otherwise a step that is the first of its size stops to compile in the middle of serving, a millisecond or more for
+    each shape, and the process goes on growing until every size has been seen. As much work as some 7,000 tokens are
+    for one layer.
+
+    Args:
+        model: what `pack_linears` has packed.
+        max_head_rows: how many rows the outermost layer, with a row only for each token that is sampled, ever gets.
+
+    Returns:
+        how many products were computed.
+    """
+    shapes: dict[tuple[int, int, torch.dtype, bool], tuple[PackedLinear, int]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, PackedLinearLayer):
+            packed = layer.packed
+            key = (packed.in_features, packed.out_features, packed.dtype, packed.has_bias)
+            shapes.setdefault(key, (packed, max_head_rows if name == "lm_head" else MAX_ROWS))
+    products = 0
+    with torch.inference_mode():
+        for packed, max_rows in shapes.values():
+            for rows in sorted({padded_rows(rows) for rows in range(1, min(max_rows, MAX_ROWS) + 1)}):
+                packed.product(torch.zeros(rows, packed.in_features, dtype=packed.dtype))
+                products += 1
+    return products
 
 
 def _pays(linear: nn.Linear) -> bool:

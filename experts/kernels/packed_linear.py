@@ -70,6 +70,11 @@ class PackedLinear:
         return self._out_features
 
     @property
+    def has_bias(self) -> bool:
+        """Whether something is added to the outputs."""
+        return self._bias_O is not None
+
+    @property
     def dtype(self) -> torch.dtype:
         """The element type of weights, inputs and outputs."""
         return self._dtype
@@ -117,7 +122,7 @@ def padded_rows(rows: int) -> int:
 
     oneDNN generates code for every number of rows and keeps it (0.15 MB each, up to a thousand of them), so a process
     that saw every number would grow without need, and would stop to compile in the middle of serving. So there are
-    four sizes between a power of two and the next up to 64 rows, and every sixteenth above: 48 in all.
+    four sizes between a power of two and the next up to 64 rows, and every sixteenth above: 47 in all.
 
     A lone row gets company: oneDNN adds it up in larger blocks than two or more rows, which changes the last bits from
     1025 inputs on. The second row costs next to nothing, for the weights are read once.

@@ -1,6 +1,8 @@
 """The packed layers compute what the stock ones do, take no more memory, and are used where they should be."""
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from torch import nn
 
 from echovlm_ray.engine.packing import MIN_OUT_FEATURES, PackedLinearLayer, pack_linears
 from echovlm_ray.model.checkpoint import load_backbone
-from experts.kernels.packed_linear import packing_available
+from experts.kernels.packed_linear import MAX_ROWS, packing_available, padded_rows
 from tests.split_golden import SplitGolden, split_golden
 
 pytestmark = pytest.mark.skipif(not packing_available(torch.float32), reason="torch cannot pack weights here")
@@ -25,6 +27,39 @@ def layers(dtype: torch.dtype) -> nn.Sequential:
     torch.manual_seed(0)
     narrow = nn.Sequential(nn.Linear(80, 2), nn.Linear(2, 64, bias=False))
     return nn.Sequential(nn.Linear(48, 80), nn.SiLU(), narrow).to(dtype)
+
+
+GROWTH = """
+import psutil, torch
+from torch import nn
+from echovlm_ray.engine.packing import pack_linears, warm_up
+torch.set_num_threads(1)
+model = nn.ModuleDict({"a": nn.Linear(64, 96), "b": nn.Linear(96, 64, bias=False), "lm_head": nn.Linear(64, 160)})
+pack_linears(model)
+products = warm_up(model, 8) if WARM else 0
+def steps():
+    for rows in range(1, 513):
+        model["b"](model["a"](torch.ones(rows, 64)))
+        model["lm_head"](torch.ones(min(rows, 8), 64))
+before = psutil.Process().memory_info().rss
+with torch.inference_mode():
+    steps()
+print(products, psutil.Process().memory_info().rss - before)
+"""
+
+
+def test_no_size_of_a_step_is_compiled_after_the_warm_up() -> None:
+    """What oneDNN compiles it keeps, so the memory tells. In processes that have compiled nothing before."""
+    found = {}
+    for warm in (False, True):
+        done = subprocess.run(
+            [sys.executable, "-c", GROWTH.replace("WARM", str(warm))], capture_output=True, text=True, check=True
+        )
+        found[warm] = [int(number) for number in done.stdout.split()]
+    sizes, head_sizes = ({padded_rows(rows) for rows in range(1, most + 1)} for most in (MAX_ROWS, 8))
+    assert found[True][0] == 2 * len(sizes) + len(head_sizes)
+    assert found[False][1] > 6_000_000
+    assert found[True][1] < found[False][1] / 4
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])

@@ -96,6 +96,7 @@ def build_engine(
 ) -> "tuple[Engine, ServedModel, OrganGate]":
     """Loads the backbone and the gates, and puts the engine together; takes as long as reading the weights."""
     from echovlm_ray.engine.engine import Engine
+    from echovlm_ray.engine.packing import warm_up
     from echovlm_ray.engine.runner import ModelRunner
     from echovlm_ray.model.checkpoint import load_backbone
     from echovlm_ray.serving.bundles import open_registry
@@ -117,8 +118,12 @@ def build_engine(
     )
     dispatcher.add_set(ExpertGates.of(expert_set, gates))
     limits = settings.router
+    runner = ModelRunner(
+        backbone, dispatcher, kv_cache_tokens=limits.kv_cache_tokens, micro_batches=limits.micro_batches
+    )
+    warm_up(backbone, limits.max_batch_size)
     engine = Engine(
-        ModelRunner(backbone, dispatcher, kv_cache_tokens=limits.kv_cache_tokens, micro_batches=limits.micro_batches),
+        runner,
         max_batch_size=limits.max_batch_size,
         max_queue=limits.max_queue,
         max_prefill_tokens=limits.max_prefill_tokens,
