@@ -200,9 +200,9 @@ def environment_of(settings: ReplicaSettings) -> dict[str, str]:
         "MALLOC_MMAP_THRESHOLD_": str(256 * 1024 * 1024),
         "OMP_NUM_THREADS": str(settings.model.torch_threads),
     }
-    if isinstance(settings, ExpertGroupSettings | RouterSettings):
-        # One heap for all threads wastes least, in the experts' many processes; and in a router's many threads, whose
-        # heaps otherwise go on growing for hours as each fills its gaps anew.
+    if isinstance(settings, ExpertGroupSettings):
+        # There are many of these processes, with few threads each: one heap for all threads wastes least. Not a router,
+        # whose threads all allocate at once: it would serve a fifth fewer tokens.
         environment["MALLOC_ARENA_MAX"] = "1"
     if not settings.serve.grpc_event_engine:
         environment["GRPC_EXPERIMENTS"] = "-event_engine_client,-event_engine_listener"
