@@ -84,6 +84,19 @@ def test_serve_is_not_asked_about_an_organ_that_has_replicas(world: World) -> No
     assert len(world.asked) == 1
 
 
+def test_an_organ_that_comes_back_while_its_last_replica_leaves_is_started_anew(world: World) -> None:
+    """Serve takes a while to end an application, and its replicas are seen until then."""
+    world.holds("liver")
+    with world.store.write() as transaction:
+        transaction.retire_organ("liver", actor="tests", reason="")
+    world.organs.pass_once()
+    assert world.applications == {"heart"}
+    with world.store.write() as transaction:
+        transaction.stage("liver", "a" * 64, RolloutPlan(), actor="tests", reason="")
+    world.organs.pass_once()
+    assert world.applications == {"heart", "liver"}
+
+
 def test_a_retired_organ_ends_once_no_replica_holds_anything(world: World) -> None:
     world.holds("liver", "l" * 64)
     with world.store.write() as transaction:

@@ -70,8 +70,13 @@ class OrganApplications:
         snapshot = self._store.snapshot()
         for organ in snapshot.known_organs:
             self._watch(organ)
-        # Asking Serve takes tens of milliseconds of a core; an organ that has replicas needs no question.
-        missing = {rollout.organ for rollout in snapshot.in_flight if not self._has_replicas(rollout.organ)}
+        # Asking Serve takes tens of milliseconds of a core. A live organ that has replicas needs no question; those of
+        # one that is not live may be leaving.
+        missing = {
+            rollout.organ
+            for rollout in snapshot.in_flight
+            if snapshot.live(rollout.organ) is None or not self._has_replicas(rollout.organ)
+        }
         ended = _ended(snapshot)
         deployed = self._deployed() if missing or ended else set()
         for organ in sorted(missing - deployed):
