@@ -24,7 +24,6 @@ class KVCache:
         device: torch.device,
     ) -> None:
         shape = (num_layers, num_blocks * BLOCK_SIZE, num_key_value_heads, head_dim)
-        # Zeros, not empty memory: pages are committed only when first written.
         # Written, not only asked for: else the system hands out the pages one by one under load, and whether there are
         # enough of them shows days later.
         self.key_LSHD = torch.empty(shape, dtype=dtype, device=device).zero_()

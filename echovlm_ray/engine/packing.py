@@ -56,7 +56,8 @@ def warm_up(model: nn.Module, max_head_rows: int) -> int:
 
     Args:
         model: what `pack_linears` has packed.
-        max_head_rows: how many rows the outermost layer, with a row only for each token that is sampled, ever gets.
+        max_head_rows: how many rows the outermost layer gets, which has one only for each token that is sampled.
+            Requests that want logits give it more; what those take is compiled then.
 
     Returns:
         how many products were computed.

@@ -100,8 +100,8 @@ class RolloutController:
         """
         self._take_finished()
         snapshot = self._store.snapshot()
-        views = self._observer.observe_unsettled(
-            snapshot, snapshot.known_organs, self._convergence.unloading(), recent_s
+        views = self._observer.observe(
+            snapshot, snapshot.known_organs, self._convergence.unloading(), recent_s=recent_s
         )
         for rollout in snapshot.in_flight:
             self._advance(rollout, snapshot, views[rollout.organ])

@@ -92,16 +92,21 @@ class FleetObserver:
         # Organ → when it was asked about last, on the monotonic clock, and what its replicas said.
         self._seen: dict[str, tuple[float, OrganView]] = {}
 
-    def observe_unsettled(
-        self, snapshot: Snapshot, organs: Iterable[str], unloading: Collection[tuple[str, str]], recent_s: float
+    def observe(
+        self,
+        snapshot: Snapshot,
+        organs: Iterable[str],
+        unloading: Collection[tuple[str, str]] = (),
+        *,
+        recent_s: float = 0.0,
     ) -> dict[str, OrganView]:
-        """As `observe`, but spares the replicas of organs that nothing happens to.
+        """What the replicas of these organs hold; those of organs that nothing happens to can be spared the question.
 
         Args:
             snapshot: the state of the rollouts.
             organs: the organs.
-            unloading: see `observe`.
-            recent_s: how old may be what is said here of an organ that had settled.
+            unloading: (replica, digest) that are being unloaded: a replica may still name them, but not for long.
+            recent_s: how old may be what is said here of an organ that had settled; 0 asks all.
         """
         now = time.monotonic()
         spared = {}
@@ -112,7 +117,7 @@ class FleetObserver:
                 spared[organ] = view
             else:
                 asked.append(organ)
-        return {**spared, **self.observe(asked, unloading)}
+        return {**spared, **self._ask(asked, unloading)}
 
     def _is_complete(self, view: OrganView) -> bool:
         try:
@@ -121,13 +126,7 @@ class FleetObserver:
             # Which one it is says whoever asks in earnest.
             return False
 
-    def observe(self, organs: Iterable[str], unloading: Collection[tuple[str, str]]) -> dict[str, OrganView]:
-        """What the replicas of these organs hold now.
-
-        Args:
-            organs: the organs.
-            unloading: (replica, digest) that are being unloaded: a replica may still name them, but not for long.
-        """
+    def _ask(self, organs: Iterable[str], unloading: Collection[tuple[str, str]]) -> dict[str, OrganView]:
         self._calls.take_done()
         names: dict[str, list[str]] = {}
         problems: dict[str, str] = {}

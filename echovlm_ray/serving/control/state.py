@@ -52,7 +52,7 @@ class StateReader:
                 for rollout in transaction.rollouts(organ=known, limit=1)
             ]
         with self._lock:
-            views = self._observer.observe_unsettled(snapshot, organs, (), recent_s)
+            views = self._observer.observe(snapshot, organs, recent_s=recent_s)
         return control_pb2.ControlState(
             version=snapshot.sequence,
             live=expert_set_to_proto(snapshot.expert_set()),

@@ -48,7 +48,7 @@ def store(tmp_path: Path, fleet: CountingFleet) -> Iterator[RolloutStore]:
 
 def look(observer: FleetObserver, store: RolloutStore, recent_s: float = 60.0) -> dict[str, set[str]]:
     """Organ → what all its replicas together hold."""
-    views = observer.observe_unsettled(store.snapshot(), ORGANS, (), recent_s)
+    views = observer.observe(store.snapshot(), ORGANS, recent_s=recent_s)
     return {
         organ: {digest for replica in view.replicas for digest in (replica.residents or NOTHING).bytes_by_digest}
         for organ, view in views.items()
