@@ -21,6 +21,8 @@ from router.rollouts.store import RolloutStore
 
 LOADING_PERIOD_S = 0.25
 IDLE_PERIOD_S = 1.0
+# Readings until one that nothing changed under; the last one is given whatever happened.
+MAX_READS = 3
 _LOADING = (State.STAGED, State.VERIFIED)
 
 
@@ -38,10 +40,21 @@ class StateReader:
     def read(self, organ: str | None = None, *, recent_s: float = 0.0) -> control_pb2.ControlState:
         """The state of all organs or of one.
 
+        The replicas are asked after the database is read. What a rollout came to meanwhile is read once more, so that
+        no replica is seen to load what is not verified yet.
+
         Args:
             organ: none for all.
             recent_s: how old may be what is said of the replicas of organs that nothing happens to.
         """
+        state = self._read_once(organ, recent_s)
+        for _ in range(MAX_READS - 1):
+            if self._store.head().count == state.version:
+                break
+            state = self._read_once(organ, recent_s)
+        return state
+
+    def _read_once(self, organ: str | None, recent_s: float) -> control_pb2.ControlState:
         with self._store.read() as transaction:
             snapshot = transaction.snapshot()
             organs = snapshot.known_organs if organ is None else (organ,)
