@@ -71,7 +71,8 @@ class _Views:
     hidden_states_TD: torch.Tensor
     expert_index_TK: torch.Tensor
     weight_TK: torch.Tensor
-    request: expert_pb2.ForwardRequest
+    # The part of the message that says where they are, serialised.
+    shared: bytes
 
 
 class TokenWriter:
@@ -115,11 +116,12 @@ class TokenWriter:
             views.hidden_states_TD.copy_(x_TD[tokens.row_R])
         views.expert_index_TK.copy_(tokens.expert_index_RK)
         views.weight_TK.copy_(tokens.weight_RK.detach() if tokens.weight_RK.requires_grad else tokens.weight_RK)
-        request = views.request
-        request.correlation_id = correlation_id
-        request.bundle_digest = tokens.bundle_digest
-        request.layer = tokens.layer
-        return request.SerializeToString(), Place(area, layout)
+        # A new message each time: one that is kept also keeps every string that it was ever given. And the parts of a
+        # message may be serialised one by one.
+        head = expert_pb2.ForwardRequest(
+            correlation_id=correlation_id, bundle_digest=tokens.bundle_digest, layer=tokens.layer
+        )
+        return head.SerializeToString() + views.shared, Place(area, layout)
 
     def _make_views(self, offset: int, layout: Layout) -> _Views:
         # Not of the area: they would keep it from ever being free again.
@@ -129,7 +131,7 @@ class TokenWriter:
             layout.hidden_states_TD(stretch),
             layout.expert_index_TK(stretch),
             layout.weight_TK(stretch),
-            expert_pb2.ForwardRequest(shared=layout.to_proto(offset)),
+            expert_pb2.ForwardRequest(shared=layout.to_proto(offset)).SerializeToString(),
         )
 
 
