@@ -1,5 +1,6 @@
 """An expert set: the immutable choice of one bundle per organ that a request is pinned to."""
 
+from collections.abc import Collection
 from functools import cached_property
 from typing import Literal, Self
 
@@ -50,6 +51,12 @@ class ExpertSet(BaseModel):
     def organs(self) -> tuple[str, ...]:
         """The organs in the set's order."""
         return tuple(member.organ for member in self.members)
+
+    def used(self, organs: Collection[str]) -> tuple[ExpertSetMember, ...]:
+        """The members that compute for a request which uses these organs, in the set's order; all of a flat set."""
+        if self.routing == "flat":
+            return self.members
+        return tuple(member for member in self.members if member.organ in organs)
 
     def bundle_digest(self, organ: str) -> str:
         """The bundle of an organ.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from router.expert_gates import ExpertGates
+from router.expert_set import ExpertSetMember
 from router.flat_split import FlatSplit
 
 
@@ -97,10 +98,7 @@ def plan_step(
         gates_of: expert set id → gates.
         device: where the rows are.
     """
-    by_set: dict[str, list[TokenAssignment]] = {}
-    for index, assignment in enumerate(assignments):
-        if index not in failed:
-            by_set.setdefault(assignment.expert_set_id, []).append(assignment)
+    by_set = _by_set([each for index, each in enumerate(assignments) if index not in failed], gates_of)
     num_rows = assignments[-1].end if assignments else 0
     organ_sets, flat_sets = [], []
     for set_id, own in by_set.items():
@@ -114,6 +112,31 @@ def plan_step(
     plain = all(member.share_R1 is None for planned in organ_sets for member in planned.members)
     disjoint = not flat_sets and whole and plain
     return StepPlan(tuple(organ_sets), tuple(flat_sets), disjoint, complete=not failed)
+
+
+def _by_set(
+    assignments: Sequence[TokenAssignment], gates_of: Mapping[str, ExpertGates]
+) -> dict[str, list[TokenAssignment]]:
+    """Expert set id → its sequences, and those of other sets that would compute them in the same way.
+
+    While a version comes or goes, most sequences use organs whose experts are the same in both sets: for them there is
+    one set still, and one gating.
+    """
+    by_set: dict[str, list[TokenAssignment]] = {}
+    for assignment in assignments:
+        by_set.setdefault(assignment.expert_set_id, []).append(assignment)
+    if len(by_set) < 2:
+        return by_set
+    set_of: dict[tuple[ExpertSetMember, ...], str] = {}
+    by_set = {}
+    for assignment in assignments:
+        set_id = assignment.expert_set_id
+        expert_set = gates_of[set_id].expert_set
+        # What is counted of flat sets is found by the set's own id.
+        if expert_set.routing != "flat":
+            set_id = set_of.setdefault(expert_set.used([organ for organ, _ in assignment.shares]), set_id)
+        by_set.setdefault(set_id, []).append(assignment)
+    return by_set
 
 
 def _organ_rows(own: Sequence[TokenAssignment], gates: ExpertGates, num_rows: int, device: torch.device) -> OrganRows:

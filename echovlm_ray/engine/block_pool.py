@@ -17,12 +17,12 @@ class BlockContents:
 
     Attributes:
         key: equal keys mean equal keys and values in the cache; see `engine.prefix`.
-        expert_set_id: the set that they were computed with.
+        bundles: the digests of the experts that they were computed with.
         routed_pairs: (token, layer, expert) pairs per organ that computing the block's tokens took.
     """
 
     key: bytes
-    expert_set_id: str
+    bundles: frozenset[str]
     routed_pairs: Mapping[str, int]
 
 
@@ -120,10 +120,10 @@ class BlockPool:
                 del self._kept[block]
                 self._free.append(block)
 
-    def forget_expert_set(self, expert_set_id: str) -> None:
-        """Makes all blocks unfindable that were computed with an expert set."""
+    def forget_bundle(self, digest: str) -> None:
+        """Makes all blocks unfindable that were computed with a bundle's experts."""
         known = [(block, self.contents(block)) for block in self._known.values()]
-        self.forget([block for block, contents in known if contents.expert_set_id == expert_set_id])
+        self.forget([block for block, contents in known if digest in contents.bundles])
 
     def forget_all(self) -> None:
         """Makes all blocks unfindable."""

@@ -121,7 +121,9 @@ class Engine:
             OverloadedError: the queue is full or the cache too small for the request.
             ShuttingDownError: the engine is shutting down.
         """
-        sequence = Sequence.start(request, sink, self._max_request_s)
+        expert_set = self.dispatcher.gates(request.expert_set_id).expert_set
+        experts = expert_set.used([organ for organ, _ in request.shares])
+        sequence = Sequence.start(request, sink, experts, self._max_request_s)
         sequence.gone = gone
         with self._condition:
             if self._stopping:
@@ -138,10 +140,10 @@ class Engine:
             self._cancelled.append(sequence)
             self._condition.notify()
 
-    def forget_expert_set(self, expert_set_id: str) -> None:
-        """Drops what the cache keeps of an expert set that was removed; running requests keep what they hold."""
+    def forget_bundle(self, digest: str) -> None:
+        """Drops what the cache keeps of a bundle that is used no more; running requests keep what they hold."""
         with self._condition:
-            self._scheduler.pool.forget_expert_set(expert_set_id)
+            self._scheduler.pool.forget_bundle(digest)
 
     def forget_prefixes(self) -> None:
         """Drops all that the cache keeps for prompts that begin alike."""

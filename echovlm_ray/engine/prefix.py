@@ -2,7 +2,8 @@
 
 The keys form a chain, as in vLLM's automatic prefix caching: each takes in the key before it, and so everything that
 the block's keys and values were computed from. Equal keys mean equal tokens at equal positions, the same pictures by
-content and encoder, the same expert set, and the same shares of the same organs.
+content and encoder, and the same shares of the same organs, computed by the same bundles. Sets that differ in other
+organs share their blocks: so the replacement of one organ's experts costs the others' prompts nothing.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from collections.abc import Sequence as Sequences
 from typing import TYPE_CHECKING
 
 from echovlm_ray.engine.block_pool import BLOCK_SIZE
+from router.expert_set import ExpertSetMember
 
 if TYPE_CHECKING:
     from echovlm_ray.engine.sequence import SequenceRequest
@@ -22,8 +24,15 @@ if TYPE_CHECKING:
 class PrefixKeys:
     """The keys of one sequence's blocks, made when they are first asked for."""
 
-    def __init__(self, request: "SequenceRequest") -> None:
+    def __init__(self, request: "SequenceRequest", experts: Sequences[ExpertSetMember]) -> None:
+        """Nothing is computed yet.
+
+        Args:
+            request: the sequence's.
+            experts: all that may compute its tokens, in the order of its expert set; of one backbone.
+        """
         self._request = request
+        self._experts = experts
         self._keys: list[bytes] = []
         self._vision_rows: list[int] = []
         # Set at a picture without a digest: nothing tells what the blocks from there on hold.
@@ -51,7 +60,8 @@ class PrefixKeys:
 
     def _root(self) -> bytes:
         # The sum over the organs runs in the set's order, so the order of the shares makes no difference.
-        return json.dumps([self._request.expert_set_id, sorted(self._request.shares)]).encode()
+        experts = [(member.organ, member.bundle_digest) for member in self._experts]
+        return json.dumps([experts, sorted(self._request.shares)]).encode()
 
     def _positions(self, start: int) -> bytes:
         request = self._request

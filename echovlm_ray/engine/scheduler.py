@@ -120,8 +120,9 @@ class Scheduler:
         if not self.prefix_reuse or full == sequence.num_published:
             return
         keys = sequence.prefix.first(full, sequence.token_ids)
+        bundles = frozenset(member.bundle_digest for member in sequence.experts)
         for index in range(sequence.num_published, len(keys)):
-            contents = BlockContents(keys[index], sequence.request.expert_set_id, sequence.block_pairs[index])
+            contents = BlockContents(keys[index], bundles, sequence.block_pairs[index])
             self.pool.publish(sequence.block_table[index], contents)
         sequence.num_published = full
 

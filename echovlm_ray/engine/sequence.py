@@ -13,6 +13,7 @@ import torch
 from echovlm_ray.engine.block_pool import BLOCK_SIZE
 from echovlm_ray.engine.prefix import PrefixKeys
 from router.errors import ExpertsUnavailableError
+from router.expert_set import ExpertSetMember
 
 # A restarted expert group shall be noticed at once, and one that stays away shall not be asked all the time.
 FIRST_RETRY_S = 0.02
@@ -113,6 +114,8 @@ class Sequence:
 
     request: SequenceRequest
     sink: Sink
+    # All that may compute its tokens, in the order of the expert set.
+    experts: tuple[ExpertSetMember, ...]
     token_ids: list[int]
     generator: torch.Generator | None
     # In `time.monotonic` seconds.
@@ -137,7 +140,13 @@ class Sequence:
     retry_at: float = 0.0
 
     @classmethod
-    def start(cls, request: SequenceRequest, sink: Sink, max_seconds: float = math.inf) -> "Sequence":
+    def start(
+        cls,
+        request: SequenceRequest,
+        sink: Sink,
+        experts: tuple[ExpertSetMember, ...],
+        max_seconds: float = math.inf,
+    ) -> "Sequence":
         """A sequence at its first step, which ends at its deadline or after `max_seconds`, whichever is first."""
         generator = None
         if request.sampling.temperature > 0:
@@ -149,7 +158,8 @@ class Sequence:
         deadline = time.monotonic() + max_seconds
         if request.deadline is not None:
             deadline = min(deadline, request.deadline)
-        return cls(request, sink, list(request.input_ids), generator, deadline, PrefixKeys(request))
+        prefix = PrefixKeys(request, experts)
+        return cls(request, sink, experts, list(request.input_ids), generator, deadline, prefix)
 
     @property
     def num_prompt(self) -> int:

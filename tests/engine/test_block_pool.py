@@ -3,16 +3,16 @@ import pytest
 from echovlm_ray.engine.block_pool import BlockContents, BlockPool
 
 
-def contents(name: str, expert_set_id: str = "set") -> BlockContents:
-    return BlockContents(name.encode(), expert_set_id, {"breast": 3})
+def contents(name: str, *bundles: str) -> BlockContents:
+    return BlockContents(name.encode(), frozenset(bundles), {"breast": 3})
 
 
-def filled(pool: BlockPool, names: str, expert_set_id: str = "set") -> list[int]:
+def filled(pool: BlockPool, names: str, *bundles: str) -> list[int]:
     """Blocks that are held, with known contents."""
     blocks = pool.allocate(len(names))
     assert blocks is not None
     for block, name in zip(blocks, names, strict=True):
-        pool.publish(block, contents(name, expert_set_id))
+        pool.publish(block, contents(name, *bundles))
     return blocks
 
 
@@ -78,13 +78,13 @@ def test_the_first_block_with_some_contents_stays_the_known_one() -> None:
     assert pool.num_kept == 0
 
 
-def test_an_expert_set_is_forgotten_alone() -> None:
+def test_a_bundle_is_forgotten_alone() -> None:
     pool = BlockPool(4)
-    kept, held = filled(pool, "ab", "old"), filled(pool, "c", "old")
+    kept, held = filled(pool, "ab", "old"), filled(pool, "c", "old", "new")
     other = filled(pool, "d", "new")
     pool.release(kept)
     pool.release(other)
-    pool.forget_expert_set("old")
+    pool.forget_bundle("old")
     assert [pool.find(keys(name)) for name in "abcd"] == [[], [], [], other]
     assert (pool.num_free, pool.num_kept) == (3, 1)
     pool.release(held)

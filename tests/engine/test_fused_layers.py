@@ -73,7 +73,7 @@ def chunk(tokens: int) -> Chunk:
         shares=(),
         max_new_tokens=1,
     )
-    return Chunk(EngineSequence.start(request, lambda _: None), 0, tokens)
+    return Chunk(EngineSequence.start(request, lambda _: None, ()), 0, tokens)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(1, 4))

@@ -8,6 +8,7 @@ import torch
 from echovlm_ray.engine.block_pool import BLOCK_SIZE
 from echovlm_ray.engine.prefix import PrefixKeys
 from echovlm_ray.engine.sequence import SequenceRequest, VisionDigest
+from router.expert_set import ExpertSetMember
 
 NUM_PROMPT = 50
 # A picture of six rows in the second block and one of ten across the second and the third.
@@ -28,8 +29,20 @@ def request() -> SequenceRequest:
     )
 
 
-def keys(own: SequenceRequest, num_blocks: int = 3, token_ids: list[int] | None = None) -> list[bytes]:
-    return PrefixKeys(own).first(num_blocks, token_ids or list(own.input_ids))
+def bundles(**digests: str) -> tuple[ExpertSetMember, ...]:
+    return tuple(ExpertSetMember(organ=organ, bundle_digest=digest) for organ, digest in digests.items())
+
+
+EXPERTS = bundles(breast="b1", liver="l1")
+
+
+def keys(
+    own: SequenceRequest,
+    num_blocks: int = 3,
+    token_ids: list[int] | None = None,
+    experts: tuple[ExpertSetMember, ...] = EXPERTS,
+) -> list[bytes]:
+    return PrefixKeys(own, experts).first(num_blocks, token_ids or list(own.input_ids))
 
 
 def moved(token: int, axis: int) -> torch.Tensor:
@@ -47,7 +60,6 @@ def moved(token: int, axis: int) -> torch.Tensor:
         (replace(request(), shares=(("breast", 0.75), ("liver", 0.25))), 0),
         (replace(request(), shares=(("breast", 1.0),)), 0),
         (replace(request(), shares=()), 0),
-        (replace(request(), expert_set_id="other"), 0),
         (replace(request(), input_ids=(1, *request().input_ids[1:])), 0),
         (replace(request(), input_ids=(*request().input_ids[:40], 1, *request().input_ids[41:])), 2),
         (replace(request(), position_ids_3T=moved(3, 0)), 0),
@@ -63,6 +75,18 @@ def moved(token: int, axis: int) -> torch.Tensor:
 def test_what_decides_the_contents_decides_the_key(changed: SequenceRequest, same_blocks: int) -> None:
     pairs = zip(keys(request()), keys(changed), strict=True)
     assert [one == other for one, other in pairs] == [index < same_blocks for index in range(3)]
+
+
+@pytest.mark.parametrize(
+    "others",
+    [bundles(breast="b2", liver="l1"), bundles(breast="b1", liver="l2"), bundles(liver="l1", breast="b1"), ()],
+)
+def test_other_experts_or_another_order_of_them_share_nothing(others: tuple[ExpertSetMember, ...]) -> None:
+    assert not set(keys(request())) & set(keys(request(), experts=others))
+
+
+def test_sets_share_what_the_same_experts_computed() -> None:
+    assert keys(replace(request(), expert_set_id="other")) == keys(request())
 
 
 def test_a_picture_without_a_digest_ends_what_can_be_reused() -> None:
@@ -87,7 +111,7 @@ def test_keys_of_an_answer_are_those_of_the_same_tokens_in_a_prompt() -> None:
 
 def test_keys_are_made_as_the_answer_grows() -> None:
     own = request()
-    growing = PrefixKeys(own)
+    growing = PrefixKeys(own, EXPERTS)
     token_ids = list(own.input_ids)
     assert growing.first(3, token_ids) == keys(own)
     token_ids += [7] * 30

@@ -178,13 +178,13 @@ def test_other_pictures_organs_and_sets_share_nothing(split: SplitGolden, reques
             assert engine.prefix_hits - before == (before_picture if each.shares == picture.shares else 0)
 
 
-def test_a_removed_expert_set_takes_its_blocks_along(split: SplitGolden, requests: list[SequenceRequest]) -> None:
+def test_a_bundle_that_goes_takes_its_blocks_along(split: SplitGolden, requests: list[SequenceRequest]) -> None:
     text = next(request for request in requests if request.vision_rows_V is None)
     with running_engine(split, local_experts(split)) as engine:
         submit(engine, text).wait_well()
-        engine.forget_expert_set("another")
+        engine.forget_bundle("another")
         assert engine.kept_blocks >= 2
-        engine.forget_expert_set(split.expert_set.id)
+        engine.forget_bundle(split.expert_set.used([organ for organ, _ in text.shares])[0].bundle_digest)
         assert engine.kept_blocks == 0
         submit(engine, text).wait_well()
         assert engine.prefix_hits == 0

@@ -30,7 +30,7 @@ def sequence(sampling: SamplingParams, token_ids: list[int]) -> Sequence:
         max_new_tokens=4,
         sampling=sampling,
     )
-    return Sequence.start(request, lambda output: None)
+    return Sequence.start(request, lambda output: None, ())
 
 
 def next_token(own: Sequence, logits_V: torch.Tensor) -> int:

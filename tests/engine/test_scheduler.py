@@ -16,8 +16,14 @@ from echovlm_ray.engine.scheduler import Chunk, Scheduler
 from echovlm_ray.engine.sequence import Sequence, SequenceRequest
 from echovlm_ray.errors import OverloadedError
 from router.errors import ExpertsUnavailableError
+from router.expert_set import ExpertSetMember
 
 ORGANS = ("breast", "liver")
+
+
+def start(request: SequenceRequest) -> Sequence:
+    experts = tuple(ExpertSetMember(organ=organ, bundle_digest=f"{organ}-1") for organ, _ in request.shares)
+    return Sequence.start(request, lambda output: None, experts)
 
 
 def sequence(num_prompt: int, max_new_tokens: int, organ: str = "breast", first_token: int = 0) -> Sequence:
@@ -29,7 +35,7 @@ def sequence(num_prompt: int, max_new_tokens: int, organ: str = "breast", first_
         shares=((organ, 1.0),),
         max_new_tokens=max_new_tokens,
     )
-    return Sequence.start(request, lambda output: None)
+    return start(request)
 
 
 class Outage:
@@ -146,7 +152,7 @@ def test_no_block_is_lost_and_everything_ends(
         elif action == "recovery":
             outage.organs.discard(arguments[0])
         elif action == "forget":
-            planned.pool.forget_expert_set("set")
+            planned.pool.forget_bundle("breast-1")
         elif action in ("step", "fail"):
             chunks = planned.schedule()
             check(planned)
@@ -264,7 +270,7 @@ def test_an_answer_and_its_prompt_are_where_the_next_turn_begins() -> None:
         input_ids=(*first.token_ids, 1, 2, 3),
         position_ids_3T=torch.cat([torch.zeros(3, 20, dtype=torch.int64), torch.arange(20, 43).expand(3, -1)], dim=1),
     )
-    planned.add(Sequence.start(request, lambda output: None))
+    planned.add(start(request))
     (chunk,) = planned.schedule()
     # 39 of the 40 tokens were in the cache: two full blocks.
     assert (chunk.start, chunk.end) == (32, 43)
@@ -275,7 +281,7 @@ def test_who_wants_logits_computes_everything() -> None:
     planned.add(sequence(40, 1))
     advance(planned, planned.schedule())
     request = replace(sequence(40, 1).request, return_logits=True)
-    planned.add(Sequence.start(request, lambda output: None))
+    planned.add(start(request))
     (chunk,) = planned.schedule()
     assert (chunk.start, chunk.end) == (0, 40)
 

@@ -218,6 +218,34 @@ def test_sets_that_share_a_bundle_share_an_exchange() -> None:
     torch.testing.assert_close(found_TD[3:], expected(second, 0, x_TD[3:], {"breast": 1.0}))
 
 
+def test_sequences_of_another_set_that_use_the_same_experts_are_gated_with_the_rest() -> None:
+    first = gates("organs", digests={"breast": "same", "liver": "old"})
+    rows = {organ: tuple(first.rows_of(organ, layer) for layer in range(2)) for organ in ORGANS}
+    rows["liver"] = tuple(torch.randn_like(each) for each in rows["liver"])
+    second = ExpertGates(gates("organs", digests={"breast": "same", "liver": "new"}).expert_set, rows)
+    dispatcher = Dispatcher(ScalingExperts(), top_k=2, norm_topk_prob=False)
+    dispatcher.add_set(first)
+    dispatcher.add_set(second)
+    used = [
+        (first, (("breast", 1.0),)),
+        (second, (("breast", 1.0),)),
+        (second, (("liver", 1.0),)),
+        (first, (("liver", 1.0),)),
+        (second, (("breast", 0.5), ("liver", 0.5))),
+    ]
+    assignments = [TokenAssignment(row, row + 1, own.expert_set.id, shares) for row, (own, shares) in enumerate(used)]
+    plan = dispatcher.plan(assignments, (), torch.device("cpu"))
+    sizes = {planned.gates.expert_set.id: planned.sizes for planned in plan.organ_sets}
+    assert sizes == {first.expert_set.id: (2, 1), second.expert_set.id: (1, 2)}
+    x_TD = torch.randn(5, HIDDEN)
+    step = dispatcher.step(assignments)
+    found_TD = step.begin(1, x_TD).result()
+    for row, (own, shares) in enumerate(used):
+        own_TD = x_TD[row : row + 1]
+        torch.testing.assert_close(found_TD[row : row + 1], expected(own, 1, own_TD, dict(shares)))
+        assert step.pair_counts(row) == {organ: 2 for organ, _ in shares}
+
+
 @pytest.mark.parametrize("moment", ["lost", "lost_while_computing"])
 def test_a_lost_organ_fails_its_rows_only_and_is_asked_once(moment: str) -> None:
     own = gates("organs")

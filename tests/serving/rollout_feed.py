@@ -1,7 +1,7 @@
 """A small Control: sends the policies that a test sets, and keeps what is reported. And a router that listens to it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -318,12 +318,14 @@ class Alone:
         layers = int(str(split.config["num_hidden_layers"]))
         self._read = gate_reader(split.registry, layers, split.tensors["lm_head.weight"].dtype)
 
-    def tokens(self, expert_set: ExpertSet, organs: tuple[str, ...], count: int) -> list[int]:
+    def tokens(
+        self, expert_set: ExpertSet, organs: tuple[str, ...], count: int, input_ids: Sequence[int] = (5, 6, 7, 8)
+    ) -> list[int]:
         gates = {member.bundle_digest: self._read(member.bundle_digest) for member in expert_set.members}
         self._engine.dispatcher.add_set(ExpertGates.of(expert_set, gates))
         request = SequenceRequest(
-            input_ids=(5, 6, 7, 8),
-            position_ids_3T=torch.arange(4).expand(3, 4),
+            input_ids=tuple(input_ids),
+            position_ids_3T=torch.arange(len(input_ids)).expand(3, -1),
             position_delta=0,
             expert_set_id=expert_set.id,
             shares=tuple((organ, 1.0 / len(organs)) for organ in organs),

@@ -57,7 +57,7 @@ def router_parts(
         model.expert_set,
         model.gates,
         read=model.read_gates,
-        forget=engine.forget_expert_set,
+        forget=engine.forget_bundle,
     )
     outcomes = Outcomes()
     return RouterParts(RouterService(engine, model, expert_sets, vision, limits, outcomes), expert_sets, outcomes)

@@ -187,7 +187,22 @@ async def test_nothing_grows_over_two_hundred_policies(versions: Versions) -> No
         assert router.engine.free_blocks == router.engine.num_blocks
 
 
-async def test_cached_prefixes_of_a_set_go_with_it(versions: Versions) -> None:
+async def test_a_swap_leaves_the_other_organs_prefixes(versions: Versions, reference: Alone) -> None:
+    prompt = list(range(10, 60))
+    second = versions.expert_set(liver="2.0.0")
+    async with watching_router(versions) as router:
+        for organs in (("heart",), ("liver",), ("liver", "heart")):
+            await router.generate(organs, input_ids=prompt, tokens=2).rest()
+        before = router.engine.prefix_hits
+        await router.policy(second)
+        await until(lambda: router.engine.kept_blocks == 3)
+        again = await router.generate(("heart",), input_ids=prompt, tokens=30).rest()
+        assert router.engine.prefix_hits - before == 48
+        assert again.provenance.expert_set_id == second.id
+        assert again.token_ids == reference.tokens(second, ("heart",), 30, prompt)
+
+
+async def test_cached_prefixes_of_a_bundle_go_with_it(versions: Versions) -> None:
     prompt = list(range(10, 60))
     async with watching_router(versions) as router:
         await router.generate(input_ids=prompt, tokens=2).rest()

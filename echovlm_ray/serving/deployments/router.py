@@ -72,7 +72,7 @@ class RouterReplica(Replica):
             model.expert_set,
             model.gates,
             read=model.read_gates,
-            forget=engine.forget_expert_set,
+            forget=engine.forget_bundle,
             prepare=_find_new_organs(endpoints, served.organs),
         )
         outcomes = Outcomes()

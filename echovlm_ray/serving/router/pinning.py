@@ -65,7 +65,7 @@ class ExpertSets:
             expert_set: the set.
             gates: bundle digest → what was read, of all its members.
             read: reads a bundle by its digest; blocks.
-            forget: drops what caches keep of a set that is not used any more, by the set's id.
+            forget: drops what caches keep of a bundle that is not used any more, by its digest.
             prepare: called with a policy before it is in force; may block until its experts can be reached.
 
         Raises:
@@ -212,18 +212,17 @@ class ExpertSets:
         return known
 
     def _drop_unused(self) -> list[str]:
-        """Ends what nothing needs any more; the ids of the sets, which caches must forget."""
+        """Ends what nothing needs any more; the digests of the bundles, which caches must forget."""
         idle = [known for known in self._sets.values() if not known.runs]
         given = [known for known in idle if _is_given(self._policy, known.expert_set)]
         kept = [known for known in given if known.expert_set.id != self._policy.stable.id][-MAX_IDLE_SETS:]
-        dropped = [
-            known.expert_set.id for known in idle if known not in kept and known.expert_set.id != self._policy.stable.id
-        ]
-        for set_id in dropped:
-            del self._sets[set_id]
-            self._dispatcher.remove_set(set_id)
+        for known in idle:
+            if known not in kept and known.expert_set.id != self._policy.stable.id:
+                del self._sets[known.expert_set.id]
+                self._dispatcher.remove_set(known.expert_set.id)
         needed = self._needed(lambda _: True)
-        for digest in [digest for digest in self._gates if digest not in needed]:
+        dropped = [digest for digest in self._gates if digest not in needed]
+        for digest in dropped:
             del self._gates[digest]
         return dropped
 
@@ -236,10 +235,10 @@ class ExpertSets:
         }
         return self._policy.digests | held
 
-    def _forget_all(self, set_ids: Sequence[str]) -> None:
+    def _forget_all(self, digests: Sequence[str]) -> None:
         # Without the lock: whoever lets go of a run may hold the engine's.
-        for set_id in set_ids:
-            self._forget(set_id)
+        for digest in digests:
+            self._forget(digest)
 
 
 def _organs_of(choice: OrganChoice) -> tuple[str, ...] | None:
