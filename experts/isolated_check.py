@@ -31,8 +31,14 @@ class IsolatedChecks:
     torch, about 200 MB. May be used from several threads at once.
     """
 
-    def __init__(self) -> None:
-        """Starts nothing yet."""
+    def __init__(self, *, gives_way: bool = False) -> None:
+        """Starts nothing yet.
+
+        Args:
+            gives_way: the checks get only what nobody else computes with, so that whoever serves on the same cores
+                hardly notices; where others never rest, a check then takes very long.
+        """
+        self._gives_way = gives_way
         self._lock = threading.Lock()
         self._server: _ForkServer | None = None
 
@@ -40,7 +46,7 @@ class IsolatedChecks:
         """Begins to import, in the other process, what checks need, so that the first one need not wait for it."""
         with self._lock:
             if self._server is None:
-                self._server = _ForkServer()
+                self._server = _ForkServer(gives_way=self._gives_way)
 
     def close(self) -> None:
         """Ends the process that checks are forked from; a check under way goes on. A later check starts it anew."""
@@ -116,7 +122,7 @@ class IsolatedChecks:
 
 
 def check_in_subprocess(request: CheckRequest, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> CheckResult:
-    """Checks one bundle; see `IsolatedChecks.check`. Who checks several keeps an `IsolatedChecks`."""
+    """Checks one bundle, as fast as it goes; see `IsolatedChecks.check`. Who checks several keeps `IsolatedChecks`."""
     with closing(IsolatedChecks()) as checks:
         return checks.check(request, timeout_s=timeout_s)
 
@@ -124,7 +130,7 @@ def check_in_subprocess(request: CheckRequest, *, timeout_s: float = DEFAULT_TIM
 class _ForkServer:
     """A process of `experts.check_fork_server`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, gives_way: bool) -> None:
         self.connection, other_end = socket.socketpair()
         with other_end:
             self._process = subprocess.Popen(
@@ -138,7 +144,8 @@ class _ForkServer:
                 # within it (sched(7), autogroup).
                 process_group=0,
             )
-        _give_way(self._process.pid)
+        if gives_way:
+            _give_way(self._process.pid)
 
     def close(self) -> None:
         """Ends it, also in the middle of its imports."""

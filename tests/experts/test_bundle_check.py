@@ -251,6 +251,16 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     assert "no bundle with the digest" in result.reason
 
 
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="Linux's scheduling policies")
+@pytest.mark.parametrize("gives_way", [False, True])
+def test_only_checks_that_are_told_to_give_way(gives_way: bool) -> None:
+    with closing(IsolatedChecks(gives_way=gives_way)) as checks:
+        checks.start()
+        assert checks._server is not None
+        policy = os.sched_getscheduler(checks._server._process.pid)
+    assert (policy == os.SCHED_IDLE) == gives_way
+
+
 def test_checks_share_what_they_come_from(bundle: BundleSource, make_bundle: MakeBundle) -> None:
     """Several at once; each is a process of its own, and what the first one did the others do not see."""
     with closing(IsolatedChecks()) as checks:

@@ -43,7 +43,7 @@ class SubprocessVerifier:
         self._experts = experts
         self._rollouts = rollouts
         self._backbone = backbone
-        self._checks = IsolatedChecks()
+        self._checks = IsolatedChecks(gives_way=True)
 
     def start(self) -> None:
         """Begins to make ready for the first check, which otherwise waits for it."""
