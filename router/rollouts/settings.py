@@ -71,7 +71,8 @@ class RolloutSettings(BaseModel):
     thresholds: Thresholds = Thresholds()
     # When bundles are large or storage is slow, raise it: seconds for a candidate to be loaded on every replica.
     warm_timeout_s: PositiveFloat = 600.0
-    # When verifying a bundle takes longer than this, in seconds, the candidate has failed.
+    # When bundles are large, or other programs leave Control's machine no rest, raise it: seconds after which a
+    # candidate that is still being verified has failed. A check gets only what nobody else computes with.
     verify_timeout_s: PositiveFloat = 600.0
     # When verifying a bundle took the whole process down this many times, the candidate has failed.
     max_verify_attempts: PositiveInt = 3
