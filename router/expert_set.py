@@ -1,6 +1,6 @@
 """An expert set: the immutable choice of one bundle per organ that a request is pinned to."""
 
-from collections.abc import Collection
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Literal, Self
 
@@ -52,10 +52,11 @@ class ExpertSet(BaseModel):
         """The organs in the set's order."""
         return tuple(member.organ for member in self.members)
 
-    def used(self, organs: Collection[str]) -> tuple[ExpertSetMember, ...]:
-        """The members that compute for a request which uses these organs, in the set's order; all of a flat set."""
+    def used(self, shares: Iterable[tuple[str, float]]) -> tuple[ExpertSetMember, ...]:
+        """The members that compute for a request with these organs' shares, in the set's order; all of a flat set."""
         if self.routing == "flat":
             return self.members
+        organs = {organ for organ, _ in shares}
         return tuple(member for member in self.members if member.organ in organs)
 
     def bundle_digest(self, organ: str) -> str:

@@ -122,19 +122,15 @@ def _by_set(
     While a version comes or goes, most sequences use organs whose experts are the same in both sets: for them there is
     one set still, and one gating.
     """
-    by_set: dict[str, list[TokenAssignment]] = {}
-    for assignment in assignments:
-        by_set.setdefault(assignment.expert_set_id, []).append(assignment)
-    if len(by_set) < 2:
-        return by_set
+    several = len({assignment.expert_set_id for assignment in assignments}) > 1
     set_of: dict[tuple[ExpertSetMember, ...], str] = {}
-    by_set = {}
+    by_set: dict[str, list[TokenAssignment]] = {}
     for assignment in assignments:
         set_id = assignment.expert_set_id
         expert_set = gates_of[set_id].expert_set
         # What is counted of flat sets is found by the set's own id.
-        if expert_set.routing != "flat":
-            set_id = set_of.setdefault(expert_set.used([organ for organ, _ in assignment.shares]), set_id)
+        if several and expert_set.routing != "flat":
+            set_id = set_of.setdefault(expert_set.used(assignment.shares), set_id)
         by_set.setdefault(set_id, []).append(assignment)
     return by_set
 

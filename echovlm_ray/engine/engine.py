@@ -121,8 +121,7 @@ class Engine:
             OverloadedError: the queue is full or the cache too small for the request.
             ShuttingDownError: the engine is shutting down.
         """
-        expert_set = self.dispatcher.gates(request.expert_set_id).expert_set
-        experts = expert_set.used([organ for organ, _ in request.shares])
+        experts = self.dispatcher.gates(request.expert_set_id).expert_set.used(request.shares)
         sequence = Sequence.start(request, sink, experts, self._max_request_s)
         sequence.gone = gone
         with self._condition:
