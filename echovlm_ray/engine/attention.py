@@ -9,11 +9,13 @@ The tokens of all sequences of a step lie one after the other in one row; every 
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLAttention, rotate_half
 
+from echovlm_ray.engine.compiled import Ints, as_array, attend_decoding, rotate_and_store
 from echovlm_ray.engine.concatenate import concatenated
 from echovlm_ray.engine.kv_cache import BLOCK_SIZE, KVCache
 
@@ -57,30 +59,58 @@ class DecodeGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class CompiledDecodes:
+    """One token each of several sequences, for `echovlm_ray.engine.compiled.attend_decoding`.
+
+    Attributes:
+        rows_B: the step's rows.
+        block_tables_BN: filled up with zeros.
+        lengths_B: tokens of each sequence.
+    """
+
+    rows_B: Ints
+    block_tables_BN: Ints
+    lengths_B: Ints
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionStep:
-    """What the attention of one step needs beside queries, keys and values."""
+    """What the attention of one step needs beside queries, keys and values.
+
+    Attributes:
+        cache: written and read.
+        new_slots: where the step's tokens are stored.
+        prefills: sequences with several tokens.
+        decodes: those with one, where torch's operators compute them.
+        compiled_decodes: those with one, where compiled functions do.
+    """
 
     cache: KVCache
     new_slots: torch.Tensor
     prefills: tuple[PrefillSpan, ...]
     decodes: tuple[DecodeGroup, ...]
+    compiled_decodes: CompiledDecodes | None
 
     @classmethod
     def plan(cls, cache: KVCache, spans: Sequences[SequenceSpan]) -> "AttentionStep":
         """Lays out a step once for all layers.
 
-        Decoding sequences attend together, by the padded length of their contexts. That length depends on a
-        sequence alone, so its result is the same whatever else is in the batch: to the bit with one torch thread, as
-        served (with more, torch itself shares float32 products out by the size of the batch).
+        Compiled, each sequence attends by itself. With torch's operators those that decode attend together, by the
+        padded length of their contexts. That length depends on a sequence alone, so its result is the same whatever
+        else is in the batch: to the bit with one torch thread, as served (with more, torch itself shares float32
+        products out by the size of the batch).
         """
         new_slots = torch.cat([cache.slots(span.block_table, span.start, span.end) for span in spans])
         prefills = tuple(_prefill(cache, span) for span in spans if span.end - span.start > 1)
+        decoding = [span for span in spans if span.end - span.start == 1]
+        if cache.compiled:
+            compiled_decodes = _compiled_decodes(decoding) if decoding else None
+            return cls(cache, new_slots, prefills, (), compiled_decodes)
         groups: dict[int, list[SequenceSpan]] = {}
-        for span in spans:
-            if span.end - span.start == 1:
-                groups.setdefault(padded_context(span.end), []).append(span)
+        for span in decoding:
+            groups.setdefault(padded_context(span.end), []).append(span)
         decodes = tuple(_decode(cache, group, padded, len(spans)) for padded, group in groups.items())
-        return cls(cache, new_slots.to(cache.device), prefills, decodes)
+        return cls(cache, new_slots.to(cache.device), prefills, decodes, None)
 
 
 def padded_context(num_tokens: int) -> int:
@@ -115,6 +145,14 @@ def _decode(cache: KVCache, group: list[SequenceSpan], padded: int, num_spans: i
     return DecodeGroup(row_B, slots_BK.flatten().to(cache.device), mask_B11K.to(cache.device))
 
 
+def _compiled_decodes(spans: list[SequenceSpan]) -> CompiledDecodes:
+    block_tables_BN = np.zeros((len(spans), max(len(span.block_table) for span in spans)), dtype=np.int64)
+    for table_N, span in zip(block_tables_BN, spans, strict=True):
+        table_N[: len(span.block_table)] = span.block_table
+    rows_B = np.array([span.row for span in spans], dtype=np.int64)
+    return CompiledDecodes(rows_B, block_tables_BN, np.array([span.end for span in spans], dtype=np.int64))
+
+
 class PagedSelfAttention(nn.Module):
     """Takes the place of a layer's Qwen2-VL attention: one product for queries, keys and values, and a paged cache."""
 
@@ -147,22 +185,49 @@ class PagedSelfAttention(nn.Module):
         Returns:
             1 × tokens × hidden, and no attention weights.
         """
-        num_tokens = hidden_states.shape[1]
+        store = self._rotate_and_store_compiled if attention_step.cache.compiled else self._rotate_and_store
+        query_THD = store(self.qkv_proj(hidden_states)[0], position_embeddings, attention_step)
+        attended_THD = _attend(attention_step, self.layer, query_THD, self.scaling)
+        return self.o_proj(attended_THD.view(1, hidden_states.shape[1], -1)), None
+
+    def _rotate_and_store(
+        self, qkv_TC: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], step: AttentionStep
+    ) -> torch.Tensor:
         heads = (self.num_heads, self.num_key_value_heads)
-        qkv_THD = self.qkv_proj(hidden_states).view(num_tokens, -1, self.head_dim)
+        qkv_THD = qkv_TC.view(len(qkv_TC), -1, self.head_dim)
         rotated_THD, value_THD = qkv_THD.split((sum(heads), heads[1]), dim=1)
         cos, sin = position_embeddings
         rotated_THD = rotated_THD * cos[0, :, None] + rotate_half(rotated_THD) * sin[0, :, None]
         query_THD, key_THD = rotated_THD.split(heads, dim=1)
-        attention_step.cache.write(self.layer, attention_step.new_slots, key_THD, value_THD)
-        attended_THD = _attend(attention_step, self.layer, query_THD, self.scaling)
-        return self.o_proj(attended_THD.reshape(1, num_tokens, -1)), None
+        step.cache.write(self.layer, step.new_slots, key_THD, value_THD)
+        return query_THD
+
+    def _rotate_and_store_compiled(
+        self, qkv_TC: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], step: AttentionStep
+    ) -> torch.Tensor:
+        query_THD = qkv_TC.new_empty((len(qkv_TC), self.num_heads, self.head_dim))
+        cos, sin = (as_array(each[0].contiguous()) for each in position_embeddings)
+        keys_SHD, values_SHD = step.cache.arrays_L[self.layer]
+        slots_T = step.new_slots.numpy()
+        rotate_and_store(as_array(qkv_TC), cos, sin, slots_T, keys_SHD, values_SHD, as_array(query_THD))
+        return query_THD
 
 
 def _attend(step: AttentionStep, layer: int, query_THD: torch.Tensor, scaling: float) -> torch.Tensor:
     if not step.prefills and len(step.decodes) == 1:
         return _attend_decoding(step.cache, layer, query_THD, step.decodes[0], scaling)
     output_THD = query_THD.new_empty(query_THD.shape)
+    if (decodes := step.compiled_decodes) is not None:
+        attend_decoding(
+            as_array(query_THD),
+            decodes.rows_B,
+            decodes.block_tables_BN,
+            decodes.lengths_B,
+            *step.cache.arrays_L[layer],
+            scaling,
+            BLOCK_SIZE,
+            as_array(output_THD),
+        )
     for group in step.decodes:
         assert group.row_B is not None
         rows = query_THD.index_select(0, group.row_B)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from echovlm_ray.engine.compiled import pays
 from echovlm_ray.engine.fused_layers import fuse_layers
 from echovlm_ray.engine.kv_cache import BLOCK_SIZE, BlockPool, KVCache
 from echovlm_ray.engine.packing import pack_linears
@@ -44,6 +45,7 @@ class ModelRunner:
         *,
         kv_cache_tokens: int,
         packed_linears: bool = True,
+        compiled: bool = True,
         micro_batches: int = 1,
     ) -> None:
         """Takes the model over: its layers are fused, its attention paged and, on a CPU, its linear layers packed.
@@ -53,6 +55,8 @@ class ModelRunner:
             dispatcher: computes the experts.
             kv_cache_tokens: how many tokens the cache holds.
             packed_linears: False leaves the linear layers as they are, to compare.
+            compiled: False leaves the small arithmetic to torch's operators, to compare; they also do it where it does
+                not pay to compile, see `echovlm_ray.engine.compiled.pays`.
             micro_batches: 2 computes a step in two halves, so that the experts of one work during the attention of
                 the other. It pays where an exchange takes longer than the dense MLP and the shared expert.
 
@@ -64,7 +68,8 @@ class ModelRunner:
             raise ValueError("the checkpoint has use_sliding_window: true; the engine serves full attention only")
         # Asked first: a packed layer has no weights that torch could see.
         dtype, self.device = model.dtype, model.device
-        fuse_layers(model.model.language_model)
+        compiled = compiled and pays(dtype, self.device)
+        fuse_layers(model.model.language_model, compiled=compiled)
         if packed_linears:
             pack_linears(model)
         self.model = model
@@ -80,6 +85,7 @@ class ModelRunner:
             head_dim=config.hidden_size // config.num_attention_heads,
             dtype=dtype,
             device=self.device,
+            compiled=compiled,
         )
 
     def unavailable(self, sequence: Sequence) -> ExpertsUnavailableError | None:

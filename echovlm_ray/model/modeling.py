@@ -10,7 +10,7 @@ they map to the modules.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +41,42 @@ from echovlm_ray.model.positions import batch_positions
 from echovlm_ray.model.vision_tower import EchoVLMVisionTower
 from router.routed_experts import PendingExperts, RoutedExperts
 
-# The dense MLP's output (… × hidden), the shared expert's (tokens × hidden) and the two coefficients (… × 2).
-BesideExperts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+class MixedWithExperts(Protocol):
+    """What stands beside the routed experts of a layer, computed and waiting for them."""
+
+    def mix(self, hidden_states: torch.Tensor, routed_TD: torch.Tensor) -> torch.Tensor:
+        """Adds everything to the residual.
+
+        Args:
+            hidden_states: … × hidden: the residual.
+            routed_TD: tokens × hidden: what the routed experts computed.
+
+        Returns:
+            … × hidden.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class BesideExperts:
+    """The parts of a layer's output that need no routed expert; implements `MixedWithExperts`.
+
+    Attributes:
+        dense: … × hidden, of the dense MLP.
+        shared_TD: tokens × hidden, of the shared expert behind its gate.
+        coefficient: … × 2, before the softmax.
+    """
+
+    dense: torch.Tensor
+    shared_TD: torch.Tensor
+    coefficient: torch.Tensor
+
+    def mix(self, hidden_states: torch.Tensor, routed_TD: torch.Tensor) -> torch.Tensor:
+        """See `MixedWithExperts.mix`."""
+        share = F.softmax(self.coefficient, dim=-1)
+        mixture = (routed_TD + self.shared_TD).view_as(self.dense)
+        return hidden_states + (share[..., :1] * mixture + share[..., 1:] * self.dense)
 
 
 class EchoVLMDecoderLayer(Qwen2VLDecoderLayer):
@@ -50,7 +84,7 @@ class EchoVLMDecoderLayer(Qwen2VLDecoderLayer):
 
     Attributes:
         fused: set by a runtime that only infers: computes what stands beside the routed experts in its own way, from
-            … × hidden to `BesideExperts`.
+            … × hidden to `MixedWithExperts`.
     """
 
     def __init__(self, config: EchoVLMTextConfig, layer_idx: int, *, routed_experts: bool = True) -> None:
@@ -92,15 +126,11 @@ class EchoVLMDecoderLayer(Qwen2VLDecoderLayer):
 
     def finish(self, under_way: "LayerUnderWay") -> torch.Tensor:
         """The dense MLP and the shared expert; only then are the routed experts waited for. Returns as `forward`."""
-        x = under_way.x
-        dense, shared_TD, coefficient = (self.fused or self._beside_experts)(x)
-        share = F.softmax(coefficient, dim=-1)
-        mixture = (under_way.pending.result() + shared_TD).view_as(x)
-        output: torch.Tensor = under_way.hidden_states + (share[..., :1] * mixture + share[..., 1:] * dense)
-        return output
+        beside: MixedWithExperts = (self.fused or self._beside_experts)(under_way.x)
+        return beside.mix(under_way.hidden_states, under_way.pending.result())
 
     def _beside_experts(self, x: torch.Tensor) -> BesideExperts:
-        return self.mlp(x), self.moe.shared(x.reshape(-1, self.hidden_size)), self.coefficient(x)
+        return BesideExperts(self.mlp(x), self.moe.shared(x.reshape(-1, self.hidden_size)), self.coefficient(x))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from echovlm_ray.engine.concatenate import concatenated
-from echovlm_ray.engine.fused_layers import FusedBesideExperts, fuse_layers
+from echovlm_ray.engine.fused_layers import CompiledBesideExperts, FusedBesideExperts, fuse_layers
 from echovlm_ray.engine.scheduler import Chunk
 from echovlm_ray.engine.sequence import Sequence as EngineSequence
 from echovlm_ray.engine.sequence import SequenceRequest
@@ -38,21 +38,24 @@ def test_joined_layers_give_the_outputs_of_each() -> None:
     assert not any(linear.weight.numel() for linear in linears)
 
 
+@pytest.mark.parametrize("fused", [FusedBesideExperts, CompiledBesideExperts])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_beside_experts_as_the_layer_itself(split_base: SplitGolden, dtype: torch.dtype) -> None:
+def test_beside_experts_as_the_layer_itself(
+    split_base: SplitGolden, dtype: torch.dtype, fused: type[FusedBesideExperts]
+) -> None:
     layer = load_backbone(split_base.backbone, dtype=dtype).model.language_model.layers[0]
-    x = torch.randn(1, 9, layer.hidden_size).to(dtype)
+    x, hidden_states = torch.randn(2, 1, 9, layer.hidden_size).to(dtype)
+    routed_TD = torch.randn(9, layer.hidden_size).to(dtype)
     with torch.inference_mode():
-        expected = copy.deepcopy(layer)._beside_experts(x)
-        found = FusedBesideExperts(layer)(x)
-    for wanted, got in zip(expected, found, strict=True):
-        torch.testing.assert_close(got, wanted)
+        expected = copy.deepcopy(layer)._beside_experts(x).mix(hidden_states, routed_TD)
+        found = fused(layer)(x).mix(hidden_states, routed_TD)
+    torch.testing.assert_close(found, expected)
 
 
 def test_no_weight_is_held_twice(split_base: SplitGolden) -> None:
     whole = load_backbone(split_base.backbone)
     before = sum(parameter.nbytes for parameter in whole.parameters())
-    fuse_layers(whole.model.language_model)
+    fuse_layers(whole.model.language_model, compiled=False)
     # Zeros where a joined layer had no bias are all that came in addition.
     assert before <= sum(parameter.nbytes for parameter in whole.parameters()) < 1.01 * before
 
@@ -61,7 +64,7 @@ def test_another_activation_is_refused(split_base: SplitGolden) -> None:
     model = load_backbone(split_base.backbone).model.language_model
     model.config.hidden_act = "gelu"
     with pytest.raises(ValueError, match="gelu"):
-        fuse_layers(model)
+        fuse_layers(model, compiled=False)
 
 
 def chunk(tokens: int) -> Chunk:

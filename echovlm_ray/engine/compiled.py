@@ -1,0 +1,404 @@
+"""The small arithmetic of a decoder layer on a CPU, each in one compiled loop instead of many operators of torch.
+
+A decoding step has few rows, so an operator costs more to call than to compute, and attention through torch first
+copies every sequence's keys and values out of their blocks. Numba compiles these functions when they are first called
+and keeps the code on disk. They round where torch's operators on the same dtype do. Each row is computed by itself, so
+its bits do not depend on the others. bfloat16 goes in and out as the uint16 of the same bits: see `as_array`.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+import numpy as np
+import numpy.typing as npt
+import torch
+from numba.extending import overload
+
+_LOG = logging.getLogger(__name__)
+
+# float32, or bfloat16 as uint16.
+Array = npt.NDArray[Any]
+Ints = npt.NDArray[np.int64]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_DTYPES = (torch.float32, torch.bfloat16)
+# "numpy": a division by zero gives infinity, as with torch, and not an exception for which each would have to look.
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+# Sums may be taken in any order, but a loop is compiled once: the order is the same for all rows.
+_SUMMING = {"reassoc", "contract", "nsz"}
+# Cody and Waite's split of ln 2, and the polynomial of Cephes' expf: within 2 units in the last place.
+_LOG2_E = np.float32(1.44269504088896341)
+_LN2_HIGH = np.float32(0.693359375)
+_LN2_LOW = np.float32(-2.12194440e-4)
+_EXP_LOWEST = np.float32(-87.0)
+_EXP_5 = np.float32(1.9875691500e-4)
+_EXP_4 = np.float32(1.3981999507e-3)
+_EXP_3 = np.float32(8.3334519073e-3)
+_EXP_2 = np.float32(4.1665795894e-2)
+_EXP_1 = np.float32(1.6666665459e-1)
+_EXP_0 = np.float32(5.0000001201e-1)
+
+
+def pays(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the functions below take tensors of a dtype on a device, and are faster than torch's operators.
+
+    They use one thread; where torch was given more, its operators are the faster ones for long prompts.
+    """
+    return device.type == "cpu" and dtype in _DTYPES and torch.get_num_threads() == 1
+
+
+def as_array(tensor: torch.Tensor) -> Array:
+    """The same memory for compiled functions; the tensor must be contiguous, on the CPU and need no gradient."""
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _compiled(**options: Any) -> Callable[[Function], Function]:
+    def compile_function(function: Function) -> Function:
+        try:
+            compiled: Function = numba.njit(cache=True, **_OPTIONS, **options)(function)
+        except RuntimeError as error:
+            # Numba finds no folder that it may write to.
+            _LOG.warning("compiled code of %s is not kept: %s", function.__name__, error)
+            compiled = numba.njit(**_OPTIONS, **options)(function)
+        return compiled
+
+    return compile_function
+
+
+def _inlined(**options: Any) -> Callable[[Function], Function]:
+    """For parts of compiled functions."""
+    return cast("Callable[[Function], Function]", numba.njit(**_OPTIONS, **options))
+
+
+@_inlined()
+def _widened(bits: Any) -> Any:
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+@_inlined()
+def _narrowed(x: Any) -> Any:
+    """The bits of the nearest bfloat16, of two equally near ones the even; NaN stays NaN."""
+    bits = np.float32(x).view(np.uint32)
+    rounded = np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+    return rounded if x == x else np.uint16(0x7FC0)
+
+
+def _load(element: Any) -> Any:
+    """An element as float32."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(_load)
+def _overload_load(element: Any) -> Any:
+    def from_bfloat16(element: Any) -> Any:
+        return _widened(element)
+
+    def from_float32(element: Any) -> Any:
+        return element
+
+    return from_bfloat16 if element == numba.uint16 else from_float32
+
+
+def _stored(x: Any, like: Any) -> Any:
+    """A float32 as an element of an array like this one."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(_stored)
+def _overload_stored(x: Any, like: Any) -> Any:
+    def to_bfloat16(x: Any, like: Any) -> Any:
+        return _narrowed(x)
+
+    def to_float32(x: Any, like: Any) -> Any:
+        return x
+
+    return to_bfloat16 if like.dtype == numba.uint16 else to_float32
+
+
+def _rounded(x: Any, like: Any) -> Any:
+    """A float32 rounded to what an array like this one can hold, as float32."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(_rounded)
+def _overload_rounded(x: Any, like: Any) -> Any:
+    def to_bfloat16(x: Any, like: Any) -> Any:
+        return _widened(_narrowed(x))
+
+    def to_float32(x: Any, like: Any) -> Any:
+        return x
+
+    return to_bfloat16 if like.dtype == numba.uint16 else to_float32
+
+
+@_inlined()
+def _exp(x: Any) -> Any:
+    """e to the power of x, for x ≤ 0; NaN for NaN. Without a branch, so that loops become vector code."""
+    x = _EXP_LOWEST if x < _EXP_LOWEST else x
+    power = np.floor(x * _LOG2_E + np.float32(0.5))
+    rest = x - power * _LN2_HIGH - power * _LN2_LOW
+    series = ((((_EXP_5 * rest + _EXP_4) * rest + _EXP_3) * rest + _EXP_2) * rest + _EXP_1) * rest + _EXP_0
+    scale = np.int32((np.int32(power) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return (series * rest * rest + rest + np.float32(1)) * scale
+
+
+@_inlined()
+def _rotate(x_D: Any, cos_D: Any, sin_D: Any, output_D: Any) -> None:
+    half = len(x_D) // 2
+    low_D, high_D = x_D[:half], x_D[half:]
+    low_cos_D, high_cos_D = cos_D[:half], cos_D[half:]
+    low_sin_D, high_sin_D = sin_D[:half], sin_D[half:]
+    low_output_D, high_output_D = output_D[:half], output_D[half:]
+    for d in range(half):
+        low, high = _load(low_D[d]), _load(high_D[d])
+        low_sum = _rounded(low * _load(low_cos_D[d]), x_D) - _rounded(high * _load(low_sin_D[d]), x_D)
+        high_sum = _rounded(high * _load(high_cos_D[d]), x_D) + _rounded(low * _load(high_sin_D[d]), x_D)
+        low_output_D[d] = _stored(low_sum, output_D)
+        high_output_D[d] = _stored(high_sum, output_D)
+
+
+@_compiled()
+def rotate_and_store(
+    qkv_TC: Array,
+    cos_TD: Array,
+    sin_TD: Array,
+    slots_T: Ints,
+    keys_SHD: Array,
+    values_SHD: Array,
+    query_THD: Array,
+) -> None:
+    """Rotary positions; new keys and values go into the cache, queries into a tensor of their own.
+
+    Rounds as `x * cos + rotate_half(x) * sin` does.
+
+    Args:
+        qkv_TC: tokens × (query heads + twice key-value heads) · head_dim.
+        cos_TD: tokens × head_dim.
+        sin_TD: tokens × head_dim.
+        slots_T: each token's place in the cache.
+        keys_SHD: one layer's cache: slots × key-value heads × head_dim; written.
+        values_SHD: the same for values; written.
+        query_THD: tokens × query heads × head_dim; written.
+    """
+    num_tokens, num_heads, head_dim = query_THD.shape
+    kv_heads = keys_SHD.shape[1]
+    qkv_THD = qkv_TC.reshape(num_tokens, num_heads + 2 * kv_heads, head_dim)
+    for t in range(num_tokens):
+        slot = slots_T[t]
+        for head in range(num_heads):
+            _rotate(qkv_THD[t, head], cos_TD[t], sin_TD[t], query_THD[t, head])
+        for head in range(kv_heads):
+            _rotate(qkv_THD[t, num_heads + head], cos_TD[t], sin_TD[t], keys_SHD[slot, head])
+            values_SHD[slot, head] = qkv_THD[t, num_heads + kv_heads + head]
+
+
+@_inlined(fastmath=_SUMMING)
+def _score(query_GD: Any, key_KHD: Any, head: Any, score_GK: Any) -> None:
+    """The scores of a group's queries with the keys of one block. Four keys at once, for the processor's sake."""
+    group, head_dim = query_GD.shape
+    count = len(key_KHD)
+    whole = count - count % 4
+    for k in range(0, whole, 4):
+        key_0_D, key_1_D = key_KHD[k, head], key_KHD[k + 1, head]
+        key_2_D, key_3_D = key_KHD[k + 2, head], key_KHD[k + 3, head]
+        for g in range(group):
+            query_D, score_K = query_GD[g], score_GK[g]
+            score_0, score_1, score_2, score_3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+            for d in range(head_dim):
+                score_0 += query_D[d] * _load(key_0_D[d])
+                score_1 += query_D[d] * _load(key_1_D[d])
+                score_2 += query_D[d] * _load(key_2_D[d])
+                score_3 += query_D[d] * _load(key_3_D[d])
+            score_K[k], score_K[k + 1], score_K[k + 2], score_K[k + 3] = score_0, score_1, score_2, score_3
+    for k in range(whole, count):
+        key_D = key_KHD[k, head]
+        for g in range(group):
+            query_D = query_GD[g]
+            score = np.float32(0)
+            for d in range(head_dim):
+                score += query_D[d] * _load(key_D[d])
+            score_GK[g, k] = score
+
+
+@_inlined(fastmath=_SUMMING)
+def _add_values(weight_GK: Any, value_KHD: Any, head: Any, total_GD: Any) -> None:
+    """Adds the weighted values of one block to a group's sums."""
+    group, head_dim = total_GD.shape
+    count = len(value_KHD)
+    whole = count - count % 4
+    for k in range(0, whole, 4):
+        value_0_D, value_1_D = value_KHD[k, head], value_KHD[k + 1, head]
+        value_2_D, value_3_D = value_KHD[k + 2, head], value_KHD[k + 3, head]
+        for g in range(group):
+            weight_K, total_D = weight_GK[g], total_GD[g]
+            weight_0, weight_1, weight_2, weight_3 = weight_K[k], weight_K[k + 1], weight_K[k + 2], weight_K[k + 3]
+            for d in range(head_dim):
+                total_D[d] += (
+                    weight_0 * _load(value_0_D[d])
+                    + weight_1 * _load(value_1_D[d])
+                    + weight_2 * _load(value_2_D[d])
+                    + weight_3 * _load(value_3_D[d])
+                )
+    for k in range(whole, count):
+        value_D = value_KHD[k, head]
+        for g in range(group):
+            weight, total_D = weight_GK[g, k], total_GD[g]
+            for d in range(head_dim):
+                total_D[d] += weight * _load(value_D[d])
+
+
+@_inlined(fastmath=_SUMMING)
+def _softmax(score_K: Any) -> None:
+    highest = score_K[0]
+    for k in range(len(score_K)):
+        highest = max(highest, score_K[k])
+    total = np.float32(0)
+    for k in range(len(score_K)):
+        score_K[k] = _exp(score_K[k] - highest)
+        total += score_K[k]
+    factor = np.float32(1) / total
+    for k in range(len(score_K)):
+        score_K[k] *= factor
+
+
+@_compiled(fastmath=_SUMMING)
+def attend_decoding(
+    query_THD: Array,
+    rows_B: Ints,
+    block_tables_BN: Ints,
+    lengths_B: Ints,
+    keys_SHD: Array,
+    values_SHD: Array,
+    scaling: float,
+    block_size: int,
+    output_THD: Array,
+) -> None:
+    """One query token of each of several sequences attends to its sequence's tokens, where they lie in the cache.
+
+    Paged attention (Kwon et al. 2023, arXiv 2309.06180) with grouped queries; sums and softmax in float32.
+
+    Args:
+        query_THD: the step's tokens × query heads × head_dim.
+        rows_B: which of them decode.
+        block_tables_BN: the blocks of each sequence; what stands behind the last does not matter.
+        lengths_B: how many tokens each sequence has, the new one included.
+        keys_SHD: one layer's cache: slots × key-value heads × head_dim.
+        values_SHD: the same for values.
+        scaling: of the scores.
+        block_size: slots of a block.
+        output_THD: as `query_THD`; written in `rows_B`.
+    """
+    num_heads, head_dim = query_THD.shape[1:]
+    group = num_heads // keys_SHD.shape[1]
+    query_GD = np.empty((group, head_dim), np.float32)
+    total_GD = np.empty((group, head_dim), np.float32)
+    score_GK = np.empty((group, lengths_B.max()), np.float32)
+    for b in range(len(rows_B)):
+        row, length = rows_B[b], lengths_B[b]
+        for head in range(keys_SHD.shape[1]):
+            for g in range(group):
+                for d in range(head_dim):
+                    query_GD[g, d] = _load(query_THD[row, head * group + g, d]) * np.float32(scaling)
+                    total_GD[g, d] = 0
+            for start in range(0, length, block_size):
+                slot = block_tables_BN[b, start // block_size] * block_size
+                end = slot + min(block_size, length - start)
+                _score(query_GD, keys_SHD[slot:end], head, score_GK[:, start:])
+            for g in range(group):
+                _softmax(score_GK[g, :length])
+            for start in range(0, length, block_size):
+                slot = block_tables_BN[b, start // block_size] * block_size
+                end = slot + min(block_size, length - start)
+                _add_values(score_GK[:, start:], values_SHD[slot:end], head, total_GD)
+            for g in range(group):
+                for d in range(head_dim):
+                    output_THD[row, head * group + g, d] = _stored(total_GD[g, d], output_THD)
+
+
+@_compiled(fastmath=_SUMMING)
+def normalize(x_TD: Array, weight_D: Array, epsilon: float, output_TD: Array) -> None:
+    """RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467), rounded as Qwen2-VL's: before and after the weight.
+
+    Args:
+        x_TD: tokens × hidden.
+        weight_D: hidden.
+        epsilon: added to the mean square.
+        output_TD: as `x_TD`; written.
+    """
+    num_tokens, hidden_size = x_TD.shape
+    for t in range(num_tokens):
+        squares = np.float32(0)
+        for d in range(hidden_size):
+            x = _load(x_TD[t, d])
+            squares += x * x
+        factor = np.float32(1) / np.sqrt(squares / np.float32(hidden_size) + np.float32(epsilon))
+        for d in range(hidden_size):
+            scaled = _rounded(_load(x_TD[t, d]) * factor, x_TD)
+            output_TD[t, d] = _stored(_load(weight_D[d]) * scaled, output_TD)
+
+
+@_compiled(fastmath=_SUMMING)
+def swiglu(projected_TF: Array, gate_column: int, up_column: int, inner_TF: Array) -> None:
+    """silu(gate) · up of columns that one product computed, rounded before and after the multiplication.
+
+    Args:
+        projected_TF: tokens × outputs of the product.
+        gate_column: where the gate's columns begin.
+        up_column: where those begin that it is multiplied with.
+        inner_TF: tokens × inner size; written.
+    """
+    num_tokens, inner_size = inner_TF.shape
+    for t in range(num_tokens):
+        # Slices, for an index that might be negative keeps a loop from becoming vector code.
+        gate_F = projected_TF[t, gate_column : gate_column + inner_size]
+        up_F = projected_TF[t, up_column : up_column + inner_size]
+        for f in range(inner_size):
+            gate = _load(gate_F[f])
+            # Never the power of a positive number, which might be infinite.
+            power = _exp(-abs(gate))
+            sigmoid = (np.float32(1) if gate >= 0 else power) / (np.float32(1) + power)
+            activated = _rounded(gate * sigmoid, projected_TF)
+            inner_TF[t, f] = _stored(activated * _load(up_F[f]), inner_TF)
+
+
+@_compiled()
+def mix(
+    hidden_TD: Array,
+    routed_TD: Array,
+    shared_TD: Array,
+    dense_TD: Array,
+    projected_TF: Array,
+    factor_column: int,
+    output_TD: Array,
+) -> None:
+    """What ends a layer: residual + share₀ · (routed + σ(factor) · shared) + share₁ · dense, with softmax shares.
+
+    Args:
+        hidden_TD: tokens × hidden: the residual.
+        routed_TD: the routed experts' output.
+        shared_TD: the shared expert's, before its gate.
+        dense_TD: the dense MLP's.
+        projected_TF: tokens × outputs of the product that computed, among others, the next argument's columns.
+        factor_column: where three columns begin: the shared expert's gate, and the two mixing coefficients.
+        output_TD: as `hidden_TD`; written.
+    """
+    num_tokens, hidden_size = hidden_TD.shape
+    for t in range(num_tokens):
+        factor = _load(projected_TF[t, factor_column])
+        routed_coefficient = _load(projected_TF[t, factor_column + 1])
+        dense_coefficient = _load(projected_TF[t, factor_column + 2])
+        highest = max(routed_coefficient, dense_coefficient)
+        routed_power = np.exp(routed_coefficient - highest)
+        dense_power = np.exp(dense_coefficient - highest)
+        shared_gate = _rounded(np.float32(1) / (np.float32(1) + np.exp(-factor)), hidden_TD)
+        routed_share = _rounded(routed_power / (routed_power + dense_power), hidden_TD)
+        dense_share = _rounded(dense_power / (routed_power + dense_power), hidden_TD)
+        for d in range(hidden_size):
+            shared = _rounded(shared_gate * _load(shared_TD[t, d]), hidden_TD)
+            mixture = _rounded(_load(routed_TD[t, d]) + shared, hidden_TD)
+            from_routed = _rounded(routed_share * mixture, hidden_TD)
+            from_dense = _rounded(dense_share * _load(dense_TD[t, d]), hidden_TD)
+            added = _rounded(from_routed + from_dense, hidden_TD)
+            output_TD[t, d] = _stored(_load(hidden_TD[t, d]) + added, output_TD)
