@@ -69,11 +69,15 @@ def running_engine(
     kv_cache_tokens: int = 4096,
     prefix_reuse: bool = True,
     micro_batches: int = 1,
+    compiled: bool = True,
 ) -> Iterator[Engine]:
+    # As it is served, and what compiled functions ask for.
+    torch.set_num_threads(1)
     runner = ModelRunner(
         load_backbone(split.backbone),
         dispatcher(split, placement),
         kv_cache_tokens=kv_cache_tokens,
+        compiled=compiled,
         micro_batches=micro_batches,
     )
     engine = Engine(

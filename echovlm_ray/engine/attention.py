@@ -188,7 +188,8 @@ class PagedSelfAttention(nn.Module):
         store = self._rotate_and_store_compiled if attention_step.cache.compiled else self._rotate_and_store
         query_THD = store(self.qkv_proj(hidden_states)[0], position_embeddings, attention_step)
         attended_THD = _attend(attention_step, self.layer, query_THD, self.scaling)
-        return self.o_proj(attended_THD.view(1, hidden_states.shape[1], -1)), None
+        projected: torch.Tensor = self.o_proj(attended_THD.view(1, hidden_states.shape[1], -1))
+        return projected, None
 
     def _rotate_and_store(
         self, qkv_TC: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], step: AttentionStep
@@ -198,6 +199,7 @@ class PagedSelfAttention(nn.Module):
         rotated_THD, value_THD = qkv_THD.split((sum(heads), heads[1]), dim=1)
         cos, sin = position_embeddings
         rotated_THD = rotated_THD * cos[0, :, None] + rotate_half(rotated_THD) * sin[0, :, None]
+        query_THD: torch.Tensor
         query_THD, key_THD = rotated_THD.split(heads, dim=1)
         step.cache.write(self.layer, step.new_slots, key_THD, value_THD)
         return query_THD

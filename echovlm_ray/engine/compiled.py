@@ -54,6 +54,19 @@ def as_array(tensor: torch.Tensor) -> Array:
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
+def prepare(dtype: torch.dtype) -> None:
+    """Compiles all functions for a dtype, or takes up the code that is kept, so that no request waits for it."""
+    zeros_1D = as_array(torch.zeros(1, 4, dtype=dtype))
+    zeros_11D = zeros_1D[None]
+    zeros_1: Ints = np.zeros(1, dtype=np.int64)
+    qkv_1C = as_array(torch.zeros(1, 12, dtype=dtype))
+    rotate_and_store(qkv_1C, zeros_1D, zeros_1D, zeros_1, zeros_11D, zeros_11D, zeros_11D)
+    attend_decoding(zeros_11D, zeros_1, zeros_1[None], zeros_1 + 1, zeros_11D, zeros_11D, 1.0, 1, zeros_11D)
+    normalize(zeros_1D, zeros_1D[0], 1.0, zeros_1D)
+    swiglu(zeros_1D, 0, 2, zeros_1D[:, :2].copy())
+    mix(zeros_1D, zeros_1D, zeros_1D, zeros_1D, zeros_1D, 0, zeros_1D)
+
+
 def _compiled(**options: Any) -> Callable[[Function], Function]:
     def compile_function(function: Function) -> Function:
         try:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from echovlm_ray.engine.compiled import pays
+from echovlm_ray.engine.compiled import pays, prepare
 from echovlm_ray.engine.fused_layers import fuse_layers
 from echovlm_ray.engine.kv_cache import BLOCK_SIZE, BlockPool, KVCache
 from echovlm_ray.engine.packing import pack_linears
@@ -69,6 +69,8 @@ class ModelRunner:
         # Asked first: a packed layer has no weights that torch could see.
         dtype, self.device = model.dtype, model.device
         compiled = compiled and pays(dtype, self.device)
+        if compiled:
+            prepare(dtype)
         fuse_layers(model.model.language_model, compiled=compiled)
         if packed_linears:
             pack_linears(model)

@@ -14,7 +14,7 @@ from echovlm_ray.engine.kv_cache import BLOCK_SIZE, KVCache
 HEADS, KEY_VALUE_HEADS, HEAD_DIM = 6, 2, 16
 
 
-def filled_cache(dtype: torch.dtype = torch.float32, num_blocks: int = 64) -> KVCache:
+def filled_cache(*, compiled: bool, dtype: torch.dtype = torch.float32, num_blocks: int = 64) -> KVCache:
     cache = KVCache(
         num_layers=1,
         num_blocks=num_blocks,
@@ -22,6 +22,7 @@ def filled_cache(dtype: torch.dtype = torch.float32, num_blocks: int = 64) -> KV
         head_dim=HEAD_DIM,
         dtype=dtype,
         device=torch.device("cpu"),
+        compiled=compiled,
     )
     generator = torch.Generator().manual_seed(0)
     cache.key_LSHD.copy_(torch.randn(cache.key_LSHD.shape, generator=generator))
@@ -67,10 +68,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @settings(deadline=None)
-@given(lengths)
-def test_as_attention_over_each_sequence(parts: list[tuple[int, int]]) -> None:
-    cache, spans = filled_cache(), spans_of(parts)
+@given(parts=lengths)
+def test_as_attention_over_each_sequence(compiled: bool, parts: list[tuple[int, int]]) -> None:
+    cache, spans = filled_cache(compiled=compiled), spans_of(parts)
     query_THD = torch.randn(spans[-1].row + parts[-1][1], HEADS, HEAD_DIM)
     found = attend(cache, spans, query_THD)
     for span in spans:
@@ -78,10 +80,11 @@ def test_as_attention_over_each_sequence(parts: list[tuple[int, int]]) -> None:
         torch.testing.assert_close(found[rows], expected(cache, span, query_THD[rows]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("one_thread")
-def test_the_same_bits_alone_and_in_company(dtype: torch.dtype) -> None:
-    cache = filled_cache(dtype)
+def test_the_same_bits_alone_and_in_company(dtype: torch.dtype, compiled: bool) -> None:
+    cache = filled_cache(compiled=compiled, dtype=dtype)
     spans = spans_of([(40, 1), (97, 1), (3, 5), (41, 1), (200, 1), (0, 1)])
     query_THD = torch.randn(10, HEADS, HEAD_DIM).to(dtype)
     together = attend(cache, spans, query_THD)
@@ -91,8 +94,9 @@ def test_the_same_bits_alone_and_in_company(dtype: torch.dtype) -> None:
         assert torch.equal(attend(cache, [alone], query_THD[rows]), together[rows])
 
 
-def test_what_others_left_in_the_cache_does_no_harm() -> None:
-    cache, spans = filled_cache(), spans_of([(20, 1), (18, 1)])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_what_others_left_in_the_cache_does_no_harm(compiled: bool) -> None:
+    cache, spans = filled_cache(compiled=compiled), spans_of([(20, 1), (18, 1)])
     query_THD = torch.randn(2, HEADS, HEAD_DIM)
     before = attend(cache, spans, query_THD)
     used = torch.cat([cache.slots(span.block_table, 0, span.end) for span in spans])
@@ -100,6 +104,15 @@ def test_what_others_left_in_the_cache_does_no_harm() -> None:
     cache.key_LSHD[0, unused] = torch.nan
     cache.value_LSHD[0, unused] = torch.nan
     assert torch.equal(attend(cache, spans, query_THD), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_as_with_the_operators_of_torch(dtype: torch.dtype) -> None:
+    spans = spans_of([(40, 1), (97, 1), (3, 5), (0, 1)])
+    query_THD = torch.randn(8, HEADS, HEAD_DIM).to(dtype)
+    found, expected = (attend(filled_cache(compiled=each, dtype=dtype), spans, query_THD) for each in (True, False))
+    # torch rounds the weights to bfloat16 before it adds up the values.
+    torch.testing.assert_close(found, expected, rtol=1.6e-2, atol=1e-5 if dtype == torch.float32 else 2e-3)
 
 
 @given(st.integers(1, 5000))

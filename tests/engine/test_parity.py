@@ -1,6 +1,7 @@
 """P1 and P2 on the golden cases, below the router's service."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,22 +21,38 @@ PARTITION = {"breast": (2, 0), "liver": (3,), "heart": (1,)}
 SHARES = ((("breast", 1.0),), (("liver", 1.0),), (("heart", 1.0),), (("breast", 0.25), ("heart", 0.75)))
 
 
+@dataclass(frozen=True)
+class Case:
+    """A split checkpoint, its golden rows, and what the engine with local experts made of them in one batch."""
+
+    split: SplitGolden
+    rows: list[GoldenRow]
+    answers: list[Answer]
+    compiled: bool
+
+
 @pytest.fixture(
     scope="module",
-    params=[("base", "organs"), ("base", "flat"), ("bf16", "organs"), ("bf16", "flat")],
+    params=[
+        ("base", "organs", "compiled"),
+        ("base", "flat", "compiled"),
+        ("base", "organs", "operators"),
+        ("bf16", "organs", "compiled"),
+        ("bf16", "flat", "compiled"),
+        ("bf16", "flat", "operators"),
+    ],
     ids="-".join,
 )
-def case(
-    request: pytest.FixtureRequest, golden_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[SplitGolden, list[GoldenRow], list[Answer]]]:
-    """A split checkpoint, its golden rows, and what the engine with local experts made of them in one batch."""
-    variant, routing = request.param
+def case(request: pytest.FixtureRequest, golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    variant, routing, arithmetic = request.param
     checkpoint = golden_dir / variant / "checkpoint"
     groups = CLONES if routing == "organs" else PARTITION
     split = split_golden(checkpoint, tmp_path_factory.mktemp("split"), groups, routing)
     rows = list(golden_rows(golden_dir, variant))
-    with running_engine(split, local_experts(split)) as engine:
-        yield split, rows, run_together(engine, requests(rows, split, checkpoint))
+    compiled = arithmetic == "compiled"
+    with running_engine(split, local_experts(split), compiled=compiled) as engine:
+        assert engine._runner.cache.compiled == compiled
+        yield Case(split, rows, run_together(engine, requests(rows, split, checkpoint)), compiled)
         assert engine.free_blocks == 4096 // 16
 
 
@@ -47,16 +64,16 @@ def requests(rows: list[GoldenRow], split: SplitGolden, checkpoint: Path) -> lis
     ]
 
 
-def test_golden_logits_and_tokens(case: tuple[SplitGolden, list[GoldenRow], list[Answer]]) -> None:
-    _, rows, answers = case
+def test_golden_logits_and_tokens(case: Case) -> None:
+    rows, answers = case.rows, case.answers
     for row, answer in zip(rows, answers, strict=True):
         row.check_logits(answer.logits_TV[: len(row.input_ids)])
         row.check_tokens(answer.token_ids)
         assert len(answer.logits_TV) == len(row.input_ids) + len(answer.token_ids) - 1
 
 
-def test_routed_pairs_are_counted_per_organ(case: tuple[SplitGolden, list[GoldenRow], list[Answer]]) -> None:
-    split, rows, answers = case
+def test_routed_pairs_are_counted_per_organ(case: Case) -> None:
+    split, rows, answers = case.split, case.rows, case.answers
     for index, (row, answer) in enumerate(zip(rows, answers, strict=True)):
         assert answer.last is not None
         pairs = answer.last.routed_pairs
@@ -68,12 +85,13 @@ def test_routed_pairs_are_counted_per_organ(case: tuple[SplitGolden, list[Golden
             assert set(pairs) == {organ for organ, _ in SHARES[index % len(SHARES)]}
 
 
-def test_experts_behind_grpc_give_the_same_bits(
-    case: tuple[SplitGolden, list[GoldenRow], list[Answer]], golden_dir: Path
-) -> None:
-    split, rows, local = case
+def test_experts_behind_grpc_give_the_same_bits(case: Case, golden_dir: Path) -> None:
+    split, rows, local = case.split, case.rows, case.answers
     checkpoint = golden_dir / rows[0].variant / "checkpoint"
-    with server_thread() as servers, running_engine(split, remote_experts(split, servers)) as engine:
+    with (
+        server_thread() as servers,
+        running_engine(split, remote_experts(split, servers), compiled=case.compiled) as engine,
+    ):
         remote = run_together(engine, requests(rows, split, checkpoint))
     for row, here, there in zip(rows, local, remote, strict=True):
         assert here.token_ids == there.token_ids, str(row)
