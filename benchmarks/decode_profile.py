@@ -2,8 +2,8 @@
 
 The engine runs in this process with one thread, every organ's experts in a process of their own. The picture shows one
 step, that of median length, as it happened: what the engine's thread did, and when each expert process's kernel was at
-work. The table has the medians over all steps. Writes `benchmarks/results/decode_profile.md` and `.png`. The machine
-should have nothing else to do.
+work. The table has the medians over all steps. Writes `benchmarks/results/decode_profile_<dtype>.md` and `.png`. The
+machine should have nothing else to do.
 """
 
 import argparse
@@ -19,7 +19,18 @@ from benchmarks.checkpoints import DTYPES, BenchCheckpoint, add_options, bench_c
 from benchmarks.expert_processes import Busy
 from benchmarks.machine import describe
 from benchmarks.measured_engine import MeasuredEngine, become_router_process, measured_engine
-from benchmarks.step_timeline import COMMIT, HEAD, KERNEL, LAYER, LAYER_PARTS, SAMPLING, SCHEDULING, Step, timeline_of
+from benchmarks.step_timeline import (
+    ATTENTION_PRODUCTS,
+    COMMIT,
+    HEAD,
+    KERNEL,
+    LAYER,
+    LAYER_PARTS,
+    SAMPLING,
+    SCHEDULING,
+    Step,
+    timeline_of,
+)
 from benchmarks.workload import random_workload
 from echovlm_ray.checkpoint.layout import ORGANS
 
@@ -29,6 +40,8 @@ PROMPT_TOKENS = 128
 DELIVERY, OTHER_INSIDE, OTHER_OUTSIDE = "delivery", "other, in layers", "other, outside"
 # Every moment of a step belongs to one of these.
 ACTIVITIES = (*LAYER_PARTS, OTHER_INSIDE, HEAD, SAMPLING, DELIVERY, SCHEDULING, OTHER_OUTSIDE)
+# What no step of one thread can do without: each reads all of its weights.
+PRODUCTS = (*ATTENTION_PRODUCTS, "gates and ups", "dense down", "shared down", HEAD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +51,7 @@ class Profile:
     Attributes:
         seconds: median of a step.
         activities: median seconds of a step by activity of the engine's thread.
+        products_s: median seconds of a step in packed products, which are parts of several activities.
         busy_s: median seconds of a step in which at least one expert process computed.
         kernel_s: median seconds of a step that all of them computed, added up.
         step: the one that is drawn.
@@ -49,6 +63,7 @@ class Profile:
     steps: int
     seconds: float
     activities: Mapping[str, float]
+    products_s: float
     busy_s: float
     kernel_s: float
     step: Step
@@ -68,6 +83,12 @@ def activities_of(step: Step) -> dict[str, float]:
     seconds[DELIVERY] = totals[COMMIT] - seconds[SAMPLING]
     seconds[OTHER_OUTSIDE] = step.seconds - sum(seconds.values())
     return seconds
+
+
+def products_seconds(step: Step) -> float:
+    """Seconds of a step in packed products."""
+    totals = step.totals()
+    return sum(totals[name] for name in PRODUCTS)
 
 
 def during(step: Step, busy: Sequence[Busy]) -> list[Busy]:
@@ -111,6 +132,7 @@ def profile(measured: MeasuredEngine, checkpoint: BenchCheckpoint, batch: int, o
         steps=len(steps),
         seconds=median_s,
         activities={name: statistics.median(seconds[name] for seconds in seen) for name in ACTIVITIES},
+        products_s=statistics.median(products_seconds(step) for step in steps),
         busy_s=statistics.median(union_seconds(spans) for spans in kernels),
         kernel_s=statistics.median(sum(ended - began for began, ended in spans) for spans in kernels),
         step=drawn,
@@ -129,7 +151,7 @@ def markdown(profiles: Sequence[Profile], checkpoint: BenchCheckpoint) -> str:
         "processes of their own, one thread a process; `python -m benchmarks.decode_profile`. Medians over steps of "
         "what the engine's thread does; each is measured on its own, so they add up to a step only nearly.",
         "",
-        "![One decode step](decode_profile.png)",
+        f"![One decode step](decode_profile_{checkpoint.dtype}.png)",
         "",
         f"| activity | {' | '.join(labels)} |",
         "| --- " + "| ---: " * (2 * len(profiles)) + "|",
@@ -142,6 +164,7 @@ def markdown(profiles: Sequence[Profile], checkpoint: BenchCheckpoint) -> str:
     lines += [row(name, [(profile.activities[name], profile) for profile in profiles]) for name in ACTIVITIES]
     lines += [
         row("**a step**", [(profile.seconds, profile) for profile in profiles]),
+        row("of it packed products, head included", [(profile.products_s, profile) for profile in profiles]),
         row("an expert process computes", [(profile.busy_s, profile) for profile in profiles]),
         row("all of them, added up", [(profile.kernel_s, profile) for profile in profiles]),
     ]
@@ -169,7 +192,7 @@ def plot(profiles: Sequence[Profile], title: str, path: Path) -> None:
         lanes = ["engine thread", *(f"experts of {organ}" for organ in profile.busy)]
         # Those that contain others first, so that the others lie on top.
         for span in sorted(profile.step.spans, key=lambda span: -span.seconds):
-            if span.name != KERNEL:
+            if span.name not in (KERNEL, *ATTENTION_PRODUCTS):
                 color = colors[named.get(span.name, span.name)]
                 axis.barh(0, 1e3 * span.seconds, left=1e3 * (span.start - origin), color=color, height=0.8)
         for lane, spans in enumerate(profile.busy.values(), start=1):
@@ -210,9 +233,9 @@ def main() -> None:
             profiles.append(profile(measured, checkpoint, batch, spread, options.new_tokens))
     text = markdown(profiles, checkpoint)
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "decode_profile.md").write_text(text)
+    (options.output / f"decode_profile_{options.dtype}.md").write_text(text)
     title = f"config_{options.config}.json, {options.dtype}: one decode step"
-    plot(profiles, title, options.output / "decode_profile.png")
+    plot(profiles, title, options.output / f"decode_profile_{options.dtype}.png")
     console.print(text, markup=False)
 
 

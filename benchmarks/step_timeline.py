@@ -28,6 +28,8 @@ MODULES = {
     "dense down": "fused.dense_down",
     "shared down": "fused.shared_down",
 }
+# Inside the attention, which contains their time.
+ATTENTION_PRODUCTS = {"queries, keys and values": "self_attn.qkv_proj", "attention's output": "self_attn.o_proj"}
 # The experts' own time, which passes elsewhere unless they are in this process.
 KERNEL = "kernel"
 HEAD, SAMPLING, COMMIT, SCHEDULING, LAYER = "head", "sampling", "commit", "scheduling", "layer"
@@ -179,7 +181,7 @@ def median_totals(steps: Sequence[Step]) -> dict[str, float]:
 
 def _layer_hooks(layer: nn.Module, timeline: Timeline) -> list[Any]:
     handles = []
-    for name, path in MODULES.items():
+    for name, path in (MODULES | ATTENTION_PRODUCTS).items():
         handles += _hooks(layer.get_submodule(path), name, timeline)
     return handles
 

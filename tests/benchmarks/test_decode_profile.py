@@ -53,7 +53,7 @@ def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options += ["--configs", str(configs), "--checkpoints", str(folder), "--output", str(tmp_path / "results")]
     monkeypatch.setattr("sys.argv", ["decode_profile", *options])
     main()
-    text = (tmp_path / "results/decode_profile.md").read_text()
+    text = (tmp_path / "results/decode_profile_bfloat16.md").read_text()
     assert "batch 1, ms | % | batch 8, ms | %" in text
     rows = {
         match[1]: [float(cell) for cell in match[2].split("|")]
@@ -62,5 +62,6 @@ def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for case in (0, 2):
         steps_ms = rows["**a step**"][case]
         assert sum(rows[name][case] for name in ACTIVITIES) == pytest.approx(steps_ms, rel=0.5)
+        assert 0 < rows["of it packed products, head included"][case] < steps_ms
         assert 0 < rows["an expert process computes"][case] <= rows["all of them, added up"][case] + 0.01 < steps_ms
-    assert (tmp_path / "results/decode_profile.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "results/decode_profile_bfloat16.png").read_bytes().startswith(b"\x89PNG")
