@@ -2,8 +2,9 @@
 
 A decoding step has few rows, so an operator costs more to call than to compute, and attention through torch first
 copies every sequence's keys and values out of their blocks. Numba compiles these functions when they are first called
-and keeps the code on disk. They round where torch's operators on the same dtype do. Each row is computed by itself, so
-its bits do not depend on the others. bfloat16 goes in and out as the uint16 of the same bits: see `as_array`.
+and keeps the code on disk. They round where torch's operators on the same dtype do, save that attention keeps its
+weights in float32. Each row is computed by itself, so its bits do not depend on the others. bfloat16 goes in and out as
+the uint16 of the same bits: see `as_array`.
 """
 
 import logging
@@ -130,20 +131,10 @@ def _overload_stored(x: Any, like: Any) -> Any:
     return to_bfloat16 if like.dtype == numba.uint16 else to_float32
 
 
+@_inlined()
 def _rounded(x: Any, like: Any) -> Any:
     """A float32 rounded to what an array like this one can hold, as float32."""
-    raise NotImplementedError("compiled code only")
-
-
-@overload(_rounded)
-def _overload_rounded(x: Any, like: Any) -> Any:
-    def to_bfloat16(x: Any, like: Any) -> Any:
-        return _widened(_narrowed(x))
-
-    def to_float32(x: Any, like: Any) -> Any:
-        return x
-
-    return to_bfloat16 if like.dtype == numba.uint16 else to_float32
+    return _load(_stored(x, like))
 
 
 @_inlined()

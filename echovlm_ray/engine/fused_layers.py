@@ -129,11 +129,12 @@ class CompiledRMSNorm(nn.Module):
         """Takes the weight over."""
         super().__init__()
         self.weight = norm.weight
+        self._weight_D = as_array(norm.weight.data)
         self.epsilon: float = norm.variance_epsilon
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """… × hidden to the same."""
         x_TD = x.reshape(-1, x.shape[-1])
         output_TD = torch.empty_like(x_TD)
-        normalize(as_array(x_TD), as_array(self.weight.data), self.epsilon, as_array(output_TD))
+        normalize(as_array(x_TD), self._weight_D, self.epsilon, as_array(output_TD))
         return output_TD.view_as(x)
