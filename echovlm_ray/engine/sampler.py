@@ -102,8 +102,9 @@ def _penalize(logits_V: torch.Tensor, token_ids: Sequences[int], penalty: float)
 
 
 def _nucleus(logits_V: torch.Tensor, top_p: float) -> torch.Tensor:
-    sorted_logits, order = logits_V.sort(descending=True)
-    probability = sorted_logits.softmax(-1)
-    # Drops a token when those before it already reach top_p; the first is always kept.
-    dropped = probability.cumsum(-1) - probability >= top_p
+    sorted_logits, order = logits_V.sort()
+    # Summed from the least likely on: sums from the other end come so close to 1 that float32 no longer tells what
+    # the unlikely ones add, and a top_p near 1 would drop them all.
+    dropped = sorted_logits.softmax(-1).cumsum(-1) <= 1.0 - top_p
+    dropped[-1] = False
     return logits_V.index_fill(0, order[dropped], -torch.inf)

@@ -3,7 +3,7 @@ from typing import cast
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import (
     LogitsProcessorList,
@@ -41,6 +41,7 @@ def next_token(own: Sequence, logits_V: torch.Tensor) -> int:
 
 
 @settings(max_examples=150, deadline=None)
+@example(seed=0, temperature=0.5, top_k=0, top_p=1 - 1e-16, penalty=1.0, token_ids=[0])
 @given(
     seed=st.integers(0, 2**32),
     temperature=st.floats(0.1, 3.0),
@@ -66,6 +67,13 @@ def test_the_distribution_is_that_of_transformers(
     assert ((found > 0) != (expected > 0)).sum() <= 1
     if bool(((found > 0) == (expected > 0)).all()):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_top_p_next_to_one_keeps_the_unlikely() -> None:
+    """The tail is far below what float32 tells from 1, and far above what top_p leaves out."""
+    logits_V = torch.cat([torch.zeros(2), torch.full((40,), -18.0)])
+    found = sampler.distribution(SamplingParams(temperature=1.0, top_p=1 - 1e-12, seed=1), [0], logits_V)
+    assert (found > 0).all()
 
 
 def test_draws_follow_the_distribution() -> None:

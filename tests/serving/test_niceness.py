@@ -1,3 +1,4 @@
+import contextlib
 import os
 import subprocess
 import sys
@@ -13,14 +14,22 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ni
 
 
 def replica(system: RunningSystem, application: str) -> psutil.Process:
-    found = psutil.Process(system.process.pid).children(recursive=True)
-    return next(process for process in found if f"ServeReplica:{application}:" in " ".join(process.cmdline()))
+    for process in psutil.Process(system.process.pid).children(recursive=True):
+        # Ray's short-lived processes may end between the listing and the reading.
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            if f"ServeReplica:{application}:" in " ".join(process.cmdline()):
+                return process
+    raise LookupError(application)
 
 
 def seconds_of_threads(process: psutil.Process) -> dict[int, float]:
     """CPU time by thread. The kernel's scheduler notes it in nanoseconds; /proc's ticks are too coarse."""
-    tasks = Path(f"/proc/{process.pid}/task").iterdir()
-    return {int(task.name): int((task / "schedstat").read_text().split()[0]) / 1e9 for task in tasks}
+    seconds = {}
+    for task in Path(f"/proc/{process.pid}/task").iterdir():
+        # A thread may end between the listing and the reading.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            seconds[int(task.name)] = int((task / "schedstat").read_text().split()[0]) / 1e9
+    return seconds
 
 
 def busiest_thread(before: dict[int, float], after: dict[int, float]) -> int:
