@@ -17,13 +17,13 @@ from echovlm_ray.client.control import ExpertControlClient
 from experts.bundle import Bundle, file_sha256
 from experts.bundle_writer import write_bundle
 from experts.manifest import BundleDescription
-from protos import control_pb2, router_pb2, router_pb2_grpc
+from protos import control_pb2, router_pb2, router_pb2_grpc, status_pb2, status_pb2_grpc
 
 ACTOR = "benchmark"
 PATIENCE_S = 180.0
 # Between two questions to the router about what it would do.
 ASK_AGAIN_S = 0.005
-# Between two looks at what the replicas hold, for which Control asks them and reads the registry.
+# Between two looks at what the organ's replica holds.
 LOOK_AGAIN_S = 0.25
 CANARY_S = 1.0
 MOST_SESSIONS = 64
@@ -42,7 +42,7 @@ class Swap:
     Attributes:
         kind: how; see `Swapper.KINDS`.
         began: when it was asked for.
-        ended: when the replicas held what was live afterwards, and nothing else.
+        ended: when the replica held what was live afterwards, and nothing else.
         phases: "verify", "load", "canary" and "switch" → beginning and end, as far as there were any.
         decided: when `promote`, or the `rollback` of a stable version, was sent. None where a candidate was taken back.
         served_s: from then to the moment when the router was asked and gave a new request to the new version.
@@ -105,23 +105,6 @@ class ControlWatch(AbstractContextManager["ControlWatch"]):
         found = [rollout for rollout in self._state.rollouts if rollout.organ == self._organ]
         return max(found, key=lambda rollout: rollout.created_at, default=None)
 
-    def wait_until_settled(self) -> float:
-        """Waits until all replicas hold what is live, and nothing else; the moment at which it was seen.
-
-        Raises:
-            SwapFailedError: they do not.
-        """
-        deadline = time.monotonic() + PATIENCE_S
-        while time.monotonic() < deadline:
-            # Control tells nobody at once that a version has left the memory.
-            found = self._control.list(self._organ)
-            live = {member.bundle_digest for member in found.live.members if member.organ == self._organ}
-            held = [{bundle.digest for bundle in replica.bundles} for replica in found.replicas]
-            if held and all(digests == live for digests in held):
-                return time.monotonic()
-            time.sleep(LOOK_AGAIN_S)
-        raise SwapFailedError(f"not within {PATIENCE_S:g} s: the replicas hold what is live, and nothing else")
-
     def since(self, rollout_id: str, state: str) -> float | None:
         """When a rollout was first seen in a state, on the monotonic clock."""
         return self._since.get((rollout_id, state))
@@ -169,6 +152,35 @@ class ControlWatch(AbstractContextManager["ControlWatch"]):
         self._stopping = True
 
 
+class ExpertsView(AbstractContextManager["ExpertsView"]):
+    """What an organ's replica holds. It is asked itself: Control would ask every replica and read the registry."""
+
+    def __init__(self, endpoint: str) -> None:
+        """Connects when first asked."""
+        self._channel = grpc.insecure_channel(endpoint)
+        self._stub = status_pb2_grpc.ReplicaStatusStub(self._channel)
+
+    def wait_until_alone(self, digest: str) -> float:
+        """Waits until a bundle is resident, and no other; the moment at which it was seen.
+
+        Raises:
+            SwapFailedError: that does not come to pass.
+        """
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            found = self._stub.Describe(status_pb2.DescribeRequest(), timeout=PATIENCE_S)
+            if [bundle.digest for bundle in found.bundles] == [digest]:
+                return time.monotonic()
+            time.sleep(LOOK_AGAIN_S)
+        raise SwapFailedError(f"not within {PATIENCE_S:g} s: the replica holds what is live, and nothing else")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes the connection."""
+        self._channel.close()
+
+
 class RouterView(AbstractContextManager["RouterView"]):
     """What the router would do with a new request for an organ. Asking computes nothing, so it is no load."""
 
@@ -210,6 +222,7 @@ class Swapper:
     def __init__(
         self,
         router: RouterView,
+        experts: ExpertsView,
         control: ExpertControlClient,
         watch: ControlWatch,
         organ: str,
@@ -217,6 +230,7 @@ class Swapper:
     ) -> None:
         """Takes the versions there are: version → digest."""
         self._router = router
+        self._experts = experts
         self._control = control
         self._watch = watch
         self._organ = organ
@@ -255,7 +269,7 @@ class Swapper:
                 self._control.rollback(self._organ, digest=live, actor=ACTOR)
             self._ask_until_served(session, live_set, swap)
             self._watch.wait(lambda: self._watch.live != live, "another version is live")
-        swap.ended = self._watch.wait_until_settled()
+        swap.ended = self._experts.wait_until_alone(self._watch.live)
         swap.phases["switch"] = (switching, swap.ended)
         if not swap.prepared:
             self._note_preparation(swap)
@@ -268,7 +282,7 @@ class Swapper:
             self._stage(digest, Swap("", time.monotonic()))
             self._control.promote(self._organ, digest=digest, actor=ACTOR)
             self._watch.wait(lambda: self._watch.live == digest, f"{version} is live")
-        self._watch.wait_until_settled()
+        self._experts.wait_until_alone(self._watch.live)
 
     def _candidate(self, live: str) -> str:
         others = [digest for digest in self._versions.values() if digest != live]

@@ -25,6 +25,7 @@ from benchmarks.machine import describe
 from benchmarks.running_parts import first_replicas
 from benchmarks.swap_operations import (
     ControlWatch,
+    ExpertsView,
     RouterView,
     Swap,
     SwapFailedError,
@@ -66,7 +67,8 @@ def measure(options: argparse.Namespace, checkpoint: Path, work: Path, console: 
             versions = push_versions(control, source, work)
             parts = first_replicas(ready["control"])
             router = stack.enter_context(RouterView(parts["router"].endpoint, options.organ))
-            swapper = Swapper(router, control, watch, options.organ, versions)
+            experts = stack.enter_context(ExpertsView(parts[f"expert-{options.organ}"].endpoint))
+            swapper = Swapper(router, experts, control, watch, options.organ, versions)
             watched = ("router", "control", f"expert-{options.organ}")
             processes = {part: psutil.Process(parts[part].pid) for part in watched}
             # Half of the streams ask the organ that is swapped, the others each of the rest in turn.

@@ -23,6 +23,7 @@ from experts.bundle_layout import (
     probe_tensor,
 )
 from experts.errors import InvalidBundleError
+from experts.finite import is_finite
 from experts.kernels.base import ExpertWeights
 from experts.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileEntry, Manifest
 from experts.safetensors_reader import SafetensorsFile
@@ -265,7 +266,7 @@ class Bundle:
     def _verify_finite(self) -> None:
         for name, file in self._file_by_tensor.items():
             tensor = file.tensor(name)
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if not is_finite(tensor):
                 raise InvalidBundleError(f"{file.name}: {name} has values that are infinite or not a number")
 
 

@@ -1,10 +1,12 @@
 """Starts checks of bundles by forking itself: `python -m experts.check_fork_server FD`.
 
-Importing torch takes seconds of a core, more than checking a small bundle. This process pays for it once; it opens no
-bundle and starts no thread, so every check begins from the same clean state. `experts.isolated_check` talks to it over
-the socket FD: one byte a check, with four descriptors, see `start_check`. It ends when the socket's other end closes.
+Importing torch takes seconds of a core, more than checking a small bundle. This process pays for it once, and for what
+else most checks import; it opens no bundle and starts no thread, so every check begins from the same clean state.
+`experts.isolated_check` talks to it over the socket FD: one byte a check, with four descriptors, see `start_check`. It
+ends when the socket's other end closes.
 """
 
+import importlib
 import os
 import signal
 import socket
@@ -18,6 +20,13 @@ from experts import bundle_check
 # A process id, and then how it ended: an exit code, or minus the number of a signal.
 REPORT = struct.Struct("=i")
 NUM_DESCRIPTORS = 4
+# What the registry and the kernel `auto` import only when they are asked for.
+_PRELOADED = (
+    "experts.kernels.auto",
+    "experts.kernels.cpu_packed",
+    "experts.kernels.reference",
+    "fsspec.implementations.local",
+)
 
 
 def start_check(connection: socket.socket, request: int, output: int, errors: int, report: int) -> None:
@@ -40,6 +49,8 @@ def start_check(connection: socket.socket, request: int, output: int, errors: in
 def main() -> int:
     """Serves until the other end closes; see the module."""
     connection = socket.socket(fileno=int(sys.argv[1]))
+    for module in _PRELOADED:
+        importlib.import_module(module)
     # Nobody asks how the watchers ended.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     # Whoever started this ends it, by closing the socket; Ctrl-C in a terminal reaches both.

@@ -165,7 +165,9 @@ class ExpertGroup:
             if entry is None:
                 return
             self._changed.wait_for(lambda: entry.exchanges == 0)
-            entry.layers.clear()
+        # Giving memory back takes a while, and no exchange shall wait for it.
+        entry.layers.clear()
+        with self._changed:
             self._state.held_bytes -= entry.resident.resident_bytes
 
     def forward(

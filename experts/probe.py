@@ -14,6 +14,7 @@ import torch
 from experts.bundle import Bundle
 from experts.bundle_layout import PROBE_PARTS, ProbePart, probe_tensor
 from experts.errors import ProbeError
+from experts.finite import is_finite
 from experts.kernels.base import NO_EXPERT, ExpertKernel, ExpertWeights, PreparedExperts, kernel_in_use
 from experts.kernels.reference import ReferenceKernel
 from experts.manifest import BundleDescription, ProbeSizes
@@ -229,7 +230,7 @@ def _error(
         raise ProbeError(
             f"layer {layer}: the kernel gave {found_TD.dtype} {list(found_TD.shape)} for {dtype} {list(x_TD.shape)}"
         )
-    if not torch.isfinite(found_TD).all():
+    if not is_finite(found_TD):
         raise ProbeError(f"layer {layer}: the output is infinite or not a number in {_name(dtype)}")
     largest = float(expected_TD.abs().max())
     difference = float((found_TD.float().cpu() - expected_TD[tokens]).abs().max())

@@ -19,6 +19,7 @@ from echovlm_ray.checkpoint.split_folder import open_split
 from echovlm_ray.checkpoint.writer import DEFAULT_MAX_SHARD_BYTES, load, specification
 from experts.bundle_layout import PROTOTYPE_TENSOR, expert_tensors_of_layer, gate_tensor
 from experts.bundle_writer import write_bundle
+from experts.finite import is_finite
 from experts.manifest import PROJECTIONS, BundleDescription, DTypeName, Manifest
 from experts.probe import probe_sizes
 
@@ -186,7 +187,7 @@ class _Tensors:
         if name in self._gates:
             tensor = tensor[self._chosen]
         tensor = tensor.to(self._dtypes[name])
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise InvalidCheckpointError(
                 f"{stored.name}: has values that are infinite or not a number in {tensor.dtype}; this was no good "
                 "training, or the dtype is too small"

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import grpc
-import torch
 
 from echovlm_ray.errors import InvalidRequestError
 from echovlm_ray.vision.encoder import EncoderInput, VisionEncoder
 from experts.errors import InvalidTensorError
+from experts.finite import is_finite
 from experts.transport.codec import tensor_from_proto, tensor_to_proto
 from protos import tensor_pb2, vision_pb2, vision_pb2_grpc
 
@@ -80,6 +80,6 @@ class VisionEncoderService(vision_pb2_grpc.VisionEncoderServicer):
             patches = tensor_from_proto(message.patches)
         except InvalidTensorError as error:
             raise InvalidRequestError(field, str(error)) from error
-        if not torch.isfinite(patches).all():
+        if not is_finite(patches):
             raise InvalidRequestError(field, "holds values that are not finite; send what the processor made")
         return EncoderInput((message.grid_t, message.grid_h, message.grid_w), patches)

@@ -9,6 +9,7 @@ experts behind gRPC must agree to the bit, configure one kernel by its name (`ex
 names one for each device).
 """
 
+import functools
 import logging
 import threading
 from importlib.metadata import PackageNotFoundError, version
@@ -129,6 +130,7 @@ def _key(weights: ExpertWeights) -> str:
     )
 
 
+@functools.cache
 def _version(name: str) -> str:
     try:
         return version(name)
