@@ -1,7 +1,7 @@
 """What `benchmarks.swaps` found, as a table, as JSON and as a picture."""
 
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -58,9 +58,29 @@ class Findings:
     @property
     def mismatches(self) -> int:
         """Answers that are not the ones that their version gives when run alone."""
-        return sum(
-            self.alone.get((heard.asked.organ, heard.version, heard.asked.prompt)) != heard.text for heard in self.heard
-        )
+        return sum(sum(kind["instead"].values()) for kind in self.mismatch_kinds)
+
+    @property
+    def mismatch_kinds(self) -> list[dict[str, Any]]:
+        """For each question that was answered otherwise than alone: which, the answer alone, and those instead."""
+        instead: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
+        asked: Counter[tuple[str, str, str]] = Counter()
+        for heard in self.heard:
+            key = (heard.asked.organ, heard.version, heard.asked.prompt)
+            asked[key] += 1
+            if self.alone.get(key) != heard.text:
+                instead[key][heard.text] += 1
+        return [
+            {
+                "organ": key[0],
+                "version": key[1],
+                "prompt": key[2],
+                "asked": asked[key],
+                "alone": self.alone.get(key),
+                "instead": dict(texts),
+            }
+            for key, texts in instead.items()
+        ]
 
     @cached_property
     def gaps_during_ms(self) -> list[float]:
@@ -121,6 +141,7 @@ class Findings:
             "answers": len(self.heard),
             "failures": list(self.failures),
             "mismatches": self.mismatches,
+            "mismatch_kinds": self.mismatch_kinds,
             "swaps": dict(Counter(swap.kind for swap in self.swaps)),
             "gap_p50_ms": {
                 "during": nearest_rank(self.gaps_during_ms, 50),

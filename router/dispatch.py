@@ -9,14 +9,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 
 from router.errors import ExpertsFailedError, ExpertsUnavailableError
 from router.exchange import Exchange, ExpertPlacement
 from router.expert_gates import ExpertGates
 from router.step_plan import FlatRows, Member, OrganRows, StepPlan, TokenAssignment, plan_step
 from router.stopwatch import Stopwatch
-from router.token_gate import TokenRouting, choose_experts, route_tokens
+from router.token_gate import TokenRouting, choose_experts
 
 __all__ = ["DispatchFailure", "DispatchStep", "Dispatcher", "PendingLayer", "TokenAssignment"]
 
@@ -35,8 +34,6 @@ class Dispatcher:
         self.norm_topk_prob = norm_topk_prob
         self.stopwatch = stopwatch
         self._gates: dict[str, ExpertGates] = {}
-        # Set id → for every layer the gates of all its organs as one matrix.
-        self._stacked: dict[str, list[torch.Tensor]] = {}
 
     def add_set(self, gates: ExpertGates) -> None:
         """From now on sequences may be pinned to this set; a set that is known already is left alone."""
@@ -45,7 +42,6 @@ class Dispatcher:
     def remove_set(self, expert_set_id: str) -> None:
         """Forgets a set that no sequence is pinned to any more."""
         self._gates.pop(expert_set_id, None)
-        self._stacked.pop(expert_set_id, None)
 
     def gates(self, expert_set_id: str) -> ExpertGates:
         """The gates of a set.
@@ -54,16 +50,6 @@ class Dispatcher:
             KeyError: the set was not added, or was removed.
         """
         return self._gates[expert_set_id]
-
-    def stacked_rows(self, gates: ExpertGates, layer: int) -> torch.Tensor:
-        """The gate rows of all organs of a set, one organ behind the other."""
-        stacked = self._stacked.get(gates.expert_set.id)
-        if stacked is None:
-            organs = gates.expert_set.organs
-            stacked = [torch.cat([gates.rows_of(organ, each) for organ in organs]) for each in range(gates.num_layers)]
-            if gates.expert_set.id in self._gates:
-                self._stacked[gates.expert_set.id] = stacked
-        return stacked[layer]
 
     def plan(self, assignments: Sequence[TokenAssignment], failed: Iterable[int], device: torch.device) -> StepPlan:
         """See `router.step_plan.plan_step`."""
@@ -185,27 +171,26 @@ class DispatchStep:
 
     def _gate_organs(self, organ_rows: OrganRows, layer: int, x_TD: torch.Tensor) -> Iterator[_Part]:
         gates, members = organ_rows.gates, organ_rows.members
+        logits_TE = gates.logits(layer, x_TD)
         if organ_rows.organ_M is None:
             for member in members:
-                x_RD = x_TD if member.row_R is None else x_TD[member.row_R]
-                routing = self._route(x_RD, gates.rows_of(member.organ, layer))
-                yield _Part(member, routing.index_TK, routing.weight_TK)
+                start, end = gates.expert_range(member.organ)
+                own_TE = logits_TE[:, start:end]
+                weight_RK, index_RK = self._choose(own_TE if member.row_R is None else own_TE[member.row_R])
+                yield _Part(member, index_RK, weight_RK)
             return
-        # One product, softmax and choice for all organs, of which each row then takes its own.
-        logits_TOE = F.linear(x_TD, self._dispatcher.stacked_rows(gates, layer)).unflatten(
-            1, (len(gates.expert_set.organs), -1)
-        )
-        top_k = min(self._dispatcher.top_k, logits_TOE.shape[2])
-        weight_MK, index_MK = choose_experts(
-            logits_TOE[organ_rows.row_M, organ_rows.organ_M], top_k, self._dispatcher.norm_topk_prob
-        )
+        # One softmax and choice for all organs: each row takes its own.
+        logits_TOE = logits_TE.unflatten(1, (len(gates.expert_set.organs), -1))
+        weight_MK, index_MK = self._choose(logits_TOE[organ_rows.row_M, organ_rows.organ_M])
         sizes = organ_rows.sizes
         for part in zip(members, index_MK.split(sizes), weight_MK.split(sizes), strict=True):
             yield _Part(*part)
 
     def _gate_flat(self, flat_rows: FlatRows, layer: int, x_TD: torch.Tensor) -> Iterator[_Part]:
         gates, row_S, split = flat_rows.gates, flat_rows.row_S, flat_rows.split
-        routing = self._route(x_TD if row_S is None else x_TD[row_S], gates.flat_rows(layer))
+        logits_TE = gates.logits(layer, x_TD)
+        logits_SE = logits_TE if row_S is None else logits_TE[row_S]
+        routing = TokenRouting(logits_SE, *self._choose(logits_SE))
         organ_SK = split.organ_of(routing)
         self._count_flat(gates, row_S, organ_SK, split.num_organs)
         organs = gates.expert_set.organs
@@ -218,10 +203,10 @@ class DispatchStep:
             member = Member(organ, gates.expert_set.bundle_digest(organ), None if all_rows else in_pass_R, None)
             yield _Part(member, index_RK, weight_RK)
 
-    def _route(self, x_RD: torch.Tensor, gate_ED: torch.Tensor) -> TokenRouting:
+    def _choose(self, logits_RE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # A group may have fewer experts than the model chooses per token.
-        top_k = min(self._dispatcher.top_k, gate_ED.shape[0])
-        return route_tokens(x_RD, gate_ED, top_k, self._dispatcher.norm_topk_prob)
+        top_k = min(self._dispatcher.top_k, logits_RE.shape[1])
+        return choose_experts(logits_RE, top_k, self._dispatcher.norm_topk_prob)
 
     def _send(self, parcel: _Parcel, layer: int, x_TD: torch.Tensor) -> None:
         stopwatch = self.stopwatch

@@ -9,6 +9,7 @@ import torch
 from experts.bundle import Bundle
 from router.expert_set import ExpertSet
 from router.organ_gate import OrganProfile
+from router.token_gate import GateProduct
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,9 +82,7 @@ class ExpertGates:
         for organ, rows in self._by_organ.items():
             start, end = end, end + rows[0].shape[0]
             self._ranges[organ] = start, end
-        self._flat: tuple[torch.Tensor, ...] = ()
-        if expert_set.routing == "flat":
-            self._flat = tuple(torch.cat(layer) for layer in zip(*self._by_organ.values(), strict=True))
+        self._products = tuple(GateProduct(torch.cat(layer)) for layer in zip(*self._by_organ.values(), strict=True))
 
     @classmethod
     def from_bundles(
@@ -143,13 +142,22 @@ class ExpertGates:
         """One organ's rows of one layer: its experts × hidden."""
         return self._by_organ[organ][layer]
 
-    def flat_rows(self, layer: int) -> torch.Tensor:
-        """The one gate over all organs' experts of a flat set, in the set's order."""
-        assert self._flat, "only a flat set has a gate that spans organs"
-        return self._flat[layer]
+    def logits(self, layer: int, x_TD: torch.Tensor) -> torch.Tensor:
+        """What a layer's gates give to the experts of all organs, in the set's order.
+
+        Also where only one organ's experts are chosen from: a product of so few columns takes as long for one organ.
+
+        Args:
+            layer: from 0.
+            x_TD: tokens × hidden, after the post-attention norm, in the rows' dtype.
+
+        Returns:
+            tokens × experts, in x's dtype; `expert_range` says which are an organ's.
+        """
+        return self._products[layer](x_TD)
 
     def expert_range(self, organ: str) -> tuple[int, int]:
-        """Which rows of the flat gate are an organ's: [start, end)."""
+        """Which columns of the logits are an organ's: [start, end)."""
         return self._ranges[organ]
 
     def num_experts(self, organ: str) -> int:

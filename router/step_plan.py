@@ -49,8 +49,8 @@ class OrganRows:
         members: in the set's order.
         sizes: rows of each member.
         row_M: the rows of all members.
-        organ_M: the place of each row's organ in the set's order. None where the organs' gates cannot be computed in
-            one product, because they differ in their number of experts, or because there is one member only.
+        organ_M: the place of each row's organ in the set's order. None where experts cannot be chosen for all
+            organs at once, because they differ in their number of experts, or because there is one member only.
     """
 
     gates: ExpertGates

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from experts.kernels.packed_linear import PackedLinear, packing_available
+
 
 @dataclass(frozen=True, slots=True)
 class TokenRouting:
@@ -36,6 +38,27 @@ def route_tokens(x_TD: torch.Tensor, gate_ED: torch.Tensor, top_k: int, norm_top
     logits_TE = F.linear(x_TD, gate_ED)
     weight_TK, index_TK = choose_experts(logits_TE, top_k, norm_topk_prob)
     return TokenRouting(logits_TE, weight_TK, index_TK)
+
+
+class GateProduct:
+    """One layer's gate over the experts of one or several organs, for inference.
+
+    On a CPU the logits of a token and an expert have the same bits whatever other tokens and experts are computed with
+    them. `torch.nn.functional.linear` promises no such thing: it sums a lone row, or other numbers of rows and columns,
+    in another order. Then the weight of an expert would depend on who else asks, and now and then so would a token.
+    """
+
+    __slots__ = ("_gate_ED", "_packed")
+
+    def __init__(self, gate_ED: torch.Tensor) -> None:
+        """Takes the rows: experts × hidden."""
+        self._gate_ED = gate_ED
+        fits = gate_ED.device.type == "cpu" and packing_available(gate_ED.dtype)
+        self._packed = PackedLinear(gate_ED) if fits else None
+
+    def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Tokens × hidden to tokens × experts, in the same dtype."""
+        return F.linear(x_TD, self._gate_ED) if self._packed is None else self._packed(x_TD)
 
 
 def choose_experts(logits_TE: torch.Tensor, top_k: int, norm_topk_prob: bool) -> tuple[torch.Tensor, torch.Tensor]:

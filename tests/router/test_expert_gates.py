@@ -2,6 +2,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from experts.registry import Registry
 from router.expert_gates import BundleGates, ExpertGates
@@ -30,7 +32,32 @@ def test_sets_share_the_rows_of_their_bundles() -> None:
 def test_a_flat_set_has_one_gate_in_the_order_of_its_organs() -> None:
     parts = {"liver": gates("liver", 2), "heart": gates("heart", 3)}
     flat = ExpertGates.of(expert_set("heart", "liver", routing="flat"), parts)
-    assert torch.equal(flat.flat_rows(0), torch.cat([parts["heart"].rows[0], parts["liver"].rows[0]]))
+    assert torch.equal(flat.logits(0, torch.eye(8)), torch.cat([parts["heart"].rows[0], parts["liver"].rows[0]]).T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=40, deadline=None)
+@given(
+    hidden=st.sampled_from((8, 64, 100, 768, 1536, 3584)),
+    sizes=st.lists(st.integers(1, 24), min_size=1, max_size=9),
+    rows=st.integers(1, 70),
+    data=st.data(),
+)
+def test_logits_have_the_same_bits_whoever_is_computed_with_them(
+    dtype: torch.dtype, hidden: int, sizes: list[int], rows: int, data: st.DataObject
+) -> None:
+    generator = torch.Generator().manual_seed(hidden + rows)
+    gate_ED = [torch.randn(size, hidden, generator=generator).to(dtype) for size in sizes]
+    x_TD = torch.randn(rows, hidden, generator=generator).to(dtype)
+    organs = [f"organ{place}" for place in range(len(sizes))]
+    all_of_them = ExpertGates(expert_set(*organs), {name: (gate,) for name, gate in zip(organs, gate_ED, strict=True)})
+    organ = data.draw(st.sampled_from(organs))
+    alone = ExpertGates(expert_set(organ), {organ: (gate_ED[organs.index(organ)],)})
+    first = data.draw(st.integers(0, rows - 1))
+    end = data.draw(st.integers(first + 1, rows))
+    start_column, end_column = all_of_them.expert_range(organ)
+    together = all_of_them.logits(0, x_TD)[first:end, start_column:end_column]
+    assert torch.equal(alone.logits(0, x_TD[first:end]), together)
 
 
 @pytest.mark.parametrize(
