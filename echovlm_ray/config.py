@@ -134,8 +134,9 @@ class RouterSection(Section):
     max_new_tokens: PositiveInt = 1024
     # When requests wait although the batch has room, raise it: the KV cache holds this many tokens in all.
     kv_cache_tokens: PositiveInt = 32_768
-    # When prompts are long and decoding requests stall behind them, lower it: prompt tokens computed per step.
-    max_prefill_tokens: PositiveInt = 512
+    # When prompts are long and decoding requests stall behind them, lower it: prompt tokens computed per step, at
+    # least the 16 of a block.
+    max_prefill_tokens: Annotated[int, Field(ge=16)] = 512
     # When an exchange with the experts takes longer than the dense MLP and the shared expert (slow network, fast GPU),
     # set it to 2: each step is computed in two halves, and the experts of one work during the other's attention.
     micro_batches: Literal[1, 2] = 1

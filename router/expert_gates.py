@@ -156,6 +156,10 @@ class ExpertGates:
         """
         return self._products[layer](x_TD)
 
+    def warm_up(self) -> None:
+        """Makes ready for every number of tokens, so that no step stops to compile; see `GateProduct.warm_up`."""
+        self._products[0].warm_up()
+
     def expert_range(self, organ: str) -> tuple[int, int]:
         """Which columns of the logits are an organ's: [start, end)."""
         return self._ranges[organ]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from experts.kernels.packed_linear import PackedLinear, packing_available
+from experts.kernels.packed_linear import MAX_ROWS, PackedLinear, packed_row_counts, packing_available
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,12 @@ class GateProduct:
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Tokens × hidden to tokens × experts, in the same dtype."""
         return F.linear(x_TD, self._gate_ED) if self._packed is None else self._packed(x_TD)
+
+    def warm_up(self) -> None:
+        """Has the code for every number of rows compiled that a step may have, once for all gates of this size."""
+        if self._packed is not None:
+            for rows in packed_row_counts(MAX_ROWS):
+                self(self._gate_ED.new_zeros(rows, self._gate_ED.shape[1]))
 
 
 def choose_experts(logits_TE: torch.Tensor, top_k: int, norm_topk_prob: bool) -> tuple[torch.Tensor, torch.Tensor]:

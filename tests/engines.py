@@ -30,10 +30,12 @@ from tests.split_golden import SplitGolden
 TIMEOUT_S = 60
 
 
-def local_experts(split: SplitGolden) -> LocalExperts:
-    members = split.expert_set.members
+def local_experts(split: SplitGolden, kernel: str = "reference") -> LocalExperts:
     return LocalExperts(
-        {member.organ: expert_group(member.organ, split.registry, [member.bundle_digest]) for member in members}
+        {
+            member.organ: expert_group(member.organ, split.registry, [member.bundle_digest], kernel)
+            for member in split.expert_set.members
+        }
     )
 
 

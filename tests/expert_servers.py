@@ -21,9 +21,9 @@ from experts.service import ExpertGroupService, add_expert_group_to_server
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def expert_group(organ: str, registry: Path, digests: Sequence[str]) -> ExpertGroup:
+def expert_group(organ: str, registry: Path, digests: Sequence[str], kernel: str = "reference") -> ExpertGroup:
     """A group that has loaded its bundles."""
-    group = ExpertGroup(organ, Registry(registry), get_kernel("reference"), device="cpu", max_resident_bytes=1024**3)
+    group = ExpertGroup(organ, Registry(registry), get_kernel(kernel), device="cpu", max_resident_bytes=1024**3)
     for digest in digests:
         group.load(digest)
     return group

@@ -6,6 +6,7 @@ The tokens of all sequences of a step lie one after the other in one row; every 
 # transformers leaves most of its functions untyped.
 # mypy: disable-error-code="no-untyped-call"
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
 
@@ -22,25 +23,41 @@ from echovlm_ray.engine.kv_cache import BLOCK_SIZE, KVCache
 
 @dataclass(frozen=True, slots=True)
 class SequenceSpan:
-    """One sequence's part of a step: its tokens [start, end), which lie in the step's rows from `row` on."""
+    """One sequence's part of a step: its tokens [start, end), which lie in the step's rows from `row` on.
+
+    Those from `num_prompt` on are tokens that were generated before.
+    """
 
     row: int
     start: int
     end: int
     block_table: list[int]
+    num_prompt: int
 
 
 @dataclass(frozen=True, slots=True)
-class PrefillSpan:
-    """Several tokens of one sequence.
+class Tile:
+    """Several tokens of one sequence that attend together.
 
-    `mask_QK` is 0 where a query may look and minus infinity elsewhere, in the cache's dtype.
+    Attributes:
+        row: where they begin in the step's rows.
+        count: how many they are.
+        end: the tokens of the sequence that any of them sees.
+        mask_QK: 0 where a query may look and minus infinity elsewhere, in the cache's dtype.
     """
 
     row: int
     count: int
-    context_slots: torch.Tensor
+    end: int
     mask_QK: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """One sequence's tiles, and the cache slots of all that they see."""
+
+    context_slots: torch.Tensor
+    tiles: tuple[Tile, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +97,14 @@ class AttentionStep:
     Attributes:
         cache: written and read.
         new_slots: where the step's tokens are stored.
-        prefills: sequences with several tokens.
-        decodes: those with one, where torch's operators compute them.
-        compiled_decodes: those with one, where compiled functions do.
+        prefills: sequences of which several tokens attend together.
+        decodes: tokens that attend by themselves, where torch's operators compute them.
+        compiled_decodes: the same, where compiled functions do.
     """
 
     cache: KVCache
     new_slots: torch.Tensor
-    prefills: tuple[PrefillSpan, ...]
+    prefills: tuple[Prefill, ...]
     decodes: tuple[DecodeGroup, ...]
     compiled_decodes: CompiledDecodes | None
 
@@ -95,22 +112,33 @@ class AttentionStep:
     def plan(cls, cache: KVCache, spans: Sequences[SequenceSpan]) -> "AttentionStep":
         """Lays out a step once for all layers.
 
-        Compiled, each sequence attends by itself. With torch's operators those that decode attend together, by the
-        padded length of their contexts. That length depends on a sequence alone, so its result is the same whatever
-        else is in the batch: to the bit with one torch thread, as served (with more, torch itself shares float32
-        products out by the size of the batch).
+        On a CPU a token's result is the same whatever else is in the step, and however much of its own sequence is: a
+        prompt attends in tiles that begin at multiples of `BLOCK_SIZE`, and each generated token by itself, also when
+        it is computed again. Tiles are faster, too, since most of what a token must not see is not computed at all.
+
+        Compiled, each lone token attends by itself. With torch's operators those of several sequences attend together,
+        by the padded length of their contexts, which depends on a sequence alone. Then results are the same to the bit
+        with one torch thread, as served (with more, torch itself shares float32 products out by the size of the batch).
         """
         new_slots = torch.cat([cache.slots(span.block_table, span.start, span.end) for span in spans])
-        prefills = tuple(_prefill(cache, span) for span in spans if span.end - span.start > 1)
-        decoding = [span for span in spans if span.end - span.start == 1]
+        prefills: list[Prefill] = []
+        decoding: list[SequenceSpan] = []
+        for span in spans:
+            if span.end - span.start == 1:
+                decoding.append(span)
+                continue
+            parts = list(_parts(span)) if cache.device.type == "cpu" else [span]
+            decoding += [part for part in parts if part.end - part.start == 1]
+            if several := [part for part in parts if part.end - part.start > 1]:
+                prefills.append(_prefill(cache, several))
         if cache.compiled:
             compiled_decodes = _compiled_decodes(decoding) if decoding else None
-            return cls(cache, new_slots, prefills, (), compiled_decodes)
+            return cls(cache, new_slots, tuple(prefills), (), compiled_decodes)
         groups: dict[int, list[SequenceSpan]] = {}
         for span in decoding:
             groups.setdefault(padded_context(span.end), []).append(span)
-        decodes = tuple(_decode(cache, group, padded, len(spans)) for padded, group in groups.items())
-        return cls(cache, new_slots.to(cache.device), prefills, decodes, None)
+        decodes = tuple(_decode(cache, group, padded, len(new_slots)) for padded, group in groups.items())
+        return cls(cache, new_slots.to(cache.device), tuple(prefills), decodes, None)
 
 
 def padded_context(num_tokens: int) -> int:
@@ -122,15 +150,29 @@ def padded_context(num_tokens: int) -> int:
     return -(-num_tokens // step) * step
 
 
-def _prefill(cache: KVCache, span: SequenceSpan) -> PrefillSpan:
-    count = span.end - span.start
-    hidden_QK = torch.ones(count, span.end, dtype=torch.bool).triu(diagonal=span.start + 1)
-    mask_QK = torch.zeros(count, span.end, dtype=cache.dtype).masked_fill_(hidden_QK, -torch.inf)
-    slots = cache.slots(span.block_table, 0, span.end)
-    return PrefillSpan(span.row, count, slots.to(cache.device), mask_QK.to(cache.device))
+def _parts(span: SequenceSpan) -> Iterator[SequenceSpan]:
+    """Cuts a span where only a token's place in its sequence decides."""
+    start = span.start
+    while start < span.end:
+        end = start + 1
+        if start < span.num_prompt:
+            end = min(start - start % BLOCK_SIZE + BLOCK_SIZE, span.num_prompt, span.end)
+        yield SequenceSpan(span.row + start - span.start, start, end, span.block_table, span.num_prompt)
+        start = end
 
 
-def _decode(cache: KVCache, group: list[SequenceSpan], padded: int, num_spans: int) -> DecodeGroup:
+def _prefill(cache: KVCache, parts: list[SequenceSpan]) -> Prefill:
+    tiles = []
+    for part in parts:
+        count = part.end - part.start
+        mask_QK = torch.zeros(count, part.end, dtype=cache.dtype)
+        mask_QK[:, part.start :] = torch.full((count, count), -torch.inf).triu_(diagonal=1)
+        tiles.append(Tile(part.row, count, part.end, mask_QK.to(cache.device)))
+    slots = cache.slots(parts[-1].block_table, 0, parts[-1].end)
+    return Prefill(slots.to(cache.device), tuple(tiles))
+
+
+def _decode(cache: KVCache, group: list[SequenceSpan], padded: int, num_rows: int) -> DecodeGroup:
     slots_BK = torch.empty(len(group), padded, dtype=torch.int64)
     mask_B11K = torch.zeros(len(group), 1, 1, padded, dtype=cache.dtype)
     for index, span in enumerate(group):
@@ -140,7 +182,7 @@ def _decode(cache: KVCache, group: list[SequenceSpan], padded: int, num_spans: i
         slots_BK[index, span.end :] = slots[0]
         mask_B11K[index, 0, 0, span.end :] = -torch.inf
     row_B = None
-    if len(group) != num_spans:
+    if len(group) != num_rows:
         row_B = torch.tensor([span.row for span in group]).to(cache.device)
     return DecodeGroup(row_B, slots_BK.flatten().to(cache.device), mask_B11K.to(cache.device))
 
@@ -234,18 +276,20 @@ def _attend(step: AttentionStep, layer: int, query_THD: torch.Tensor, scaling: f
         assert group.row_B is not None
         rows = query_THD.index_select(0, group.row_B)
         output_THD.index_copy_(0, group.row_B, _attend_decoding(step.cache, layer, rows, group, scaling))
-    for span in step.prefills:
-        keys_KHD, values_KHD = step.cache.read(layer, span.context_slots)
-        rows = query_THD[span.row : span.row + span.count]
-        attended = F.scaled_dot_product_attention(
-            rows.transpose(0, 1)[None],
-            keys_KHD.transpose(0, 1)[None],
-            values_KHD.transpose(0, 1)[None],
-            attn_mask=span.mask_QK,
-            scale=scaling,
-            enable_gqa=True,
-        )
-        output_THD[span.row : span.row + span.count] = attended[0].transpose(0, 1)
+    for prefill in step.prefills:
+        keys_KHD, values_KHD = step.cache.read(layer, prefill.context_slots)
+        keys_1HKD, values_1HKD = keys_KHD.transpose(0, 1)[None], values_KHD.transpose(0, 1)[None]
+        for tile in prefill.tiles:
+            own = slice(tile.row, tile.row + tile.count)
+            attended = F.scaled_dot_product_attention(
+                query_THD[own].transpose(0, 1)[None],
+                keys_1HKD[:, :, : tile.end],
+                values_1HKD[:, :, : tile.end],
+                attn_mask=tile.mask_QK,
+                scale=scaling,
+                enable_gqa=True,
+            )
+            output_THD[own] = attended[0].transpose(0, 1)
     return output_THD
 
 

@@ -5,7 +5,7 @@ import logging
 import torch
 from torch import nn
 
-from experts.kernels.packed_linear import MAX_ROWS, PackedLinear, packing_available, padded_rows
+from experts.kernels.packed_linear import MAX_ROWS, PackedLinear, packed_row_counts, packing_available
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def warm_up(model: nn.Module, max_head_rows: int) -> int:
     products = 0
     with torch.inference_mode():
         for packed, max_rows in shapes.values():
-            for rows in sorted({padded_rows(rows) for rows in range(1, min(max_rows, MAX_ROWS) + 1)}):
+            for rows in packed_row_counts(max_rows):
                 packed.product(torch.zeros(rows, packed.in_features, dtype=packed.dtype))
                 products += 1
     return products

@@ -50,6 +50,7 @@ class Scheduler:
         max_prefill_tokens: int,
         prefix_reuse: bool = True,
     ) -> None:
+        assert max_prefill_tokens >= BLOCK_SIZE, "a prompt of more than a block would never be computed"
         self.pool = pool
         self.unavailable = unavailable
         self.max_batch_size = max_batch_size
@@ -104,15 +105,26 @@ class Scheduler:
             if not sequence.block_table:
                 continue
             count = sequence.num_pending
-            if count > 1:
-                count = min(count, budget)
             end = sequence.num_computed + count
+            if count > 1:
+                end = self._cut(sequence, budget)
+                count = end - sequence.num_computed
             if not count or not self._grow(sequence, end, ready):
                 continue
             if count > 1:
                 budget -= count
             chunks.append(Chunk(sequence, sequence.num_computed, end))
         return chunks
+
+    def _cut(self, sequence: Sequence, budget: int) -> int:
+        """Up to which of its tokens a sequence is computed in a step, within a budget.
+
+        Whole blocks, unless it is all there is: then attention computes the same tiles however a prompt is divided.
+        """
+        end = min(len(sequence.token_ids), sequence.num_computed + budget)
+        if end < len(sequence.token_ids):
+            end -= end % BLOCK_SIZE
+        return max(end, sequence.num_computed)
 
     def publish(self, sequence: Sequence) -> None:
         """Lets others begin with a sequence's full blocks; call it when a token that is a number came out of them."""

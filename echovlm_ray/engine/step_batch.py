@@ -47,7 +47,7 @@ class StepBatch:
             token_ids += sequence.token_ids[chunk.start : chunk.end]
             _fill_positions(position_ids_3T[:, row:end], chunk)
             assignments.append(TokenAssignment(row, end, request.expert_set_id, request.shares))
-            spans.append(SequenceSpan(row, chunk.start, chunk.end, sequence.block_table))
+            spans.append(SequenceSpan(row, chunk.start, chunk.end, sequence.block_table, sequence.num_prompt))
             logit_spans.append(_logit_span(chunk, row, end))
             row = end
         return cls(

@@ -133,6 +133,11 @@ def padded_rows(rows: int) -> int:
     return -(-rows // step) * step
 
 
+def packed_row_counts(max_rows: int) -> list[int]:
+    """All sizes that are computed for up to so many rows: what has to be compiled before any number comes."""
+    return sorted({padded_rows(rows) for rows in range(1, min(max_rows, MAX_ROWS) + 1)})
+
+
 def packing_available(dtype: torch.dtype) -> bool:
     """Whether `PackedLinear` works here for weights of a dtype. Tried once a process; the log says why not."""
     return _why_not(dtype) is None

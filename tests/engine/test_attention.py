@@ -36,7 +36,7 @@ def spans_of(lengths: list[tuple[int, int]]) -> list[SequenceSpan]:
     row, block = 0, 63
     for before, new in lengths:
         count = -(-(before + new) // BLOCK_SIZE)
-        spans.append(SequenceSpan(row, before, before + new, list(range(block, block - count, -1))))
+        spans.append(SequenceSpan(row, before, before + new, list(range(block, block - count, -1)), before + new))
         row, block = row + new, block - count
     return spans
 
@@ -90,7 +90,7 @@ def test_the_same_bits_alone_and_in_company(dtype: torch.dtype, compiled: bool) 
     together = attend(cache, spans, query_THD)
     for span in spans:
         rows = slice(span.row, span.row + span.end - span.start)
-        alone = SequenceSpan(0, span.start, span.end, span.block_table)
+        alone = SequenceSpan(0, span.start, span.end, span.block_table, span.num_prompt)
         assert torch.equal(attend(cache, [alone], query_THD[rows]), together[rows])
 
 

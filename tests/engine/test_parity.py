@@ -98,7 +98,7 @@ def test_experts_behind_grpc_give_the_same_bits(case: Case, golden_dir: Path) ->
         assert torch.equal(here.logits_TV, there.logits_TV), str(row)
 
 
-@pytest.mark.parametrize("max_prefill_tokens", [5, 13])
+@pytest.mark.parametrize("max_prefill_tokens", [16, 37])
 def test_prefill_in_small_pieces_changes_nothing(golden_dir: Path, tmp_path: Path, max_prefill_tokens: int) -> None:
     checkpoint = golden_dir / "base" / "checkpoint"
     routing: Routing = "organs"

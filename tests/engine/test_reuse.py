@@ -119,7 +119,7 @@ def test_draws_with_a_seed_survive_preemption(split: SplitGolden, requests: list
         assert engine.preemptions
 
 
-@pytest.mark.parametrize("max_prefill_tokens", [64, 7])
+@pytest.mark.parametrize("max_prefill_tokens", [64, 16])
 def test_a_known_beginning_changes_no_answer_and_no_provenance(
     split: SplitGolden, requests: list[SequenceRequest], expected: list[Answer], max_prefill_tokens: int
 ) -> None:

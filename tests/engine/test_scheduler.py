@@ -158,6 +158,7 @@ def test_no_block_is_lost_and_everything_ends(
             check(planned)
             assert len(chunks) <= planned.max_batch_size
             assert sum(c.end - c.start for c in chunks if c.end - c.start > 1) <= planned.max_prefill_tokens
+            assert all(chunk.reaches_last_token or chunk.end % BLOCK_SIZE == 0 for chunk in chunks)
             assert not any(outage(chunk.sequence) for chunk in chunks)
             if action == "fail" and chunks:
                 lost = chunks.pop(arguments[0] % len(chunks))
@@ -183,7 +184,7 @@ def test_no_block_is_lost_and_everything_ends(
 
 
 def test_more_are_admitted_than_could_reach_their_longest_end() -> None:
-    planned = scheduler(num_blocks=8, batch=8)
+    planned = scheduler(num_blocks=8, batch=8, prefill=40)
     for _ in range(4):
         planned.add(sequence(10, 100))
     assert len(planned.schedule()) == 4
@@ -287,13 +288,13 @@ def test_who_wants_logits_computes_everything() -> None:
 
 
 def test_what_was_not_computed_well_is_not_shared() -> None:
-    planned = scheduler(num_blocks=20, prefill=24)
+    planned = scheduler(num_blocks=20, prefill=32)
     planned.add(sequence(40, 1))
     advance(planned, planned.schedule())
     # Half a prompt, from which no token came yet.
     planned.add(sequence(40, 1))
     chunks = planned.schedule()
-    assert [(chunk.start, chunk.end) for chunk in chunks] == [(24, 40), (0, 8)]
+    assert [(chunk.start, chunk.end) for chunk in chunks] == [(32, 40), (0, 16)]
 
 
 def test_prompts_share_the_budget_in_the_order_in_which_they_came() -> None:
@@ -306,7 +307,8 @@ def test_prompts_share_the_budget_in_the_order_in_which_they_came() -> None:
         chunks = planned.schedule()
         steps.append([(own.index(chunk.sequence), chunk.end - chunk.start) for chunk in chunks])
         advance(planned, chunks)
-    assert steps == [[(0, 20), (1, 30)], [(0, 1), (1, 30), (2, 10), (3, 10)], [(0, 1), (1, 1), (2, 1), (3, 5)]]
+    # Whole blocks, unless it is all there is.
+    assert steps == [[(0, 20), (1, 16), (2, 10)], [(0, 1), (1, 44), (2, 1)], [(0, 1), (1, 1), (2, 1), (3, 15)]]
 
 
 def test_sequences_of_a_lost_organ_make_room_for_the_others() -> None:

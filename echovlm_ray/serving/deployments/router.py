@@ -116,7 +116,9 @@ def build_engine(
         top_k=config.text_config.num_experts_per_tok,
         norm_topk_prob=config.text_config.norm_topk_prob,
     )
-    dispatcher.add_set(ExpertGates.of(expert_set, gates))
+    token_gates = ExpertGates.of(expert_set, gates)
+    token_gates.warm_up()
+    dispatcher.add_set(token_gates)
     limits = settings.router
     runner = ModelRunner(
         backbone, dispatcher, kv_cache_tokens=limits.kv_cache_tokens, micro_batches=limits.micro_batches
