@@ -7,6 +7,8 @@ import torch.nn.functional as F
 
 from experts.kernels.packed_linear import MAX_ROWS, PackedLinear, packed_row_counts, packing_available
 
+_PADDED_EXPERTS = 16
+
 
 @dataclass(frozen=True, slots=True)
 class TokenRouting:
@@ -53,12 +55,17 @@ class GateProduct:
     def __init__(self, gate_ED: torch.Tensor) -> None:
         """Takes the rows: experts × hidden."""
         self._gate_ED = gate_ED
-        fits = gate_ED.device.type == "cpu" and packing_available(gate_ED.dtype)
-        self._packed = PackedLinear(gate_ED) if fits else None
+        self._packed = None
+        if gate_ED.device.type == "cpu" and packing_available(gate_ED.dtype):
+            # Rows of zeros, for oneDNN sums a lone expert in another order. It would add as many by itself.
+            padding = -len(gate_ED) % _PADDED_EXPERTS
+            self._packed = PackedLinear(F.pad(gate_ED, (0, 0, 0, padding)))
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Tokens × hidden to tokens × experts, in the same dtype."""
-        return F.linear(x_TD, self._gate_ED) if self._packed is None else self._packed(x_TD)
+        if self._packed is None:
+            return F.linear(x_TD, self._gate_ED)
+        return self._packed(x_TD)[:, : len(self._gate_ED)]
 
     def warm_up(self) -> None:
         """Has the code for every number of rows compiled that a step may have, once for all gates of this size."""
