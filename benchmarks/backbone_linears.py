@@ -18,9 +18,9 @@ from rich.progress import Progress
 from torch import nn
 
 from benchmarks.machine import describe
-from echovlm_ray.engine.packing import MIN_OUT_FEATURES, PackedLinearLayer
 from echovlm_ray.model.configuration import EchoVLMConfig
 from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
+from echovlm_ray.model.packing import MIN_OUT_FEATURES, PackedLinearLayer
 
 CONFIG = Path(__file__).resolve().parent.parent.parent / "shared" / "bench" / "config_4_experts.json"
 RESULT = Path(__file__).resolve().parent / "results" / "backbone_linears.md"

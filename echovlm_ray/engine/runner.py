@@ -8,11 +8,11 @@ import torch
 from echovlm_ray.engine.compiled import pays, prepare
 from echovlm_ray.engine.fused_layers import fuse_layers
 from echovlm_ray.engine.kv_cache import BLOCK_SIZE, BlockPool, KVCache
-from echovlm_ray.engine.packing import pack_linears
 from echovlm_ray.engine.scheduler import Chunk
 from echovlm_ray.engine.sequence import Sequence
 from echovlm_ray.engine.step_batch import StepBatch, split_chunks
 from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration, ForwardPart
+from echovlm_ray.model.packing import pack_linears
 from router.dispatch import Dispatcher, DispatchFailure, DispatchStep
 from router.errors import ExpertsUnavailableError
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from echovlm_ray.errors import InvalidRequestError, OverloadedError
+from echovlm_ray.model.packing import pack_linears
 from echovlm_ray.model.vision_tower import EchoVLMVisionTower
 from experts.digest import digest_of
 
@@ -97,7 +98,8 @@ class VisionEncoder:
         """Takes the weights and their limits.
 
         Args:
-            tower: see `echovlm_ray.model.checkpoint.load_vision_tower`.
+            tower: see `echovlm_ray.model.checkpoint.load_vision_tower`. On a CPU its linear layers are packed, so that
+                an input's embedding has the same bits whatever else is in the batch.
             digest: the encoder's identity (`encoder_digest`).
             cache_bytes: 0 keeps nothing.
             max_batch_patches: patches in one forward pass; a larger input is refused.
@@ -108,6 +110,7 @@ class VisionEncoder:
         self.merge_size = int(tower.config.spatial_merge_size)
         self.patch_dim = tower.patch_embed.proj.weight[0].numel()
         self.cache = EmbeddingCache(cache_bytes)
+        pack_linears(tower)
         self._tower = tower
         self._max_queue = max_queue
         self._jobs: dict[str, _Job] = {}

@@ -95,7 +95,7 @@ async def test_neighbours_in_a_batch_change_nothing(tower: EchoVLMVisionTower) -
         for one, expected in zip(items, together, strict=True):
             (alone,) = await each.encode([one])
             assert alone.content_digest == expected.content_digest
-            torch.testing.assert_close(alone.embedding, expected.embedding, rtol=0, atol=1e-5)
+            assert torch.equal(alone.embedding, expected.embedding)
 
 
 async def test_the_cache_answers_the_second_time(tower: EchoVLMVisionTower) -> None:
@@ -221,8 +221,7 @@ async def test_the_service_answers_in_order(tower: EchoVLMVisionTower) -> None:
     assert [found.cached for found in again.embeddings] == [True, True, True]
     (expected,) = await encoder(tower).encode([item(0)])
     assert response.embeddings[0].content_digest == expected.content_digest
-    # Not to the bit: here it was encoded alone.
-    torch.testing.assert_close(tensor_from_proto(response.embeddings[2].embedding), expected.embedding)
+    assert torch.equal(tensor_from_proto(response.embeddings[2].embedding), expected.embedding)
 
 
 SHORT = tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=[24, 1176], data=b"\0" * 8)

@@ -96,9 +96,9 @@ def build_engine(
 ) -> "tuple[Engine, ServedModel, OrganGate]":
     """Loads the backbone and the gates, and puts the engine together; takes as long as reading the weights."""
     from echovlm_ray.engine.engine import Engine
-    from echovlm_ray.engine.packing import warm_up
     from echovlm_ray.engine.runner import ModelRunner
     from echovlm_ray.model.checkpoint import load_backbone
+    from echovlm_ray.model.packing import warm_up
     from echovlm_ray.serving.bundles import open_registry
     from echovlm_ray.serving.router import ServedModel
     from router.dispatch import Dispatcher

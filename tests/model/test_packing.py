@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from echovlm_ray.engine.packing import MIN_OUT_FEATURES, PackedLinearLayer, pack_linears
 from echovlm_ray.model.checkpoint import load_backbone
+from echovlm_ray.model.packing import MIN_OUT_FEATURES, PackedLinearLayer, pack_linears
 from experts.kernels.packed_linear import MAX_ROWS, packing_available, padded_rows
 from tests.split_golden import SplitGolden, split_golden
 
@@ -32,7 +32,7 @@ def layers(dtype: torch.dtype) -> nn.Sequential:
 GROWTH = """
 import psutil, torch
 from torch import nn
-from echovlm_ray.engine.packing import pack_linears, warm_up
+from echovlm_ray.model.packing import pack_linears, warm_up
 torch.set_num_threads(1)
 model = nn.ModuleDict({"a": nn.Linear(64, 96), "b": nn.Linear(96, 64, bias=False), "lm_head": nn.Linear(64, 160)})
 pack_linears(model)
