@@ -60,7 +60,7 @@ class Findings:
         """Answers that are not the ones that their version gives when run alone."""
         return sum(sum(kind["instead"].values()) for kind in self.mismatch_kinds)
 
-    @property
+    @cached_property
     def mismatch_kinds(self) -> list[dict[str, Any]]:
         """For each question that was answered otherwise than alone: which, the answer alone, and those instead."""
         instead: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)

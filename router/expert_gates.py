@@ -114,7 +114,7 @@ class ExpertGates:
 
     @classmethod
     def of(cls, expert_set: ExpertSet, gates: Mapping[str, BundleGates]) -> Self:
-        """Joins what was read of a set's bundles; rows are shared with all sets of the same bundles.
+        """Joins what was read of a set's bundles, whose rows all sets share; the products are the set's own.
 
         Args:
             expert_set: the set.

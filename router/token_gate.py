@@ -1,11 +1,13 @@
 """The token gate: which experts a token goes to, and with what weight."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from experts.kernels.packed_linear import MAX_ROWS, PackedLinear, packed_row_counts, packing_available
+from experts.kernels.packed_linear import PackedLinear, packing_available
 
 _PADDED_EXPERTS = 16
 
@@ -50,28 +52,25 @@ class GateProduct:
     in another order. Then the weight of an expert would depend on who else asks, and now and then so would a token.
     """
 
-    __slots__ = ("_gate_ED", "_packed")
+    __slots__ = ("_num_experts", "_product")
 
     def __init__(self, gate_ED: torch.Tensor) -> None:
         """Takes the rows: experts × hidden."""
-        self._gate_ED = gate_ED
-        self._packed = None
+        self._num_experts = len(gate_ED)
+        self._product: Callable[[torch.Tensor], torch.Tensor] = partial(F.linear, weight=gate_ED)
         if gate_ED.device.type == "cpu" and packing_available(gate_ED.dtype):
             # Rows of zeros, for oneDNN sums a lone expert in another order. It would add as many by itself.
-            padding = -len(gate_ED) % _PADDED_EXPERTS
-            self._packed = PackedLinear(F.pad(gate_ED, (0, 0, 0, padding)))
+            padding = -self._num_experts % _PADDED_EXPERTS
+            self._product = PackedLinear(F.pad(gate_ED, (0, 0, 0, padding)))
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Tokens × hidden to tokens × experts, in the same dtype."""
-        if self._packed is None:
-            return F.linear(x_TD, self._gate_ED)
-        return self._packed(x_TD)[:, : len(self._gate_ED)]
+        return self._product(x_TD)[:, : self._num_experts]
 
     def warm_up(self) -> None:
         """Has the code for every number of rows compiled that a step may have, once for all gates of this size."""
-        if self._packed is not None:
-            for rows in packed_row_counts(MAX_ROWS):
-                self(self._gate_ED.new_zeros(rows, self._gate_ED.shape[1]))
+        if isinstance(self._product, PackedLinear):
+            self._product.warm_up()
 
 
 def choose_experts(logits_TE: torch.Tensor, top_k: int, norm_topk_prob: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -111,6 +111,14 @@ def _wait_until_ready(system: RunningSystem) -> None:
         time.sleep(0.1)
 
 
+def title_of(process: psutil.Process) -> str:
+    """The command line of a process, empty where it has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
 def stop(process: subprocess.Popen[bytes]) -> list[str]:
     """Sends Ctrl-C, and returns what still runs of the system afterwards, killed."""
     family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []

@@ -124,12 +124,10 @@ class AttentionStep:
         prefills: list[Prefill] = []
         decoding: list[SequenceSpan] = []
         for span in spans:
-            if span.end - span.start == 1:
-                decoding.append(span)
-                continue
-            parts = list(_parts(span)) if cache.device.type == "cpu" else [span]
-            decoding += [part for part in parts if part.end - part.start == 1]
-            if several := [part for part in parts if part.end - part.start > 1]:
+            several: list[SequenceSpan] = []
+            for part in _parts(span) if cache.device.type == "cpu" else (span,):
+                (decoding if part.end - part.start == 1 else several).append(part)
+            if several:
                 prefills.append(_prefill(cache, several))
         if cache.compiled:
             compiled_decodes = _compiled_decodes(decoding) if decoding else None

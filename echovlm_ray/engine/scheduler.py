@@ -104,11 +104,10 @@ class Scheduler:
             # Without blocks it waits for some, or was just preempted by an older one.
             if not sequence.block_table:
                 continue
-            count = sequence.num_pending
-            end = sequence.num_computed + count
-            if count > 1:
+            end = len(sequence.token_ids)
+            if sequence.num_pending > 1:
                 end = self._cut(sequence, budget)
-                count = end - sequence.num_computed
+            count = end - sequence.num_computed
             if not count or not self._grow(sequence, end, ready):
                 continue
             if count > 1:

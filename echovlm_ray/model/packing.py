@@ -1,11 +1,11 @@
-"""Packs the linear layers of a backbone on the CPU, where that is faster: see `experts.kernels.packed_linear`."""
+"""Packs the linear layers of a model on the CPU, where that is faster: see `experts.kernels.packed_linear`."""
 
 import logging
 
 import torch
 from torch import nn
 
-from experts.kernels.packed_linear import MAX_ROWS, PackedLinear, packed_row_counts, packing_available
+from experts.kernels.packed_linear import MAX_ROWS, PackedLinear, packing_available
 
 logger = logging.getLogger(__name__)
 
@@ -68,13 +68,7 @@ def warm_up(model: nn.Module, max_head_rows: int) -> int:
             packed = layer.packed
             key = (packed.in_features, packed.out_features, packed.dtype, packed.has_bias)
             shapes.setdefault(key, (packed, max_head_rows if name == "lm_head" else MAX_ROWS))
-    products = 0
-    with torch.inference_mode():
-        for packed, max_rows in shapes.values():
-            for rows in packed_row_counts(max_rows):
-                packed.product(torch.zeros(rows, packed.in_features, dtype=packed.dtype))
-                products += 1
-    return products
+    return sum(packed.warm_up(max_rows) for packed, max_rows in shapes.values())
 
 
 def _pays(linear: nn.Linear) -> bool:

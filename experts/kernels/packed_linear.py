@@ -111,6 +111,18 @@ class PackedLinear:
         output_TO: torch.Tensor = self._linear(x_TI, self._packed, self._bias_O, "none", [], "")
         return output_TO
 
+    @torch.inference_mode()
+    def warm_up(self, max_rows: int = MAX_ROWS) -> int:
+        """Has oneDNN compile its code for every number of rows up to this one, once for all weights of a shape.
+
+        Returns:
+            how many products were computed.
+        """
+        sizes = sorted({padded_rows(rows) for rows in range(1, min(max_rows, MAX_ROWS) + 1)})
+        for rows in sizes:
+            self.product(torch.zeros(rows, self._in_features, dtype=self._dtype))
+        return len(sizes)
+
     def _padded_product(self, x_TI: torch.Tensor) -> torch.Tensor:
         rows = x_TI.shape[0]
         padded = padded_rows(rows)
@@ -131,11 +143,6 @@ def padded_rows(rows: int) -> int:
         return 2
     step = min(MAX_PADDING + 1, max(1, 1 << (rows - 1).bit_length() >> 3))
     return -(-rows // step) * step
-
-
-def packed_row_counts(max_rows: int) -> list[int]:
-    """All sizes that are computed for up to so many rows: what has to be compiled before any number comes."""
-    return sorted({padded_rows(rows) for rows in range(1, min(max_rows, MAX_ROWS) + 1)})
 
 
 def packing_available(dtype: torch.dtype) -> bool:

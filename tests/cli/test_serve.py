@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from echovlm_ray.checkpoint.demo import make_demo
-from tests.running_system import ECHORAY, free_port
+from tests.running_system import ECHORAY, free_port, title_of
 
 
 @pytest.fixture(scope="module")
@@ -122,14 +122,6 @@ def family_with(process: subprocess.Popen[bytes], name: str) -> list[psutil.Proc
             return family
         time.sleep(0.05)
     raise AssertionError(f"no {name} within 60 s")
-
-
-def title_of(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        # It has just ended.
-        return ""
 
 
 def assert_gone(family: list[psutil.Process]) -> None:

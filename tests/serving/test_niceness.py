@@ -8,18 +8,14 @@ import psutil
 import pytest
 
 from echovlm_ray.config import ControlSection, ExpertsSection
-from tests.running_system import ECHORAY, RunningSystem
+from tests.running_system import ECHORAY, RunningSystem, title_of
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="niceness of threads is Linux's")
 
 
 def replica(system: RunningSystem, application: str) -> psutil.Process:
-    for process in psutil.Process(system.process.pid).children(recursive=True):
-        # Ray's short-lived processes may end between the listing and the reading.
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-            if f"ServeReplica:{application}:" in " ".join(process.cmdline()):
-                return process
-    raise LookupError(application)
+    found = psutil.Process(system.process.pid).children(recursive=True)
+    return next(process for process in found if f"ServeReplica:{application}:" in title_of(process))
 
 
 def seconds_of_threads(process: psutil.Process) -> dict[int, float]:
