@@ -14,6 +14,7 @@ from rich.text import Text
 
 from echovlm_ray.cli.control import with_control
 from echovlm_ray.cli.experts_targets import AsJSON
+from echovlm_ray.cli.interruptible import interruptible
 from echovlm_ray.cli.rollout_changes import changes
 from echovlm_ray.cli.rollout_tables import console_of, state_view
 from echovlm_ray.cli.rollout_words import state_as_dict, versions_of
@@ -51,8 +52,11 @@ def watch_state(control: ExpertControlClient, organ: str, as_json: bool) -> None
     names = Versions(control)
     names.check_organ(organ)
     try:
-        with _json_lines(names, organ) if as_json else display(names, organ, console_of()) as show:
-            for state in states(control, _note_absence):
+        with (
+            _json_lines(names, organ) if as_json else display(names, organ, console_of()) as show,
+            states(control) as shown,
+        ):
+            for state in shown:
                 show(state)
     except KeyboardInterrupt:
         return
@@ -90,16 +94,31 @@ class Versions:
         return self._known
 
 
-def states(control: ExpertControlClient, absent: Callable[[], None]) -> Iterator["ControlState"]:
-    """Every state, also across a restart of Control.
+@contextmanager
+def states(control: ExpertControlClient) -> Iterator[Iterator["ControlState"]]:
+    """Every state, also across a restart of Control, until Ctrl-C; says on stderr when Control has gone away.
 
     Args:
-        control: whom to ask.
-        absent: called when Control has gone away; it is asked again for a minute.
+        control: whom to ask; again for a minute when it has gone.
 
-    Raises:
+    The iterator raises:
         EchoVLMError: Control did not come back, or never was there.
+        KeyboardInterrupt: after Ctrl-C.
     """
+    with interruptible(_states(control)) as found:
+        yield _with_absences_told(found)
+
+
+def _with_absences_told(found: Iterator["ControlState | None"]) -> Iterator["ControlState"]:
+    for state in found:
+        if state is None:
+            typer.echo("Control does not answer; trying again …", err=True)
+        else:
+            yield state
+
+
+def _states(control: ExpertControlClient) -> Iterator["ControlState | None"]:
+    """The states; None once when Control has gone away."""
     seen = False
     lost_at: float | None = None
     while True:
@@ -110,12 +129,12 @@ def states(control: ExpertControlClient, absent: Callable[[], None]) -> Iterator
                     yield state
             raise UnavailableError("Control ended the watch")
         except (UnavailableError, CallCancelledError, InternalServerError):
-            if lost_at is None:
-                lost_at = time.monotonic()
-                if seen:
-                    absent()
-            if not seen or time.monotonic() - lost_at > PATIENCE_S:
+            now = time.monotonic()
+            if not seen or (lost_at is not None and now - lost_at > PATIENCE_S):
                 raise
+        if lost_at is None:
+            lost_at = now
+            yield None
         time.sleep(RECONNECT_S)
 
 
@@ -174,7 +193,3 @@ def _json_lines(names: Versions, organ: str) -> Iterator[Show]:
         typer.echo(json.dumps({"version": state.version, **shown}, ensure_ascii=False))
 
     yield show
-
-
-def _note_absence() -> None:
-    typer.echo("Control does not answer; trying again …", err=True)

@@ -17,12 +17,14 @@ from rich.status import Status
 from rich.table import Table
 
 from echovlm_ray.cli.credentials import Authority, Certificate, Key, TokenFile, tls_of, token_of
+from echovlm_ray.cli.interruptible import interruptible
 from echovlm_ray.client import (
     Accepted,
     AnswerStream,
     DeadlineExceededError,
     EchoVLMClient,
     EchoVLMError,
+    Event,
     InvalidRequestError,
     ModelInfo,
     NotFoundError,
@@ -101,11 +103,11 @@ def generate(
         images = _read_stdin(files or [])
         if not images and not prompt.strip():
             raise ValueError("there is nothing to write about: name an image file, or give --prompt")
-        with client.stream(images, **options) as stream:
+        with client.stream(images, **options) as stream, interruptible(stream) as events:
             if as_json:
-                _print_json(stream)
+                _print_json(stream, events)
             else:
-                _print_stream(stream, console, len(images))
+                _print_stream(stream, events, console, len(images))
 
 
 def info(
@@ -142,13 +144,13 @@ def _read_stdin(files: Sequence[str]) -> list[Image]:
     return [sys.stdin.buffer.read() if name == "-" else name for name in files]
 
 
-def _print_stream(stream: AnswerStream, console: Console, num_images: int) -> None:
+def _print_stream(stream: AnswerStream, events: Iterator[Event], console: Console, num_images: int) -> None:
     # Random or hostile text must not steer the terminal; a pipe gets exactly what the model wrote.
     readable = _printable if sys.stdout.isatty() else str
     started = time.monotonic()
     sending = f"sending {num_images} image{'s' * (num_images != 1)} …" if num_images else "sending …"
     with console.status(sending) if console.is_terminal else nullcontext() as status:
-        for event in stream:
+        for event in events:
             if isinstance(event, Accepted):
                 started = time.monotonic()
                 _update(status, f"{_accepted(event)}; waiting for the first words …")
@@ -190,9 +192,9 @@ def _closing_lines(summary: Summary, seconds: float) -> list[str]:
     return [line, *(f"note: {notice}" for notice in summary.notices)]
 
 
-def _print_json(stream: AnswerStream) -> None:
+def _print_json(stream: AnswerStream, events: Iterator[Event]) -> None:
     started = time.monotonic()
-    text = "".join(stream.text())
+    text = "".join(event.text for event in events if isinstance(event, Text))
     assert stream.summary is not None
     answer: dict[str, Any] = {
         "text": text,

@@ -1,0 +1,77 @@
+"""Ctrl-C for a command that waits for messages: it comes between two of them, never in the middle of something."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from queue import Empty, SimpleQueue
+from types import FrameType
+from typing import TypeVar
+
+# A signal that comes just before the main thread begins to wait does not wake it.
+NOTICE_S = 0.1
+
+Message = TypeVar("Message")
+
+
+@contextmanager
+def interruptible(messages: Iterator[Message]) -> Iterator[Iterator[Message]]:
+    """Yields an iterator over the same messages that alone is what Ctrl-C interrupts; for the main thread.
+
+    Python raises `KeyboardInterrupt` after whatever instruction the main thread has come to. Inside gRPC that leaves a
+    lock behind which nobody releases, about once in a thousand times while messages come; what uses the channel then
+    waits for ever. So it is another thread here that waits for gRPC, and only waiting for that thread is interrupted.
+    A second Ctrl-C interrupts anything, as usual.
+
+    Args:
+        messages: asked for the next message when that is wanted; left as it is, perhaps waiting, when the block ends.
+
+    The iterator raises what `messages` raises, and `KeyboardInterrupt`.
+    """
+    received = _Received(messages)
+    before = signal.signal(signal.SIGINT, received.interrupt)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, before)
+        received.end()
+
+
+class _Received(Iterator[Message]):
+    def __init__(self, messages: Iterator[Message]) -> None:
+        self._messages = messages
+        # Simple queues, for a signal's handler may put into them whatever the code does that it has interrupted.
+        self._wanted: SimpleQueue[bool] = SimpleQueue()
+        self._arrived: SimpleQueue[Future[Message]] = SimpleQueue()
+        self._interrupted = False
+        threading.Thread(target=self._fetch, name="messages", daemon=True).start()
+
+    def __next__(self) -> Message:
+        self._wanted.put(True)
+        while True:
+            try:
+                arrival = self._arrived.get(timeout=NOTICE_S)
+            except Empty:
+                continue
+            return arrival.result()
+
+    def interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True
+        interruption: Future[Message] = Future()
+        interruption.set_exception(KeyboardInterrupt())
+        self._arrived.put(interruption)
+
+    def end(self) -> None:
+        self._wanted.put(False)
+
+    def _fetch(self) -> None:
+        while self._wanted.get():
+            arrival: Future[Message] = Future()
+            try:
+                arrival.set_result(next(self._messages))
+            except BaseException as error:
+                arrival.set_exception(error)
+            self._arrived.put(arrival)
