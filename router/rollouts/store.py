@@ -46,14 +46,18 @@ class RolloutStore:
             for subscriber in subscribers:
                 subscriber()
 
-    def subscribe(self, subscriber: Callable[[], None]) -> Callable[[], None]:
+    def subscribe(self, subscriber: Callable[[], None], *, first: bool = False) -> Callable[[], None]:
         """Has something called after every change, on the thread that made it; it must be quick and not raise.
+
+        Args:
+            subscriber: what to call.
+            first: before those that subscribed without it: for what requests wait for.
 
         Returns:
             Ends the subscription.
         """
         with self._lock:
-            self._subscribers.append(subscriber)
+            self._subscribers.insert(0 if first else len(self._subscribers), subscriber)
 
         def unsubscribe() -> None:
             with self._lock:

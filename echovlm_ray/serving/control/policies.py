@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from echovlm_ray.serving.control.changes import Changes
@@ -17,18 +18,23 @@ RETRY_S = 1.0
 
 
 class PolicyPublisher:
-    """Belongs to one event loop. Nobody hears of a policy before it stands in the file."""
+    """Nobody hears of a policy before it stands in the file. Made, started and watched on one event loop.
+
+    It is published by the thread that changed the database, before anything else begins that the change leads to: a
+    `promote` is in force once Routers hear of it, and whatever runs beside would only make that later.
+    """
 
     def __init__(self, store: RolloutStore, version_of: VersionOf, path: Path | None) -> None:
         """Takes where the state is, digest → version, and the file; None keeps none."""
         self._store = store
         self._version_of = version_of
         self._path = path
-        self._changed = Changes()
         self._published = Changes()
-        self._task: asyncio.Task[None] | None = None
         self._current: control_pb2.TrafficPolicy | None = None
-        self._unsubscribe = store.subscribe(self._changed.announce)
+        # Held from reading to publishing, so that no policy comes after a newer one.
+        self._lock = threading.Lock()
+        self._retry: threading.Timer | None = None
+        self._unsubscribe: Callable[[], None] | None = None
 
     @property
     def current(self) -> control_pb2.TrafficPolicy:
@@ -37,22 +43,25 @@ class PolicyPublisher:
         return self._current
 
     async def start(self) -> None:
-        """Publishes the first policy, then goes on by itself.
+        """Publishes the first policy, and from now on every other.
 
         Raises:
             RolloutStateError: there is no live set yet.
             OSError: the file cannot be written.
         """
-        self._current = await asyncio.to_thread(self._read)
-        await asyncio.to_thread(self._keep, self._current)
-        self._task = asyncio.create_task(self._run())
+        await asyncio.to_thread(self._publish)
+        self._unsubscribe = self._store.subscribe(self._publish_or_retry, first=True)
+        # What changed between the two would otherwise be missed.
+        await asyncio.to_thread(self._publish)
 
     async def stop(self) -> None:
         """Ends."""
-        self._unsubscribe()
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        if self._unsubscribe is not None:
+            self._unsubscribe()
+        with self._lock:
+            self._unsubscribe = None
+            if self._retry is not None:
+                self._retry.cancel()
 
     async def watch(self) -> AsyncIterator[control_pb2.TrafficPolicy]:
         """The policy now, and every later one; who is slow sees only the newest."""
@@ -66,25 +75,26 @@ class PolicyPublisher:
                 else:
                     await published.wait()
 
-    async def _run(self) -> None:
-        with self._changed.listener() as changed:
-            # What changed between the first reading and now would otherwise be missed.
-            changed.set()
-            while True:
-                await changed.wait()
-                changed.clear()
-                try:
-                    policy = await asyncio.to_thread(self._read)
-                    if _content(policy) == _content(self.current):
-                        continue
-                    await asyncio.to_thread(self._keep, policy)
-                except Exception:
-                    logger.exception("the policy cannot be published now; Routers go on with the one before")
-                    await asyncio.sleep(RETRY_S)
-                    changed.set()
-                    continue
-                self._current = policy
-                self._published.announce()
+    def _publish_or_retry(self) -> None:
+        try:
+            self._publish()
+        except Exception:
+            logger.exception("the policy cannot be published now; Routers go on with the one before")
+            with self._lock:
+                if self._unsubscribe is not None:
+                    self._retry = threading.Timer(RETRY_S, self._publish_or_retry)
+                    self._retry.daemon = True
+                    self._retry.start()
+
+    def _publish(self) -> None:
+        """Publishes what the database says, unless it is what is published already; from any thread."""
+        with self._lock:
+            policy = self._read()
+            if self._current is not None and _content(policy) == _content(self._current):
+                return
+            self._keep(policy)
+            self._current = policy
+        self._published.announce()
 
     def _read(self) -> control_pb2.TrafficPolicy:
         return policy_to_proto(self._store.policy(), self._version_of)

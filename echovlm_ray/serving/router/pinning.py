@@ -135,30 +135,33 @@ class ExpertSets:
             if given != own:
                 raise UnusablePolicyError(f"it has the {field} {given!r}, and this router serves {own!r}")
         while True:
-            gates = await asyncio.to_thread(self._read_all, policy)
+            read, stable_gates = await asyncio.to_thread(self._read_all, policy)
             with self._lock:
                 # Meanwhile the last run may have ended of a set that had one of its bundles.
-                if all(digest in gates or digest in self._gates for digest in policy.digests):
-                    dropped = self._put_in_force(policy, gates)
+                if all(digest in read or digest in self._gates for digest in policy.digests):
+                    dropped = self._put_in_force(policy, read, stable_gates)
                     break
         self._forget_all(dropped)
         return True
 
-    def _read_all(self, policy: TrafficPolicy) -> dict[str, BundleGates]:
-        """What is missing, checked together with what is there."""
+    def _read_all(self, policy: TrafficPolicy) -> tuple[dict[str, BundleGates], ExpertGates]:
+        """What is missing, checked together with what is there; and the stable set's gates."""
         with self._lock:
             known = dict(self._gates)
         missing = {digest: self._read(digest) for digest in sorted(policy.digests) if digest not in known}
-        ExpertGates.of(with_candidates(policy.stable, policy.candidates), known | missing)
-        ExpertGates.of(policy.stable, known | missing)
+        if policy.candidates:
+            ExpertGates.of(with_candidates(policy.stable, policy.candidates), known | missing)
+        stable_gates = ExpertGates.of(policy.stable, known | missing)
         self._prepare(policy)
-        return missing
+        return missing, stable_gates
 
-    def _put_in_force(self, policy: TrafficPolicy, gates: Mapping[str, BundleGates]) -> list[str]:
-        self._gates.update(gates)
+    def _put_in_force(
+        self, policy: TrafficPolicy, read: Mapping[str, BundleGates], stable_gates: ExpertGates
+    ) -> list[str]:
+        self._gates.update(read)
         self._policy = policy
         self._organ_gates.clear()
-        self._add(policy.stable)
+        self._add(policy.stable, stable_gates)
         return self._drop_unused()
 
     def _assign(self, traits: RequestTraits) -> _Assigned:
@@ -204,10 +207,10 @@ class ExpertSets:
             dropped = self._drop_unused()
         self._forget_all(dropped)
 
-    def _add(self, expert_set: ExpertSet) -> _KnownSet:
+    def _add(self, expert_set: ExpertSet, gates: ExpertGates | None = None) -> _KnownSet:
         known = self._sets.get(expert_set.id)
         if known is None:
-            self._dispatcher.add_set(ExpertGates.of(expert_set, self._gates))
+            self._dispatcher.add_set(gates if gates is not None else ExpertGates.of(expert_set, self._gates))
             known = self._sets[expert_set.id] = _KnownSet(expert_set)
         return known
 
