@@ -12,6 +12,7 @@ import torch
 
 from echovlm_ray.serving.control import CONTROL_SERVICE
 from echovlm_ray.serving.control.catalogue import Catalogue
+from echovlm_ray.serving.control.operation_threads import operation_threads
 from echovlm_ray.serving.control.push import PushReceiver
 from echovlm_ray.serving.control.service import ExpertControlService
 from echovlm_ray.serving.control.state import StateReader, StateWatch
@@ -165,6 +166,7 @@ def _serving(system: System, options: ServerOptions) -> Iterator[str]:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
+    threads = operation_threads()
 
     async def start() -> tuple[GrpcServer, StateWatch]:
         catalogue = Catalogue(system.registry)
@@ -178,6 +180,7 @@ def _serving(system: System, options: ServerOptions) -> Iterator[str]:
             reader=reader,
             watch=watch,
             default_organ="breast",
+            threads=threads,
         )
         server = GrpcServer(options)
         server.add(control_pb2_grpc.add_ExpertControlServicer_to_server, service, CONTROL_SERVICE)
@@ -193,3 +196,4 @@ def _serving(system: System, options: ServerOptions) -> Iterator[str]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+        threads.shutdown()

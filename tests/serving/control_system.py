@@ -16,6 +16,7 @@ from echovlm_ray.serving.control import CONTROL_SERVICE, FEED_SERVICE
 from echovlm_ray.serving.control.catalogue import Catalogue
 from echovlm_ray.serving.control.feed import RolloutFeedService
 from echovlm_ray.serving.control.fleet import GrpcFleet
+from echovlm_ray.serving.control.operation_threads import operation_threads
 from echovlm_ray.serving.control.policies import PolicyPublisher
 from echovlm_ray.serving.control.push import PushReceiver
 from echovlm_ray.serving.control.service import ExpertControlService
@@ -159,7 +160,9 @@ async def control_system(
         stack.callback(watch.stop)
         pushes = PushReceiver(registry, files.incoming, section.max_push_bytes)
         operations = RolloutOperations(store, fleet, section) if replaceable else None
-        service = ExpertControlService(store, operations, catalogue, pushes, reader, watch, "breast")
+        threads = operation_threads()
+        stack.callback(threads.shutdown)
+        service = ExpertControlService(store, operations, catalogue, pushes, reader, watch, "breast", threads)
         server = GrpcServer(ServerOptions())
         server.add(control_pb2_grpc.add_ExpertControlServicer_to_server, service, CONTROL_SERVICE)
         server.add(control_pb2_grpc.add_RolloutFeedServicer_to_server, feed, FEED_SERVICE)

@@ -2,12 +2,14 @@ import contextlib
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 
 from echovlm_ray.config import ControlSection, ExpertsSection
+from echovlm_ray.serving.control.operation_threads import OPERATION_THREADS, operation_threads
 from tests.running_system import ECHORAY, RunningSystem, title_of
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="niceness of threads is Linux's")
@@ -42,6 +44,21 @@ def test_the_experts_compute_below_the_router(running_system: RunningSystem) -> 
     busiest = [busiest_thread(b, seconds_of_threads(p)) for b, p in zip(before, processes, strict=True)]
     experts, router = (os.getpriority(os.PRIO_PROCESS, thread) for thread in busiest)
     assert (experts, router) == (ExpertsSection().niceness, 0)
+
+
+def test_operations_do_not_give_way_with_the_rest_of_control() -> None:
+    """Niceness is a thread's own, so a thread of the test's plays Control's first one."""
+
+    def control() -> list[int]:
+        threads = operation_threads()
+        os.nice(7)
+        with threads, ThreadPoolExecutor(1) as later:
+            executors = [threads] * OPERATION_THREADS + [later]
+            return [executor.submit(os.getpriority, os.PRIO_PROCESS, 0).result() for executor in executors]
+
+    with ThreadPoolExecutor(1) as first:
+        own = first.submit(os.getpriority, os.PRIO_PROCESS, 0).result()
+        assert first.submit(control).result() == [own] * OPERATION_THREADS + [own + 7]
 
 
 def test_control_gives_way_to_those_that_answer(running_system: RunningSystem) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor
 from typing import Any
 
 import grpc
@@ -25,7 +26,7 @@ PAGE = 1000
 
 
 class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
-    """Serves `echovlm.v1.ExpertControl`: each call is one of `RolloutOperations`, made on a thread."""
+    """Serves `echovlm.v1.ExpertControl`: what changes something is one of `RolloutOperations`, made on a thread."""
 
     def __init__(
         self,
@@ -36,6 +37,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
         reader: StateReader,
         watch: StateWatch,
         default_organ: str,
+        threads: Executor,
     ) -> None:
         """Takes its parts.
 
@@ -47,6 +49,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
             reader: says what replicas hold.
             watch: says so whenever it changes.
             default_organ: what requests use that name none; it cannot be retired.
+            threads: where operations are made.
         """
         self._store = store
         self._replacing = operations
@@ -55,6 +58,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
         self._reader = reader
         self._watch = watch
         self._default_organ = default_organ
+        self._threads = threads
 
     async def Push(
         self, request_iterator: AsyncIterator[control_pb2.PushRequest], context: grpc.aio.ServicerContext
@@ -172,7 +176,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
         def call() -> control_pb2.OperationResponse:
             return outcome_to_proto(operation(), self._catalogue.version, dry_run=dry_run)
 
-        return await asyncio.to_thread(call)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
     def _digest(self, organ: str, version: str, digest: str) -> str:
         """The bundle that is meant, if the registry has it."""

@@ -55,6 +55,7 @@ class ControlReplica(Replica):
         from echovlm_ray.serving.control import CONTROL_SERVICE, FEED_SERVICE, STATUS_SERVICE
         from echovlm_ray.serving.control.catalogue import Catalogue
         from echovlm_ray.serving.control.feed import RolloutFeedService
+        from echovlm_ray.serving.control.operation_threads import operation_threads
         from echovlm_ray.serving.control.policies import PolicyPublisher
         from echovlm_ray.serving.control.push import PushReceiver
         from echovlm_ray.serving.control.rollout_metrics import RolloutMetrics
@@ -67,7 +68,8 @@ class ControlReplica(Replica):
         from router.rollouts.operations import RolloutOperations
 
         parsed = ControlSettings.model_validate(settings)
-        # Before any thread is started: on Linux it holds for this one and for those that it starts.
+        threads = operation_threads()
+        # Before any other thread is started: on Linux it holds for this one and for those that it starts.
         os.nice(parsed.control.niceness)
         served = served_checkpoint(parsed.model)
         remote = parsed.experts_placement == "remote"
@@ -97,7 +99,9 @@ class ControlReplica(Replica):
         pushes = PushReceiver(registry, files.incoming, parsed.rollouts.max_push_bytes)
         await asyncio.to_thread(pushes.clear)
         operations = RolloutOperations(store, fleet, parsed.rollouts) if remote else None
-        service = ExpertControlService(store, operations, catalogue, pushes, reader, watch, parsed.model.default_organ)
+        service = ExpertControlService(
+            store, operations, catalogue, pushes, reader, watch, parsed.model.default_organ, threads
+        )
         status = SystemStatusService(
             lambda: _applications(store, remote), endpoints.of, _states, lambda: policies.current.stable.id
         )
@@ -116,7 +120,13 @@ class ControlReplica(Replica):
             # Operators' calls come over the public server alone, which asks for their token.
             services=[Service(control_pb2_grpc.add_RolloutFeedServicer_to_server, feed, FEED_SERVICE)],
             queue_length=lambda: self._public.active_calls if self._public is not None else 0,
-            closing=[*closing, endpoints.stop, fleet.close, lambda: asyncio.to_thread(state.close)],
+            closing=[
+                *closing,
+                partial(asyncio.to_thread, threads.shutdown),
+                endpoints.stop,
+                fleet.close,
+                lambda: asyncio.to_thread(state.close),
+            ],
         )
         public = ServerOptions(
             section.host, section.port, section.tls, section.token_file, max_receive_bytes=MAX_RECEIVE_BYTES

@@ -246,6 +246,19 @@ def test_promotion_is_one_step_for_the_policy(
     assert policy.stable.bundle_digest("breast") == digest("a")
 
 
+def test_who_subscribes_first_hears_of_a_change_before_all_others(
+    store: RolloutStore, operations: RolloutOperations, fleet: FolderFleet
+) -> None:
+    heard: list[str] = []
+    store.subscribe(lambda: heard.append("usual"))
+    end = store.subscribe(lambda: heard.append("first"), first=True)
+    operations.stage("heart", fleet.push("new"), actor="ann")
+    assert heard == ["first", "usual"]
+    end()
+    operations.rollback("heart", actor="ann")
+    assert heard == ["first", "usual", "usual"]
+
+
 def test_at_most_one_rollout_per_organ_is_stable_and_it_is_the_live_one(
     store: RolloutStore, operations: RolloutOperations, fleet: FolderFleet
 ) -> None:
