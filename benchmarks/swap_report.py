@@ -197,6 +197,9 @@ def table(found: Findings) -> list[str]:
             if has_target:
                 ratio = f"{median / read_ms:.2f}, {max(times) * 1e3 / read_ms:.2f}"
                 rows.append(("the same ÷ reading and checksumming once", ratio, f"≤ {TARGET_PROMOTE_RATIO}"))
+                # It does not depend on a bundle's size, and reading does.
+                least_mib = median / read_ms * found.bundle_bytes / MIB / TARGET_PROMOTE_RATIO
+                rows.append(("bundles from which on the median meets that, MiB", f"{least_mib:.0f}", ""))
     for phase, (seconds, gaps) in found.phases.items():
         value = f"{statistics.median(seconds):.2f}; {nearest_rank(gaps, 99):.1f}"
         rows.append((f"{PHASES[phase]}: s, median; p99 of the pauses meanwhile, ms", value, ""))
