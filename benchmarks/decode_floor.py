@@ -14,22 +14,21 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.checkpoints import DTYPES, BenchCheckpoint, add_options, checkpoint_with_progress
 from benchmarks.machine import describe
 from benchmarks.systems.protocol import MeasuredSystem, SystemFailedError, exit_on_sigterm
+from benchmarks.terminal import progress_of_parts, show_result
 from benchmarks.throughput import LEAST_BATCH, RESULTS, Plan, start
-from benchmarks.throughput_table import GENERATE, SERVED, System
+from benchmarks.throughput_table import DECODE_TARGETS, GENERATE, SERVED, System
 
-# Streams → what the served system should make, as a multiple of plain `generate`.
-TARGETS = {1: 1.6, 8: 2.0}
+SERVED_SYSTEM, GENERATE_SYSTEM = System.parse(SERVED), System.parse(GENERATE)
 PRODUCTS_STEPS = 4
 TITLES = {
     "served": "served system",
     "beside": "products alone, divided over both cores, beside the idle served system",
     "alone": "products alone, divided over both cores, nothing beside",
-    "generate": "plain `generate`, 2 threads",
+    "generate": str(GENERATE_SYSTEM),
 }
 
 # What is measured → streams → tokens a second of each run.
@@ -38,16 +37,15 @@ Rates = Mapping[str, Mapping[int, list[float]]]
 
 def measure(checkpoint: BenchCheckpoint, runs: int, new_tokens: int, console: Console) -> Rates:
     """Decoded tokens a second of everything in `TITLES`."""
-    plan = Plan((), tuple(TARGETS), runs, 128, new_tokens, spread=False)
+    plan = Plan((), tuple(DECODE_TARGETS), runs, 128, new_tokens, spread=False)
     # Steps of products are short and alike.
-    products_plan = Plan((), tuple(TARGETS), runs, 1, PRODUCTS_STEPS * new_tokens, spread=False)
-    rates: dict[str, dict[int, list[float]]] = {what: {streams: [] for streams in TARGETS} for what in TITLES}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with ExitStack() as residents, Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("starting", total=len(TITLES) * len(TARGETS) * runs)
+    products_plan = Plan((), tuple(DECODE_TARGETS), runs, 1, PRODUCTS_STEPS * new_tokens, spread=False)
+    rates: dict[str, dict[int, list[float]]] = {what: {streams: [] for streams in DECODE_TARGETS} for what in TITLES}
+    with ExitStack() as residents, progress_of_parts(console) as progress:
+        task = progress.add_task("starting", total=len(TITLES) * len(DECODE_TARGETS) * runs)
 
         def take(what: str, system: MeasuredSystem, run: int, asked: Plan) -> None:
-            for streams in TARGETS:
+            for streams in DECODE_TARGETS:
                 progress.update(task, description=f"run {run} of {runs}: {what}, {streams} streams")
                 timings = system.run(asked.workload(checkpoint, streams, run))
                 rates[what][streams].append(timings.decode_tokens_per_s)
@@ -55,12 +53,12 @@ def measure(checkpoint: BenchCheckpoint, runs: int, new_tokens: int, console: Co
 
         arguments = ["-m", "benchmarks.systems.products", "--checkpoint", str(checkpoint.released.absolute())]
         products = residents.enter_context(MeasuredSystem(arguments, {"OMP_NUM_THREADS": "1"}))
-        generate = residents.enter_context(start(System(GENERATE, 2), checkpoint, LEAST_BATCH))
+        generate = residents.enter_context(start(GENERATE_SYSTEM, checkpoint, LEAST_BATCH))
         for system, asked in ((products, products_plan), (generate, plan)):
             _make_ready(system, asked, checkpoint)
         for run in range(1, runs + 1):
             progress.update(task, description=f"run {run} of {runs}: starting the served system")
-            with start(System(SERVED, 1), checkpoint, LEAST_BATCH) as served:
+            with start(SERVED_SYSTEM, checkpoint, LEAST_BATCH) as served:
                 _make_ready(served, plan, checkpoint)
                 take("served", served, run, plan)
                 take("beside", products, run, products_plan)
@@ -71,7 +69,7 @@ def measure(checkpoint: BenchCheckpoint, runs: int, new_tokens: int, console: Co
 
 def _make_ready(system: MeasuredSystem, plan: Plan, checkpoint: BenchCheckpoint) -> None:
     system.wait_until_ready()
-    for streams in TARGETS:
+    for streams in DECODE_TARGETS:
         system.run(plan.warm_up(checkpoint, streams))
 
 
@@ -87,7 +85,7 @@ def report(checkpoint: BenchCheckpoint, rates: Rates, runs: int) -> str:
         "| | streams | tokens/s | a step, ms | ÷ plain `generate` | of all runs | target of the served system |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for streams, target in TARGETS.items():
+    for streams, target in DECODE_TARGETS.items():
         for what, title in TITLES.items():
             values = rates[what][streams]
             ratios = _ratios(values, rates["generate"][streams])
@@ -135,13 +133,9 @@ def main() -> None:
         "dtype": checkpoint.dtype,
         "new_tokens": options.new_tokens,
         "tokens_per_s": rates,
-        "targets": TARGETS,
+        "targets": DECODE_TARGETS,
     }
-    if options.json:
-        json.dump(values, sys.stdout, indent=2)
-        print()
-    else:
-        console.print(text, markup=False, soft_wrap=True)
+    show_result(text, values, console, as_json=options.json)
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"decode_floor_{checkpoint.name}_{checkpoint.dtype}"
     path.with_suffix(".md").write_text(text)

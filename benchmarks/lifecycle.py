@@ -26,13 +26,13 @@ import matplotlib
 import psutil
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.lifecycle_callers import TOLERANCE, Caller, HangingError, Question, Tally
 from benchmarks.machine import describe
 from benchmarks.measure_table import measure_table
 from benchmarks.swap_operations import write_version
 from benchmarks.systems.protocol import MeasuredSystem, SystemFailedError, exit_on_sigterm
+from benchmarks.terminal import progress_of_parts, show_result
 from echovlm_ray.checkpoint.demo import make_demo
 from echovlm_ray.checkpoint.layout import read_index, registry_root
 from echovlm_ray.config import Config, ModelSection
@@ -284,10 +284,9 @@ def measure(options: argparse.Namespace, work: Path, console: Console) -> Findin
     # A kernel may pad, so half a version more.
     limit = round((ROOM_FOR + 0.5) * bundle_bytes)
     arguments = ["-m", "benchmarks.lifecycle_group", str(work / "registry"), ORGAN, str(limit)]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
         MeasuredSystem(arguments, dict(environment(work / "demo"))) as group,
-        Progress(*columns, console=console, transient=True) as progress,
+        progress_of_parts(console) as progress,
     ):
         task = progress.add_task("cycles", total=options.threads * options.cycles)
         ready = group.wait_until_ready()
@@ -337,11 +336,7 @@ def main() -> None:
         ]
     )
     values = {"machine": describe(), **found.to_json()}
-    if options.json:
-        json.dump(values, sys.stdout, indent=2)
-        print()
-    else:
-        console.print(text, markup=False, soft_wrap=True)
+    show_result(text, values, console, as_json=options.json)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "lifecycle.md").write_text(f"{text}\n![memory](lifecycle.png)\n")
     (options.output / "lifecycle.json").write_text(json.dumps(values, indent=1) + "\n")

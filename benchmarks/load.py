@@ -25,6 +25,7 @@ from benchmarks.machine import describe
 from benchmarks.open_loop import Question, Trial, offer, poisson_arrivals
 from benchmarks.plots import plot_goodput
 from benchmarks.systems.protocol import MeasuredSystem, SystemFailedError, exit_on_sigterm
+from benchmarks.terminal import show_result
 from echovlm_ray.checkpoint.demo_text import ENGLISH
 from echovlm_ray.client import AsyncEchoVLMClient, EchoVLMError, GenerateOptions, ModelInfo
 
@@ -191,11 +192,7 @@ def main() -> None:
         "target_per_token_ms": options.target_itl_ms,
         "rates": [result.to_json() for result in results],
     }
-    if options.json:
-        json.dump(values, sys.stdout, indent=2)
-        print()
-    else:
-        console.print(text, markup=False, soft_wrap=True)
+    show_result(text, values, console, as_json=options.json)
     if any(result.cut_short for result in results):
         console.print("Cut short: nothing was written.")
         return

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import psutil
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.machine import describe
 from benchmarks.running_parts import first_replicas
@@ -36,6 +35,7 @@ from benchmarks.swap_operations import (
 from benchmarks.swap_report import Findings, plot, table
 from benchmarks.swap_streams import Asked, Streams, ask
 from benchmarks.systems.protocol import MeasuredSystem, SystemFailedError, exit_on_sigterm
+from benchmarks.terminal import progress_of_parts, show_result
 from echovlm_ray.checkpoint.demo import make_demo
 from echovlm_ray.checkpoint.layout import read_index, registry_root
 from echovlm_ray.client import EchoVLMClient, EchoVLMError
@@ -56,8 +56,7 @@ def measure(options: argparse.Namespace, checkpoint: Path, work: Path, console: 
     organs = [options.organ, *(entry.organ for entry in index.organs if entry.organ != options.organ)]
     source = Registry(registry_root(checkpoint)).open(index.entry(options.organ).bundle_digest)
     arguments = ["-m", "benchmarks.systems.gateway", "--checkpoint", str(checkpoint)]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with MeasuredSystem(arguments, {}) as system, Progress(*columns, console=console, transient=True) as progress:
+    with MeasuredSystem(arguments, {}) as system, progress_of_parts(console) as progress:
         task = progress.add_task("starting the system", total=options.swaps)
         ready = system.wait_until_ready()
         with ExitStack() as stack:
@@ -173,11 +172,7 @@ def main() -> None:
         ]
     )
     values = {"machine": describe(), **found.to_json()}
-    if options.json:
-        json.dump(values, sys.stdout, indent=2)
-        print()
-    else:
-        console.print(text, markup=False, soft_wrap=True)
+    show_result(text, values, console, as_json=options.json)
     name = options.name or what.replace(" ", "_").removeprefix("the_")
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / f"swaps_{name}.md").write_text(f"{text}\n![pauses and memory](swaps_{name}.png)\n")

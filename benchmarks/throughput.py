@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.checkpoints import DTYPES, BenchCheckpoint, add_options, checkpoint_with_progress
 from benchmarks.machine import describe
 from benchmarks.plots import plot_throughput
 from benchmarks.systems.protocol import MeasuredSystem, SystemFailedError, exit_on_sigterm
+from benchmarks.terminal import progress_of_parts, show_result
 from benchmarks.throughput_table import ENGINE, GENERATE, SERVED, Cell, System, cell_table, ratio_table, ratios
 from benchmarks.workload import Workload, random_workload
 from echovlm_ray.config import ExpertsSection, ModelSection, RouterSection, ServeSection
@@ -99,8 +99,7 @@ def measure(plan: Plan, checkpoint: BenchCheckpoint, console: Console) -> list[C
     The others cost nothing while they wait, and stay.
     """
     cells = {(system, streams): Cell(system, streams) for system in plan.systems for streams in plan.streams}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with ExitStack() as residents, Progress(*columns, console=console, transient=True) as progress:
+    with ExitStack() as residents, progress_of_parts(console) as progress:
         task = progress.add_task("", total=len(cells) * plan.runs)
         waiting: dict[System, MeasuredSystem] = {}
         for run in range(1, plan.runs + 1):
@@ -181,11 +180,7 @@ def main() -> None:
         "cells": [cell.to_json() for cell in cells],
         "targets": [ratio.to_json() for ratio in ratios(cells)],
     }
-    if options.json:
-        json.dump(values, sys.stdout, indent=2)
-        print()
-    else:
-        console.print(text, markup=False, soft_wrap=True)
+    show_result(text, values, console, as_json=options.json)
     if folder := _folder(options):
         name = f"throughput_{checkpoint.name}_{checkpoint.dtype}{'_spread' if plan.spread else ''}"
         folder.mkdir(parents=True, exist_ok=True)

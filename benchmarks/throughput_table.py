@@ -10,6 +10,8 @@ from benchmarks.timings import Timings, percentile
 SERVED, ENGINE, GENERATE = "served", "engine", "generate"
 # Threads of every process where the command line does not say.
 DEFAULT_THREADS = {SERVED: 1, ENGINE: 1, GENERATE: 2}
+# Streams → what the served system should decode, as a multiple of plain `generate`.
+DECODE_TARGETS = {1: 1.6, 8: 2.0}
 TITLES = {SERVED: "served system", ENGINE: "engine, experts in process", GENERATE: "plain `generate`"}
 
 
@@ -115,12 +117,13 @@ class Ratio:
 def ratios(cells: Iterable[Cell]) -> list[Ratio]:
     """The measures with a target that can be taken from these cells."""
     by_key = {(cell.system, cell.streams): cell for cell in cells}
+    targets = {(GENERATE, streams): target for streams, target in DECODE_TARGETS.items()} | {(ENGINE, 8): 0.95}
     found = []
     for (system, streams), cell in by_key.items():
         if system.kind != SERVED:
             continue
         for (other, other_streams), base in by_key.items():
-            target = {(GENERATE, 1): 1.6, (GENERATE, 8): 2.0, (ENGINE, 8): 0.95}.get((other.kind, streams))
+            target = targets.get((other.kind, streams))
             if target is None or other_streams != streams:
                 continue
             values = tuple(mine / its for mine, its in zip(cell.decode, base.decode, strict=True))

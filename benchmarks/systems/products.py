@@ -57,29 +57,24 @@ class HalfOfTheProducts:
 
         Every expert gets an equal part of the rows, and only as many experts as there are places for are read.
         """
-        config = self._config
-        places = rows * config["num_experts_per_tok"]
-        used = min(config["num_experts"], places)
+        places = rows * self._config["num_experts_per_tok"]
+        used = min(self._config["num_experts"], places)
+        rows_of_expert = -(-places // used)
+        step: list[tuple[PackedLinear, int]] = []
+        for backbone, experts in zip(self._backbone, self._experts, strict=True):
+            step += [(product, rows) for product in backbone]
+            step += [(product, rows_of_expert) for pair in experts[:used] for product in pair]
+        step.append((self._head, rows))
         inputs = {
             (size, of): torch.randn(padded_rows(of), size).to(self._dtype)
-            for size in self._input_sizes()
-            for of in (rows, -(-places // used))
+            for size, of in {(product.in_features, of) for product, of in step}
         }
         ends = []
         for _ in range(count):
-            for backbone, experts in zip(self._backbone, self._experts, strict=True):
-                for product in backbone:
-                    product.product(inputs[product.in_features, rows])
-                for pair in experts[:used]:
-                    for product in pair:
-                        product.product(inputs[product.in_features, -(-places // used)])
-            self._head.product(inputs[self._head.in_features, rows])
+            for product, of in step:
+                product.product(inputs[product.in_features, of])
             ends.append(now())
         return ends
-
-    def _input_sizes(self) -> set[int]:
-        backbone = {product.in_features for product in self._backbone[0]}
-        return backbone | {product.in_features for product in self._experts[0][0]} | {self._head.in_features}
 
 
 def backbone_products(config: Mapping[str, Any]) -> list[tuple[int, int]]:

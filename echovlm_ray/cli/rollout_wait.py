@@ -51,8 +51,8 @@ def wait_until(control: "ExpertControlClient", rollout: "Rollout", reached: Reac
     organ = rollout.organ
     note = "Ctrl-C ends only the waiting; the rollout goes on."
     try:
-        with display(Versions(control), organ, console_of(stderr=True), note) as show, states(control) as found:
-            for state in found:
+        with display(Versions(control), organ, console_of(stderr=True), note) as show, states(control) as shown:
+            for state in shown:
                 show(state)
                 current = next((found for found in state.rollouts if found.id == rollout.id), None)
                 if current is None:

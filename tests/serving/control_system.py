@@ -151,7 +151,7 @@ async def control_system(
         controller = RolloutController(store, fleet, verifier, section, monitor)
         policies = PolicyPublisher(store, catalogue.version, files.policy)
         await policies.start()
-        stack.push_async_callback(policies.stop)
+        stack.callback(policies.stop)
         router.follows = lambda: policies.current
         feed = RolloutFeedService(policies, store, monitor, controller.wake)
         feeds.append(feed)

@@ -61,7 +61,7 @@ async def test_a_change_is_published_when_it_has_been_made(store: RolloutStore, 
     assert (heart(before), heart(publisher.current), seen) == ("1" * 64, NEW, [NEW])
     assert publisher.current.version > before.version
     assert dict(publisher.current.versions) == {NEW: "2"}
-    await publisher.stop()
+    publisher.stop()
 
 
 async def test_who_watches_hears_of_it_and_of_nothing_that_changes_no_policy(
@@ -80,7 +80,7 @@ async def test_who_watches_hears_of_it_and_of_nothing_that_changes_no_policy(
     await asyncio.sleep(0.05)
     assert not coming.done()
     coming.cancel()
-    await publisher.stop()
+    publisher.stop()
 
 
 async def test_a_policy_that_cannot_be_kept_is_published_later(
@@ -102,12 +102,12 @@ async def test_a_policy_that_cannot_be_kept_is_published_later(
     async with asyncio.timeout(5):
         assert heart(await anext(watching)) == NEW
     assert heart(read_policy(path)) == NEW
-    await publisher.stop()
+    publisher.stop()
 
 
 async def test_after_its_end_nothing_is_published(store: RolloutStore, tmp_path: Path) -> None:
     path = tmp_path / "policy.json"
     publisher = await published(path, store)
-    await publisher.stop()
+    publisher.stop()
     await asyncio.to_thread(promote, store)
     assert heart(publisher.current) == heart(read_policy(path)) == "1" * 64

@@ -49,12 +49,11 @@ class PolicyPublisher:
             RolloutStateError: there is no live set yet.
             OSError: the file cannot be written.
         """
-        await asyncio.to_thread(self._publish)
+        # First, or what changes while it is published would be missed.
         self._unsubscribe = self._store.subscribe(self._publish_or_retry, first=True)
-        # What changed between the two would otherwise be missed.
         await asyncio.to_thread(self._publish)
 
-    async def stop(self) -> None:
+    def stop(self) -> None:
         """Ends."""
         if self._unsubscribe is not None:
             self._unsubscribe()

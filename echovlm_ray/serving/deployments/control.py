@@ -111,22 +111,17 @@ class ControlReplica(Replica):
             controller.start()
             applications.start()
 
-        closing: list[Callable[[], object]] = [policies.stop, watch.stop, metrics.stop]
+        blocking: list[Callable[[], object]] = [threads.shutdown]
         if remote:
-            stops = (applications.stop, controller.stop, verifier.close)
-            closing += [partial(asyncio.to_thread, stop) for stop in stops]
+            blocking += [applications.stop, controller.stop, verifier.close]
+        closing: list[Callable[[], object]] = [policies.stop, watch.stop, metrics.stop]
+        closing += [partial(asyncio.to_thread, stop) for stop in blocking]
         section = parsed.control
         part = Part(
             # Operators' calls come over the public server alone, which asks for their token.
             services=[Service(control_pb2_grpc.add_RolloutFeedServicer_to_server, feed, FEED_SERVICE)],
             queue_length=lambda: self._public.active_calls if self._public is not None else 0,
-            closing=[
-                *closing,
-                partial(asyncio.to_thread, threads.shutdown),
-                endpoints.stop,
-                fleet.close,
-                lambda: asyncio.to_thread(state.close),
-            ],
+            closing=[*closing, endpoints.stop, fleet.close, lambda: asyncio.to_thread(state.close)],
         )
         public = ServerOptions(
             section.host, section.port, section.tls, section.token_file, max_receive_bytes=MAX_RECEIVE_BYTES
