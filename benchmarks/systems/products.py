@@ -21,7 +21,7 @@ from benchmarks.checkpoints import DTYPES
 from benchmarks.systems.protocol import Run, now, serve_workloads
 from benchmarks.timings import Timings
 from benchmarks.workload import Workload
-from experts.kernels.packed_linear import PackedLinear, padded_rows
+from experts.kernels.packed_linear import PackedLinear
 
 PROCESSES = 2
 SEED = 0
@@ -66,8 +66,7 @@ class HalfOfTheProducts:
             step += [(product, rows_of_expert) for pair in experts[:used] for product in pair]
         step.append((self._head, rows))
         inputs = {
-            (size, of): torch.randn(padded_rows(of), size).to(self._dtype)
-            for size, of in {(product.in_features, of) for product, of in step}
+            (product.in_features, of): torch.randn(of, product.in_features).to(self._dtype) for product, of in step
         }
         ends = []
         for _ in range(count):

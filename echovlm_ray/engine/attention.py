@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLAttention, rotate_half
 
-from echovlm_ray.engine.compiled import Ints, as_array, attend_decoding, rotate_and_store
+from echovlm_ray.engine.compiled import attend_decoding, rotate_and_store
 from echovlm_ray.engine.concatenate import concatenated
 from echovlm_ray.engine.kv_cache import BLOCK_SIZE, KVCache
+from experts.kernels.compiled import Ints, as_array
 
 
 @dataclass(frozen=True, slots=True)

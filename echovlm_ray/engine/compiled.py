@@ -1,45 +1,30 @@
 """The small arithmetic of a decoder layer on a CPU, each in one compiled loop instead of many operators of torch.
 
 A decoding step has few rows, so an operator costs more to call than to compute, and attention through torch first
-copies every sequence's keys and values out of their blocks. Numba compiles these functions when they are first called
-and keeps the code on disk. They round where torch's operators on the same dtype do, save that attention keeps its
-weights in float32. Each row is computed by itself, so its bits do not depend on the others. bfloat16 goes in and out as
-the uint16 of the same bits: see `as_array`.
+copies every sequence's keys and values out of their blocks. See `experts.kernels.compiled` for what the functions
+promise; attention keeps its weights in float32.
 """
 
-import logging
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
-import numba
 import numpy as np
-import numpy.typing as npt
 import torch
-from numba.extending import overload
 
-_LOG = logging.getLogger(__name__)
-
-# float32, or bfloat16 as uint16.
-Array = npt.NDArray[Any]
-Ints = npt.NDArray[np.int64]
-Function = TypeVar("Function", bound=Callable[..., Any])
+from experts.kernels.compiled import (
+    SUMMING,
+    Array,
+    Ints,
+    as_array,
+    compiled,
+    exp,
+    inlined,
+    load,
+    rounded,
+    stored,
+)
+from experts.kernels.expert_arithmetic import swiglu
 
 _DTYPES = (torch.float32, torch.bfloat16)
-# "numpy": a division by zero gives infinity, as with torch, and not an exception for which each would have to look.
-_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-# Sums may be taken in any order, but a loop is compiled once: the order is the same for all rows.
-_SUMMING = {"reassoc", "contract", "nsz"}
-# Cody and Waite's split of ln 2, and the polynomial of Cephes' expf: within 2 units in the last place.
-_LOG2_E = np.float32(1.44269504088896341)
-_LN2_HIGH = np.float32(0.693359375)
-_LN2_LOW = np.float32(-2.12194440e-4)
-_EXP_LOWEST = np.float32(-87.0)
-_EXP_5 = np.float32(1.9875691500e-4)
-_EXP_4 = np.float32(1.3981999507e-3)
-_EXP_3 = np.float32(8.3334519073e-3)
-_EXP_2 = np.float32(4.1665795894e-2)
-_EXP_1 = np.float32(1.6666665459e-1)
-_EXP_0 = np.float32(5.0000001201e-1)
 
 
 def pays(dtype: torch.dtype, device: torch.device) -> bool:
@@ -48,11 +33,6 @@ def pays(dtype: torch.dtype, device: torch.device) -> bool:
     They use one thread; where torch was given more, its operators are the faster ones for long prompts.
     """
     return device.type == "cpu" and dtype in _DTYPES and torch.get_num_threads() == 1
-
-
-def as_array(tensor: torch.Tensor) -> Array:
-    """The same memory for compiled functions; the tensor must be contiguous, on the CPU and need no gradient."""
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def prepare(dtype: torch.dtype) -> None:
@@ -68,87 +48,7 @@ def prepare(dtype: torch.dtype) -> None:
     mix(zeros_1D, zeros_1D, zeros_1D, zeros_1D, zeros_1D, 0, zeros_1D)
 
 
-def _compiled(**options: Any) -> Callable[[Function], Function]:
-    def compile_function(function: Function) -> Function:
-        try:
-            compiled: Function = numba.njit(cache=True, **_OPTIONS, **options)(function)
-        except RuntimeError as error:
-            # Numba finds no folder that it may write to.
-            _LOG.warning("compiled code of %s is not kept: %s", function.__name__, error)
-            compiled = numba.njit(**_OPTIONS, **options)(function)
-        return compiled
-
-    return compile_function
-
-
-def _inlined(**options: Any) -> Callable[[Function], Function]:
-    """For parts of compiled functions."""
-    return cast("Callable[[Function], Function]", numba.njit(**_OPTIONS, **options))
-
-
-@_inlined()
-def _widened(bits: Any) -> Any:
-    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
-
-
-@_inlined()
-def _narrowed(x: Any) -> Any:
-    """The bits of the nearest bfloat16, of two equally near ones the even; NaN stays NaN."""
-    bits = np.float32(x).view(np.uint32)
-    rounded = np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
-    return rounded if x == x else np.uint16(0x7FC0)
-
-
-def _load(element: Any) -> Any:
-    """An element as float32."""
-    raise NotImplementedError("compiled code only")
-
-
-@overload(_load)
-def _overload_load(element: Any) -> Any:
-    def from_bfloat16(element: Any) -> Any:
-        return _widened(element)
-
-    def from_float32(element: Any) -> Any:
-        return element
-
-    return from_bfloat16 if element == numba.uint16 else from_float32
-
-
-def _stored(x: Any, like: Any) -> Any:
-    """A float32 as an element of an array like this one."""
-    raise NotImplementedError("compiled code only")
-
-
-@overload(_stored)
-def _overload_stored(x: Any, like: Any) -> Any:
-    def to_bfloat16(x: Any, like: Any) -> Any:
-        return _narrowed(x)
-
-    def to_float32(x: Any, like: Any) -> Any:
-        return x
-
-    return to_bfloat16 if like.dtype == numba.uint16 else to_float32
-
-
-@_inlined()
-def _rounded(x: Any, like: Any) -> Any:
-    """A float32 rounded to what an array like this one can hold, as float32."""
-    return _load(_stored(x, like))
-
-
-@_inlined()
-def _exp(x: Any) -> Any:
-    """e to the power of x, for x ≤ 0; NaN for NaN. Without a branch, so that loops become vector code."""
-    x = _EXP_LOWEST if x < _EXP_LOWEST else x
-    power = np.floor(x * _LOG2_E + np.float32(0.5))
-    rest = x - power * _LN2_HIGH - power * _LN2_LOW
-    series = ((((_EXP_5 * rest + _EXP_4) * rest + _EXP_3) * rest + _EXP_2) * rest + _EXP_1) * rest + _EXP_0
-    scale = np.int32((np.int32(power) + np.int32(127)) << np.int32(23)).view(np.float32)
-    return (series * rest * rest + rest + np.float32(1)) * scale
-
-
-@_inlined()
+@inlined()
 def _rotate(x_D: Any, cos_D: Any, sin_D: Any, output_D: Any) -> None:
     half = len(x_D) // 2
     low_D, high_D = x_D[:half], x_D[half:]
@@ -156,14 +56,14 @@ def _rotate(x_D: Any, cos_D: Any, sin_D: Any, output_D: Any) -> None:
     low_sin_D, high_sin_D = sin_D[:half], sin_D[half:]
     low_output_D, high_output_D = output_D[:half], output_D[half:]
     for d in range(half):
-        low, high = _load(low_D[d]), _load(high_D[d])
-        low_sum = _rounded(low * _load(low_cos_D[d]), x_D) - _rounded(high * _load(low_sin_D[d]), x_D)
-        high_sum = _rounded(high * _load(high_cos_D[d]), x_D) + _rounded(low * _load(high_sin_D[d]), x_D)
-        low_output_D[d] = _stored(low_sum, output_D)
-        high_output_D[d] = _stored(high_sum, output_D)
+        low, high = load(low_D[d]), load(high_D[d])
+        low_sum = rounded(low * load(low_cos_D[d]), x_D) - rounded(high * load(low_sin_D[d]), x_D)
+        high_sum = rounded(high * load(high_cos_D[d]), x_D) + rounded(low * load(high_sin_D[d]), x_D)
+        low_output_D[d] = stored(low_sum, output_D)
+        high_output_D[d] = stored(high_sum, output_D)
 
 
-@_compiled()
+@compiled()
 def rotate_and_store(
     qkv_TC: Array,
     cos_TD: Array,
@@ -198,7 +98,7 @@ def rotate_and_store(
             values_SHD[slot, head] = qkv_THD[t, num_heads + kv_heads + head]
 
 
-@_inlined(fastmath=_SUMMING)
+@inlined(fastmath=SUMMING)
 def _score(query_GD: Any, key_KHD: Any, head: Any, score_GK: Any) -> None:
     """The scores of a group's queries with the keys of one block. Four keys at once, for the processor's sake."""
     group, head_dim = query_GD.shape
@@ -211,10 +111,10 @@ def _score(query_GD: Any, key_KHD: Any, head: Any, score_GK: Any) -> None:
             query_D, score_K = query_GD[g], score_GK[g]
             score_0, score_1, score_2, score_3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
             for d in range(head_dim):
-                score_0 += query_D[d] * _load(key_0_D[d])
-                score_1 += query_D[d] * _load(key_1_D[d])
-                score_2 += query_D[d] * _load(key_2_D[d])
-                score_3 += query_D[d] * _load(key_3_D[d])
+                score_0 += query_D[d] * load(key_0_D[d])
+                score_1 += query_D[d] * load(key_1_D[d])
+                score_2 += query_D[d] * load(key_2_D[d])
+                score_3 += query_D[d] * load(key_3_D[d])
             score_K[k], score_K[k + 1], score_K[k + 2], score_K[k + 3] = score_0, score_1, score_2, score_3
     for k in range(whole, count):
         key_D = key_KHD[k, head]
@@ -222,11 +122,11 @@ def _score(query_GD: Any, key_KHD: Any, head: Any, score_GK: Any) -> None:
             query_D = query_GD[g]
             score = np.float32(0)
             for d in range(head_dim):
-                score += query_D[d] * _load(key_D[d])
+                score += query_D[d] * load(key_D[d])
             score_GK[g, k] = score
 
 
-@_inlined(fastmath=_SUMMING)
+@inlined(fastmath=SUMMING)
 def _add_values(weight_GK: Any, value_KHD: Any, head: Any, total_GD: Any) -> None:
     """Adds the weighted values of one block to a group's sums."""
     group, head_dim = total_GD.shape
@@ -240,34 +140,34 @@ def _add_values(weight_GK: Any, value_KHD: Any, head: Any, total_GD: Any) -> Non
             weight_0, weight_1, weight_2, weight_3 = weight_K[k], weight_K[k + 1], weight_K[k + 2], weight_K[k + 3]
             for d in range(head_dim):
                 total_D[d] += (
-                    weight_0 * _load(value_0_D[d])
-                    + weight_1 * _load(value_1_D[d])
-                    + weight_2 * _load(value_2_D[d])
-                    + weight_3 * _load(value_3_D[d])
+                    weight_0 * load(value_0_D[d])
+                    + weight_1 * load(value_1_D[d])
+                    + weight_2 * load(value_2_D[d])
+                    + weight_3 * load(value_3_D[d])
                 )
     for k in range(whole, count):
         value_D = value_KHD[k, head]
         for g in range(group):
             weight, total_D = weight_GK[g, k], total_GD[g]
             for d in range(head_dim):
-                total_D[d] += weight * _load(value_D[d])
+                total_D[d] += weight * load(value_D[d])
 
 
-@_inlined(fastmath=_SUMMING)
+@inlined(fastmath=SUMMING)
 def _softmax(score_K: Any) -> None:
     highest = score_K[0]
     for k in range(len(score_K)):
         highest = max(highest, score_K[k])
     total = np.float32(0)
     for k in range(len(score_K)):
-        score_K[k] = _exp(score_K[k] - highest)
+        score_K[k] = exp(score_K[k] - highest)
         total += score_K[k]
     factor = np.float32(1) / total
     for k in range(len(score_K)):
         score_K[k] *= factor
 
 
-@_compiled(fastmath=_SUMMING)
+@compiled(fastmath=SUMMING)
 def attend_decoding(
     query_THD: Array,
     rows_B: Ints,
@@ -304,7 +204,7 @@ def attend_decoding(
         for head in range(keys_SHD.shape[1]):
             for g in range(group):
                 for d in range(head_dim):
-                    query_GD[g, d] = _load(query_THD[row, head * group + g, d]) * np.float32(scaling)
+                    query_GD[g, d] = load(query_THD[row, head * group + g, d]) * np.float32(scaling)
                     total_GD[g, d] = 0
             for start in range(0, length, block_size):
                 slot = block_tables_BN[b, start // block_size] * block_size
@@ -318,10 +218,10 @@ def attend_decoding(
                 _add_values(score_GK[:, start:], values_SHD[slot:end], head, total_GD)
             for g in range(group):
                 for d in range(head_dim):
-                    output_THD[row, head * group + g, d] = _stored(total_GD[g, d], output_THD)
+                    output_THD[row, head * group + g, d] = stored(total_GD[g, d], output_THD)
 
 
-@_compiled(fastmath=_SUMMING)
+@compiled(fastmath=SUMMING)
 def normalize(x_TD: Array, weight_D: Array, epsilon: float, output_TD: Array) -> None:
     """RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467), rounded as Qwen2-VL's: before and after the weight.
 
@@ -335,39 +235,15 @@ def normalize(x_TD: Array, weight_D: Array, epsilon: float, output_TD: Array) ->
     for t in range(num_tokens):
         squares = np.float32(0)
         for d in range(hidden_size):
-            x = _load(x_TD[t, d])
+            x = load(x_TD[t, d])
             squares += x * x
         factor = np.float32(1) / np.sqrt(squares / np.float32(hidden_size) + np.float32(epsilon))
         for d in range(hidden_size):
-            scaled = _rounded(_load(x_TD[t, d]) * factor, x_TD)
-            output_TD[t, d] = _stored(_load(weight_D[d]) * scaled, output_TD)
+            scaled = rounded(load(x_TD[t, d]) * factor, x_TD)
+            output_TD[t, d] = stored(load(weight_D[d]) * scaled, output_TD)
 
 
-@_compiled(fastmath=_SUMMING)
-def swiglu(projected_TF: Array, gate_column: int, up_column: int, inner_TF: Array) -> None:
-    """silu(gate) · up of columns that one product computed, rounded before and after the multiplication.
-
-    Args:
-        projected_TF: tokens × outputs of the product.
-        gate_column: where the gate's columns begin.
-        up_column: where those begin that it is multiplied with.
-        inner_TF: tokens × inner size; written.
-    """
-    num_tokens, inner_size = inner_TF.shape
-    for t in range(num_tokens):
-        # Slices, for an index that might be negative keeps a loop from becoming vector code.
-        gate_F = projected_TF[t, gate_column : gate_column + inner_size]
-        up_F = projected_TF[t, up_column : up_column + inner_size]
-        for f in range(inner_size):
-            gate = _load(gate_F[f])
-            # Never the power of a positive number, which might be infinite.
-            power = _exp(-abs(gate))
-            sigmoid = (np.float32(1) if gate >= 0 else power) / (np.float32(1) + power)
-            activated = _rounded(gate * sigmoid, projected_TF)
-            inner_TF[t, f] = _stored(activated * _load(up_F[f]), inner_TF)
-
-
-@_compiled()
+@compiled()
 def mix(
     hidden_TD: Array,
     routed_TD: Array,
@@ -390,19 +266,19 @@ def mix(
     """
     num_tokens, hidden_size = hidden_TD.shape
     for t in range(num_tokens):
-        factor = _load(projected_TF[t, factor_column])
-        routed_coefficient = _load(projected_TF[t, factor_column + 1])
-        dense_coefficient = _load(projected_TF[t, factor_column + 2])
+        factor = load(projected_TF[t, factor_column])
+        routed_coefficient = load(projected_TF[t, factor_column + 1])
+        dense_coefficient = load(projected_TF[t, factor_column + 2])
         highest = max(routed_coefficient, dense_coefficient)
         routed_power = np.exp(routed_coefficient - highest)
         dense_power = np.exp(dense_coefficient - highest)
-        shared_gate = _rounded(np.float32(1) / (np.float32(1) + np.exp(-factor)), hidden_TD)
-        routed_share = _rounded(routed_power / (routed_power + dense_power), hidden_TD)
-        dense_share = _rounded(dense_power / (routed_power + dense_power), hidden_TD)
+        shared_gate = rounded(np.float32(1) / (np.float32(1) + np.exp(-factor)), hidden_TD)
+        routed_share = rounded(routed_power / (routed_power + dense_power), hidden_TD)
+        dense_share = rounded(dense_power / (routed_power + dense_power), hidden_TD)
         for d in range(hidden_size):
-            shared = _rounded(shared_gate * _load(shared_TD[t, d]), hidden_TD)
-            mixture = _rounded(_load(routed_TD[t, d]) + shared, hidden_TD)
-            from_routed = _rounded(routed_share * mixture, hidden_TD)
-            from_dense = _rounded(dense_share * _load(dense_TD[t, d]), hidden_TD)
-            added = _rounded(from_routed + from_dense, hidden_TD)
-            output_TD[t, d] = _stored(_load(hidden_TD[t, d]) + added, output_TD)
+            shared = rounded(shared_gate * load(shared_TD[t, d]), hidden_TD)
+            mixture = rounded(load(routed_TD[t, d]) + shared, hidden_TD)
+            from_routed = rounded(routed_share * mixture, hidden_TD)
+            from_dense = rounded(dense_share * load(dense_TD[t, d]), hidden_TD)
+            added = rounded(from_routed + from_dense, hidden_TD)
+            output_TD[t, d] = stored(load(hidden_TD[t, d]) + added, output_TD)

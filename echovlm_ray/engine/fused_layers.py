@@ -9,9 +9,11 @@ from torch import nn
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm
 
 from echovlm_ray.engine.attention import PagedSelfAttention
-from echovlm_ray.engine.compiled import as_array, mix, normalize, swiglu
+from echovlm_ray.engine.compiled import mix, normalize
 from echovlm_ray.engine.concatenate import concatenated
 from echovlm_ray.model.modeling import BesideExperts, EchoVLMDecoderLayer, EchoVLMTextModel, MixedWithExperts
+from experts.kernels.compiled import as_array
+from experts.kernels.expert_arithmetic import swiglu
 from experts.kernels.silu_multiply import silu_and_multiply
 
 logger = logging.getLogger(__name__)

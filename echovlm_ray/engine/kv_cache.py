@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from echovlm_ray.engine.block_pool import BLOCK_SIZE, BlockPool
-from echovlm_ray.engine.compiled import Array, as_array
+from experts.kernels.compiled import Array, as_array
 
 __all__ = ["BLOCK_SIZE", "BlockPool", "KVCache"]
 

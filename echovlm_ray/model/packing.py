@@ -5,7 +5,7 @@ import logging
 import torch
 from torch import nn
 
-from experts.kernels.packed_linear import MAX_ROWS, PackedLinear, packing_available
+from experts.kernels.packed_linear import WARM_UP_ROWS, PackedLinear, packing_available
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def pack_linears(model: nn.Module) -> int:
 
 
 def warm_up(model: nn.Module, max_head_rows: int) -> int:
-    """Has oneDNN compile its code for every number of rows that a step may have, before the first request needs it.
+    """Has the code compiled for every number of rows that a step may have, before the first request needs it.
 
     Otherwise a step that is the first of its size stops to compile in the middle of serving, a millisecond or more for
     each shape, and the process goes on growing until every size has been seen. As much work as some 7,000 tokens are
@@ -67,7 +67,7 @@ def warm_up(model: nn.Module, max_head_rows: int) -> int:
         if isinstance(layer, PackedLinearLayer):
             packed = layer.packed
             key = (packed.in_features, packed.out_features, packed.dtype, packed.has_bias)
-            shapes.setdefault(key, (packed, max_head_rows if name == "lm_head" else MAX_ROWS))
+            shapes.setdefault(key, (packed, max_head_rows if name == "lm_head" else WARM_UP_ROWS))
     return sum(packed.warm_up(max_rows) for packed, max_rows in shapes.values())
 
 

@@ -4,21 +4,23 @@ The result of a token has the same bits whatever the other tokens of the call an
 that of the kernel `reference`: see `PreparedExperts.forward`.
 """
 
+import itertools
 import logging
-from itertools import chain
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
 from experts.kernels.base import ExpertWeights, PreparedExperts
-from experts.kernels.packed_linear import MAX_PADDING, MAX_ROWS, PackedLinear, padded_rows, unavailable_reason
+from experts.kernels.compiled import as_array
+from experts.kernels.expert_arithmetic import add_pairs, gather_pairs, prepare, swiglu
+from experts.kernels.packed_linear import PackedLinear, unavailable_reason
 from experts.kernels.reference import ReferenceExperts
-from experts.kernels.silu_multiply import silu_and_multiply
+from experts.kernels.threads import share
 
 _LOG = logging.getLogger(__name__)
 
-# Up to this many pairs, sorting in Python beats a sort, a histogram and their tensors.
-_FEW_PAIRS = 64
+# Of the activations that another thread takes over.
+_MIN_SHARED_ELEMENTS = 2**17
 
 
 class PackedExperts:
@@ -53,65 +55,36 @@ class PackedExperts:
                 f"the rows are {x_TD.dtype} of {x_TD.shape[1]}; these experts take {self._gate_up[0].dtype} of "
                 f"{self._gate_up[0].in_features}"
             )
-        sum_TD = torch.zeros(x_TD.shape, dtype=torch.float32)
-        if x_TD.shape[0] == 1:
-            self._add_lone_token(sum_TD, x_TD, expert_index_TK, weight_TK)
-        else:
-            self._add_tokens(sum_TD, x_TD, expert_index_TK, weight_TK)
-        return sum_TD.to(x_TD.dtype)
+        assert expert_index_TK.shape == weight_TK.shape
+        assert expert_index_TK.shape[0] == x_TD.shape[0]
+        x_TD, index_TK, weight_TK = x_TD.detach().contiguous(), expert_index_TK.contiguous(), weight_TK.detach()
+        num_pairs = index_TK.numel()
+        starts_E = np.empty(len(self._down) + 1, dtype=np.int64)
+        pair_P = np.empty(num_pairs, dtype=np.int64)
+        x_PD = x_TD.new_empty((num_pairs, x_TD.shape[1]))
+        gather_pairs(index_TK.numpy(), as_array(x_TD), starts_E, pair_P, as_array(x_PD))
+        starts: list[int] = starts_E.tolist()
+        used = [(expert, *bounds) for expert, bounds in enumerate(itertools.pairwise(starts)) if bounds[0] < bounds[1]]
+        projected_PF = x_PD.new_empty((num_pairs, 2 * self._inner_size))
+        for expert, start, end in used:
+            self._gate_up[expert].product_into(x_PD, projected_PF, start, end)
+        inner_PF = self._activated(projected_PF, starts[-1])
+        output_PD = torch.empty_like(x_PD)
+        for expert, start, end in used:
+            self._down[expert].product_into(inner_PF, output_PD, start, end)
+        sum_TD = torch.empty_like(x_TD)
+        add_pairs(as_array(output_PD), pair_P, starts[-1], as_array(weight_TK.contiguous()), as_array(sum_TD))
+        return sum_TD
 
-    def _add_tokens(
-        self, sum_TD: torch.Tensor, x_TD: torch.Tensor, expert_index_TK: torch.Tensor, weight_TK: torch.Tensor
-    ) -> None:
-        few = expert_index_TK.numel() <= _FEW_PAIRS
-        pair_P, counts = (_sort_in_python if few else _sort_tensors)(expert_index_TK, len(self._down))
-        if pair_P.shape[0] == 0:
-            return
-        token_P = pair_P // expert_index_TK.shape[1]
-        # The rows of the next expert, or of the end once more, serve as padding: what they hold does not matter.
-        padded_P = F.pad(token_P, (0, MAX_PADDING))
-        x_PD = x_TD.index_select(0, padded_P)
-        outputs = []
-        start = 0
-        for expert, count in enumerate(counts):
-            for first in range(start, start + count, MAX_ROWS):
-                rows = min(MAX_ROWS, start + count - first)
-                outputs.append(self._expert(expert, x_PD[first : first + padded_rows(rows)])[:rows])
-            start += count
-        output_PD = torch.cat(outputs).mul_(weight_TK.reshape(-1, 1).index_select(0, pair_P))
-        # Row after row, so each token adds up its experts in their order.
-        sum_TD.index_add_(0, token_P, output_PD.float())
+    def _activated(self, projected_PF: torch.Tensor, count: int) -> torch.Tensor:
+        inner_PF = projected_PF.new_empty((projected_PF.shape[0], self._inner_size))
+        projected, inner = as_array(projected_PF), as_array(inner_PF)
 
-    def _add_lone_token(
-        self, sum_1D: torch.Tensor, x_1D: torch.Tensor, expert_index_1K: torch.Tensor, weight_1K: torch.Tensor
-    ) -> None:
-        """As `_add_tokens`, bit for bit. One request's decoding waits for every operation that is not needed."""
-        x_2D = x_1D.repeat(padded_rows(1), 1)
-        # Sorting is stable: an expert that is named twice adds up in the order of the places.
-        for expert, k in sorted((expert, k) for k, expert in enumerate(expert_index_1K[0].tolist()) if expert >= 0):
-            sum_1D.add_(self._expert(expert, x_2D)[:1].mul_(weight_1K[:, k : k + 1]))
+        def compute(first: int, end: int) -> None:
+            swiglu(projected[first:end], 0, self._inner_size, inner[first:end])
 
-    def _expert(self, expert: int, x_ND: torch.Tensor) -> torch.Tensor:
-        gate_NF, up_NF = self._gate_up[expert].product(x_ND).chunk(2, dim=1)
-        return self._down[expert].product(silu_and_multiply(gate_NF, up_NF))
-
-
-def _sort_in_python(expert_index_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, list[int]]:
-    """The flat positions of the pairs that have an expert, in the order of the experts, and how many each has."""
-    pairs: list[list[int]] = [[] for _ in range(num_experts)]
-    for pair, expert in enumerate(expert_index_TK.flatten().tolist()):
-        if expert >= 0:
-            pairs[expert].append(pair)
-    return torch.tensor(list(chain.from_iterable(pairs)), dtype=torch.int64), [len(positions) for positions in pairs]
-
-
-def _sort_tensors(expert_index_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, list[int]]:
-    """As `_sort_in_python`, for many pairs."""
-    index_P = expert_index_TK.reshape(-1)
-    order_P = torch.argsort(index_P, stable=True)
-    # Those without an expert come first in the order.
-    nobody, *counts = torch.bincount(index_P + 1, minlength=num_experts + 1).tolist()
-    return order_P[nobody:], counts
+        share(compute, count, count * self._inner_size // _MIN_SHARED_ELEMENTS)
+        return inner_PF
 
 
 class PlainExperts(ReferenceExperts):
@@ -143,4 +116,5 @@ class CpuPackedKernel:
         if reason is not None:
             _LOG.warning("the expert kernel cpu_packed computes with plain weights in %s: %s", weights.dtype, reason)
             return PlainExperts(weights)
+        prepare(weights.dtype)
         return PackedExperts(weights)

@@ -1,36 +1,62 @@
-"""Linear layers whose weights oneDNN has laid out in the blocks that its matrix kernels read.
+"""Linear layers whose weights are laid out once in the order in which a product with few rows reads them.
 
 Stock `torch.nn.functional.linear` lays the weights out again in every call, or reads them as they lie. Laid out once,
-a call takes about half the time in float32, and a row's result no longer depends on how many rows there are. The
-operators are torch's own but private (its compiler uses them), so they are tried before they are relied on.
+a call takes half the time or less, and a row's result no longer depends on how many rows there are. There are two
+layouts: one for processors with AVX-512 (`experts.kernels.avx512_code`), and oneDNN's for all others. Both are tried
+before they are relied on.
 """
 
 import functools
 import logging
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
+from experts.kernels import avx512_product, onednn_product
+from experts.kernels.avx512_product import Avx512Weights
+from experts.kernels.onednn_product import OneDnnWeights
+
 _LOG = logging.getLogger(__name__)
 
-# The number of rows that oneDNN is told to lay the weights out for. Any number of rows may come later.
-_EXPECTED_ROWS = 16
-# More rows are computed in pieces of so many: as fast, and no further sizes.
-MAX_ROWS = 512
-# No number of rows is padded by more than this.
-MAX_PADDING = 15
 _PROBE_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+# Rows for which code is made ready: no step of the engine has more of them at once.
+WARM_UP_ROWS = 512
+
+
+class PackedWeights(Protocol):
+    """A layer's weights in a layout of their own.
+
+    Attributes:
+        nbytes: bytes of weights and bias with the layout's padding.
+    """
+
+    nbytes: int
+
+    def warm_up_sizes(self, max_rows: int) -> list[int]:
+        """The numbers of rows, up to this one, for which code is compiled when they are first computed."""
+        ...
+
+    def product(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """The outputs of at least one row, in the weights' dtype."""
+        ...
+
+    def product_into(self, x_TI: torch.Tensor, output_TO: torch.Tensor, first: int, end: int) -> None:
+        """Writes the outputs of rows from `first` to `end` where such rows are in another tensor, which is contiguous.
+
+        There must be at least one row.
+        """
+        ...
 
 
 class PackedLinear:
     """`x · weightᵀ + bias` for inference on a CPU. No gradients.
 
-    The result of a row has the same bits whatever the number of rows and of threads, for up to 16384 inputs (beyond,
-    oneDNN may share the sum of one float32 output among threads). Safe to call from any thread.
+    The result of a row has the same bits whatever the number of rows and of threads (in oneDNN's layout for up to 16384
+    inputs). Safe to call from any thread.
     """
 
-    __slots__ = ("_bias_O", "_dtype", "_in_features", "_linear", "_nbytes", "_out_features", "_packed")
+    __slots__ = ("_dtype", "_has_bias", "_in_features", "_out_features", "_weights", "product", "product_into")
 
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> None:
         """Copies the weights into the packed layout; the plain ones may be dropped afterwards.
@@ -44,20 +70,21 @@ class PackedLinear:
         """
         if weight_OI.device.type != "cpu":
             raise ValueError(f"weights on {weight_OI.device} cannot be packed; only those on the CPU can")
-        if not packing_available(weight_OI.dtype):
-            raise ValueError(f"{weight_OI.dtype} weights cannot be packed here: {_why_not(weight_OI.dtype)}")
+        layout = _layout(weight_OI.dtype)
+        if isinstance(layout, str):
+            raise ValueError(f"{weight_OI.dtype} weights cannot be packed here: {layout}")
         self._dtype = weight_OI.dtype
         self._out_features, self._in_features = weight_OI.shape
-        self._bias_O = None if bias_O is None else bias_O.detach()
-        self._packed = _pack(weight_OI)
-        self._nbytes = int(torch.ops.mkldnn._nbytes(self._packed)) + (0 if bias_O is None else bias_O.nbytes)
-        # Resolved once: looking an operator up by name costs as much as a small product.
-        self._linear: Any = torch.ops.mkldnn._linear_pointwise.default
+        self._has_bias = bias_O is not None
+        self._weights: PackedWeights = layout(weight_OI, bias_O)
+        # Without any check: see `PackedWeights`.
+        self.product = self._weights.product
+        self.product_into = self._weights.product_into
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed weights, with oneDNN's own padding, and of the bias."""
-        return self._nbytes
+        """Bytes of the packed weights, with the layout's own padding, and of the bias."""
+        return self._weights.nbytes
 
     @property
     def in_features(self) -> int:
@@ -72,7 +99,7 @@ class PackedLinear:
     @property
     def has_bias(self) -> bool:
         """Whether something is added to the outputs."""
-        return self._bias_O is not None
+        return self._has_bias
 
     @property
     def dtype(self) -> torch.dtype:
@@ -99,93 +126,53 @@ class PackedLinear:
             raise ValueError("packed weights have no gradients; train with the plain ones")
         if x.numel() == 0:
             return x.new_zeros((*x.shape[:-1], self._out_features))
-        x_TI = x.reshape(-1, self._in_features)
-        if x_TI.shape[0] > MAX_ROWS:
-            output_TO = torch.cat([self._padded_product(piece) for piece in x_TI.split(MAX_ROWS)])
-        else:
-            output_TO = self._padded_product(x_TI)
+        output_TO = self.product(x.reshape(-1, self._in_features))
         return output_TO.view(*x.shape[:-1], self._out_features)
 
-    def product(self, x_TI: torch.Tensor) -> torch.Tensor:
-        """The outputs of as many rows as `padded_rows` gives, without any check: for callers that pad by themselves."""
-        output_TO: torch.Tensor = self._linear(x_TI, self._packed, self._bias_O, "none", [], "")
-        return output_TO
-
     @torch.inference_mode()
-    def warm_up(self, max_rows: int = MAX_ROWS) -> int:
-        """Has oneDNN compile its code for every number of rows up to this one, once for all weights of a shape.
+    def warm_up(self, max_rows: int = WARM_UP_ROWS) -> int:
+        """Has the code compiled for every number of rows up to this one, once for all weights of a shape.
 
         Returns:
             how many products were computed.
         """
-        sizes = sorted({padded_rows(rows) for rows in range(1, min(max_rows, MAX_ROWS) + 1)})
+        sizes = self._weights.warm_up_sizes(max_rows)
         for rows in sizes:
             self.product(torch.zeros(rows, self._in_features, dtype=self._dtype))
         return len(sizes)
 
-    def _padded_product(self, x_TI: torch.Tensor) -> torch.Tensor:
-        rows = x_TI.shape[0]
-        padded = padded_rows(rows)
-        return self.product(x_TI) if padded == rows else self.product(F.pad(x_TI, (0, 0, 0, padded - rows)))[:rows]
-
-
-def padded_rows(rows: int) -> int:
-    """How many rows are computed for so many, from 1 to `MAX_ROWS`.
-
-    oneDNN generates code for every number of rows and keeps it (0.15 MB each, up to a thousand of them), so a process
-    that saw every number would grow without need, and would stop to compile in the middle of serving. So there are
-    four sizes between a power of two and the next up to 64 rows, and every sixteenth above: 47 in all.
-
-    A lone row gets company: oneDNN adds it up in larger blocks than two or more rows, which changes the last bits from
-    1025 inputs on. The second row costs next to nothing, for the weights are read once.
-    """
-    if rows == 1:
-        return 2
-    step = min(MAX_PADDING + 1, max(1, 1 << (rows - 1).bit_length() >> 3))
-    return -(-rows // step) * step
-
 
 def packing_available(dtype: torch.dtype) -> bool:
     """Whether `PackedLinear` works here for weights of a dtype. Tried once a process; the log says why not."""
-    return _why_not(dtype) is None
+    return unavailable_reason(dtype) is None
 
 
 def unavailable_reason(dtype: torch.dtype) -> str | None:
     """Why weights of a dtype cannot be packed here, in words for a log or an error; None where they can."""
-    return _why_not(dtype)
-
-
-def _pack(weight_OI: torch.Tensor) -> torch.Tensor:
-    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach().contiguous(), _EXPECTED_ROWS)
-    return packed
+    layout = _layout(dtype)
+    return layout if isinstance(layout, str) else None
 
 
 @functools.cache
-def _why_not(dtype: torch.dtype) -> str | None:
-    reason = _probe(dtype)
-    if reason is not None:
-        _LOG.warning("weights in %s are not packed: %s", dtype, reason)
+def _layout(dtype: torch.dtype) -> type[Avx512Weights] | type[OneDnnWeights] | str:
+    """The layout for weights of a dtype, or why there is none."""
+    reason = avx512_product.unavailable_reason(dtype) or _wrong(Avx512Weights, dtype)
+    if reason is None:
+        return Avx512Weights
+    _LOG.info("weights in %s are laid out for oneDNN, if at all: %s", dtype, reason)
+    reason = onednn_product.unavailable_reason(dtype) or _wrong(OneDnnWeights, dtype)
+    if reason is None:
+        return OneDnnWeights
+    _LOG.warning("weights in %s are not packed: %s", dtype, reason)
     return reason
 
 
-def _probe(dtype: torch.dtype) -> str | None:
-    if dtype not in _PROBE_TOLERANCE:
-        return f"only {' and '.join(str(known) for known in _PROBE_TOLERANCE)} are"
-    if not torch.backends.mkldnn.is_available():
-        return f"torch {torch.__version__} was built without oneDNN"
-    try:
-        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return "the processor has no instructions for bfloat16 that oneDNN uses"
-        generator = torch.Generator().manual_seed(0)
-        weight_OI = torch.randn((48, 32), generator=generator).to(dtype)
-        x_TI = torch.randn((3, 32), generator=generator).to(dtype)
-        packed = _pack(weight_OI)
-        torch.ops.mkldnn._nbytes(packed)
-        found = torch.ops.mkldnn._linear_pointwise.default(x_TI, packed, None, "none", [], "").double()
-    except (AttributeError, RuntimeError, NotImplementedError) as error:
-        return f"torch {torch.__version__} has no such operators ({type(error).__name__})"
+def _wrong(layout: type[Avx512Weights] | type[OneDnnWeights], dtype: torch.dtype) -> str | None:
+    """What a trial product finds wrong."""
+    generator = torch.Generator().manual_seed(0)
+    weight_OI = torch.randn((48, 32), generator=generator).to(dtype)
+    x_TI = torch.randn((3, 32), generator=generator).to(dtype)
+    found = layout(weight_OI, None).product(x_TI).double()
     expected = F.linear(x_TI.double(), weight_OI.double())
     difference = float((found - expected).norm() / expected.norm())
-    if not difference <= _PROBE_TOLERANCE[dtype]:
-        return f"a trial product was wrong by {difference:.1e}"
-    return None
+    return None if difference <= _PROBE_TOLERANCE[dtype] else f"a trial product was wrong by {difference:.1e}"

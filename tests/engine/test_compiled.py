@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
 import torch
@@ -11,7 +10,8 @@ import torch.nn.functional as F
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm
 
 from echovlm_ray.engine import compiled
-from echovlm_ray.engine.compiled import as_array
+from experts.kernels import expert_arithmetic
+from experts.kernels.compiled import as_array
 from tests.engines import engine_request, local_experts, run_together, running_engine
 from tests.golden_cases import golden_rows
 from tests.split_golden import split_golden
@@ -20,53 +20,17 @@ TOKENS, HEADS, KEY_VALUE_HEADS, HEAD_DIM, HIDDEN = 5, 6, 2, 16, 72
 DTYPES = (torch.float32, torch.bfloat16)
 
 FUNCTIONS: dict[str, Any] = {
-    name: getattr(compiled, name) for name in ("rotate_and_store", "attend_decoding", "normalize", "swiglu", "mix")
+    name: getattr(module, name)
+    for module, names in {
+        compiled: ("rotate_and_store", "attend_decoding", "normalize", "mix"),
+        expert_arithmetic: ("gather_pairs", "swiglu", "add_pairs"),
+    }.items()
+    for name in names
 }
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
-
-
-@numba.njit
-def narrow(x_N: Any, bits_N: Any) -> None:
-    for n in range(len(x_N)):
-        bits_N[n] = compiled._narrowed(x_N[n])
-
-
-@numba.njit
-def power(x_N: Any, output_N: Any) -> None:
-    for n in range(len(x_N)):
-        output_N[n] = compiled._exp(x_N[n])
-
-
-def test_bfloat16_is_rounded_as_torch_rounds() -> None:
-    # Every pattern of the upper half, with lower halves around the middle between two neighbours.
-    upper_N = np.arange(1 << 16, dtype=np.uint32) << 16
-    bits_N = np.concatenate([upper_N | lower for lower in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)])
-    x_N = bits_N.view(np.float32)
-    found_N = np.empty(len(x_N), dtype=np.uint16)
-    narrow(x_N, found_N)
-    found, expected = torch.from_numpy(found_N).view(torch.bfloat16), torch.from_numpy(x_N).bfloat16()
-    assert torch.equal(found.isnan(), expected.isnan())
-    assert torch.equal(found.nan_to_num(0).view(torch.int16), expected.nan_to_num(0).view(torch.int16))
-
-
-def test_powers_are_within_two_units_in_the_last_place() -> None:
-    x_N = np.concatenate([np.linspace(-87, 0, 100_001), -np.logspace(-30, 0, 1001)]).astype(np.float32)
-    found_N = np.empty_like(x_N)
-    power(x_N, found_N)
-    exact_N = np.exp(x_N.astype(np.float64))
-    # float32's spacing as float64, for near the lowest powers it is subnormal, which a process may flush to zero.
-    spacing_N = np.exp2(np.floor(np.log2(exact_N)) - 23)
-    assert np.max(np.abs(found_N - exact_N) / spacing_N) < 2
-
-
-def test_powers_of_what_has_none() -> None:
-    found_N = np.empty(3, dtype=np.float32)
-    power(np.array([-np.inf, -1000, np.nan], dtype=np.float32), found_N)
-    assert np.all(found_N[:2] < 1e-37)
-    assert np.isnan(found_N[2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -108,19 +72,6 @@ def test_norm(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_swiglu(dtype: torch.dtype) -> None:
-    projected_TF = 4 * randn(TOKENS, 100, dtype=dtype)
-    projected_TF[0, :6] = torch.tensor([0.0, -0.0, 100.0, -100.0, 3e38, -3e38])
-    inner_TF = torch.empty(TOKENS, 37, dtype=dtype)
-    compiled.swiglu(as_array(projected_TF), 0, 50, as_array(inner_TF))
-    expected_TF = F.silu(projected_TF[:, :37]) * projected_TF[:, 50:87]
-    torch.testing.assert_close(inner_TF[:, 6:], expected_TF[:, 6:])
-    # Where silu vanishes, what is left of it differs, and is next to nothing.
-    torch.testing.assert_close(inner_TF[:, :5], expected_TF[:, :5], atol=1e-33, rtol=1.6e-2)
-    assert abs(float(inner_TF[0, 5])) < 200
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_mixture(dtype: torch.dtype) -> None:
     hidden_TD, routed_TD, shared_TD, dense_TD = randn(4, TOKENS, HIDDEN, dtype=dtype)
     projected_TF = 3 * randn(TOKENS, 10, dtype=dtype)
@@ -147,9 +98,6 @@ def test_what_is_not_a_number_is_passed_on(dtype: torch.dtype) -> None:
     x_TD, weight_D = torch.empty_like(bad_TD), torch.ones(HIDDEN, dtype=dtype)
     compiled.normalize(as_array(bad_TD), as_array(weight_D), 1e-6, as_array(x_TD))
     assert x_TD[1].isnan().all()
-    inner_TF = torch.empty(2, 36, dtype=dtype)
-    compiled.swiglu(as_array(x_TD), 0, 36, as_array(inner_TF))
-    assert inner_TF[1].isnan().all()
     mixed_TD = torch.empty_like(x_TD)
     good_TD = torch.zeros_like(x_TD)
     coefficients_T3 = torch.zeros(2, 3, dtype=dtype)
@@ -168,7 +116,6 @@ def test_what_is_not_a_number_is_passed_on(dtype: torch.dtype) -> None:
         assert output_THD.isnan().all()
         cache_SHD[2] = 0
     assert not x_TD[0].isnan().any()
-    assert not inner_TF[0].isnan().any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -11,7 +11,8 @@ from torch import nn
 
 from echovlm_ray.model.checkpoint import load_backbone
 from echovlm_ray.model.packing import MIN_OUT_FEATURES, PackedLinearLayer, pack_linears
-from experts.kernels.packed_linear import MAX_ROWS, packing_available, padded_rows
+from experts.kernels.onednn_product import MAX_ROWS, padded_rows
+from experts.kernels.packed_linear import packing_available
 from tests.split_golden import SplitGolden, split_golden
 
 pytestmark = pytest.mark.skipif(not packing_available(torch.float32), reason="torch cannot pack weights here")
@@ -33,6 +34,10 @@ GROWTH = """
 import psutil, torch
 from torch import nn
 from echovlm_ray.model.packing import pack_linears, warm_up
+from experts.kernels import packed_linear
+from experts.kernels.onednn_product import OneDnnWeights
+if ONEDNN:
+    packed_linear._layout = lambda dtype: OneDnnWeights
 torch.set_num_threads(1)
 model = nn.ModuleDict({"a": nn.Linear(64, 96), "b": nn.Linear(96, 64, bias=False), "lm_head": nn.Linear(64, 160)})
 pack_linears(model)
@@ -48,18 +53,26 @@ print(products, psutil.Process().memory_info().rss - before)
 """
 
 
+def growth(*, warm: bool, onednn: bool) -> tuple[int, int]:
+    """Products of the warm-up, and by how many bytes every number of rows made a new process grow afterwards."""
+    code = GROWTH.replace("WARM", str(warm)).replace("ONEDNN", str(onednn))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    products, grown = done.stdout.split()
+    return int(products), int(grown)
+
+
 def test_no_size_of_a_step_is_compiled_after_the_warm_up() -> None:
     """What oneDNN compiles it keeps, so the memory tells. In processes that have compiled nothing before."""
-    found = {}
-    for warm in (False, True):
-        done = subprocess.run(
-            [sys.executable, "-c", GROWTH.replace("WARM", str(warm))], capture_output=True, text=True, check=True
-        )
-        found[warm] = [int(number) for number in done.stdout.split()]
     sizes, head_sizes = ({padded_rows(rows) for rows in range(1, most + 1)} for most in (MAX_ROWS, 8))
-    assert found[True][0] == 2 * len(sizes) + len(head_sizes)
-    assert found[False][1] > 6_000_000
-    assert found[True][1] < found[False][1] / 4
+    _, cold = growth(warm=False, onednn=True)
+    products, warmed = growth(warm=True, onednn=True)
+    assert products == 2 * len(sizes) + len(head_sizes)
+    assert cold > 6_000_000
+    assert warmed < cold / 4
+
+
+def test_whatever_is_chosen_here_does_not_grow_after_the_warm_up() -> None:
+    assert growth(warm=True, onednn=False)[1] < 1_500_000
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])

@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -169,13 +170,30 @@ def test_an_expert_without_tokens_costs_no_product(monkeypatch: pytest.MonkeyPat
     prepared = PackedExperts(make_weights(4, 16, 16, torch.float32))
     x_TD, index_TK, weight_TK = make_exchange(Case("two", hidden=16, inner=16, tokens=100), torch.float32)
     index_TK = torch.where(index_TK == 1, NO_EXPERT, index_TK)
-    computed: list[int] = []
-    original = prepared._expert
+    computed: list[tuple[int, int]] = []
+    for expert, linear in enumerate(prepared._gate_up):
+        original = linear.product_into
 
-    def counting(expert: int, x_ND: torch.Tensor) -> torch.Tensor:
-        computed.append(expert)
-        return original(expert, x_ND)
+        def counting(
+            x_TI: torch.Tensor,
+            output_TO: torch.Tensor,
+            first: int,
+            end: int,
+            expert: int = expert,
+            original: Callable[..., None] = original,
+        ) -> None:
+            computed.append((expert, end - first))
+            original(x_TI, output_TO, first, end)
 
-    monkeypatch.setattr(prepared, "_expert", counting)
+        monkeypatch.setattr(linear, "product_into", counting)
     prepared.forward(x_TD, index_TK, weight_TK)
-    assert computed == [0, 2, 3]
+    assert computed == [(expert, int((index_TK == expert).sum())) for expert in (0, 2, 3)]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_an_expert_that_is_not_there_is_refused(dtype: torch.dtype) -> None:
+    """Indices become addresses."""
+    prepared = CpuPackedKernel().load(make_weights(4, 16, 16, torch.float32))
+    index_TK = torch.tensor([[0, 4]], dtype=dtype)
+    with pytest.raises(IndexError, match="too large"):
+        prepared.forward(torch.ones(1, 16), index_TK, torch.ones(1, 2))

@@ -1,17 +1,32 @@
 import concurrent.futures
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experts.kernels import packed_linear
-from experts.kernels.packed_linear import MAX_ROWS, PackedLinear, packing_available, padded_rows, unavailable_reason
+from experts.kernels import avx512_code, avx512_product, onednn_product, packed_linear
+from experts.kernels.avx512_product import Avx512Weights
+from experts.kernels.onednn_product import MAX_ROWS, OneDnnWeights, padded_rows
+from experts.kernels.packed_linear import PackedLinear, packing_available, unavailable_reason
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+LAYOUTS = {"avx512": (Avx512Weights, avx512_product), "onednn": (OneDnnWeights, onednn_product)}
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Every layout that this machine can compute with, whether it is the one that would be chosen or not."""
+    weights, module = LAYOUTS[request.param]
+    for dtype in DTYPES:
+        if reason := module.unavailable_reason(dtype):
+            pytest.skip(f"{request.param}, {dtype}: {reason}")
+    monkeypatch.setattr(packed_linear, "_layout", lambda dtype: weights)
+    return weights
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -31,9 +46,10 @@ def test_weights_can_be_packed_here(dtype: torch.dtype) -> None:
     outputs=st.integers(1, 70),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=40, deadline=None)
+# The layout stays the same for all examples.
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_is_the_linear_layer(
-    dtype: torch.dtype, with_bias: bool, leading: list[int], inputs: int, outputs: int, seed: int
+    layout: Any, dtype: torch.dtype, with_bias: bool, leading: list[int], inputs: int, outputs: int, seed: int
 ) -> None:
     weight_OI = random(outputs, inputs, dtype=dtype, seed=seed)
     bias_O = random(outputs, dtype=dtype, seed=seed + 1) if with_bias else None
@@ -55,9 +71,10 @@ def test_is_the_linear_layer(
     outputs=st.integers(1, 300),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=40, deadline=None)
+# The layout stays the same for all examples.
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_row_has_the_same_bits_in_any_batch(
-    dtype: torch.dtype, rows: int, inputs: int, outputs: int, seed: int
+    layout: Any, dtype: torch.dtype, rows: int, inputs: int, outputs: int, seed: int
 ) -> None:
     linear = PackedLinear(random(outputs, inputs, dtype=dtype, seed=seed))
     x_TI = random(rows, inputs, dtype=dtype, seed=seed + 1)
@@ -68,7 +85,7 @@ def test_a_row_has_the_same_bits_in_any_batch(
     assert torch.equal(linear(x_TI.flip(0)), whole.flip(0))
 
 
-def test_views_and_modes() -> None:
+def test_views_and_modes(layout: Any) -> None:
     weight_OI = random(24, 40, dtype=torch.float32)
     with torch.inference_mode():
         packed_in_inference = PackedLinear(weight_OI)
@@ -80,7 +97,7 @@ def test_views_and_modes() -> None:
         assert torch.equal(PackedLinear(weight_OI)(x[..., 40:]), plain)
 
 
-def test_the_plain_weights_are_not_needed_any_more() -> None:
+def test_the_plain_weights_are_not_needed_any_more(layout: Any) -> None:
     weight_OI = random(24, 40, dtype=torch.float32)
     linear = PackedLinear(weight_OI)
     x = random(3, 40, dtype=torch.float32)
@@ -98,20 +115,60 @@ def test_rows_are_padded_to_few_sizes(rows: int) -> None:
     assert len({padded_rows(count) for count in range(1, MAX_ROWS + 1)}) < 50
 
 
-def test_more_rows_than_one_piece_has() -> None:
+def test_more_rows_than_one_piece_has(layout: Any) -> None:
     linear = PackedLinear(random(24, 40, dtype=torch.float32))
     x_TI = random(2 * MAX_ROWS + 1, 40, dtype=torch.float32)
     rows = (0, MAX_ROWS - 1, MAX_ROWS, 2 * MAX_ROWS)
     assert torch.equal(linear(x_TI)[list(rows)], torch.cat([linear(x_TI[row : row + 1]) for row in rows]))
 
 
-def test_padding_is_accounted_for() -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_some_rows_are_computed_in_place(layout: Any, dtype: torch.dtype) -> None:
+    linear = PackedLinear(random(45, 37, dtype=dtype), random(45, dtype=dtype))
+    x_TI = random(30, 37, dtype=dtype)
+    output_TO = torch.full((30, 45), 7, dtype=dtype)
+    linear.product_into(x_TI, output_TO, 3, 25)
+    assert torch.equal(output_TO[3:25], linear(x_TI)[3:25])
+    assert torch.equal(output_TO[:3], torch.full((3, 45), 7, dtype=dtype)), "nothing is written beside them"
+    assert torch.equal(output_TO[25:], torch.full((5, 45), 7, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_not_finite_stays_in_its_row(layout: Any, dtype: torch.dtype) -> None:
+    """Not even padding may carry it over: nought times infinity is no number."""
+    linear = PackedLinear(random(33, 7, dtype=dtype))
+    x_TI = random(5, 7, dtype=dtype)
+    expected_TO = linear(x_TI)
+    x_TI[2, 0], x_TI[2, 6], x_TI[4, 6] = torch.inf, torch.nan, -torch.inf
+    found_TO = linear(x_TI)
+    assert not found_TO[[2, 4]].isfinite().any()
+    assert torch.equal(found_TO[[0, 1, 3]], expected_TO[[0, 1, 3]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_products_are_divided_among_threads(layout: Any, dtype: torch.dtype) -> None:
+    linear = PackedLinear(random(6000, 1400, dtype=dtype))
+    x_TI = random(40, 1400, dtype=dtype)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(linear(x_TI))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_padding_is_accounted_for(layout: Any) -> None:
     """An odd number of outputs is laid out in whole blocks, and that memory is real."""
     assert PackedLinear(random(33, 70, dtype=torch.float32)).nbytes > 33 * 70 * 4
-    assert PackedLinear(random(5632, 64, dtype=torch.float32)).nbytes == 5632 * 64 * 4
+    bias_bytes = 5632 * 4 if layout is Avx512Weights else 0
+    assert PackedLinear(random(5632, 64, dtype=torch.float32)).nbytes == 5632 * 64 * 4 + bias_bytes
 
 
-def test_threads_may_share_it() -> None:
+def test_threads_may_share_it(layout: Any) -> None:
     linear = PackedLinear(random(64, 64, dtype=torch.float32))
     x = random(9, 64, dtype=torch.float32)
     expected = linear(x)
@@ -119,7 +176,7 @@ def test_threads_may_share_it() -> None:
         assert all(torch.equal(found, expected) for found in threads.map(linear, [x] * 200))
 
 
-def test_wrong_inputs_are_refused() -> None:
+def test_wrong_inputs_are_refused(layout: Any) -> None:
     linear = PackedLinear(random(8, 16, dtype=torch.float32))
     with pytest.raises(ValueError, match=r"bfloat16 \[2, 16\]; these weights take torch.float32 \[…, 16\]"):
         linear(random(2, 16, dtype=torch.bfloat16))
@@ -145,24 +202,70 @@ def _missing(*_: Any) -> torch.Tensor:
     raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_reorder_linear_weight'")
 
 
-def _wrong(weight_OI: torch.Tensor) -> torch.Tensor:
-    return PACK(weight_OI + 1)
+def _uncompilable(dtype: torch.dtype) -> Any:
+    raise RuntimeError("expected instruction opcode")
 
 
-PACK = packed_linear._pack
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Nothing is known yet of what works here, and nothing that is found out is remembered."""
+    for cached in (packed_linear._layout, avx512_product.unavailable_reason):
+        cached.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    for cached in (packed_linear._layout, avx512_product.unavailable_reason):
+        cached.cache_clear()
 
 
-@pytest.mark.parametrize(("broken", "reason"), [(_missing, "has no such operators"), (_wrong, "was wrong by")])
+def _break_onednn(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    if how == "has no such operators":
+        monkeypatch.setattr(onednn_product.OneDnnWeights, "__init__", _missing)
+    else:
+        product = OneDnnWeights.product
+        monkeypatch.setattr(onednn_product.OneDnnWeights, "product", lambda self, x_TI: product(self, x_TI) + 1)
+
+
+@pytest.mark.parametrize("how", ["has no such operators", "was wrong by"])
 def test_operators_that_do_not_work_are_found_out(
-    broken: Any, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    how: str, fresh: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(packed_linear, "_pack", broken)
-    packed_linear._why_not.cache_clear()
-    try:
-        with caplog.at_level(logging.WARNING):
-            assert not packing_available(torch.float32)
-            assert not packing_available(torch.float32)
-        assert len(caplog.records) == 1, "told once"
-        assert reason in caplog.text
-    finally:
-        packed_linear._why_not.cache_clear()
+    fresh.setattr(avx512_product, "missing_instructions", lambda dtype: "the processor lacks avx512f")
+    _break_onednn(fresh, how)
+    with caplog.at_level(logging.WARNING):
+        assert not packing_available(torch.float32)
+        assert not packing_available(torch.float32)
+    assert len(caplog.records) == 1, "told once"
+    assert how in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "broken", "reason"),
+    [
+        (avx512_product, "missing_instructions", lambda dtype: "the processor lacks avx512f", "lacks avx512f"),
+        (avx512_product, "compiled_product", _uncompilable, "expected instruction opcode"),
+        (Avx512Weights, "product", lambda self, x_TI: torch.zeros(3, 48), "was wrong by"),
+    ],
+)
+def test_onednn_takes_over_where_the_own_code_does_not_work(
+    module: Any, name: str, broken: Any, reason: str, fresh: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fresh.setattr(avx512_code, "_NEEDED", {torch.float32: ()})
+    fresh.setattr(module, name, broken)
+    with caplog.at_level(logging.INFO):
+        linear = PackedLinear(random(20, 30, dtype=torch.float32))
+    assert isinstance(linear._weights, OneDnnWeights)
+    assert reason in caplog.text
+
+
+def test_processors_are_judged_by_their_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = dict.fromkeys(("avx512f", "avx512bw", "avx512vl"), True)
+    monkeypatch.setattr("llvmlite.binding.get_host_cpu_features", lambda: features)
+    assert avx512_code.missing_instructions(torch.float32) is None
+    assert avx512_code.missing_instructions(torch.bfloat16) == "the processor lacks avx512bf16"
+    features["avx512bf16"] = True
+    assert avx512_code.missing_instructions(torch.bfloat16) is None
+    features["amx-bf16"] = True
+    assert "AMX" in str(avx512_code.missing_instructions(torch.bfloat16))
+    features["avx512vl"] = False
+    assert avx512_code.missing_instructions(torch.float32) == "the processor lacks avx512vl"
+    assert "no such code for torch.float16" in str(avx512_code.missing_instructions(torch.float16))

@@ -1,0 +1,126 @@
+"""Weights in the layout of `experts.kernels.avx512_code`, and their product with any number of rows."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from experts.kernels.avx512_code import (
+    MAX_TILE_ROWS,
+    PANEL,
+    compiled_product,
+    inputs_of_step,
+    missing_instructions,
+)
+from experts.kernels.threads import share
+
+# Of a part of a product that another thread takes over: it should compute for longer than it takes to be woken.
+_MIN_SHARED_BYTES = 2**22
+_MIN_SHARED_MULTIPLICATIONS = 2**26
+
+
+class Avx512Weights:
+    """Implements `experts.kernels.packed_linear.PackedWeights`. A row's bits depend on nothing but the row."""
+
+    __slots__ = (
+        "_bias_O",
+        "_compute",
+        "_in_features",
+        "_out_features",
+        "_output_row_bytes",
+        "_padded",
+        "_panels",
+        "_steps",
+        "_weights",
+        "nbytes",
+    )
+
+    def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
+        """Copies the weights, directly into the layout.
+
+        Args:
+            weight_OI: outputs × inputs, of a dtype for which `unavailable_reason` knows none.
+            bias_O: outputs.
+        """
+        dtype = weight_OI.dtype
+        self._out_features, self._in_features = weight_OI.shape
+        unit = inputs_of_step(dtype)
+        self._steps = -(-self._in_features // unit)
+        self._padded = self._steps * unit > self._in_features
+        self._panels = -(-self._out_features // PANEL)
+        # Both float32 and a pair of bfloat16 are moved as 32 bits.
+        self._weights = torch.zeros(self._panels, self._steps, PANEL, dtype=torch.int32)
+        assert self._weights.data_ptr() % 64 == 0
+        rows_OS = _as_steps(weight_OI.detach(), unit)
+        whole = self._out_features // PANEL
+        split = whole * PANEL
+        self._weights[:whole].copy_(rows_OS[:split].view(whole, PANEL, self._steps).transpose(1, 2))
+        if split < self._out_features:
+            self._weights[whole, :, : self._out_features - split] = rows_OS[split:].T
+        self._bias_O = torch.zeros(self._panels * PANEL)
+        if bias_O is not None:
+            self._bias_O[: self._out_features] = bias_O.detach()
+        self._output_row_bytes = self._out_features * weight_OI.element_size()
+        self._compute = compiled_product(dtype)
+        self.nbytes = self._weights.nbytes + self._bias_O.nbytes
+
+    def warm_up_sizes(self, max_rows: int) -> list[int]:
+        """None: there is one code for all numbers of rows."""
+        return []
+
+    def product(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """See `PackedWeights`."""
+        rows = x_TI.shape[0]
+        output_TO = x_TI.new_empty((rows, self._out_features))
+        self.product_into(x_TI, output_TO, 0, rows)
+        return output_TO
+
+    def product_into(self, x_TI: torch.Tensor, output_TO: torch.Tensor, first: int, end: int) -> None:
+        """See `PackedWeights`."""
+        if self._padded:
+            x_TI = F.pad(x_TI, (0, 1))
+        elif x_TI.stride(1) != 1:
+            x_TI = x_TI.contiguous()
+        rows = end - first
+        row_bytes = x_TI.stride(0) * x_TI.element_size()
+        tiles = -(-rows // MAX_TILE_ROWS)
+        compute = functools.partial(
+            self._compute,
+            self._weights.data_ptr(),
+            x_TI.data_ptr() + first * row_bytes,
+            row_bytes,
+            rows,
+            # Tiles of nearly the same size, for a small one takes longer for each row.
+            -(-rows // tiles),
+            self._steps,
+            self._bias_O.data_ptr(),
+            output_TO.data_ptr() + first * self._output_row_bytes,
+            self._output_row_bytes,
+            self._out_features,
+        )
+        multiplications = rows * self._in_features * self._out_features
+        parts = max(self._weights.nbytes // _MIN_SHARED_BYTES, multiplications // _MIN_SHARED_MULTIPLICATIONS)
+        if parts > 1:
+            share(compute, self._panels, parts)
+        else:
+            compute(0, self._panels)
+
+
+@functools.cache
+def unavailable_reason(dtype: torch.dtype) -> str | None:
+    """Why weights of a dtype are not laid out like this here, in words for a log; None where they are."""
+    reason = missing_instructions(dtype)
+    if reason is not None:
+        return reason
+    try:
+        compiled_product(dtype)
+    except RuntimeError as error:
+        return f"LLVM does not compile the code: {error}"
+    return None
+
+
+def _as_steps(weight_OI: torch.Tensor, unit: int) -> torch.Tensor:
+    """Outputs × steps, each of 32 bits."""
+    if weight_OI.shape[1] % unit:
+        weight_OI = F.pad(weight_OI, (0, unit - weight_OI.shape[1] % unit))
+    return weight_OI.contiguous().view(torch.int32)
