@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from experts.kernels import expert_arithmetic
 from experts.kernels.compiled import (
     SUMMING,
     Array,
@@ -19,10 +20,10 @@ from experts.kernels.compiled import (
     exp,
     inlined,
     load,
+    one_process_at_a_time,
     rounded,
     stored,
 )
-from experts.kernels.expert_arithmetic import swiglu
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -36,16 +37,17 @@ def pays(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def prepare(dtype: torch.dtype) -> None:
-    """Compiles all functions for a dtype, or takes up the code that is kept, so that no request waits for it."""
+    """Compiles all functions that a step uses, or takes up the code that is kept, so that no request waits for it."""
+    expert_arithmetic.prepare(dtype)
     zeros_1D = as_array(torch.zeros(1, 4, dtype=dtype))
     zeros_11D = zeros_1D[None]
     zeros_1: Ints = np.zeros(1, dtype=np.int64)
     qkv_1C = as_array(torch.zeros(1, 12, dtype=dtype))
-    rotate_and_store(qkv_1C, zeros_1D, zeros_1D, zeros_1, zeros_11D, zeros_11D, zeros_11D)
-    attend_decoding(zeros_11D, zeros_1, zeros_1[None], zeros_1 + 1, zeros_11D, zeros_11D, 1.0, 1, zeros_11D)
-    normalize(zeros_1D, zeros_1D[0], 1.0, zeros_1D)
-    swiglu(zeros_1D, 0, 2, zeros_1D[:, :2].copy())
-    mix(zeros_1D, zeros_1D, zeros_1D, zeros_1D, zeros_1D, 0, zeros_1D)
+    with one_process_at_a_time():
+        rotate_and_store(qkv_1C, zeros_1D, zeros_1D, zeros_1, zeros_11D, zeros_11D, zeros_11D)
+        attend_decoding(zeros_11D, zeros_1, zeros_1[None], zeros_1 + 1, zeros_11D, zeros_11D, 1.0, 1, zeros_11D)
+        normalize(zeros_1D, zeros_1D[0], 1.0, zeros_1D)
+        mix(zeros_1D, zeros_1D, zeros_1D, zeros_1D, zeros_1D, 0, zeros_1D)
 
 
 @inlined()

@@ -7,13 +7,18 @@ so its bits do not depend on the others. bfloat16 goes in and out as the uint16 
 """
 
 import logging
-from collections.abc import Callable
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
 import numpy.typing as npt
 import torch
+from filelock import FileLock
 from numba.extending import overload
 
 _LOG = logging.getLogger(__name__)
@@ -38,6 +43,13 @@ _EXP_3 = np.float32(8.3334519073e-3)
 _EXP_2 = np.float32(4.1665795894e-2)
 _EXP_1 = np.float32(1.6666665459e-1)
 _EXP_0 = np.float32(5.0000001201e-1)
+
+
+@contextmanager
+def one_process_at_a_time() -> Iterator[None]:
+    """For what compiles: of several processes that start together one does it, and the others find what it kept."""
+    with FileLock(Path(tempfile.gettempdir()) / f"echovlm-compile-{os.getuid()}.lock"):
+        yield
 
 
 def as_array(tensor: torch.Tensor) -> Array:

@@ -57,7 +57,8 @@ class PackedExperts:
             )
         assert expert_index_TK.shape == weight_TK.shape
         assert expert_index_TK.shape[0] == x_TD.shape[0]
-        x_TD, index_TK, weight_TK = x_TD.detach().contiguous(), expert_index_TK.contiguous(), weight_TK.detach()
+        x_TD, weight_TK = x_TD.detach().contiguous(), weight_TK.detach().contiguous()
+        index_TK = expert_index_TK.long().contiguous()
         num_pairs = index_TK.numel()
         starts_E = np.empty(len(self._down) + 1, dtype=np.int64)
         pair_P = np.empty(num_pairs, dtype=np.int64)
@@ -73,7 +74,7 @@ class PackedExperts:
         for expert, start, end in used:
             self._down[expert].product_into(inner_PF, output_PD, start, end)
         sum_TD = torch.empty_like(x_TD)
-        add_pairs(as_array(output_PD), pair_P, starts[-1], as_array(weight_TK.contiguous()), as_array(sum_TD))
+        add_pairs(as_array(output_PD), pair_P, starts[-1], as_array(weight_TK), as_array(sum_TD))
         return sum_TD
 
     def _activated(self, projected_PF: torch.Tensor, count: int) -> torch.Tensor:

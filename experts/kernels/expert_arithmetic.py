@@ -3,12 +3,9 @@
 import functools
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from experts.kernels.compiled import Array, Ints, as_array, compiled, exp, load, rounded, stored
-
-_INDEX_DTYPES = (np.int32, np.int64)
+from experts.kernels.compiled import Array, Ints, as_array, compiled, exp, load, one_process_at_a_time, rounded, stored
 
 
 @functools.cache
@@ -17,14 +14,14 @@ def prepare(dtype: torch.dtype) -> None:
     x_TD = as_array(torch.zeros(1, 4, dtype=dtype))
     starts_E: Ints = np.zeros(2, dtype=np.int64)
     pair_P: Ints = np.zeros(1, dtype=np.int64)
-    for index_dtype in _INDEX_DTYPES:
-        gather_pairs(np.zeros((1, 1), dtype=index_dtype), x_TD, starts_E, pair_P, x_TD.copy())
-    swiglu(x_TD, 0, 2, x_TD[:, :2].copy())
-    add_pairs(x_TD, pair_P, 1, x_TD[:, :1].copy(), x_TD.copy())
+    with one_process_at_a_time():
+        gather_pairs(pair_P[None], x_TD, starts_E, pair_P, x_TD.copy())
+        swiglu(x_TD, 0, 2, x_TD[:, :2].copy())
+        add_pairs(x_TD, pair_P, 1, x_TD[:, :1].copy(), x_TD.copy())
 
 
 @compiled()
-def gather_pairs(index_TK: npt.NDArray[np.integer], x_TD: Array, starts_E: Ints, pair_P: Ints, x_PD: Array) -> None:
+def gather_pairs(index_TK: Ints, x_TD: Array, starts_E: Ints, pair_P: Ints, x_PD: Array) -> None:
     """Sorts the pairs of a token and an expert by expert, those of one expert by token, and gathers their rows.
 
     Args:
