@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLAttention, rotate_half
 
-from echovlm_ray.engine.compiled import attend_decoding, rotate_and_store
 from echovlm_ray.engine.concatenate import concatenated
 from echovlm_ray.engine.kv_cache import BLOCK_SIZE, KVCache
-from experts.kernels.compiled import Ints, as_array
+from experts.kernels.compiled import Array, Ints
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +90,7 @@ class CompiledDecodes:
     lengths_B: Ints
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class AttentionStep:
     """What the attention of one step needs beside queries, keys and values.
 
@@ -101,6 +100,7 @@ class AttentionStep:
         prefills: sequences of which several tokens attend together.
         decodes: tokens that attend by themselves, where torch's operators compute them.
         compiled_decodes: the same, where compiled functions do.
+        rotation: cosine and sine of every token for compiled functions, noted by the first layer.
     """
 
     cache: KVCache
@@ -108,6 +108,7 @@ class AttentionStep:
     prefills: tuple[Prefill, ...]
     decodes: tuple[DecodeGroup, ...]
     compiled_decodes: CompiledDecodes | None
+    rotation: tuple[Array, Array] | None = None
 
     @classmethod
     def plan(cls, cache: KVCache, spans: Sequences[SequenceSpan]) -> "AttentionStep":
@@ -131,8 +132,7 @@ class AttentionStep:
             if several:
                 prefills.append(_prefill(cache, several))
         if cache.compiled:
-            compiled_decodes = _compiled_decodes(decoding) if decoding else None
-            return cls(cache, new_slots, tuple(prefills), (), compiled_decodes)
+            return cls(cache, new_slots, tuple(prefills), (), _compiled_decodes(decoding))
         groups: dict[int, list[SequenceSpan]] = {}
         for span in decoding:
             groups.setdefault(padded_context(span.end), []).append(span)
@@ -187,7 +187,7 @@ def _decode(cache: KVCache, group: list[SequenceSpan], padded: int, num_rows: in
 
 
 def _compiled_decodes(spans: list[SequenceSpan]) -> CompiledDecodes:
-    block_tables_BN = np.zeros((len(spans), max(len(span.block_table) for span in spans)), dtype=np.int64)
+    block_tables_BN = np.zeros((len(spans), max((len(span.block_table) for span in spans), default=0)), dtype=np.int64)
     for table_N, span in zip(block_tables_BN, spans, strict=True):
         table_N[: len(span.block_table)] = span.block_table
     rows_B = np.array([span.row for span in spans], dtype=np.int64)
@@ -226,17 +226,16 @@ class PagedSelfAttention(nn.Module):
         Returns:
             1 × tokens × hidden, and no attention weights.
         """
-        store = self._rotate_and_store_compiled if attention_step.cache.compiled else self._rotate_and_store
-        query_THD = store(self.qkv_proj(hidden_states)[0], position_embeddings, attention_step)
+        query_THD = self._store(hidden_states[0], position_embeddings, attention_step)
         attended_THD = _attend(attention_step, self.layer, query_THD, self.scaling)
         projected: torch.Tensor = self.o_proj(attended_THD.view(1, hidden_states.shape[1], -1))
         return projected, None
 
-    def _rotate_and_store(
-        self, qkv_TC: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], step: AttentionStep
+    def _store(
+        self, x_TD: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], step: AttentionStep
     ) -> torch.Tensor:
         heads = (self.num_heads, self.num_key_value_heads)
-        qkv_THD = qkv_TC.view(len(qkv_TC), -1, self.head_dim)
+        qkv_THD = self.qkv_proj(x_TD).view(len(x_TD), -1, self.head_dim)
         rotated_THD, value_THD = qkv_THD.split((sum(heads), heads[1]), dim=1)
         cos, sin = position_embeddings
         rotated_THD = rotated_THD * cos[0, :, None] + rotate_half(rotated_THD) * sin[0, :, None]
@@ -245,36 +244,31 @@ class PagedSelfAttention(nn.Module):
         step.cache.write(self.layer, step.new_slots, key_THD, value_THD)
         return query_THD
 
-    def _rotate_and_store_compiled(
-        self, qkv_TC: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], step: AttentionStep
-    ) -> torch.Tensor:
-        query_THD = qkv_TC.new_empty((len(qkv_TC), self.num_heads, self.head_dim))
-        cos, sin = (as_array(each[0].contiguous()) for each in position_embeddings)
-        keys_SHD, values_SHD = step.cache.arrays_L[self.layer]
-        slots_T = step.new_slots.numpy()
-        rotate_and_store(as_array(qkv_TC), cos, sin, slots_T, keys_SHD, values_SHD, as_array(query_THD))
-        return query_THD
-
 
 def _attend(step: AttentionStep, layer: int, query_THD: torch.Tensor, scaling: float) -> torch.Tensor:
     if not step.prefills and len(step.decodes) == 1:
         return _attend_decoding(step.cache, layer, query_THD, step.decodes[0], scaling)
     output_THD = query_THD.new_empty(query_THD.shape)
-    if (decodes := step.compiled_decodes) is not None:
-        attend_decoding(
-            as_array(query_THD),
-            decodes.rows_B,
-            decodes.block_tables_BN,
-            decodes.lengths_B,
-            *step.cache.arrays_L[layer],
-            scaling,
-            BLOCK_SIZE,
-            as_array(output_THD),
-        )
     for group in step.decodes:
         assert group.row_B is not None
         rows = query_THD.index_select(0, group.row_B)
         output_THD.index_copy_(0, group.row_B, _attend_decoding(step.cache, layer, rows, group, scaling))
+    attend_prefills(step, layer, query_THD, scaling, output_THD)
+    return output_THD
+
+
+def attend_prefills(
+    step: AttentionStep, layer: int, query_THD: torch.Tensor, scaling: float, output_THD: torch.Tensor
+) -> None:
+    """Of a step that has been stored, lets those tokens attend of which several do so together.
+
+    Args:
+        step: the step.
+        layer: from 0.
+        query_THD: the step's tokens × query heads × head_dim.
+        scaling: of the scores.
+        output_THD: the same shape; written where such tokens are.
+    """
     for prefill in step.prefills:
         keys_KHD, values_KHD = step.cache.read(layer, prefill.context_slots)
         keys_1HKD, values_1HKD = keys_KHD.transpose(0, 1)[None], values_KHD.transpose(0, 1)[None]
@@ -289,7 +283,6 @@ def _attend(step: AttentionStep, layer: int, query_THD: torch.Tensor, scaling: f
                 enable_gqa=True,
             )
             output_THD[own] = attended[0].transpose(0, 1)
-    return output_THD
 
 
 def _attend_decoding(

@@ -24,6 +24,8 @@ from experts.kernels.compiled import (
     rounded,
     stored,
 )
+from experts.kernels.compiled_product import multiply
+from experts.kernels.expert_arithmetic import swiglu
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -48,6 +50,12 @@ def prepare(dtype: torch.dtype) -> None:
         attend_decoding(zeros_11D, zeros_1, zeros_1[None], zeros_1 + 1, zeros_11D, zeros_11D, 1.0, 1, zeros_11D)
         normalize(zeros_1D, zeros_1D[0], 1.0, zeros_1D)
         mix(zeros_1D, zeros_1D, zeros_1D, zeros_1D, zeros_1D, 0, zeros_1D)
+        # Without rows no product is computed, and nothing needs to be described.
+        none_0D, none_0C, none_I = zeros_1D[:0], qkv_1C[:0], zeros_1[:0]
+        rest = zeros_11D, zeros_11D, none_I, none_I[None], none_I, 1.0, 1, zeros_11D[:0], zeros_11D[:0]
+        attend_to_sequences(none_0D, zeros_1D[0], 1.0, none_I, none_0D, none_0D, none_I, *rest)
+        project_and_normalize(none_0D, none_0D, none_I, zeros_1D[0], 1.0, none_0D, none_0D)
+        dense_and_shared(none_0D, none_I, none_I, none_I, 2, 2, none_0C, none_0D, none_0D)
 
 
 @inlined()
@@ -243,6 +251,122 @@ def normalize(x_TD: Array, weight_D: Array, epsilon: float, output_TD: Array) ->
         for d in range(hidden_size):
             scaled = rounded(load(x_TD[t, d]) * factor, x_TD)
             output_TD[t, d] = stored(load(weight_D[d]) * scaled, output_TD)
+
+
+@compiled()
+def attend_to_sequences(
+    hidden_TD: Array,
+    norm_D: Array,
+    epsilon: float,
+    qkv_I: Ints,
+    cos_TD: Array,
+    sin_TD: Array,
+    slots_T: Ints,
+    keys_SHD: Array,
+    values_SHD: Array,
+    rows_B: Ints,
+    block_tables_BN: Ints,
+    lengths_B: Ints,
+    scaling: float,
+    block_size: int,
+    query_THD: Array,
+    attended_THD: Array,
+) -> None:
+    """A layer up to its attention: `normalize`, one product, `rotate_and_store`, and `attend_decoding`.
+
+    Args:
+        hidden_TD: tokens × hidden.
+        norm_D: the weight of the norm before the attention.
+        epsilon: its epsilon.
+        qkv_I: describes the weights for queries, keys and values, see `experts.kernels.compiled_product`.
+        cos_TD: see `rotate_and_store`.
+        sin_TD: see there.
+        slots_T: see there.
+        keys_SHD: see there.
+        values_SHD: see there.
+        rows_B: see `attend_decoding`; none where no token attends by itself.
+        block_tables_BN: see there.
+        lengths_B: see there.
+        scaling: see there.
+        block_size: see there.
+        query_THD: tokens × query heads × head_dim; written.
+        attended_THD: the same, written in `rows_B`.
+    """
+    num_tokens, num_heads, head_dim = query_THD.shape
+    x_TD = np.empty_like(hidden_TD)
+    normalize(hidden_TD, norm_D, epsilon, x_TD)
+    qkv_TC = np.empty((num_tokens, (num_heads + 2 * keys_SHD.shape[1]) * head_dim), hidden_TD.dtype)
+    multiply(qkv_I, x_TD, 0, num_tokens, qkv_TC)
+    rotate_and_store(qkv_TC, cos_TD, sin_TD, slots_T, keys_SHD, values_SHD, query_THD)
+    if len(rows_B):
+        attend_decoding(
+            query_THD, rows_B, block_tables_BN, lengths_B, keys_SHD, values_SHD, scaling, block_size, attended_THD
+        )
+
+
+@compiled()
+def project_and_normalize(
+    hidden_TD: Array,
+    attended_TD: Array,
+    output_I: Ints,
+    norm_D: Array,
+    epsilon: float,
+    residual_TD: Array,
+    x_TD: Array,
+) -> None:
+    """A layer from its attention to its experts: one product, the residual sum, and `normalize`.
+
+    Args:
+        hidden_TD: tokens × hidden: the layer's input.
+        attended_TD: tokens × heads · head_dim.
+        output_I: describes the weights of the attention's output, see `experts.kernels.compiled_product`.
+        norm_D: the weight of the norm before the experts.
+        epsilon: its epsilon.
+        residual_TD: the sum; written.
+        x_TD: what the norm makes of it; written.
+    """
+    num_tokens, hidden_size = hidden_TD.shape
+    multiply(output_I, attended_TD, 0, num_tokens, residual_TD)
+    for t in range(num_tokens):
+        for d in range(hidden_size):
+            residual_TD[t, d] = stored(load(hidden_TD[t, d]) + load(residual_TD[t, d]), residual_TD)
+    normalize(residual_TD, norm_D, epsilon, x_TD)
+
+
+@compiled()
+def dense_and_shared(
+    x_TD: Array,
+    inputs_I: Ints,
+    dense_down_I: Ints,
+    shared_down_I: Ints,
+    dense_size: int,
+    shared_size: int,
+    projected_TF: Array,
+    dense_TD: Array,
+    shared_TD: Array,
+) -> None:
+    """Dense MLP and shared expert, the latter before its gate.
+
+    Args:
+        x_TD: tokens × hidden.
+        inputs_I: describes all weights that read x, gate and up of the dense MLP first, then those of the shared
+            expert; see `experts.kernels.compiled_product`.
+        dense_down_I: describes the down of the dense MLP.
+        shared_down_I: describes that of the shared expert.
+        dense_size: inner size of the dense MLP.
+        shared_size: inner size of the shared expert.
+        projected_TF: tokens × outputs of the first product; written.
+        dense_TD: tokens × hidden; written.
+        shared_TD: tokens × hidden; written.
+    """
+    num_tokens = len(x_TD)
+    multiply(inputs_I, x_TD, 0, num_tokens, projected_TF)
+    dense_TF = np.empty((num_tokens, dense_size), x_TD.dtype)
+    swiglu(projected_TF, 0, dense_size, dense_TF)
+    multiply(dense_down_I, dense_TF, 0, num_tokens, dense_TD)
+    shared_TF = np.empty((num_tokens, shared_size), x_TD.dtype)
+    swiglu(projected_TF, 2 * dense_size, 2 * dense_size + shared_size, shared_TF)
+    multiply(shared_down_I, shared_TF, 0, num_tokens, shared_TD)
 
 
 @compiled()

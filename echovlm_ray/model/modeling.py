@@ -83,6 +83,8 @@ class EchoVLMDecoderLayer(Qwen2VLDecoderLayer):
     """Attention, then dense MLP and mixture of experts side by side, mixed by two coefficients per token.
 
     Attributes:
+        attends: set by a runtime that only infers: computes attention and both norms in its own way, from batch ×
+            tokens × hidden and what Qwen2-VL's attention takes, to the sum with the residual, and its norm.
         fused: set by a runtime that only infers: computes what stands beside the routed experts in its own way, from
             … × hidden to `MixedWithExperts`.
     """
@@ -95,6 +97,7 @@ class EchoVLMDecoderLayer(Qwen2VLDecoderLayer):
         self.mlp = Qwen2MLP(config)
         self.moe = EchoVLMSparseMoe(config, routed_experts=routed_experts)
         self.coefficient = nn.Linear(config.hidden_size, 2)
+        self.attends: nn.Module | None = None
         self.fused: nn.Module | None = None
         self.input_layernorm = Qwen2VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen2VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -118,9 +121,7 @@ class EchoVLMDecoderLayer(Qwen2VLDecoderLayer):
         self, hidden_states: torch.Tensor, *, routed_experts: RoutedExperts | None = None, **kwargs: Any
     ) -> "LayerUnderWay":
         """Attention, and the routed experts begun: experts elsewhere work while the caller does something else."""
-        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + attended
-        x = self.post_attention_layernorm(hidden_states)
+        hidden_states, x = (self.attends or self._attention)(hidden_states, **kwargs)
         pending = (routed_experts or self.moe).begin(self.layer_idx, x.reshape(-1, self.hidden_size))
         return LayerUnderWay(hidden_states, x, pending)
 
@@ -128,6 +129,11 @@ class EchoVLMDecoderLayer(Qwen2VLDecoderLayer):
         """The dense MLP and the shared expert; only then are the routed experts waited for. Returns as `forward`."""
         beside: MixedWithExperts = (self.fused or self._beside_experts)(under_way.x)
         return beside.mix(under_way.hidden_states, under_way.pending.result())
+
+    def _attention(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states, self.post_attention_layernorm(hidden_states)
 
     def _beside_experts(self, x: torch.Tensor) -> BesideExperts:
         return BesideExperts(self.mlp(x), self.moe.shared(x.reshape(-1, self.hidden_size)), self.coefficient(x))

@@ -5,6 +5,7 @@ import logging
 import torch
 from torch import nn
 
+from experts.kernels.compiled import Ints
 from experts.kernels.packed_linear import WARM_UP_ROWS, PackedLinear, packing_available
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,11 @@ def warm_up(model: nn.Module, max_head_rows: int) -> int:
             key = (packed.in_features, packed.out_features, packed.dtype, packed.has_bias)
             shapes.setdefault(key, (packed, max_head_rows if name == "lm_head" else WARM_UP_ROWS))
     return sum(packed.warm_up(max_rows) for packed, max_rows in shapes.values())
+
+
+def compiled_product(linear: nn.Module) -> Ints | None:
+    """Describes a packed layer to compiled functions; None for any other, and where they cannot compute it."""
+    return linear.packed.compiled if isinstance(linear, PackedLinearLayer) else None
 
 
 def _pays(linear: nn.Linear) -> bool:

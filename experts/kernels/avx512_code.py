@@ -30,13 +30,9 @@ _NEEDED = {
     torch.float32: ("avx512f", "avx512bw", "avx512vl"),
     torch.bfloat16: ("avx512f", "avx512bw", "avx512vl", "avx512bf16"),
 }
-# weights, x, bytes of a row of x, rows, rows of a tile, steps, bias, output, bytes of a row of it, outputs, first
-# panel, end of panels.
-_SIGNATURE = ctypes.CFUNCTYPE(
-    None,
-    *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64),
-    *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64),
-)
+# Weights, steps, bias, outputs; x, bytes of a row of x, rows, rows of a tile; output, bytes of a row of it; first
+# panel, end of panels. Addresses are integers.
+_SIGNATURE = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 12)
 # Of compiled code, which is freed with its engine.
 _ENGINES: list[Any] = []
 
@@ -80,6 +76,13 @@ def compiled_product(dtype: torch.dtype) -> Callable[..., None]:
     return _SIGNATURE(engine.get_function_address("product"))
 
 
+def address_of(code: Callable[..., None]) -> int:
+    """Where the code of `compiled_product` begins."""
+    address = ctypes.cast(code, ctypes.c_void_p).value  # type: ignore[arg-type] # it is one of ctypes' functions
+    assert address is not None
+    return address
+
+
 def _module(dtype: torch.dtype) -> str:
     sizes = range(1, MAX_TILE_ROWS + 1)
     element, name = ("bfloat", "bf16") if dtype == torch.bfloat16 else ("float", "f32")
@@ -105,8 +108,8 @@ def _product(element: str) -> str:
         for rows in range(1, MAX_TILE_ROWS + 1)
     )
     return f"""
-define void @product(ptr %weights, ptr %x, i64 %x_stride, i64 %rows, i64 %tile_rows, i64 %steps, ptr %bias, ptr %output,
-    i64 %output_stride, i64 %outputs, i64 %first, i64 %end) nounwind {{
+define void @product(ptr %weights, i64 %steps, ptr %bias, i64 %outputs, ptr %x, i64 %x_stride, i64 %rows,
+    i64 %tile_rows, ptr %output, i64 %output_stride, i64 %first, i64 %end) nounwind {{
 begin:
   %panel_bytes = mul i64 %steps, {_STEP_BYTES}
   %any = icmp ult i64 %first, %end

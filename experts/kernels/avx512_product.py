@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from experts.kernels.avx512_code import (
     MAX_TILE_ROWS,
     PANEL,
+    address_of,
     compiled_product,
     inputs_of_step,
     missing_instructions,
 )
+from experts.kernels.compiled_product import describe
 from experts.kernels.threads import share
 
 # Of a part of a product that another thread takes over: it should compute for longer than it takes to be woken.
@@ -20,18 +22,24 @@ _MIN_SHARED_MULTIPLICATIONS = 2**26
 
 
 class Avx512Weights:
-    """Implements `experts.kernels.packed_linear.PackedWeights`. A row's bits depend on nothing but the row."""
+    """Implements `experts.kernels.packed_linear.PackedWeights`. A row's bits depend on nothing but the row.
+
+    Attributes:
+        compiled: describes it for `experts.kernels.compiled_product.multiply`, as long as it lives. None for a number
+            of inputs that needs padding.
+        nbytes: see `PackedWeights`.
+    """
 
     __slots__ = (
         "_bias_O",
         "_compute",
+        "_element_size",
         "_in_features",
         "_out_features",
-        "_output_row_bytes",
-        "_padded",
         "_panels",
         "_steps",
         "_weights",
+        "compiled",
         "nbytes",
     )
 
@@ -46,7 +54,6 @@ class Avx512Weights:
         self._out_features, self._in_features = weight_OI.shape
         unit = inputs_of_step(dtype)
         self._steps = -(-self._in_features // unit)
-        self._padded = self._steps * unit > self._in_features
         self._panels = -(-self._out_features // PANEL)
         # Both float32 and a pair of bfloat16 are moved as 32 bits.
         self._weights = torch.zeros(self._panels, self._steps, PANEL, dtype=torch.int32)
@@ -60,8 +67,21 @@ class Avx512Weights:
         self._bias_O = torch.zeros(self._panels * PANEL)
         if bias_O is not None:
             self._bias_O[: self._out_features] = bias_O.detach()
-        self._output_row_bytes = self._out_features * weight_OI.element_size()
-        self._compute = compiled_product(dtype)
+        self._element_size = weight_OI.element_size()
+        code = compiled_product(dtype)
+        weights, bias = self._weights.data_ptr(), self._bias_O.data_ptr()
+        self.compiled = None
+        if self._steps * unit == self._in_features:
+            self.compiled = describe(
+                function=address_of(code),
+                max_tile_rows=MAX_TILE_ROWS,
+                weights=weights,
+                steps=self._steps,
+                bias=bias,
+                outputs=self._out_features,
+                panels=self._panels,
+            )
+        self._compute = functools.partial(code, weights, self._steps, bias, self._out_features)
         self.nbytes = self._weights.nbytes + self._bias_O.nbytes
 
     def warm_up_sizes(self, max_rows: int) -> list[int]:
@@ -77,33 +97,29 @@ class Avx512Weights:
 
     def product_into(self, x_TI: torch.Tensor, output_TO: torch.Tensor, first: int, end: int) -> None:
         """See `PackedWeights`."""
-        if self._padded:
+        if self.compiled is None:
             x_TI = F.pad(x_TI, (0, 1))
         elif x_TI.stride(1) != 1:
             x_TI = x_TI.contiguous()
         rows = end - first
-        row_bytes = x_TI.stride(0) * x_TI.element_size()
+        x_stride = x_TI.stride(0) * self._element_size
+        output_stride = self._out_features * self._element_size
         tiles = -(-rows // MAX_TILE_ROWS)
-        compute = functools.partial(
-            self._compute,
-            self._weights.data_ptr(),
-            x_TI.data_ptr() + first * row_bytes,
-            row_bytes,
+        arguments = (
+            x_TI.data_ptr() + first * x_stride,
+            x_stride,
             rows,
             # Tiles of nearly the same size, for a small one takes longer for each row.
             -(-rows // tiles),
-            self._steps,
-            self._bias_O.data_ptr(),
-            output_TO.data_ptr() + first * self._output_row_bytes,
-            self._output_row_bytes,
-            self._out_features,
+            output_TO.data_ptr() + first * output_stride,
+            output_stride,
         )
         multiplications = rows * self._in_features * self._out_features
         parts = max(self._weights.nbytes // _MIN_SHARED_BYTES, multiplications // _MIN_SHARED_MULTIPLICATIONS)
-        if parts > 1:
-            share(compute, self._panels, parts)
+        if parts > 1 and torch.get_num_threads() > 1:
+            share(functools.partial(self._compute, *arguments), self._panels, parts)
         else:
-            compute(0, self._panels)
+            self._compute(*arguments, 0, self._panels)
 
 
 @functools.cache

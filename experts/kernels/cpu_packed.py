@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from experts.kernels.base import ExpertWeights, PreparedExperts
-from experts.kernels.compiled import as_array
-from experts.kernels.expert_arithmetic import add_pairs, gather_pairs, prepare, swiglu
+from experts.kernels.compiled import Array, Ints, as_array
+from experts.kernels.expert_arithmetic import add_pairs, compute_experts, gather_pairs, prepare, swiglu
 from experts.kernels.packed_linear import PackedLinear, unavailable_reason
 from experts.kernels.reference import ReferenceExperts
 from experts.kernels.threads import share
@@ -40,6 +40,7 @@ class PackedExperts:
             gate_up_2FD[self._inner_size :] = weights.up_EFD[expert].detach()
             self._gate_up.append(PackedLinear(gate_up_2FD))
             self._down.append(PackedLinear(weights.down_EDF[expert]))
+        self._gate_up_EI, self._down_EI = _described(self._gate_up), _described(self._down)
 
     @property
     def nbytes(self) -> int:
@@ -59,23 +60,31 @@ class PackedExperts:
         assert expert_index_TK.shape[0] == x_TD.shape[0]
         x_TD, weight_TK = x_TD.detach().contiguous(), weight_TK.detach().contiguous()
         index_TK = expert_index_TK.long().contiguous()
-        num_pairs = index_TK.numel()
+        sum_TD = torch.empty_like(x_TD)
+        arrays = index_TK.numpy(), as_array(x_TD), as_array(weight_TK), as_array(sum_TD)
+        if self._gate_up_EI is not None and self._down_EI is not None and torch.get_num_threads() == 1:
+            index, x, weight, output = arrays
+            compute_experts(index, x, weight, self._gate_up_EI, self._down_EI, self._inner_size, output)
+        else:
+            self._compute(x_TD, *arrays)
+        return sum_TD
+
+    def _compute(self, x_TD: torch.Tensor, index_TK: Ints, x: Array, weight_TK: Array, sum_TD: Array) -> None:
+        """As `compute_experts`, bit for bit: product by product, each on as many threads as torch was given."""
         starts_E = np.empty(len(self._down) + 1, dtype=np.int64)
-        pair_P = np.empty(num_pairs, dtype=np.int64)
-        x_PD = x_TD.new_empty((num_pairs, x_TD.shape[1]))
-        gather_pairs(index_TK.numpy(), as_array(x_TD), starts_E, pair_P, as_array(x_PD))
+        pair_P = np.empty(index_TK.size, dtype=np.int64)
+        x_PD = x_TD.new_empty((index_TK.size, x_TD.shape[1]))
+        gather_pairs(index_TK, x, starts_E, pair_P, as_array(x_PD))
         starts: list[int] = starts_E.tolist()
         used = [(expert, *bounds) for expert, bounds in enumerate(itertools.pairwise(starts)) if bounds[0] < bounds[1]]
-        projected_PF = x_PD.new_empty((num_pairs, 2 * self._inner_size))
+        projected_PF = x_PD.new_empty((len(pair_P), 2 * self._inner_size))
         for expert, start, end in used:
             self._gate_up[expert].product_into(x_PD, projected_PF, start, end)
         inner_PF = self._activated(projected_PF, starts[-1])
         output_PD = torch.empty_like(x_PD)
         for expert, start, end in used:
             self._down[expert].product_into(inner_PF, output_PD, start, end)
-        sum_TD = torch.empty_like(x_TD)
-        add_pairs(as_array(output_PD), pair_P, starts[-1], as_array(weight_TK), as_array(sum_TD))
-        return sum_TD
+        add_pairs(as_array(output_PD), pair_P, starts[-1], weight_TK, sum_TD)
 
     def _activated(self, projected_PF: torch.Tensor, count: int) -> torch.Tensor:
         inner_PF = projected_PF.new_empty((projected_PF.shape[0], self._inner_size))
@@ -86,6 +95,12 @@ class PackedExperts:
 
         share(compute, count, count * self._inner_size // _MIN_SHARED_ELEMENTS)
         return inner_PF
+
+
+def _described(linears: list[PackedLinear]) -> Ints | None:
+    """Their descriptions for compiled functions, one below the other; None where not all have one."""
+    described = [linear.compiled for linear in linears if linear.compiled is not None]
+    return np.stack(described) if len(described) == len(linears) else None
 
 
 class PlainExperts(ReferenceExperts):

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from experts.kernels.compiled import Array, Ints, as_array, compiled, exp, load, one_process_at_a_time, rounded, stored
+from experts.kernels.compiled_product import multiply
 
 
 @functools.cache
@@ -18,6 +19,8 @@ def prepare(dtype: torch.dtype) -> None:
         gather_pairs(pair_P[None], x_TD, starts_E, pair_P, x_TD.copy())
         swiglu(x_TD, 0, 2, x_TD[:, :2].copy())
         add_pairs(x_TD, pair_P, 1, x_TD[:, :1].copy(), x_TD.copy())
+        no_experts: Ints = np.zeros((0, 1), dtype=np.int64)
+        compute_experts(pair_P[None] - 1, x_TD, x_TD[:, :1].copy(), no_experts, no_experts, 2, x_TD.copy())
 
 
 @compiled()
@@ -57,7 +60,7 @@ def gather_pairs(index_TK: Ints, x_TD: Array, starts_E: Ints, pair_P: Ints, x_PD
                 x_PD[place] = x_TD[t]
 
 
-@compiled(fastmath={"contract", "nsz"})
+@compiled()
 def swiglu(projected_TF: Array, gate_column: int, up_column: int, inner_TF: Array) -> None:
     """silu(gate) · up of columns that one product computed, rounded before and after the multiplication.
 
@@ -103,3 +106,38 @@ def add_pairs(output_PD: Array, pair_P: Ints, count: int, weight_TK: Array, sum_
     for t in range(num_tokens):
         for d in range(hidden_size):
             sum_TD[t, d] = stored(total_TD[t, d], sum_TD)
+
+
+@compiled()
+def compute_experts(
+    index_TK: Ints, x_TD: Array, weight_TK: Array, gate_up_EI: Ints, down_EI: Ints, inner_size: int, sum_TD: Array
+) -> None:
+    """All experts of a layer at once, by the functions above and with products that compiled functions can compute.
+
+    Args:
+        index_TK: the expert of every pair; below 0 for none.
+        x_TD: tokens × hidden.
+        weight_TK: the pairs' weights.
+        gate_up_EI: describes each expert's gate and up, see `experts.kernels.compiled_product`.
+        down_EI: describes each expert's down.
+        inner_size: columns of the gate, and of the up.
+        sum_TD: tokens × hidden; written.
+
+    Raises:
+        IndexError: there is no such expert.
+    """
+    num_experts, hidden_size, num_pairs = len(gate_up_EI), x_TD.shape[1], index_TK.size
+    starts_E = np.empty(num_experts + 1, np.int64)
+    pair_P = np.empty(num_pairs, np.int64)
+    x_PD = np.empty((num_pairs, hidden_size), x_TD.dtype)
+    gather_pairs(index_TK, x_TD, starts_E, pair_P, x_PD)
+    count = starts_E[num_experts]
+    projected_PF = np.empty((count, 2 * inner_size), x_TD.dtype)
+    for expert in range(num_experts):
+        multiply(gate_up_EI[expert], x_PD, starts_E[expert], starts_E[expert + 1], projected_PF)
+    inner_PF = np.empty((count, inner_size), x_TD.dtype)
+    swiglu(projected_PF, 0, inner_size, inner_PF)
+    # The inputs are not needed any more.
+    for expert in range(num_experts):
+        multiply(down_EI[expert], inner_PF, starts_E[expert], starts_E[expert + 1], x_PD)
+    add_pairs(x_PD, pair_P, count, weight_TK, sum_TD)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from experts.kernels.compiled import Ints
+
 # The number of rows that oneDNN is told to lay the weights out for. Any number of rows may come later.
 _EXPECTED_ROWS = 16
 # More rows are computed in pieces of so many: as fast, and no further sizes.
@@ -25,6 +27,8 @@ class OneDnnWeights:
     """
 
     __slots__ = ("_bias_O", "_linear", "_packed", "nbytes")
+
+    compiled: Ints | None = None
 
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
         """Copies the weights.

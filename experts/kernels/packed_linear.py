@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from experts.kernels import avx512_product, onednn_product
 from experts.kernels.avx512_product import Avx512Weights
+from experts.kernels.compiled import Ints
 from experts.kernels.onednn_product import OneDnnWeights
 
 _LOG = logging.getLogger(__name__)
@@ -29,9 +30,12 @@ class PackedWeights(Protocol):
 
     Attributes:
         nbytes: bytes of weights and bias with the layout's padding.
+        compiled: describes it for `experts.kernels.compiled_product.multiply`, as long as it lives; None where compiled
+            functions cannot use it.
     """
 
     nbytes: int
+    compiled: Ints | None
 
     def warm_up_sizes(self, max_rows: int) -> list[int]:
         """The numbers of rows, up to this one, for which code is compiled when they are first computed."""
@@ -105,6 +109,11 @@ class PackedLinear:
     def dtype(self) -> torch.dtype:
         """The element type of weights, inputs and outputs."""
         return self._dtype
+
+    @property
+    def compiled(self) -> Ints | None:
+        """See `PackedWeights.compiled`."""
+        return self._weights.compiled
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's outputs.

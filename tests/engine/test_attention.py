@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echovlm_ray.engine.attention import AttentionStep, SequenceSpan, _attend, padded_context
+from echovlm_ray.engine.attention import AttentionStep, SequenceSpan, _attend, attend_prefills, padded_context
+from echovlm_ray.engine.compiled import attend_decoding
 from echovlm_ray.engine.kv_cache import BLOCK_SIZE, KVCache
+from experts.kernels.compiled import as_array
 
 HEADS, KEY_VALUE_HEADS, HEAD_DIM = 6, 2, 16
 
@@ -42,7 +44,18 @@ def spans_of(lengths: list[tuple[int, int]]) -> list[SequenceSpan]:
 
 
 def attend(cache: KVCache, spans: list[SequenceSpan], query_THD: torch.Tensor) -> torch.Tensor:
-    return _attend(AttentionStep.plan(cache, spans), 0, query_THD, HEAD_DIM**-0.5)
+    step = AttentionStep.plan(cache, spans)
+    scaling = HEAD_DIM**-0.5
+    if not cache.compiled:
+        return _attend(step, 0, query_THD, scaling)
+    decodes = step.compiled_decodes
+    assert decodes is not None
+    output_THD = torch.full_like(query_THD, torch.nan)
+    if len(decodes.rows_B):
+        sequences = decodes.rows_B, decodes.block_tables_BN, decodes.lengths_B
+        attend_decoding(as_array(query_THD), *sequences, *cache.arrays_L[0], scaling, BLOCK_SIZE, as_array(output_THD))
+    attend_prefills(step, 0, query_THD, scaling, output_THD)
+    return output_THD
 
 
 def expected(cache: KVCache, span: SequenceSpan, query_THD: torch.Tensor) -> torch.Tensor:

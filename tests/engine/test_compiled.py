@@ -22,8 +22,16 @@ DTYPES = (torch.float32, torch.bfloat16)
 FUNCTIONS: dict[str, Any] = {
     name: getattr(module, name)
     for module, names in {
-        compiled: ("rotate_and_store", "attend_decoding", "normalize", "mix"),
-        expert_arithmetic: ("gather_pairs", "swiglu", "add_pairs"),
+        compiled: (
+            "rotate_and_store",
+            "attend_decoding",
+            "normalize",
+            "mix",
+            "attend_to_sequences",
+            "project_and_normalize",
+            "dense_and_shared",
+        ),
+        expert_arithmetic: ("gather_pairs", "swiglu", "add_pairs", "compute_experts"),
     }.items()
     for name in names
 }

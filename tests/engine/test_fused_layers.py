@@ -10,13 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from echovlm_ray.engine.attention import AttentionStep, SequenceSpan
+from echovlm_ray.engine.beside_experts import FusedBesideExperts
+from echovlm_ray.engine.compiled_layers import CompiledBesideExperts
 from echovlm_ray.engine.concatenate import concatenated
-from echovlm_ray.engine.fused_layers import CompiledBesideExperts, FusedBesideExperts, fuse_layers
+from echovlm_ray.engine.fused_layers import fuse_layers
+from echovlm_ray.engine.kv_cache import KVCache
 from echovlm_ray.engine.scheduler import Chunk
 from echovlm_ray.engine.sequence import Sequence as EngineSequence
 from echovlm_ray.engine.sequence import SequenceRequest
 from echovlm_ray.engine.step_batch import split_chunks
 from echovlm_ray.model.checkpoint import load_backbone
+from echovlm_ray.model.packing import pack_linears
 from tests.engines import engine_request, local_experts, remote_experts, run_together, running_engine
 from tests.expert_servers import server_thread
 from tests.golden_cases import golden_rows
@@ -50,6 +55,49 @@ def test_beside_experts_as_the_layer_itself(
         expected = copy.deepcopy(layer)._beside_experts(x).mix(hidden_states, routed_TD)
         found = fused(layer)(x).mix(hidden_states, routed_TD)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_as_with_torchs_operators(split_base: SplitGolden, dtype: torch.dtype, packed: bool) -> None:
+    """Two sequences begin, the first goes on, and a third begins beside it."""
+    model = load_backbone(split_base.backbone, dtype=dtype).model.language_model
+    config = model.config
+    hidden_states = torch.randn(1, 60, config.hidden_size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    steps = [
+        [SequenceSpan(0, 0, 19, [3, 0], 19), SequenceSpan(19, 0, 5, [1], 5)],
+        [SequenceSpan(0, 19, 20, [3, 0], 19), SequenceSpan(1, 0, 33, [2, 5, 4], 33), SequenceSpan(34, 5, 6, [1], 5)],
+    ]
+
+    def outputs(*, compiled: bool) -> list[torch.Tensor]:
+        own = copy.deepcopy(model)
+        fuse_layers(own, compiled=compiled)
+        if packed:
+            pack_linears(own)
+        layer = own.layers[0]
+        cache = KVCache(
+            num_layers=1,
+            num_blocks=6,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.hidden_size // config.num_attention_heads,
+            dtype=dtype,
+            device=torch.device("cpu"),
+            compiled=compiled,
+        )
+        found: list[torch.Tensor] = []
+        for spans in steps:
+            positions_T = torch.cat([torch.arange(span.start, span.end) for span in spans])
+            x = hidden_states[:, : len(positions_T)]
+            rotation = own.rotary_emb(x, positions_T.expand(3, 1, -1))
+            step = AttentionStep.plan(cache, spans)
+            attends = layer.attends or layer._attention
+            found += attends(x, position_embeddings=rotation, attention_step=step)
+        return [*found, cache.key_LSHD, cache.value_LSHD]
+
+    with torch.inference_mode():
+        for found, expected in zip(outputs(compiled=True), outputs(compiled=False), strict=True):
+            tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+            torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
 
 
 def test_no_weight_is_held_twice(split_base: SplitGolden) -> None:

@@ -167,6 +167,8 @@ def test_other_devices_are_refused() -> None:
 
 
 def test_an_expert_without_tokens_costs_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Product by product, as with several threads.
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     prepared = PackedExperts(make_weights(4, 16, 16, torch.float32))
     x_TD, index_TK, weight_TK = make_exchange(Case("two", hidden=16, inner=16, tokens=100), torch.float32)
     index_TK = torch.where(index_TK == 1, NO_EXPERT, index_TK)
