@@ -143,9 +143,9 @@ def timeline_of(engine: Engine) -> Iterator[Timeline]:
     step = runner.step
 
     @functools.wraps(step)
-    def noted_step(chunks: Any) -> Any:
+    def noted_step(chunks: Any, *others: Any) -> Any:
         started = time.perf_counter()
-        results = step(chunks)
+        results = step(chunks, *others)
         rows = tuple(chunk.end - chunk.start for chunk in chunks)
         timeline.passes.append((rows, started, time.perf_counter()))
         return results

@@ -20,11 +20,18 @@ from router.errors import ExpertsUnavailableError
 
 logger = logging.getLogger(__name__)
 
+# Before a step with more tokens than this nobody is kept waiting for what the last one said.
+_LONG_STEP_TOKENS = 64
+
 
 class Engine:
     """Runs requests by continuous batching on a thread of its own.
 
     `submit` and `cancel` may be called from any thread; sinks are called from the engine's thread and must not block.
+
+    Attributes:
+        told: called from the engine's thread some time after sinks were told something, at a moment when other threads
+            of this process keep the engine least; again and again without harm. Must not block.
     """
 
     def __init__(
@@ -48,6 +55,7 @@ class Engine:
             max_prefill_tokens=max_prefill_tokens,
             prefix_reuse=prefix_reuse,
         )
+        self.told: Callable[[], None] = lambda: None
         self._condition = threading.Condition()
         self._stopping = False
         self._cancelled: list[Sequence] = []
@@ -152,7 +160,9 @@ class Engine:
     def _run(self) -> None:
         while (chunks := self._next_chunks()) is not None:
             try:
-                self._commit(chunks, self._runner.step(chunks))
+                if sum(chunk.end - chunk.start for chunk in chunks) > _LONG_STEP_TOKENS:
+                    self._tell()
+                self._commit(chunks, self._runner.step(chunks, self._tell))
             except Exception as error:
                 # A bug or exhausted device memory: those requests end, the engine goes on.
                 logger.exception("a step failed")
@@ -166,9 +176,11 @@ class Engine:
                 self._drop_ended()
                 if chunks := self._scheduler.schedule():
                     return chunks
+                self._tell()
                 self._condition.wait(self._idle_seconds())
             for sequence in (*self._scheduler.running, *self._scheduler.waiting):
                 self._end(sequence, ShuttingDownError("the router is shutting down"))
+            self._tell()
             return None
 
     def _idle_seconds(self) -> float | None:
@@ -203,7 +215,15 @@ class Engine:
             was_there = self._scheduler.finish(sequence)
         if was_there:
             self._deliver(sequence, error)
+            self._tell()
             self._let_go(sequence)
+
+    def _tell(self) -> None:
+        try:
+            self.told()
+        except Exception:
+            # Nobody's request may end by it.
+            logger.exception("what follows what sinks were told failed")
 
     def _let_go(self, sequence: Sequence) -> None:
         if sequence.gone is None:

@@ -1,5 +1,6 @@
 """Runs one step of the backbone over the chunks of several sequences."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration, ForwardP
 from echovlm_ray.model.packing import pack_linears
 from router.dispatch import Dispatcher, DispatchFailure, DispatchStep
 from router.errors import ExpertsUnavailableError
+from router.routed_experts import PendingExperts, RoutedExperts
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +97,19 @@ class ModelRunner:
         return self.dispatcher.unavailable(sequence.request.shares)
 
     @torch.inference_mode()
-    def step(self, chunks: Sequences[Chunk]) -> list[ChunkResult]:
-        """Computes the chunks together; each sees its own cache and its own expert set only."""
+    def step(self, chunks: Sequences[Chunk], meanwhile: Callable[[], None] | None = None) -> list[ChunkResult]:
+        """Computes the chunks together; each sees its own cache and its own expert set only.
+
+        Args:
+            chunks: what to compute.
+            meanwhile: called once, when the first layer's experts work and a long product is about to begin: what it
+                wakes in this process can work without keeping this thread.
+        """
         batches = [StepBatch.of(part, self.cache) for part in split_chunks(chunks, self.micro_batches)]
         experts = [self.dispatcher.step(batch.assignments) for batch in batches]
+        routed: list[RoutedExperts] = [*experts]
+        if meanwhile is not None:
+            routed[-1] = _Meanwhile(routed[-1], meanwhile)
         embed = self.model.get_input_embeddings()
         hidden_states = self.model.model.language_model.forward_side_by_side(
             [
@@ -108,7 +119,7 @@ class ModelRunner:
                     step,
                     {"attention_step": batch.attention},
                 )
-                for batch, step in zip(batches, experts, strict=True)
+                for batch, step in zip(batches, routed, strict=True)
             ]
         )
         results = []
@@ -116,6 +127,21 @@ class ModelRunner:
             logits_LV = self.model.lm_head(batch.logit_rows(hidden[0])).float()
             results += _results(batch, step, logits_LV)
         return results
+
+
+class _Meanwhile:
+    """Computes the routed experts, and calls a function when those of the first layer have begun."""
+
+    def __init__(self, experts: RoutedExperts, call: Callable[[], None]) -> None:
+        self._experts = experts
+        self._call: Callable[[], None] | None = call
+
+    def begin(self, layer: int, x_TD: torch.Tensor) -> PendingExperts:
+        pending = self._experts.begin(layer, x_TD)
+        if (call := self._call) is not None:
+            self._call = None
+            call()
+        return pending
 
 
 def _results(batch: StepBatch, step: DispatchStep, logits_LV: torch.Tensor) -> list[ChunkResult]:

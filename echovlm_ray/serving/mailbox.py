@@ -1,4 +1,4 @@
-"""From the engine's thread to the event loop: all that a step says wakes the loop once, not once a request."""
+"""From the engine's thread to the event loop: all that a step says wakes the loop once, and when it disturbs least."""
 
 import asyncio
 from collections import deque
@@ -9,7 +9,7 @@ Letter = TypeVar("Letter")
 
 
 class Mailbox(Generic[Letter]):
-    """Puts what other threads say into queues of an event loop, in order."""
+    """Puts what other threads say into queues of an event loop, in order, when `wake` is called."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         """`loop` is the one on which the queues are read."""
@@ -25,11 +25,14 @@ class Mailbox(Generic[Letter]):
             if self._loop.is_closed():
                 return
             self._letters.append((queue, letter))
-            if not self._woken:
-                self._woken = True
-                self._loop.call_soon_threadsafe(self._deliver)
 
         return put
+
+    def wake(self) -> None:
+        """Has the loop deliver all letters so far; may be called from any thread, and costs nothing without letters."""
+        if self._letters and not self._woken and not self._loop.is_closed():
+            self._woken = True
+            self._loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
         # First, or a letter that comes now could be left lying.

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -152,14 +153,51 @@ def test_a_sink_that_fails_harms_nobody(engine: Engine, prompt: SequenceRequest)
     wait_until(lambda: engine.free_blocks == free)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_whoever_listens_is_woken_after_every_token(engine: Engine, prompt: SequenceRequest, fails: bool) -> None:
+    """Soon after, when other threads keep the engine least; and whatever that does, the request goes on."""
+    events: list[str] = []
+    ended = threading.Event()
+
+    def told() -> None:
+        if events and events[-1] == "token":
+            events.append("told")
+        if events.count("token") == 5 and events[-1] == "told":
+            ended.set()
+        if fails:
+            raise RuntimeError("the loop is closed")
+
+    engine.told = told
+    try:
+        engine.submit(
+            of(prompt, "breast", max_new_tokens=5, stop_token_ids=frozenset()), lambda _: events.append("token")
+        )
+        assert ended.wait(10)
+    finally:
+        engine.told = lambda: None
+    assert events == ["token", "told"] * 5
+
+
+def test_an_error_is_told_at_once(engine: Engine, prompt: SequenceRequest) -> None:
+    events: list[object] = []
+    told = threading.Event()
+    engine.told = lambda: told.set() if events else None
+    try:
+        engine.submit(of(prompt, "breast", deadline=time.monotonic()), events.append)
+        assert told.wait(10)
+    finally:
+        engine.told = lambda: None
+    assert isinstance(events[0], DeadlineError)
+
+
 def recorded_steps(engine: Engine) -> list[tuple[float, set[EngineSequence]]]:
     """When each step of an engine that has not started yet begins, and for whom."""
     steps: list[tuple[float, set[EngineSequence]]] = []
     step = engine._runner.step
 
-    def recording(chunks: list[Chunk]) -> Any:
+    def recording(chunks: list[Chunk], *others: Any) -> Any:
         steps.append((time.monotonic(), {chunk.sequence for chunk in chunks}))
-        return step(chunks)
+        return step(chunks, *others)
 
     engine._runner.step = recording  # type: ignore[method-assign, assignment]
     return steps

@@ -13,6 +13,7 @@ async def test_letters_of_many_threads_arrive_in_order_and_none_is_lost() -> Non
         put = mailbox.sink(queue)
         for number in range(500):
             put(number)
+            mailbox.wake()
 
     threads = [threading.Thread(target=speak, args=(queue,)) for queue in queues]
     for thread in threads:
@@ -40,7 +41,13 @@ async def test_what_comes_together_wakes_the_loop_once() -> None:
         for queue in queues:
             mailbox.sink(queue)("token")
         await asyncio.sleep(0)
+        assert not calls, "nobody is woken before it is time"
+        mailbox.wake()
+        mailbox.wake()
         await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert len(calls) == 1
+        mailbox.wake()
     finally:
         del loop.call_soon_threadsafe
     assert [queue.get_nowait() for queue in queues] == ["token"] * 32
@@ -53,3 +60,4 @@ def test_a_closed_loop_takes_nothing_and_complains_of_nothing() -> None:
     put = mailbox.sink(asyncio.Queue())
     loop.close()
     put(1)
+    mailbox.wake()

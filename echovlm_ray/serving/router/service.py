@@ -132,6 +132,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
     ) -> EngineSequence:
         if self._mailbox is None:
             self._mailbox = Mailbox(asyncio.get_running_loop())
+            self._engine.told = self._mailbox.wake
 
         def ended() -> None:
             if shadow is not None:
