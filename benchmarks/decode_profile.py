@@ -8,19 +8,21 @@ machine should have nothing else to do.
 
 import argparse
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
+from torch import nn
 
 from benchmarks.checkpoints import DTYPES, BenchCheckpoint, add_options, bench_checkpoint
 from benchmarks.expert_processes import Busy
 from benchmarks.machine import describe
 from benchmarks.measured_engine import MeasuredEngine, become_router_process, measured_engine
 from benchmarks.step_timeline import (
-    ATTENTION_PRODUCTS,
     COMMIT,
     HEAD,
     KERNEL,
@@ -33,6 +35,7 @@ from benchmarks.step_timeline import (
 )
 from benchmarks.workload import random_workload
 from echovlm_ray.checkpoint.layout import ORGANS
+from echovlm_ray.model.packing import PackedLinearLayer
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BATCHES = (1, 8)
@@ -40,8 +43,8 @@ PROMPT_TOKENS = 128
 DELIVERY, OTHER_INSIDE, OTHER_OUTSIDE = "delivery", "other, in layers", "other, outside"
 # Every moment of a step belongs to one of these.
 ACTIVITIES = (*LAYER_PARTS, OTHER_INSIDE, HEAD, SAMPLING, DELIVERY, SCHEDULING, OTHER_OUTSIDE)
-# What no step of one thread can do without: each reads all of its weights.
-PRODUCTS = (*ATTENTION_PRODUCTS, "gates and ups", "dense down", "shared down", HEAD)
+# How often the products are timed.
+PASSES = 21
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,8 @@ class Profile:
     Attributes:
         seconds: median of a step.
         activities: median seconds of a step by activity of the engine's thread.
-        products_s: median seconds of a step in packed products, which are parts of several activities.
+        products_s: median seconds of the backbone's packed products by themselves, one after the other, while nothing
+            else runs: what no step of one thread can do without, for each reads all of its weights.
         busy_s: median seconds of a step in which at least one expert process computed.
         kernel_s: median seconds of a step that all of them computed, added up.
         step: the one that is drawn.
@@ -85,10 +89,18 @@ def activities_of(step: Step) -> dict[str, float]:
     return seconds
 
 
-def products_seconds(step: Step) -> float:
-    """Seconds of a step in packed products."""
-    totals = step.totals()
-    return sum(totals[name] for name in PRODUCTS)
+@torch.inference_mode()
+def products_seconds(model: nn.Module, rows: int) -> float:
+    """Median seconds of all packed products of a model, each with so many rows."""
+    linears = [layer.packed for layer in model.modules() if isinstance(layer, PackedLinearLayer)]
+    inputs = {linear.in_features: torch.ones(rows, linear.in_features, dtype=linear.dtype) for linear in linears}
+    seconds = []
+    for _ in range(PASSES):
+        began = time.perf_counter()
+        for linear in linears:
+            linear(inputs[linear.in_features])
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
 
 
 def during(step: Step, busy: Sequence[Busy]) -> list[Busy]:
@@ -132,7 +144,7 @@ def profile(measured: MeasuredEngine, checkpoint: BenchCheckpoint, batch: int, o
         steps=len(steps),
         seconds=median_s,
         activities={name: statistics.median(seconds[name] for seconds in seen) for name in ACTIVITIES},
-        products_s=statistics.median(products_seconds(step) for step in steps),
+        products_s=products_seconds(measured.runner.model, batch),
         busy_s=statistics.median(union_seconds(spans) for spans in kernels),
         kernel_s=statistics.median(sum(ended - began for began, ended in spans) for spans in kernels),
         step=drawn,
@@ -164,7 +176,9 @@ def markdown(profiles: Sequence[Profile], checkpoint: BenchCheckpoint) -> str:
     lines += [row(name, [(profile.activities[name], profile) for profile in profiles]) for name in ACTIVITIES]
     lines += [
         row("**a step**", [(profile.seconds, profile) for profile in profiles]),
-        row("of it packed products, head included", [(profile.products_s, profile) for profile in profiles]),
+        row(
+            "the packed products by themselves, head included", [(profile.products_s, profile) for profile in profiles]
+        ),
         row("an expert process computes", [(profile.busy_s, profile) for profile in profiles]),
         row("all of them, added up", [(profile.kernel_s, profile) for profile in profiles]),
     ]
@@ -192,7 +206,7 @@ def plot(profiles: Sequence[Profile], title: str, path: Path) -> None:
         lanes = ["engine thread", *(f"experts of {organ}" for organ in profile.busy)]
         # Those that contain others first, so that the others lie on top.
         for span in sorted(profile.step.spans, key=lambda span: -span.seconds):
-            if span.name not in (KERNEL, *ATTENTION_PRODUCTS):
+            if span.name != KERNEL:
                 color = colors[named.get(span.name, span.name)]
                 axis.barh(0, 1e3 * span.seconds, left=1e3 * (span.start - origin), color=color, height=0.8)
         for lane, spans in enumerate(profile.busy.values(), start=1):

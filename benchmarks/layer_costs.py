@@ -144,8 +144,8 @@ def markdown(costs: Sequence[Cost], result: dict[str, Any]) -> str:
         f"Configuration `config_{result['configuration']}.json`, one thread a process, {PROMPT_TOKENS} prompt tokens; "
         "`python -m benchmarks.layer_costs`. Microseconds of one layer, medians over steps. `kernel` is the experts' "
         "own time, added up over the organs: with remote experts it passes beside the rest, and `wait` is what is left "
-        "of it and of the way there and back when dense MLP and shared expert are done. `gates and ups` is the one "
-        "product with all matrices of both that read their input. tokens/s is of the engine without any instrument; "
+        "of it and of the way there and back when dense MLP and shared expert are done. `attention` comes with both "
+        "norms and the residual sum. tokens/s is of the engine without any instrument; "
         "`step` is the whole step in milliseconds, with the head and all that is outside the "
         "layers. Sequences are divided among the organs in turn.",
         "",

@@ -1,7 +1,7 @@
 """Where the steps of a running engine spend their time, from timestamps taken inside it.
 
-Module hooks note attention, dense MLP, shared expert and head; the dispatcher's stopwatch notes its stages; sampling,
-commits and scheduling are noted around the engine's own methods.
+Module hooks note attention, dense MLP with shared expert, and head; the dispatcher's stopwatch notes its stages;
+sampling, commits and scheduling are noted around the engine's own methods.
 """
 
 import functools
@@ -17,19 +17,12 @@ from torch import nn
 from echovlm_ray.engine import engine as engine_module
 from echovlm_ray.engine.engine import Engine
 from echovlm_ray.engine.sampler import next_tokens
+from echovlm_ray.model.modeling import EchoVLMDecoderLayer
 from router.stopwatch import Stopwatch
 
-# What is noted inside a layer, in order; "other" is what remains of it. The engine computes the gate and up projections
-# of the dense MLP and the shared expert as one product: "gates and ups".
-LAYER_PARTS = ("attention", "gate", "gather", "send", "gates and ups", "dense down", "shared down", "wait", "scatter")
-MODULES = {
-    "attention": "self_attn",
-    "gates and ups": "fused.in_proj",
-    "dense down": "fused.dense_down",
-    "shared down": "fused.shared_down",
-}
-# Inside the attention, which contains their time.
-ATTENTION_PRODUCTS = {"queries, keys and values": "self_attn.qkv_proj", "attention's output": "self_attn.o_proj"}
+# What is noted inside a layer, in order; "other" is what remains of it. Attention comes with both norms and the
+# residual sum where they are compiled together.
+LAYER_PARTS = ("attention", "gate", "gather", "send", "dense and shared", "wait", "scatter")
 # The experts' own time, which passes elsewhere unless they are in this process.
 KERNEL = "kernel"
 HEAD, SAMPLING, COMMIT, SCHEDULING, LAYER = "head", "sampling", "commit", "scheduling", "layer"
@@ -179,11 +172,10 @@ def median_totals(steps: Sequence[Step]) -> dict[str, float]:
     return {name: statistics.median(counted.get(name, 0.0) for counted in totals) for name in names}
 
 
-def _layer_hooks(layer: nn.Module, timeline: Timeline) -> list[Any]:
-    handles = []
-    for name, path in (MODULES | ATTENTION_PRODUCTS).items():
-        handles += _hooks(layer.get_submodule(path), name, timeline)
-    return handles
+def _layer_hooks(layer: EchoVLMDecoderLayer, timeline: Timeline) -> list[Any]:
+    assert layer.fused is not None
+    parts = {"attention": layer.attends or layer.self_attn, "dense and shared": layer.fused}
+    return [handle for name, module in parts.items() for handle in _hooks(module, name, timeline)]
 
 
 def _hooks(module: nn.Module, name: str, timeline: Timeline) -> list[Any]:
