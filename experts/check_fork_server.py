@@ -1,9 +1,9 @@
 """Starts checks of bundles by forking itself: `python -m experts.check_fork_server FD`.
 
 Importing torch takes seconds of a core, more than checking a small bundle. This process pays for it once, and for what
-else most checks import; it opens no bundle and starts no thread, so every check begins from the same clean state.
-`experts.isolated_check` talks to it over the socket FD: one byte a check, with four descriptors, see `start_check`. It
-ends when the socket's other end closes.
+else most checks import and compile; it opens no bundle and starts no thread, so every check begins from the same clean
+state. `experts.isolated_check` talks to it over the socket FD: one byte a check, with four descriptors, see
+`start_check`. It ends when the socket's other end closes.
 """
 
 import importlib
@@ -16,6 +16,7 @@ import traceback
 from contextlib import suppress
 
 from experts import bundle_check
+from experts.kernels import cpu_packed
 
 # A process id, and then how it ended: an exit code, or minus the number of a signal.
 REPORT = struct.Struct("=i")
@@ -23,7 +24,6 @@ NUM_DESCRIPTORS = 4
 # What the registry and the kernel `auto` import only when they are asked for.
 _PRELOADED = (
     "experts.kernels.auto",
-    "experts.kernels.cpu_packed",
     "experts.kernels.reference",
     "fsspec.implementations.local",
 )
@@ -51,6 +51,7 @@ def main() -> int:
     connection = socket.socket(fileno=int(sys.argv[1]))
     for module in _PRELOADED:
         importlib.import_module(module)
+    cpu_packed.compile_ahead()
     # Nobody asks how the watchers ended.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     # Whoever started this ends it, by closing the socket; Ctrl-C in a terminal reaches both.

@@ -46,7 +46,10 @@ def missing_instructions(dtype: torch.dtype) -> str | None:
     """Why the processor cannot run, or should not run, code for a dtype; None where it should."""
     if dtype not in _NEEDED:
         return f"there is no such code for {dtype}"
-    features = llvm.get_host_cpu_features()
+    try:
+        features = llvm.get_host_cpu_features()
+    except RuntimeError:
+        return "LLVM does not know the processor's instructions"
     if missing := [feature for feature in _NEEDED[dtype] if not features.get(feature)]:
         return f"the processor lacks {', '.join(missing)}"
     if dtype == torch.bfloat16 and features.get("amx-bf16"):

@@ -10,6 +10,7 @@ import logging
 import numpy as np
 import torch
 
+from experts.kernels import avx512_product
 from experts.kernels.base import ExpertWeights, PreparedExperts
 from experts.kernels.compiled import Array, Ints, as_array
 from experts.kernels.expert_arithmetic import add_pairs, compute_experts, gather_pairs, prepare, swiglu
@@ -21,6 +22,13 @@ _LOG = logging.getLogger(__name__)
 
 # Of the activations that another thread takes over.
 _MIN_SHARED_ELEMENTS = 2**17
+
+
+def compile_ahead() -> None:
+    """Compiles what loading weights would compile, for a process that forks: computes nothing, so no thread starts."""
+    for dtype in (torch.float32, torch.bfloat16):
+        avx512_product.unavailable_reason(dtype)
+        prepare(dtype)
 
 
 class PackedExperts:
