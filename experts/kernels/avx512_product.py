@@ -14,15 +14,12 @@ from experts.kernels.avx512_code import (
     missing_instructions,
 )
 from experts.kernels.compiled_product import describe
-from experts.kernels.threads import share
-
-# Of a part of a product that another thread takes over: it should compute for longer than it takes to be woken.
-_MIN_SHARED_BYTES = 2**22
-_MIN_SHARED_MULTIPLICATIONS = 2**26
 
 
 class Avx512Weights:
-    """Implements `experts.kernels.packed_linear.PackedWeights`. A row's bits depend on nothing but the row.
+    """Implements `experts.kernels.packed_linear.PackedWeights`, on one thread.
+
+    A row's bits depend on nothing but the row.
 
     Attributes:
         compiled: describes it for `experts.kernels.compiled_product.multiply`, as long as it lives. None for a number
@@ -105,7 +102,7 @@ class Avx512Weights:
         x_stride = x_TI.stride(0) * self._element_size
         output_stride = self._out_features * self._element_size
         tiles = -(-rows // MAX_TILE_ROWS)
-        arguments = (
+        self._compute(
             x_TI.data_ptr() + first * x_stride,
             x_stride,
             rows,
@@ -113,13 +110,9 @@ class Avx512Weights:
             -(-rows // tiles),
             output_TO.data_ptr() + first * output_stride,
             output_stride,
+            0,
+            self._panels,
         )
-        multiplications = rows * self._in_features * self._out_features
-        parts = max(self._weights.nbytes // _MIN_SHARED_BYTES, multiplications // _MIN_SHARED_MULTIPLICATIONS)
-        if parts > 1 and torch.get_num_threads() > 1:
-            share(functools.partial(self._compute, *arguments), self._panels, parts)
-        else:
-            self._compute(*arguments, 0, self._panels)
 
 
 @functools.cache

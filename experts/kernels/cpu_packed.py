@@ -1,7 +1,7 @@
 """The default on a CPU: each expert is two packed products, and only the pairs that are there are computed.
 
-The result of a token has the same bits whatever the other tokens of the call and the number of threads. Rounding is
-that of the kernel `reference`: see `PreparedExperts.forward`.
+The result of a token has the same bits whatever the other tokens of the call. Rounding is that of the kernel
+`reference`: see `PreparedExperts.forward`.
 """
 
 import itertools
@@ -13,15 +13,12 @@ import torch
 from experts.kernels import avx512_product
 from experts.kernels.base import ExpertWeights, PreparedExperts
 from experts.kernels.compiled import Array, Ints, as_array
-from experts.kernels.expert_arithmetic import add_pairs, compute_experts, gather_pairs, prepare, swiglu
+from experts.kernels.expert_arithmetic import add_pairs, compute_experts, gather_pairs, prepare
 from experts.kernels.packed_linear import PackedLinear, unavailable_reason
 from experts.kernels.reference import ReferenceExperts
-from experts.kernels.threads import share
+from experts.kernels.silu_multiply import silu_and_multiply
 
 _LOG = logging.getLogger(__name__)
-
-# Of the activations that another thread takes over.
-_MIN_SHARED_ELEMENTS = 2**17
 
 
 def compile_ahead() -> None:
@@ -70,7 +67,7 @@ class PackedExperts:
         index_TK = expert_index_TK.long().contiguous()
         sum_TD = torch.empty_like(x_TD)
         arrays = index_TK.numpy(), as_array(x_TD), as_array(weight_TK), as_array(sum_TD)
-        if self._gate_up_EI is not None and self._down_EI is not None and torch.get_num_threads() == 1:
+        if self._gate_up_EI is not None and self._down_EI is not None:
             index, x, weight, output = arrays
             compute_experts(index, x, weight, self._gate_up_EI, self._down_EI, self._inner_size, output)
         else:
@@ -78,7 +75,7 @@ class PackedExperts:
         return sum_TD
 
     def _compute(self, x_TD: torch.Tensor, index_TK: Ints, x: Array, weight_TK: Array, sum_TD: Array) -> None:
-        """As `compute_experts`, bit for bit: product by product, each on as many threads as torch was given."""
+        """As `compute_experts`: product by product, each on as many threads as torch was given."""
         starts_E = np.empty(len(self._down) + 1, dtype=np.int64)
         pair_P = np.empty(index_TK.size, dtype=np.int64)
         x_PD = x_TD.new_empty((index_TK.size, x_TD.shape[1]))
@@ -88,21 +85,12 @@ class PackedExperts:
         projected_PF = x_PD.new_empty((len(pair_P), 2 * self._inner_size))
         for expert, start, end in used:
             self._gate_up[expert].product_into(x_PD, projected_PF, start, end)
-        inner_PF = self._activated(projected_PF, starts[-1])
+        gate_PF, up_PF = projected_PF[: starts[-1]].chunk(2, dim=1)
+        inner_PF = silu_and_multiply(gate_PF, up_PF)
         output_PD = torch.empty_like(x_PD)
         for expert, start, end in used:
             self._down[expert].product_into(inner_PF, output_PD, start, end)
         add_pairs(as_array(output_PD), pair_P, starts[-1], weight_TK, sum_TD)
-
-    def _activated(self, projected_PF: torch.Tensor, count: int) -> torch.Tensor:
-        inner_PF = projected_PF.new_empty((projected_PF.shape[0], self._inner_size))
-        projected, inner = as_array(projected_PF), as_array(inner_PF)
-
-        def compute(first: int, end: int) -> None:
-            swiglu(projected[first:end], 0, self._inner_size, inner[first:end])
-
-        share(compute, count, count * self._inner_size // _MIN_SHARED_ELEMENTS)
-        return inner_PF
 
 
 def _described(linears: list[PackedLinear]) -> Ints | None:

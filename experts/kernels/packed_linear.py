@@ -2,8 +2,8 @@
 
 Stock `torch.nn.functional.linear` lays the weights out again in every call, or reads them as they lie. Laid out once,
 a call takes half the time or less, and a row's result no longer depends on how many rows there are. There are two
-layouts: one for processors with AVX-512 (`experts.kernels.avx512_code`), and oneDNN's for all others. Both are tried
-before they are relied on.
+layouts: one for processors with AVX-512 (`experts.kernels.avx512_code`) where torch has one thread, as served, and
+oneDNN's for all else, which divides a product among threads. Both are tried before they are relied on.
 """
 
 import functools
@@ -56,8 +56,9 @@ class PackedWeights(Protocol):
 class PackedLinear:
     """`x · weightᵀ + bias` for inference on a CPU. No gradients.
 
-    The result of a row has the same bits whatever the number of rows and of threads (in oneDNN's layout for up to 16384
-    inputs). Safe to call from any thread.
+    The layout is chosen for the number of threads that torch has when the weights are packed. In either, the result of
+    a row has the same bits whatever the number of rows, and of threads later (in oneDNN's for up to 16384 inputs). Safe
+    to call from any thread.
     """
 
     __slots__ = ("_dtype", "_has_bias", "_in_features", "_out_features", "_weights", "product", "product_into")
@@ -74,7 +75,7 @@ class PackedLinear:
         """
         if weight_OI.device.type != "cpu":
             raise ValueError(f"weights on {weight_OI.device} cannot be packed; only those on the CPU can")
-        layout = _layout(weight_OI.dtype)
+        layout = _layout(weight_OI.dtype, torch.get_num_threads())
         if isinstance(layout, str):
             raise ValueError(f"{weight_OI.dtype} weights cannot be packed here: {layout}")
         self._dtype = weight_OI.dtype
@@ -158,14 +159,16 @@ def packing_available(dtype: torch.dtype) -> bool:
 
 def unavailable_reason(dtype: torch.dtype) -> str | None:
     """Why weights of a dtype cannot be packed here, in words for a log or an error; None where they can."""
-    layout = _layout(dtype)
+    layout = _layout(dtype, torch.get_num_threads())
     return layout if isinstance(layout, str) else None
 
 
 @functools.cache
-def _layout(dtype: torch.dtype) -> type[Avx512Weights] | type[OneDnnWeights] | str:
+def _layout(dtype: torch.dtype, threads: int) -> type[Avx512Weights] | type[OneDnnWeights] | str:
     """The layout for weights of a dtype, or why there is none."""
-    reason = avx512_product.unavailable_reason(dtype) or _wrong(Avx512Weights, dtype)
+    reason: str | None = f"torch has {threads} threads, among which oneDNN divides a product"
+    if threads == 1:
+        reason = avx512_product.unavailable_reason(dtype) or _wrong(Avx512Weights, dtype)
     if reason is None:
         return Avx512Weights
     _LOG.info("weights in %s are laid out for oneDNN, if at all: %s", dtype, reason)

@@ -37,7 +37,7 @@ from echovlm_ray.model.packing import pack_linears, warm_up
 from experts.kernels import packed_linear
 from experts.kernels.onednn_product import OneDnnWeights
 if ONEDNN:
-    packed_linear._layout = lambda dtype: OneDnnWeights
+    packed_linear._layout = lambda *_: OneDnnWeights
 torch.set_num_threads(1)
 model = nn.ModuleDict({"a": nn.Linear(64, 96), "b": nn.Linear(96, 64, bias=False), "lm_head": nn.Linear(64, 160)})
 pack_linears(model)

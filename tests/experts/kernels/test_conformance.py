@@ -1,5 +1,7 @@
 """The kernels that run on a CPU, each through the whole conformance suite."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -23,6 +25,12 @@ CPU_KERNELS = ("reference", "cpu_packed", "torch_grouped", "auto")
 @pytest.mark.parametrize("name", CPU_KERNELS)
 def test_case(name: str, dtype: torch.dtype, case: Case) -> None:
     check_case(get_kernel(name), case, dtype)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_packed_in_every_layout(layout: Any, dtype: torch.dtype, case: Case) -> None:
+    check_case(get_kernel("cpu_packed"), case, dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

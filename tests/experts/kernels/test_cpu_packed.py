@@ -5,14 +5,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from experts.kernels import packed_linear
 from experts.kernels.base import NO_EXPERT, kernel_in_use
 from experts.kernels.cpu_packed import CpuPackedKernel, PackedExperts
+from experts.kernels.onednn_product import OneDnnWeights
 from experts.kernels.reference import ReferenceKernel
 from tests.experts.kernels.conformance import Case, anywhere, distinct, make_exchange, make_weights, on_device
 
@@ -37,9 +40,10 @@ def run(code: str, *arguments: str) -> list[str]:
     inner=st.one_of(st.integers(1, 60), st.integers(150, 400), st.integers(1025, 1500)),
     data=st.data(),
 )
-@settings(max_examples=40, deadline=None)
+# The layout stays the same for all examples.
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_token_has_the_same_bits_in_any_company(
-    dtype: torch.dtype, tokens: int, experts: int, top_k: int, hidden: int, inner: int, data: st.DataObject
+    layout: Any, dtype: torch.dtype, tokens: int, experts: int, top_k: int, hidden: int, inner: int, data: st.DataObject
 ) -> None:
     case = Case("any", experts=experts, hidden=hidden, inner=inner, tokens=tokens, top_k=top_k, routing=anywhere)
     prepared = CpuPackedKernel().load(make_weights(experts, hidden, inner, dtype))
@@ -63,7 +67,11 @@ def test_the_reference_does_not_keep_bits_so_the_test_above_says_something() -> 
 
 
 BITS = """
-import hashlib, torch
+import hashlib, sys, torch
+from experts.kernels import packed_linear
+from experts.kernels.onednn_product import OneDnnWeights
+if sys.argv[1] == "onednn":
+    packed_linear._layout = lambda *_: OneDnnWeights
 from experts.kernels.cpu_packed import CpuPackedKernel
 from tests.experts.kernels.conformance import Case, distinct, make_exchange, make_weights
 for threads in (1, 2, 3):
@@ -72,15 +80,18 @@ for threads in (1, 2, 3):
     for hidden, inner, tokens in ((256, 704, 130), (90, 333, 512), (64, 9001, 3), (72, 40, 1), (64, 2816, 1)):
         case = Case("bits", hidden=hidden, inner=inner, tokens=tokens, routing=distinct)
         for dtype in (torch.float32, torch.bfloat16):
+            torch.set_num_threads(1)
             prepared = CpuPackedKernel().load(make_weights(case.experts, hidden, inner, dtype))
+            torch.set_num_threads(threads)
             output_TD = prepared.forward(*make_exchange(case, dtype))
             digest.update(output_TD.view(torch.uint8).numpy().tobytes())
     print(digest.hexdigest())
 """
 
 
-def test_the_number_of_threads_changes_no_bit() -> None:
-    digests = run(BITS)
+@pytest.mark.parametrize("chosen", ["onednn", "whatever is chosen for one thread"])
+def test_the_number_of_threads_changes_no_bit(chosen: str) -> None:
+    digests = run(BITS, chosen)
     assert len(digests) == 3
     assert len(set(digests)) == 1
 
@@ -167,8 +178,8 @@ def test_other_devices_are_refused() -> None:
 
 
 def test_an_expert_without_tokens_costs_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Product by product, as with several threads.
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    # Product by product, as where compiled functions cannot multiply.
+    monkeypatch.setattr(packed_linear, "_layout", lambda *_: OneDnnWeights)
     prepared = PackedExperts(make_weights(4, 16, 16, torch.float32))
     x_TD, index_TK, weight_TK = make_exchange(Case("two", hidden=16, inner=16, tokens=100), torch.float32)
     index_TK = torch.where(index_TK == 1, NO_EXPERT, index_TK)

@@ -15,18 +15,6 @@ from experts.kernels.onednn_product import MAX_ROWS, OneDnnWeights, padded_rows
 from experts.kernels.packed_linear import PackedLinear, packing_available, unavailable_reason
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-LAYOUTS = {"avx512": (Avx512Weights, avx512_product), "onednn": (OneDnnWeights, onednn_product)}
-
-
-@pytest.fixture(params=LAYOUTS)
-def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Every layout that this machine can compute with, whether it is the one that would be chosen or not."""
-    weights, module = LAYOUTS[request.param]
-    for dtype in DTYPES:
-        if reason := module.unavailable_reason(dtype):
-            pytest.skip(f"{request.param}, {dtype}: {reason}")
-    monkeypatch.setattr(packed_linear, "_layout", lambda dtype: weights)
-    return weights
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -146,7 +134,7 @@ def test_what_is_not_finite_stays_in_its_row(layout: Any, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_large_products_are_divided_among_threads(layout: Any, dtype: torch.dtype) -> None:
+def test_the_number_of_threads_changes_no_bit_of_a_large_product(layout: Any, dtype: torch.dtype) -> None:
     linear = PackedLinear(random(6000, 1400, dtype=dtype))
     x_TI = random(40, 1400, dtype=dtype)
     before = torch.get_num_threads()
@@ -255,6 +243,20 @@ def test_onednn_takes_over_where_the_own_code_does_not_work(
         linear = PackedLinear(random(20, 30, dtype=torch.float32))
     assert isinstance(linear._weights, OneDnnWeights)
     assert reason in caplog.text
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_own_code_is_for_one_thread(
+    dtype: torch.dtype, fresh: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if reason := avx512_product.unavailable_reason(dtype):
+        pytest.skip(reason)
+    weight_OI = random(20, 30, dtype=dtype)
+    assert isinstance(PackedLinear(weight_OI)._weights, Avx512Weights)
+    fresh.setattr(torch, "get_num_threads", lambda: 3)
+    with caplog.at_level(logging.INFO):
+        assert isinstance(PackedLinear(weight_OI)._weights, OneDnnWeights)
+    assert "torch has 3 threads" in caplog.text
 
 
 def test_processors_are_judged_by_their_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
