@@ -63,9 +63,10 @@ def main() -> None:
         task = progress.add_task("measuring", total=len(DTYPES) * len(BATCHES) * len(THREADS))
         for dtype_name, dtype in DTYPES.items():
             stock = linears(options.config, dtype)
-            packed = [PackedLinearLayer(linear) for linear in stock]
             for threads in THREADS:
+                # The layout depends on it.
                 torch.set_num_threads(threads)
+                packed = [PackedLinearLayer(linear) for linear in stock]
                 for batch in BATCHES:
                     inputs = [torch.randn(batch, linear.in_features).to(dtype) for linear in stock]
                     times: dict[str, list[float]] = {"stock": [], "packed": []}
