@@ -25,7 +25,7 @@ from echovlm_ray.engine.compiled import (
 )
 from echovlm_ray.engine.kv_cache import BLOCK_SIZE
 from echovlm_ray.model.modeling import EchoVLMDecoderLayer, MixedWithExperts
-from echovlm_ray.model.packing import compiled_product
+from echovlm_ray.model.packing import compiled_products
 from experts.kernels.compiled import Ints, as_array
 from experts.kernels.expert_arithmetic import swiglu
 
@@ -84,29 +84,29 @@ class CompiledAttention(nn.Module):
         scores = attention.scaling, BLOCK_SIZE
         hidden, query, attended = as_array(hidden_TD), as_array(query_THD), as_array(attended_THD)
         place = step.rotation[0], step.rotation[1], step.new_slots.numpy(), keys_SHD, values_SHD
-        qkv_I, output_I = self._products
-        if qkv_I is not None and output_I is not None:
+        products = self._products
+        if products is not None:
             before = self.before.weight_D, self.before.epsilon
-            attend_to_sequences(hidden, *before, qkv_I, *place, *sequences, *scores, query, attended)
+            attend_to_sequences(hidden, *before, products[0], *place, *sequences, *scores, query, attended)
         else:
             rotate_and_store(as_array(attention.qkv_proj(self.before(hidden_TD))), *place, query)
             if len(decodes.rows_B):
                 attend_decoding(query, *sequences, keys_SHD, values_SHD, *scores, attended)
         attend_prefills(step, attention.layer, query_THD, attention.scaling, attended_THD)
-        if qkv_I is not None and output_I is not None:
+        if products is not None:
             residual_TD, x_TD = torch.empty_like(hidden_TD), torch.empty_like(hidden_TD)
             attended_TD = attended.reshape(len(attended), -1)
             after = self.after.weight_D, self.after.epsilon
-            project_and_normalize(hidden, attended_TD, output_I, *after, as_array(residual_TD), as_array(x_TD))
+            project_and_normalize(hidden, attended_TD, products[1], *after, as_array(residual_TD), as_array(x_TD))
         else:
             residual_TD = hidden_TD + attention.o_proj(attended_THD.flatten(1))
             x_TD = self.after(residual_TD)
         return residual_TD.view_as(hidden_states), x_TD.view_as(hidden_states)
 
     @functools.cached_property
-    def _products(self) -> tuple[Ints | None, Ints | None]:
+    def _products(self) -> tuple[Ints, ...] | None:
         """For compiled functions, where the layers are packed for them. Asked when they are packed."""
-        return compiled_product(self.attention.qkv_proj), compiled_product(self.attention.o_proj)
+        return compiled_products(self.attention.qkv_proj, self.attention.o_proj)
 
 
 class CompiledBesideExperts(FusedBesideExperts):
@@ -116,23 +116,23 @@ class CompiledBesideExperts(FusedBesideExperts):
         """See `EchoVLMDecoderLayer.fused`."""
         x_TD = x.reshape(-1, x.shape[-1])
         dense_size, _, shared_size = self.sizes[:3]
-        inputs_I, dense_down_I, shared_down_I = self._products
-        if inputs_I is None or dense_down_I is None or shared_down_I is None:
+        if self._products is None:
             projected_TF = self.in_proj(x_TD)
             dense_TD = self.dense_down(_swiglu(projected_TF, 0, dense_size))
             shared_TD = self.shared_down(_swiglu(projected_TF, 2 * dense_size, shared_size))
         else:
             projected_TF = x_TD.new_empty((len(x_TD), sum(self.sizes)))
             dense_TD, shared_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
+            inputs_I, dense_down_I, shared_down_I = self._products
             weights = inputs_I, dense_down_I, shared_down_I
             outputs = as_array(projected_TF), as_array(dense_TD), as_array(shared_TD)
             dense_and_shared(as_array(x_TD), *weights, dense_size, shared_size, *outputs)
         return _CompiledMixture(dense_TD, shared_TD, projected_TF, 2 * (dense_size + shared_size))
 
     @functools.cached_property
-    def _products(self) -> tuple[Ints | None, Ints | None, Ints | None]:
+    def _products(self) -> tuple[Ints, ...] | None:
         """For compiled functions, where the layers are packed for them. Asked when they are packed."""
-        return compiled_product(self.in_proj), compiled_product(self.dense_down), compiled_product(self.shared_down)
+        return compiled_products(self.in_proj, self.dense_down, self.shared_down)
 
 
 def _swiglu(projected_TF: torch.Tensor, column: int, inner_size: int) -> torch.Tensor:

@@ -72,9 +72,11 @@ def warm_up(model: nn.Module, max_head_rows: int) -> int:
     return sum(packed.warm_up(max_rows) for packed, max_rows in shapes.values())
 
 
-def compiled_product(linear: nn.Module) -> Ints | None:
-    """Describes a packed layer to compiled functions; None for any other, and where they cannot compute it."""
-    return linear.packed.compiled if isinstance(linear, PackedLinearLayer) else None
+def compiled_products(*linears: nn.Module) -> tuple[Ints, ...] | None:
+    """Describes packed layers to compiled functions; None where those cannot compute all of them."""
+    described = [linear.packed.compiled for linear in linears if isinstance(linear, PackedLinearLayer)]
+    found = tuple(each for each in described if each is not None)
+    return found if len(found) == len(linears) else None
 
 
 def _pays(linear: nn.Linear) -> bool:

@@ -5,8 +5,8 @@ fetched from memory `_AHEAD` bytes before they are needed, which the processor b
 stops at the end of every page.
 
 Weights lie in panels of `PANEL` outputs. Of one panel, all outputs' weights of one input lie together, in bfloat16
-those of two inputs, which one instruction multiplies and adds up. A tile of at most `MAX_TILE_ROWS` rows keeps its sums
-in registers while it runs through a panel, with one row as with many, so that a row's bits depend on nothing else.
+those of two inputs, which one instruction multiplies and adds up. A tile of at most `_MAX_TILE_ROWS` rows keeps its
+sums in registers while it runs through a panel, with one row as with many, so that a row's bits depend on nothing else.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ PANEL = 32
 # Bytes of a panel for one input in float32, for two in bfloat16.
 _STEP_BYTES = 128
 # Twice as many registers of sums, two of weights and some of inputs, of 32 in all.
-MAX_TILE_ROWS = 11
+_MAX_TILE_ROWS = 11
 _AHEAD = 12288
 _LANES = 16
 
@@ -30,9 +30,10 @@ _NEEDED = {
     torch.float32: ("avx512f", "avx512bw", "avx512vl"),
     torch.bfloat16: ("avx512f", "avx512bw", "avx512vl", "avx512bf16"),
 }
-# Weights, steps, bias, outputs; x, bytes of a row of x, rows, rows of a tile; output, bytes of a row of it; first
-# panel, end of panels. Addresses are integers.
-_SIGNATURE = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 12)
+# Weights, steps, bias, outputs; x, bytes of a row of x, rows, at least one; output, bytes of a row of it. Addresses are
+# integers.
+NUM_ARGUMENTS = 9
+_SIGNATURE = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * NUM_ARGUMENTS)
 # Of compiled code, which is freed with its engine.
 _ENGINES: list[Any] = []
 
@@ -87,7 +88,7 @@ def address_of(code: Callable[..., None]) -> int:
 
 
 def _module(dtype: torch.dtype) -> str:
-    sizes = range(1, MAX_TILE_ROWS + 1)
+    sizes = range(1, _MAX_TILE_ROWS + 1)
     element, name = ("bfloat", "bf16") if dtype == torch.bfloat16 else ("float", "f32")
     declarations = f"""
 declare i64 @llvm.umin.i64(i64, i64)
@@ -102,23 +103,28 @@ declare void @llvm.masked.store.v16{name}.p0(<16 x {element}>, ptr, i32, <16 x i
 def _product(element: str) -> str:
     """The outer loops: over panels, and within each over tiles of rows."""
     lanes = [", ".join(f"i64 {half * _LANES + lane}" for lane in range(_LANES)) for half in (0, 1)]
-    cases = "\n".join(f"    i64 {rows}, label %tile_of_{rows}" for rows in range(1, MAX_TILE_ROWS + 1))
+    cases = "\n".join(f"    i64 {rows}, label %tile_of_{rows}" for rows in range(1, _MAX_TILE_ROWS + 1))
     calls = "\n".join(
         f"""tile_of_{rows}:
   call void @tile_{rows}(ptr %panel_weights, ptr %tile_x, i64 %x_stride, i64 %steps, ptr %panel_bias, ptr %tile_output,
     i64 %output_stride, <16 x i1> %mask_0, <16 x i1> %mask_1)
   br label %tile_done"""
-        for rows in range(1, MAX_TILE_ROWS + 1)
+        for rows in range(1, _MAX_TILE_ROWS + 1)
     )
     return f"""
-define void @product(ptr %weights, i64 %steps, ptr %bias, i64 %outputs, ptr %x, i64 %x_stride, i64 %rows,
-    i64 %tile_rows, ptr %output, i64 %output_stride, i64 %first, i64 %end) nounwind {{
+define void @product(ptr %weights, i64 %steps, ptr %bias, i64 %outputs, ptr %x, i64 %x_stride, i64 %rows, ptr %output,
+    i64 %output_stride) nounwind {{
 begin:
   %panel_bytes = mul i64 %steps, {_STEP_BYTES}
-  %any = icmp ult i64 %first, %end
-  br i1 %any, label %panel_begins, label %finished
+  ; Tiles of nearly the same size, for a small one takes longer for each row.
+  %rows_up = add i64 %rows, {_MAX_TILE_ROWS - 1}
+  %tiles = udiv i64 %rows_up, {_MAX_TILE_ROWS}
+  %rows_and_tiles = add i64 %rows, %tiles
+  %rows_and_rest = sub i64 %rows_and_tiles, 1
+  %tile_rows = udiv i64 %rows_and_rest, %tiles
+  br label %panel_begins
 panel_begins:
-  %panel = phi i64 [%first, %begin], [%next_panel, %panel_done]
+  %panel = phi i64 [0, %begin], [%next_panel, %panel_done]
   %weights_offset = mul i64 %panel, %panel_bytes
   %panel_weights = getelementptr i8, ptr %weights, i64 %weights_offset
   %column = mul i64 %panel, {PANEL}
@@ -148,7 +154,8 @@ tile_done:
   br i1 %more_rows, label %tile_begins, label %panel_done
 panel_done:
   %next_panel = add i64 %panel, 1
-  %more_panels = icmp ult i64 %next_panel, %end
+  %next_column = mul i64 %next_panel, {PANEL}
+  %more_panels = icmp ult i64 %next_column, %outputs
   br i1 %more_panels, label %panel_begins, label %finished
 finished:
   ret void

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 
 from experts.kernels.avx512_code import (
-    MAX_TILE_ROWS,
     PANEL,
     address_of,
     compiled_product,
@@ -33,7 +32,6 @@ class Avx512Weights:
         "_element_size",
         "_in_features",
         "_out_features",
-        "_panels",
         "_steps",
         "_weights",
         "compiled",
@@ -51,9 +49,9 @@ class Avx512Weights:
         self._out_features, self._in_features = weight_OI.shape
         unit = inputs_of_step(dtype)
         self._steps = -(-self._in_features // unit)
-        self._panels = -(-self._out_features // PANEL)
+        panels = -(-self._out_features // PANEL)
         # Both float32 and a pair of bfloat16 are moved as 32 bits.
-        self._weights = torch.zeros(self._panels, self._steps, PANEL, dtype=torch.int32)
+        self._weights = torch.zeros(panels, self._steps, PANEL, dtype=torch.int32)
         assert self._weights.data_ptr() % 64 == 0
         rows_OS = _as_steps(weight_OI.detach(), unit)
         whole = self._out_features // PANEL
@@ -61,7 +59,7 @@ class Avx512Weights:
         self._weights[:whole].copy_(rows_OS[:split].view(whole, PANEL, self._steps).transpose(1, 2))
         if split < self._out_features:
             self._weights[whole, :, : self._out_features - split] = rows_OS[split:].T
-        self._bias_O = torch.zeros(self._panels * PANEL)
+        self._bias_O = torch.zeros(panels * PANEL)
         if bias_O is not None:
             self._bias_O[: self._out_features] = bias_O.detach()
         self._element_size = weight_OI.element_size()
@@ -71,12 +69,10 @@ class Avx512Weights:
         if self._steps * unit == self._in_features:
             self.compiled = describe(
                 function=address_of(code),
-                max_tile_rows=MAX_TILE_ROWS,
                 weights=weights,
                 steps=self._steps,
                 bias=bias,
                 outputs=self._out_features,
-                panels=self._panels,
             )
         self._compute = functools.partial(code, weights, self._steps, bias, self._out_features)
         self.nbytes = self._weights.nbytes + self._bias_O.nbytes
@@ -98,20 +94,14 @@ class Avx512Weights:
             x_TI = F.pad(x_TI, (0, 1))
         elif x_TI.stride(1) != 1:
             x_TI = x_TI.contiguous()
-        rows = end - first
         x_stride = x_TI.stride(0) * self._element_size
         output_stride = self._out_features * self._element_size
-        tiles = -(-rows // MAX_TILE_ROWS)
         self._compute(
             x_TI.data_ptr() + first * x_stride,
             x_stride,
-            rows,
-            # Tiles of nearly the same size, for a small one takes longer for each row.
-            -(-rows // tiles),
+            end - first,
             output_TO.data_ptr() + first * output_stride,
             output_stride,
-            0,
-            self._panels,
         )
 
 

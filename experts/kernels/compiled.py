@@ -1,11 +1,13 @@
 """What functions share that Numba compiles for a CPU, to take the place of several operators of torch.
 
 With few rows an operator of torch costs more to call than to compute. Numba compiles these functions when they are
-first called and keeps the code on disk, beside the file of the function: who changes a function that others inline must
-delete what is kept of those. They round where torch's operators on the same dtype do. Each row is computed by itself,
+first called and keeps the code on disk, beside the file of the function, until that file or one of those in `_INLINED`
+changes. They round where torch's operators on the same dtype do. Each row is computed by itself,
 so its bits do not depend on the others. bfloat16 goes in and out as the uint16 of the same bits: see `as_array`.
 """
 
+import functools
+import hashlib
 import logging
 import os
 import tempfile
@@ -30,6 +32,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 # "numpy": a division by zero gives infinity, as with torch, and not an exception for which each would have to look.
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+# Of this folder: what compiled functions of other files have in their code.
+_INLINED = ("compiled.py", "compiled_product.py", "expert_arithmetic.py")
 # Sums may be taken in any order, but a loop is compiled once: the order is the same for all rows.
 SUMMING = {"reassoc", "contract", "nsz"}
 # Cody and Waite's split of ln 2, and the polynomial of Cephes' expf: within 2 units in the last place.
@@ -62,14 +66,23 @@ def compiled(**options: Any) -> Callable[[Function], Function]:
 
     def compile_function(function: Function) -> Function:
         try:
-            kept: Function = numba.njit(cache=True, **_OPTIONS, **options)(function)
+            kept: Any = numba.njit(cache=True, **_OPTIONS, **options)(function)
         except RuntimeError as error:
             # Numba finds no folder that it may write to.
             _LOG.warning("compiled code of %s is not kept: %s", function.__name__, error)
             return cast("Function", numba.njit(**_OPTIONS, **options)(function))
-        return kept
+        # Numba looks at the function's own file alone, and would go on using code that has others' in it.
+        kept_file = kept._cache._cache_file
+        kept_file._source_stamp = (kept_file._source_stamp, _inlined_digest())
+        return cast("Function", kept)
 
     return compile_function
+
+
+@functools.cache
+def _inlined_digest() -> str:
+    folder = Path(__file__).parent
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in _INLINED)).hexdigest()
 
 
 def inlined(**options: Any) -> Callable[[Function], Function]:

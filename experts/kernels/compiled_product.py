@@ -11,21 +11,19 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
+from experts.kernels.avx512_code import NUM_ARGUMENTS
 from experts.kernels.compiled import Array, Ints, inlined
 
 # What an array that describes a layer's weights has: see `describe`.
-_FUNCTION, _TILE_ROWS, _WEIGHTS, _STEPS, _BIAS, _OUTPUTS, _PANELS = range(7)
-_NUM_ARGUMENTS = 12
+_FUNCTION, _WEIGHTS, _STEPS, _BIAS, _OUTPUTS = range(5)
 
 
-def describe(
-    *, function: int, max_tile_rows: int, weights: int, steps: int, bias: int, outputs: int, panels: int
-) -> Ints:
+def describe(*, function: int, weights: int, steps: int, bias: int, outputs: int) -> Ints:
     """A layer's weights for `multiply`: addresses and sizes, as in `experts.kernels.avx512_code`.
 
     Whoever keeps it must keep the memory at those addresses.
     """
-    return np.array([function, max_tile_rows, weights, steps, bias, outputs, panels], dtype=np.int64)
+    return np.array([function, weights, steps, bias, outputs], dtype=np.int64)
 
 
 @inlined()
@@ -33,7 +31,6 @@ def multiply(product_I: Ints, x_TI: Array, first: int, end: int, output_TO: Arra
     """For compiled functions: writes the outputs of rows from `first` to `end` where such rows are in `output_TO`."""
     rows = end - first
     if rows > 0:
-        tiles = (rows + product_I[_TILE_ROWS] - 1) // product_I[_TILE_ROWS]
         _call(
             product_I[_FUNCTION],
             product_I[_WEIGHTS],
@@ -43,11 +40,8 @@ def multiply(product_I: Ints, x_TI: Array, first: int, end: int, output_TO: Arra
             np.int64(x_TI.ctypes.data) + first * x_TI.strides[0],
             x_TI.strides[0],
             rows,
-            (rows + tiles - 1) // tiles,
             np.int64(output_TO.ctypes.data) + first * output_TO.strides[0],
             output_TO.strides[0],
-            0,
-            product_I[_PANELS],
         )
 
 
@@ -57,10 +51,10 @@ def _call(typing_context: Any, function: Any, *arguments: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         integer = ir.IntType(64)
-        signature_of_function = ir.FunctionType(ir.VoidType(), [integer] * _NUM_ARGUMENTS)
+        signature_of_function = ir.FunctionType(ir.VoidType(), [integer] * NUM_ARGUMENTS)
         address = builder.inttoptr(values[0], signature_of_function.as_pointer())
-        builder.call(address, [builder.extract_value(values[1], place) for place in range(_NUM_ARGUMENTS)])
+        builder.call(address, [builder.extract_value(values[1], place) for place in range(NUM_ARGUMENTS)])
         return context.get_dummy_value()
 
-    integers: Any = types.StarArgTuple([types.int64] * _NUM_ARGUMENTS)  # type: ignore[no-untyped-call]
+    integers: Any = types.StarArgTuple([types.int64] * NUM_ARGUMENTS)  # type: ignore[no-untyped-call]
     return types.void(types.int64, integers), generate
