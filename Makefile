@@ -62,7 +62,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.serve: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing (about a minute, more on a slow network) …"
-	$(PIP_INSTALL) --editable '.[serve]'
+	$(PIP_INSTALL) --editable '.[serve,video]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.serve

@@ -22,7 +22,7 @@ from echovlm_ray.model.configuration import EchoVLMConfig
 from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
 from echovlm_ray.model.packing import MIN_OUT_FEATURES, PackedLinearLayer
 
-CONFIG = Path(__file__).resolve().parent.parent.parent / "shared" / "bench" / "config_4_experts.json"
+CONFIG = Path(__file__).resolve().parent / "configs" / "config_4_experts.json"
 RESULT = Path(__file__).resolve().parent / "results" / "backbone_linears.md"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BATCHES = (1, 8, 32)

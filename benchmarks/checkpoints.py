@@ -1,7 +1,7 @@
 """The checkpoints that the benchmarks measure, made once: `python -m benchmarks.checkpoints`.
 
-Random weights from a seed, in the sizes of `../shared/bench/`: whole in the released layout for plain `generate`, and
-split for the served system. They are kept in `checkpoints/bench/`, which git ignores.
+Random weights from a seed, in the sizes of `benchmarks/configs/`: whole in the released layout for plain `generate`,
+and split for the served system. They are kept in `checkpoints/bench/`, which git ignores.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from echovlm_ray.checkpoint.writer import write_released
 from router.expert_set import Routing
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = ROOT.parent / "shared" / "bench"
+CONFIGS = ROOT / "benchmarks" / "configs"
 FOLDER = ROOT / "checkpoints" / "bench"
 NAMES = ("4_experts", "7_experts")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

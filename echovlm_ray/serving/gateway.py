@@ -267,11 +267,7 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
             visual_tokens=visual_tokens,
             frames=[image.frames_taken for image in images],
         )
-        notices = tuple(
-            f"images[{index}]: {image.frames_taken} of its {image.source_frames} frames were looked at, evenly spread."
-            for index, image in enumerate(images)
-            if image.frames_taken < image.source_frames
-        )
+        notices = tuple(f"images[{index}]: {notice}" for index, image in enumerate(images) for notice in image.notices)
         return _Prepared(router_request, accepted, notices)
 
     async def _write(
@@ -316,12 +312,16 @@ class _ImageNote:
     """What is still needed of a decoded image once its pixels are cut into patches and gone."""
 
     frames_taken: int
-    source_frames: int
     anatomy_terms: tuple[str, ...]
+    notices: tuple[str, ...]
 
     @classmethod
     def of(cls, image: DecodedImage) -> "_ImageNote":
-        return cls(image.frames_taken, image.source_frames, image.anatomy_terms)
+        notices = image.notices
+        if image.frames_taken < image.source_frames:
+            spread = f"{image.frames_taken} of its {image.source_frames} frames were looked at, evenly spread."
+            notices = (spread, *notices)
+        return cls(image.frames_taken, image.anatomy_terms, notices)
 
 
 def _to_proto(item: VisionPatches) -> vision_pb2.VisionInput:

@@ -6,7 +6,6 @@ and its log and warnings are switched off (P12). How stored values become RGB is
 
 import io
 import logging
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.utils import get_expected_length
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, JPEGBaseline8Bit, RLELossless
 
+from echovlm_ray.vision.anatomy import anatomy_terms
 from echovlm_ray.vision.codestream import frame_size, says_adobe_ybr
 from echovlm_ray.vision.pixels import UnknownPixelsError, to_rgb
 from echovlm_ray.vision.regions import image_box
@@ -33,8 +33,6 @@ DAMAGED = "is a DICOM file that is damaged or truncated; export it again"
 ITEM_HEADER_BYTES = 8
 # A compressed frame longer than its pixels and this much is no compression, but something to be expanded.
 COMPRESSION_SLACK_BYTES = 64 * 1024
-MAX_TERMS = 8
-MAX_TERM_CHARACTERS = 64
 
 
 class InvalidDicomError(ValueError):
@@ -50,12 +48,14 @@ class DicomPicture:
         indices: where in the file they are; the last one may occur twice (see `sample_frames`).
         source_frames: how many frames the file has.
         anatomy_terms: from coded attributes only: free text may hold names.
+        notices: what was done differently from what the file or the configuration asks for, a sentence each.
     """
 
     frames: tuple[npt.NDArray[np.uint8], ...]
     indices: tuple[int, ...]
     source_frames: int
     anatomy_terms: tuple[str, ...]
+    notices: tuple[str, ...] = ()
 
 
 def is_dicom(content: bytes) -> bool:
@@ -192,13 +192,3 @@ def _rgb_frames(
         interpretations.add(str(properties["photometric_interpretation"]))
     (interpretation,) = interpretations
     return to_rgb(arrays, "RGB" if converted else interpretation, dataset)
-
-
-def anatomy_terms(dataset: Dataset) -> tuple[str, ...]:
-    """The coded names of what is shown: Body Part Examined, Anatomic Region, Primary Anatomic Structure."""
-    terms = [dataset.get("BodyPartExamined", "")]
-    for keyword in ("AnatomicRegionSequence", "PrimaryAnatomicStructureSequence"):
-        terms.extend(item.get("CodeMeaning", "") for item in dataset.get(keyword, None) or ())
-    words = [re.sub(r"\s+", " ", str(term)).strip() for term in terms]
-    fitting = [word for word in words if word and word.isprintable() and len(word) <= MAX_TERM_CHARACTERS]
-    return tuple(dict.fromkeys(fitting))[:MAX_TERMS]

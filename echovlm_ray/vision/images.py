@@ -52,12 +52,14 @@ class DecodedImage:
         frames_taken: how many different frames of the file those are.
         source_frames: how many frames the file has.
         anatomy_terms: DICOM's coded names of the body part shown.
+        notices: what was done differently from what the file or the configuration asks for, a sentence each.
     """
 
     frames: tuple[FrameArray, ...]
     frames_taken: int = 1
     source_frames: int = 1
     anatomy_terms: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
 
     @property
     def is_video(self) -> bool:
@@ -107,7 +109,8 @@ def _decode_dicom(content: bytes, limits: ImageLimits, field: str) -> DecodedIma
         )
     except InvalidDicomError as error:
         raise InvalidRequestError(field, str(error)) from None
-    return DecodedImage(picture.frames, len(set(picture.indices)), picture.source_frames, picture.anatomy_terms)
+    frames_taken = len(set(picture.indices))
+    return DecodedImage(picture.frames, frames_taken, picture.source_frames, picture.anatomy_terms, picture.notices)
 
 
 def _decode_still(content: bytes, kind: str, limits: ImageLimits, field: str) -> FrameArray:

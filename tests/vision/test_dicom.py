@@ -23,7 +23,8 @@ from pydicom.uid import (
 )
 
 from echovlm_ray.errors import InvalidRequestError
-from echovlm_ray.vision.dicom import InvalidDicomError, anatomy_terms, decode_dicom
+from echovlm_ray.vision.anatomy import anatomy_terms
+from echovlm_ray.vision.dicom import InvalidDicomError, decode_dicom
 from echovlm_ray.vision.images import DecodedImage, ImageLimits, decode_image_file
 from echovlm_ray.vision.regions import image_box
 from tests.vision.dicom_samples import REAL, made, made_compressed, real, region
