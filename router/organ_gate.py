@@ -1,13 +1,13 @@
 """The organ gate: which organs' experts a request uses, with what share, and how that was found out."""
 
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from protos import router_pb2
+from router import anatomy
 from router.errors import TooManyOrgansError, UnknownOrganError
 from router.expert_set import ExpertSet
 
@@ -18,18 +18,14 @@ class OrganProfile:
 
     Attributes:
         organ: its name in expert sets.
-        synonyms: words or phrases that mean it in a caller's hint or in a DICOM anatomy term.
+        synonyms: words or phrases that mean it in a caller's hint or in a DICOM anatomy term, besides those of
+            `router.anatomy`. Where both know a phrase, the bundle's meaning counts.
         prototype_D: the direction in which its images' pooled vision features lie, if it was ever measured.
     """
 
     organ: str
     synonyms: tuple[str, ...] = ()
     prototype_D: torch.Tensor | None = None
-    # The organ's name and its synonyms, cut into words.
-    phrases: tuple[list[str], ...] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "phrases", tuple(_words(phrase) for phrase in (self.organ, *self.synonyms)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +48,7 @@ class OrganGate:
         """One profile per organ.
 
         Args:
-            profiles: at most one per organ; an organ without one is known by its name alone.
+            profiles: at most one per organ; an organ without one is known by its name and by the anatomy table.
             default_organ: the organ of requests about which nothing is known.
             max_organs: how many organs a request may use.
         """
@@ -115,14 +111,12 @@ class OrganGate:
         return OrganChoice(_equal_shares([self._default_organ]), router_pb2.ORGAN_SOURCE_DEFAULT)
 
     def _named(self, hints: Sequence[str], expert_set: ExpertSet) -> list[str]:
-        named: list[str] = []
+        named: set[str] = set()
         for hint in hints:
-            words = _words(hint)
-            organ = next((organ for organ in expert_set.organs if words in self._phrases_of(organ)), None)
-            if organ is None:
+            found = self._organs_in([hint], expert_set)[0]
+            if not found:
                 raise UnknownOrganError(f"there is no organ {hint[:64]!r}: choose from {', '.join(expert_set.organs)}")
-            if organ not in named:
-                named.append(organ)
+            named.update(found)
         if len(named) > self._max_organs:
             raise TooManyOrgansError(
                 f"{len(named)} organs are named and a request may use {self._max_organs} "
@@ -131,13 +125,25 @@ class OrganGate:
         return sorted(named, key=expert_set.organs.index)
 
     def _in_terms(self, terms: Sequence[str], expert_set: ExpertSet) -> list[str]:
-        votes = {
-            organ: sum(any(_contains(_words(term), phrase) for phrase in self._phrases_of(organ)) for term in terms)
-            for organ in expert_set.organs
-        }
+        found = self._organs_in(terms, expert_set)
+        votes = {organ: sum(organ in organs for organs in found) for organ in expert_set.organs}
         # Sorting is stable, so among equals the set's order decides.
         ranked = sorted((organ for organ in votes if votes[organ]), key=lambda organ: -votes[organ])
         return sorted(ranked[: self._max_organs], key=expert_set.organs.index)
+
+    def _organs_in(self, terms: Sequence[str], expert_set: ExpertSet) -> list[list[str]]:
+        own = self._own_phrases(expert_set)
+        return [[organ for organ in anatomy.organs_in(term, own) if organ in expert_set.organs] for term in terms]
+
+    def _own_phrases(self, expert_set: ExpertSet) -> Mapping[anatomy.Phrase, str]:
+        """What the set's names and its bundles' synonyms mean; of two with one phrase the first in the set."""
+        own: dict[anatomy.Phrase, str] = {}
+        for organ in expert_set.organs:
+            profile = self._profiles.get(organ)
+            for term in (organ, *(profile.synonyms if profile else ())):
+                for phrase in anatomy.phrases(term):
+                    own.setdefault(phrase, organ)
+        return own
 
     def _nearest(self, pooled_D: torch.Tensor, expert_set: ExpertSet) -> str | None:
         pooled_D = pooled_D.float().cpu()
@@ -150,19 +156,6 @@ class OrganGate:
             if similarity > highest:
                 nearest, highest = organ, similarity
         return nearest
-
-    def _phrases_of(self, organ: str) -> Sequence[list[str]]:
-        profile = self._profiles.get(organ)
-        return [_words(organ)] if profile is None else profile.phrases
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold())
-
-
-def _contains(words: list[str], phrase: list[str]) -> bool:
-    width = len(phrase)
-    return width > 0 and any(words[start : start + width] == phrase for start in range(len(words) - width + 1))
 
 
 def _equal_shares(organs: Sequence[str]) -> tuple[tuple[str, float], ...]:

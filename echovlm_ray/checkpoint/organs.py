@@ -1,13 +1,13 @@
-"""The words by which requests and DICOM attributes may call the seven regions, in English and Chinese."""
+"""What the manifests of bundles made here say of the seven regions; `router.anatomy` knows many more terms."""
 
 from collections.abc import Mapping
 
 ORGAN_SYNONYMS: Mapping[str, tuple[str, ...]] = {
     "breast": ("breasts", "mamma", "mammary gland", "乳腺", "乳房"),
-    "gynaecology": ("gynecology", "uterus", "ovary", "ovaries", "pelvis", "endometrium", "妇科", "子宫", "卵巢"),
+    "gynaecology": ("gynecology", "uterus", "ovary", "ovaries", "endometrium", "妇科", "子宫", "卵巢"),
     "heart": ("cardiac", "echocardiography", "echocardiogram", "心脏"),
     "kidney": ("kidneys", "renal", "urinary tract", "肾", "肾脏"),
-    "liver": ("hepatic", "abdomen", "肝", "肝脏"),
+    "liver": ("hepatic", "肝", "肝脏"),
     "thyroid": ("thyroid gland", "甲状腺"),
     "vessel": ("vessels", "vascular", "carotid", "artery", "vein", "血管"),
 }

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence as Sequences
 
+import numpy as np
 import torch
 
 from echovlm_ray.engine.sequence import SamplingParams, Sequence
@@ -66,7 +67,10 @@ def _highest_together(rows: Sequences[torch.Tensor]) -> list[tuple[float, int]]:
 def _draw(sequence: Sequence, logits_V: torch.Tensor) -> int:
     assert sequence.generator is not None
     probability_V = distribution(sequence.request.sampling, sequence.token_ids, logits_V)
-    return int(torch.multinomial(probability_V, 1, generator=sequence.generator))
+    cumulative_V = probability_V.numpy().cumsum(dtype=np.float64)
+    # Strictly below the sum, so that the place found is one where the sum grows: a token that can be drawn.
+    height = min(sequence.generator.random() * cumulative_V[-1], np.nextafter(cumulative_V[-1], 0))
+    return int(cumulative_V.searchsorted(height, side="right"))
 
 
 def distribution(sampling: SamplingParams, token_ids: Sequences[int], logits_V: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Sequence as Sequences
 from dataclasses import dataclass, field
 from enum import Enum
 
+import numpy as np
 import torch
 
 from echovlm_ray.engine.block_pool import BLOCK_SIZE
@@ -39,7 +40,7 @@ class SamplingParams:
     top_p: float = 1.0
     # 1 changes nothing.
     repetition_penalty: float = 1.0
-    # None draws a seed.
+    # From 0 to 2^64 - 1, each with draws of its own; None draws one.
     seed: int | None = None
 
 
@@ -117,7 +118,7 @@ class Sequence:
     # All that may compute its tokens, in the order of the expert set.
     experts: tuple[ExpertSetMember, ...]
     token_ids: list[int]
-    generator: torch.Generator | None
+    generator: np.random.Generator | None
     # In `time.monotonic` seconds.
     deadline: float
     prefix: PrefixKeys
@@ -150,11 +151,8 @@ class Sequence:
         """A sequence at its first step, which ends at its deadline or after `max_seconds`, whichever is first."""
         generator = None
         if request.sampling.temperature > 0:
-            generator = torch.Generator()
-            if request.sampling.seed is None:
-                generator.seed()
-            else:
-                generator.manual_seed(request.sampling.seed)
+            # numpy's, since torch's on the CPU looks at the lower 32 bits of a seed alone.
+            generator = np.random.default_rng(request.sampling.seed)
         deadline = time.monotonic() + max_seconds
         if request.deadline is not None:
             deadline = min(deadline, request.deadline)

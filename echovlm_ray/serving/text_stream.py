@@ -37,7 +37,12 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Ends a text before the first of some strings."""
+    """Ends a text before the first of some strings: the one that begins first, not the one that is complete first.
+
+    The result does not depend on how the text is cut into pieces. Of "abc" and "b", "abc" ends the text "xabc" at "x",
+    and "b" ends "xabd" at "xa": while "abc" may still come, nothing from its "a" on is given out. Where two begin at
+    one place, the text ends at that place whichever of them it is.
+    """
 
     def __init__(self, stop: Sequence[str]) -> None:
         """`stop` holds no empty string; it may be empty itself."""
@@ -47,23 +52,31 @@ class StopStrings:
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """Further text that certainly belongs to the answer. Sets `stopped` when a string occurred."""
+        """Further text that certainly belongs to the answer. Sets `stopped` when it is certain where it ends."""
         if self.stopped:
             return ""
         text = self._held + text
-        found = [position for string in self._stop if (position := text.find(string)) >= 0]
-        if found:
+        found = self._first(text)
+        begun = len(text) - max((_overlap(text, string) for string in self._stop), default=0)
+        if found is not None and found <= begun:
             self.stopped = True
             self._held = ""
-            return text[: min(found)]
-        keep = max((_overlap(text, string) for string in self._stop), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+            return text[:found]
+        self._held = text[begun:]
+        return text[:begun]
 
     def finish(self) -> str:
-        """What was held back because a stop string might have begun."""
+        """What was held back because a stop string might have begun. Sets `stopped` when another one is in it."""
         held, self._held = self._held, ""
-        return held
+        found = self._first(held)
+        if found is None:
+            return held
+        self.stopped = True
+        return held[:found]
+
+    def _first(self, text: str) -> int | None:
+        """Where the first stop string begins that is complete."""
+        return min((place for string in self._stop if (place := text.find(string)) >= 0), default=None)
 
 
 def _overlap(text: str, string: str) -> int:

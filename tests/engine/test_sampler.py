@@ -1,6 +1,7 @@
 import math
 from typing import cast
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -93,6 +94,37 @@ def test_a_seed_repeats_itself_and_another_does_not() -> None:
     assert draws[0] == draws[1]
     assert draws[0] != draws[2]
     assert draws[0] != draws[3]
+
+
+def test_every_seed_of_64_bits_has_draws_of_its_own() -> None:
+    logits_V = torch.zeros(VOCABULARY)
+    edges = {power for bits in range(65) for power in (2**bits - 1, 2**bits, 2**bits + 1) if power < 2**64}
+    drawn = {}
+    for seed in sorted(edges):
+        own, again = (sequence(SamplingParams(temperature=1.0, seed=seed), [0]) for _ in range(2))
+        drawn[seed] = tuple(next_token(own, logits_V) for _ in range(16))
+        assert drawn[seed] == tuple(next_token(again, logits_V) for _ in range(16))
+    assert drawn[0] != drawn[2**63]
+    assert len(set(drawn.values())) == len(edges)
+
+
+def test_a_token_without_probability_is_never_drawn() -> None:
+    logits_V = torch.full((VOCABULARY,), -torch.inf)
+    logits_V[[0, 20, VOCABULARY - 1]] = 0.0
+    own = sequence(SamplingParams(temperature=1.0, seed=5), [0])
+    for number in (0.0, 1 / 3, 0.5, 1 - 2**-53):
+        own.generator = cast(np.random.Generator, _Drawn(number))
+        assert next_token(own, logits_V) in (0, 20, VOCABULARY - 1)
+
+
+class _Drawn:
+    """A generator that always draws one number."""
+
+    def __init__(self, number: float) -> None:
+        self.number = number
+
+    def random(self) -> float:
+        return self.number
 
 
 def test_greedy_takes_the_largest_and_honours_the_penalty() -> None:

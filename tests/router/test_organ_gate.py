@@ -53,9 +53,32 @@ def test_dicom_terms_are_matched_word_by_word(gate: OrganGate, term: str, organ:
     assert choice.source == router_pb2.ORGAN_SOURCE_DICOM
 
 
-@pytest.mark.parametrize("term", ["", "hearty meal", "ventricle left", "abdomen", "!"])
+@pytest.mark.parametrize("term", ["", "hearty meal", "lateral ventricle", "abdomen", "kidney", "!"])
 def test_other_terms_say_nothing(gate: OrganGate, term: str) -> None:
     assert gate.choose([], [term], None, expert_set()).source == router_pb2.ORGAN_SOURCE_DEFAULT
+
+
+@pytest.mark.parametrize(
+    ("hint", "organ"),
+    [("心脏", "heart"), ("Thyroid Gland", "thyroid"), ("左乳", "breast"), ("common carotids", "vessel")],
+)
+def test_a_caller_may_use_any_term_of_the_table(gate: OrganGate, hint: str, organ: str) -> None:
+    choice = gate.choose([hint], [], None, expert_set())
+    assert (choice.shares, choice.source) == (((organ, 1.0),), router_pb2.ORGAN_SOURCE_CALLER)
+
+
+@pytest.mark.parametrize("hint", ["kidney", "renal pelvis", "前列腺", "abdomen", "heartx"])
+def test_a_hint_that_means_no_organ_of_the_set_is_refused(gate: OrganGate, hint: str) -> None:
+    with pytest.raises(UnknownOrganError, match="there is no organ"):
+        gate.choose([hint], [], None, expert_set())
+
+
+def test_a_bundle_may_bring_terms_of_its_own_and_they_come_first() -> None:
+    profiles = [OrganProfile("lung", ("pulmo", "coronary artery"))]
+    gate = OrganGate(profiles, default_organ="heart", max_organs=2)
+    with_lung = expert_set(organs=("heart", "lung"))
+    for term, organ in [("Lung", "lung"), ("PULMO", "lung"), ("Coronary artery", "lung"), ("Mitral valve", "heart")]:
+        assert gate.choose([], [term], None, with_lung).shares == ((organ, 1.0),)
 
 
 def test_of_many_organs_in_the_terms_the_most_frequent_remain(gate: OrganGate) -> None:

@@ -1,5 +1,7 @@
 """Tokens to text: whole characters, the same text as at once, and stop strings that never show."""
 
+import itertools
+
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -69,30 +71,40 @@ def stopped(stop: list[str], parts: list[str]) -> tuple[list[str], bool]:
     return [*out, stream.finish()], stream.stopped
 
 
-@given(
-    stop=st.lists(st.text(alphabet="abc", min_size=1, max_size=4), max_size=3),
-    parts=st.lists(st.text(alphabet="abc", max_size=4), max_size=12),
-)
-@settings(max_examples=400)
+STOPS = st.lists(st.text(alphabet="abc肝🫀", min_size=1, max_size=4), max_size=4)
+
+
+@given(stop=STOPS, parts=st.lists(st.text(alphabet="abc肝🫀", max_size=4), max_size=12))
+@settings(max_examples=600)
 @example(stop=["aab"], parts=["aaa", "b"])
 @example(stop=["abc", "b"], parts=["a", "b", "c"])
-def test_the_answer_ends_before_the_first_stop_string(stop: list[str], parts: list[str]) -> None:
+@example(stop=["abc", "b"], parts=["abc"])
+@example(stop=["abc", "b"], parts=["a", "b"])
+@example(stop=["abc", "b"], parts=["ab", "b"])
+@example(stop=["ab", "abc"], parts=["ab", "c"])
+@example(stop=["abca", "ca", "bcab"], parts=["abc", "ab"])
+def test_the_answer_ends_before_the_stop_string_that_begins_first(stop: list[str], parts: list[str]) -> None:
+    whole = "".join(parts)
+    places = [place for string in stop if (place := whole.find(string)) >= 0]
     out, found = stopped(stop, parts)
-    text = "".join(out)
-    # What one sees who reads character by character: the first string to be complete ends the answer.
-    expected, ended = "".join(parts), False
-    for end in range(1, len(expected) + 1):
-        hits = [string for string in stop if expected[:end].endswith(string)]
-        if hits:
-            ended = True
-            break
-    assert found == ended
-    if not ended:
-        assert text == expected
-    else:
-        assert expected.startswith(text)
-        assert not any(string in text for string in stop)
-        assert any(expected[len(text) :].startswith(string) for string in stop)
+    assert "".join(out) == whole[: min(places, default=len(whole))]
+    assert found == bool(places)
+
+
+@given(stop=STOPS, text=st.text(alphabet="abc肝🫀", max_size=16), cuts=st.lists(st.integers(0, 16), max_size=16))
+@settings(max_examples=300)
+def test_how_the_text_is_cut_changes_nothing(stop: list[str], text: str, cuts: list[int]) -> None:
+    edges = [0, *sorted(cut for cut in cuts if cut <= len(text)), len(text)]
+    parts = [text[start:end] for start, end in itertools.pairwise(edges)]
+    out, found = stopped(stop, parts)
+    at_once, found_at_once = stopped(stop, [text])
+    assert ("".join(out), found) == ("".join(at_once), found_at_once)
+
+
+def test_text_ends_as_soon_as_no_other_string_can_begin_before_it() -> None:
+    assert stopped(["abc", "b"], ["xab", "d", "more"]) == (["x", "a", "", ""], True)
+    assert stopped(["abc", "b"], ["xab"]) == (["x", "a"], True)
+    assert stopped(["abc", "b"], ["b", "more"]) == (["", "", ""], True)
 
 
 def test_only_what_may_begin_a_stop_string_is_held_back() -> None:

@@ -205,4 +205,4 @@ class Shadow:
 
 def drawn_seed() -> int:
     """A seed for a request that has none, so that its shadow draws as it does."""
-    return secrets.randbits(63)
+    return secrets.randbits(64)
