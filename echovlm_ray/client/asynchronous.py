@@ -6,6 +6,7 @@ from typing import Self, Unpack
 
 import grpc
 
+from echovlm_ray.client.arguments import timeout
 from echovlm_ray.client.connection import DEFAULT_ADDRESS, TLS, call_metadata, channel_options, check_connection
 from echovlm_ray.client.errors import InternalServerError, from_rpc_error
 from echovlm_ray.client.request import GenerateOptions, Image, build_request
@@ -98,6 +99,7 @@ class AsyncEchoVLMClient:
         retry: bool = True,
     ) -> None:
         check_connection(address, token, tls)
+        self._timeout_s = timeout("timeout_s", timeout_s)
         options = channel_options(address, tls, retry=retry)
         if tls is None:
             self._channel = grpc.aio.insecure_channel(address, options)
@@ -106,7 +108,6 @@ class AsyncEchoVLMClient:
         self._stub = echovlm_pb2_grpc.EchoVLMStub(self._channel)
         self._address = address
         self._token = token
-        self._timeout_s = timeout_s
 
     async def generate(
         self,
@@ -171,4 +172,4 @@ class AsyncEchoVLMClient:
         await self.close()
 
     def _timeout(self, timeout_s: float | None) -> float | None:
-        return self._timeout_s if timeout_s is None else timeout_s
+        return self._timeout_s if timeout_s is None else timeout("timeout_s", timeout_s)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import grpc
 
+from echovlm_ray.client.arguments import invalid, text
+
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 REQUEST_ID_KEY = "x-request-id"
 # What the server takes; any other id it would replace by one of its own.
@@ -73,9 +75,13 @@ def check_connection(address: str, token: str | None, tls: TLS | None) -> None:
     Raises:
         ValueError: an empty address, a URL instead of host:port, a token that would cross the network in the clear.
     """
+    text("address", address)
+    if tls is not None and not isinstance(tls, TLS):
+        raise invalid("tls", f"is a {type(tls).__name__}; give a TLS()")
     if not address or "//" in address:
         raise ValueError(f"the address is {address!r}; give host:port, for example {DEFAULT_ADDRESS!r}")
     if token is not None:
+        text("token", token)
         if not re.fullmatch(r"[!-~]+", token):
             raise ValueError("the token must be one line of printable ASCII without spaces: check the token file")
         if tls is None and not LOOPBACK.match(address):
@@ -105,7 +111,7 @@ def call_metadata(token: str | None, request_id: str | None) -> tuple[str, tuple
     Raises:
         ValueError: the id is not 1 to 128 of A-Z a-z 0-9 . _ : / -
     """
-    if request_id is not None and not REQUEST_ID_PATTERN.fullmatch(request_id):
+    if request_id is not None and not REQUEST_ID_PATTERN.fullmatch(text("request_id", request_id)):
         raise ValueError("request_id must be 1 to 128 of these characters: A-Z a-z 0-9 . _ : / -")
     identity = request_id or uuid.uuid4().hex
     metadata = ((REQUEST_ID_KEY, identity),)

@@ -17,6 +17,7 @@ from typing import Any, Self, TypeVar
 
 import grpc
 
+from echovlm_ray.client.arguments import message, timeout
 from echovlm_ray.client.bundle_upload import open_upload
 from echovlm_ray.client.connection import TLS, call_metadata, channel_options, check_connection
 from echovlm_ray.client.errors import from_rpc_error
@@ -62,6 +63,7 @@ class ExpertControlClient:
         timeout_s: float | None = 30.0,
     ) -> None:
         check_connection(address, token, tls)
+        self._timeout_s = timeout("timeout_s", timeout_s)
         options = [
             *channel_options(address, tls, retry=False),
             ("grpc.max_receive_message_length", MAX_ANSWER_BYTES),
@@ -75,7 +77,6 @@ class ExpertControlClient:
         self._stub = control_pb2_grpc.ExpertControlStub(self._channel)
         self.address = address
         self._token = token
-        self._timeout_s = timeout_s
 
     def push(
         self,
@@ -109,8 +110,14 @@ class ExpertControlClient:
         dry_run: bool = False,
     ) -> control_pb2.OperationResponse:
         """Begins a rollout of a bundle, named by its version in the registry or by its digest."""
-        request = control_pb2.StageRequest(
-            organ=organ, version=version, digest=digest, actor=actor, reason=reason, dry_run=dry_run
+        request = message(
+            control_pb2.StageRequest,
+            organ=organ,
+            version=version,
+            digest=digest,
+            actor=actor,
+            reason=reason,
+            dry_run=dry_run,
         )
         return self._call(self._stub.Stage, control_pb2.OperationResponse, request)
 
@@ -134,14 +141,18 @@ class ExpertControlClient:
         self, organ: str, *, digest: str = "", actor: str, reason: str = "", dry_run: bool = False
     ) -> control_pb2.OperationResponse:
         """Makes the candidate the organ's version for all new requests."""
-        request = control_pb2.OrganRequest(organ=organ, digest=digest, actor=actor, reason=reason, dry_run=dry_run)
+        request = message(
+            control_pb2.OrganRequest, organ=organ, digest=digest, actor=actor, reason=reason, dry_run=dry_run
+        )
         return self._call(self._stub.Promote, control_pb2.OperationResponse, request)
 
     def rollback(
         self, organ: str, *, digest: str = "", actor: str, reason: str = "", dry_run: bool = False
     ) -> control_pb2.OperationResponse:
         """Ends a candidate's rollout; where none is in flight, brings back the version that was stable before."""
-        request = control_pb2.OrganRequest(organ=organ, digest=digest, actor=actor, reason=reason, dry_run=dry_run)
+        request = message(
+            control_pb2.OrganRequest, organ=organ, digest=digest, actor=actor, reason=reason, dry_run=dry_run
+        )
         return self._call(self._stub.Rollback, control_pb2.OperationResponse, request)
 
     def retire(
@@ -155,19 +166,25 @@ class ExpertControlClient:
         dry_run: bool = False,
     ) -> control_pb2.OperationResponse:
         """Takes an organ, or one version of it, out of service for good."""
-        request = control_pb2.RetireRequest(
-            organ=organ, version=version, digest=digest, actor=actor, reason=reason, dry_run=dry_run
+        request = message(
+            control_pb2.RetireRequest,
+            organ=organ,
+            version=version,
+            digest=digest,
+            actor=actor,
+            reason=reason,
+            dry_run=dry_run,
         )
         return self._call(self._stub.Retire, control_pb2.OperationResponse, request)
 
     def apply(self, rollout_json: str, *, actor: str, dry_run: bool = False) -> control_pb2.OperationResponse:
         """Stages what a rollout file says, with its steps; applying it again changes nothing."""
-        request = control_pb2.ApplyRequest(rollout_json=rollout_json, actor=actor, dry_run=dry_run)
+        request = message(control_pb2.ApplyRequest, rollout_json=rollout_json, actor=actor, dry_run=dry_run)
         return self._call(self._stub.Apply, control_pb2.OperationResponse, request)
 
     def list(self, organ: str = "") -> control_pb2.ListResponse:
         """The live expert set, the rollouts, the replicas, and the bundles of the registry; of one organ or of all."""
-        return self._call(self._stub.List, control_pb2.ListResponse, control_pb2.ListRequest(organ=organ))
+        return self._call(self._stub.List, control_pb2.ListResponse, message(control_pb2.ListRequest, organ=organ))
 
     def history(
         self, organ: str = "", *, last: int = 0, verify: bool = False, noted_hash: str = ""
@@ -180,7 +197,7 @@ class ExpertControlClient:
             verify: also check the whole chain of hashes; what is wrong is then in `faults`.
             noted_hash: with `verify`, a head that was noted earlier and must be in the chain.
         """
-        request = control_pb2.HistoryRequest(organ=organ, last=last, verify=verify, noted_hash=noted_hash)
+        request = message(control_pb2.HistoryRequest, organ=organ, last=last, verify=verify, noted_hash=noted_hash)
         return self._call(self._stub.History, control_pb2.HistoryResponse, request)
 
     def watch(self) -> Iterator[control_pb2.ControlState]:
@@ -223,6 +240,12 @@ class ExpertControlClient:
 def _traffic(
     organ: str, percent: float, digest: str, actor: str, reason: str, dry_run: bool
 ) -> control_pb2.TrafficRequest:
-    return control_pb2.TrafficRequest(
-        organ=organ, percent=percent, digest=digest, actor=actor, reason=reason, dry_run=dry_run
+    return message(
+        control_pb2.TrafficRequest,
+        organ=organ,
+        percent=percent,
+        digest=digest,
+        actor=actor,
+        reason=reason,
+        dry_run=dry_run,
     )

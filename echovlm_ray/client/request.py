@@ -1,14 +1,16 @@
 """Makes the request message of what a caller wrote: options checked where the client can, files read."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, TypedDict, get_args
+from typing import Any, BinaryIO, Literal, TypedDict, get_args
 
-from echovlm_ray.client.errors import FieldViolation, InvalidRequestError
+from echovlm_ray.client.arguments import MAX_FLOAT32, integer, invalid, number, text, texts
+from echovlm_ray.client.errors import InvalidRequestError
 from protos import echovlm_pb2, router_pb2
 
-Image = str | os.PathLike[str] | bytes
+# A path, the bytes of a file, or a file opened for reading bytes (also `io.BytesIO`), read from where it stands.
+Image = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
 Task = Literal["report", "findings", "impression", "diagnosis", "caption", "vqa", "free"]
 Language = Literal["en", "zh"]
 
@@ -25,10 +27,11 @@ LANGUAGES: dict[str, echovlm_pb2.Language] = {
     "en": echovlm_pb2.LANGUAGE_ENGLISH,
     "zh": echovlm_pb2.LANGUAGE_CHINESE,
 }
+WHAT_IMAGES_ARE = "a path, or the bytes or an open file of a PNG, JPEG or DICOM"
 # A protobuf message cannot be longer than 2 GiB.
 MAX_REQUEST_BYTES = 2**31 - 64 * 1024
 # What a field of the message can hold; what the server allows is less, and it says so itself.
-MAX_UINT32 = 2**32 - 1
+MAX_UINT32, MAX_UINT64 = 2**32 - 1, 2**64 - 1
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -81,24 +84,23 @@ def build_request(
     """The message of one request; options are those of `GenerateOptions`.
 
     Raises:
-        InvalidRequestError: an unknown task or language, a value that the message cannot hold, a file that cannot
-            be read, is empty, or makes the request too long. The server checks everything else.
+        InvalidRequestError: an argument of the wrong type or out of range, text that cannot be sent, a file that
+            cannot be read, is empty, or makes the request too long. It names the argument. The server checks the rest.
     """
-    if task not in TASKS:
-        raise _invalid("task", f"is {task!r}; it must be one of {', '.join(get_args(Task))}")
-    if language not in LANGUAGES:
-        raise _invalid("language", f"is {language!r}; it must be one of {', '.join(LANGUAGES)}")
-    if task in ("free", "vqa") and not prompt.strip():
-        raise _invalid("prompt", f"is empty, and the task {task!r} asks nothing without it: give a prompt")
-    for name, number in (("top_k", top_k), ("max_new_tokens", max_new_tokens)):
-        if number is not None and not 0 <= number <= MAX_UINT32:
-            raise _invalid(name, f"is {number}; it must be from 0 to {MAX_UINT32}")
-    if max_new_tokens == 0:
-        raise _invalid("max_new_tokens", "is 0; ask for at least one token, or leave it out for the server's default")
-    if seed is not None and not 0 <= seed < 2**64:
-        raise _invalid("sampling.seed", f"is {seed}; it must be from 0 to 2^64 - 1")
+    if text("task", task) not in TASKS:
+        raise invalid("task", f"is {task!r}; it must be one of {', '.join(get_args(Task))}")
+    if text("language", language) not in LANGUAGES:
+        raise invalid("language", f"is {language!r}; it must be one of {', '.join(LANGUAGES)}")
+    if not text("prompt", prompt).strip() and task in ("free", "vqa"):
+        raise invalid("prompt", f"is empty, and the task {task!r} asks nothing without it: give a prompt")
+    if max_new_tokens is not None and integer("max_new_tokens", max_new_tokens, 0, MAX_UINT32) == 0:
+        raise invalid("max_new_tokens", "is 0; ask for at least one token, or leave it out for the server's default")
     sampling = router_pb2.Sampling(
-        temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed
+        temperature=number("sampling.temperature", temperature, 0, MAX_FLOAT32),
+        top_k=integer("top_k", top_k, 0, MAX_UINT32),
+        top_p=number("sampling.top_p", top_p, 0, 1),
+        repetition_penalty=number("sampling.repetition_penalty", repetition_penalty, 0, MAX_FLOAT32),
+        seed=None if seed is None else integer("sampling.seed", seed, 0, MAX_UINT64),
     )
     contents = read_images(images)
     return echovlm_pb2.GenerateRequest(
@@ -106,77 +108,78 @@ def build_request(
         language=LANGUAGES[language],
         prompt=prompt,
         images=[echovlm_pb2.ImageFile(content=content) for content in contents],
-        organs=_strings("organs", organs),
+        organs=texts("organs", organs),
         sampling=sampling,
         max_new_tokens=max_new_tokens or 0,
-        stop=_strings("stop", stop),
-        session_key=session_key,
+        stop=texts("stop", stop),
+        session_key=text("session_key", session_key),
     )
 
 
 def read_images(images: Image | Sequence[Image]) -> list[bytes]:
-    """The content of each image: a path is read, bytes are taken as they are. One image needs no list.
+    """The content of each image: files are read, bytes are taken as they are. One image needs no list.
 
     Raises:
-        InvalidRequestError: a file is missing, unreadable, or empty; or all together are too long for one request.
+        InvalidRequestError: something is no image, missing, unreadable, or empty; or all together are too long for one
+            request.
     """
-    if isinstance(images, str | os.PathLike | bytes):
+    if isinstance(images, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(images, "read"):
         images = [images]
+    if not isinstance(images, Iterable) or hasattr(images, "__array__"):
+        raise invalid("images", f"is a {type(images).__name__}; give {WHAT_IMAGES_ARE}, or a list of those")
     contents: list[bytes] = []
-    total = 0
     for index, image in enumerate(images):
-        field = f"images[{index}].content"
-        if isinstance(image, str | os.PathLike):
-            path = Path(image)
-            total += _file_size(path, field)
-            _check_total(total, field)
-            contents.append(_read(path, field))
-        elif isinstance(image, bytes | bytearray | memoryview):
-            total += len(image)
-            _check_total(total, field)
-            contents.append(bytes(image))
-        else:
-            raise _invalid(field, f"is a {type(image).__name__}; give a path or the bytes of a PNG, JPEG or DICOM file")
-        if not contents[-1]:
-            name = f"{image}" if isinstance(image, str | os.PathLike) else "the image"
-            raise _invalid(field, f"{name} is empty: give a PNG, JPEG or DICOM file")
+        contents.append(_content(image, f"images[{index}].content", MAX_REQUEST_BYTES - sum(map(len, contents))))
     return contents
 
 
-def _file_size(path: Path, field: str) -> int:
+def _content(image: Image, field: str, room: int) -> bytes:
+    if isinstance(image, str | os.PathLike):
+        content = _read_path(os.fsdecode(image), field, room)
+        name = os.fsdecode(image)
+    elif isinstance(image, bytes | bytearray | memoryview):
+        _check_room(memoryview(image).nbytes, field, room)
+        content, name = bytes(image), "the image"
+    elif hasattr(image, "read"):
+        content, name = _read_open(image, field, room), "the file, from where it stands (seek(0) goes to its start),"
+    else:
+        raise invalid(field, f"is a {type(image).__name__}; give {WHAT_IMAGES_ARE}")
+    if not content:
+        raise invalid(field, f"{name} is empty: give a PNG, JPEG or DICOM file")
+    return content
+
+
+def _read_path(path: str, field: str, room: int) -> bytes:
     try:
-        if path.is_dir():
-            raise _invalid(field, f"{path} is a folder: name the files in it")
-        return path.stat().st_size
+        if os.path.isdir(path):
+            raise invalid(field, f"{path} is a folder: name the files in it")
+        with Path(path).open("rb") as file:
+            # Before it is read: the file may be larger than the memory.
+            _check_room(os.fstat(file.fileno()).st_size, field, room)
+            return _read_open(file, field, room)
+    except FileNotFoundError:
+        raise invalid(field, f"there is no file {path}: check the path") from None
     except OSError as error:
-        raise _unreadable(path, field, error) from error
+        raise invalid(field, f"{path} cannot be read: {error.strerror}") from error
+    except InvalidRequestError:
+        raise
+    except ValueError:
+        raise invalid(field, f"{path!r} is no path: it has a character that no path can have") from None
 
 
-def _read(path: Path, field: str) -> bytes:
+def _read_open(file: Any, field: str, room: int) -> bytes:
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise _unreadable(path, field, error) from error
+        content = file.read(room + 1)
+    except ValueError as error:
+        raise invalid(field, f"the file cannot be read ({error}): open it with mode 'rb'") from None
+    if not isinstance(content, bytes | bytearray | memoryview):
+        raise invalid(field, f"reading the file gives a {type(content).__name__}, not bytes: open it with mode 'rb'")
+    _check_room(memoryview(content).nbytes, field, room)
+    return bytes(content)
 
 
-def _check_total(total: int, field: str) -> None:
-    if total > MAX_REQUEST_BYTES:
-        raise _invalid(
-            field, f"brings the request to {total} bytes, and one request holds at most {MAX_REQUEST_BYTES}: send less"
+def _check_room(size: int, field: str, room: int) -> None:
+    if size > room:
+        raise invalid(
+            field, f"brings the request above {MAX_REQUEST_BYTES} bytes, and one request holds at most that: send less"
         )
-
-
-def _unreadable(path: Path, field: str, error: OSError) -> InvalidRequestError:
-    if isinstance(error, FileNotFoundError):
-        return _invalid(field, f"there is no file {path}: check the path")
-    return _invalid(field, f"{path} cannot be read: {error.strerror}")
-
-
-def _strings(field: str, values: Sequence[str]) -> list[str]:
-    # A lone string is a sequence of its letters, which nobody means.
-    return [values] if isinstance(values, str) else list(values)
-
-
-def _invalid(field: str, description: str) -> InvalidRequestError:
-    violation = FieldViolation(field, description)
-    return InvalidRequestError(str(violation), violations=[violation])

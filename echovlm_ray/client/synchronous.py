@@ -6,6 +6,7 @@ from typing import Self, Unpack
 
 import grpc
 
+from echovlm_ray.client.arguments import timeout
 from echovlm_ray.client.connection import DEFAULT_ADDRESS, TLS, call_metadata, channel_options, check_connection
 from echovlm_ray.client.errors import InternalServerError, from_rpc_error
 from echovlm_ray.client.request import GenerateOptions, Image, build_request
@@ -100,6 +101,7 @@ class EchoVLMClient:
         retry: bool = True,
     ) -> None:
         check_connection(address, token, tls)
+        self._timeout_s = timeout("timeout_s", timeout_s)
         options = channel_options(address, tls, retry=retry)
         if tls is None:
             self._channel = grpc.insecure_channel(address, options)
@@ -108,7 +110,6 @@ class EchoVLMClient:
         self._stub = echovlm_pb2_grpc.EchoVLMStub(self._channel)
         self._address = address
         self._token = token
-        self._timeout_s = timeout_s
 
     def generate(
         self,
@@ -121,8 +122,9 @@ class EchoVLMClient:
         """The whole answer at once.
 
         Args:
-            images: PNG, JPEG or DICOM files (stills or cine loops), each a path or its bytes; one needs no list.
-            timeout_s: for this call, in seconds.
+            images: PNG, JPEG or DICOM files (stills or cine loops), each a path, its bytes, or a file opened with
+                mode "rb"; one needs no list.
+            timeout_s: for this call, in seconds; None takes the client's, `math.inf` as long as the server allows.
             request_id: what the server shall log it under, at most 128 of A-Z a-z 0-9 . _ : / -; made up if None.
             options: task, language, prompt, sampling and so on: see `GenerateOptions`.
 
@@ -188,4 +190,4 @@ class EchoVLMClient:
         self.close()
 
     def _timeout(self, timeout_s: float | None) -> float | None:
-        return self._timeout_s if timeout_s is None else timeout_s
+        return self._timeout_s if timeout_s is None else timeout("timeout_s", timeout_s)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydicom import Dataset, Sequence, dcmread, dcmwrite
 from pydicom.dataset import FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.uid import ExplicitVRLittleEndian, UltrasoundImageStorage
 
 from echovlm_ray.vision.anatomy import MAX_TERM_CHARACTERS, MAX_TERMS, anatomy_terms
 from router.anatomy import organs_in
@@ -24,7 +24,8 @@ def coded(meaning: str = "", code: str = "1", scheme: str = "99LOCAL", keyword: 
 def written(dataset: Dataset) -> bytes:
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset.file_meta.MediaStorageSOPClassUID = dataset.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    dataset.file_meta.MediaStorageSOPClassUID = UltrasoundImageStorage
+    dataset.file_meta.MediaStorageSOPInstanceUID = UltrasoundImageStorage
     buffer = io.BytesIO()
     dcmwrite(buffer, dataset, enforce_file_format=True)
     return buffer.getvalue()

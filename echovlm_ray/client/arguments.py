@@ -1,0 +1,132 @@
+"""Checks of what a caller passes, so that every wrong argument is named before anything is sent."""
+
+import math
+import operator
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+
+from echovlm_ray.client.errors import FieldViolation, InvalidRequestError
+
+# gRPC counts a deadline in nanoseconds since 1970 and would overflow; longer is as good as no limit at all.
+MAX_TIMEOUT_S = 365 * 24 * 3600.0
+MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
+MIN_FLOAT32 = 2.0**-149
+
+Kind = TypeVar("Kind", bound=Message)
+
+
+def invalid(field: str, description: str) -> InvalidRequestError:
+    """The error about one argument."""
+    violation = FieldViolation(field, description)
+    return InvalidRequestError(str(violation), violations=[violation])
+
+
+def text(field: str, value: object) -> str:
+    """A text that can be sent.
+
+    Raises:
+        InvalidRequestError: it is no `str`, or has half a character in it.
+    """
+    if not isinstance(value, str):
+        raise invalid(field, f"is a {type(value).__name__}; give a str")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise invalid(
+            field,
+            f"has half a character (a lone surrogate) at place {error.start}, which cannot be sent: decode its source "
+            "without surrogateescape, or leave the character out",
+        ) from None
+    return value
+
+
+def texts(field: str, values: object) -> list[str]:
+    """Texts that can be sent; one needs no list.
+
+    Raises:
+        InvalidRequestError: it is no series of `str`.
+    """
+    if isinstance(values, str):
+        # A lone string is a sequence of its letters, which is never meant.
+        return [text(field, values)]
+    if isinstance(values, bytes | bytearray | memoryview) or not isinstance(values, Iterable):
+        raise invalid(field, f"is a {type(values).__name__}; give a list of str")
+    return [text(f"{field}[{index}]", value) for index, value in enumerate(values)]
+
+
+def integer(field: str, value: Any, low: int, high: int) -> int:
+    """A whole number from `low` to `high`, of any type that is one: numpy's too, `bool` not.
+
+    Raises:
+        InvalidRequestError: it is another.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise invalid(field, f"is a {type(value).__name__}; give a whole number")
+    number = operator.index(value)
+    if not low <= number <= high:
+        raise invalid(field, f"is {number}; it must be from {low} to {high}")
+    return number
+
+
+def number(field: str, value: Any, low: float, high: float) -> float:
+    """A finite number from `low` to `high` that stays above 0 as float32 when it is.
+
+    Raises:
+        InvalidRequestError: it is no number, NaN, or out of range.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise invalid(field, f"is a {type(value).__name__}; give a number")
+    try:
+        found = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise invalid(field, f"is a {type(value).__name__} that is no single number") from None
+    if not low <= found <= high:
+        raise invalid(field, f"is {found}; it must be from {low:g} to {high:g}")
+    # Rounded to 0 it would mean "not set".
+    return max(found, MIN_FLOAT32) if found > 0 else found
+
+
+def timeout(field: str, value: Any) -> float | None:
+    """Seconds that a call may take, as gRPC can count them; None for no limit, which infinity means too.
+
+    Raises:
+        InvalidRequestError: it is no number above 0.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise invalid(field, f"is a {type(value).__name__}; give seconds, or None for no limit")
+    try:
+        seconds = float(value)
+    except OverflowError:
+        return MAX_TIMEOUT_S
+    except (TypeError, ValueError):
+        raise invalid(field, f"is a {type(value).__name__} that is no single number") from None
+    if not seconds > 0:
+        raise invalid(field, f"is {seconds}; give seconds above 0, or None for no limit")
+    return None if math.isinf(seconds) else min(seconds, MAX_TIMEOUT_S)
+
+
+def message(kind: type[Kind], **values: object) -> Kind:
+    """A message of texts, numbers and switches.
+
+    Raises:
+        InvalidRequestError: a value is not what its field holds; the field is named.
+    """
+    fields = kind.DESCRIPTOR.fields_by_name
+    return kind(**{name: _fitting(fields[name], value) for name, value in values.items()})
+
+
+def _fitting(field: FieldDescriptor, value: object) -> object:
+    if field.cpp_type == FieldDescriptor.CPPTYPE_STRING:
+        return text(field.name, value)
+    if field.cpp_type == FieldDescriptor.CPPTYPE_BOOL:
+        if not isinstance(value, bool):
+            raise invalid(field.name, f"is a {type(value).__name__}; give True or False")
+        return value
+    if field.cpp_type in (FieldDescriptor.CPPTYPE_FLOAT, FieldDescriptor.CPPTYPE_DOUBLE):
+        return number(field.name, value, -MAX_FLOAT32, MAX_FLOAT32)
+    return integer(field.name, value, 0, 2**32 - 1)
