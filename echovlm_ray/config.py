@@ -18,6 +18,18 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
+# Qwen2-VL's numbers: two frames are looked at together, a token stands for 2 × 2 patches of two frames with 14 × 14
+# pixels of 3 colours in float32, and a picture stands between two control tokens.
+FRAMES_PER_TOKEN = 2
+PATCHES_PER_TOKEN = 4
+PATCH_BYTES = 2 * 14 * 14 * 3 * 4
+TOKENS_AROUND_PICTURE = 2
+# What a prompt's text takes at least: the instructions of a task, and a question.
+TEXT_TOKENS = 512
+# What a message between two parts of the system holds, and one to the gateway, each with room for what is around.
+MAX_INTERNAL_BYTES = 255 * 1024 * 1024
+MAX_REQUEST_BYTES = 2**31 - 2 * 1024 * 1024
+
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
@@ -100,7 +112,8 @@ class GatewaySection(Section):
     crop_to_regions: bool = True
     # When a cine loop has more frames, this many are taken, evenly spread; the model looks at two together.
     max_frames: Annotated[int, Field(ge=2)] = 8
-    # When an image, or two frames of a cine loop, would take more visual tokens, they are scaled down to fit.
+    # When an image, or two frames of a cine loop, would take more visual tokens, they are scaled down to fit, also
+    # below the minimum of the checkpoint's preprocessor_config.json.
     max_visual_tokens: Annotated[int, Field(ge=16)] = 196
     # When a request does not say how long its answer may get, this many tokens.
     default_new_tokens: PositiveInt = 256
@@ -128,8 +141,9 @@ class RouterSection(Section):
     max_batch_size: PositiveInt = 32
     # When more requests than this wait for a place in the batch, further ones end RESOURCE_EXHAUSTED.
     max_queue: PositiveInt = 128
-    # When a prompt has more tokens, visual ones included, it is refused.
-    max_prompt_tokens: PositiveInt = 4096
+    # When a prompt has more tokens, visual ones included, it is refused. It must hold all the pictures that
+    # gateway.max_images, max_frames and max_visual_tokens allow, and 512 tokens of text.
+    max_prompt_tokens: PositiveInt = 8192
     # When a request asks for more new tokens, it is refused.
     max_new_tokens: PositiveInt = 1024
     # When requests wait although the batch has room, raise it: the KV cache holds this many tokens in all.
@@ -265,6 +279,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         self._check_tokens()
+        self._check_pictures()
         self._check_listeners()
         self._check_devices()
         self._check_signatures()
@@ -286,6 +301,58 @@ class Config(Section):
                 "router.kv_cache_tokens",
                 "router.max_prompt_tokens",
                 "router.max_new_tokens",
+            )
+
+    def _check_pictures(self) -> None:
+        """What the gateway's limits allow must pass the parts behind it."""
+        gateway = self.gateway
+        pairs = -(-gateway.max_frames // FRAMES_PER_TOKEN)
+        loop_tokens = pairs * gateway.max_visual_tokens
+        tokens = gateway.max_images * (loop_tokens + TOKENS_AROUND_PICTURE) + TEXT_TOKENS
+        if tokens > self.router.max_prompt_tokens:
+            raise ContradictionError(
+                f"router.max_prompt_tokens ({self.router.max_prompt_tokens}) cannot hold what the gateway allows: "
+                f"{gateway.max_images} cine loops (gateway.max_images) of {pairs} pairs of frames (gateway.max_frames "
+                f"{gateway.max_frames}) at {gateway.max_visual_tokens} tokens (gateway.max_visual_tokens), and "
+                f"{TEXT_TOKENS} of text, are {tokens}: raise the first or lower one of the others",
+                "router.max_prompt_tokens",
+                "gateway.max_images",
+                "gateway.max_frames",
+                "gateway.max_visual_tokens",
+            )
+        if loop_tokens * PATCHES_PER_TOKEN > self.vision.max_batch_patches:
+            raise ContradictionError(
+                f"vision.max_batch_patches ({self.vision.max_batch_patches}) cannot hold one cine loop of {pairs} "
+                f"pairs of frames (gateway.max_frames {gateway.max_frames}) at {gateway.max_visual_tokens} visual "
+                f"tokens (gateway.max_visual_tokens), which has {loop_tokens * PATCHES_PER_TOKEN}: raise it or lower those",
+                "vision.max_batch_patches",
+                "gateway.max_frames",
+                "gateway.max_visual_tokens",
+            )
+        if gateway.max_images > self.vision.max_queue:
+            raise ContradictionError(
+                f"vision.max_queue ({self.vision.max_queue}) cannot hold the images of one request "
+                f"(gateway.max_images {gateway.max_images}): raise the first or lower the second",
+                "vision.max_queue",
+                "gateway.max_images",
+            )
+        patch_bytes = gateway.max_images * loop_tokens * PATCHES_PER_TOKEN * PATCH_BYTES
+        if patch_bytes > MAX_INTERNAL_BYTES:
+            raise ContradictionError(
+                f"gateway.max_images ({gateway.max_images}), max_frames ({gateway.max_frames}) and max_visual_tokens "
+                f"({gateway.max_visual_tokens}) make {patch_bytes} bytes of patches in one request, and a message "
+                f"between two parts holds {MAX_INTERNAL_BYTES}: lower one",
+                "gateway.max_images",
+                "gateway.max_frames",
+                "gateway.max_visual_tokens",
+            )
+        if gateway.max_images * gateway.max_image_bytes > MAX_REQUEST_BYTES:
+            raise ContradictionError(
+                f"gateway.max_images ({gateway.max_images}) files of gateway.max_image_bytes "
+                f"({gateway.max_image_bytes}) are more than the {MAX_REQUEST_BYTES} bytes that a gRPC message holds: "
+                "lower one",
+                "gateway.max_image_bytes",
+                "gateway.max_images",
             )
 
     def _check_listeners(self) -> None:

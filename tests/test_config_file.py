@@ -81,6 +81,18 @@ def test_all_errors_are_told_at_once_in_the_order_of_the_file(tmp_path: Path) ->
     [
         ("router:\n  max_new_tokens: 9\n", 2, ("gateway.default_new_tokens", "router.max_new_tokens")),
         ("router:\n  kv_cache_tokens: 16\n", 2, ("router.kv_cache_tokens", "max_prompt_tokens")),
+        ("router:\n  max_prompt_tokens: 6799\n", 2, ("router.max_prompt_tokens", "gateway.max_images")),
+        ("gateway:\n  max_images: 11\n", 2, ("router.max_prompt_tokens", "gateway.max_images")),
+        ("gateway:\n  max_frames: 12\n", 2, ("router.max_prompt_tokens", "gateway.max_frames")),
+        ("gateway:\n  max_visual_tokens: 256\n", 2, ("router.max_prompt_tokens", "gateway.max_visual_tokens")),
+        ("vision:\n  max_batch_patches: 3135\n", 2, ("vision.max_batch_patches", "gateway.max_frames")),
+        ("vision:\n  max_queue: 7\n", 2, ("vision.max_queue", "gateway.max_images")),
+        ("gateway:\n  max_image_bytes: 300000000\n", 2, ("gateway.max_image_bytes", "gateway.max_images")),
+        (
+            "gateway:\n  max_images: 20\nrouter:\n  max_prompt_tokens: 30000\n",
+            2,
+            ("gateway.max_images", "a message between two parts holds"),
+        ),
         ("control:\n  num_cpus: 1\n  host: 10.0.0.1\n", 3, ("control.host", "control.tls")),
         ("gateway:\n  port: 50052\n", 2, ("gateway.port", "control.port")),
         ("# my file\nmodel:\n  device: cuda\n", 3, ("model.device", "num_gpus")),
@@ -92,6 +104,16 @@ def test_contradictions_name_both_fields_and_the_line(
     (found,) = errors_of(tmp_path, text)
     assert found.startswith(f"{line}: ")
     assert all(name in found for name in names)
+
+
+def test_what_the_default_limits_allow_fits_into_one_prompt() -> None:
+    config = Config()
+    gateway = config.gateway
+    loops = gateway.max_images * (gateway.max_frames // 2) * gateway.max_visual_tokens
+    assert loops + 1024 <= config.router.max_prompt_tokens
+    assert config.router.max_prompt_tokens + config.router.max_new_tokens <= config.router.kv_cache_tokens
+    Config.model_validate({"router": {"max_prompt_tokens": 6800}})
+    Config.model_validate({"vision": {"max_batch_patches": 3136, "max_queue": 8}})
 
 
 def test_experts_in_the_router_need_no_gpu_of_their_own() -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from echovlm_ray.model.picture_size import PictureSize
 from echovlm_ray.prompts import Message
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
@@ -29,6 +30,13 @@ _CONFIG_FIELDS = {
     VIDEO_TOKEN: "video_token_id",
     VISION_START: "vision_start_token_id",
     VISION_END: "vision_end_token_id",
+}
+
+# Fields of preprocessor_config.json that a field of vision_config must equal; a missing one has Qwen2-VL's default.
+_VISION_FIELDS = {
+    "patch_size": ("patch_size", 14),
+    "merge_size": ("spatial_merge_size", 2),
+    "temporal_patch_size": ("temporal_patch_size", 2),
 }
 
 Picture = Image.Image | npt.NDArray[np.uint8]
@@ -58,10 +66,12 @@ class EchoVLMProcessor:
         """Takes the two parts.
 
         Raises:
-            ValueError: the tokenizer lacks a control token, or has it as ordinary text.
+            ValueError: the tokenizer lacks a control token, or has it as ordinary text; the image processor has sizes
+                that are missing or contradict each other.
         """
         self.image_processor = image_processor
         self.tokenizer = tokenizer
+        self._size = PictureSize.of(image_processor)
         special = set(tokenizer.all_special_tokens) | {
             token.content for token in tokenizer.added_tokens_decoder.values() if token.special
         }
@@ -109,13 +119,22 @@ class EchoVLMProcessor:
                     f"{path} has {field} {config[field]}, but the tokenizer beside it has {token} as "
                     f"{self._ids[token]}: they belong to different checkpoints"
                 )
+        vision = config.get("vision_config") or {}
+        for name, (field, default) in _VISION_FIELDS.items():
+            own = getattr(self.image_processor, name)
+            if vision.get(field, default) != own:
+                raise ValueError(
+                    f"{path} has vision_config.{field} {vision.get(field, default)}, but preprocessor_config.json "
+                    f"beside it has {name} {own}: they belong to different checkpoints"
+                )
 
     def image_patches(self, image: Picture, *, max_visual_tokens: int | None = None) -> VisionPatches:
         """Cuts a still image into patches.
 
         Args:
             image: RGB; an array is height × width × 3, uint8.
-            max_visual_tokens: the image is scaled down to fit; None leaves it to the checkpoint.
+            max_visual_tokens: the image is scaled to fit, also below the checkpoint's own minimum; None leaves it to
+                the checkpoint.
 
         Raises:
             ValueError: the image is so long and narrow that it cannot be scaled to fit.
@@ -157,15 +176,12 @@ class EchoVLMProcessor:
     def _frame_patches(
         self, frame: Picture, max_visual_tokens: int | None
     ) -> tuple[npt.NDArray[np.float32], tuple[int, int]]:
-        size = dict(self.image_processor.size)
-        if max_visual_tokens is not None:
-            side = self.image_processor.patch_size * self.image_processor.merge_size
-            size["longest_edge"] = min(size["longest_edge"], max_visual_tokens * side * side)
         # As an array and with its layout named, so that nothing about it has to be guessed.
         pixels = np.asarray(frame.convert("RGB") if isinstance(frame, Image.Image) else frame)
         height, width = pixels.shape[:2]
         if max(height, width) > 200 * min(height, width):
             raise ValueError(f"{width} × {height} pixels: one side is over 200 times the other; crop it")
+        size = self._size.bounds(height, width, max_visual_tokens)
         features = self.image_processor(
             images=pixels, size=size, input_data_format="channels_last", return_tensors="np"
         )

@@ -1,0 +1,87 @@
+"""How large a picture becomes before it is cut into patches: the checkpoint's bounds within a caller's limit."""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+
+
+@dataclass(frozen=True, slots=True)
+class PictureSize:
+    """The bounds of a checkpoint's preprocessor_config.json.
+
+    Attributes:
+        min_pixels: smaller pictures are scaled up to this.
+        max_pixels: larger ones are scaled down to this.
+        side: of the square of pixels that one visual token stands for.
+    """
+
+    min_pixels: int
+    max_pixels: int
+    side: int
+
+    @classmethod
+    def of(cls, processor: Qwen2VLImageProcessorPil) -> Self:
+        """Reads them as either of their names, in `size` or beside it.
+
+        Raises:
+            ValueError: a number is missing, no whole number, or contradicts another; the text names it.
+        """
+        for name in ("patch_size", "merge_size", "temporal_patch_size"):
+            _positive(name, getattr(processor, name, None))
+        for name in ("do_resize", "do_rescale", "do_normalize"):
+            if not getattr(processor, name, True):
+                raise ValueError(f"preprocessor_config.json has {name} false, and Qwen2-VL needs it: set it to true")
+        size = {name: value for name, value in dict(processor.size).items() if value is not None}
+        low, high = (
+            next((size[name] for name in names if name in size), default)
+            for names, default in (
+                (("shortest_edge", "min_pixels"), processor.__class__.size["shortest_edge"]),
+                (("longest_edge", "max_pixels"), processor.__class__.size["longest_edge"]),
+            )
+        )
+        found = cls(
+            _positive("min_pixels", low), _positive("max_pixels", high), processor.patch_size * processor.merge_size
+        )
+        if size.keys() & {"height", "width"}:
+            raise ValueError(
+                "preprocessor_config.json has a size of fixed height and width; Qwen2-VL takes pictures of any size: "
+                "give min_pixels and max_pixels"
+            )
+        if found.min_pixels > found.max_pixels:
+            raise ValueError(
+                f"preprocessor_config.json has min_pixels (size.shortest_edge) {found.min_pixels} above max_pixels "
+                f"(size.longest_edge) {found.max_pixels}: lower the first or raise the second"
+            )
+        if found.max_pixels < found.side**2:
+            raise ValueError(
+                f"preprocessor_config.json has max_pixels (size.longest_edge) {found.max_pixels}, and one visual token "
+                f"takes {found.side**2}: raise it"
+            )
+        return found
+
+    def bounds(self, height: int, width: int, max_visual_tokens: int | None) -> dict[str, int]:
+        """The `size` argument of the image processor for one picture.
+
+        A limit below the checkpoint's minimum wins: the picture then becomes as large as the limit allows.
+        """
+        low, high = self.min_pixels, self.max_pixels
+        if max_visual_tokens is not None:
+            high = min(high, max_visual_tokens * self.side**2)
+            low = min(low, high)
+            # Scaling up rounds both sides up, which can pass the limit by a row of tokens. What is longer than a row of
+            # all tokens would be squeezed instead.
+            narrow = max(height, width) > max_visual_tokens * min(height, width)
+            while not narrow and low >= self.side**2 and self._tokens(height, width, low, high) > max_visual_tokens:
+                low = low * 19 // 20
+        return {"shortest_edge": low, "longest_edge": high}
+
+    def _tokens(self, height: int, width: int, low: int, high: int) -> int:
+        rows, columns = smart_resize(height, width, factor=self.side, min_pixels=low, max_pixels=high)
+        return int(rows * columns) // self.side**2
+
+
+def _positive(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"preprocessor_config.json has {name} {value!r}; it must be a whole number above 0")
+    return value
