@@ -324,7 +324,8 @@ class Config(Section):
             raise ContradictionError(
                 f"vision.max_batch_patches ({self.vision.max_batch_patches}) cannot hold one cine loop of {pairs} "
                 f"pairs of frames (gateway.max_frames {gateway.max_frames}) at {gateway.max_visual_tokens} visual "
-                f"tokens (gateway.max_visual_tokens), which has {loop_tokens * PATCHES_PER_TOKEN}: raise it or lower those",
+                f"tokens (gateway.max_visual_tokens), {loop_tokens * PATCHES_PER_TOKEN} patches: raise the first or "
+                "lower one of the others",
                 "vision.max_batch_patches",
                 "gateway.max_frames",
                 "gateway.max_visual_tokens",
