@@ -117,16 +117,16 @@ def message(kind: type[Kind], **values: object) -> Kind:
         InvalidRequestError: a value is not what its field holds; the field is named.
     """
     fields = kind.DESCRIPTOR.fields_by_name
-    return kind(**{name: _fitting(fields[name], value) for name, value in values.items()})
+    return kind(**{name: _fitting(name, fields[name].cpp_type, value) for name, value in values.items()})
 
 
-def _fitting(field: FieldDescriptor, value: object) -> object:
-    if field.cpp_type == FieldDescriptor.CPPTYPE_STRING:
-        return text(field.name, value)
-    if field.cpp_type == FieldDescriptor.CPPTYPE_BOOL:
+def _fitting(name: str, cpp_type: int, value: object) -> object:
+    if cpp_type == FieldDescriptor.CPPTYPE_STRING:
+        return text(name, value)
+    if cpp_type == FieldDescriptor.CPPTYPE_BOOL:
         if not isinstance(value, bool):
-            raise invalid(field.name, f"is a {type(value).__name__}; give True or False")
+            raise invalid(name, f"is a {type(value).__name__}; give True or False")
         return value
-    if field.cpp_type in (FieldDescriptor.CPPTYPE_FLOAT, FieldDescriptor.CPPTYPE_DOUBLE):
-        return number(field.name, value, -MAX_FLOAT32, MAX_FLOAT32)
-    return integer(field.name, value, 0, 2**32 - 1)
+    if cpp_type in (FieldDescriptor.CPPTYPE_FLOAT, FieldDescriptor.CPPTYPE_DOUBLE):
+        return number(name, value, -MAX_FLOAT32, MAX_FLOAT32)
+    return integer(name, value, 0, 2**32 - 1)

@@ -123,12 +123,13 @@ def read_images(images: Image | Sequence[Image]) -> list[bytes]:
         InvalidRequestError: something is no image, missing, unreadable, or empty; or all together are too long for one
             request.
     """
-    if isinstance(images, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(images, "read"):
-        images = [images]
-    if not isinstance(images, Iterable) or hasattr(images, "__array__"):
-        raise invalid("images", f"is a {type(images).__name__}; give {WHAT_IMAGES_ARE}, or a list of those")
+    given: Any = images
+    if isinstance(given, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(given, "read"):
+        given = [given]
+    if not isinstance(given, Iterable) or hasattr(given, "__array__"):
+        raise invalid("images", f"is a {type(given).__name__}; give {WHAT_IMAGES_ARE}, or a list of those")
     contents: list[bytes] = []
-    for index, image in enumerate(images):
+    for index, image in enumerate(given):
         contents.append(_content(image, f"images[{index}].content", MAX_REQUEST_BYTES - sum(map(len, contents))))
     return contents
 

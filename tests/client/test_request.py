@@ -213,7 +213,7 @@ def test_every_wrong_option_is_named(options: dict[str, Any], field: str, text: 
         memoryview(b"a picture"),
         memoryview(b"a_ _p_i_c_t_u_r_e")[::2],
         io.BytesIO(b"a picture"),
-        io.BufferedReader(io.BytesIO(b"a picture")),  # type: ignore[arg-type]
+        io.BufferedReader(io.BytesIO(b"a picture")),
     ],
 )
 def test_bytes_and_open_files_of_every_kind_are_images(image: Any) -> None:
