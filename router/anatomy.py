@@ -85,17 +85,21 @@ def phrase(text: str) -> Phrase:
     return tuple(_folded(word) for word in _WORD.findall(text))
 
 
-def phrases(text: str) -> set[Phrase]:
-    """The ways to write a term: its words, and as one word, as DICOM's defined terms do."""
-    words = phrase(text)
+@functools.cache
+def phrases(term: str) -> frozenset[Phrase]:
+    """The ways to write a term: its words, and as one word, as DICOM's defined terms do.
+
+    For terms of the table and of bundles, which are kept; text of a request is read by `organs_in`.
+    """
+    words = phrase(term)
     if not words:
-        return set()
+        return frozenset()
     ways = {words}
-    if len(words) > 1 and text.isascii():
+    if len(words) > 1 and term.isascii():
         ways.add((_folded("".join(words)),))
         if words[-1] in _VESSEL_LETTERS:
             ways.add(("".join(words[:-1]) + _VESSEL_LETTERS[words[-1]],))
-    return {way for way in ways if way == words or len(way[0]) >= _MIN_JOINED}
+    return frozenset(way for way in ways if way == words or len(way[0]) >= _MIN_JOINED)
 
 
 def organs_in(text: str, own: Mapping[Phrase, str]) -> list[str]:

@@ -55,6 +55,8 @@ class OrganGate:
         self._profiles = {profile.organ: profile for profile in profiles}
         self._default_organ = default_organ
         self._max_organs = max_organs
+        # Reads the table, so that the first request does not wait for it.
+        anatomy.is_known("")
 
     def with_profiles(self, profiles: Iterable[OrganProfile]) -> "OrganGate":
         """A gate with the same settings for bundles with other profiles."""
