@@ -43,7 +43,7 @@ def to_eight_bits(
         return _stretched(arrays, "Its values have more than 16 bits")
     if bits < 16:
         return _scaled(arrays, bits), ()
-    depths = (*_DEPTHS, 15) if signed else _DEPTHS
+    depths: tuple[int, ...] = (*_DEPTHS, 15) if signed else _DEPTHS
     if significant is not None and significant < 16:
         depths = (significant,)
     depth = next((depth for depth in depths if highest < 2**depth), 16)

@@ -90,9 +90,7 @@ def decode_image_file(content: bytes, *, limits: ImageLimits, field: str) -> Dec
 
 
 def _decoded(picture: Picture) -> DecodedImage:
-    return DecodedImage(
-        picture.frames, len(set(picture.indices)), picture.source_frames, notices=picture.notices
-    )
+    return DecodedImage(picture.frames, len(set(picture.indices)), picture.source_frames, notices=picture.notices)
 
 
 def _decode_dicom(content: bytes, limits: ImageLimits, field: str) -> DecodedImage:

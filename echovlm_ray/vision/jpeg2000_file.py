@@ -14,7 +14,7 @@ _MAX_BOXES = 1000
 _MAX_SEGMENTS = 1000
 _MAX_TILE_PARTS = 100_000
 # Packets are the smallest parts of a codestream: one for each tile, component, resolution, precinct and layer.
-MAX_PACKETS = 2_000_000
+MAX_PACKETS = 500_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +97,8 @@ def _check_packets(coding: bytes, picture: Jpeg2000File, tiles: int, tile_size: 
     precincts = 0
     for level in range(levels + 1):
         exponents = coding[10 + level] if style & 1 else 0xFF
-        size = [-(-side >> (levels - level)) or 1 for side in tile_size]
-        across, down = (max(1, -(-side >> exponent)) for side, exponent in zip(size, (exponents & 15, exponents >> 4)))
-        precincts += across * down
+        width, height = (-(-side >> (levels - level)) or 1 for side in tile_size)
+        precincts += max(1, -(-width >> (exponents & 15))) * max(1, -(-height >> (exponents >> 4)))
     if tiles * picture.samples * layers * precincts > MAX_PACKETS:
         raise InvalidPictureError(
             f"is a JPEG 2000 file of more than {MAX_PACKETS} packets (tiles × components × resolutions × precincts × "
@@ -111,7 +110,7 @@ def _tiles_are_whole(codestream: memoryview, offset: int, tiles: int) -> bool:
     """Whether each tile has a part, and no part reaches beyond the end of the file (A.4.2)."""
     seen: set[int] = set()
     for _ in range(_MAX_TILE_PARTS):
-        if offset + 12 > len(codestream) or codestream[offset : offset + 2] != b"\xff\x90":
+        if offset + 12 > len(codestream) or codestream[offset : offset + 2].tobytes() != b"\xff\x90":
             break
         tile, length = struct.unpack_from(">HI", codestream, offset + 4)
         seen.add(tile)

@@ -98,11 +98,12 @@ def _jpeg(content: bytes, max_pixels: int, max_frames: int) -> Picture:
     if jpeg.holds_several:
         notices = (*notices, "It holds several pictures; the first is shown.")
     if jpeg.precision == 8 and values.ndim == 3 and values.shape[2] == 3:
-        frame, assumed = np.ascontiguousarray(values.astype(np.uint8, copy=False)), ()
+        frame = np.ascontiguousarray(values.astype(np.uint8, copy=False))
     else:
         frame, assumed = _deep_colours(values, jpeg.precision)
+        notices = (*notices, *assumed)
     orientation, unread = read_orientation(jpeg.exif, jpeg.xmp)
-    return Picture((oriented(frame, orientation),), notices=(*notices, *unread, *assumed))
+    return Picture((oriented(frame, orientation),), notices=(*notices, *unread))
 
 
 def _pillow_jpeg(content: bytes) -> FrameArray:

@@ -20,11 +20,10 @@ if TYPE_CHECKING:
 MAX_DECODED = 16
 # Pixels may be up to this many times wider than high, or higher than wide; more is a mistake.
 _MAX_PIXEL_RATIO = 4
+_DAMAGED = "Some of its frames are damaged and were left out."
 
 
-def decode_video(
-    content: bytes, kind: str, *, max_pixels: int, max_frames: int, square_pixels: bool = True
-) -> Picture:
+def decode_video(content: bytes, kind: str, *, max_pixels: int, max_frames: int, square_pixels: bool = True) -> Picture:
     """Frames of a video, evenly spread, the first and the last among them; sound is left out.
 
     Args:
@@ -70,21 +69,35 @@ class _Frames:
     def _by_time(self, frames: int) -> Picture | None:
         """The sampled frames found by their times; None if the packets do not tell enough."""
         packets = self._packets
-        if all(packet.is_keyframe for packet in packets):
+        if not self._video.has_times:
+            if not all(packet.is_keyframe for packet in packets):
+                return None
             # Every frame stands alone, so the order of decoding is the order of showing.
             for place, packet in enumerate(packets):
                 packet.pts = packet.dts = place
-        times = [packet.pts for packet in packets if not packet.is_discard]
-        if None in times or len(set(times)) < frames:
+        times = [packet.pts for packet in packets if not packet.is_discard and packet.pts is not None]
+        if len(set(times)) < frames:
             return None
         shown = sorted(times)
         indices = sample_frames(frames, self._max_frames)
         runs = self._runs([shown[index] for index in sorted(set(indices))])
-        if runs is None or not self._affordable(sum(stop - start for start, stop, _ in runs)):
+        if runs is None:
             return None
-        taken = {}
+        if not self._affordable(sum(stop - start for start, stop, _ in runs)):
+            nearest = self._nearest_key_frames([shown[index] for index in indices])
+            runs = self._runs(sorted(set(nearest)))
+            if len(set(nearest)) < 2 or runs is None:
+                return None
+            self._note(
+                "It is long, so the frames looked at are those nearest to an even spread that can be decoded alone."
+            )
+            indices = tuple(shown.index(time) for time in nearest)
+        taken: dict[int | None, FrameArray] = {}
         for start, stop, wanted in runs:
             for frame in self._decoded(packets[start:stop]):
+                if frame.pts == packets[start].pts and not frame.key_frame:
+                    # The container is wrong about where decoding can start.
+                    return None
                 if frame.pts in wanted and frame.pts not in taken and not frame.is_corrupt:
                     taken[frame.pts] = self._rgb(frame)
             if not wanted <= taken.keys():
@@ -112,6 +125,11 @@ class _Frames:
                 runs.append((starts[-1], stop, {time}))
         return runs
 
+    def _nearest_key_frames(self, wanted: list[int]) -> list[int]:
+        packets = (packet for packet in self._packets if packet.is_keyframe and not packet.is_discard)
+        keys = [packet.pts for packet in packets if packet.pts is not None]
+        return [min(keys, key=lambda key: abs(key - time)) for time in wanted]
+
     def _in_order(self, frames: int) -> Picture:
         """The sampled frames found by decoding everything and counting."""
         if not self._affordable(len(self._packets)):
@@ -120,14 +138,17 @@ class _Frames:
                 f"of which more than {MAX_DECODED} × {self._max_pixels} pixels (gateway.max_image_pixels) would have "
                 "to be decoded: send a shorter part of it, or one of smaller frames"
             )
+        taken: dict[int, FrameArray] = {}
         for _ in range(2):
             indices = sample_frames(frames, self._max_frames)
             taken, count = {}, 0
-            for count, frame in enumerate(self._decoded(self._packets), start=1):
-                if count - 1 in indices:
-                    taken[count - 1] = self._rgb(frame)
-                    if frame.is_corrupt:
-                        self._note("Some of its frames are damaged.")
+            for frame in self._decoded(self._packets):
+                if frame.is_corrupt:
+                    self._note(_DAMAGED)
+                    continue
+                if count in indices:
+                    taken[count] = self._rgb(frame)
+                count += 1
             if not count:
                 raise self._empty()
             if count == frames or taken.keys() >= set(sample_frames(count, self._max_frames)):
@@ -145,7 +166,7 @@ class _Frames:
             try:
                 yield from self._context.decode(packet)
             except (av.FFmpegError, ValueError):
-                self._note("Some of its frames are damaged and were left out.")
+                self._note(_DAMAGED)
 
     def _rgb(self, frame: "VideoFrame") -> FrameArray:
         if self._size is None:
@@ -155,9 +176,9 @@ class _Frames:
             self._note("The size of its frames changes; all are shown in the size of the first.")
         if frame.interlaced_frame:
             self._note("It is interlaced; both fields of a frame are shown together.")
-        rgb: FrameArray = frame.to_ndarray(format="rgb24", width=width, height=height, threads=1)
+        rgb = frame.to_ndarray(format="rgb24", width=width, height=height, threads=1)
         quarters = round(frame.rotation / 90) % 4
-        return np.ascontiguousarray(np.rot90(rgb, quarters))
+        return np.ascontiguousarray(np.rot90(rgb, quarters), dtype=np.uint8)
 
     def _shown_size(self, frame: "VideoFrame") -> tuple[int, int]:
         """The size of all the frames taken: that of the first, with square pixels."""

@@ -19,16 +19,23 @@ if TYPE_CHECKING:
 
 # What ultrasound machines, archives and phones write, and what their older software wrote.
 _CODECS = frozenset(
-    "h264 hevc mpeg1video mpeg2video mpeg4 msmpeg4v1 msmpeg4v2 msmpeg4 msmpeg4v3 mjpeg mjpegb jpegls jpeg2000 png "
-    "rawvideo vp8 vp9 libvpx-vp9 av1 libdav1d wmv1 wmv2 wmv3 vc1 h263 dvvideo cinepak msvideo1 msrle indeo3 indeo4 "
-    "indeo5 huffyuv ffvhuff ffv1 utvideo qtrle rpza svq1 svq3 prores dnxhd tscc tscc2 cscd zmbv mszh zlib v210 v410 "
-    "r210 yuv4 flashsv theora libvpx".split()
-)
+    (
+        "h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4", "msmpeg4v1", "msmpeg4v2", "msmpeg4", "mjpeg",
+        "mjpegb", "jpegls", "jpeg2000", "png", "rawvideo", "vp8", "vp9", "libvpx-vp9", "av1", "libdav1d",
+        "wmv1", "wmv2", "wmv3", "vc1", "h263", "dvvideo", "cinepak", "msvideo1", "msrle", "indeo3", "indeo4",
+        "indeo5", "huffyuv", "ffvhuff", "ffv1", "utvideo", "qtrle", "rpza", "svq1", "svq3", "prores", "dnxhd",
+        "tscc", "tscc2", "cscd", "zmbv", "mszh", "zlib", "v210", "v410", "r210", "yuv4",
+    )
+)  # fmt: skip
 CONVERT = "convert it to MP4 with H.264"
 # An hour at 25 frames a second.
 _MAX_PACKETS = 100_000
 # FFmpeg looks at this much to find out what is in a container.
 _PROBED_BYTES = 5_000_000
+# Containers that do not say when a frame is to be shown: where frames refer to later ones, FFmpeg guesses it wrong.
+_WITHOUT_TIMES = frozenset(("AVI", "MPEG video", "MPEG-4 video", "H.264", "HEVC"))
+# A video that lasts less than this share of its stated time, by more than some seconds, is cut off.
+_SHORT, _SHORT_S = 0.9, 0.2
 # A coded frame may be larger than what is shown of it.
 _CODED_SLACK = 2
 
@@ -40,12 +47,14 @@ class OpenVideo:
     Attributes:
         stream: PyAV's, with its decoder not yet opened.
         packets: all of the stream that are to be shown, in the order in which they are decoded.
+        has_times: whether the times of the packets are those of the container.
         stated_frames: how many frames the container says there are; 0 if it says nothing.
         notices: what is amiss with the container.
     """
 
     stream: "VideoStream"
     packets: list["Packet[Any]"]
+    has_times: bool
     stated_frames: int
     notices: tuple[str, ...]
 
@@ -75,26 +84,37 @@ def open_video(content: bytes, kind: str, max_pixels: int) -> Iterator[OpenVideo
         "probesize": str(_PROBED_BYTES),
         "threads": "1",
     }
-    try:
-        container = av.open(
-            io.BytesIO(content),
-            mode="r",
-            format=VIDEOS[kind],
-            options=options,
-            container_options={"enable_drefs": "0", "use_absolute_path": "0"} if kind == "MP4" else {},
-            metadata_errors="replace",
-            io_open=_refuse_to_open,
-        )
-    except (av.FFmpegError, ValueError, RuntimeError, OSError):
-        raise InvalidPictureError(
-            f"is a video ({kind}) that is damaged or truncated; export it again, or {CONVERT}"
-        ) from None
+    container = None
+    # Read in one direction only, MP4 in fragments can be opened even if the last one is cut off.
+    for source in (io.BytesIO(content), _Forward(content)):
+        try:
+            container = av.open(
+                source,
+                mode="r",
+                format=VIDEOS[kind],
+                options=options,
+                container_options={"enable_drefs": "0", "use_absolute_path": "0"} if kind == "MP4" else {},
+                metadata_errors="replace",
+                io_open=_refuse_to_open,
+            )
+            break
+        except (av.FFmpegError, ValueError, RuntimeError, OSError):
+            continue
+    if container is None:
+        raise InvalidPictureError(f"is a video ({kind}) that is damaged or truncated; export it again, or {CONVERT}")
     with container:
         stream, notices = _video_stream(container)
         packets, whole = _packets(container, stream, len(content))
-        if not whole:
+        if not whole or _is_short(container, stream, packets):
             notices = (*notices, "The file is cut off or damaged; the frames that are there are taken.")
-        yield OpenVideo(stream, packets, stream.frames, notices)
+        yield OpenVideo(stream, packets, kind not in _WITHOUT_TIMES, stream.frames, notices)
+
+
+class _Forward:
+    """A file in memory that cannot be read again."""
+
+    def __init__(self, content: bytes) -> None:
+        self.read = io.BytesIO(content).read
 
 
 def _refuse_to_open(url: str, flags: int, options: dict[str, str]) -> NoReturn:
@@ -136,4 +156,13 @@ def _packets(container: Any, stream: "VideoStream", file_bytes: int) -> tuple[li
             packets.append(packet)
     except (av.FFmpegError, OSError, RuntimeError):
         return packets, False
-    return packets, True
+    return packets, not any(packet.is_corrupt for packet in packets)
+
+
+def _is_short(container: Any, stream: "VideoStream", packets: list["Packet[Any]"]) -> bool:
+    """Whether the container says that it lasts much longer than its packets do; nothing is known without times."""
+    times = [packet.pts for packet in packets if packet.pts is not None]
+    if stream.frames or container.streams.audio or not container.duration or not times or not stream.time_base:
+        return False
+    lasts = float((max(times) - min(times)) * stream.time_base)
+    return lasts < _SHORT * float(container.duration) / 1_000_000 - _SHORT_S
