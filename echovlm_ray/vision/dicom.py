@@ -21,7 +21,7 @@ from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, JPEGBaseline8Bit, R
 
 from echovlm_ray.vision.anatomy import anatomy_terms
 from echovlm_ray.vision.codestream import frame_size, says_adobe_ybr
-from echovlm_ray.vision.dicom_video import decode_dicom_video, is_video_syntax
+from echovlm_ray.vision.dicom_video import decode_dicom_video, is_video_syntax, joined_fragments
 from echovlm_ray.vision.picture import InvalidPictureError
 from echovlm_ray.vision.pixels import UnknownPixelsError, to_rgb
 from echovlm_ray.vision.regions import image_box
@@ -121,7 +121,8 @@ def _decode_video(
 ) -> DicomPicture:
     if "PixelData" not in dataset:
         raise InvalidDicomError("is a DICOM object without a video; send an object with pixel data")
-    video = decode_dicom_video(dataset, transfer_syntax, max_pixels=max_pixels, max_frames=max_frames)
+    stream = joined_fragments(dataset.PixelData)
+    video = decode_dicom_video(dataset, stream, transfer_syntax, max_pixels=max_pixels, max_frames=max_frames)
     frames = video.frames
     height, width, _ = frames[0].shape
     box = image_box(dataset, width, height) if crop_to_regions else None

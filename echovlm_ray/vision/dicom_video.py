@@ -30,13 +30,16 @@ def _kind(transfer_syntax: str) -> str | None:
     return _SYNTAXES.get(int(number)) if transfer_syntax.startswith(_ROOT) and number.isdecimal() else None
 
 
-def decode_dicom_video(dataset: Any, transfer_syntax: str, *, max_pixels: int, max_frames: int) -> Picture:
+def decode_dicom_video(
+    dataset: Any, stream: bytes, transfer_syntax: str, *, max_pixels: int, max_frames: int
+) -> Picture:
     """Frames of the video in an object, evenly spread, not cropped and of the pixels as they are stored.
 
     Regions are given in stored pixels, so frames of pixels that are not square are not stretched.
 
     Args:
-        dataset: a pydicom dataset with pixel data.
+        dataset: a pydicom dataset.
+        stream: all fragments of its pixel data behind the offset table, joined.
         transfer_syntax: one for which `is_video_syntax` holds.
         max_pixels: of the frames taken together.
         max_frames: at least 2.
@@ -44,12 +47,11 @@ def decode_dicom_video(dataset: Any, transfer_syntax: str, *, max_pixels: int, m
     Raises:
         InvalidPictureError: no frame can be decoded, or over the limits.
     """
-    stream, notices = _stream(dataset.PixelData)
     found = file_kind(stream)
     kind = found if found in VIDEOS else _kind(transfer_syntax)
     assert kind is not None
     picture = decode_video(stream, kind, max_pixels=max_pixels, max_frames=max_frames, square_pixels=False)
-    notices = (*notices, *picture.notices)
+    notices = picture.notices
     height, width, _ = picture.frames[0].shape
     if (width, height) != (dataset.get("Columns"), dataset.get("Rows")):
         notices = (*notices, "Its frames have another size than Rows and Columns say; the size of the frames counts.")
@@ -59,18 +61,20 @@ def decode_dicom_video(dataset: Any, transfer_syntax: str, *, max_pixels: int, m
     return Picture(picture.frames, picture.indices, picture.source_frames, notices)
 
 
-def _stream(pixel_data: bytes) -> tuple[bytes, tuple[str, ...]]:
-    """All fragments behind the offset table, joined, and a notice if the last one is cut off."""
+def joined_fragments(pixel_data: bytes) -> bytes:
+    """All fragments of encapsulated pixel data behind the offset table, as one stream.
+
+    Raises:
+        InvalidPictureError: there are none.
+    """
     if not pixel_data.startswith(_ITEM):
-        return pixel_data, ()
+        return pixel_data
     fragments = []
     offset = 0
-    while pixel_data[offset : offset + 4] == _ITEM and offset + 8 <= len(pixel_data):
+    while pixel_data[offset : offset + 4] == _ITEM:
         length = int.from_bytes(pixel_data[offset + 4 : offset + 8], "little")
         fragments.append(memoryview(pixel_data)[offset + 8 : offset + 8 + length])
         offset += 8 + length
     if len(fragments) < 2:
         raise InvalidPictureError("is a DICOM object whose video is empty; send an object with pixel data")
-    cut = offset > len(pixel_data)
-    notices = ("The file is cut off within its video; the frames that are there are taken.",) if cut else ()
-    return b"".join(fragments[1:]), notices
+    return b"".join(fragments[1:])

@@ -97,7 +97,7 @@ def test_the_values_tell_how_many_of_16_bits_are_meant(bits: int, kind: str) -> 
 
 
 def test_the_significant_bits_of_a_png_are_believed_where_they_fit() -> None:
-    dark = (GREY.astype(np.uint16) * 3)  # under 10 bits, of 12 that the file names
+    dark = GREY.astype(np.uint16) * 3  # under 10 bits, of 12 that the file names
     named = with_chunks(encoded(dark, "PNG"), chunk(b"sBIT", b"\x0c"))
     assert difference(decode(named).frames[0], dark * 255.0 / 4095) < 0.6
     full = with_chunks(encoded((GREY.astype(np.uint16) * 257), "PNG"), chunk(b"sBIT", b"\x0c"))
@@ -536,8 +536,7 @@ def test_damaged_stills_are_taken_or_refused(data: st.DataObject) -> None:
     damaged = bytes(content[: data.draw(st.integers(1, len(content)))] if data.draw(st.booleans()) else content)
     try:
         image = decode(damaged)
-    except InvalidRequestError as error:
-        assert error.description.isprintable()
+    except InvalidRequestError:
         return
     assert all(frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3 for frame in image.frames)
     assert len({frame.shape for frame in image.frames}) == 1
