@@ -28,11 +28,11 @@ GREY = ((np.sin(_COLUMNS / 9) + np.cos(_ROWS / 7) + 2) / 4 * 255).astype(np.uint
 RGB = np.stack([GREY, 255 - GREY, GREY // 2], -1)
 
 
-def decode(content: bytes, limits: ImageLimits = LIMITS) -> DecodedImage:
-    return decode_image_file(content, limits=limits, field="images[0].content")
+def decode(content: bytes | bytearray, limits: ImageLimits = LIMITS) -> DecodedImage:
+    return decode_image_file(bytes(content), limits=limits, field="images[0].content")
 
 
-def refused(content: bytes, limits: ImageLimits = LIMITS) -> str:
+def refused(content: bytes | bytearray, limits: ImageLimits = LIMITS) -> str:
     with pytest.raises(InvalidRequestError) as caught:
         decode(content, limits)
     return caught.value.description
@@ -384,7 +384,7 @@ def test_pages_that_are_alike_are_a_cine() -> None:
     pages = [Image.fromarray(np.roll(RGB, 5 * index, 1)) for index in range(5)]
     decoded = decode(encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:]))
     assert (decoded.source_frames, decoded.frames_taken, len(decoded.frames)) == (5, 5, 6)
-    assert all(np.array_equal(frame, page) for frame, page in zip(decoded.frames, pages, strict=False))
+    assert all(np.array_equal(frame, page) for frame, page in zip(decoded.frames, map(np.asarray, pages), strict=False))
 
 
 def test_of_pages_that_are_not_alike_the_first_is_shown() -> None:

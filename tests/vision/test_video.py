@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pydicom import Dataset, dcmread
 from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import encapsulate
-from pydicom.uid import generate_uid
+from pydicom.uid import UID, UltrasoundMultiFrameImageStorage, generate_uid
 
 from echovlm_ray.errors import InvalidRequestError
 from echovlm_ray.vision import video
@@ -72,7 +72,7 @@ def made(
     """A video of numbered frames."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container, options=container_options or {}) as output:
-        stream = output.add_stream(codec, rate=25)
+        stream: Any = output.add_stream(codec, rate=25)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, pixels
         stream.codec_context.thread_count = 1
         if ratio is not None:
@@ -87,8 +87,8 @@ def made(
     return buffer.getvalue()
 
 
-H264_OPTIONS = {"g": 12, "preset": "ultrafast", "bf": 3}
-X265 = {"x265-params": "log-level=none:keyint=12:pools=none", "preset": "ultrafast"}
+H264_OPTIONS: dict[str, Any] = {"g": 12, "preset": "ultrafast", "bf": 3}
+X265: dict[str, Any] = {"x265-params": "log-level=none:keyint=12:pools=none", "preset": "ultrafast"}
 KINDS: dict[str, tuple[str, tuple[str, str], dict[str, Any]]] = {
     "mp4": ("MP4", ("mp4", "libx264"), H264_OPTIONS),
     "mp4, one key frame": ("MP4", ("mp4", "libx264"), {"bf": 2}),
@@ -207,7 +207,7 @@ def test_full_range_is_full_range() -> None:
 
 def test_interlaced_is_a_notice() -> None:
     content = made("mpegts", "mpeg2video", flags="+ildct+ilme", field_order="tt")
-    with av.open(io.BytesIO(content)) as source:
+    with av.open(io.BytesIO(content), "r") as source:
         assert any(frame.interlaced_frame for frame in source.decode(video=0))
     assert "interlaced" in decode(content).notices[0]
 
@@ -300,7 +300,11 @@ def test_a_container_without_a_frame_is_refused() -> None:
 
 
 def test_an_encrypted_video_is_refused() -> None:
-    key = {"encryption_scheme": "cenc-aes-ctr", "encryption_key": "00" * 16, "encryption_kid": "11" * 16}
+    key: dict[str, str] = {
+        "encryption_scheme": "cenc-aes-ctr",
+        "encryption_key": "00" * 16,
+        "encryption_kid": "11" * 16,
+    }
     content = made("mp4", "libx264", container_options=key, **H264_OPTIONS)
     assert "encrypted" in refused(content)
 
@@ -331,7 +335,7 @@ def test_of_a_long_video_frames_that_stand_alone_are_taken(monkeypatch: pytest.M
 
 
 def test_a_container_cannot_name_the_same_bytes_again_and_again() -> None:
-    content = bytearray(made("mp4", "libx264", frames=2, bf=0, **{"x264-params": "keyint=1"}))
+    content = bytearray(made("mp4", "libx264", frames=2, bf=0, g=1))
     parts = content.index(b"stsz")
     assert parts > 0
     sizes = int.from_bytes(content[parts + 12 : parts + 16], "big")
@@ -372,7 +376,7 @@ def test_nothing_outside_the_bytes_is_opened(tmp_path: Path) -> None:
     pixels = boxes(content)[b"mdat"]
     changed = with_reference(content.replace(pixels[8:], bytes(len(pixels) - 8)), alias(str(secret)))
     # With everything allowed, FFmpeg does show the other file.
-    with av.open(io.BytesIO(changed), options={"enable_drefs": "1", "use_absolute_path": "1"}) as allowed:
+    with av.open(io.BytesIO(changed), "r", options={"enable_drefs": "1", "use_absolute_path": "1"}) as allowed:
         assert len(list(allowed.decode(video=0))) == FRAMES
     assert "secret" not in refused(changed)
     for playlist in (
@@ -402,8 +406,8 @@ def test_without_pyav_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 def dicom(fragments: list[bytes], syntax: str, frames: int | None = FRAMES, **attributes: Any) -> bytes:
     dataset = Dataset()
     dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = syntax
-    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = "1.2.840.10008.5.1.4.1.1.3.1"
+    dataset.file_meta.TransferSyntaxUID = UID(syntax)
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = UltrasoundMultiFrameImageStorage
     dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = generate_uid()
     dataset.Rows, dataset.Columns, dataset.SamplesPerPixel = HEIGHT, WIDTH, 3
     dataset.BitsAllocated = dataset.BitsStored = 8
