@@ -11,7 +11,9 @@ from echovlm_ray.vision.sampling import sample_frames
 
 # Frames build on each other, so all are decoded: their pixels together, in multiples of the limit of pixels.
 MAX_DECODED = 16
-_MAX_GIF_BLOCKS = 1_000_000
+_MAX_GIF_BLOCKS = 400_000
+# Small frames cost some time each, too.
+_MAX_FRAMES = 5000
 _EXTENSION, _IMAGE, _TRAILER = b"!", b",", b";"
 
 
@@ -36,10 +38,11 @@ def decode_animation(
         indices = sample_frames(frames, max_frames)
         wanted = sorted(set(indices))
         check_pixels(width, height, len(wanted), max_pixels)
-        if width * height * frames > MAX_DECODED * max_pixels:
+        if width * height * frames > MAX_DECODED * max_pixels or frames > _MAX_FRAMES:
             raise InvalidPictureError(
-                f"is an animation of {frames} frames of {width} × {height} pixels, and at most {MAX_DECODED} × "
-                f"{max_pixels} pixels (gateway.max_image_pixels) are decoded: send fewer or smaller frames"
+                f"is an animation of {frames} frames of {width} × {height} pixels, and at most {_MAX_FRAMES} frames or "
+                f"{MAX_DECODED} × {max_pixels} pixels (gateway.max_image_pixels) are decoded: send fewer or smaller "
+                "frames"
             )
         taken = {}
         for index in range(wanted[-1] + 1):
@@ -64,7 +67,7 @@ def count_gif_frames(content: bytes, max_pixels: int) -> tuple[int, tuple[str, .
             offset += 11 + _colour_table(content[offset + 9 : offset + 10])
         else:
             offset += 2
-        while offset < len(content) and (length := content[offset]):
+        while blocks <= _MAX_GIF_BLOCKS and offset < len(content) and (length := content[offset]):
             offset += 1 + length
             blocks += 1
         offset += 1

@@ -55,11 +55,11 @@ def to_eight_bits(
 
 
 def _scaled(arrays: Sequence[npt.NDArray[np.generic]], bits: int) -> list[FrameArray]:
-    if bits == 8:
-        return [array.astype(np.uint8) for array in arrays]
-    highest = 2**bits - 1
-    table = np.rint(np.arange(highest + 1) * (255.0 / highest)).astype(np.uint8)
-    return [table[np.minimum(array.astype(np.uint32), highest)] for array in arrays]
+    if arrays[0].dtype == np.uint8 and bits == 8:
+        return [np.asarray(array, dtype=np.uint8) for array in arrays]
+    # Of all values of 16 bits, so that nothing needs to be clipped or widened before it is looked up.
+    table = np.rint((np.arange(2**16) * (255.0 / (2**bits - 1))).clip(0, 255)).astype(np.uint8)
+    return [table[array.astype(np.uint16, copy=False)] for array in arrays]
 
 
 def _floats(arrays: Sequence[npt.NDArray[np.generic]]) -> tuple[list[FrameArray], tuple[str, ...]]:

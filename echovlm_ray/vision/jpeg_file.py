@@ -20,6 +20,7 @@ _JFIF, _EXIF, _PICTURES, _SPIFF, _ADOBE = 0xE0, 0xE1, 0xE2, 0xE8, 0xEE
 _COMMENT = 0xFE
 _XMP = b"http://ns.adobe.com/xap/1.0/\x00"
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
+_SEGMENT = re.compile(rb"\xff[^\x00\xff]", re.DOTALL)
 _RESTART = re.compile(rb"\xff[\xd0-\xd7]", re.DOTALL)
 # Segments before the first scan. A colour profile has at most 255, other applications a few.
 _MAX_SEGMENTS = 2000
@@ -75,18 +76,20 @@ def read_jpeg(content: bytes) -> JpegFile:
     jpeg = JpegFile()
     kept, offset, kept_from = [], 2, 0
     for _ in range(_MAX_SEGMENTS):
-        start = content.find(b"\xff", offset)
-        marker_at = start
-        while content[marker_at + 1 : marker_at + 2] == b"\xff":
-            marker_at += 1
-        if start < 0 or marker_at + 4 > len(content):
+        found = _SEGMENT.search(content, offset)
+        if found is None or found.end() + 2 > len(content):
             raise broken
-        marker = content[marker_at + 1]
-        if marker in _WITHOUT_LENGTH or marker == 0:
-            offset = marker_at + 2
+        start = found.end() - 2
+        if start > offset:
+            # Fill bytes, which decoders step over one by one.
+            kept.append(content[kept_from:offset])
+            kept_from = start
+        marker = content[start + 1]
+        if marker in _WITHOUT_LENGTH:
+            offset = start + 2
             continue
-        end = marker_at + 2 + int.from_bytes(content[marker_at + 2 : marker_at + 4], "big")
-        segment = content[marker_at + 4 : end]
+        end = start + 2 + int.from_bytes(content[start + 2 : start + 4], "big")
+        segment = content[start + 4 : end]
         if marker == _SCAN:
             if not jpeg.process:
                 raise broken

@@ -39,4 +39,4 @@ def opaque_array(
         return np.ascontiguousarray(rgb), ()
     if not alpha.any():
         return np.ascontiguousarray(rgb), (TRANSPARENT,)
-    return np.rint(rgb * (alpha[..., None] / 255.0)).astype(np.uint8), ()
+    return ((rgb * alpha[..., None].astype(np.uint16) + 127) // 255).astype(np.uint8), ()

@@ -54,6 +54,11 @@ class PngFile:
     wrong: set[bytes] = field(default_factory=set)
     chunks: list[bytes] = field(default_factory=list, repr=False)
 
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of a pixel once it is decoded."""
+        return max(3, _SAMPLES[self.colour] * (1 + (self.bits > 8)))
+
 
 def read_png(content: bytes) -> PngFile:
     """Reads all chunks; inflates nothing.

@@ -58,7 +58,7 @@ def _opened(content: bytes, kind: str) -> Image.Image:
 
 def _png(content: bytes, max_pixels: int, max_frames: int) -> Picture:
     png = png_file.read_png(content)
-    check_pixels(png.width, png.height, 1, max_pixels)
+    check_pixels(png.width, png.height, 1, max_pixels, png.pixel_bytes)
     notices = png_file.check_pixels_sound(png)
     if png.animation_frames > 1:
         return decode_animation(
@@ -78,7 +78,7 @@ def _png(content: bytes, max_pixels: int, max_frames: int) -> Picture:
 
 def _jpeg(content: bytes, max_pixels: int, max_frames: int) -> Picture:
     jpeg = jpeg_file.read_jpeg(content)
-    check_pixels(jpeg.width, jpeg.height, 1, max_pixels)
+    check_pixels(jpeg.width, jpeg.height, 1, max_pixels, jpeg.samples * (1 + (jpeg.precision > 8)))
     jpeg_file.check_cost(jpeg, max_pixels)
     if jpeg.samples not in (1, 3) and (jpeg.samples, jpeg.precision) != (4, 8):
         raise InvalidPictureError(
@@ -131,7 +131,7 @@ def _without_end(jpeg: JpegFile, decode: Callable[[bytes], _Array]) -> _Array:
 
 def _jpeg2000(content: bytes, max_pixels: int, max_frames: int) -> Picture:
     header = read_jpeg2000(content)
-    check_pixels(header.width, header.height, 1, max_pixels)
+    check_pixels(header.width, header.height, 1, max_pixels, header.samples * (1 + (header.bits > 8)))
     if header.samples > 4:
         raise InvalidPictureError("is a JPEG 2000 file with more than four components; save it as RGB or greyscale")
     if header.bits > 8:

@@ -17,7 +17,6 @@ _MAX_ENTRIES = 4096
 # Strips or tiles of a page.
 _MAX_PARTS = 500_000
 _MAX_JPEG_SCANS = 100
-_MAX_PIXEL_BYTES = 16
 
 (
     _SUBFILE, _OLD_SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _STRIPS, _ORIENTATION, _SAMPLES,
@@ -162,10 +161,6 @@ def check_cost(content: bytes, page: TiffPage, max_pixels: int) -> None:
     if page.compression not in _COMPRESSIONS:
         raise InvalidPictureError(
             "is a TIFF file with a compression that is not accepted; save it with LZW, deflate, JPEG or none, or as PNG"
-        )
-    if page.bits * page.samples > 8 * _MAX_PIXEL_BYTES:
-        raise InvalidPictureError(
-            f"is a TIFF file with more than {_MAX_PIXEL_BYTES} bytes a pixel, the limit; save it as RGB or greyscale"
         )
     if page.parts > _MAX_PARTS or page.part_pixels > max_pixels:
         raise InvalidPictureError(

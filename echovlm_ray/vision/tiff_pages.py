@@ -31,7 +31,8 @@ def decode_tiff(content: bytes, max_pixels: int, max_frames: int) -> Picture:
         notices = (f"It has {len(whole)} pages that are not all alike; the first is shown.",)
     indices = sample_frames(len(alike), max_frames)
     wanted = sorted(set(indices))
-    check_pixels(alike[0].width, alike[0].height, len(wanted), max_pixels)
+    pixel_bytes = max(3, alike[0].samples * -(-alike[0].bits // 8))
+    check_pixels(alike[0].width, alike[0].height, len(wanted), max_pixels, pixel_bytes)
     for index in wanted:
         check_cost(content, alike[index], max_pixels)
     frames, assumed = _frames(content, [alike[index] for index in wanted])
