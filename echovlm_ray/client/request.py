@@ -136,10 +136,12 @@ def read_images(images: Image | Sequence[Image]) -> list[bytes]:
             _check_total(total, field)
             contents.append(bytes(image))
         else:
-            raise _invalid(field, f"is a {type(image).__name__}; give a path or the bytes of a PNG, JPEG or DICOM file")
+            raise _invalid(
+                field, f"is a {type(image).__name__}; give a path or the bytes of a DICOM file, a still or a video"
+            )
         if not contents[-1]:
             name = f"{image}" if isinstance(image, str | os.PathLike) else "the image"
-            raise _invalid(field, f"{name} is empty: give a PNG, JPEG or DICOM file")
+            raise _invalid(field, f"{name} is empty: give a DICOM file, a still or a video")
     return contents
 
 

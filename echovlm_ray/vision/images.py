@@ -13,7 +13,10 @@ from echovlm_ray.vision.picture import FrameArray, InvalidPictureError, Picture
 from echovlm_ray.vision.stills import decode_still
 from echovlm_ray.vision.video import decode_video
 
-ACCEPTED = "send a PNG, JPEG, DICOM, TIFF, BMP, GIF, WebP or JPEG 2000 file, or a video (MP4, MOV, AVI, MPEG, MKV)"
+ACCEPTED = (
+    "send a PNG, JPEG or DICOM file, another still (TIFF, BMP, GIF, WebP, JPEG 2000, JPEG-LS) or a video (MP4, MOV, AVI, "
+    "MPEG, Matroska, WMV)"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,7 +109,7 @@ def test_what_is_transparent_is_black() -> None:
 def test_refusals_say_what_came_and_what_to_send(content: bytes, reason: str) -> None:
     description = refused(content)
     assert reason in description
-    assert "send a PNG, JPEG, DICOM" in description or "export it again" in description
+    assert "send a PNG, JPEG or DICOM" in description or "export it again" in description
 
 
 # The last 16 bytes hold no pixel: the mark of the end, and the checksum before it.

@@ -503,7 +503,7 @@ def test_an_animation_of_too_many_pixels_is_refused() -> None:
 def test_other_kinds_are_named(content: bytes, kind: str) -> None:
     description = refused(content)
     assert kind in description
-    assert "send a PNG, JPEG, DICOM" in description
+    assert "send a PNG, JPEG or DICOM" in description
     assert "passwd" not in description
 
 
