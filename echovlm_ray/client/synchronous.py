@@ -121,7 +121,7 @@ class EchoVLMClient:
         """The whole answer at once.
 
         Args:
-            images: DICOM files, stills (PNG, JPEG, TIFF and so on) or videos, each a path or its bytes; one needs no list.
+            images: DICOM files, stills (PNG, JPEG, TIFF …) or videos, each a path or its bytes; one needs no list.
             timeout_s: for this call, in seconds.
             request_id: what the server shall log it under, at most 128 of A-Z a-z 0-9 . _ : / -; made up if None.
             options: task, language, prompt, sampling and so on: see `GenerateOptions`.

@@ -14,8 +14,8 @@ from echovlm_ray.vision.stills import decode_still
 from echovlm_ray.vision.video import decode_video
 
 ACCEPTED = (
-    "send a PNG, JPEG or DICOM file, another still (TIFF, BMP, GIF, WebP, JPEG 2000, JPEG-LS) or a video (MP4, MOV, AVI, "
-    "MPEG, Matroska, WMV)"
+    "send a PNG, JPEG or DICOM file, another still (TIFF, BMP, GIF, WebP, JPEG 2000, JPEG-LS) or a video (MP4, MOV, "
+    "AVI, MPEG, Matroska, WMV)"
 )
 
 
