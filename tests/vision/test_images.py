@@ -2,6 +2,8 @@
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -120,6 +122,11 @@ def test_every_png_that_is_truncated_within_its_pixels_is_refused(cut: int) -> N
 
 def test_truncated_images_are_not_tolerated_anywhere_in_the_process() -> None:
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+
+
+def test_ffmpeg_is_loaded_for_videos_only() -> None:
+    code = "import sys, echovlm_ray.vision.images; sys.exit('av' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_the_limit_of_bytes_is_named() -> None:

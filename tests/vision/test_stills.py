@@ -189,8 +189,7 @@ def test_wrong_checksums_of_a_png_are_weighed_against_the_pixels() -> None:
     assert "damaged" in refused(bytes(damaged))
 
 
-@pytest.mark.parametrize("options", [{}, {"interlaced": True}])
-def test_a_png_that_lacks_only_its_end_is_taken(options: dict[str, Any]) -> None:
+def test_a_png_that_lacks_only_its_end_is_taken() -> None:
     png = encoded(RGB, "PNG")
     for cut in (1, 4, 12, 14):
         decoded = decode(png[:-cut])
@@ -446,6 +445,30 @@ def test_many_scans_are_refused_before_decoding() -> None:
 def test_a_jpeg_of_nothing_but_segments_is_refused() -> None:
     jpeg = encoded(RGB, "JPEG")
     assert "damaged" in refused(jpeg[:2] + b"\xff\xe5\0\x02" * 1_000_000 + jpeg[2:])
+
+
+def test_bytes_count_too_where_a_pixel_has_many() -> None:
+    deep = np.zeros((80, 112, 4), np.uint16)
+    tight = ImageLimits(8 * 1024**2, 80 * 112, 8)
+    for content in (imagecodecs.png_encode(deep), imagecodecs.tiff_encode(np.zeros((80, 112), np.float64))):
+        assert "pixels of 8 bytes and the limit is 53760 bytes, 6 a pixel" in refused(content, tight)
+    assert decode(imagecodecs.png_encode(deep[..., :3].copy()), tight).frames[0].shape == (80, 112, 3)
+
+
+def test_fill_bytes_of_jpeg_are_stepped_over() -> None:
+    jpeg = encoded(RGB, "JPEG")
+    filled = jpeg[:2] + b"\xff" * 3_000_000 + jpeg[2:]
+    assert np.array_equal(decode(filled).frames[0], decode(jpeg).frames[0])
+    assert "damaged" in refused(jpeg[:2] + b"\xff" * 3_000_000)
+
+
+def test_an_animation_of_too_many_small_frames_is_refused() -> None:
+    frames = [Image.new("L", (4, 4), index) for index in (0, 255)]
+    content = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    last = content[content.rindex(b"!\xf9") : -1]
+    assert decode(content[:-1] + last * 10 + b";").source_frames == 12
+    assert "at most 5000 frames" in refused(content[:-1] + last * 5000 + b";")
+    assert "blocks" in refused(content[:-1] + b"!\xfe" + b"\x01a" * 1_000_000 + b"\0;")
 
 
 def test_jpeg2000_of_millions_of_packets_is_refused() -> None:
