@@ -50,6 +50,8 @@ class _Frames:
         self._max_frames = max_frames
         self._square_pixels = square_pixels
         self._size: tuple[int, int] | None = None
+        self._stored: tuple[int, int] | None = None
+        self._looked_at = max_frames
         self._notices = list(video.notices)
         self._packets = self._from_first_key_frame(video.packets)
 
@@ -58,8 +60,9 @@ class _Frames:
         if not frames:
             raise self._empty()
         width, height = self._context.width, self._context.height
+        self._looked_at = len(set(sample_frames(frames, self._max_frames)))
         if width and height:
-            check_pixels(width, height, len(set(sample_frames(frames, self._max_frames))), self._max_pixels)
+            check_pixels(width, height, self._looked_at, self._max_pixels)
         picture = self._by_time(frames) or self._in_order(frames)
         stated = self._video.stated_frames
         if stated > picture.source_frames:
@@ -190,7 +193,7 @@ class _Frames:
                 width, height = (round(width * ratio), height) if ratio > 1 else (width, round(height / ratio))
             else:
                 self._note("Its pixels are said to be far from square, which was not believed.")
-        check_pixels(width, height, 1, self._max_pixels)
+        check_pixels(width, height, self._looked_at, self._max_pixels)
         return width, height
 
     def _from_first_key_frame(self, packets: list["Packet[Any]"]) -> list["Packet[Any]"]:

@@ -195,6 +195,10 @@ def test_rotation_is_applied(matrix: tuple[int, int, int, int], quarters: int) -
 def test_pixels_that_are_not_square_are_stretched() -> None:
     wide = decode(made("mp4", "libx264", ratio=Fraction(2), **H264_OPTIONS))
     assert {frame.shape for frame in wide.frames} == {(HEIGHT, 2 * WIDTH, 3)}
+    # What is stretched counts as it is shown.
+    assert "gateway.max_image_pixels" in refused(
+        made("mp4", "libx264", ratio=Fraction(2), **H264_OPTIONS), ImageLimits(16 * 1024**2, WIDTH * HEIGHT * 8, 8)
+    )
     absurd = decode(made("mp4", "libx264", ratio=Fraction(100), **H264_OPTIONS))
     assert {frame.shape for frame in absurd.frames} == {(HEIGHT, WIDTH, 3)}
     assert "far from square" in absurd.notices[0]
@@ -251,6 +255,14 @@ def test_of_a_video_that_is_cut_off_the_frames_before_are_taken(name: str) -> No
     assert any("cut off" in notice or "left out" in notice for notice in image.notices)
     assert numbers(image)[0] == 0
     assert numbers(image) == sorted(numbers(image))
+
+
+@pytest.mark.parametrize(
+    "name", ["avi of MJPEG", "avi of MPEG-4", "avi without compression", "avi of Microsoft Video 1"]
+)
+def test_without_its_index_an_avi_is_whole(name: str) -> None:
+    content = made(*KINDS[name][1], **KINDS[name][2])
+    assert numbers(decode(content[: content.rindex(b"idx1")])) == list(sample_frames(FRAMES, 8))
 
 
 def test_without_its_index_an_mp4_is_refused() -> None:
