@@ -120,7 +120,7 @@ def _decode_video(
     dataset: Dataset, transfer_syntax: UID, max_pixels: int, max_frames: int, crop_to_regions: bool
 ) -> DicomPicture:
     if "PixelData" not in dataset:
-        raise InvalidDicomError("is a DICOM object without a video; send an object with pixel data")
+        raise InvalidDicomError("is a DICOM object without a picture; send an object with pixel data")
     stream = joined_fragments(dataset.PixelData)
     video = decode_dicom_video(dataset, stream, transfer_syntax, max_pixels=max_pixels, max_frames=max_frames)
     frames = video.frames

@@ -76,5 +76,5 @@ def joined_fragments(pixel_data: bytes) -> bytes:
         fragments.append(memoryview(pixel_data)[offset + 8 : offset + 8 + length])
         offset += 8 + length
     if len(fragments) < 2:
-        raise InvalidPictureError("is a DICOM object whose video is empty; send an object with pixel data")
+        raise InvalidPictureError("is cut off before the first frame of its pixel data; export it again")
     return b"".join(fragments[1:])

@@ -492,12 +492,12 @@ def test_what_dicom_says_wrongly_of_its_video_is_a_notice() -> None:
 
 def test_a_dicom_video_that_is_no_video_is_refused() -> None:
     assert "convert it to MP4" in refused(dicom([bytes(1000)], H264))
-    assert "video is empty" in refused(dicom([], H264))
+    assert "cut off before the first frame" in refused(dicom([], H264))
     dataset = dcmread(io.BytesIO(dicom([bytes(1000)], MPEG2)))
     del dataset.PixelData
     buffer = io.BytesIO()
     dataset.save_as(buffer, enforce_file_format=True)
-    assert "without a video" in refused(buffer.getvalue())
+    assert "without a picture" in refused(buffer.getvalue())
 
 
 SEEDS = [
