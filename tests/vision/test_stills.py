@@ -1,71 +1,32 @@
 """Still images of every kind and depth that is taken, and what is amiss with them."""
 
-import io
 import json
 import struct
 import zlib
-from pathlib import Path
 from typing import Any
 
 import imagecodecs
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
-from echovlm_ray.errors import InvalidRequestError
-from echovlm_ray.vision.images import DecodedImage, ImageLimits, decode_image_file
-from echovlm_ray.vision.jpeg_file import MAX_SCANS
-from echovlm_ray.vision.kinds import file_kind
 from echovlm_ray.vision.orientation import oriented
-
-CASES = Path(__file__).parents[1] / "cases"
-LIMITS = ImageLimits(max_image_bytes=8 * 1024**2, max_image_pixels=1_000_000, max_frames=8)
-_ROWS, _COLUMNS = np.mgrid[0:80, 0:112]
-GREY = ((np.sin(_COLUMNS / 9) + np.cos(_ROWS / 7) + 2) / 4 * 255).astype(np.uint8)
-RGB = np.stack([GREY, 255 - GREY, GREY // 2], -1)
-
-
-def decode(content: bytes | bytearray, limits: ImageLimits = LIMITS) -> DecodedImage:
-    return decode_image_file(bytes(content), limits=limits, field="images[0].content")
-
-
-def refused(content: bytes | bytearray, limits: ImageLimits = LIMITS) -> str:
-    with pytest.raises(InvalidRequestError) as caught:
-        decode(content, limits)
-    return caught.value.description
-
-
-def encoded(picture: npt.NDArray[Any] | Image.Image, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def difference(frame: npt.NDArray[Any], right: npt.NDArray[Any]) -> float:
-    right = right if right.ndim == 3 else np.repeat(right[..., None], 3, -1)
-    assert frame.shape == right.shape
-    return float(np.abs(frame.astype(float) - right).mean())
-
-
-def chunk(kind: bytes, data: bytes, checksum: int | None = None) -> bytes:
-    crc = zlib.crc32(kind + data) if checksum is None else checksum
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
-
-
-def chunks(png: bytes) -> list[tuple[bytes, bytes]]:
-    found, offset = [], 8
-    while offset < len(png):
-        length = int.from_bytes(png[offset : offset + 4], "big")
-        found.append((png[offset + 4 : offset + 8], png[offset + 8 : offset + 8 + length]))
-        offset += 12 + length
-    return found
-
-
-def with_chunks(png: bytes, *extra: bytes) -> bytes:
-    return png[:33] + b"".join(extra) + png[33:]
+from tests.vision.still_samples import (
+    CASES,
+    GREY,
+    RGB,
+    chunk,
+    chunks,
+    decode,
+    difference,
+    encoded,
+    exif,
+    grey_tags,
+    refused,
+    tiff,
+    with_chunks,
+)
 
 
 def stills() -> list[dict[str, Any]]:
@@ -82,8 +43,6 @@ def test_files_that_failed_once(case: dict[str, Any]) -> None:
 
 
 # Depths.
-
-
 @pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_the_values_tell_how_many_of_16_bits_are_meant(bits: int, kind: str) -> None:
@@ -157,8 +116,6 @@ def test_12_bits_of_lossy_jpeg_in_grey_and_colour() -> None:
 
 
 # Files that are damaged where it does not matter.
-
-
 def test_texts_and_profiles_are_not_inflated() -> None:
     bomb = zlib.compress(bytes(100 * 1024**2), 9)
     png = with_chunks(
@@ -240,16 +197,6 @@ def test_bytes_behind_the_end_do_not_matter() -> None:
         assert np.array_equal(decode(content + b"\0\xff\xd9 and more").frames[0], decode(content).frames[0])
 
 
-# Orientation.
-
-
-def exif(orientation: int, broken_neighbour: bool = False) -> bytes:
-    entries = [struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0)]
-    if broken_neighbour:
-        entries.append(struct.pack("<HHII", 0x011A, 5, 1, 0xFFFFFF))
-    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
-
-
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("broken_neighbour", [False, True])
 def test_orientation_is_applied_in_every_kind_that_has_it(orientation: int, broken_neighbour: bool) -> None:
@@ -291,8 +238,6 @@ def test_broken_exif_is_a_notice() -> None:
 
 
 # Colours.
-
-
 def test_colours_of_jpeg() -> None:
     image = Image.fromarray(RGB)
     for mode in ("RGB", "CMYK", "YCbCr"):
@@ -307,26 +252,6 @@ def test_alpha_that_hides_everything_is_left_out() -> None:
         decoded = decode(encoded(hidden, kind, **options))
         assert np.array_equal(decoded.frames[0], RGB)
         assert "transparent" in decoded.notices[0]
-
-
-def tiff(values: bytes, tags: dict[int, tuple[int, ...]]) -> bytes:
-    """A TIFF written by hand: shorts or longs only, one strip."""
-    body, entries = b"II*\0\0\0\0\0" + values + bytes(len(values) % 2), []
-    tags = {273: (8,), 279: (len(values),), **tags}
-    for tag, numbers in sorted(tags.items()):
-        long = tag in (273, 279)
-        data = struct.pack(f"<{len(numbers)}{'I' if long else 'H'}", *numbers)
-        if len(data) > 4:
-            place, body = struct.pack("<I", len(body)), body + data
-        else:
-            place = data.ljust(4, b"\0")
-        entries.append(struct.pack("<HHI", tag, 4 if long else 3, len(numbers)) + place)
-    directory = struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
-    return body[:4] + struct.pack("<I", len(body)) + body[8:] + directory
-
-
-def grey_tags(bits: int, photometric: int) -> dict[int, tuple[int, ...]]:
-    return {256: (112,), 257: (80,), 258: (bits,), 259: (1,), 262: (photometric,), 277: (1,), 278: (80,)}
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 12, 16])
@@ -377,8 +302,6 @@ def test_planes_tiles_and_cmyk_of_tiff() -> None:
 
 
 # Many pictures in one file.
-
-
 def test_pages_that_are_alike_are_a_cine() -> None:
     pages = [Image.fromarray(np.roll(RGB, 5 * index, 1)) for index in range(5)]
     decoded = decode(encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:]))
@@ -420,153 +343,3 @@ def test_of_several_pictures_in_a_jpeg_the_first_is_shown() -> None:
     decoded = decode(content)
     assert difference(decoded.frames[0], RGB) < 2
     assert "several pictures" in decoded.notices[0]
-
-
-# Files that cost more than they are worth.
-
-
-def test_many_scans_are_refused_before_decoding() -> None:
-    assert f"more than {MAX_SCANS} scans" in refused(
-        (CASES / "prog2300.jpg").read_bytes(), ImageLimits(8 * 1024**2, 40_000_000, 8)
-    )
-    jpeg = encoded(RGB, "JPEG", progressive=True)
-    last = jpeg.rfind(b"\xff\xda")
-    many = jpeg[:last] + jpeg[last:-2] * (MAX_SCANS + 1) + b"\xff\xd9"
-    assert "scans" in refused(many)
-    few = jpeg[:last] + jpeg[last:-2] * 20 + b"\xff\xd9"
-    assert decode(few).frames[0].shape == RGB.shape
-    # The larger the picture, the fewer.
-    assert "scans" in refused(few, ImageLimits(8 * 1024**2, 80 * 112, 8))
-    # What only looks like scans is none: a colour profile, or a film behind the picture.
-    behind = encoded(RGB, "JPEG", icc_profile=b"\xff\xda" * 2000) + b"\xff\xda" * 2000
-    assert decode(behind).frames[0].shape == RGB.shape
-
-
-def test_a_jpeg_of_nothing_but_segments_is_refused() -> None:
-    jpeg = encoded(RGB, "JPEG")
-    assert "damaged" in refused(jpeg[:2] + b"\xff\xe5\0\x02" * 1_000_000 + jpeg[2:])
-
-
-def test_bytes_count_too_where_a_pixel_has_many() -> None:
-    deep = np.zeros((80, 112, 4), np.uint16)
-    tight = ImageLimits(8 * 1024**2, 80 * 112, 8)
-    for content in (imagecodecs.png_encode(deep), imagecodecs.tiff_encode(np.zeros((80, 112), np.float64))):
-        assert "pixels of 8 bytes and the limit is 53760 bytes, 6 a pixel" in refused(content, tight)
-    assert decode(imagecodecs.png_encode(deep[..., :3].copy()), tight).frames[0].shape == (80, 112, 3)
-
-
-def test_fill_bytes_of_jpeg_are_stepped_over() -> None:
-    jpeg = encoded(RGB, "JPEG")
-    filled = jpeg[:2] + b"\xff" * 3_000_000 + jpeg[2:]
-    assert np.array_equal(decode(filled).frames[0], decode(jpeg).frames[0])
-    assert "damaged" in refused(jpeg[:2] + b"\xff" * 3_000_000)
-
-
-def test_an_animation_of_too_many_small_frames_is_refused() -> None:
-    frames = [Image.new("L", (4, 4), index) for index in (0, 255)]
-    content = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    last = content[content.rindex(b"!\xf9") : -1]
-    assert decode(content[:-1] + last * 10 + b";").source_frames == 12
-    assert "at most 5000 frames" in refused(content[:-1] + last * 5000 + b";")
-    assert "blocks" in refused(content[:-1] + b"!\xfe" + b"\x01a" * 1_000_000 + b"\0;")
-
-
-def test_jpeg2000_of_millions_of_packets_is_refused() -> None:
-    content = bytearray(encoded(RGB, "JPEG2000", no_jp2=True))
-    coding = content.index(b"\xff\x52")
-    content[coding + 6 : coding + 8] = b"\xff\xff"
-    assert "packets" in refused(bytes(content))
-    size = content.index(b"\xff\x51")
-    content[size + 22 : size + 30] = struct.pack(">II", 1, 1)
-    assert "packets" in refused(bytes(content))
-
-
-def test_sizes_are_checked_before_anything_is_allocated() -> None:
-    limits = ImageLimits(8 * 1024**2, 80 * 112 - 1, 8)
-    for kind in ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "JPEG2000"):
-        assert "gateway.max_image_pixels" in refused(encoded(RGB, kind), limits)
-    assert "gateway.max_image_pixels" in refused(imagecodecs.jpegls_encode(RGB), limits)
-    webp = bytearray(encoded(RGB, "WEBP", exif=exif(1)))
-    webp[24:30] = b"\xff\xff\xff\xff\xff\xff"
-    assert "gateway.max_image_pixels" in refused(bytes(webp))
-
-
-def test_tiff_that_goes_in_circles_or_beyond_its_end_is_refused() -> None:
-    content = tiff(GREY.tobytes(), grey_tags(8, 1))
-    assert "truncated" in refused(content[:8] + content[2000:])
-    (start,) = struct.unpack_from("<I", content, 4)
-    circle = content[:-4] + struct.pack("<I", start)
-    assert np.array_equal(decode(circle).frames[0][..., 0], GREY)
-    beyond = tiff(GREY.tobytes()[:100], {**grey_tags(8, 1), 279: (80 * 112,)})
-    assert "truncated" in refused(beyond)
-
-
-def test_an_animation_of_too_many_pixels_is_refused() -> None:
-    frames = [Image.new("L", (400, 400), index) for index in range(100)]
-    for kind in ("GIF", "PNG"):
-        content = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
-        assert "pixels" in refused(content, ImageLimits(8 * 1024**2, 400 * 400 * 2, 2))
-
-
-# Other kinds, and mutation.
-
-
-@pytest.mark.parametrize(
-    ("content", "kind"),
-    [
-        (b"\0\0\0\x1cftypheic" + bytes(20), "HEIC"),
-        (b"\0\0\0\x1cftypavif" + bytes(20), "AVIF"),
-        (b"%PDF-1.7", "PDF"),
-        (b"PK\x03\x04", "ZIP"),
-        (b"#EXTM3U\nfile:///etc/passwd", "playlist"),
-        (b"BM and other text", "known here"),
-        (b"RIFF\0\0\0\0WAVE", "WAV"),
-    ],
-)
-def test_other_kinds_are_named(content: bytes, kind: str) -> None:
-    description = refused(content)
-    assert kind in description
-    assert "send a PNG, JPEG or DICOM" in description
-    assert "passwd" not in description
-
-
-SEEDS = [
-    encoded(RGB, "PNG"),
-    imagecodecs.png_encode(RGB.astype(np.uint16) * 16),
-    encoded(RGB, "JPEG", exif=b"Exif\0\0" + exif(6)),
-    encoded(RGB, "JPEG", progressive=True),
-    imagecodecs.jpeg8_encode(GREY.astype(np.uint16) * 16, level=90, bitspersample=12),
-    imagecodecs.jpegls_encode(RGB),
-    encoded(RGB, "JPEG2000"),
-    imagecodecs.jpeg2k_encode(GREY.astype(np.uint16) * 16, level=0, bitspersample=12),
-    encoded(RGB, "TIFF", compression="tiff_lzw"),
-    imagecodecs.tiff_encode(GREY.astype(np.uint16)),
-    encoded(RGB, "BMP"),
-    encoded(RGB, "WEBP", exif=exif(3)),
-    encoded(RGB, "GIF", save_all=True, append_images=[Image.fromarray(RGB[::-1])]),
-    encoded(RGB, "PNG", save_all=True, append_images=[Image.fromarray(RGB[::-1])]),
-]
-
-
-@given(data=st.data())
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.data_too_large, HealthCheck.too_slow])
-def test_damaged_stills_are_taken_or_refused(data: st.DataObject) -> None:
-    content = bytearray(data.draw(st.sampled_from(SEEDS)))
-    span = data.draw(st.sampled_from([64, 400, len(content)]))
-    places = st.integers(0, min(span, len(content)) - 1)
-    for position, value in data.draw(st.lists(st.tuples(places, st.integers(0, 255)), max_size=6)):
-        content[position] = value
-    damaged = bytes(content[: data.draw(st.integers(1, len(content)))] if data.draw(st.booleans()) else content)
-    try:
-        image = decode(damaged)
-    except InvalidRequestError:
-        return
-    assert all(frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3 for frame in image.frames)
-    assert len({frame.shape for frame in image.frames}) == 1
-
-
-def test_kinds_are_told_by_content() -> None:
-    kinds = {"PNG": "PNG", "JPEG": "JPEG", "BMP": "BMP", "GIF": "GIF", "WEBP": "WebP", "TIFF": "TIFF"}
-    assert {kind: file_kind(encoded(RGB, kind)) for kind in kinds} == kinds
-    assert file_kind(encoded(RGB, "JPEG2000")) == file_kind(encoded(RGB, "JPEG2000", no_jp2=True)) == "JPEG 2000"
-    assert file_kind(b"") is None

@@ -4,117 +4,35 @@ import builtins
 import io
 import json
 import struct
-from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydicom import Dataset, dcmread
-from pydicom.dataset import FileMetaDataset
-from pydicom.encaps import encapsulate
-from pydicom.uid import UID, UltrasoundMultiFrameImageStorage, generate_uid
 
 from echovlm_ray.errors import InvalidRequestError
 from echovlm_ray.vision import video
-from echovlm_ray.vision.images import DecodedImage, ImageLimits, decode_image_file
+from echovlm_ray.vision.images import ImageLimits
 from echovlm_ray.vision.kinds import file_kind
 from echovlm_ray.vision.sampling import sample_frames
-
-CASES = Path(__file__).parents[1] / "cases"
-LIMITS = ImageLimits(max_image_bytes=16 * 1024**2, max_image_pixels=1_000_000, max_frames=8)
-WIDTH, HEIGHT, FRAMES = 192, 128, 40
-MPEG2, H264, HEVC = "1.2.840.10008.1.2.4.100", "1.2.840.10008.1.2.4.102", "1.2.840.10008.1.2.4.107"
-
-
-def decode(content: bytes, limits: ImageLimits = LIMITS) -> DecodedImage:
-    return decode_image_file(content, limits=limits, field="images[0].content")
-
-
-def refused(content: bytes, limits: ImageLimits = LIMITS) -> str:
-    with pytest.raises(InvalidRequestError) as caught:
-        decode(content, limits)
-    return caught.value.description
-
-
-def numbered(number: int, width: int = WIDTH, height: int = HEIGHT) -> npt.NDArray[np.uint8]:
-    """A frame that shows its number as eight bright or dark bars, above something that moves."""
-    frame = np.full((height, width, 3), 40, np.uint8)
-    for bit in range(8):
-        frame[16:48, 8 + bit * 22 : 26 + bit * 22] = 230 if number >> bit & 1 else 20
-    frame[64:120, number * 3 : number * 3 + 40] = (200, 60, 60)
-    return frame
-
-
-def number_of(frame: npt.NDArray[np.uint8]) -> int:
-    return sum(int(frame[32, 17 + bit * 22].mean() > 128) << bit for bit in range(8))
-
-
-def numbers(image: DecodedImage) -> list[int]:
-    return [number_of(frame) for frame in image.frames]
-
-
-def made(
-    container: str,
-    codec: str,
-    pixels: str = "yuv420p",
-    frames: int = FRAMES,
-    times: Sequence[int] | None = None,
-    ratio: Fraction | None = None,
-    container_options: dict[str, str] | None = None,
-    **options: object,
-) -> bytes:
-    """A video of numbered frames."""
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format=container, options=container_options or {}) as output:
-        stream: Any = output.add_stream(codec, rate=25)
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, pixels
-        stream.codec_context.thread_count = 1
-        if ratio is not None:
-            stream.codec_context.sample_aspect_ratio = ratio
-        stream.codec_context.options = {key: str(value) for key, value in options.items()}
-        for number in range(frames):
-            frame = av.VideoFrame.from_ndarray(numbered(number), "rgb24")
-            if times is not None:
-                frame.pts, frame.time_base = times[number], Fraction(1, 1000)
-            output.mux(stream.encode(frame))
-        output.mux(stream.encode(None))
-    return buffer.getvalue()
-
-
-H264_OPTIONS: dict[str, Any] = {"g": 12, "preset": "ultrafast", "bf": 3}
-X265: dict[str, Any] = {"x265-params": "log-level=none:keyint=12:pools=none", "preset": "ultrafast"}
-KINDS: dict[str, tuple[str, tuple[str, str], dict[str, Any]]] = {
-    "mp4": ("MP4", ("mp4", "libx264"), H264_OPTIONS),
-    "mp4, one key frame": ("MP4", ("mp4", "libx264"), {"bf": 2}),
-    "mp4, open groups": ("MP4", ("mp4", "libx264"), {"bf": 5, "g": 12, "x264-params": "open-gop=1:b-pyramid=normal"}),
-    "mp4 in fragments": (
-        "MP4",
-        ("mp4", "libx264"),
-        {**H264_OPTIONS, "container_options": {"movflags": "frag_keyframe+empty_moov"}},
-    ),
-    "mov": ("MP4", ("mov", "libx264"), H264_OPTIONS),
-    "mp4 of HEVC": ("MP4", ("mp4", "libx265"), X265),
-    "mp4 of MPEG-4": ("MP4", ("mp4", "mpeg4"), {"bf": 2}),
-    "matroska": ("Matroska", ("matroska", "libx264"), H264_OPTIONS),
-    "webm": ("Matroska", ("webm", "libvpx-vp9"), {"deadline": "realtime", "cpu-used": 8}),
-    "avi of MJPEG": ("AVI", ("avi", "mjpeg"), {"pixels": "yuvj420p"}),
-    "avi of MPEG-4": ("AVI", ("avi", "mpeg4"), {"bf": 2}),
-    "avi of H.264": ("AVI", ("avi", "libx264"), H264_OPTIONS),
-    "avi without compression": ("AVI", ("avi", "rawvideo"), {"pixels": "bgr24"}),
-    "avi of Microsoft Video 1": ("AVI", ("avi", "msvideo1"), {"pixels": "rgb555le"}),
-    "wmv": ("WMV", ("asf", "wmv2"), {}),
-    "program stream": ("MPEG program stream", ("vob", "mpeg2video"), {"bf": 2}),
-    "transport stream": ("MPEG transport stream", ("mpegts", "libx264"), H264_OPTIONS),
-    "MPEG-2": ("MPEG video", ("mpeg2video", "mpeg2video"), {"bf": 2}),
-    "H.264": ("H.264", ("h264", "libx264"), H264_OPTIONS),
-    "HEVC": ("HEVC", ("hevc", "libx265"), X265),
-}
+from tests.vision.video_samples import (
+    CASES,
+    FRAMES,
+    H264_OPTIONS,
+    HEIGHT,
+    KINDS,
+    WIDTH,
+    decode,
+    made,
+    number_of,
+    numbered,
+    numbers,
+    refused,
+)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -173,8 +91,6 @@ def test_files_that_failed_once(case: dict[str, Any]) -> None:
 
 
 # What the container says of the picture.
-
-
 def test_uneven_times_change_nothing() -> None:
     times = np.cumsum([40 if number % 3 else 400 for number in range(FRAMES)]).tolist()
     assert numbers(decode(made("matroska", "libx264", times=times, **H264_OPTIONS))) == list(sample_frames(FRAMES, 8))
@@ -223,8 +139,6 @@ def test_one_frame_is_a_still() -> None:
 
 
 # Cut, damaged, and lying.
-
-
 def boxes(mp4: bytes) -> dict[bytes, bytes]:
     found, offset = {}, 0
     while offset < len(mp4):
@@ -331,8 +245,6 @@ def test_unknown_codecs_are_refused_with_what_to_send() -> None:
 
 
 # Costs, and reach.
-
-
 def test_limits_of_pixels() -> None:
     content = made("mp4", "libx264", **H264_OPTIONS)
     few = ImageLimits(16 * 1024**2, WIDTH * HEIGHT * 8 - 1, 8)
@@ -414,90 +326,6 @@ def test_without_pyav_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(builtins, "__import__", without)
     assert "pip install 'echovlm-ray[video]'" in refused((CASES / "video.avi").read_bytes())
     assert "pip install 'echovlm-ray[video]'" in refused((CASES / "video_mpeg2.dcm").read_bytes())
-
-
-# Inside DICOM.
-
-
-def dicom(fragments: list[bytes], syntax: str, frames: int | None = FRAMES, **attributes: Any) -> bytes:
-    dataset = Dataset()
-    dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = UID(syntax)
-    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = UltrasoundMultiFrameImageStorage
-    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = generate_uid()
-    dataset.Rows, dataset.Columns, dataset.SamplesPerPixel = HEIGHT, WIDTH, 3
-    dataset.BitsAllocated = dataset.BitsStored = 8
-    dataset.HighBit, dataset.PixelRepresentation = 7, 0
-    dataset.PhotometricInterpretation = "YBR_PARTIAL_420"
-    if frames is not None:
-        dataset.NumberOfFrames = frames
-    for name, value in attributes.items():
-        setattr(dataset, name, value)
-    dataset.PixelData = encapsulate(fragments, has_bot=False)
-    dataset["PixelData"].is_undefined_length = True
-    buffer = io.BytesIO()
-    dataset.save_as(buffer, enforce_file_format=True)
-    return buffer.getvalue()
-
-
-def pieces(content: bytes, size: int) -> list[bytes]:
-    content += bytes(len(content) % 2)
-    return [content[at : at + size] for at in range(0, len(content), size)]
-
-
-@pytest.mark.parametrize("size", [1 << 30, 1000])
-@pytest.mark.parametrize(
-    ("name", "syntax"),
-    [
-        ("H.264", H264), ("mp4", H264), ("transport stream", H264), ("HEVC", HEVC), ("mp4 of HEVC", HEVC),
-        ("MPEG-2", MPEG2), ("program stream", MPEG2), ("program stream", MPEG2 + ".1"),
-        # The stream itself says what it is.
-        ("H.264", MPEG2), ("MPEG-2", HEVC),
-    ],
-)  # fmt: skip
-def test_videos_in_dicom(name: str, syntax: str, size: int) -> None:
-    stream = made(*KINDS[name][1], **KINDS[name][2])
-    image = decode(dicom(pieces(stream, size), syntax))
-    assert numbers(image) == list(sample_frames(FRAMES, 8))
-    assert (image.source_frames, image.notices) == (FRAMES, ())
-
-
-def region(left: int, top: int, right: int, bottom: int) -> Dataset:
-    item = Dataset()
-    item.RegionSpatialFormat, item.RegionDataType = 1, 1
-    item.RegionLocationMinX0, item.RegionLocationMinY0 = left, top
-    item.RegionLocationMaxX1, item.RegionLocationMaxY1 = right, bottom
-    return item
-
-
-def test_video_in_dicom_is_cropped_to_its_regions() -> None:
-    stream = made("h264", "libx264", ratio=Fraction(2), **H264_OPTIONS)
-    content = dicom(pieces(stream, 1 << 30), H264, SequenceOfUltrasoundRegions=[region(10, 20, 109, 99)])
-    whole = decode(content, ImageLimits(16 * 1024**2, 1_000_000, 8, crop_to_regions=False))
-    cropped = decode(content)
-    assert all(
-        np.array_equal(part, frame[20:100, 10:110]) for part, frame in zip(cropped.frames, whole.frames, strict=True)
-    )
-
-
-def test_what_dicom_says_wrongly_of_its_video_is_a_notice() -> None:
-    stream = pieces(made("h264", "libx264", **H264_OPTIONS), 1 << 30)
-    for stated in (None, 1, 9999):
-        image = decode(dicom(stream, H264, frames=stated))
-        assert image.source_frames == FRAMES
-        assert "NumberOfFrames" in image.notices[0]
-    image = decode(dicom(stream, H264, Rows=200))
-    assert "Rows and Columns" in image.notices[0]
-
-
-def test_a_dicom_video_that_is_no_video_is_refused() -> None:
-    assert "convert it to MP4" in refused(dicom([bytes(1000)], H264))
-    assert "cut off before the first frame" in refused(dicom([], H264))
-    dataset = dcmread(io.BytesIO(dicom([bytes(1000)], MPEG2)))
-    del dataset.PixelData
-    buffer = io.BytesIO()
-    dataset.save_as(buffer, enforce_file_format=True)
-    assert "without a picture" in refused(buffer.getvalue())
 
 
 SEEDS = [
