@@ -51,7 +51,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object inst
 
 
 def generate(
-    files: Annotated[list[str] | None, typer.Argument(help="PNG, JPEG or DICOM files; - reads one from stdin.")] = None,
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(help="DICOM files, stills (PNG, JPEG, TIFF …) or videos (MP4, AVI …); - reads one from stdin."),
+    ] = None,
     task: Annotated[Task, typer.Option(help="What to write; vqa and free need --prompt.")] = "report",
     language: Annotated[Language, typer.Option(help="Language of the answer.")] = "en",
     prompt: Annotated[str, typer.Option(help="The question, or what else the model should know.")] = "",

@@ -157,7 +157,7 @@ def _print_ready(system: "RunningSystem", config: "Config", console: Console, de
     command = _command()
     server = "" if system.gateway_address == DEFAULT_ADDRESS else f" --server {system.gateway_address}"
     control = "" if system.control_address == DEFAULT_CONTROL else f" --control {system.control_address}"
-    console.print("Next, in another shell (any PNG, JPEG or DICOM of an ultrasound):")
+    console.print("Next, in another shell (any DICOM, still or video of an ultrasound):")
     console.print(f"  {command} generate IMAGE --task report{server}", style="bold")
     console.print(f"  {command} status{control}", style="bold")
     if not detach:

@@ -122,7 +122,7 @@ class EchoVLMClient:
         """The whole answer at once.
 
         Args:
-            images: PNG, JPEG or DICOM files (stills or cine loops), each a path, its bytes, or a file opened with
+            images: DICOM files, stills (PNG, JPEG, TIFF …) or videos, each a path, its bytes, or a file opened with
                 mode "rb"; one needs no list.
             timeout_s: for this call, in seconds; None takes the client's, `math.inf` as long as the server allows.
             request_id: what the server shall log it under, at most 128 of A-Z a-z 0-9 . _ : / -; made up if None.

@@ -21,6 +21,8 @@ from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, JPEGBaseline8Bit, R
 
 from echovlm_ray.vision.anatomy import anatomy_terms
 from echovlm_ray.vision.codestream import frame_size, says_adobe_ybr
+from echovlm_ray.vision.dicom_video import decode_dicom_video, is_video_syntax, joined_fragments
+from echovlm_ray.vision.picture import InvalidPictureError
 from echovlm_ray.vision.pixels import UnknownPixelsError, to_rgb
 from echovlm_ray.vision.regions import image_box
 from echovlm_ray.vision.sampling import sample_frames
@@ -79,7 +81,7 @@ def decode_dicom(content: bytes, *, max_pixels: int, max_frames: int, crop_to_re
         return _decode(content, max_pixels, max_frames, crop_to_regions)
     except InvalidDicomError:
         raise
-    except UnknownPixelsError as error:
+    except (InvalidPictureError, UnknownPixelsError) as error:
         raise InvalidDicomError(str(error)) from None
     except Exception:
         # Any exception: what a parser raises on hostile bytes is not to be foreseen, and all of it means this.
@@ -89,6 +91,8 @@ def decode_dicom(content: bytes, *, max_pixels: int, max_frames: int, crop_to_re
 def _decode(content: bytes, max_pixels: int, max_frames: int, crop_to_regions: bool) -> DicomPicture:
     transfer_syntax = _transfer_syntax(content)
     dataset = dcmread(io.BytesIO(content))
+    if is_video_syntax(transfer_syntax):
+        return _decode_video(dataset, transfer_syntax, max_pixels, max_frames, crop_to_regions)
     num_frames = _check_picture(dataset)
     indices = sample_frames(num_frames, max_frames)
     distinct = sorted(set(indices))
@@ -112,6 +116,22 @@ def _decode(content: bytes, max_pixels: int, max_frames: int, crop_to_regions: b
     return DicomPicture(tuple(frames[index] for index in indices), indices, num_frames, anatomy_terms(dataset))
 
 
+def _decode_video(
+    dataset: Dataset, transfer_syntax: UID, max_pixels: int, max_frames: int, crop_to_regions: bool
+) -> DicomPicture:
+    if "PixelData" not in dataset:
+        raise InvalidDicomError("is a DICOM object without a picture; send an object with pixel data")
+    stream = joined_fragments(dataset.PixelData)
+    video = decode_dicom_video(dataset, stream, transfer_syntax, max_pixels=max_pixels, max_frames=max_frames)
+    frames = video.frames
+    height, width, _ = frames[0].shape
+    box = image_box(dataset, width, height) if crop_to_regions else None
+    if box is not None:
+        left, top, right, bottom = box
+        frames = tuple(frame[top:bottom, left:right].copy() for frame in frames)
+    return DicomPicture(frames, video.indices, video.source_frames, anatomy_terms(dataset), video.notices)
+
+
 def _transfer_syntax(content: bytes) -> UID:
     """How the file is encoded, read before the rest is: inflating a deflated file could fill the memory."""
     buffer = io.BytesIO(content)
@@ -124,6 +144,8 @@ def _transfer_syntax(content: bytes) -> UID:
     convert = "convert it to Explicit VR Little Endian, JPEG or JPEG 2000"
     if transfer_syntax == DeflatedExplicitVRLittleEndian:
         raise InvalidDicomError(f"is deflated as a whole ({name}), which is not accepted; {convert}")
+    if is_video_syntax(transfer_syntax):
+        return transfer_syntax
     try:
         available = get_decoder(transfer_syntax).is_available
     except NotImplementedError:

@@ -1,34 +1,22 @@
-"""Image files from callers: PNG, JPEG or DICOM in memory to RGB frames. Nothing touches the disk.
+"""Files from callers, stills, videos and DICOM in memory, to RGB frames. Nothing touches the disk.
 
 The bytes come from outside, so limits are checked before anything is decoded, and whatever a decoder says about broken
 bytes is replaced by our own words: its text may quote the file (P12).
 """
 
-import io
 from dataclasses import dataclass
-
-import numpy as np
-import numpy.typing as npt
-from PIL import Image, ImageOps
 
 from echovlm_ray.errors import InvalidRequestError
 from echovlm_ray.vision.dicom import InvalidDicomError, decode_dicom, is_dicom
+from echovlm_ray.vision.kinds import STILLS, VIDEOS, file_kind
+from echovlm_ray.vision.picture import FrameArray, InvalidPictureError, Picture
+from echovlm_ray.vision.stills import decode_still
+from echovlm_ray.vision.video import decode_video
 
-ACCEPTED = "send a PNG, JPEG or DICOM file"
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_OTHER_KINDS = (
-    (b"GIF8", "GIF"),
-    (b"BM", "BMP"),
-    (b"II*\x00", "TIFF"),
-    (b"MM\x00*", "TIFF"),
-    (b"%PDF", "PDF"),
-    (b"PK\x03\x04", "ZIP"),
-    (b"\x1f\x8b", "gzip"),
-    (b"\x00\x00\x00\x0cjP  ", "JPEG 2000"),
-    (b"NRRD", "NRRD"),
+ACCEPTED = (
+    "send a PNG, JPEG or DICOM file, another still (TIFF, BMP, GIF, WebP, JPEG 2000, JPEG-LS) or a video (MP4, MOV, "
+    "AVI, MPEG, Matroska, WMV)"
 )
-
-FrameArray = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +56,7 @@ class DecodedImage:
 
 
 def decode_image_file(content: bytes, *, limits: ImageLimits, field: str) -> DecodedImage:
-    """Decodes a PNG, JPEG or DICOM file; the content decides which it is.
+    """Decodes a still image, a video or a DICOM file; the content decides which it is.
 
     Args:
         content: the whole file.
@@ -88,15 +76,24 @@ def decode_image_file(content: bytes, *, limits: ImageLimits, field: str) -> Dec
         )
     if is_dicom(content):
         return _decode_dicom(content, limits, field)
-    if content.startswith(_PNG_SIGNATURE):
-        return DecodedImage((_decode_still(content, "PNG", limits, field),))
-    if content.startswith(b"\xff\xd8\xff"):
-        return DecodedImage((_decode_still(content, "JPEG", limits, field),))
-    kind = next((kind for signature, kind in _OTHER_KINDS if content.startswith(signature)), None)
-    if content.startswith(b"RIFF") and content[8:12] == b"WEBP":
-        kind = "WebP"
+    kind = file_kind(content)
+    try:
+        if kind in STILLS:
+            return _decoded(
+                decode_still(content, kind, max_pixels=limits.max_image_pixels, max_frames=limits.max_frames)
+            )
+        if kind in VIDEOS:
+            return _decoded(
+                decode_video(content, kind, max_pixels=limits.max_image_pixels, max_frames=limits.max_frames)
+            )
+    except InvalidPictureError as error:
+        raise InvalidRequestError(field, str(error)) from None
     what = "is not an image file that is known here" if kind is None else f"is a {kind} file"
     raise InvalidRequestError(field, f"{what}; {ACCEPTED}")
+
+
+def _decoded(picture: Picture) -> DecodedImage:
+    return DecodedImage(picture.frames, len(set(picture.indices)), picture.source_frames, notices=picture.notices)
 
 
 def _decode_dicom(content: bytes, limits: ImageLimits, field: str) -> DecodedImage:
@@ -111,54 +108,3 @@ def _decode_dicom(content: bytes, limits: ImageLimits, field: str) -> DecodedIma
         raise InvalidRequestError(field, str(error)) from None
     frames_taken = len(set(picture.indices))
     return DecodedImage(picture.frames, frames_taken, picture.source_frames, picture.anatomy_terms, picture.notices)
-
-
-def _decode_still(content: bytes, kind: str, limits: ImageLimits, field: str) -> FrameArray:
-    broken = InvalidRequestError(field, f"is a {kind} file that is damaged or truncated; export it again")
-    try:
-        image = Image.open(io.BytesIO(content), formats=(kind,))
-    except Image.DecompressionBombError:
-        raise InvalidRequestError(field, _too_many_pixels(limits)) from None
-    except Exception:
-        # Any exception: what a decoder raises on hostile bytes is not to be foreseen, and all of it means this.
-        raise broken from None
-    with image:
-        if image.width * image.height > limits.max_image_pixels:
-            raise InvalidRequestError(field, _too_many_pixels(limits, f"{image.width} × {image.height} pixels"))
-        if getattr(image, "is_animated", False) and kind == "PNG":
-            raise InvalidRequestError(field, "is an animated PNG; send its frames as separate images, or as DICOM")
-        if kind == "PNG" and not _png_is_complete(content):
-            raise broken
-        try:
-            return _to_rgb(ImageOps.exif_transpose(image))
-        except Exception:
-            raise broken from None
-
-
-def _too_many_pixels(limits: ImageLimits, size: str = "far more pixels") -> str:
-    return (
-        f"has {size} and the limit is {limits.max_image_pixels} pixels (gateway.max_image_pixels): "
-        "scale it down before sending"
-    )
-
-
-def _png_is_complete(content: bytes) -> bool:
-    """Whether the chunks reach to the end mark. Pillow is content when the pixels end early but cleanly."""
-    offset = len(_PNG_SIGNATURE)
-    while offset + 12 <= len(content):
-        if content[offset + 4 : offset + 8] == b"IEND":
-            return True
-        offset += 12 + int.from_bytes(content[offset : offset + 4], "big")
-    return False
-
-
-def _to_rgb(image: Image.Image) -> FrameArray:
-    """Any mode of PNG and JPEG as RGB; what is transparent becomes black, the background of ultrasound."""
-    if image.mode.startswith("I"):
-        # 16-bit greyscale, which Pillow's own conversion would clip at 255.
-        grey = np.asarray(image).astype(np.float64) / 257.0
-        return np.repeat(np.rint(grey.clip(0, 255)).astype(np.uint8)[..., None], 3, axis=-1)
-    if "A" in image.mode or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba)
-    return np.array(image.convert("RGB"))
