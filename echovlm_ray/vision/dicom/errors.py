@@ -1,0 +1,9 @@
+"""What is said about a DICOM file that cannot be shown."""
+
+
+class InvalidDicomError(ValueError):
+    """A DICOM file that cannot be shown. The text begins with a verb, its subject being the file."""
+
+
+class FrameError(ValueError):
+    """One frame that cannot be decoded; the others of its object may be sound."""

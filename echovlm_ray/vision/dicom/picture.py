@@ -1,0 +1,302 @@
+"""A DICOM object in memory to RGB frames: which frames are decoded, and which part of them is kept.
+
+pydicom parses and imagecodecs decodes. What they report about a file may quote the file, so none of their texts leaves
+this package, and pydicom's log and warnings are switched off (P12).
+"""
+
+import logging
+import warnings
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from pydicom import Dataset
+from pydicom.uid import UID
+
+from echovlm_ray.vision.anatomy import anatomy_terms
+from echovlm_ray.vision.codestream import starts_codestream
+from echovlm_ray.vision.dicom.attributes import has
+from echovlm_ray.vision.dicom.coded import CodedFrames, extended_offsets
+from echovlm_ray.vision.dicom.colours import has_palette, palette_tables, palette_to_rgb, sample_bits, samples_to_rgb
+from echovlm_ray.vision.dicom.errors import FrameError, InvalidDicomError
+from echovlm_ray.vision.dicom.fragments import Encapsulated, Fragment, is_encapsulated, read_items
+from echovlm_ray.vision.dicom.grey import grey_frames
+from echovlm_ray.vision.dicom.header import FrameLayout, PixelHeader, absent_frames, read_header
+from echovlm_ray.vision.dicom.native import NativeFrames
+from echovlm_ray.vision.dicom.parsing import ParsedFile, PixelElement, parse
+from echovlm_ray.vision.dicom.regions import image_box
+from echovlm_ray.vision.dicom.stored import stored_values
+from echovlm_ray.vision.sampling import sample_frames
+
+logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
+warnings.filterwarnings("ignore", module=r"pydicom\.")
+
+RGB_BYTES = 3
+# What a decoder works with, besides the RGB that it becomes: a pixel may take this many bytes.
+WORKING_BYTES = 12
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DicomPicture:
+    """What a DICOM file shows.
+
+    Attributes:
+        frames: height × width × 3, uint8, RGB.
+        indices: where in the file they are; the last one may occur twice (see `sample_frames`).
+        source_frames: how many frames the file has.
+        anatomy_terms: from coded attributes only: free text may hold names.
+        notices: what was done differently from what the file or the configuration asks for, a sentence each. Each
+            begins with a verb, its subject being the file.
+    """
+
+    frames: tuple[npt.NDArray[np.uint8], ...]
+    indices: tuple[int, ...]
+    source_frames: int
+    anatomy_terms: tuple[str, ...]
+    notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DicomLimits:
+    """What one file may take.
+
+    Attributes:
+        max_pixels: of the frames that are taken, together.
+        max_frames: at least 2.
+        crop_to_regions: keeps only the box around the ultrasound regions, where there are any.
+    """
+
+    max_pixels: int
+    max_frames: int
+    crop_to_regions: bool
+
+
+class FrameSource(Protocol):
+    """Frames of an object, decoded one by one."""
+
+    layout: FrameLayout
+    count: int
+    usable: tuple[int, ...]
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Bytes that decoding one frame takes."""
+
+    def decode(self, index: int) -> tuple[npt.NDArray[Any], str]:
+        """One frame, rows × columns (× 3), and what its three samples are: RGB, YBR_FULL or YBR_PARTIAL.
+
+        Raises:
+            FrameError: it cannot be decoded.
+        """
+
+
+def decode_dicom(content: bytes, *, max_pixels: int, max_frames: int, crop_to_regions: bool) -> DicomPicture:
+    """Decodes the sampled frames of a DICOM image; the others are not looked at.
+
+    Args:
+        content: the whole file.
+        max_pixels: of the sampled frames together; checked before decoding.
+        max_frames: at least 2.
+        crop_to_regions: keeps only the box around the ultrasound regions, where there are any.
+
+    Raises:
+        InvalidDicomError: damaged, without a picture, over the limit, or compressed in a way that is not known here.
+    """
+    limits = DicomLimits(max_pixels, max_frames, crop_to_regions)
+    notices: list[str] = []
+    try:
+        parsed = parse(content, max_bytes=RGB_BYTES * max_pixels, notices=notices)
+        return _decode(parsed, limits, notices)
+    except InvalidDicomError:
+        raise
+    except Exception:
+        # Any exception: what a parser raises on hostile bytes is not to be foreseen, and all of it means this.
+        raise InvalidDicomError("is a DICOM file that is damaged or truncated; export it again") from None
+
+
+def _decode(parsed: ParsedFile, limits: DicomLimits, notices: list[str]) -> DicomPicture:
+    dataset, element = parsed.dataset, parsed.pixels
+    if element is None or not element.rest:
+        if has(dataset, "PixelDataProviderURL"):
+            raise InvalidDicomError(
+                "has a Pixel Data Provider URL (0028,7FE0) instead of pixel data; send the object with its pixels"
+            )
+        raise InvalidDicomError(
+            "is a DICOM object without a picture (a report or a measurement, for example); send an image object"
+        )
+    encapsulated = _encapsulated(element, parsed.transfer_syntax, notices)
+    if _is_video(parsed.transfer_syntax):
+        return decode_video(dataset, element, encapsulated, limits, notices)
+    header = read_header(dataset, notices)
+    source: FrameSource
+    if encapsulated is None:
+        source = NativeFrames(element, header, has_palette(dataset), notices)
+    else:
+        source = CodedFrames(encapsulated, header, extended_offsets(dataset), has_palette(dataset), notices)
+    _compare_frames(dataset, header, source.count, notices)
+    indices, decoded = _decoded(source, limits, notices)
+    distinct = sorted(decoded)
+    rgb = _to_rgb([decoded[index] for index in distinct], distinct, dataset, source.layout, element, notices)
+    frames = dict(zip(distinct, rgb, strict=True))
+    if limits.crop_to_regions:
+        box = image_box(dataset, source.layout.columns, source.layout.rows, notices)
+        if box is not None:
+            left, top, right, bottom = box
+            frames = {index: frame[top:bottom, left:right].copy() for index, frame in frames.items()}
+    return DicomPicture(
+        frames=tuple(frames[index] for index in indices),
+        indices=indices,
+        source_frames=source.count,
+        anatomy_terms=_anatomy(dataset, notices),
+        notices=tuple(dict.fromkeys(notices)),
+    )
+
+
+def _is_video(transfer_syntax: UID | None) -> bool:
+    """MPEG-2, H.264 and HEVC (PS3.5 8.2.5 to 8.2.8)."""
+    return transfer_syntax is not None and ("MPEG" in transfer_syntax.name or "HEVC" in transfer_syntax.name)
+
+
+def decode_video(
+    dataset: Dataset,
+    element: PixelElement,
+    encapsulated: Encapsulated | None,
+    limits: DicomLimits,
+    notices: list[str],
+) -> DicomPicture:
+    """The sampled frames of an object whose pixel data are one video stream.
+
+    Args:
+        dataset: the object.
+        element: its pixel data as they lie in the file.
+        encapsulated: their items, which together are the stream; None where there are no items.
+        limits: checked before decoding.
+        notices: added to.
+
+    Raises:
+        InvalidDicomError: video is not decoded here.
+    """
+    raise InvalidDicomError(
+        "has a transfer syntax that is not accepted (video: MPEG-2, H.264 or HEVC); convert it to JPEG or JPEG 2000"
+    )
+
+
+def _encapsulated(element: PixelElement, transfer_syntax: UID | None, notices: list[str]) -> Encapsulated | None:
+    """The items of compressed pixel data, None for native ones: the data decide."""
+    says_compressed = (
+        transfer_syntax is not None and transfer_syntax.is_compressed and not _is_deflated(transfer_syntax)
+    )
+    start = bytes(element.rest[:64])
+    if is_encapsulated(element.content, element.start):
+        try:
+            encapsulated = read_items(element.content, element.start)
+        except FrameError:
+            raise InvalidDicomError("has more fragments of pixel data than any cine loop; export it again") from None
+        if not encapsulated.fragments:
+            raise InvalidDicomError("is cut off before the first frame of its pixel data; export it again")
+        found_compressed = True
+    elif starts_codestream(start):
+        end = len(element.rest) if element.length is None else min(element.length, len(element.rest))
+        fragment = Fragment(0, element.rest[:end], is_whole=element.length is None or end == element.length)
+        encapsulated, found_compressed = Encapsulated((), (fragment,), True, False), True
+    else:
+        encapsulated, found_compressed = None, False
+    if transfer_syntax is not None and not transfer_syntax.is_private and found_compressed != says_compressed:
+        notices.append(
+            f"has pixel data that are {'' if found_compressed else 'not '}compressed, against its Transfer Syntax UID "
+            "(0002,0010); the data decide"
+        )
+    return encapsulated
+
+
+def _is_deflated(transfer_syntax: UID) -> bool:
+    return "Deflate" in transfer_syntax.name
+
+
+def _compare_frames(dataset: Dataset, header: PixelHeader, count: int, notices: list[str]) -> None:
+    if header.frames is None:
+        if count > 1 or has(dataset, "NumberOfFrames"):
+            notices.append(f"{absent_frames(dataset)}; its pixel data hold {count}, which are taken")
+    elif header.frames != count:
+        notices.append(
+            f"has a Number of Frames (0028,0008) that is not that of its pixel data; they hold {count}, which are taken"
+        )
+
+
+def _decoded(
+    source: FrameSource, limits: DicomLimits, notices: list[str]
+) -> tuple[tuple[int, ...], dict[int, tuple[npt.NDArray[Any], str]]]:
+    """The sampled frames by their index, once their size is known to be within the limits.
+
+    Where one cannot be decoded, frames are sampled anew from the others.
+    """
+    usable = list(source.usable)
+    decoded: dict[int, tuple[npt.NDArray[Any], str]] = {}
+    failures = 0
+    while usable:
+        indices = tuple(usable[place] for place in sample_frames(len(usable), limits.max_frames))
+        if source.count > 1 and len(indices) == 1:
+            # A loop is shown in pairs of frames.
+            indices *= 2
+        _check_size(source, len(set(indices)), limits)
+        missing = next((index for index in sorted(set(indices)) if index not in decoded), None)
+        if missing is None:
+            lost = source.count - len(usable)
+            if lost:
+                notices.append(f"has {lost} frames of {source.count} that cannot be decoded, which are left out")
+            return indices, {index: decoded[index] for index in set(indices)}
+        try:
+            decoded[missing] = source.decode(missing)
+        except FrameError:
+            usable.remove(missing)
+            failures += 1
+            if failures > limits.max_frames:
+                break
+    raise InvalidDicomError("has frames that are damaged or cut off and cannot be decoded; export it again")
+
+
+def _check_size(source: FrameSource, frames: int, limits: DicomLimits) -> None:
+    layout = source.layout
+    if layout.rows * layout.columns * frames > limits.max_pixels:
+        raise InvalidDicomError(
+            f"has {layout.columns} × {layout.rows} pixels in {frames} frames to look at, and the limit is "
+            f"{limits.max_pixels} pixels in all (gateway.max_image_pixels): scale it down before sending"
+        )
+    decoded_bytes = source.decoded_bytes + frames * layout.decoded_bytes
+    if decoded_bytes > WORKING_BYTES * limits.max_pixels:
+        raise InvalidDicomError(
+            f"takes {decoded_bytes} bytes to decode, and the limit is {WORKING_BYTES * limits.max_pixels} "
+            f"({WORKING_BYTES} for each of gateway.max_image_pixels): convert it to 8 bits before sending"
+        )
+
+
+def _to_rgb(
+    decoded: list[tuple[npt.NDArray[Any], str]],
+    indices: list[int],
+    dataset: Dataset,
+    layout: FrameLayout,
+    element: PixelElement,
+    notices: list[str],
+) -> list[npt.NDArray[np.uint8]]:
+    """RGB of the frames of one object, all treated alike."""
+    frames, layout = stored_values([values for values, _ in decoded], layout, notices)
+    if layout.photometric == "PALETTE COLOR":
+        tables = palette_tables(dataset, signed=layout.signed, little_endian=element.little_endian)
+        return [palette_to_rgb(frame, tables) for frame in frames]
+    if layout.samples == 3:
+        bits = sample_bits(frames, layout)
+        return [
+            samples_to_rgb(frame, colours, layout, bits) for frame, (_, colours) in zip(frames, decoded, strict=True)
+        ]
+    greys = grey_frames(frames, indices, dataset, layout, little_endian=element.little_endian, notices=notices)
+    return [np.repeat(grey[..., None], 3, axis=-1) for grey in greys]
+
+
+def _anatomy(dataset: Dataset, notices: list[str]) -> tuple[str, ...]:
+    try:
+        return anatomy_terms(dataset)
+    except Exception:
+        # Any exception: text in a character set that is not the declared one must not prevent the picture.
+        notices.append("has coded anatomy that cannot be read, which is left out")
+        return ()
