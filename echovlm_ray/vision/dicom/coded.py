@@ -11,6 +11,7 @@ from echovlm_ray.vision.codestream import FrameSize, frame_size
 from echovlm_ray.vision.dicom.decoders import (
     decode_codestream,
     decode_rle,
+    is_ended,
     rle_segments,
 )
 from echovlm_ray.vision.dicom.errors import FrameError, InvalidDicomError
@@ -53,7 +54,7 @@ class CodedFrames:
         Raises:
             InvalidDicomError: none of them can be decoded.
         """
-        self._frames = group_frames(encapsulated, header.frames, extended_offsets)
+        self._frames, by_table = group_frames(encapsulated, header.frames, extended_offsets)
         self.count = len(self._frames)
         self._header = header
         self._notices = notices
@@ -75,6 +76,10 @@ class CodedFrames:
             notices.append("is cut off within its pixel data")
         elif not encapsulated.is_ended:
             notices.append("has no Sequence Delimitation Item behind its pixel data")
+        if (encapsulated.offsets or extended_offsets) and not by_table:
+            notices.append(
+                "has an offset table that is not that of its fragments; where frames start was found from them"
+            )
         if encapsulated.has_wrong_lengths:
             notices.append("has a fragment of pixel data whose written length is wrong")
 
@@ -169,6 +174,8 @@ class CodedFrames:
         return values[: layout.rows, : layout.columns], colours
 
     def _decoded(self, frame: bytes, size: FrameSize) -> tuple[npt.NDArray[Any], str]:
+        if not is_ended(frame):
+            self._notices.append("has a frame without its end marker")
         if size.samples == 1:
             return decode_codestream(frame, size), ""
         labelled = self._labelled
@@ -180,10 +187,8 @@ class CodedFrames:
             self._noted("YBR_FULL")
             return decode_codestream(frame, size, reverse_ybr=True), "RGB"
         values = decode_codestream(frame, size)
-        colours = "YBR_FULL" if size.colours == "YBR" else size.colours
-        if not size.certain:
-            colours = looks_like(values, size.bits) or colours or labelled
-        return values, self._noted(colours or labelled)
+        stated = "YBR_FULL" if size.colours == "YBR" else size.colours or labelled
+        return values, self._noted(stated if size.certain else looks_like(values, size.bits) or stated)
 
     @property
     def _labelled(self) -> str:

@@ -1,5 +1,6 @@
 """Colours of DICOM to RGB of eight bits: YBR, palettes, and samples of more bits (PS3.3 C.7.6.3.1.2)."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,14 @@ _FULL_RANGE = np.array(
 )
 # Y from 16 to 235, chroma from 16 to 240 (ITU-R BT.601).
 _PARTIAL_SCALE = np.array([255 / 219, 255 / 224, 255 / 224], dtype=np.float32)
+_FULL_OFFSET = np.array([0, 128, 128], dtype=np.float32)
+_PARTIAL_OFFSET = np.array([16, 128, 128], dtype=np.float32)
 _ROWS_AT_ONCE = 64
 
 
-def palette_tables(dataset: Dataset, *, signed: bool, little_endian: bool) -> tuple[LookupTable, ...]:
+def palette_tables(
+    dataset: Dataset, *, signed: bool, little_endian: bool, notices: list[str]
+) -> tuple[LookupTable, ...]:
     """The three palettes of an object, segmented or not.
 
     Raises:
@@ -45,6 +50,10 @@ def palette_tables(dataset: Dataset, *, signed: bool, little_endian: bool) -> tu
                 f"has no {primary} Palette Color Lookup Table Data or Descriptor that can be read, which its "
                 "Photometric Interpretation (0028,0004), PALETTE COLOR, asks for; convert it to RGB"
             )
+        if table.bits != table.stated_bits:
+            notices.append(
+                "has palettes of other bits than their Descriptors (0028,1101) to (0028,1103) say; the entries decide"
+            )
         tables.append(table)
     return tuple(tables)
 
@@ -58,10 +67,12 @@ def palette_to_rgb(frame: npt.NDArray[Any], tables: tuple[LookupTable, ...]) -> 
     """Looks values up. Of entries of more than eight bits the upper eight are the colour."""
     shift = max(0, max(table.bits for table in tables) - 8)
     rgb = np.empty((*frame.shape, 3), np.uint8)
+
+    def upper_bits(table: LookupTable, values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
+        return (table.look_up(values) >> shift).astype(np.uint8)
+
     for place, table in enumerate(tables):
-        rgb[..., place] = evaluated(
-            frame, lambda values, table=table: (table.look_up(values) >> shift).astype(np.uint8)
-        )
+        rgb[..., place] = evaluated(frame, partial(upper_bits, table))
     return rgb
 
 
@@ -84,9 +95,9 @@ def samples_to_rgb(frame: npt.NDArray[Any], colours: str, layout: FrameLayout, b
     for top in range(0, len(frame), _ROWS_AT_ONCE):
         rows = frame[top : top + _ROWS_AT_ONCE].astype(np.float32)
         if colours == "YBR_PARTIAL":
-            rows = (rows - np.float32([16, 128, 128])) * _PARTIAL_SCALE
+            rows = (rows - _PARTIAL_OFFSET) * _PARTIAL_SCALE
         else:
-            rows -= np.float32([0, 128, 128])
+            rows -= _FULL_OFFSET
         rgb[top : top + _ROWS_AT_ONCE] = np.floor(rows @ _FULL_RANGE + 0.5).clip(0, 255).astype(np.uint8)
     return rgb
 

@@ -52,9 +52,13 @@ def decode_codestream(codestream: bytes, size: FrameSize, *, reverse_ybr: bool =
     return values
 
 
+def is_ended(codestream: bytes) -> bool:
+    """Whether the codestream has its end marker, perhaps with padding behind it."""
+    return codestream[-64:].rstrip(b"\0").endswith(END_MARKER)
+
+
 def _ended(codestream: bytes) -> bytes:
-    """The codestream with its end marker, which may be missing or stand before padding."""
-    if codestream[-64:].rstrip(b"\0").endswith(END_MARKER):
+    if is_ended(codestream):
         return codestream
     return codestream[:-1] + END_MARKER if codestream.endswith(b"\xff") else codestream + END_MARKER
 
@@ -96,7 +100,7 @@ def decode_rle(frame: bytes, rows: int, columns: int, samples: int, value_bytes:
     starts = [int.from_bytes(frame[at : at + 4], "little") for at in range(4, 4 + 4 * count, 4)]
     pixels = rows * columns
     values = np.zeros((samples, pixels, value_bytes), np.uint8)
-    segment = np.empty(pixels + _RLE_SLACK, np.uint8)
+    segment = bytearray(pixels + _RLE_SLACK)
     for index, (start, end) in enumerate(zip(starts, [*starts[1:], len(frame)], strict=True)):
         try:
             decoded = imagecodecs.packbits_decode(frame[start:end], out=segment)
@@ -106,6 +110,6 @@ def decode_rle(frame: bytes, rows: int, columns: int, samples: int, value_bytes:
             raise FrameError
         sample, place = divmod(index, value_bytes)
         # The first segment of a value holds its most significant bytes.
-        values[sample, :, value_bytes - 1 - place] = decoded[:pixels]
+        values[sample, :, value_bytes - 1 - place] = np.frombuffer(decoded, np.uint8, pixels)
     planes = values.reshape(samples, -1).view(f"<u{value_bytes}").reshape(samples, rows, columns)
     return planes[0] if samples == 1 else np.moveaxis(planes, 0, -1)

@@ -119,29 +119,30 @@ def _boundary(content: bytes, value: int, expected: int) -> int | None:
 
 def group_frames(
     encapsulated: Encapsulated, stated: int | None, extended_offsets: tuple[int, ...]
-) -> list[tuple[Fragment, ...]]:
+) -> tuple[list[tuple[Fragment, ...]], bool]:
     """The fragments of each frame.
 
     Args:
         encapsulated: the items.
         stated: Number of Frames, if it says anything.
         extended_offsets: the Extended Offset Table, empty without one.
+
+    Returns:
+        also whether an offset table said so.
     """
     fragments = encapsulated.fragments
-    if not fragments:
-        return []
     beginnings = [index for index, item in enumerate(fragments) if starts_frame(bytes(item.data[:64]))]
     by_start = {item.start: index for index, item in enumerate(fragments)}
     for offsets in (extended_offsets, encapsulated.offsets):
         indices = [by_start[offset] for offset in offsets if offset in by_start]
         is_sound = len(indices) == len(offsets) > 0 and indices == sorted(set(indices)) and indices[0] == 0
         if is_sound and len(indices) >= len(beginnings):
-            return _split(fragments, indices)
+            return _split(fragments, indices), True
     if len(fragments) == stated or not beginnings:
-        return [(fragment,) for fragment in fragments] if stated != 1 else [fragments]
+        return ([(fragment,) for fragment in fragments] if stated != 1 else [fragments]), False
     if stated is not None and stated > len(beginnings) == len(fragments) == 1:
-        return _concatenated(fragments[0], stated)
-    return _split(fragments, [0, *(index for index in beginnings if index)])
+        return _concatenated(fragments[0], stated), False
+    return _split(fragments, [0, *(index for index in beginnings if index)]), False
 
 
 def _split(fragments: tuple[Fragment, ...], starts: list[int]) -> list[tuple[Fragment, ...]]:

@@ -6,6 +6,7 @@ The order is the standard's: Modality LUT or rescale, VOI LUT or window, inversi
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -119,10 +120,7 @@ def grey_frames(
             grey[(stored >= padding.low) & (stored <= padding.high)] = 0
         return grey
 
-    return [
-        evaluated(frame, lambda stored, rule=rule: show(rule, stored))
-        for frame, rule in zip(frames, rules, strict=True)
-    ]
+    return [evaluated(frame, partial(show, rule)) for frame, rule in zip(frames, rules, strict=True)]
 
 
 def _full_range(rule: GreyRule, layout: FrameLayout) -> tuple[float, float] | None:
@@ -213,14 +211,16 @@ def _rescale(places: list[Dataset], notices: list[str]) -> tuple[float, float]:
 
 def _table(place: Dataset, keyword: str, signed: bool, little_endian: bool, notices: list[str]) -> LookupTable | None:
     found = items(place, keyword)
+    name = "Modality LUT Sequence (0028,3000)" if keyword == "ModalityLUTSequence" else "VOI LUT Sequence (0028,3010)"
     for item in found:
         table = read_table(item, "LUTDescriptor", "LUTData", signed=signed, little_endian=little_endian)
         if table is not None:
+            if table.bits != table.stated_bits and keyword == "VOILUTSequence":
+                notices.append(
+                    f"has a {name} of other bits than its LUT Descriptor (0028,3002) says; the entries decide"
+                )
             return table
     if found:
-        name = (
-            "Modality LUT Sequence (0028,3000)" if keyword == "ModalityLUTSequence" else "VOI LUT Sequence (0028,3010)"
-        )
         notices.append(f"has a {name} that cannot be read, which is left out")
     return None
 

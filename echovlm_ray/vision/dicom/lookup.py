@@ -27,16 +27,19 @@ class LookupTable:
         first: the value that the first entry is for.
         entries: uint16.
         bits: how many of them count.
+        stated_bits: how many the descriptor says.
     """
 
     first: int
     entries: npt.NDArray[np.uint16]
     bits: int
+    stated_bits: int
 
     def look_up(self, values: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
         """The entries of values, which may be fractions."""
         places = np.rint(values).clip(self.first, self.first + len(self.entries) - 1) - self.first
-        return self.entries[places.astype(np.int64)]
+        entries: npt.NDArray[np.uint16] = self.entries[places.astype(np.int64)]
+        return entries
 
     def eight_bits(self, values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
         """The entries of values, scaled to 0 … 255."""
@@ -85,7 +88,7 @@ def read_table(
     entries = read(raw, count, stated, not little_endian)
     if entries is None:
         return None
-    return LookupTable(first, entries, real_bits(int(entries.max()), stated))
+    return LookupTable(first, entries, real_bits(int(entries.max()), stated), stated)
 
 
 def _raw(dataset: Dataset, keyword: str, little_endian: bool) -> bytes:
@@ -121,56 +124,42 @@ def _bytes(raw: bytes, big_endian: bool) -> npt.NDArray[np.uint16]:
 
 
 def _expanded(raw: bytes, count: int, stated: int, big_endian: bool) -> npt.NDArray[np.uint16] | None:
-    readings = [_words(raw, big_endian), _bytes(raw, big_endian)]
-    for segments in readings if stated > 8 else reversed(readings):
-        entries = _expand(segments.tolist(), count, wide=segments is readings[0])
-        if entries is not None and len(entries) == count:
-            return np.asarray(entries, dtype=np.uint16)
+    readings = [(_words(raw, big_endian), True), (_bytes(raw, big_endian), False)]
+    for segments, wide in readings if stated > 8 else reversed(readings):
+        knots = _knots(segments.tolist(), count, 2 if wide else 1)
+        if knots is not None:
+            return np.rint(np.interp(np.arange(count), *knots)).astype(np.uint16)
     return None
 
 
-def _expand(segments: list[int], count: int, *, wide: bool) -> list[int] | None:
-    """The entries of segments, at most `count`; None where they make no sense."""
-    entries: list[int] = []
-    position = 0
-    starts: list[int] = []
-    while position + 1 < len(segments) and len(entries) < count:
-        starts.append(position)
-        step = _segment(segments, position, entries, count)
-        if step is None:
-            if segments[position] != _INDIRECT or not _repeat(segments, position, starts, entries, count, wide):
-                return None
-            step = 4 if wide else 6
-        position += step
-    return entries[:count]
-
-
-def _segment(segments: list[int], position: int, entries: list[int], count: int) -> int | None:
-    """Adds a discrete or linear segment; how many places it takes, None for another one."""
-    opcode, length = segments[position], segments[position + 1]
-    if opcode == _DISCRETE:
-        entries.extend(segments[position + 2 : position + 2 + length])
-        return 2 + length
-    if opcode == _LINEAR and entries and length and position + 2 < len(segments):
-        low, high = entries[-1], segments[position + 2]
-        steps = min(length, count - len(entries))
-        entries.extend(round(low + (high - low) * step / length) for step in range(1, steps + 1))
-        return 3
-    return None
-
-
-def _repeat(segments: list[int], position: int, starts: list[int], entries: list[int], count: int, wide: bool) -> bool:
-    """Adds the segments that an indirect one names by their offset in bytes."""
-    parts = segments[position + 2 : position + (4 if wide else 6)]
-    if len(parts) < (2 if wide else 4):
-        return False
-    offset = sum(part << ((16 if wide else 8) * place) for place, part in enumerate(parts))
-    place = offset // 2 if wide else offset
-    if place not in starts:
-        return False
-    for _ in range(segments[position + 1]):
-        step = _segment(segments, place, entries, count) if place + 1 < len(segments) else None
-        if step is None or len(entries) >= count:
-            return step is not None
-        place += step
-    return True
+def _knots(segments: list[int], count: int, unit_bytes: int) -> tuple[list[int], list[int]] | None:
+    """Places and values between which the entries are interpolated; None where the segments make no sense."""
+    places: list[int] = []
+    values: list[int] = []
+    position = filled = resume = copies = 0
+    while filled < count:
+        if position + 2 >= len(segments):
+            return None
+        opcode, length = segments[position], segments[position + 1]
+        if opcode == _DISCRETE and 0 < length <= len(segments) - position - 2:
+            places.extend(range(filled, filled + length))
+            values.extend(segments[position + 2 : position + 2 + length])
+            filled += length
+            position += 2 + length
+        elif opcode == _LINEAR and length and filled:
+            filled += length
+            places.append(filled - 1)
+            values.append(segments[position + 2])
+            position += 3
+        elif opcode == _INDIRECT and length and not copies:
+            # So many segments again, from an offset in bytes that has 32 bits.
+            copies, resume = length, position + 2 + 4 // unit_bytes
+            parts = segments[position + 2 : resume]
+            position = sum(part << (8 * unit_bytes * place) for place, part in enumerate(parts)) // unit_bytes
+            continue
+        else:
+            return None
+        if copies:
+            copies -= 1
+            position = position if copies else resume
+    return places, values

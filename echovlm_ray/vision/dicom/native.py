@@ -25,6 +25,10 @@ _SIZE_NAMES = (
 )
 # Differences between neighbours must be this much smaller before the layout by plane or by pixel is not believed.
 _CLEARLY_SMOOTHER = 0.8
+# In a smaller picture chance decides.
+_SMALLEST_SIDE = 24
+# So many values, spread over the first frame, tell enough.
+_SAMPLES = 20_000
 
 
 class NativeFrames:
@@ -75,7 +79,7 @@ class NativeFrames:
         return pixels * 2 * allocated if packed else pixels * samples * allocated
 
     def _fits(self, available: int, bits: int) -> bool:
-        """Whether the bytes are a whole number of such frames, as many as stated, and perhaps a byte to make it even."""
+        """Whether the bytes are a whole number of such frames, as many as stated, perhaps with a byte to be even."""
         if self._header.frames is not None:
             expected = -(-bits * self._header.frames // 8)
             return available in (expected, expected + 1)
@@ -99,7 +103,7 @@ class NativeFrames:
             if other is not None and other != (samples, allocated):
                 samples, allocated = other
                 notices.append(
-                    f"has less pixel data than its attributes say; they fit {samples} samples a pixel of {allocated} bits"
+                    f"has less pixel data than its attributes say; {samples} samples of {allocated} bits are read"
                 )
         if samples == 1 and header.photometric and header.photometric not in ONE_SAMPLE:
             raise InvalidDicomError(
@@ -214,7 +218,7 @@ class NativeFrames:
             raise InvalidDicomError(
                 f"has less pixel data than one frame takes: it is cut off, or {_SIZE_NAMES} are not those of its data"
             )
-        if left >= row_bits and left > 8:
+        if left >= row_bits and count != (self._header.frames or 1):
             notices.append("has part of a frame at the end of its pixel data, which is left out")
         return count
 
@@ -223,13 +227,15 @@ class NativeFrames:
         labelled = self._header.planar
         values = self._values(0)
         line = self.layout.columns
-        if values.size < 9 * line:
+        if min(self.layout.rows, line) < _SMALLEST_SIDE:
             self._by_plane = labelled == 1
             return
-        sample = values[:3_000_000].astype(np.int32) if self.layout.allocated <= 16 else values[:3_000_000]
-        with np.errstate(all="ignore"):
-            by_plane = float(np.abs(sample[line:] - sample[:-line]).mean())
-            by_pixel = float(np.abs(sample[3 * line :] - sample[: -3 * line]).mean())
+        step = max(1, values.size // _SAMPLES) | 1
+        here, next_line, next_pixels = (
+            values[shift : values.size - 3 * line + shift : step].astype(np.float32) for shift in (0, line, 3 * line)
+        )
+        by_plane = float(np.abs(next_line - here).mean())
+        by_pixel = float(np.abs(next_pixels - here).mean())
         self._by_plane = labelled == 1
         if by_plane < _CLEARLY_SMOOTHER * by_pixel:
             self._by_plane = True
@@ -255,7 +261,7 @@ class NativeFrames:
         if self.layout.allocated > 8 or self._element.little_endian or self._element.vr != "OW":
             return self._data
         swapped = np.frombuffer(bytes(self._data) + b"\0" * (len(self._data) % 2), "u2").byteswap()
-        return memoryview(swapped.view(np.uint8))
+        return memoryview(swapped.tobytes())
 
     def _values(self, index: int) -> npt.NDArray[Any]:
         """The values of a frame as they follow each other, in the machine's byte order."""

@@ -97,10 +97,9 @@ def parse(content: bytes, *, max_bytes: int, notices: list[str]) -> ParsedFile:
     transfer_syntax, start = _meta(content, start, notices)
     encoding = _encoding(content[start : start + 8])
     if encoding is None:
-        content, start = _inflated(content[start:], max_bytes, notices), 0
-        encoding = _encoding(content[:8])
-        if encoding is None:
-            raise InvalidDicomError("has no attributes that can be read after its File Meta Information")
+        inflated = _inflated(content[start:], max_bytes, notices)
+        content, start = (content, start) if inflated is None else (inflated, 0)
+        encoding = _encoding(content[start : start + 8]) or _labelled_encoding(transfer_syntax)
     elif transfer_syntax is not None and "Deflate" in transfer_syntax.name:
         notices.append("is not deflated although its Transfer Syntax UID says so; it is read as it is")
     if transfer_syntax is not None:
@@ -188,7 +187,14 @@ def _compare(transfer_syntax: UID, encoding: Encoding, notices: list[str]) -> No
         notices.append("has attributes that are encoded otherwise than its Transfer Syntax UID says; the bytes decide")
 
 
-def _inflated(compressed: bytes, max_bytes: int, notices: list[str]) -> bytes:
+def _labelled_encoding(transfer_syntax: UID | None) -> Encoding:
+    """What the transfer syntax says, for files whose first attribute is an unusual one."""
+    if transfer_syntax is None or not transfer_syntax.is_transfer_syntax or transfer_syntax.is_private:
+        return Encoding(implicit=False, little_endian=True)
+    return Encoding(transfer_syntax.is_implicit_VR, transfer_syntax.is_little_endian)
+
+
+def _inflated(compressed: bytes, max_bytes: int, notices: list[str]) -> bytes | None:
     limit = max_bytes + HEADER_BYTES
     # PS3.5 A.5 is deflate without zlib's header; some writers add it.
     for window_bits in (-zlib.MAX_WBITS, zlib.MAX_WBITS):
@@ -207,7 +213,7 @@ def _inflated(compressed: bytes, max_bytes: int, notices: list[str]) -> bytes:
         if not inflater.eof:
             notices.append("is deflated and cut off before its end")
         return content
-    raise InvalidDicomError("has no attributes that can be read after its File Meta Information")
+    return None
 
 
 def _attributes(

@@ -282,7 +282,7 @@ def _to_rgb(
     """RGB of the frames of one object, all treated alike."""
     frames, layout = stored_values([values for values, _ in decoded], layout, notices)
     if layout.photometric == "PALETTE COLOR":
-        tables = palette_tables(dataset, signed=layout.signed, little_endian=element.little_endian)
+        tables = palette_tables(dataset, signed=layout.signed, little_endian=element.little_endian, notices=notices)
         return [palette_to_rgb(frame, tables) for frame in frames]
     if layout.samples == 3:
         bits = sample_bits(frames, layout)

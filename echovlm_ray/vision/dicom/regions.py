@@ -12,6 +12,7 @@ IMAGE_FORMATS = frozenset((1, 2, 3))
 # A smaller crop than this is no picture: such regions are wrong, and the whole picture is kept.
 MIN_SIDE = 32
 MIN_AREA_SHARE = 1 / 16
+_CORNERS = ("RegionLocationMinX0", "RegionLocationMinY0", "RegionLocationMaxX1", "RegionLocationMaxY1")
 _SEQUENCE = "Sequence of Ultrasound Regions (0018,6011)"
 _NOT_CROPPED = "so that the picture is not cropped and may show burned-in text"
 
@@ -37,6 +38,8 @@ def image_box(dataset: Dataset, width: int, height: int, notices: list[str]) -> 
     images = [region for region in regions if integer(region, "RegionSpatialFormat") in (*IMAGE_FORMATS, None)]
     boxes = [box for region in images if (box := _clamped(region, width, height)) is not None]
     left_out = len(images) - len(boxes)
+    if any(_is_odd(region, width, height) for region in images):
+        notices.append(f"has a {_SEQUENCE} with corners that are reversed or outside the picture; they are put right")
     if not boxes:
         if left_out:
             notices.append(f"has a {_SEQUENCE} in which no image region lies within the picture, {_NOT_CROPPED}")
@@ -53,18 +56,25 @@ def image_box(dataset: Dataset, width: int, height: int, notices: list[str]) -> 
     return left, top, right, bottom
 
 
+def _corners(region: Dataset) -> tuple[int, ...]:
+    """Left, top, right, bottom; empty where one is missing or all are zero."""
+    corners = [integer(region, keyword) for keyword in _CORNERS]
+    known = tuple(_signed(corner) for corner in corners if corner is not None)
+    return known if len(known) == len(_CORNERS) and any(known) else ()
+
+
+def _is_odd(region: Dataset, width: int, height: int) -> bool:
+    known = _corners(region)
+    if not known or _clamped(region, width, height) is None:
+        return False
+    left, top, right, bottom = known
+    # One pixel too far is how some devices count.
+    return left > right or top > bottom or min(known) < 0 or right > width or bottom > height
+
+
 def _clamped(region: Dataset, width: int, height: int) -> Box | None:
-    corners = [
-        integer(region, keyword)
-        for keyword in (
-            "RegionLocationMinX0",
-            "RegionLocationMinY0",
-            "RegionLocationMaxX1",
-            "RegionLocationMaxY1",
-        )
-    ]
-    known = [_signed(corner) for corner in corners if corner is not None]
-    if len(known) < 4 or not any(known):
+    known = _corners(region)
+    if not known:
         return None
     # Reversed corners are the same region. The standard's lower right corner belongs to it.
     left, right = max(0, min(known[0], known[2])), min(width, max(known[0], known[2]) + 1)
