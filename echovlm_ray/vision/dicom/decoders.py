@@ -17,6 +17,8 @@ from echovlm_ray.vision.dicom.errors import FrameError
 MAX_PROGRESSIVE_SCANS = 100
 # Bits that no encoder ends with: what a decoder makes of them differs from what it makes of missing data.
 _FILLER = b"\x5a\xc3\x96\x3c" * 64
+# An end marker stands within so many bytes of the end, because padding makes a fragment even.
+_END_BYTES = 64
 # An RLE segment may have some bytes behind its pixels to become even.
 _RLE_SLACK = 160
 
@@ -53,8 +55,8 @@ def decode_codestream(codestream: bytes, size: FrameSize, *, reverse_ybr: bool =
 
 
 def is_ended(codestream: bytes) -> bool:
-    """Whether the codestream has its end marker, perhaps with padding behind it."""
-    return codestream[-64:].rstrip(b"\0").endswith(END_MARKER)
+    """Whether the codestream has its end marker, perhaps with some bytes of padding behind it."""
+    return END_MARKER in codestream[-_END_BYTES:]
 
 
 def _ended(codestream: bytes) -> bytes:

@@ -7,11 +7,11 @@ this package, and pydicom's log and warnings are switched off (P12).
 import logging
 import warnings
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
-from pydicom import Dataset
+from pydicom import Dataset, config
 from pydicom.uid import UID
 
 from echovlm_ray.vision.anatomy import anatomy_terms
@@ -31,6 +31,7 @@ from echovlm_ray.vision.sampling import sample_frames
 
 logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
 warnings.filterwarnings("ignore", module=r"pydicom\.")
+config.settings.reading_validation_mode = config.IGNORE
 
 RGB_BYTES = 3
 # What a decoder works with, besides the RGB that it becomes: a pixel may take this many bytes.
@@ -122,6 +123,8 @@ def _decode(parsed: ParsedFile, limits: DicomLimits, notices: list[str]) -> Dico
             raise InvalidDicomError(
                 "has a Pixel Data Provider URL (0028,7FE0) instead of pixel data; send the object with its pixels"
             )
+        if has(dataset, "Rows") or not has(dataset, "SOPClassUID"):
+            raise InvalidDicomError("ends before its pixel data, or was sent without them; export it again")
         raise InvalidDicomError(
             "is a DICOM object without a picture (a report or a measurement, for example); send an image object"
         )
@@ -155,7 +158,7 @@ def _decode(parsed: ParsedFile, limits: DicomLimits, notices: list[str]) -> Dico
 
 def _is_video(transfer_syntax: UID | None) -> bool:
     """MPEG-2, H.264 and HEVC (PS3.5 8.2.5 to 8.2.8)."""
-    return transfer_syntax is not None and ("MPEG" in transfer_syntax.name or "HEVC" in transfer_syntax.name)
+    return _is_known(transfer_syntax) and ("MPEG" in transfer_syntax.name or "HEVC" in transfer_syntax.name)
 
 
 def decode_video(
@@ -184,9 +187,6 @@ def decode_video(
 
 def _encapsulated(element: PixelElement, transfer_syntax: UID | None, notices: list[str]) -> Encapsulated | None:
     """The items of compressed pixel data, None for native ones: the data decide."""
-    says_compressed = (
-        transfer_syntax is not None and transfer_syntax.is_compressed and not _is_deflated(transfer_syntax)
-    )
     start = bytes(element.rest[:64])
     if is_encapsulated(element.content, element.start):
         try:
@@ -202,7 +202,7 @@ def _encapsulated(element: PixelElement, transfer_syntax: UID | None, notices: l
         encapsulated, found_compressed = Encapsulated((), (fragment,), True, False), True
     else:
         encapsulated, found_compressed = None, False
-    if transfer_syntax is not None and not transfer_syntax.is_private and found_compressed != says_compressed:
+    if _is_known(transfer_syntax) and found_compressed != transfer_syntax.is_encapsulated:
         notices.append(
             f"has pixel data that are {'' if found_compressed else 'not '}compressed, against its Transfer Syntax UID "
             "(0002,0010); the data decide"
@@ -210,8 +210,8 @@ def _encapsulated(element: PixelElement, transfer_syntax: UID | None, notices: l
     return encapsulated
 
 
-def _is_deflated(transfer_syntax: UID) -> bool:
-    return "Deflate" in transfer_syntax.name
+def _is_known(transfer_syntax: UID | None) -> TypeGuard[UID]:
+    return transfer_syntax is not None and transfer_syntax.is_transfer_syntax and not transfer_syntax.is_private
 
 
 def _compare_frames(dataset: Dataset, header: PixelHeader, count: int, notices: list[str]) -> None:
