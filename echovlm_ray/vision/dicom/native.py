@@ -257,11 +257,18 @@ class NativeFrames:
 
     @cached_property
     def _bytes(self) -> memoryview:
-        # In big endian files bytes of an OW element lie in swapped pairs.
         if self.layout.allocated > 8 or self._element.little_endian or self._element.vr != "OW":
             return self._data
-        swapped = np.frombuffer(bytes(self._data) + b"\0" * (len(self._data) % 2), "u2").byteswap()
-        return memoryview(swapped.tobytes())
+        # In big endian files bytes of an OW element lie in swapped pairs, if the writer knew.
+        written = np.frombuffer(bytes(self._data) + b"\0" * (len(self._data) % 2), np.uint8)
+        swapped = written.view("u2").byteswap().view(np.uint8)
+        is_swapped = self._roughness(swapped) <= self._roughness(written)
+        return memoryview((swapped if is_swapped else written).tobytes())
+
+    def _roughness(self, values: npt.NDArray[np.uint8]) -> float:
+        distance = self.layout.samples if self._header.planar != 1 else 1
+        sample = values[: _SAMPLES * 10].astype(np.int16)
+        return float(np.abs(sample[distance:] - sample[:-distance]).mean()) if len(sample) > distance else 0.0
 
     def _values(self, index: int) -> npt.NDArray[Any]:
         """The values of a frame as they follow each other, in the machine's byte order."""

@@ -244,7 +244,7 @@ def _decoded(
         if missing is None:
             lost = source.count - len(usable)
             if lost:
-                notices.append(f"has {lost} frames of {source.count} that cannot be decoded, which are left out")
+                notices.append(f"has {source.count} frames, of which {lost} cannot be decoded and are left out")
             return indices, {index: decoded[index] for index in set(indices)}
         try:
             decoded[missing] = source.decode(missing)

@@ -90,14 +90,22 @@ class _Reader:
 
     def _follows(self, position: int, after: int) -> bool:
         head = self.head(position)
-        return head is not None and head[0] > after and head[0] >> 16 <= 0x7FE0
+        if head is None or head[0] <= after or head[0] >> 16 > 0x7FE0:
+            return False
+        # Without a written type any bytes look like an attribute, but few like a known or a private one that ends.
+        is_private = head[0] & 0x10000 and head[0] & 0xFFFF >= 0x10
+        is_likely = dictionary_has_tag(head[0]) or bool(is_private)
+        return not self._implicit or (is_likely and self._ends(head[1], head[2]))
+
+    def _ends(self, value: int, length: int) -> bool:
+        return length == _UNDEFINED_LENGTH or value + length <= len(self._content)
 
     def _is_known(self, position: int, after: int) -> bool:
         head = self.head(position)
         if head is None or head[0] <= after or not dictionary_has_tag(head[0]):
             return False
         if self._implicit:
-            return head[2] == _UNDEFINED_LENGTH or head[1] + head[2] <= len(self._content)
+            return self._ends(head[1], head[2])
         vr = self._content[position + 4 : position + 6].decode("ascii")
         return vr in dictionary_VR(head[0]) or vr == "UN"
 
