@@ -67,7 +67,7 @@ def _ended(codestream: bytes) -> bytes:
 
 def _jpeg(codestream: bytes, size: FrameSize, reverse_ybr: bool) -> npt.NDArray[Any]:
     if size.progressive and progressive_scans(codestream) > MAX_PROGRESSIVE_SCANS:
-        raise FrameError
+        raise FrameError(f"has a JPEG frame of more than {MAX_PROGRESSIVE_SCANS} progressive scans; save it with fewer")
     ended = _ended(codestream)
     values = _libjpeg(ended, size, reverse_ybr)
     # libjpeg invents what is missing. Where more data would have changed the picture, some are.

@@ -6,4 +6,9 @@ class InvalidDicomError(ValueError):
 
 
 class FrameError(ValueError):
-    """One frame that cannot be decoded; the others of its object may be sound."""
+    """One frame that cannot be decoded; the others of its object may be sound. The text is as `InvalidDicomError`'s."""
+
+    def __init__(
+        self, text: str = "has frames that are damaged or cut off and cannot be decoded; export it again"
+    ) -> None:
+        super().__init__(text)

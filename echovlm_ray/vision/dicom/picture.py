@@ -233,7 +233,7 @@ def _decoded(
     """
     usable = list(source.usable)
     decoded: dict[int, tuple[npt.NDArray[Any], str]] = {}
-    failures = 0
+    failures: list[str] = []
     while usable:
         indices = tuple(usable[place] for place in sample_frames(len(usable), limits.max_frames))
         if source.count > 1 and len(indices) == 1:
@@ -248,12 +248,12 @@ def _decoded(
             return indices, {index: decoded[index] for index in set(indices)}
         try:
             decoded[missing] = source.decode(missing)
-        except FrameError:
+        except FrameError as error:
             usable.remove(missing)
-            failures += 1
-            if failures > limits.max_frames:
+            failures.append(str(error))
+            if len(failures) > limits.max_frames:
                 break
-    raise InvalidDicomError("has frames that are damaged or cut off and cannot be decoded; export it again")
+    raise InvalidDicomError(failures[0])
 
 
 def _check_size(source: FrameSource, frames: int, limits: DicomLimits) -> None:
