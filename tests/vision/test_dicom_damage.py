@@ -6,7 +6,6 @@ import subprocess
 import sys
 import warnings
 
-import imagecodecs
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLossless, RLELossless
 
 from echovlm_ray.vision.dicom import InvalidDicomError, decode_dicom
-from tests.vision.dicom_samples import colour_picture, made, made_compressed, picture, real, region
+from tests.vision.dicom_samples import colour_picture, encoded, made, made_compressed, picture, real, region
 from tests.vision.test_dicom_frames import rle
 
 # Texts of our own have words, numbers that count something, and tags; nothing of them is as long as a value can be.
@@ -26,10 +25,10 @@ SEEDS = [
     made(picture(48, 64), SequenceOfUltrasoundRegions=[region(2, 2, 60, 40)], **PRIVATE),
     made(picture(48, 64).astype(np.uint16) << 4, WindowCenter=2000, WindowWidth=4000, **PRIVATE),
     made(np.stack([COLOURS] * 3), frames=3, **PRIVATE),
-    made_compressed([imagecodecs.jpeg8_encode(COLOURS)] * 3, JPEGBaseline8Bit, 48, 64, **PRIVATE),
-    made_compressed([imagecodecs.jpegls_encode(COLOURS)], JPEGLSLossless, 48, 64, **PRIVATE),
+    made_compressed([encoded("jpeg8", COLOURS)] * 3, JPEGBaseline8Bit, 48, 64, **PRIVATE),
+    made_compressed([encoded("jpegls", COLOURS)], JPEGLSLossless, 48, 64, **PRIVATE),
     made_compressed(
-        [imagecodecs.jpeg2k_encode(COLOURS, codecformat="j2k", reversible=True, level=0)],
+        [encoded("jpeg2k", COLOURS, codecformat="j2k", reversible=True, level=0)],
         JPEG2000Lossless,
         48,
         64,
@@ -120,7 +119,7 @@ import sys
 for name in ("pylibjpeg", "libjpeg", "openjpeg", "rle", "gdcm", "jpeg_ls"):
     sys.modules[name] = None
 from echovlm_ray.vision.dicom import decode_dicom
-from tests.vision.dicom_samples import REAL, real
+from tests.vision.dicom_samples import encoded, REAL, real
 for name in (*REAL, "JPGExtended.dcm", "JPEG-lossy.dcm", "JPEG-LL.dcm", "MR2_J2KR.dcm"):
     decode_dicom(real(name), max_pixels=10**8, max_frames=2, crop_to_regions=True)
 """

@@ -2,10 +2,9 @@
 
 import io
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import imagecodecs
 import numpy as np
 import pytest
 from PIL import Image
@@ -23,11 +22,11 @@ from pydicom.uid import (
 
 from echovlm_ray.vision.dicom import DicomPicture, InvalidDicomError, decode_dicom
 from echovlm_ray.vision.dicom.decoders import MAX_PROGRESSIVE_SCANS
-from tests.vision.dicom_samples import colour_picture, made, made_compressed, picture
+from tests.vision.dicom_samples import colour_picture, encoded, made, made_compressed, picture
 
 PRIVATE = "1.2.826.0.1.3680043.9.3811.999"
 GREYS = np.stack([np.roll(picture(48, 64), 7 * index, axis=1) for index in range(5)])
-JPEGS = [imagecodecs.jpeg8_encode(frame, level=95) for frame in GREYS]
+JPEGS = [encoded("jpeg8", frame, level=95) for frame in GREYS]
 
 
 def decode(content: bytes, *, max_pixels: int = 10**6, max_frames: int = 8) -> DicomPicture:
@@ -149,7 +148,7 @@ def test_the_whole_frames_of_a_file_that_is_cut_off_are_taken() -> None:
 
 
 def test_only_the_end_marker_may_be_missing() -> None:
-    for jpeg in (JPEGS[0], imagecodecs.jpeg8_encode(colour_picture(48, 64), level=90)):
+    for jpeg in (JPEGS[0], encoded("jpeg8", colour_picture(48, 64), level=90)):
         samples = 3 if jpeg is not JPEGS[0] else 1
         attributes = grey() if samples == 1 else {"PhotometricInterpretation": "YBR_FULL_422"}
         whole = decode(made_compressed([jpeg], JPEGBaseline8Bit, 48, 64, **attributes)).frames[0]
@@ -176,12 +175,12 @@ def test_one_sound_frame_of_a_loop_is_shown_as_a_pair() -> None:
     assert "no frame starts" in refused(compressed(items(*[bytes(100)] * 5)))
 
 
-ENCODERS = {
-    JPEGLSLossless: imagecodecs.jpegls_encode,
-    JPEG2000Lossless: lambda frame: imagecodecs.jpeg2k_encode(frame, codecformat="j2k", reversible=True, level=0),
-    HTJ2KLossless: lambda frame: imagecodecs.htj2k_encode(frame, reversible=True),
-    HTJ2K: lambda frame: imagecodecs.htj2k_encode(frame, reversible=True),
-    JPEGLosslessSV1: lambda frame: imagecodecs.ljpeg_encode(frame, bitspersample=12),
+ENCODERS: dict[str, Callable[[Any], bytes]] = {
+    JPEGLSLossless: lambda frame: encoded("jpegls", frame),
+    JPEG2000Lossless: lambda frame: encoded("jpeg2k", frame, codecformat="j2k", reversible=True, level=0),
+    HTJ2KLossless: lambda frame: encoded("htj2k", frame, reversible=True),
+    HTJ2K: lambda frame: encoded("htj2k", frame, reversible=True),
+    JPEGLosslessSV1: lambda frame: encoded("ljpeg", frame, bitspersample=12),
 }
 
 
@@ -224,9 +223,8 @@ def test_native_pixels_may_be_labelled_as_compressed() -> None:
 
 @pytest.mark.parametrize("frames", [None, 0, 3, 5, 9, 2**31 - 1])
 def test_native_frames_are_as_many_as_there_are_bytes_for(frames: Any) -> None:
-    found = decode(
-        made(GREYS, frames=5 if frames is None else frames, **({"NumberOfFrames": None} if frames is None else {}))
-    )
+    attributes: dict[str, Any] = {"NumberOfFrames": frames}
+    found = decode(made(GREYS, frames=5, **attributes))
     assert found.source_frames == 5
     assert all(
         np.array_equal(frame[..., 0], GREYS[index]) for index, frame in zip(found.indices, found.frames, strict=True)
@@ -258,7 +256,7 @@ def test_the_length_of_native_pixel_data_may_be_wrong(wrong_by: int) -> None:
 
 def rle(planes: Sequence[np.ndarray[Any, Any]]) -> bytes:
     """An RLE frame of byte planes."""
-    segments = [imagecodecs.packbits_encode(plane.astype(np.uint8).tobytes()) for plane in planes]
+    segments = [encoded("packbits", plane.astype(np.uint8).ravel()) for plane in planes]
     segments = [segment + b"\0" * (len(segment) % 2) for segment in segments]
     offsets = [64 + sum(map(len, segments[:index])) for index in range(len(segments))]
     return struct.pack("<16I", len(segments), *offsets, *[0] * (15 - len(segments))) + b"".join(segments)

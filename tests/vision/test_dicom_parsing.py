@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from pydicom import dcmread, dcmwrite
 from pydicom.uid import (
+    UID,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
@@ -36,7 +37,7 @@ def data_set(transfer_syntax: str, **attributes: Any) -> tuple[bytes, bytes]:
     content = made(PICTURE, **attributes)
     dataset = dcmread(io.BytesIO(content))
     buffer = io.BytesIO()
-    dataset.file_meta.TransferSyntaxUID = transfer_syntax
+    dataset.file_meta.TransferSyntaxUID = UID(transfer_syntax)
     implicit = transfer_syntax == ImplicitVRLittleEndian
     little = transfer_syntax != ExplicitVRBigEndian
     dcmwrite(buffer, dataset, implicit_vr=implicit, little_endian=little, force_encoding=True)

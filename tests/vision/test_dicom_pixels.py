@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import imagecodecs
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,7 +15,7 @@ from pydicom.uid import (
 
 from echovlm_ray.vision.dicom import DicomPicture, InvalidDicomError, decode_dicom
 from echovlm_ray.vision.dicom.lookup import real_bits
-from tests.vision.dicom_samples import colour_picture, made, made_compressed, picture
+from tests.vision.dicom_samples import colour_picture, encoded, made, made_compressed, picture
 
 DARK = picture(48, 64) // 5
 TWELVE = (picture(48, 64).astype(np.uint16) << 4) | 3
@@ -127,7 +126,7 @@ def test_overlays_in_unused_bits_are_masked_and_missing_bits_are_found() -> None
 def test_signed_values_are_signed_and_a_wrong_sign_is_noticed() -> None:
     signed = TWELVE.astype(np.int16) - 2048
     expected = in_window(TWELVE)
-    window = {"WindowCenter": 0, "WindowWidth": 4096}
+    window: dict[str, Any] = {"WindowCenter": 0, "WindowWidth": 4096}
     assert np.abs(grey(made(signed, PixelRepresentation=1, **bits(16), **window)) - expected).max() <= 1
     twelve = made(signed.astype(np.uint16) & 0xFFF, PixelRepresentation=1, **bits(12), **window)
     assert np.abs(grey(twelve) - expected).max() <= 1
@@ -140,7 +139,7 @@ def test_signed_values_are_signed_and_a_wrong_sign_is_noticed() -> None:
 
 def test_codestreams_with_fewer_bits_than_the_attributes_say() -> None:
     attributes = {"SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2", "PlanarConfiguration": None}
-    frame = imagecodecs.jpegls_encode(TWELVE)
+    frame = encoded("jpegls", TWELVE)
     for stored in (12, 16, 10, None):
         content = made_compressed(
             [frame],
@@ -382,7 +381,7 @@ def without_segments(jpeg: bytes, *markers: int) -> bytes:
 )
 def test_jpeg_frames_say_their_colours(labelled: str, stored: str, says: str) -> None:
     samples = COLOURS if stored == "RGB" else ybr()
-    jpeg = imagecodecs.jpeg8_encode(samples, level=98, colorspace="RGB", outcolorspace="RGB", subsampling="444")
+    jpeg = encoded("jpeg8", samples, level=98, colorspace="RGB", outcolorspace="RGB", subsampling="444")
     jpeg = without_segments(jpeg, 0xE0, 0xEE)
     start = jpeg.index(b"\xff\xc0")
     names = b"RGB" if says == "names" and stored == "RGB" else b"\1\2\3"
@@ -402,24 +401,24 @@ def test_jpeg_frames_say_their_colours(labelled: str, stored: str, says: str) ->
 
 
 def test_subsampled_jpeg_frames_are_ybr() -> None:
-    jpeg = without_segments(imagecodecs.jpeg8_encode(COLOURS, level=98, subsampling="420"), 0xE0, 0xEE)
+    jpeg = without_segments(encoded("jpeg8", COLOURS, level=98, subsampling="420"), 0xE0, 0xEE)
     assert near(made_compressed([jpeg], JPEGBaseline8Bit, 48, 64, PhotometricInterpretation="RGB"), tolerance=6)
 
 
 @pytest.mark.parametrize("labelled", ["RGB", "YBR_FULL", "YBR_RCT", "YBR_ICT"])
 @pytest.mark.parametrize("container", ["j2k", "jp2"])
 def test_jpeg_2000_with_its_component_transform_is_rgb(labelled: str, container: str) -> None:
-    frame = imagecodecs.jpeg2k_encode(COLOURS, codecformat=container, reversible=True, level=0, mct=True)
+    frame = encoded("jpeg2k", COLOURS, codecformat=container, reversible=True, level=0, mct=True)
     content = made_compressed([frame], JPEG2000Lossless, 48, 64, PhotometricInterpretation=labelled)
     assert np.array_equal(decode(content).frames[0], COLOURS)
-    plain = imagecodecs.jpeg2k_encode(ybr(), codecformat=container, reversible=True, level=0, mct=False)
+    plain = encoded("jpeg2k", ybr(), codecformat=container, reversible=True, level=0, mct=False)
     assert near(made_compressed([plain], JPEG2000Lossless, 48, 64, PhotometricInterpretation="YBR_FULL"))
 
 
 def test_frames_without_loss_keep_their_colours() -> None:
     for syntax, frame in (
-        (JPEGLSLossless, imagecodecs.jpegls_encode(COLOURS)),
-        (JPEGLosslessSV1, imagecodecs.jpeg8_encode(COLOURS, lossless=True, colorspace="RGB", outcolorspace="RGB")),
+        (JPEGLSLossless, encoded("jpegls", COLOURS)),
+        (JPEGLosslessSV1, encoded("jpeg8", COLOURS, lossless=True, colorspace="RGB", outcolorspace="RGB")),
     ):
         content = made_compressed([frame], syntax, 48, 64, PhotometricInterpretation="RGB")
         assert np.array_equal(decode(content).frames[0], COLOURS)
@@ -436,7 +435,7 @@ def packed_422(values: Any) -> bytes:
 def test_native_chroma_is_read_as_the_length_says(labelled: str, packed: bool, frames: int | None) -> None:
     values = ybr()
     data = packed_422(values) if packed else values.tobytes()
-    attributes = {} if frames is None else {"NumberOfFrames": frames}
+    attributes: dict[str, Any] = {} if frames is None else {"NumberOfFrames": frames}
     content = made(values, PhotometricInterpretation=labelled, PixelData=data, **attributes)
     assert near(content, tolerance=6)
     assert noticed(content, "chroma") == (packed != (labelled == "YBR_FULL_422"))

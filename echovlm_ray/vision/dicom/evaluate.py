@@ -19,12 +19,15 @@ def evaluated(
         function: maps float64 to uint8, value by value.
     """
     bits = frame.dtype.itemsize * 8
+    result = np.empty(frame.shape, np.uint8)
     if frame.dtype.kind in "ui" and bits <= 16 and frame.size > 1 << bits:
         unsigned = np.dtype(f"u{frame.dtype.itemsize}")
         domain = np.arange(1 << bits, dtype=np.uint32).astype(unsigned)
         table = function(domain.view(frame.dtype).astype(np.float64))
-        return np.take(table, frame.view(unsigned))
-    result = np.empty(frame.shape, np.uint8)
+        # Some rows at a time, because NumPy makes 64-bit integers of indices.
+        for top in range(0, len(frame), _ROWS_AT_ONCE):
+            result[top : top + _ROWS_AT_ONCE] = table[frame[top : top + _ROWS_AT_ONCE].view(unsigned)]
+        return result
     for top in range(0, len(frame), _ROWS_AT_ONCE):
         result[top : top + _ROWS_AT_ONCE] = function(frame[top : top + _ROWS_AT_ONCE].astype(np.float64))
     return result
