@@ -27,7 +27,7 @@ LANGUAGES: dict[str, echovlm_pb2.Language] = {
     "en": echovlm_pb2.LANGUAGE_ENGLISH,
     "zh": echovlm_pb2.LANGUAGE_CHINESE,
 }
-WHAT_IMAGES_ARE = "a path, or the bytes or an open file of a PNG, JPEG or DICOM"
+WHAT_IMAGES_ARE = "a path, or the bytes or an open file of a DICOM file, a still or a video"
 # A protobuf message cannot be longer than 2 GiB.
 MAX_REQUEST_BYTES = 2**31 - 64 * 1024
 # What a field of the message can hold; what the server allows is less, and it says so itself.
@@ -146,7 +146,7 @@ def _content(image: Image, field: str, room: int) -> bytes:
     else:
         raise invalid(field, f"is a {type(image).__name__}; give {WHAT_IMAGES_ARE}")
     if not content:
-        raise invalid(field, f"{name} is empty: give a PNG, JPEG or DICOM file")
+        raise invalid(field, f"{name} is empty: give a DICOM file, a still or a video")
     return content
 
 

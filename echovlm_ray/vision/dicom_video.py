@@ -7,7 +7,7 @@ or transport stream. What it is, the stream itself says.
 from typing import Any
 
 from echovlm_ray.vision.kinds import VIDEOS, file_kind
-from echovlm_ray.vision.picture import InvalidPictureError, Picture
+from echovlm_ray.vision.picture import Picture
 from echovlm_ray.vision.video import decode_video
 
 # The transfer syntaxes of PS3.6, and what a stream is taken for that says nothing; "fragmentable" ones end in .1.
@@ -17,22 +17,34 @@ _SYNTAXES = {
     **dict.fromkeys((107, 108), "HEVC"),
 }
 _ROOT = "1.2.840.10008.1.2.4."
-_ITEM = b"\xfe\xff\x00\xe0"
 
 
-def is_video_syntax(transfer_syntax: str) -> bool:
-    """Whether the pixel data of a transfer syntax are a video."""
-    return _kind(transfer_syntax) is not None
+def video_kind(stream: bytes | memoryview, transfer_syntax: str | None) -> str | None:
+    """What kind of video pixel data are, or None where they are none.
+
+    Args:
+        stream: the pixel data as one stream: joined fragments (bytes), or a value without fragments (memoryview), which
+            is a video only if the transfer syntax says so; empty where they are compressed frames.
+        transfer_syntax: decides where the stream does not say what it is.
+    """
+    if not stream:
+        return None
+    stated = stated_kind(transfer_syntax)
+    if stated is None and isinstance(stream, memoryview):
+        return None
+    found = file_kind(bytes(stream[:4096]))
+    return found if found in VIDEOS else stated
 
 
-def _kind(transfer_syntax: str) -> str | None:
+def stated_kind(transfer_syntax: str | None) -> str | None:
+    """The kind of video that a transfer syntax means, or None."""
+    if transfer_syntax is None:
+        return None
     number = transfer_syntax.removeprefix(_ROOT).removesuffix(".1")
     return _SYNTAXES.get(int(number)) if transfer_syntax.startswith(_ROOT) and number.isdecimal() else None
 
 
-def decode_dicom_video(
-    dataset: Any, stream: bytes, transfer_syntax: str, *, max_pixels: int, max_frames: int
-) -> Picture:
+def decode_dicom_video(dataset: Any, stream: bytes, kind: str, *, max_pixels: int, max_frames: int) -> Picture:
     """Frames of the video in an object, evenly spread, not cropped and of the pixels as they are stored.
 
     Regions are given in stored pixels, so frames of pixels that are not square are not stretched.
@@ -40,16 +52,13 @@ def decode_dicom_video(
     Args:
         dataset: a pydicom dataset.
         stream: all fragments of its pixel data behind the offset table, joined.
-        transfer_syntax: one for which `is_video_syntax` holds.
+        kind: what `video_kind` says of the stream.
         max_pixels: of the frames taken together.
         max_frames: at least 2.
 
     Raises:
         InvalidPictureError: no frame can be decoded, or over the limits.
     """
-    found = file_kind(stream)
-    kind = found if found in VIDEOS else _kind(transfer_syntax)
-    assert kind is not None
     picture = decode_video(stream, kind, max_pixels=max_pixels, max_frames=max_frames, square_pixels=False)
     notices = picture.notices
     height, width, _ = picture.frames[0].shape
@@ -59,22 +68,3 @@ def decode_dicom_video(
     if stated is None or str(stated) != str(picture.source_frames):
         notices = (*notices, f"NumberOfFrames is missing or wrong: the video has {picture.source_frames} frames.")
     return Picture(picture.frames, picture.indices, picture.source_frames, notices)
-
-
-def joined_fragments(pixel_data: bytes) -> bytes:
-    """All fragments of encapsulated pixel data behind the offset table, as one stream.
-
-    Raises:
-        InvalidPictureError: there are none.
-    """
-    if not pixel_data.startswith(_ITEM):
-        return pixel_data
-    fragments = []
-    offset = 0
-    while pixel_data[offset : offset + 4] == _ITEM:
-        length = int.from_bytes(pixel_data[offset + 4 : offset + 8], "little")
-        fragments.append(memoryview(pixel_data)[offset + 8 : offset + 8 + length])
-        offset += 8 + length
-    if len(fragments) < 2:
-        raise InvalidPictureError("is cut off before the first frame of its pixel data; export it again")
-    return b"".join(fragments[1:])

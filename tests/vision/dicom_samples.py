@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 from pydicom import Dataset, FileDataset
 from pydicom.data import get_testdata_file
@@ -97,3 +98,23 @@ def region(left: int, top: int, right: int, bottom: int, spatial_format: int = 1
     item.RegionLocationMinX0, item.RegionLocationMinY0 = left, top
     item.RegionLocationMaxX1, item.RegionLocationMaxY1 = right, bottom
     return item
+
+
+def picture(rows: int, columns: int) -> np.ndarray[Any, Any]:
+    """A smooth grey picture from 0 to 250 without two equal rows or columns, uint8."""
+    y, x = np.mgrid[:rows, :columns]
+    waves: np.ndarray[Any, Any] = np.sin(x / columns * 5) + np.cos(y / rows * 4) + 0.3 * np.sin(x * y / 400)
+    grey: np.ndarray[Any, Any] = (waves - waves.min()) / np.ptp(waves) * 250
+    return grey.astype(np.uint8)
+
+
+def colour_picture(rows: int, columns: int) -> np.ndarray[Any, Any]:
+    """A mostly grey picture with a coloured box, as a Doppler image is; uint8."""
+    rgb = np.repeat(picture(rows, columns)[..., None], 3, axis=-1)
+    rgb[rows // 4 : rows // 2, columns // 4 : columns // 2] = (220, 60, 20)
+    return rgb
+
+
+def encoded(codec: str, pixels: np.ndarray[Any, Any], **options: Any) -> bytes:
+    """A codestream of imagecodecs, by the name of its codec."""
+    return bytes(getattr(imagecodecs, f"{codec}_encode")(pixels, **options))

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from pydicom import Dataset, dcmread
 from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import encapsulate
-from pydicom.uid import UID, UltrasoundMultiFrameImageStorage, generate_uid
+from pydicom.uid import UID, JPEGBaseline8Bit, UltrasoundMultiFrameImageStorage, generate_uid
 
 from echovlm_ray.vision.images import ImageLimits
 from echovlm_ray.vision.sampling import sample_frames
@@ -18,7 +19,6 @@ from tests.vision.video_samples import FRAMES, H264_OPTIONS, HEIGHT, KINDS, WIDT
 MPEG2, H264, HEVC = "1.2.840.10008.1.2.4.100", "1.2.840.10008.1.2.4.102", "1.2.840.10008.1.2.4.107"
 
 
-# Inside DICOM.
 def dicom(fragments: list[bytes], syntax: str, frames: int | None = FRAMES, **attributes: Any) -> bytes:
     dataset = Dataset()
     dataset.file_meta = FileMetaDataset()
@@ -60,6 +60,22 @@ def test_videos_in_dicom(name: str, syntax: str, size: int) -> None:
     image = decode(dicom(pieces(stream, size), syntax))
     assert numbers(image) == list(sample_frames(FRAMES, 8))
     assert (image.source_frames, image.notices) == (FRAMES, ())
+
+
+def test_a_video_under_the_label_of_stills_is_a_video() -> None:
+    stream = made(*KINDS["H.264"][1], **KINDS["H.264"][2])
+    for syntax in (JPEGBaseline8Bit, "1.2.3.4"):
+        image = decode(dicom(pieces(stream, 1000), syntax))
+        assert numbers(image) == list(sample_frames(FRAMES, 8))
+    assert "are a video" in decode(dicom(pieces(stream, 1000), JPEGBaseline8Bit)).notices[0]
+
+
+def test_stills_under_the_label_of_a_video_are_frames() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (WIDTH, HEIGHT), (200, 60, 30)).save(buffer, "JPEG")
+    image = decode(dicom([buffer.getvalue()] * 4, H264, frames=4))
+    assert (len(image.frames), image.source_frames) == (4, 4)
+    assert any("are no video" in notice for notice in image.notices)
 
 
 def region(left: int, top: int, right: int, bottom: int) -> Dataset:

@@ -1,0 +1,87 @@
+"""Ultrasound regions: which part of a DICOM picture is image, and not text, colour bars and patient names.
+
+DICOM PS3.3 C.8.5.5. `BurnedInAnnotation` is not asked: it says NO on pictures that do show text.
+"""
+
+from pydicom import Dataset
+
+from echovlm_ray.vision.dicom.attributes import has, integer, items
+
+# Region Spatial Format: 2D, M-mode, spectral. Waveforms (ECG), graphics and "none" are no image.
+IMAGE_FORMATS = frozenset((1, 2, 3))
+# A smaller crop than this is no picture: such regions are wrong, and the whole picture is kept.
+MIN_SIDE = 32
+MIN_AREA_SHARE = 1 / 16
+_CORNERS = ("RegionLocationMinX0", "RegionLocationMinY0", "RegionLocationMaxX1", "RegionLocationMaxY1")
+_SEQUENCE = "Sequence of Ultrasound Regions (0018,6011)"
+_NOT_CROPPED = "so that the picture is not cropped and may show burned-in text"
+
+Box = tuple[int, int, int, int]
+
+
+def image_box(dataset: Dataset, width: int, height: int, notices: list[str]) -> Box | None:
+    """The smallest box around all image regions, clamped to the picture.
+
+    Args:
+        dataset: the object.
+        width: of the picture, pixels.
+        height: likewise.
+        notices: regions that were left out, and a picture that was not cropped because of them, are added here.
+
+    Returns:
+        left, top, right, bottom, the last two exclusive; None to keep the whole picture: there are no image regions,
+        or what they leave is too small to be believed.
+    """
+    if not has(dataset, "SequenceOfUltrasoundRegions"):
+        return None
+    regions = items(dataset, "SequenceOfUltrasoundRegions")
+    images = [region for region in regions if integer(region, "RegionSpatialFormat") in (*IMAGE_FORMATS, None)]
+    boxes = [box for region in images if (box := _clamped(region, width, height)) is not None]
+    left_out = len(images) - len(boxes)
+    if any(_is_odd(region, width, height) for region in images):
+        notices.append(f"has a {_SEQUENCE} with corners that are reversed or outside the picture; they are put right")
+    if not boxes:
+        if left_out:
+            notices.append(f"has a {_SEQUENCE} in which no image region lies within the picture, {_NOT_CROPPED}")
+        elif not regions:
+            notices.append(f"has a {_SEQUENCE} that is empty or cannot be read, {_NOT_CROPPED}")
+        return None
+    left, top = min(box[0] for box in boxes), min(box[1] for box in boxes)
+    right, bottom = max(box[2] for box in boxes), max(box[3] for box in boxes)
+    if min(right - left, bottom - top) < MIN_SIDE or (right - left) * (bottom - top) < MIN_AREA_SHARE * width * height:
+        notices.append(f"has a {_SEQUENCE} whose image regions are too small to be the picture, {_NOT_CROPPED}")
+        return None
+    if left_out:
+        notices.append(f"has {left_out} image regions without a location in the picture, which are left out")
+    return left, top, right, bottom
+
+
+def _corners(region: Dataset) -> tuple[int, ...]:
+    """Left, top, right, bottom; empty where one is missing or all are zero."""
+    corners = [integer(region, keyword) for keyword in _CORNERS]
+    known = tuple(_signed(corner) for corner in corners if corner is not None)
+    return known if len(known) == len(_CORNERS) and any(known) else ()
+
+
+def _is_odd(region: Dataset, width: int, height: int) -> bool:
+    known = _corners(region)
+    if not known or _clamped(region, width, height) is None:
+        return False
+    left, top, right, bottom = known
+    # One pixel too far is how some devices count.
+    return left > right or top > bottom or min(known) < 0 or right > width or bottom > height
+
+
+def _clamped(region: Dataset, width: int, height: int) -> Box | None:
+    known = _corners(region)
+    if not known:
+        return None
+    # Reversed corners are the same region. The standard's lower right corner belongs to it.
+    left, right = max(0, min(known[0], known[2])), min(width, max(known[0], known[2]) + 1)
+    top, bottom = max(0, min(known[1], known[3])), min(height, max(known[1], known[3]) + 1)
+    return (left, top, right, bottom) if left + 1 < right and top + 1 < bottom else None
+
+
+def _signed(corner: int) -> int:
+    """A corner left of or above the picture, written into the unsigned 32 bits of the attribute."""
+    return corner - 0x1_0000_0000 if corner >= 0x8000_0000 else corner
