@@ -5,7 +5,11 @@ PYTHON ?= $(firstword $(foreach python,python3 python3.11 python3.12 python3.13 
 CHECKPOINT ?= checkpoints/demo
 BIN := $(VENV)/bin
 TRITON_PYTEST := .venv-triton/bin/python -m pytest --noconftest -p no:cacheprovider -W ignore
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Every file that is downloaded is checked against the hashes of these lists.
+INSTALL_LIST := $(PIP_INSTALL) --require-hashes --no-deps --only-binary :all: --requirement
+# Whether torch's build is one for CUDA, which needs more.
+CUDA_BUILD := $(BIN)/python -c 'from importlib.metadata import requires; exit(not any(name.startswith("cuda-") for name in requires("torch")))'
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test faults-check benchmarks-check check protos triton-check gpu-packages gpu-check structures clean
@@ -60,13 +64,15 @@ $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and none was found; name one: make PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.serve: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.serve: pyproject.toml requirements/serve.txt requirements/cuda.txt | $(VENV)/bin/python
 	@echo "Installing (about a minute, more on a slow network) …"
-	$(PIP_INSTALL) --editable '.[serve,video]'
+	$(INSTALL_LIST) requirements/serve.txt
+	@if $(CUDA_BUILD); then set -x; $(INSTALL_LIST) requirements/cuda.txt; fi
+	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.serve
-	$(PIP_INSTALL) --editable '.[serve,dev]'
+$(VENV)/.dev: requirements/dev.txt $(VENV)/.serve
+	$(INSTALL_LIST) requirements/dev.txt
 	@touch $@
 
 .venv-triton/.ready: constraints-triton.txt

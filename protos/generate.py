@@ -1,9 +1,16 @@
-"""Generates the Python code of the contracts beside them: `python -m protos.generate [TARGET]`."""
+"""Generates the Python code of the contracts beside them: `python -m protos.generate [TARGET]`.
+
+Generated code runs with the protobuf and gRPC of its compiler and with newer ones, up to protobuf's next major version
+(https://protobuf.dev/support/cross-version-runtime-guarantee). The compiler is therefore an old one: the first of
+protobuf 6, so that a client fits into services with protobuf 6 and 7.
+"""
 
 import sys
 from importlib import resources
 from pathlib import Path
 
+# Its metadata asks for protobuf 6, which its compiler does not use: install it without dependencies.
+COMPILER = "grpcio-tools==1.72.2"
 ROOT = Path(__file__).resolve().parent.parent
 
 
