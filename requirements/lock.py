@@ -19,12 +19,10 @@ from protos.generate import COMPILER
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path(__file__).resolve().parent
-# Builds of torch without CUDA, which are not on the index but on PyTorch's own, by file.
-CPU_BUILDS = {
-    "torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl": (
-        "6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b"
-    ),
-}
+# Builds of torch without CUDA are not on the index but on PyTorch's own, or on a disk: one that is known is preferred.
+CPU_BUILD = """\
+torch==2.13.0+cpu \\
+    --hash=sha256:6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b"""
 TARGETS: list[dict[str, str]] = [
     {
         "implementation_name": "cpython",
@@ -49,8 +47,8 @@ COMPILE = (
     "--no-header",
     "--no-annotate",
 )
-# Made by hand: megablocks' own dependencies do not resolve.
-TRITON = ROOT / "constraints-triton.txt"
+# Built against what triton.txt installs.
+MEGABLOCKS = ("megablocks==0.10.0", "stanford-stk==0.7.1")
 
 
 def resolve(*arguments: str | Path, requirements: Sequence[str] = ()) -> dict[str, str]:
@@ -62,7 +60,7 @@ def resolve(*arguments: str | Path, requirements: Sequence[str] = ()) -> dict[st
         done = subprocess.run(
             [*COMPILE, "--generate-hashes", *sources], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
         )
-    return {entry.split("==")[0]: with_cpu_builds(entry) for entry in entries(done.stdout)}
+    return {entry.split("==")[0]: entry for entry in entries(done.stdout)}
 
 
 def entries(text: str) -> Iterator[str]:
@@ -78,18 +76,9 @@ def entries(text: str) -> Iterator[str]:
             yield " \\\n".join([pin if all(wanted) else f"{pin} ; {condition}", *hashes])
 
 
-def with_cpu_builds(entry: str) -> str:
-    """Adds the hashes of builds that the index does not have."""
-    for file, digest in CPU_BUILDS.items():
-        name, version = re.split("[-+]", file)[:2]
-        if re.match(rf"{name}=={re.escape(version)}(?![\w.])", entry):
-            entry += f" \\\n    --hash=sha256:{digest}"
-    return entry
-
-
-def is_cuda(name: str) -> bool:
-    """Whether only torch's build for CUDA needs this."""
-    return name.startswith(("cuda-", "nvidia-")) or name == "triton"
+def is_torch(name: str) -> bool:
+    """Whether this is torch, or what only its build for CUDA needs."""
+    return name.startswith(("cuda-", "nvidia-")) or name in ("torch", "triton")
 
 
 def write(path: Path, title: str, lines: Sequence[str]) -> None:
@@ -98,16 +87,18 @@ def write(path: Path, title: str, lines: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Writes constraints.txt, serve.txt, cuda.txt, dev.txt and the triton-check's list."""
+    """Writes constraints.txt, the lists for torch, serving and tests, and the triton-check's list."""
     pins = ("--constraint", ROOT / "constraints.txt", ROOT / "pyproject.toml")
     everything = resolve("--extra=serve", "--extra=dev", *pins)
     serve = resolve("--extra=serve", "--extra=video", *pins)
     compiler = resolve("--no-deps", requirements=[f"{COMPILER} ; python_version < '3.14'"])
 
     own = "Written by `make lock`: every file of each release, by its hash."
-    cuda = [entry for name, entry in serve.items() if is_cuda(name)]
-    write(FOLDER / "serve.txt", f"What `make serve` installs. {own}", [e for n, e in serve.items() if not is_cuda(n)])
-    write(FOLDER / "cuda.txt", f"What torch needs beside serve.txt where its build is one for CUDA. {own}", cuda)
+    torch = [entry for name, entry in serve.items() if is_torch(name)]
+    write(FOLDER / "torch-cuda.txt", f"torch as the index has it, and what it needs beside serve.txt. {own}", torch)
+    write(FOLDER / "torch-cpu.txt", f"torch's build without CUDA, for Python 3.11 on x86_64. {own}", [CPU_BUILD])
+    others = [entry for name, entry in serve.items() if not is_torch(name)]
+    write(FOLDER / "serve.txt", f"What `make serve` installs beside torch. {own}", others)
     beyond = [entry for name, entry in everything.items() if name not in serve]
     write(FOLDER / "dev.txt", f"What `make test` installs beside serve.txt. {own}", [*beyond, *compiler.values()])
     title = (
@@ -116,8 +107,12 @@ def main() -> None:
     )
     write(ROOT / "constraints.txt", title, [entry.split(" \\\n")[0] for entry in everything.values()])
 
-    triton = resolve("--no-deps", requirements=TRITON.read_text().splitlines())
-    write(FOLDER / "triton.txt", f"What `make triton-check` installs. {own}", list(triton.values()))
+    for name, title, requirements in (
+        ("triton", "What `make triton-check` installs beside torch", (FOLDER / "triton.in").read_text().splitlines()),
+        ("megablocks", "The sources that `make triton-check` builds", MEGABLOCKS),
+    ):
+        resolved = resolve("--no-deps", requirements=requirements)
+        write(FOLDER / f"{name}.txt", f"{title}. {own}", list(resolved.values()))
 
 
 if __name__ == "__main__":
