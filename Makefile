@@ -12,7 +12,7 @@ INSTALL_TORCH = $(call INSTALL,$(1)) --only-binary :all: --requirement requireme
 	$(call INSTALL,$(1)) --only-binary :all: --requirement requirements/torch-cuda.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test faults-check benchmarks-check check lock protos triton-check gpu-packages gpu-check structures clean
+.PHONY: help serve test faults-check benchmarks-check client-check benchmarks check lock protos triton-check gpu-packages gpu-check structures clean
 
 help:  ## Lists the targets.
 	@sed -n 's/^\([a-z][a-z-]*\):.*##  *\(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 26
@@ -31,6 +31,13 @@ faults-check: $(VENV)/.dev  ## Kills processes at every stage of a rollout, and 
 
 benchmarks-check: $(VENV)/.dev  ## The tests of the benchmarks, which start whole systems to measure them.
 	$(BIN)/python -m pytest tests/benchmarks
+
+client-check: $(VENV)/.dev  ## The client's distribution with the newest gRPC and protobuf that there are.
+	$(BIN)/python -m pytest tests/client_newest
+
+benchmarks: $(VENV)/.dev  ## Installs what the benchmarks need, and lists them.
+	@echo "One command each; --help says what it measures:"
+	@grep -l __main__ benchmarks/*.py | sed 's,/,.,; s,\.py$$,,; s,^,  $(BIN)/python -m ,'
 
 check: $(VENV)/.dev  ## The checks alone: linter, formatter, type checker.
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ pyproject.toml, where it stands), and run this. The lists hold every file that t
 serves every Python and every processor for which there are wheels.
 """
 
+import argparse
 import re
 import subprocess
 import sys
@@ -88,6 +89,7 @@ def write(path: Path, title: str, lines: Sequence[str]) -> None:
 
 def main() -> None:
     """Writes constraints.txt, the lists for torch, serving and tests, and the triton-check's list."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     pins = ("--constraint", ROOT / "constraints.txt", ROOT / "pyproject.toml")
     everything = resolve("--extra=serve", "--extra=dev", *pins)
     serve = resolve("--extra=serve", "--extra=video", *pins)

@@ -25,9 +25,7 @@ FOREIGN = """
 from google.protobuf import descriptor_pb2, descriptor_pool
 file = descriptor_pb2.FileDescriptorProto(name="protos/tensor.proto", package="echovlm.v1", syntax="proto3")
 file.message_type.add(name="Tensor").field.add(name="other", number=7, type="TYPE_STRING", label="LABEL_OPTIONAL")
-descriptor_pool.Default().Add(file) if hasattr(descriptor_pool.Default(), "Add") else (
-    descriptor_pool.Default().AddSerializedFile(file.SerializeToString())
-)
+descriptor_pool.Default().AddSerializedFile(file.SerializeToString())
 """
 
 

@@ -73,7 +73,9 @@ def stage(target: Path) -> None:
                 text = text.replace(POOL_IMPORT, "from echovlm_ray_client.protos import _own_pool\n")
             (contracts / f"{name}{suffix}").write_text(text)
     project = (FOLDER / "pyproject.toml").read_text()
-    project = re.sub(r"(?m)^#.*\nbuild-backend.*\nbackend-path.*\n", 'build-backend = "setuptools.build_meta"\n', project)
+    project = re.sub(
+        r"(?m)^#.*\nbuild-backend.*\nbackend-path.*\n", 'build-backend = "setuptools.build_meta"\n', project
+    )
     (target / "pyproject.toml").write_text(project)
     shutil.copy(FOLDER / "README.md", target)
     for name in ("LICENSE", "NOTICE"):
