@@ -1,4 +1,4 @@
-"""The client with the newest packages that its ranges allow; `make client-check` runs it, for what is newest changes."""
+"""The client with the newest packages that its ranges allow: `make client-check`, because what is newest changes."""
 
 from pathlib import Path
 
