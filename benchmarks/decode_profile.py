@@ -236,6 +236,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result (default: %(default)s)")
     options = parser.parse_args()
     check_drawing()
+    become_router_process("benchmarks.decode_profile")
     console = Console()
     checkpoint = bench_checkpoint(options.config, options.dtype, configs=options.configs, folder=options.checkpoints)
     profiles = []
@@ -253,5 +254,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    become_router_process("benchmarks.decode_profile")
     main()

@@ -262,6 +262,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result (default: %(default)s)")
     options = parser.parse_args()
     check_drawing()
+    become_router_process("benchmarks.layer_costs")
     console = Console()
     torch.set_num_threads(1)
     costs: list[Cost] = []
@@ -302,5 +303,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    become_router_process("benchmarks.layer_costs")
     main()
