@@ -12,7 +12,7 @@ INSTALL_TORCH = $(call INSTALL,$(1)) --only-binary :all: --requirement requireme
 	$(call INSTALL,$(1)) --only-binary :all: --requirement requirements/torch-cuda.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test faults-check benchmarks-check client-check benchmarks check lock protos triton-check gpu-packages gpu-check structures clean
+.PHONY: help serve test faults-check benchmarks-check client-check benchmarks check lock licences protos triton-check gpu-packages gpu-check structures clean
 
 help:  ## Lists the targets.
 	@sed -n 's/^\([a-z][a-z-]*\):.*##  *\(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 26
@@ -46,6 +46,9 @@ check: $(VENV)/.dev  ## The checks alone: linter, formatter, type checker.
 
 lock: $(VENV)/.dev  ## Resolves the dependencies again, and writes constraints.txt and requirements/.
 	$(BIN)/python -m requirements.lock
+
+licences: $(VENV)/.dev  ## Writes docs/licences.md again.
+	$(BIN)/python -m requirements.licences
 
 protos: $(VENV)/.dev  ## Generates the Python code of protos/ again.
 	$(BIN)/python -m protos.generate
