@@ -97,7 +97,8 @@ def drawing_commands() -> set[str]:
 def test_a_benchmark_that_draws_says_what_to_install() -> None:
     names = sorted(drawing_commands())
     assert len(names) >= 8
-    calls = [[name, *(["--plot"] if name == "benchmarks.scaling_model" else [])] for name in names]
+    needed = {"benchmarks.load": ["--server", "127.0.0.1:1"], "benchmarks.scaling_model": ["--plot"]}
+    calls = [[name, *needed.get(name, [])] for name in names]
     for module, ended, printed in run_without(["matplotlib"], calls):
         assert isinstance(ended, str), f"{module}: {ended}"
         assert "`make benchmarks`" in ended, f"{module}: {ended}"

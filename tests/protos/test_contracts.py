@@ -14,5 +14,6 @@ def test_every_contract_names_its_packages(contract: str) -> None:
     assert options.go_package == "echovlm-ray/echovlmv1"
     assert options.java_package == "echovlm.v1"
     assert options.java_multiple_files
+    assert options.java_outer_classname == contract.removesuffix(".proto").capitalize() + "Proto"
     assert options.csharp_namespace == "Echovlm.V1"
     assert module.DESCRIPTOR.package == "echovlm.v1"
