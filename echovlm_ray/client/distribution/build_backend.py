@@ -40,13 +40,13 @@ POOL = DescriptorPool()
 def build_wheel(wheel_directory: str, config_settings: object = None, metadata_directory: object = None) -> str:
     """Builds the wheel, and returns its file's name; see PEP 517."""
     with _staged():
-        return build_meta.build_wheel(wheel_directory)
+        return str(build_meta.build_wheel(wheel_directory))
 
 
 def build_sdist(sdist_directory: str, config_settings: object = None) -> str:
     """Builds the sources' distribution, and returns its file's name; see PEP 517."""
     with _staged():
-        return build_meta.build_sdist(sdist_directory)
+        return str(build_meta.build_sdist(sdist_directory))
 
 
 def stage(target: Path) -> None:
