@@ -5,10 +5,14 @@ PYTHON ?= $(firstword $(foreach python,python3 python3.11 python3.12 python3.13 
 CHECKPOINT ?= checkpoints/demo
 BIN := $(VENV)/bin
 TRITON_PYTEST := .venv-triton/bin/python -m pytest --noconftest -p no:cacheprovider -W ignore
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Every file that is downloaded is checked against the hashes of the lists in requirements/.
+INSTALL = $(1) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes
+# pip prefers files whose hash the index names, so the build without CUDA, where one is offered, is asked for by version.
+INSTALL_TORCH = $(call INSTALL,$(1)) --only-binary :all: --requirement requirements/torch-cpu.txt 2>/dev/null || \
+	$(call INSTALL,$(1)) --only-binary :all: --requirement requirements/torch-cuda.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test faults-check benchmarks-check check protos triton-check gpu-packages gpu-check structures clean
+.PHONY: help serve test faults-check benchmarks-check client-check benchmarks check lock licences protos triton-check gpu-packages gpu-check structures clean
 
 help:  ## Lists the targets.
 	@sed -n 's/^\([a-z][a-z-]*\):.*##  *\(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 26
@@ -28,10 +32,23 @@ faults-check: $(VENV)/.dev  ## Kills processes at every stage of a rollout, and 
 benchmarks-check: $(VENV)/.dev  ## The tests of the benchmarks, which start whole systems to measure them.
 	$(BIN)/python -m pytest tests/benchmarks
 
+client-check: $(VENV)/.dev  ## The client's distribution with the newest gRPC and protobuf that there are.
+	$(BIN)/python -m pytest tests/client_newest
+
+benchmarks: $(VENV)/.dev  ## Installs what the benchmarks need, and lists them.
+	@echo "One command each; --help says what it measures:"
+	@grep -l __main__ benchmarks/*.py | sed 's,/,.,; s,\.py$$,,; s,^,  $(BIN)/python -m ,'
+
 check: $(VENV)/.dev  ## The checks alone: linter, formatter, type checker.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy .
+
+lock: $(VENV)/.dev  ## Resolves the dependencies again, and writes constraints.txt and requirements/.
+	$(BIN)/python -m requirements.lock
+
+licences: $(VENV)/.dev  ## Writes docs/licences.md again.
+	$(BIN)/python -m requirements.licences
 
 protos: $(VENV)/.dev  ## Generates the Python code of protos/ again.
 	$(BIN)/python -m protos.generate
@@ -60,17 +77,20 @@ $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and none was found; name one: make PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.serve: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.serve: pyproject.toml $(wildcard requirements/torch-*.txt) requirements/serve.txt | $(VENV)/bin/python
 	@echo "Installing (about a minute, more on a slow network) …"
-	$(PIP_INSTALL) --editable '.[serve,video]'
+	$(call INSTALL_TORCH,$(BIN)/python)
+	$(call INSTALL,$(BIN)/python) --only-binary :all: --requirement requirements/serve.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.serve
-	$(PIP_INSTALL) --editable '.[serve,dev]'
+$(VENV)/.dev: requirements/dev.txt $(VENV)/.serve
+	$(call INSTALL,$(BIN)/python) --only-binary :all: --requirement requirements/dev.txt
 	@touch $@
 
-.venv-triton/.ready: constraints-triton.txt
+.venv-triton/.ready: $(wildcard requirements/torch-*.txt) requirements/triton.txt requirements/megablocks.txt
 	$(PYTHON) -m venv .venv-triton
-	.venv-triton/bin/python -m pip install --quiet --no-deps --requirement constraints-triton.txt
-	.venv-triton/bin/python -m pip install --quiet --no-deps --no-build-isolation megablocks==0.10.0 stanford-stk==0.7.1
+	$(call INSTALL_TORCH,.venv-triton/bin/python)
+	$(call INSTALL,.venv-triton/bin/python) --only-binary :all: --requirement requirements/triton.txt
+	$(call INSTALL,.venv-triton/bin/python) --no-build-isolation --requirement requirements/megablocks.txt
 	@touch $@

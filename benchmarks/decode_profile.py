@@ -19,6 +19,7 @@ from rich.progress import Progress
 from torch import nn
 
 from benchmarks.checkpoints import DTYPES, BenchCheckpoint, add_options, bench_checkpoint
+from benchmarks.drawing import check_drawing, load_pyplot
 from benchmarks.expert_processes import Busy
 from benchmarks.machine import describe
 from benchmarks.measured_engine import MeasuredEngine, become_router_process, measured_engine
@@ -187,18 +188,15 @@ def markdown(profiles: Sequence[Profile], checkpoint: BenchCheckpoint) -> str:
 
 def plot(profiles: Sequence[Profile], title: str, path: Path) -> None:
     """One step of every case: a lane for the engine's thread, and one for each expert process that it used."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     from matplotlib.patches import Patch
 
     heights = [2 + 0.4 * len(profile.busy) for profile in profiles]
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(
         len(profiles), 1, figsize=(18, 2.0 + sum(heights)), layout="constrained", squeeze=False, height_ratios=heights
     )
     shown = (*LAYER_PARTS, HEAD, SAMPLING, DELIVERY, SCHEDULING, OTHER_INSIDE)
-    palette = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    palette = pyplot.get_cmap("tab20").colors
     colors = dict(zip(shown, palette, strict=False)) | {OTHER_INSIDE: "#d0d0d0"}
     named = {LAYER: OTHER_INSIDE, COMMIT: DELIVERY}
     for profile, (axis,) in zip(profiles, axes, strict=True):
@@ -237,6 +235,8 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=48, help="of every sequence (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result (default: %(default)s)")
     options = parser.parse_args()
+    check_drawing()
+    become_router_process("benchmarks.decode_profile")
     console = Console()
     checkpoint = bench_checkpoint(options.config, options.dtype, configs=options.configs, folder=options.checkpoints)
     profiles = []
@@ -254,5 +254,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    become_router_process("benchmarks.decode_profile")
     main()

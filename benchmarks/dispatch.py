@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.dispatch_peers import HIDDEN_SIZE, ORGAN, STREAM_METHOD, pin
+from benchmarks.drawing import check_drawing, load_pyplot
 from benchmarks.machine import describe
 from benchmarks.timings import nearest_rank
 from echovlm_ray.config import Config
@@ -251,12 +252,8 @@ def as_json(found: list[Measured]) -> str:
 
 def plot(found: list[Measured], path: Path) -> None:
     """p50 by size, one panel for each place."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
     places = [place for place in PLACES if any(row.place == place for row in found)]
+    pyplot = load_pyplot()
     figure, panels = pyplot.subplots(1, len(places), figsize=(5.5 * len(places), 4.2), sharey=True, squeeze=False)
     for panel, place in zip(panels[0], places, strict=True):
         rows = [row for row in found if row.place == place]
@@ -278,6 +275,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="the folder of the result (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the numbers, and write nothing")
     options = parser.parse_args()
+    if not options.json:
+        check_drawing()
     # As the system's own processes run; gRPC reads it when it is loaded.
     wanted = environment_of(settings_of(Config(), (ORGAN,), "loopback")[ROUTER])
     if any(os.environ.get(name) != value for name, value in wanted.items()):

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.checkpoints import DTYPES, ROOT, BenchCheckpoint, add_options, bench_checkpoint
+from benchmarks.drawing import check_drawing, load_pyplot
 from benchmarks.host_costs import measure_exchange, measure_products, measure_shared_products, measure_software
 from benchmarks.machine import describe
 from benchmarks.measured_engine import MeasuredEngine, Placement, become_router_process, measured_engine
@@ -215,17 +216,13 @@ def _given(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def plot(costs: Sequence[Cost], path: Path) -> None:
     """Bars of one layer for every line, stacked by part."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     dtypes = list(dict.fromkeys(cost.dtype for cost in costs))
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(
         len(dtypes), len(PLACEMENTS), figsize=(14, 4 * len(dtypes)), layout="constrained", squeeze=False
     )
     parts = (*LAYER_PARTS, KERNEL, OTHER)
-    colors = dict(zip(parts, pyplot.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
+    colors = dict(zip(parts, pyplot.get_cmap("tab20").colors, strict=False))
     for dtype, row in zip(dtypes, axes, strict=True):
         for placement, axis in zip(PLACEMENTS, row, strict=True):
             own = [cost for cost in costs if (cost.dtype, cost.placement) == (dtype, placement)]
@@ -264,6 +261,8 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, default=DEMO, help="made if it is not there (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result (default: %(default)s)")
     options = parser.parse_args()
+    check_drawing()
+    become_router_process("benchmarks.layer_costs")
     console = Console()
     torch.set_num_threads(1)
     costs: list[Cost] = []
@@ -304,5 +303,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    become_router_process("benchmarks.layer_costs")
     main()

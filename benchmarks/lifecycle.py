@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import matplotlib
 import psutil
 import torch
 from rich.console import Console
 
+from benchmarks.drawing import check_drawing, load_pyplot
 from benchmarks.lifecycle_callers import TOLERANCE, Caller, HangingError, Question, Tally
 from benchmarks.machine import describe
 from benchmarks.measure_table import measure_table
@@ -41,10 +41,6 @@ from echovlm_ray.serving.deployments.settings import expert_application, setting
 from experts.bundle import Bundle
 from experts.kernels.registry import get_kernel
 from experts.registry import Registry
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ORGAN = "heart"
@@ -253,6 +249,7 @@ def table(found: Findings) -> list[str]:
 
 def plot(found: Findings, path: Path) -> None:
     """Memory over the cycles."""
+    pyplot = load_pyplot()
     figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     rounds = len(found.memory) - 1
     cycles = [found.threads * found.cycles * done // rounds for done in range(rounds + 1)]
@@ -309,6 +306,7 @@ def measure(options: argparse.Namespace, work: Path, console: Console) -> Findin
 def main() -> None:
     """Measures, prints and writes the result."""
     options = _options()
+    check_drawing()
     exit_on_sigterm()
     torch.set_num_threads(1)
     console = Console(stderr=options.json)

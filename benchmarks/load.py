@@ -20,6 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from benchmarks.drawing import check_drawing
 from benchmarks.goodput import RateResult, Targets, rate_table, result_of
 from benchmarks.machine import describe
 from benchmarks.open_loop import Question, Trial, offer, poisson_arrivals
@@ -160,6 +161,7 @@ def report(plan: Plan, info: ModelInfo, results: Sequence[RateResult]) -> str:
 def main() -> None:
     """Measures, prints and writes the result."""
     options = _options()
+    check_drawing()
     exit_on_sigterm()
     console = Console(stderr=options.json)
     plan = Plan(

@@ -3,20 +3,19 @@
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot
-from matplotlib.axes import Axes
-
+from benchmarks.drawing import load_pyplot
 from benchmarks.goodput import RateResult
 from benchmarks.throughput_table import Cell
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def plot_throughput(cells: Sequence[Cell], title: str, path: Path) -> None:
     """Decode throughput, first token and pause between tokens against the number of streams, a line for each system."""
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     throughput, first_token, inter_token = axes
     streams = sorted({cell.streams for cell in cells})
@@ -48,6 +47,7 @@ def plot_throughput(cells: Sequence[Cell], title: str, path: Path) -> None:
 
 def plot_goodput(results: Sequence[RateResult], title: str, path: Path) -> None:
     """Goodput and answers a second, and latencies, against the offered rate."""
+    pyplot = load_pyplot()
     figure, (rates, first_text, per_token) = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     offered = [result.offered for result in results]
     rates.plot(offered, offered, color="gray", linestyle=":", label="offered")
@@ -71,6 +71,6 @@ def plot_goodput(results: Sequence[RateResult], title: str, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _band(axis: Axes, x: Sequence[float], percentiles: Sequence[tuple[float, float]], color: str) -> None:
+def _band(axis: "Axes", x: Sequence[float], percentiles: Sequence[tuple[float, float]], color: str) -> None:
     axis.plot(x, [low for low, _ in percentiles], marker="o", color=color)
     axis.plot(x, [high for _, high in percentiles], marker="o", color=color, linestyle="--")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.drawing import check_drawing
 from benchmarks.scaling_predictions import Assumptions, check, lines_of
 from benchmarks.scaling_report import markdown, plot, to_json
 from benchmarks.scaling_system import sizes_of
@@ -56,6 +57,8 @@ def main() -> None:
     """Predicts, prints and writes the result."""
     parser = arguments()
     options = parser.parse_args()
+    if options.plot and not options.json:
+        check_drawing()
     assumptions = Assumptions(**{name: getattr(options, name) for name in asdict(Assumptions())})
     if not options.costs.is_file():
         parser.error(f"{options.costs} does not exist: run `python -m benchmarks.layer_costs` first")

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.drawing import load_pyplot
 from benchmarks.scaling_formulas import Schedule
 from benchmarks.scaling_predictions import (
     CAPTURED,
@@ -123,11 +124,7 @@ def _overlap(lines: Sequence[Line], context: int) -> Iterator[str]:
 
 def plot(lines: Sequence[Line], path: Path) -> None:
     """Tokens/s against requests for each number of GPUs, and what the steps are spent on."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     figure, (throughput, spent) = pyplot.subplots(1, 2, figsize=(15, 6), layout="constrained")
     for gpus in dict.fromkeys(line.gpus for line in lines):
         color = None

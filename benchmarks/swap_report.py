@@ -8,12 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot
-
+from benchmarks.drawing import load_pyplot
 from benchmarks.measure_table import measure_table
 from benchmarks.swap_operations import Swap
 from benchmarks.swap_streams import Heard
@@ -216,6 +211,7 @@ def table(found: Findings) -> list[str]:
 
 def plot(found: Findings, title: str, path: Path) -> None:
     """Pauses over time with the swaps shaded, their distribution, and memory over the swaps."""
+    pyplot = load_pyplot()
     figure, (over_time, distribution, memory) = pyplot.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
     began = min((swap.began for swap in found.swaps), default=0.0)
     points = [(end - began, (end - begin) * 1e3) for heard in found.heard for begin, end in heard.gaps]

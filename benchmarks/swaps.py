@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 
+from benchmarks.drawing import check_drawing
 from benchmarks.machine import describe
 from benchmarks.running_parts import first_replicas
 from benchmarks.swap_operations import (
@@ -147,6 +148,7 @@ def copied(checkpoint: Path | None) -> Iterator[tuple[Path, Path]]:
 def main() -> None:
     """Measures, prints and writes the result."""
     options = _options()
+    check_drawing()
     exit_on_sigterm()
     console = Console(stderr=options.json)
     try:

@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.checkpoints import DTYPES, BenchCheckpoint, add_options, checkpoint_with_progress
+from benchmarks.drawing import check_drawing
 from benchmarks.machine import describe
 from benchmarks.plots import plot_throughput
 from benchmarks.systems.protocol import MeasuredSystem, SystemFailedError, exit_on_sigterm
@@ -152,6 +153,8 @@ def report(plan: Plan, checkpoint: BenchCheckpoint, cells: Sequence[Cell]) -> st
 def main() -> None:
     """Measures, prints and writes the result."""
     options = _options()
+    if _folder(options):
+        check_drawing()
     exit_on_sigterm()
     console = Console(stderr=options.json)
     plan = Plan(

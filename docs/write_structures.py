@@ -1,5 +1,6 @@
 """Writes docs/structures.md from what the modules say of themselves: `make structures`."""
 
+import argparse
 import ast
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ TITLES = {
     "experts": "experts: one organ's expert group",
     "router": "router: where requests and tokens go",
     "echovlm_ray": "echovlm_ray",
+    "requirements": "requirements: what is installed, with hashes",
     "cluster": "cluster: configuration files",
 }
 INTRODUCTION = """\
@@ -59,4 +61,5 @@ def _first_sentence(path: Path) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     PAGE.write_text(page())

@@ -58,7 +58,7 @@ class StageRequest(_message.Message):
     actor: str
     reason: str
     dry_run: bool
-    def __init__(self, organ: _Optional[str] = ..., version: _Optional[str] = ..., digest: _Optional[str] = ..., actor: _Optional[str] = ..., reason: _Optional[str] = ..., dry_run: _Optional[bool] = ...) -> None: ...
+    def __init__(self, organ: _Optional[str] = ..., version: _Optional[str] = ..., digest: _Optional[str] = ..., actor: _Optional[str] = ..., reason: _Optional[str] = ..., dry_run: bool = ...) -> None: ...
 
 class TrafficRequest(_message.Message):
     __slots__ = ("organ", "percent", "digest", "actor", "reason", "dry_run")
@@ -74,7 +74,7 @@ class TrafficRequest(_message.Message):
     actor: str
     reason: str
     dry_run: bool
-    def __init__(self, organ: _Optional[str] = ..., percent: _Optional[float] = ..., digest: _Optional[str] = ..., actor: _Optional[str] = ..., reason: _Optional[str] = ..., dry_run: _Optional[bool] = ...) -> None: ...
+    def __init__(self, organ: _Optional[str] = ..., percent: _Optional[float] = ..., digest: _Optional[str] = ..., actor: _Optional[str] = ..., reason: _Optional[str] = ..., dry_run: bool = ...) -> None: ...
 
 class OrganRequest(_message.Message):
     __slots__ = ("organ", "digest", "actor", "reason", "dry_run")
@@ -88,7 +88,7 @@ class OrganRequest(_message.Message):
     actor: str
     reason: str
     dry_run: bool
-    def __init__(self, organ: _Optional[str] = ..., digest: _Optional[str] = ..., actor: _Optional[str] = ..., reason: _Optional[str] = ..., dry_run: _Optional[bool] = ...) -> None: ...
+    def __init__(self, organ: _Optional[str] = ..., digest: _Optional[str] = ..., actor: _Optional[str] = ..., reason: _Optional[str] = ..., dry_run: bool = ...) -> None: ...
 
 class RetireRequest(_message.Message):
     __slots__ = ("organ", "version", "digest", "actor", "reason", "dry_run")
@@ -104,7 +104,7 @@ class RetireRequest(_message.Message):
     actor: str
     reason: str
     dry_run: bool
-    def __init__(self, organ: _Optional[str] = ..., version: _Optional[str] = ..., digest: _Optional[str] = ..., actor: _Optional[str] = ..., reason: _Optional[str] = ..., dry_run: _Optional[bool] = ...) -> None: ...
+    def __init__(self, organ: _Optional[str] = ..., version: _Optional[str] = ..., digest: _Optional[str] = ..., actor: _Optional[str] = ..., reason: _Optional[str] = ..., dry_run: bool = ...) -> None: ...
 
 class ApplyRequest(_message.Message):
     __slots__ = ("rollout_json", "actor", "dry_run")
@@ -114,7 +114,7 @@ class ApplyRequest(_message.Message):
     rollout_json: str
     actor: str
     dry_run: bool
-    def __init__(self, rollout_json: _Optional[str] = ..., actor: _Optional[str] = ..., dry_run: _Optional[bool] = ...) -> None: ...
+    def __init__(self, rollout_json: _Optional[str] = ..., actor: _Optional[str] = ..., dry_run: bool = ...) -> None: ...
 
 class OperationResponse(_message.Message):
     __slots__ = ("changed", "steps", "rollout", "memory")
@@ -126,7 +126,7 @@ class OperationResponse(_message.Message):
     steps: _containers.RepeatedScalarFieldContainer[str]
     rollout: Rollout
     memory: _containers.RepeatedCompositeFieldContainer[ReplicaMemory]
-    def __init__(self, changed: _Optional[bool] = ..., steps: _Optional[_Iterable[str]] = ..., rollout: _Optional[_Union[Rollout, _Mapping]] = ..., memory: _Optional[_Iterable[_Union[ReplicaMemory, _Mapping]]] = ...) -> None: ...
+    def __init__(self, changed: bool = ..., steps: _Optional[_Iterable[str]] = ..., rollout: _Optional[_Union[Rollout, _Mapping]] = ..., memory: _Optional[_Iterable[_Union[ReplicaMemory, _Mapping]]] = ...) -> None: ...
 
 class ReplicaMemory(_message.Message):
     __slots__ = ("replica", "resident_bytes", "needed_bytes", "limit_bytes", "fits")
@@ -140,7 +140,7 @@ class ReplicaMemory(_message.Message):
     needed_bytes: int
     limit_bytes: int
     fits: bool
-    def __init__(self, replica: _Optional[str] = ..., resident_bytes: _Optional[int] = ..., needed_bytes: _Optional[int] = ..., limit_bytes: _Optional[int] = ..., fits: _Optional[bool] = ...) -> None: ...
+    def __init__(self, replica: _Optional[str] = ..., resident_bytes: _Optional[int] = ..., needed_bytes: _Optional[int] = ..., limit_bytes: _Optional[int] = ..., fits: bool = ...) -> None: ...
 
 class Rollout(_message.Message):
     __slots__ = ("id", "organ", "version", "digest", "incumbent_digest", "state", "percent", "reason", "actor", "created_at", "state_since", "shadow")
@@ -220,7 +220,7 @@ class BundleInfo(_message.Message):
     num_experts: int
     size_bytes: int
     live: bool
-    def __init__(self, organ: _Optional[str] = ..., name: _Optional[str] = ..., version: _Optional[str] = ..., digest: _Optional[str] = ..., description: _Optional[str] = ..., num_experts: _Optional[int] = ..., size_bytes: _Optional[int] = ..., live: _Optional[bool] = ...) -> None: ...
+    def __init__(self, organ: _Optional[str] = ..., name: _Optional[str] = ..., version: _Optional[str] = ..., digest: _Optional[str] = ..., description: _Optional[str] = ..., num_experts: _Optional[int] = ..., size_bytes: _Optional[int] = ..., live: bool = ...) -> None: ...
 
 class ReplicaResidents(_message.Message):
     __slots__ = ("organ", "replica", "limit_bytes", "bundles")
@@ -254,7 +254,7 @@ class HistoryRequest(_message.Message):
     last: int
     verify: bool
     noted_hash: str
-    def __init__(self, organ: _Optional[str] = ..., last: _Optional[int] = ..., verify: _Optional[bool] = ..., noted_hash: _Optional[str] = ...) -> None: ...
+    def __init__(self, organ: _Optional[str] = ..., last: _Optional[int] = ..., verify: bool = ..., noted_hash: _Optional[str] = ...) -> None: ...
 
 class HistoryResponse(_message.Message):
     __slots__ = ("entries", "length", "head_hash", "faults")

@@ -5,7 +5,7 @@ import warnings
 
 from protos import control_pb2 as protos_dot_control__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.72.2'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -18,14 +18,14 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in protos/control_pb2_grpc.py depends on'
+        + f' but the generated code in protos/control_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
 
 
-class ExpertControlStub:
+class ExpertControlStub(object):
     """For operators. Errors: NOT_FOUND for an unknown organ or version, FAILED_PRECONDITION for a rollout in another state.
     """
 
@@ -92,7 +92,7 @@ class ExpertControlStub:
                 _registered_method=True)
 
 
-class ExpertControlServicer:
+class ExpertControlServicer(object):
     """For operators. Errors: NOT_FOUND for an unknown organ or version, FAILED_PRECONDITION for a rollout in another state.
     """
 
@@ -240,7 +240,7 @@ def add_ExpertControlServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class ExpertControl:
+class ExpertControl(object):
     """For operators. Errors: NOT_FOUND for an unknown organ or version, FAILED_PRECONDITION for a rollout in another state.
     """
 
@@ -542,7 +542,7 @@ class ExpertControl:
             _registered_method=True)
 
 
-class RolloutFeedStub:
+class RolloutFeedStub(object):
     """For the system's own Routers.
     """
 
@@ -564,7 +564,7 @@ class RolloutFeedStub:
                 _registered_method=True)
 
 
-class RolloutFeedServicer:
+class RolloutFeedServicer(object):
     """For the system's own Routers.
     """
 
@@ -603,7 +603,7 @@ def add_RolloutFeedServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class RolloutFeed:
+class RolloutFeed(object):
     """For the system's own Routers.
     """
 

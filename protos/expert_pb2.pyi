@@ -68,7 +68,7 @@ class ForwardResponse(_message.Message):
     output_in_place: bool
     attached: str
     output: _tensor_pb2.Tensor
-    def __init__(self, correlation_id: _Optional[int] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., compute_ns: _Optional[int] = ..., output_in_place: _Optional[bool] = ..., attached: _Optional[str] = ..., output: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    def __init__(self, correlation_id: _Optional[int] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., compute_ns: _Optional[int] = ..., output_in_place: bool = ..., attached: _Optional[str] = ..., output: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class LoadRequest(_message.Message):
     __slots__ = ("bundle_digest",)

@@ -1,9 +1,18 @@
-"""Generates the Python code of the contracts beside them: `python -m protos.generate [TARGET]`."""
+"""Generates the Python code of the contracts beside them: `python -m protos.generate [TARGET]`.
 
+Generated code runs with the protobuf and gRPC of its compiler and with newer ones, up to protobuf's next major version
+(https://protobuf.dev/support/cross-version-runtime-guarantee). The compiler is therefore an old one: the first of
+protobuf 6, so that a client fits into services with protobuf 6 and 7.
+"""
+
+import argparse
 import sys
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 
+# Its metadata asks for protobuf 6, which its compiler does not use: install it without dependencies.
+COMPILER = "grpcio-tools==1.72.2"
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -31,5 +40,15 @@ def _google_api_roots() -> list[Path]:
     return [Path(path).parent.parent for path in google.rpc.__path__ if (Path(path) / "status.proto").is_file()]
 
 
+def main() -> None:
+    """Generates beside the contracts, or below a folder that is named."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", type=Path, nargs="?", default=ROOT, help="the folder of protos/ (default: here)")
+    target = parser.parse_args().target
+    if find_spec("grpc_tools") is None:
+        sys.exit(f"the compiler is missing: run `make protos`, or pip install --no-deps {COMPILER}")
+    generate(target)
+
+
 if __name__ == "__main__":
-    generate(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT)
+    main()

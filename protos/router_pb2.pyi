@@ -83,7 +83,7 @@ class RouterGenerateRequest(_message.Message):
     return_logits: bool
     ignore_eos: bool
     session_key: str
-    def __init__(self, input_ids: _Optional[_Iterable[int]] = ..., vision_inputs: _Optional[_Iterable[_Union[_vision_pb2.VisionInput, _Mapping]]] = ..., organ_hints: _Optional[_Union[OrganHints, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., return_logits: _Optional[bool] = ..., ignore_eos: _Optional[bool] = ..., session_key: _Optional[str] = ...) -> None: ...
+    def __init__(self, input_ids: _Optional[_Iterable[int]] = ..., vision_inputs: _Optional[_Iterable[_Union[_vision_pb2.VisionInput, _Mapping]]] = ..., organ_hints: _Optional[_Union[OrganHints, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., return_logits: bool = ..., ignore_eos: bool = ..., session_key: _Optional[str] = ...) -> None: ...
 
 class RouterGenerateResponse(_message.Message):
     __slots__ = ("token_ids", "logits", "summary", "provenance")

@@ -5,7 +5,7 @@ import warnings
 
 from protos import status_pb2 as protos_dot_status__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.72.2'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -18,14 +18,14 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in protos/status_pb2_grpc.py depends on'
+        + f' but the generated code in protos/status_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
 
 
-class ReplicaStatusStub:
+class ReplicaStatusStub(object):
     """On every replica.
     """
 
@@ -42,7 +42,7 @@ class ReplicaStatusStub:
                 _registered_method=True)
 
 
-class ReplicaStatusServicer:
+class ReplicaStatusServicer(object):
     """On every replica.
     """
 
@@ -68,7 +68,7 @@ def add_ReplicaStatusServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class ReplicaStatus:
+class ReplicaStatus(object):
     """On every replica.
     """
 
@@ -100,7 +100,7 @@ class ReplicaStatus:
             _registered_method=True)
 
 
-class SystemStatusStub:
+class SystemStatusStub(object):
     """On Control.
     """
 
@@ -117,7 +117,7 @@ class SystemStatusStub:
                 _registered_method=True)
 
 
-class SystemStatusServicer:
+class SystemStatusServicer(object):
     """On Control.
     """
 
@@ -143,7 +143,7 @@ def add_SystemStatusServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class SystemStatus:
+class SystemStatus(object):
     """On Control.
     """
 

@@ -1,1 +1,0 @@
-"""Configuration files for ready-made deployments."""

@@ -1,0 +1,101 @@
+"""Builds echovlm-ray-client: the client and its contracts, as one package with a name of its own.
+
+A build backend after PEP 517 around setuptools. It copies the sources, which stay what they are in the repository, and
+changes what they import. The sources' distribution (sdist) has the copy, and is built with setuptools alone.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from setuptools import build_meta
+
+FOLDER = Path(__file__).resolve().parent
+CLIENT = FOLDER.parent
+ROOT = CLIENT.parent.parent
+# What callers and operators need; the others are between the parts of the server.
+CONTRACTS = ("control", "echovlm", "router", "tensor", "vision")
+# In the order in which they are applied.
+IMPORTS = (
+    (r"\bechovlm_ray\.client\b", "echovlm_ray_client"),
+    (r"\bfrom protos import\b", "from echovlm_ray_client.protos import"),
+)
+# protobuf's default pool holds one file of a name and one message of a name. A service may have a `protos/tensor.proto`
+# of its own, or the server's package in another version; in a pool of its own this package clashes with neither.
+POOL = ("_descriptor_pool.Default()", "_own_pool.POOL")
+POOL_IMPORT = "from google.protobuf import descriptor_pool as _descriptor_pool\n"
+POOL_MODULE = '''\
+"""The descriptors of this package's contracts, apart from those of other packages."""
+
+from google.protobuf.descriptor_pool import DescriptorPool
+
+POOL = DescriptorPool()
+'''
+
+
+def build_wheel(wheel_directory: str, config_settings: object = None, metadata_directory: object = None) -> str:
+    """Builds the wheel, and returns its file's name; see PEP 517."""
+    with _staged():
+        return str(build_meta.build_wheel(wheel_directory))
+
+
+def build_sdist(sdist_directory: str, config_settings: object = None) -> str:
+    """Builds the sources' distribution, and returns its file's name; see PEP 517."""
+    with _staged():
+        return str(build_meta.build_sdist(sdist_directory))
+
+
+def stage(target: Path) -> None:
+    """Writes the sources of `echovlm_ray_client`, and what setuptools needs to know, below a folder.
+
+    Raises:
+        ValueError: protobuf's compiler generates other code than what this module can change.
+    """
+    package = target / "echovlm_ray_client"
+    contracts = package / "protos"
+    contracts.mkdir(parents=True)
+    for source in CLIENT.glob("*.py"):
+        (package / source.name).write_text(_renamed(source.read_text()))
+    (package / "py.typed").touch()
+    (contracts / "__init__.py").write_text('"""The contracts with the server, and the code generated from them."""\n')
+    (contracts / "_own_pool.py").write_text(POOL_MODULE)
+    for name in CONTRACTS:
+        for suffix in ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py"):
+            text = _renamed((ROOT / "protos" / f"{name}{suffix}").read_text())
+            if suffix == "_pb2.py":
+                if text.count(POOL[0]) != 1 or text.count(POOL_IMPORT) != 1:
+                    raise ValueError(f"protos/{name}_pb2.py does not register its descriptors as it used to")
+                text = text.replace(*POOL)
+                text = text.replace(POOL_IMPORT, "from echovlm_ray_client.protos import _own_pool\n")
+            (contracts / f"{name}{suffix}").write_text(text)
+    project = (FOLDER / "pyproject.toml").read_text()
+    project = re.sub(
+        r"(?m)^#.*\nbuild-backend.*\nbackend-path.*\n", 'build-backend = "setuptools.build_meta"\n', project
+    )
+    (target / "pyproject.toml").write_text(project)
+    shutil.copy(FOLDER / "README.md", target)
+    for name in ("LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, target)
+
+
+def _renamed(text: str) -> str:
+    for pattern, replacement in IMPORTS:
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
+@contextlib.contextmanager
+def _staged() -> Iterator[None]:
+    """The sources in a temporary folder, which is the working directory meanwhile, as setuptools needs."""
+    here = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder:
+        stage(Path(folder))
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.chdir(here)
