@@ -111,7 +111,7 @@ class Decoder:
             packet = b""
         if not packet:
             raise DecoderEndedError(await self.ended())
-        self._inbox.clear()
+        self._inbox.give_back(len(content))
         answer = read_answer(packet, self._settings)
         if answer.out_of_memory:
             raise DecoderLimitError(
@@ -125,7 +125,7 @@ class Decoder:
         frames = await _copy(math.prod(shape), self._outbox.read, shape)
         if frames is None:
             raise WrongAnswerError("the shared memory ends before the pixels do")
-        self._outbox.clear()
+        self._outbox.give_back(frames.nbytes)
         return DecodedImage(
             tuple(frames), picture.frames_taken, picture.source_frames, picture.anatomy_terms, picture.notices
         )

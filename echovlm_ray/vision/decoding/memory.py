@@ -10,6 +10,9 @@ import os
 import numpy as np
 import numpy.typing as npt
 
+# Fresh pages cost more than copying into them.
+KEPT_BYTES = 4 * 1024 * 1024
+
 
 class Memory:
     """The gateway's end. Its descriptor is closed with the last reference, which a copying thread may have."""
@@ -32,10 +35,11 @@ class Memory:
         complete = os.preadv(self.descriptor, [array.data.cast("B")], 0) == array.nbytes
         return array if complete else None
 
-    def clear(self) -> None:
-        """Gives the pages back; what is read afterwards is zero."""
-        os.ftruncate(self.descriptor, 0)
-        os.ftruncate(self.descriptor, self._size)
+    def give_back(self, used_bytes: int) -> None:
+        """Gives the pages of a large file back; those of a usual one are kept for the next."""
+        if used_bytes > KEPT_BYTES:
+            os.ftruncate(self.descriptor, 0)
+            os.ftruncate(self.descriptor, self._size)
 
     def __del__(self) -> None:
         os.close(self.descriptor)

@@ -63,7 +63,7 @@ class DecoderPool:
         # Files waiting or under way.
         self.queue_length = 0
         # How files ended since the start.
-        self.outcomes: Counter[Outcome] = Counter()
+        self.outcomes: Counter[str] = Counter()
 
     @property
     def process_ids(self) -> list[int]:
