@@ -85,7 +85,7 @@ class DecodersSection(Section):
     # decoder from others.
     max_cpu_s: PositiveFloat = 10.0
     # When sound files are refused for the memory that decoding them takes (bytes), raise it; each process may take it.
-    max_memory_bytes: Annotated[int, Field(ge=32 * 1024 * 1024)] = 1024 * 1024 * 1024
+    max_memory_bytes: Annotated[int, Field(ge=64 * 1024 * 1024)] = 1024 * 1024 * 1024
 
 
 class GatewaySection(Section):

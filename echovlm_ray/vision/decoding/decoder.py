@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 import psutil
@@ -54,6 +55,14 @@ class DecoderEndedError(RuntimeError):
         self.status = status
 
 
+@dataclass(frozen=True, slots=True)
+class _Usage:
+    """What a process has taken so far."""
+
+    cpu_s: float
+    resident_bytes: int
+
+
 class Decoder:
     """A process that decodes one file at a time. Belongs to one event loop."""
 
@@ -71,6 +80,7 @@ class Decoder:
         self._settings = settings
         self._max_cpu_s = max_cpu_s
         self.process_id: int | None = None
+        self._idle_bytes = 0
         self._ended = False
         self._inbox, self._outbox = Memory(0), Memory(settings.max_output_bytes)
         self._jobs, jobs_there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -93,6 +103,7 @@ class Decoder:
         self.process_id = await self._next_report()
         if self.process_id is None:
             raise DecoderEndedError(None)
+        self._idle_bytes = self._usage().resident_bytes
 
     async def decode(self, content: bytes) -> DecodedImage:
         """Decodes a file. The process is of no more use after whatever is raised, except `FileRefusedError` itself.
@@ -114,10 +125,7 @@ class Decoder:
         self._inbox.give_back(len(content))
         answer = read_answer(packet, self._settings)
         if answer.out_of_memory:
-            raise DecoderLimitError(
-                f"takes more than {self._settings.max_memory_bytes} bytes of memory to decode "
-                "(gateway.decoders.max_memory_bytes): scale it down before sending"
-            )
+            raise self._out_of_memory()
         picture = answer.picture
         if picture is None:
             raise FileRefusedError(answer.refused)
@@ -135,33 +143,46 @@ class Decoder:
         receiving = asyncio.ensure_future(
             asyncio.get_running_loop().sock_recv(self._jobs, MAX_ANSWER_BYTES + 1),
         )
-        began, cpu_before = time.monotonic(), None
+        began = time.monotonic()
+        before: _Usage | None = None
         try:
             while not (await asyncio.wait({receiving}, timeout=WATCH_S))[0]:
-                cpu = self._cpu_seconds()
+                usage = self._usage()
                 # What went by before the first look is not counted: it is at most `WATCH_S`.
-                cpu_before = cpu if cpu_before is None else cpu_before
-                if cpu - cpu_before > self._max_cpu_s:
-                    raise DecoderLimitError(
-                        f"takes more than {self._max_cpu_s:g} s of processor time to decode "
-                        "(gateway.decoders.max_cpu_s): export it anew, scaled down or less compressed"
-                    )
-                if time.monotonic() - began > STUCK_FACTOR * self._max_cpu_s:
-                    raise DecoderLimitError(
-                        f"was not decoded within {STUCK_FACTOR * self._max_cpu_s:g} s, {STUCK_FACTOR:g} times "
-                        "gateway.decoders.max_cpu_s: send it again when the server is less busy"
-                    )
+                before = before or usage
+                self._check(usage.cpu_s - before.cpu_s, usage.resident_bytes, time.monotonic() - began)
             return receiving.result()
         finally:
             receiving.cancel()
 
-    def _cpu_seconds(self) -> float:
+    def _check(self, cpu_s: float, resident_bytes: int, clock_s: float) -> None:
+        if cpu_s > self._max_cpu_s:
+            raise DecoderLimitError(
+                f"takes more than {self._max_cpu_s:g} s of processor time to decode (gateway.decoders.max_cpu_s): "
+                "export it anew, scaled down or less compressed"
+            )
+        if resident_bytes - self._idle_bytes > self._settings.max_memory_bytes:
+            raise self._out_of_memory()
+        if clock_s > STUCK_FACTOR * self._max_cpu_s:
+            raise DecoderLimitError(
+                f"was not decoded within {STUCK_FACTOR * self._max_cpu_s:g} s, {STUCK_FACTOR:g} times "
+                "gateway.decoders.max_cpu_s: send it again when the server is less busy"
+            )
+
+    def _out_of_memory(self) -> DecoderLimitError:
+        return DecoderLimitError(
+            f"takes more than {self._settings.max_memory_bytes} bytes of memory to decode "
+            "(gateway.decoders.max_memory_bytes): scale it down before sending"
+        )
+
+    def _usage(self) -> "_Usage":
         try:
-            times = psutil.Process(self.process_id).cpu_times()
+            process = psutil.Process(self.process_id)
+            times = process.cpu_times()
+            return _Usage(times.user + times.system, process.memory_info().rss)
         except psutil.NoSuchProcess:
             # It has just ended, and so will the wait for its answer.
-            return 0.0
-        return float(times.user + times.system)
+            return _Usage(0.0, 0)
 
     def has_ended(self) -> bool:
         """Whether the process is gone."""

@@ -16,7 +16,7 @@ class DecoderSettings:
     Attributes:
         limits: of a file.
         scaling: frames come back at the size at which the model looks at them.
-        max_memory_bytes: of address space, beyond what the process has when it starts.
+        max_memory_bytes: beyond what the process has when it starts.
     """
 
     limits: ImageLimits
