@@ -32,7 +32,7 @@ class GatewaySystem:
 
     stub: Any
     service: GatewayService
-    processor: EchoVLMProcessor
+    processor: EchoVLMProcessor | None
 
 
 def description(index: CheckpointIndex) -> ModelDescription:
@@ -62,7 +62,7 @@ async def served(register: Any, servicer: object, name: str) -> AsyncIterator[st
 @asynccontextmanager
 async def gateway(
     checkpoint: Path,
-    processor: EchoVLMProcessor,
+    processor: EchoVLMProcessor | None,
     routers: Sequence[str],
     section: GatewaySection,
     limits: RouterSection,

@@ -193,6 +193,8 @@ class DecoderPool:
                 self._idle.put_nowait(await self._start_decoder())
                 return
             except (OSError, DecoderEndedError):
+                if self._closed:
+                    return
                 logger.exception("a decoder could not be started; the next try follows")
                 await asyncio.sleep(RESTART_S)
 

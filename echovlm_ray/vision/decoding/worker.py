@@ -34,6 +34,7 @@ def run(settings: DecoderSettings, descriptors: Sequence[int]) -> int:
     """
     jobs, inbox, outbox = descriptors
     pixels = np.frombuffer(mmap.mmap(outbox, settings.max_output_bytes), dtype=np.uint8)
+    os.close(outbox)
     errors = _silence_libraries()
     confine(settings.max_memory_bytes)
     with socket.socket(fileno=jobs) as connection:
