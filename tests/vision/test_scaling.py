@@ -1,5 +1,7 @@
 """Scaling without transformers gives the bits of transformers' own image processor."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -30,7 +32,7 @@ def test_sizes_are_those_of_transformers(height: int, width: int, min_pixels: in
 def test_pixels_are_those_of_transformers(height: int, width: int) -> None:
     frame = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
     processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 3136, "longest_edge": 153_664})
-    options = {"input_data_format": "channels_last", "return_tensors": "np"}
+    options: dict[str, Any] = {"input_data_format": "channels_last", "return_tensors": "np"}
     wanted = processor(images=frame, **options)
     scaled = Scaling(28, 3136, 153_664, None, int(processor.resample)).apply(frame)
     found = processor(images=scaled, do_resize=False, **options)

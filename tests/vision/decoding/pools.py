@@ -59,6 +59,15 @@ async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
             await asyncio.sleep(0.01)
 
 
+def fork_server_of(pool: DecoderPool) -> psutil.Process:
+    """What all decoders are forked from. Between it and every decoder is a process that watches the decoder."""
+    watcher = psutil.Process(pool.process_ids[0]).parent()
+    assert watcher is not None
+    fork_server = watcher.parent()
+    assert fork_server is not None
+    return fork_server
+
+
 def is_gone(pid: int) -> bool:
     """Whether the process has ended; one that only waits for its parent to ask how has."""
     try:

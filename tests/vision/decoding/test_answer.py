@@ -102,7 +102,7 @@ class PlayedDecoder(ForkServer):
         os.close(self.outbox)
 
 
-async def played(send: Callable[[PlayedDecoder], None]) -> tuple[np.ndarray, ...]:
+async def played(send: Callable[[PlayedDecoder], object]) -> tuple[np.ndarray, ...]:
     """The frames that a gateway takes from a decoder which answers its first job in this way."""
     with closing(PlayedDecoder()) as player:
         decoder = Decoder(player, SETTINGS, max_cpu_s=10.0)
@@ -140,6 +140,6 @@ async def test_an_answer_over_the_limit_is_not_received_whole() -> None:
 
 
 @pytest.mark.parametrize("leave", [lambda player: player.jobs.send(b""), lambda player: player.jobs.shutdown(2)])
-async def test_silence_is_an_end(leave: Callable[[PlayedDecoder], None]) -> None:
+async def test_silence_is_an_end(leave: Callable[[PlayedDecoder], object]) -> None:
     with pytest.raises(DecoderEndedError):
         await played(leave)

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from echovlm_ray.vision.decoding.pool import DecoderPool
-from tests.vision.decoding.pools import FIELD, is_gone, png, running_pool, until
+from tests.vision.decoding.pools import FIELD, fork_server_of, is_gone, png, running_pool, until
 from tests.vision.dicom_samples import real
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
@@ -22,7 +22,7 @@ FORK_SERVER = "echovlm_ray.vision.decoding.fork_server"
 
 def family(pool: DecoderPool) -> list[int]:
     """The fork server, and below it, for every decoder, one that watches it and the decoder itself."""
-    fork_server = psutil.Process(pool.process_ids[0]).parent().parent()
+    fork_server = fork_server_of(pool)
     assert FORK_SERVER in fork_server.cmdline()
     return [fork_server.pid, *(process.pid for process in fork_server.children(recursive=True))]
 
