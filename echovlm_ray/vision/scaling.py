@@ -47,22 +47,35 @@ class Scaling:
         """
         if max(height, width) > MAX_SIDES_RATIO * min(height, width):
             raise ValueError(f"{width} × {height} pixels: one side is over {MAX_SIDES_RATIO} times the other; crop it")
+        limit, side = self.max_visual_tokens, self.side
+        # A limit below the checkpoint's minimum wins.
+        low = min(self.min_pixels, self.max_pixels)
+        size = self._resized(height, width, low)
+        if limit is None:
+            return size
+        # Scaling up rounds both sides up, which can pass the limit by a row of tokens. What is longer than a row of all
+        # tokens cannot be helped.
+        fits_in_a_row = max(height, width) <= limit * min(height, width)
+        while fits_in_a_row and math.prod(size) > limit * side**2 and low >= side**2:
+            low = low * 19 // 20
+            size = self._resized(height, width, low)
+        if math.prod(size) > limit * side**2:
+            tokens = math.prod(size) // side**2
+            raise ValueError(f"so long and narrow that it takes {tokens} visual tokens, over {limit}; crop it")
+        return size
+
+    def _resized(self, height: int, width: int, min_pixels: int) -> tuple[int, int]:
+        """transformers' `smart_resize`."""
         side = self.side
-        scaled_height, scaled_width = round(height / side) * side, round(width / side) * side
-        if scaled_height * scaled_width > self.max_pixels:
+        rows, columns = round(height / side), round(width / side)
+        if rows * columns * side**2 > self.max_pixels:
             factor = math.sqrt(height * width / self.max_pixels)
-            scaled_height = max(side, math.floor(height / factor / side) * side)
-            scaled_width = max(side, math.floor(width / factor / side) * side)
-        elif scaled_height * scaled_width < self.min_pixels:
-            factor = math.sqrt(self.min_pixels / (height * width))
-            scaled_height = math.ceil(height * factor / side) * side
-            scaled_width = math.ceil(width * factor / side) * side
-        tokens = scaled_height * scaled_width // side**2
-        if self.max_visual_tokens is not None and tokens > self.max_visual_tokens:
-            raise ValueError(
-                f"so long and narrow that it takes {tokens} visual tokens, over {self.max_visual_tokens}; crop it"
-            )
-        return scaled_height, scaled_width
+            rows = max(1, math.floor(height / factor / side))
+            columns = max(1, math.floor(width / factor / side))
+        elif rows * columns * side**2 < min_pixels:
+            factor = math.sqrt(min_pixels / (height * width))
+            rows, columns = math.ceil(height * factor / side), math.ceil(width * factor / side)
+        return rows * side, columns * side
 
     def apply(self, frame: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """The frame, height × width × 3 of RGB, at its scaled size.

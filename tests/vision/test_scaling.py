@@ -1,5 +1,6 @@
 """Scaling without transformers gives the bits of transformers' own image processor."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -42,3 +43,9 @@ def test_pixels_are_those_of_transformers(height: int, width: int) -> None:
 def test_too_long_and_narrow_for_the_limit_is_refused() -> None:
     with pytest.raises(ValueError, match="takes 40 visual tokens, over 16; crop it"):
         Scaling(28, 3136, 16 * 784, 16, 3).size(28, 28 * 100)
+
+
+@pytest.mark.parametrize(("height", "width"), [(100, 150), (30, 31), (480, 640), (60, 900)])
+def test_a_limit_below_the_minimum_wins(height: int, width: int) -> None:
+    scaling = Scaling(28, 256 * 784, 16 * 784, 16, 3)
+    assert math.prod(scaling.size(height, width)) <= 16 * 784
