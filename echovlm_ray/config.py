@@ -88,6 +88,18 @@ class TLSSection(Section):
     client_authority: Path | None = None
 
 
+class DecodersSection(Section):
+    """The processes beside a gateway that decode images, and what one file may take. A file over a limit is refused."""
+
+    # When many images arrive at once and cores are free, raise it: so many files are decoded at the same time.
+    processes: PositiveInt = 2
+    # When sound files are refused for their processor time (seconds), raise it; so long can a hostile file keep a
+    # decoder from others.
+    max_cpu_s: PositiveFloat = 10.0
+    # When sound files are refused for the memory that decoding them takes (bytes), raise it; each process may take it.
+    max_memory_bytes: Annotated[int, Field(ge=64 * 1024 * 1024)] = 1024 * 1024 * 1024
+
+
 class GatewaySection(Section):
     """The public gRPC server: what it listens on, and the limits of a request."""
 
@@ -119,6 +131,7 @@ class GatewaySection(Section):
     default_new_tokens: PositiveInt = 256
     # When a call carries no deadline, this one, in seconds.
     default_deadline_s: PositiveFloat = 300.0
+    decoders: DecodersSection = DecodersSection()
     resources: Resources = Resources()
 
 

@@ -3,8 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -15,7 +13,8 @@ from typing import BinaryIO
 from pydantic import ValidationError
 
 from experts.bundle_check import CheckRequest, CheckResult
-from experts.check_fork_server import REPORT, start_check
+from experts.check_fork_server import start_check
+from experts.fork_server import REPORT, ForkServer
 
 DEFAULT_TIMEOUT_S = 600.0
 _MAX_RESULT_BYTES = 1024 * 1024
@@ -40,13 +39,15 @@ class IsolatedChecks:
         """
         self._gives_way = gives_way
         self._lock = threading.Lock()
-        self._server: _ForkServer | None = None
+        self._server: ForkServer | None = None
 
     def start(self) -> None:
         """Begins to import, in the other process, what checks need, so that the first one need not wait for it."""
         with self._lock:
             if self._server is None:
-                self._server = _ForkServer(gives_way=self._gives_way)
+                self._server = ForkServer(
+                    "experts.check_fork_server", environment=os.environ, idle_priority=self._gives_way
+                )
 
     def close(self) -> None:
         """Ends the process that checks are forked from; a check under way goes on. A later check starts it anew."""
@@ -97,7 +98,7 @@ class IsolatedChecks:
                     with self._lock:
                         if self._server is None:
                             return None
-                        start_check(self._server.connection, wanted, output, errors, report_of_check.fileno())
+                        start_check(self._server, wanted, output, errors, report_of_check.fileno())
                 except OSError:
                     self.close()
                     return None
@@ -127,49 +128,12 @@ def check_in_subprocess(request: CheckRequest, *, timeout_s: float = DEFAULT_TIM
         return checks.check(request, timeout_s=timeout_s)
 
 
-class _ForkServer:
-    """A process of `experts.check_fork_server`."""
-
-    def __init__(self, *, gives_way: bool) -> None:
-        self.connection, other_end = socket.socketpair()
-        with other_end:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "experts.check_fork_server", str(other_end.fileno())],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[other_end.fileno()],
-                # One thread, for what has threads cannot be forked; a check takes as many as its request says.
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "0"},
-                cwd=_import_root(),
-                # No session of its own: Linux gives every session an equal part of the cores, and niceness counts only
-                # within it (sched(7), autogroup).
-                process_group=0,
-            )
-        if gives_way:
-            _give_way(self._process.pid)
-
-    def close(self) -> None:
-        """Ends it, also in the middle of its imports."""
-        self.connection.close()
-        self._process.kill()
-        self._process.wait()
-
-
 def _next_number(report: socket.socket, deadline: float) -> int | None:
     """What the watcher of a check says next; None when it has ended without saying anything."""
     # Nought would mean: do not wait at all.
     report.settimeout(max(0.001, deadline - time.monotonic()))
     number = report.recv(REPORT.size)
     return REPORT.unpack(number)[0] if len(number) == REPORT.size else None
-
-
-def _give_way(pid: int) -> None:
-    """Leaves the process what nobody else computes with: whoever serves on the same cores comes first."""
-    # Before it has threads of its own, which inherit it. It may have ended already.
-    with suppress(ProcessLookupError):
-        if hasattr(os, "SCHED_IDLE"):
-            os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
-        else:
-            os.setpriority(os.PRIO_PROCESS, pid, 19)
 
 
 def _result(code: int, output: BinaryIO, errors: BinaryIO) -> CheckResult:
@@ -191,11 +155,6 @@ def _kill_group(process_id: int) -> None:
     # All may be gone by themselves.
     with suppress(ProcessLookupError):
         os.killpg(process_id, signal.SIGKILL)
-
-
-def _import_root() -> Path:
-    """Where `-m experts.check_fork_server` finds the same code as runs here."""
-    return Path(__file__).resolve().parent.parent
 
 
 def _absolute(request: CheckRequest) -> CheckRequest:

@@ -1,9 +1,9 @@
-"""How large a picture becomes before it is cut into patches: the checkpoint's bounds within a caller's limit."""
+"""The bounds of a picture's size that a checkpoint states in preprocessor_config.json."""
 
 from dataclasses import dataclass
 from typing import Any, Self
 
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,26 +59,6 @@ class PictureSize:
                 f"takes {found.side**2}: raise it"
             )
         return found
-
-    def bounds(self, height: int, width: int, max_visual_tokens: int | None) -> dict[str, int]:
-        """The `size` argument of the image processor for one picture.
-
-        A limit below the checkpoint's minimum wins: the picture then becomes as large as the limit allows.
-        """
-        low, high = self.min_pixels, self.max_pixels
-        if max_visual_tokens is not None:
-            high = min(high, max_visual_tokens * self.side**2)
-            low = min(low, high)
-            # Scaling up rounds both sides up, which can pass the limit by a row of tokens. What is longer than a row of
-            # all tokens would be squeezed instead.
-            narrow = max(height, width) > max_visual_tokens * min(height, width)
-            while not narrow and low >= self.side**2 and self._tokens(height, width, low, high) > max_visual_tokens:
-                low = low * 19 // 20
-        return {"shortest_edge": low, "longest_edge": high}
-
-    def _tokens(self, height: int, width: int, low: int, high: int) -> int:
-        rows, columns = smart_resize(height, width, factor=self.side, min_pixels=low, max_pixels=high)
-        return int(rows * columns) // self.side**2
 
 
 def _positive(name: str, value: Any) -> int:

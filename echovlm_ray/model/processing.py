@@ -19,6 +19,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from echovlm_ray.model.picture_size import PictureSize
 from echovlm_ray.prompts import Message
+from echovlm_ray.vision.scaling import Scaling
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
@@ -128,6 +129,14 @@ class EchoVLMProcessor:
                     f"beside it has {name} {own}: they belong to different checkpoints"
                 )
 
+    def scaling(self, max_visual_tokens: int | None = None) -> Scaling:
+        """How frames are scaled; see `image_patches` for the limit."""
+        side, max_pixels = self._size.side, self._size.max_pixels
+        if max_visual_tokens is not None:
+            max_pixels = min(max_pixels, max_visual_tokens * side * side)
+        resample = int(self.image_processor.resample)
+        return Scaling(side, self._size.min_pixels, max_pixels, max_visual_tokens, resample)
+
     def image_patches(self, image: Picture, *, max_visual_tokens: int | None = None) -> VisionPatches:
         """Cuts a still image into patches.
 
@@ -139,8 +148,7 @@ class EchoVLMProcessor:
         Raises:
             ValueError: the image is so long and narrow that it cannot be scaled to fit.
         """
-        patches, (height, width) = self._frame_patches(image, max_visual_tokens)
-        return self._checked(False, (1, height, width), patches, max_visual_tokens)
+        return self.scaled_patches([self.scaling(max_visual_tokens).apply(_pixels(image))], is_video=False)
 
     def video_patches(self, frames: Sequence[Picture], *, max_visual_tokens: int | None = None) -> VisionPatches:
         """Cuts a video into patches, `temporal_patch_size` (2) frames deep; a missing last frame is the one before it.
@@ -152,55 +160,48 @@ class EchoVLMProcessor:
         Raises:
             ValueError: no frames, frames of different sizes, or frames too long and narrow.
         """
+        scaling = self.scaling(max_visual_tokens)
+        return self.scaled_patches([scaling.apply(_pixels(frame)) for frame in frames], is_video=True)
+
+    def scaled_patches(self, frames: Sequence[npt.NDArray[np.uint8]], *, is_video: bool) -> VisionPatches:
+        """Cuts frames that are scaled already (see `scaling`) into patches.
+
+        Args:
+            frames: height × width × 3, uint8, RGB, all of one size; a still image is one frame.
+            is_video: see `video_patches`.
+
+        Raises:
+            ValueError: no frames, or frames of different sizes.
+        """
         if not frames:
             raise ValueError("a video needs at least one frame")
-        depth = self.image_processor.temporal_patch_size
-        cut = [self._frame_patches(frame, max_visual_tokens) for frame in frames]
-        if len({size for _, size in cut}) > 1:
+        if len({frame.shape for frame in frames}) > 1:
             raise ValueError("the frames of a video must be of one size")
-        (height, width) = cut[0][1]
-        patches = [frame_patches for frame_patches, _ in cut]
+        side, depth = self.image_processor.patch_size, self.image_processor.temporal_patch_size
+        height, width = frames[0].shape[0] // side, frames[0].shape[1] // side
+        num_tokens = height * width // self.image_processor.merge_size**2
+        patches = [self._frame_patches(frame) for frame in frames]
+        if not is_video:
+            return VisionPatches(False, (1, height, width), patches[0], num_tokens)
         patches.extend([patches[-1]] * (-len(patches) % depth))
         groups = []
         for start in range(0, len(patches), depth):
             # A still image's patch holds its frame `depth` times over: a video's takes one slot from each frame.
-            side = self.image_processor.patch_size
             slots = [
                 patches[start + slot].reshape(height * width, -1, depth, side, side)[:, :, slot]
                 for slot in range(depth)
             ]
             groups.append(np.stack(slots, axis=2).reshape(height * width, -1))
         grid = (len(groups), height, width)
-        return self._checked(True, grid, np.concatenate(groups), max_visual_tokens)
+        return VisionPatches(True, grid, np.concatenate(groups), len(groups) * num_tokens)
 
-    def _frame_patches(
-        self, frame: Picture, max_visual_tokens: int | None
-    ) -> tuple[npt.NDArray[np.float32], tuple[int, int]]:
-        # As an array and with its layout named, so that nothing about it has to be guessed.
-        pixels = np.asarray(frame.convert("RGB") if isinstance(frame, Image.Image) else frame)
-        height, width = pixels.shape[:2]
-        if max(height, width) > 200 * min(height, width):
-            raise ValueError(f"{width} × {height} pixels: one side is over 200 times the other; crop it")
-        size = self._size.bounds(height, width, max_visual_tokens)
+    def _frame_patches(self, frame: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        # Its layout is named, so that nothing about the array has to be guessed.
         features = self.image_processor(
-            images=pixels, size=size, input_data_format="channels_last", return_tensors="np"
+            images=frame, do_resize=False, input_data_format="channels_last", return_tensors="np"
         )
-        _, grid_h, grid_w = (int(count) for count in features["image_grid_thw"][0])
-        return features["pixel_values"], (grid_h, grid_w)
-
-    def _checked(
-        self,
-        is_video: bool,
-        grid: tuple[int, int, int],
-        patches: npt.NDArray[np.float32],
-        max_visual_tokens: int | None,
-    ) -> VisionPatches:
-        each = grid[1] * grid[2] // self.image_processor.merge_size**2
-        if max_visual_tokens is not None and each > max_visual_tokens:
-            raise ValueError(
-                f"so long and narrow that it takes {each} visual tokens, over {max_visual_tokens}; crop it"
-            )
-        return VisionPatches(is_video, grid, patches, grid[0] * each)
+        patches: npt.NDArray[np.float32] = features["pixel_values"]
+        return patches
 
     def encode_chat(self, messages: Sequence[Message], vision: Sequence[VisionPatches]) -> list[int]:
         """Token ids of a chat up to where the assistant answers, in ChatML as Qwen2-VL has it.
@@ -295,6 +296,10 @@ class EchoVLMProcessor:
         text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=add_generation_prompt)
         assert isinstance(text, str)
         return text
+
+
+def _pixels(frame: Picture) -> npt.NDArray[np.uint8]:
+    return np.asarray(frame.convert("RGB") if isinstance(frame, Image.Image) else frame)
 
 
 def _expand(texts: Sequence[str], token: str, items: Sequence[VisionPatches]) -> list[str]:

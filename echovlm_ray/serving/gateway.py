@@ -19,11 +19,13 @@ from echovlm_ray.serving.request_checks import CheckedRequest, check_request
 from echovlm_ray.serving.request_id import current_request_id, request_id_of
 from echovlm_ray.serving.router_client import RouterClient
 from echovlm_ray.serving.text_stream import Detokenizer, StopStrings
-from echovlm_ray.vision.images import DecodedImage, ImageLimits, decode_image_file
+from echovlm_ray.vision.decoding.pool import DecoderPool
+from echovlm_ray.vision.decoding.settings import DecoderSettings
+from echovlm_ray.vision.images import DecodedImage, ImageLimits
 from protos import echovlm_pb2, echovlm_pb2_grpc, router_pb2, tensor_pb2, vision_pb2
 
-# Files that are decoded at once; each may take a few times `gateway.max_image_pixels` bytes while it is.
-DECODE_THREADS = 2
+# Text and pictures have threads of their own, so that no text waits for a picture.
+TEXT_THREADS = 2
 NOT_A_DEVICE = "EchoVLM-Ray is not a medical device: nothing it writes is a diagnosis."
 
 T = TypeVar("T")
@@ -93,23 +95,36 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
         self._describe = describe
         self._gateway = gateway
         self._limits = limits
-        self._image_limits = ImageLimits(
-            max_image_bytes=gateway.max_image_bytes,
-            max_image_pixels=gateway.max_image_pixels,
-            max_frames=gateway.max_frames,
-            crop_to_regions=gateway.crop_to_regions,
-        )
+        self._decoders = None if processor is None else _decoder_pool(processor, gateway)
         self._under_way = 0
-        self._threads = ThreadPoolExecutor(max_workers=DECODE_THREADS, thread_name_prefix="decode")
+        self._text_threads = ThreadPoolExecutor(max_workers=TEXT_THREADS, thread_name_prefix="text")
+        self._picture_threads = ThreadPoolExecutor(gateway.decoders.processes, thread_name_prefix="picture")
 
     @property
     def queue_length(self) -> int:
         """Requests under way, for status."""
         return self._under_way
 
-    def close(self) -> None:
-        """Ends the decoding threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+    @property
+    def decoders(self) -> DecoderPool | None:
+        """The processes that decode; None where every request is refused."""
+        return self._decoders
+
+    async def start(self) -> None:
+        """Starts the decoders. To be called once, before the first request.
+
+        Raises:
+            PartUnavailableError: they cannot be started.
+        """
+        if self._decoders is not None:
+            await self._decoders.start()
+
+    async def close(self) -> None:
+        """Ends the decoders and the threads."""
+        if self._decoders is not None:
+            await self._decoders.close()
+        for threads in (self._text_threads, self._picture_threads):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     async def Generate(
         self, request: echovlm_pb2.GenerateRequest, context: "grpc.aio.ServicerContext[Any, Any]"
@@ -173,7 +188,7 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
             deadline = time.monotonic() + self._seconds_left(context)
             request_id = current_request_id() or request_id_of(context.invocation_metadata() or ())
             checked = check_request(request, self._gateway, self._limits)
-            prepared = await self._prepare(request, checked, deadline)
+            prepared = await self._prepare(request, checked, deadline, request_id)
             yield echovlm_pb2.GenerateEvent(accepted=prepared.accepted)
             async with aclosing(self._write(prepared, checked, deadline, request_id)) as events:
                 async for event in events:
@@ -205,43 +220,40 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
         return self._gateway.default_deadline_s if remaining is None else remaining
 
     async def _prepare(
-        self, request: echovlm_pb2.GenerateRequest, checked: CheckedRequest, deadline: float
+        self, request: echovlm_pb2.GenerateRequest, checked: CheckedRequest, deadline: float, request_id: str
     ) -> _Prepared:
-        """Decodes and cuts up the images one after the other, then the prompt, all on the decoding threads."""
+        """Decodes and cuts up the images one after the other, so that no caller takes all decoders; then the prompt."""
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                images, vision = [], []
+                images = []
                 for index, file in enumerate(request.images):
-                    decoded, patches = await self._on_thread(self._load_image, file.content, f"images[{index}].content")
-                    images.append(decoded)
-                    vision.append(patches)
-                return await self._on_thread(self._build, checked, request.sampling, images, vision)
+                    field = f"images[{index}].content"
+                    images.append(await self._load_image(file.content, field, request_id))
+                return await self._on(self._text_threads, self._build, checked, request.sampling, images)
         except TimeoutError:
             raise DeadlineError("the deadline passed while the images were decoded") from None
 
-    async def _on_thread(self, function: Callable[..., T], *arguments: object) -> T:
+    async def _on(self, threads: ThreadPoolExecutor, function: Callable[..., T], *arguments: object) -> T:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, functools.partial(function, *arguments))
+        return await loop.run_in_executor(threads, functools.partial(function, *arguments))
 
-    def _load_image(self, content: bytes, field: str) -> tuple["_ImageNote", VisionPatches]:
-        decoded = decode_image_file(content, limits=self._image_limits, field=field)
-        limit = self._gateway.max_visual_tokens
-        try:
-            if decoded.is_video:
-                patches = self._text_processor().video_patches(decoded.frames, max_visual_tokens=limit)
-            else:
-                patches = self._text_processor().image_patches(decoded.frames[0], max_visual_tokens=limit)
-        except ValueError as error:
-            raise InvalidRequestError(field, f"is {error}") from None
-        return _ImageNote.of(decoded), patches
+    async def _load_image(self, content: bytes, field: str, request_id: str) -> "_LoadedImage":
+        assert self._decoders is not None
+        decoded = await self._decoders.decode(content, field=field, request_id=request_id)
+        return await self._on(self._picture_threads, self._cut, decoded)
+
+    def _cut(self, decoded: DecodedImage) -> "_LoadedImage":
+        frames = decoded.frames if decoded.is_video else decoded.frames[:1]
+        patches = self._text_processor().scaled_patches(frames, is_video=decoded.is_video)
+        return _LoadedImage(_ImageNote.of(decoded), patches, _to_proto(patches))
 
     def _build(
         self,
         checked: CheckedRequest,
         sampling: router_pb2.Sampling,
-        images: Sequence["_ImageNote"],
-        vision: Sequence[VisionPatches],
+        images: Sequence["_LoadedImage"],
     ) -> _Prepared:
+        vision = [image.patches for image in images]
         media: list[Medium] = ["video" if item.is_video else "image" for item in vision]
         messages = build_messages(checked.task, checked.language, checked.prompt, media)
         input_ids = self._text_processor().encode_chat(messages, vision)
@@ -253,10 +265,10 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
                 f"{len(input_ids) - visual_tokens} for text, and the limit is {self._limits.max_prompt_tokens} "
                 "(router.max_prompt_tokens): send fewer images or a shorter prompt",
             )
-        terms = dict.fromkeys(term for image in images for term in image.anatomy_terms)
+        terms = dict.fromkeys(term for image in images for term in image.note.anatomy_terms)
         router_request = router_pb2.RouterGenerateRequest(
             input_ids=input_ids,
-            vision_inputs=[_to_proto(item) for item in vision],
+            vision_inputs=[image.vision_input for image in images],
             organ_hints=router_pb2.OrganHints(organs=checked.organs, anatomy_terms=terms),
             sampling=sampling,
             max_new_tokens=checked.max_new_tokens,
@@ -265,9 +277,11 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
         accepted = echovlm_pb2.RequestAccepted(
             prompt_tokens=len(input_ids),
             visual_tokens=visual_tokens,
-            frames=[image.frames_taken for image in images],
+            frames=[image.note.frames_taken for image in images],
         )
-        notices = tuple(f"images[{index}]: {notice}" for index, image in enumerate(images) for notice in image.notices)
+        notices = tuple(
+            f"images[{index}]: {notice}" for index, image in enumerate(images) for notice in image.note.notices
+        )
         return _Prepared(router_request, accepted, notices)
 
     async def _write(
@@ -322,6 +336,27 @@ class _ImageNote:
             spread = f"{image.frames_taken} of its {image.source_frames} frames were looked at, evenly spread."
             notices = (spread, *notices)
         return cls(image.frames_taken, image.anatomy_terms, notices)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _LoadedImage:
+    """An image that is decoded and cut into patches."""
+
+    note: _ImageNote
+    patches: VisionPatches
+    vision_input: vision_pb2.VisionInput
+
+
+def _decoder_pool(processor: EchoVLMProcessor, gateway: GatewaySection) -> DecoderPool:
+    limits = ImageLimits(
+        max_image_bytes=gateway.max_image_bytes,
+        max_image_pixels=gateway.max_image_pixels,
+        max_frames=gateway.max_frames,
+        crop_to_regions=gateway.crop_to_regions,
+    )
+    scaling = processor.scaling(gateway.max_visual_tokens)
+    settings = DecoderSettings(limits, scaling, gateway.decoders.max_memory_bytes)
+    return DecoderPool(settings, processes=gateway.decoders.processes, max_cpu_s=gateway.decoders.max_cpu_s)
 
 
 def _to_proto(item: VisionPatches) -> vision_pb2.VisionInput:

@@ -87,6 +87,29 @@ class RouterMetrics:
             self._blocks.set(blocks, tags={"kind": kind})
 
 
+class DecodingMetrics:
+    """What a gateway's decoder processes do."""
+
+    def __init__(self) -> None:
+        """Registers with Ray."""
+        self._queue = _gauge("echovlm_decoding_queue", "Image files waiting to be decoded, or being decoded.", ())
+        self._files = _counter(
+            "echovlm_decoded_files",
+            "Image files by how their decoding ended: ok, refused, limit, crash, lost or cancelled. "
+            "The last four have each cost a decoder process.",
+            ("kind",),
+        )
+        self._totals: dict[str, _Total] = {}
+
+    def update(self, queue_length: int, outcomes: Mapping[str, int]) -> None:
+        """Takes how things stand now, and how many files ended in which way since the start."""
+        self._queue.set(queue_length)
+        for kind, total in outcomes.items():
+            if kind not in self._totals:
+                self._totals[kind] = _Total(self._files, {"kind": kind})
+            self._totals[kind].reached(total)
+
+
 class PartMetrics:
     """What every replica says of itself: its queue, and what it holds."""
 
@@ -150,13 +173,14 @@ class ControlMetrics:
 class _Total:
     """A counter that follows somebody else's count."""
 
-    def __init__(self, counter: Any) -> None:
+    def __init__(self, counter: Any, labels: Mapping[str, str] | None = None) -> None:
         self._counter = counter
+        self._labels = labels
         self._seen = 0
 
     def reached(self, total: int) -> None:
         if total > self._seen:
-            self._counter.inc(total - self._seen)
+            self._counter.inc(total - self._seen, tags=self._labels)
             self._seen = total
 
 

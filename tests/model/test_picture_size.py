@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from echovlm_ray.checkpoint.demo import make_demo
 from echovlm_ray.model.picture_size import PictureSize
 from echovlm_ray.model.processing import EchoVLMProcessor
+from echovlm_ray.vision.scaling import Scaling
 
 TOKEN = 28 * 28
 
@@ -71,10 +73,9 @@ def test_only_what_is_longer_than_a_row_of_all_tokens_passes_the_limit(
 ) -> None:
     if max(height, width) > min(limit, 200) * min(height, width):
         return
-    size = PictureSize(least * TOKEN, 1280 * TOKEN, 28)
-    bounds = size.bounds(height, width, limit)
-    assert size._tokens(height, width, bounds["shortest_edge"], bounds["longest_edge"]) <= limit
-    assert bounds["longest_edge"] <= limit * TOKEN
+    scaling = Scaling(28, least * TOKEN, limit * TOKEN, limit, Image.Resampling.BICUBIC)
+    rows, columns = scaling.size(height, width)
+    assert rows * columns <= limit * TOKEN
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ class GatewaySystem:
 
     stub: Any
     service: GatewayService
-    processor: EchoVLMProcessor
+    processor: EchoVLMProcessor | None
 
 
 def description(index: CheckpointIndex) -> ModelDescription:
@@ -62,7 +62,7 @@ async def served(register: Any, servicer: object, name: str) -> AsyncIterator[st
 @asynccontextmanager
 async def gateway(
     checkpoint: Path,
-    processor: EchoVLMProcessor,
+    processor: EchoVLMProcessor | None,
     routers: Sequence[str],
     section: GatewaySection,
     limits: RouterSection,
@@ -71,13 +71,14 @@ async def gateway(
     model = description(read_index(checkpoint))
     client = RouterClient(lambda: routers)
     service = GatewayService(processor, client, lambda: model, gateway=section, limits=limits)
+    await service.start()
     async with (
         served(echovlm_pb2_grpc.add_EchoVLMServicer_to_server, service, "echovlm.v1.EchoVLM") as address,
         grpc.aio.insecure_channel(address) as channel,
     ):
         yield GatewaySystem(echovlm_pb2_grpc.EchoVLMStub(channel), service, processor)
     await client.close()
-    service.close()
+    await service.close()
 
 
 @asynccontextmanager

@@ -39,7 +39,7 @@ from echovlm_ray.config import Config
 @ray.remote(num_cpus=0)
 class Part:
     def feed(self):
-        from echovlm_ray.serving.metrics import ControlMetrics, PartMetrics, RouterMetrics
+        from echovlm_ray.serving.metrics import ControlMetrics, DecodingMetrics, PartMetrics, RouterMetrics
         from protos.expert_pb2 import ResidentBundle
 
         router, control, part = RouterMetrics(), ControlMetrics(), PartMetrics("experts", "heart")
@@ -55,8 +55,11 @@ class Part:
         part.update(3, [new])
         control.update({"heart": "1.0.0"}, [("heart", "1.1.0", "warm", 0.0)])
         control.update({"heart": "1.0.0"}, [("heart", "1.1.0", "canary", 5.0)])
+        decoding = DecodingMetrics()
+        decoding.update(4, {"ok": 5})
+        decoding.update(2, {"ok": 7, "limit": 1})
         # The registered metrics must outlive this call.
-        self.kept = router, control, part
+        self.kept = router, control, part, decoding
 
 with local_ray(Config()):
     part = Part.remote()
@@ -105,6 +108,9 @@ def test_what_the_parts_say_is_scraped_with_its_labels() -> None:
     assert found["echovlm_requests_total", "heart", "1.0.0", "ok"] == 1
     assert found["echovlm_requests_total", "heart", "1.1.0", "error"] == 1
     assert found["echovlm_tokens_total", "heart", "1.0.0"] == 7
+    assert found["echovlm_decoding_queue",] == 2
+    assert found["echovlm_decoded_files_total", "ok"] == 7
+    assert found["echovlm_decoded_files_total", "limit"] == 1
     assert found["echovlm_seconds_per_token_count", "heart", "1.0.0"] == 1
     assert found["echovlm_seconds_per_token_bucket", "heart", "1.0.0", "0.01"] == 0
     assert found["echovlm_seconds_per_token_bucket", "heart", "1.0.0", "0.025"] == 1

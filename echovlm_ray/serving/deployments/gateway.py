@@ -14,6 +14,7 @@ from echovlm_ray.serving.deployments.settings import (
     expert_application,
 )
 from echovlm_ray.serving.endpoints import Endpoints
+from echovlm_ray.serving.metrics import DecodingMetrics
 from echovlm_ray.serving.server import INTERNAL_CHANNEL_OPTIONS, MESSAGE_SLACK_BYTES, ServerOptions
 from protos import echovlm_pb2, echovlm_pb2_grpc
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from echovlm_ray.serving.health import Addresses, HealthMonitor
     from echovlm_ray.serving.live_model import LiveModel
     from echovlm_ray.serving.served import ServedCheckpoint
+    from echovlm_ray.vision.decoding.pool import DecoderPool
     from experts.registry import Registry
 
 SERVICE_NAME = echovlm_pb2.DESCRIPTOR.services_by_name["EchoVLM"].full_name
@@ -52,6 +54,7 @@ class GatewayReplica(Replica):
         live = LiveModel(endpoints.source(CONTROL), description, registry.find, INTERNAL_CHANNEL_OPTIONS)
         router = RouterClient(endpoints.source(ROUTER), INTERNAL_CHANNEL_OPTIONS)
         service = GatewayService(processor, router, live.describe, gateway=section, limits=parsed.router)
+        await service.start()
         public = ServerOptions(
             section.host,
             section.port,
@@ -60,9 +63,11 @@ class GatewayReplica(Replica):
             max_receive_bytes=section.max_images * section.max_image_bytes + MESSAGE_SLACK_BYTES,
         )
         monitor = _monitor(self, parsed, served, endpoints, live)
+        decoding = DecodingMetrics()
         part = Part(
             services=[],
             queue_length=lambda: service.queue_length,
+            measure=lambda: _measure(decoding, service.decoders),
             closing=[monitor.stop, live.stop, router.close, service.close, endpoints.stop],
         )
         clients = Service(echovlm_pb2_grpc.add_EchoVLMServicer_to_server, service, SERVICE_NAME)
@@ -70,6 +75,11 @@ class GatewayReplica(Replica):
         await live.start()
         endpoints.on_change(monitor.wake)
         await monitor.start()
+
+
+def _measure(metrics: DecodingMetrics, decoders: "DecoderPool | None") -> None:
+    if decoders is not None:
+        metrics.update(decoders.queue_length, decoders.outcomes)
 
 
 def _monitor(
