@@ -5,6 +5,7 @@ demo, whose products take next to no time. Run as a program it multiplies until 
 the other process that takes its share of the memory's bandwidth.
 """
 
+import argparse
 import select
 import statistics
 import subprocess
@@ -210,7 +211,9 @@ def _product_seconds(layers: list[PackedLinear], x: torch.Tensor) -> float:
 @torch.inference_mode()
 def main() -> None:
     """Multiplies one row by weights of the given dtype until the standard input is closed."""
-    dtype = getattr(torch, sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dtype", choices=("float32", "bfloat16"), help="of the weights")
+    dtype = getattr(torch, parser.parse_args().dtype)
     torch.set_num_threads(1)
     layers, x = _product_layers(dtype), torch.randn(1, PRODUCT_SHAPE[1]).to(dtype)
     print("ready", flush=True)

@@ -13,11 +13,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Started by other processes, with arguments that no person types.
-INTERNAL = {"experts.check_fork_server"}
+INTERNAL = {"experts.bundle_check", "experts.check_fork_server"}
 # In one process, because most of the time goes into importing torch. A package whose entry is None cannot be imported.
 RUN = """
-import contextlib, io, json, runpy, sys
+import contextlib, io, json, os, runpy, sys
 missing, calls = json.loads(sys.argv[1])
+# A command may lead its standard output elsewhere.
+result = os.fdopen(os.dup(1), "w")
 sys.modules.update(dict.fromkeys(missing))
 answers = []
 for module, *arguments in calls:
@@ -28,10 +30,10 @@ for module, *arguments in calls:
             ended = None
         except SystemExit as stop:
             ended = stop.code
-        except ImportError as error:
+        except Exception as error:
             ended = repr(error)
     answers.append([module, ended, printed.getvalue()])
-print(json.dumps(answers))
+print(json.dumps(answers), file=result, flush=True)
 """
 
 
