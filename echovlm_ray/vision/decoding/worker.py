@@ -18,7 +18,8 @@ from echovlm_ray.errors import InvalidRequestError
 from echovlm_ray.vision.decoding.confinement import confine
 from echovlm_ray.vision.decoding.job import JOB, MAX_REFUSAL_CHARACTERS, MAX_TEXT_CHARACTERS, MAX_TEXTS
 from echovlm_ray.vision.decoding.settings import DecoderSettings
-from echovlm_ray.vision.images import DecodedImage, FrameArray, decode_image_file
+from echovlm_ray.vision.images import DecodedImage, decode_image_file
+from echovlm_ray.vision.picture import FrameArray
 
 # When no file came for so long, free memory goes back to the system.
 IDLE_S = 1.0

@@ -96,10 +96,10 @@ async def test_large_files_and_small_ones_take_turns() -> None:
 
 
 async def test_processor_time_is_limited_and_a_process_replaced() -> None:
-    async with running_pool(max_cpu_s=0.1) as pool:
+    async with running_pool(max_cpu_s=0.2) as pool:
         (before,) = pool.process_ids
         with pytest.raises(
-            InvalidRequestError, match=r"more than 0.1 s of processor time .*gateway.decoders.max_cpu_s"
+            InvalidRequestError, match=r"more than 0.2 s of processor time .*gateway.decoders.max_cpu_s"
         ):
             await decode(pool, large_png())
         assert pool.outcomes == {"limit": 1}
