@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Started by other processes, with arguments that no person types.
-INTERNAL = {"experts.bundle_check", "experts.check_fork_server"}
+INTERNAL = {"echovlm_ray.vision.decoding.fork_server", "experts.bundle_check", "experts.check_fork_server"}
 # In one process, because most of the time goes into importing torch. A package whose entry is None cannot be imported.
 RUN = """
 import contextlib, io, json, os, runpy, sys
