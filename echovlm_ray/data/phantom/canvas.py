@@ -176,8 +176,9 @@ class Canvas:
         """Smooth noise of unit variance over the grid, `across` × `down` cells."""
         cells = rng.standard_normal((down + 3, across + 3)).astype(np.float32)
         rows, columns = _spread(SAMPLES, down + 3), _spread(LINES, across + 3)
-        smooth: Grid = rows @ cells @ columns.T
-        return smooth / np.maximum(smooth.std(), np.float32(1e-6))
+        smooth: Grid = (rows @ cells @ columns.T).astype(np.float32, copy=False)
+        smooth *= np.float32(1 / max(float(smooth.std()), 1e-6))
+        return smooth
 
     def _on(self, shape: Shape, window: tuple[slice, slice]) -> npt.NDArray[np.bool_]:
         """The inside of a shape, seen in another one's window."""
@@ -188,9 +189,12 @@ class Canvas:
 
 def _spread(count: int, cells: int) -> Grid:
     """Quadratic B-spline weights of `cells` values on `count` samples."""
-    at = np.linspace(1, cells - 2, count, dtype=np.float32)
+    at: Grid = np.linspace(1, cells - 2, count, dtype=np.float32)
     away = np.abs(at[:, None] - np.arange(cells, dtype=np.float32))
-    return np.where(away < 0.5, 0.75 - away**2, np.where(away < 1.5, 0.5 * (1.5 - away) ** 2, 0)).astype(np.float32)
+    weights: Grid = np.where(away < 0.5, 0.75 - away**2, np.where(away < 1.5, 0.5 * (1.5 - away) ** 2, 0)).astype(
+        np.float32
+    )
+    return weights
 
 
 def union(shapes: Sequence[Shape]) -> Shape:
@@ -209,7 +213,8 @@ def ripple(rng: np.random.Generator, height: float, waves: float = 1.5) -> Profi
     def profile(x: Grid) -> Grid:
         slow = np.sin(np.float32(2 * np.pi * waves * shares[0]) * x + np.float32(phases[0]))
         fast = np.sin(np.float32(2 * np.pi * waves * 2.3 * shares[1]) * x + np.float32(phases[1]))
-        return np.float32(height) * (slow + np.float32(0.4) * fast)
+        line: Grid = np.float32(height) * (slow + np.float32(0.4) * fast)
+        return line
 
     return profile
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from echovlm_ray.data.phantom.anatomy import ANATOMY, Anatomy, Scene
+from echovlm_ray.data.phantom.anatomy import ANATOMY, Anatomy
+from echovlm_ray.data.phantom.anatomy.parts import Scene
 from echovlm_ray.data.phantom.attributes import Attributes
 from echovlm_ray.data.phantom.canvas import Canvas
 from echovlm_ray.data.phantom.catalogue import all_classes, draw_attributes
@@ -118,7 +119,8 @@ def patch_labels(label_map: ImageArray, patch: int = 28, lesion_share: float = 0
     lesion = np.zeros(256, dtype=bool)
     lesion[list(LESION_LABELS)] = True
     of_lesion = counts[..., lesion].sum(axis=-1) >= lesion_share * patch * patch
-    return np.where(of_lesion, np.where(lesion, counts, -1).argmax(axis=-1), counts.argmax(axis=-1)).astype(np.uint8)
+    labels = np.where(of_lesion, np.where(lesion, counts, -1).argmax(axis=-1), counts.argmax(axis=-1))
+    return np.asarray(labels, dtype=np.uint8)
 
 
 def echoes(canvas: Canvas, anatomy: Anatomy, organ: Organ) -> Grid:
@@ -149,7 +151,8 @@ def _compressed(strength: Grid, display: Display) -> Grid:
     """Log compression to grey, 0 dB a little below the middle."""
     decibels = 20 * np.log10(np.maximum(strength, np.float32(1e-6)))
     grey = (decibels + np.float32(display.gain)) / np.float32(display.dynamic_range) + np.float32(0.46)
-    return np.clip(grey * np.float32(255), 0, 255)
+    compressed: Grid = np.clip(grey * np.float32(255), 0, 255)
+    return compressed
 
 
 def _grey(picture: Grid, inside: npt.NDArray[np.bool_]) -> ImageArray:

@@ -23,12 +23,12 @@ class Settings(BaseModel):
 
     def apply(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """The picture (height × width, uint8) with these settings; gain first, then blur, then JPEG."""
-        values = image.astype(np.float32) * np.float32(self.gain)
+        values: npt.NDArray[np.float32] = image.astype(np.float32) * np.float32(self.gain)
         if self.blur:
             values = ndimage.gaussian_filter(values, self.blur)
-        changed = np.rint(values.clip(0, 255)).astype(np.uint8)
+        changed: npt.NDArray[np.uint8] = np.rint(values.clip(0, 255)).astype(np.uint8)
         if self.jpeg_quality is None:
             return changed
         buffer = io.BytesIO()
         Image.fromarray(changed).save(buffer, "JPEG", quality=self.jpeg_quality)
-        return np.asarray(Image.open(buffer))
+        return np.array(Image.open(buffer), dtype=np.uint8)

@@ -38,8 +38,8 @@ def attenuation_left(attenuation: Grid, compensated: float, optics: Optics, step
         step: between samples, as a share of the picture.
     """
     per_sample = np.float32(2 * optics.frequency * step * optics.depth)
-    left = np.cumsum(attenuation - np.float32(compensated), axis=0, dtype=np.float32) * per_sample
-    return np.maximum(left, np.float32(-MAX_ENHANCEMENT_DB))
+    left: Grid = np.cumsum(attenuation - np.float32(compensated), axis=0, dtype=np.float32) * per_sample
+    return np.maximum(left, np.float32(-MAX_ENHANCEMENT_DB), out=left)
 
 
 def envelope(field: Field, decibels: Grid, probe: Probe, optics: Optics) -> Grid:
@@ -54,7 +54,8 @@ def envelope(field: Field, decibels: Grid, probe: Probe, optics: Optics) -> Grid
     pulse, beam = _transfer(probe, optics)
     scaled = field * np.exp(decibels * np.float32(np.log(10) / 20))
     along = fft.ifft(fft.fft(scaled, axis=0) * pulse[:, None], axis=0)
-    return np.abs(fft.ifft(fft.fft(along, axis=1) * beam, axis=1))
+    strength: Grid = np.abs(fft.ifft(fft.fft(along, axis=1) * beam, axis=1))
+    return strength
 
 
 def beam_width(range_: npt.NDArray[np.float64], optics: Optics) -> npt.NDArray[np.float64]:

@@ -21,7 +21,7 @@ def draw(scene: Scene, attributes: Attributes) -> None:
 
 def _tissue(scene: Scene, kind: str) -> None:
     canvas, rng = scene.canvas, scene.rng
-    canvas.fill(canvas.band(0.0, 1.0), Tissue(SUBCUTANEOUS.label, SUBCUTANEOUS.echo, COMPENSATED))
+    canvas.fill(canvas.band(-1.0, 2.0), Tissue(SUBCUTANEOUS.label, SUBCUTANEOUS.echo, COMPENSATED))
     top, bottom = (lifted(ripple(rng, 0.015), height) for height in _LAYER)
     layer = canvas.band(top, bottom)
     base = FAT if kind == "fatty" else GLAND

@@ -67,8 +67,8 @@ def draw(scene: Scene, attributes: Attributes) -> None:
         canvas.edge(chamber, 4.0, 0.005, specular=0.5)
     if attributes["thrombus"] == "present":
         _thrombus(scene, heart.left, ventricle)
-    for chamber in (heart.left, heart.right):
-        _valve(scene, chamber)
+    for with_valve in (heart.left, heart.right):
+        _valve(scene, with_valve)
 
 
 def _measures(scene: Scene, attributes: Attributes) -> _Heart:

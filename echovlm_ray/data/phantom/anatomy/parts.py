@@ -53,8 +53,8 @@ def skin(scene: Scene, thickness: float = 0.035) -> None:
     """The skin on top of a linear probe's picture: two bright lines with a darker one between."""
     canvas = scene.canvas
     line = ripple(scene.rng, 0.003)
-    canvas.fill(canvas.band(0.0, lifted(line, thickness)), SUBCUTANEOUS)
-    canvas.fill(canvas.band(0.0, lifted(line, thickness * 0.35)), FASCIA)
+    canvas.fill(canvas.band(-1.0, lifted(line, thickness)), SUBCUTANEOUS)
+    canvas.fill(canvas.band(-1.0, lifted(line, thickness * 0.35)), FASCIA)
     canvas.edge(canvas.band(-1.0, lifted(line, thickness)), FASCIA.echo, 0.006)
 
 

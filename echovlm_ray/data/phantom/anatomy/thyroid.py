@@ -26,8 +26,8 @@ _SMALL, _LARGE = (0.16, 0.19), (0.32, 0.36)
 def draw(scene: Scene, attributes: Attributes) -> None:
     """Draws a thyroid lobe with these attributes. The trachea lies towards the other lobe, as the marker has it."""
     canvas = scene.canvas
-    canvas.fill(canvas.band(0.0, 1.0), Tissue(MUSCLE.label, -5.0, COMPENSATED))
-    canvas.fill(canvas.band(0.0, 0.14), Tissue(SUBCUTANEOUS.label, SUBCUTANEOUS.echo, COMPENSATED))
+    canvas.fill(canvas.band(-1.0, 2.0), Tissue(MUSCLE.label, -5.0, COMPENSATED))
+    canvas.fill(canvas.band(-1.0, 0.14), Tissue(SUBCUTANEOUS.label, SUBCUTANEOUS.echo, COMPENSATED))
     skin(scene)
     muscle_band(scene, 0.12, 0.235, echo=-9.0)
     muscle_band(scene, 0.84, 0.97, echo=-11.0)

@@ -19,9 +19,9 @@ _REDUCTION = {"below_50": (0.26, 0.38), "50_to_69": (0.56, 0.63), "70_or_more": 
 def draw(scene: Scene, attributes: Attributes) -> None:
     """Draws a vessel with these attributes."""
     canvas = scene.canvas
-    canvas.fill(canvas.band(0.0, 1.0), Tissue(MUSCLE.label, -4.0, COMPENSATED))
-    canvas.raise_echo(canvas.band(0.0, 1.0), 2.0 * canvas.noise(scene.rng, 6, 12))
-    canvas.fill(canvas.band(0.0, 0.1), Tissue(SUBCUTANEOUS.label, SUBCUTANEOUS.echo, COMPENSATED))
+    canvas.fill(canvas.band(-1.0, 2.0), Tissue(MUSCLE.label, -4.0, COMPENSATED))
+    canvas.raise_echo(canvas.band(-1.0, 2.0), 2.0 * canvas.noise(scene.rng, 6, 12))
+    canvas.fill(canvas.band(-1.0, 0.1), Tissue(SUBCUTANEOUS.label, SUBCUTANEOUS.echo, COMPENSATED))
     skin(scene)
     muscle_band(scene, 0.09, 0.24)
     lumen = attributes["lumen"]
@@ -43,7 +43,10 @@ def _course(scene: Scene, z: float) -> Profile:
     pulse = 0.004 * np.sin(2 * np.pi * scene.phase)
 
     def middle(x: Grid) -> Grid:
-        return np.float32(z + pulse) + np.float32(slope) * x + np.float32(bend) * np.sin(6 * x + np.float32(phase))
+        line: Grid = (
+            np.float32(z + pulse) + np.float32(slope) * x + np.float32(bend) * np.sin(6 * x + np.float32(phase))
+        )
+        return line
 
     return middle
 
@@ -69,7 +72,8 @@ def _bump(centre: float, length: float) -> Callable[[Grid], Grid]:
 
     def hill(x: Grid) -> Grid:
         share = np.clip((x - np.float32(centre)) / np.float32(length), -1, 1)
-        return (1 - share * share) ** np.float32(0.75)
+        height: Grid = (1 - share * share) ** np.float32(0.75)
+        return height
 
     return hill
 
