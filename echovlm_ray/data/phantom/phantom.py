@@ -105,7 +105,7 @@ def cine_frames(attributes: Attributes, seed: int, index: int, frames: int) -> l
     return [_draw(attributes, seed, index, frame / frames)[0] for frame in range(frames)]
 
 
-def patch_labels(label_map: ImageArray, patch: int = 28, lesion_share: float = 0.2) -> ImageArray:
+def patch_labels(label_map: ImageArray, patch: int = 28, lesion_share: float = 0.05) -> ImageArray:
     """The label of each patch, as training needs it for each visual token.
 
     Args:

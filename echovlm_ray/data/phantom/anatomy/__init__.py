@@ -28,7 +28,7 @@ class Anatomy:
 
 
 _SHALLOW = Optics(depth=4.0, frequency=8.0, cycles=3.0, f_number=2.5, focus=2.0)
-_DEEP = Optics(depth=15.0, frequency=3.5, cycles=3.0, f_number=2.2, focus=8.0)
+_DEEP = Optics(depth=15.0, frequency=3.5, cycles=3.0, f_number=2.8, focus=8.0)
 
 ANATOMY: Mapping[Organ, Anatomy] = {
     "breast": Anatomy(breast.draw, _SHALLOW, breast.COMPENSATED, 0.02),
