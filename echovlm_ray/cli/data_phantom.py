@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from echovlm_ray.data.phantom.corpus import Corpus
     from echovlm_ray.data.phantom.settings import Settings
 
+# Of a contact sheet: phantoms of each class, and quality where it is a JPEG.
+_SHEET_EACH, _SHEET_QUALITY = 4, 60
+
 
 def phantom_command(
     directory: Annotated[
@@ -50,7 +53,8 @@ def phantom_command(
         ),
     ] = "",
     contact_sheet: Annotated[
-        Path | None, typer.Option(metavar="PNG", help="Also draw a sheet with five phantoms of each class.")
+        Path | None,
+        typer.Option(metavar="PNG", help="Also draw a sheet (PNG or JPEG) with four phantoms of each class."),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes. The bytes do not depend on it.")] = 1,
     list_: Annotated[
@@ -169,8 +173,12 @@ def _write_sheet(corpus: "Corpus", path: Path) -> None:
     from echovlm_ray.data.phantom.contact_sheet import contact_sheet
     from echovlm_ray.data.phantom.corpus import sample
 
-    rows = [(name, [corpus.picture(index) for index in indices]) for name, indices in sample(corpus, 5)]
-    contact_sheet(rows).save(path)
+    groups = [(name, [corpus.picture(index) for index in indices]) for name, indices in sample(corpus, _SHEET_EACH)]
+    sheet = contact_sheet(groups)
+    if path.suffix.lower() in (".jpg", ".jpeg"):
+        sheet.save(path, quality=_SHEET_QUALITY)
+    else:
+        sheet.save(path)
 
 
 def _print_classes(as_json: bool) -> None:

@@ -6,32 +6,30 @@ from PIL import Image, ImageDraw
 
 from echovlm_ray.data.phantom.phantom import NOTICE, Phantom
 
-_CAPTION, _HEADER = 13, 18
-_TEXT, _LINE = 255, 90
+_CAPTION, _HEADER, _GAP = 14, 18, 6
+_TEXT = 255
 
 
-def contact_sheet(rows: Sequence[tuple[str, Sequence[Phantom]]], side: int = 224) -> Image.Image:
+def contact_sheet(groups: Sequence[tuple[str, Sequence[Phantom]]], side: int = 176, across: int = 2) -> Image.Image:
     """A sheet, grey.
 
     Args:
-        rows: a caption and the phantoms of each row.
+        groups: a caption and the phantoms of each class.
         side: of each picture, pixels.
+        across: how many classes stand side by side.
     """
-    columns = max(len(phantoms) for _, phantoms in rows)
-    height = _HEADER + len(rows) * (side + _CAPTION)
-    sheet = Image.new("L", (columns * side, height))
+    columns = max(len(phantoms) for _, phantoms in groups)
+    across = min(across, len(groups))
+    group_width, group_height = columns * side + _GAP, side + _CAPTION
+    size = (across * group_width, _HEADER + -(-len(groups) // across) * group_height)
+    sheet = Image.new("L", size)
     draw = ImageDraw.Draw(sheet)
     draw.text((4, 3), f"{NOTICE[0].upper()}{NOTICE[1:]}.", fill=_TEXT)
-    for number, (caption, phantoms) in enumerate(rows):
-        top = _HEADER + number * (side + _CAPTION)
-        draw.line([(0, top), (columns * side, top)], fill=_LINE)
-        draw.text((4, top + 1), caption, fill=_TEXT)
-        for column, phantom in enumerate(phantoms):
+    for number, (caption, phantoms) in enumerate(groups):
+        row, column = divmod(number, across)
+        left, top = column * group_width, _HEADER + row * group_height
+        draw.text((left + 4, top + 1), caption, fill=_TEXT)
+        for place, phantom in enumerate(phantoms):
             picture = Image.fromarray(phantom.image).resize((side, side), Image.Resampling.LANCZOS)
-            sheet.paste(picture, (column * side, top + _CAPTION))
+            sheet.paste(picture, (left + place * side, top + _CAPTION))
     return sheet
-
-
-def caption_of(phantom: Phantom) -> str:
-    """Organ and class, as options name them."""
-    return f"{phantom.organ}/{phantom.class_name}"

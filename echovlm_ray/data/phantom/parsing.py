@@ -118,7 +118,7 @@ def _sections(plain: str, language: Language) -> tuple[str, str]:
         return plain[findings.end() :], ""
     before = plain[: impression.start()]
     if findings is None:
-        return "", plain[impression.end() :]
+        return before, plain[impression.end() :]
     if findings.start() > impression.start():
         return plain[findings.end() :], plain[impression.end() : findings.start()]
     return before[findings.end() :], plain[impression.end() :]

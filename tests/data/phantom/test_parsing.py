@@ -95,6 +95,21 @@ def test_the_longest_words_win(text: str, language: Language, expected: dict[str
     assert parse(text, language).values == expected
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Ultrasound findings: Breast: oval; Ultrasound impression: simple cyst.",
+        "Findings: breast, oval. Impression: simple cyst.",
+        "Impression: simple cyst. Findings: breast, oval.",
+        "Breast, oval. Impression: simple cyst.",
+        "Breast, oval, simple cyst.",
+    ],
+)
+def test_sections_may_be_marked_or_not(text: str) -> None:
+    read = parse(text, "en")
+    assert (read.organ, read.class_name, read.values) == ("breast", "simple_cyst", {"shape": "oval"})
+
+
 def test_words_inside_words_do_not_count() -> None:
     assert parse("Breast: ovaloid, smallish, massive.", "en").pairs == ()
 

@@ -60,7 +60,7 @@ def _mass(scene: Scene, attributes: Attributes) -> None:
     parallel = attributes["orientation"] == "parallel"
     rx, rz = (long, short) if parallel else (short * 1.12, long)
     middle = scene.between(0.28, 0.33) if attributes["depth"] == "superficial" else scene.between(0.57, 0.62)
-    z = float(np.clip(middle, 0.07 + rz, 0.86 - rz))
+    z = float(np.clip(middle, 0.07 + rz, (0.86 if parallel else 0.80) - rz))
     x = scene.between(-0.42 + rx, 0.42 - rx)
     tilt = scene.between(-0.12, 0.12)
     if attributes["margin"] == "spiculated":
