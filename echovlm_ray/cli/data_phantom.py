@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Of a contact sheet: phantoms of each class, and quality where it is a JPEG.
 _SHEET_EACH, _SHEET_QUALITY = 4, 60
+_SHEET_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def phantom_command(
@@ -82,23 +83,28 @@ def phantom_command(
 
     Example: `echoray data phantom loops --organ heart --count 6 --format cine --contact-sheet hearts.png`
     """
-    from echovlm_ray.data.phantom.catalogue import UnknownClassError
-    from echovlm_ray.data.phantom.corpus import FolderInUseError, write_corpus
-    from echovlm_ray.data.phantom.phantom import NOTICE
-
     if list_:
         _print_classes(as_json)
         return
     if directory is None:
         fail("OUT is missing: name the folder to write to, or use --list to see the classes", code=2)
+    if contact_sheet is not None and contact_sheet.suffix.lower() not in _SHEET_SUFFIXES:
+        fail(f"--contact-sheet must end in one of {', '.join(_SHEET_SUFFIXES)}", code=2)
+    corpus = _corpus(seed, range(first, first + count), organ, class_, exclude)
+    corpus = _with_options(corpus, language, task, questions, format_, frames, settings)
+    _write(directory, corpus, workers, contact_sheet, as_json)
+
+
+def _write(directory: Path, corpus: "Corpus", workers: int, contact_sheet: Path | None, as_json: bool) -> None:
+    from echovlm_ray.data.phantom.corpus import FolderInUseError, write_corpus
+    from echovlm_ray.data.phantom.phantom import NOTICE
+
     try:
-        corpus = _corpus(seed, range(first, first + count), organ, class_, exclude)
-        corpus = _with_options(corpus, language, task, questions, format_, frames, settings)
         with _progress(len(corpus.indices)) as advance:
             counts = write_corpus(directory, corpus, workers=workers, progress=advance)
         if contact_sheet is not None:
             _write_sheet(corpus, contact_sheet)
-    except (UnknownClassError, FolderInUseError) as error:
+    except FolderInUseError as error:
         fail(str(error), code=2)
     except OSError as error:
         fail(f"{error.filename or directory}: {error.strerror or error}")
@@ -107,10 +113,8 @@ def phantom_command(
     if as_json:
         typer.echo(json.dumps({"directory": str(directory), **corpus.facts(), "phantoms": counts}, indent=2))
         return
-    classes = len(counts)
-    typer.echo(
-        f"Wrote {sum(counts.values())} phantoms of {classes} {'class' if classes == 1 else 'classes'} to {directory}."
-    )
+    classes = f"{len(counts)} {'class' if len(counts) == 1 else 'classes'}"
+    typer.echo(f"Wrote {sum(counts.values())} phantoms of {classes} to {directory}.")
     typer.echo(f"Each is a {NOTICE}.")
 
 
@@ -119,10 +123,13 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _corpus(seed: int, indices: range, organ: str, class_: str, exclude: str) -> "Corpus":
-    from echovlm_ray.data.phantom.catalogue import select_classes
+    from echovlm_ray.data.phantom.catalogue import UnknownClassError, select_classes
     from echovlm_ray.data.phantom.corpus import Corpus
 
-    return Corpus(seed, indices, select_classes(_names(organ), _names(class_), _names(exclude)))
+    try:
+        return Corpus(seed, indices, select_classes(_names(organ), _names(class_), _names(exclude)))
+    except UnknownClassError as error:
+        fail(str(error), code=2)
 
 
 def _with_options(
@@ -174,11 +181,8 @@ def _write_sheet(corpus: "Corpus", path: Path) -> None:
     from echovlm_ray.data.phantom.corpus import sample
 
     groups = [(name, [corpus.picture(index) for index in indices]) for name, indices in sample(corpus, _SHEET_EACH)]
-    sheet = contact_sheet(groups)
-    if path.suffix.lower() in (".jpg", ".jpeg"):
-        sheet.save(path, quality=_SHEET_QUALITY)
-    else:
-        sheet.save(path)
+    # A PNG has no quality, and ignores it.
+    contact_sheet(groups).save(path, quality=_SHEET_QUALITY)
 
 
 def _print_classes(as_json: bool) -> None:

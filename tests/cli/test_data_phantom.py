@@ -1,6 +1,8 @@
 """`echoray data phantom`: what a user types, and what it answers."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,7 @@ def test_all_classes_are_listed() -> None:
         (["OUT", "--class", "cyst"], "there is no class 'cyst'"),
         (["OUT", "--language", "fr"], "is not among en, zh, both"),
         (["OUT", "--task", "poem"], "is not among report"),
+        (["OUT", "--contact-sheet", "sheet.bmp"], "--contact-sheet must end in one of .png, .jpg, .jpeg"),
         (["OUT", "--format", "gif"], "is not among png, dicom, cine"),
         (["OUT", "--settings", "gain=bright"], "--settings: gain:"),
         (["OUT", "--settings", "gian=2"], "--settings: gian:"),
@@ -61,3 +64,17 @@ def test_mistakes_are_named(tmp_path: Path, arguments: list[str], message: str) 
     assert done.exit_code == 2
     assert message in done.output
     assert not out.exists()
+
+
+def test_a_missing_package_is_named_with_its_extra(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['scipy'] = None; from echovlm_ray.cli.main import app; app()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "data", "phantom", str(tmp_path / "out"), "--count", "1"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: `echoray data` needs scipy, which is not installed: pip install 'echovlm-ray[data]'\n"
+    )

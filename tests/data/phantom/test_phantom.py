@@ -140,7 +140,7 @@ def test_behind_tissue_like_its_surroundings_nothing_changes(organ: Organ, name:
 @pytest.mark.parametrize("organ", ["breast", "liver", "gynaecology"])
 def test_sizes_are_shares_of_the_width(organ: Organ) -> None:
     name = "unilocular_cyst" if organ == "gynaecology" else "simple_cyst"
-    for size, (low, high) in {"small": (0.12, 0.2), "medium": (0.24, 0.34), "large": (0.39, 0.52)}.items():
+    for size, (low, high) in {"small": (0.13, 0.22), "medium": (0.25, 0.34), "large": (0.39, 0.52)}.items():
         _, columns = np.nonzero(lesion_of(drawn(organ, name, size=size)))
         assert low < (columns.max() - columns.min() + 1) / 224 < high
 

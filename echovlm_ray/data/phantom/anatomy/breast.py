@@ -30,7 +30,7 @@ def _tissue(scene: Scene, kind: str) -> None:
         canvas.raise_echo(layer, 1.2 * canvas.noise(rng, 10, 40))
     elif kind == "mixed":
         patches = canvas.noise(rng, 7, 9)
-        canvas.raise_echo(layer, np.where(patches > 0.15, np.float32(-13.0), np.float32(0.0)))
+        canvas.raise_echo(layer, np.where(patches > 0.15, np.float32(-8.0), np.float32(0.0)))
     else:
         _ligaments(scene, *_LAYER, count=8)
     _ligaments(scene, 0.04, _LAYER[0], count=6)
@@ -73,7 +73,7 @@ def _mass(scene: Scene, attributes: Attributes) -> None:
     elif attributes["echo"] == "complex":
         canvas.fill(shape, CYST)
         _solid_part(scene, shape, x, z, rx, rz)
-        canvas.edge(shape, 8.0, 0.007)
+        canvas.edge(shape, 8.0, 0.005)
     else:
         enhancing = attributes["posterior"] == "enhancement"
         canvas.fill(shape, solid(-14.0, 0.1 if enhancing else COMPENSATED))
@@ -85,12 +85,12 @@ def _solid_part(scene: Scene, cyst: Shape, x: float, z: float, rx: float, rz: fl
     """A thick nodule on the wall of a cyst, and a thick septum."""
     canvas = scene.canvas
     side = scene.sign()
-    part = canvas.blob(x + side * rx * 0.5, z + rz * 0.25, rx * 0.62, rz * 0.8, waves=scene.waves(0.08))
-    canvas.fill(part, solid(-4.0, 0.3), within=cyst)
+    part = canvas.blob(x + side * rx * 0.6, z + rz * 0.25, rx * 0.58, rz * 0.85, waves=scene.waves(0.08))
+    canvas.fill(part, solid(-6.0, 0.3), within=cyst)
     lean = scene.between(-0.2, 0.2) * rx
-    at = x - side * rx * 0.35
-    septum = canvas.tube([[at - lean, z - rz * 1.1], [at + lean, z + rz * 1.1]], [0.011, 0.011])
-    canvas.fill(septum, solid(0.0, 0.3), within=cyst)
+    at = x - side * rx * 0.4
+    septum = canvas.tube([[at - lean, z - rz * 1.1], [at + lean, z + rz * 1.1]], [0.006 + 0.03 * rx] * 2)
+    canvas.fill(septum, solid(2.0, 0.3), within=cyst)
 
 
 def _spiculated(scene: Scene, x: float, z: float, rx: float, rz: float) -> None:

@@ -8,7 +8,7 @@ from echovlm_ray.data.phantom.canvas import Canvas, lifted, ripple
 from echovlm_ray.data.phantom.tissue import FASCIA, MUSCLE, SUBCUTANEOUS
 
 # The longest diameter as a share of the picture's width; the gaps keep a share of the pixels from deciding the class.
-SIZES = {"small": (0.14, 0.18), "medium": (0.26, 0.31), "large": (0.42, 0.48)}
+SIZES = {"small": (0.16, 0.19), "medium": (0.27, 0.31), "large": (0.42, 0.48)}
 
 
 @dataclass(frozen=True, slots=True)
