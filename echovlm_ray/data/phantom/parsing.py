@@ -16,9 +16,11 @@ from echovlm_ray.data.phantom.schema import Organ, Region
 from echovlm_ray.data.phantom.scores import category
 from echovlm_ray.prompts import Language
 
-# What begins a section. Findings come first where both are there.
-_FINDINGS = {"en": r"(?:ultrasound )?findings\s*:", "zh": r"超声(?:所见|表现)\s*:"}
-_IMPRESSION = {"en": r"(?:ultrasound )?impression\s*:", "zh": r"超声(?:提示|诊断)\s*:"}
+# What begins a section.
+_MARKS = {
+    "en": re.compile(r"(?:ultrasound )?(?:(?P<findings>findings)|(?P<impression>impression))\s*:"),
+    "zh": re.compile(r"(?:超声)?(?:(?P<findings>所见|表现)|(?P<impression>提示|诊断)):"),
+}
 _NEGATION_BEFORE = {
     "en": re.compile(r"\b(?:no|not|without|nor|neither|never|absent|lacks?|free of|negative for|excludes?|excluded)\b"),
     "zh": re.compile(r"无|未|没有|不|非|排除|否认"),
@@ -108,31 +110,30 @@ def _plain(text: str, language: Language) -> str:
 
 
 def _sections(plain: str, language: Language) -> tuple[str, str]:
-    """Findings and impression; the whole text for both where neither is marked."""
-    findings = re.search(_FINDINGS[language], plain)
-    impression = re.search(_IMPRESSION[language], plain)
-    if findings is None and impression is None:
+    """All findings and all impressions; the whole text for both where neither is marked.
+
+    What stands before the first mark belongs to the findings.
+    """
+    marks = list(_MARKS[language].finditer(plain))
+    if not marks:
         return plain, plain
-    if impression is None:
-        assert findings is not None
-        return plain[findings.end() :], ""
-    before = plain[: impression.start()]
-    if findings is None:
-        return before, plain[impression.end() :]
-    if findings.start() > impression.start():
-        return plain[findings.end() :], plain[impression.end() : findings.start()]
-    return before[findings.end() :], plain[impression.end() :]
+    parts: dict[str, list[str]] = {"findings": [plain[: marks[0].start()]], "impression": []}
+    for mark, end in zip(marks, [*(mark.start() for mark in marks[1:]), len(plain)], strict=True):
+        parts[mark.lastgroup or "findings"].append(plain[mark.end() : end])
+    return " . ".join(parts["findings"]), " . ".join(parts["impression"])
 
 
 def _organ(plain: str, findings: str, language: Language) -> tuple[Organ | None, bool]:
-    """The region named, first in the findings; and whether several are."""
-    for part in (findings, plain):
-        pattern, meanings = _subject_pattern(language)
-        matches = (meanings[re.sub(r"[\s-]+", " ", match.group())] for match in pattern.finditer(part))
-        found = {organ for organ in matches if organ is not None}
-        if found:
-            return (found.pop(), False) if len(found) == 1 else (None, True)
-    return None, False
+    """The region named, by the findings where they name one; and whether the text names several."""
+    everywhere = _organs(plain, language)
+    found = _organs(findings, language) or everywhere
+    return (next(iter(found)) if len(found) == 1 else None), len(everywhere) > 1
+
+
+def _organs(part: str, language: Language) -> set[Organ]:
+    pattern, meanings = _subject_pattern(language)
+    named = (meanings[re.sub(r"[\s-]+", " ", match.group())] for match in pattern.finditer(part))
+    return {organ for organ in named if organ is not None}
 
 
 def _diagnosis(impression: str, region: Region, language: Language) -> tuple[str | None, bool]:

@@ -1,8 +1,14 @@
 """The parser on texts that a model might write: strict, and never mistaken for normal."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from echovlm_ray.data.phantom.catalogue import all_classes, attribute_sets
 from echovlm_ray.data.phantom.parsing import parse, parse_diagnosis, parse_organ
+from echovlm_ray.data.phantom.regions import REGIONS
+from echovlm_ray.data.phantom.schema import ORGANS, Organ
+from echovlm_ray.data.phantom.wording.render import render
 from echovlm_ray.prompts import Language
 
 
@@ -125,3 +131,49 @@ def test_an_organ_is_read_where_one_is_named() -> None:
     assert parse_organ("Image of the left kidney", "en") == "kidney"
     assert parse_organ("左侧甲状腺", "zh") == "thyroid"
     assert parse_organ("the heart and the liver", "en") is None
+
+
+FRAGMENTS = sorted(
+    {
+        text
+        for region in REGIONS.values()
+        for attribute in region.attributes
+        for value in attribute.values.values()
+        for text in value.read("en")
+    }
+    | {
+        text
+        for region in REGIONS.values()
+        for phantom_class in region.classes
+        for text in phantom_class.diagnosis.read("en")
+    }
+    | {"no", "not", "or", "impression:", "findings:", ".", ",", ";", "BI-RADS 4", "TI-RADS 3 points", "SFU grade"}
+)
+
+
+@given(st.text(), st.sampled_from(["en", "zh"]), st.sampled_from([None, *ORGANS]))
+def test_any_text_is_read_without_an_error(text: str, language: Language, organ: Organ | None) -> None:
+    assert parse(text, language, organ).contradictions is not None
+
+
+@given(st.lists(st.sampled_from(FRAGMENTS), max_size=12), st.sampled_from(ORGANS))
+def test_a_heap_of_keywords_has_at_most_one_value_each(fragments: list[str], organ: Organ) -> None:
+    read = parse(" ".join(fragments), "en", organ)
+    assert len({name for name, _ in read.pairs}) == len(read.pairs)
+    allowed = REGIONS[organ].attribute
+    assert all(value in allowed[name].values for name, value in read.pairs)
+    assert not {name for name, _ in read.pairs} & {
+        name for name in read.contradictions if read.class_name is None and name in allowed
+    }
+
+
+@given(st.sampled_from(all_classes()), st.sampled_from(all_classes()), st.sampled_from(["en", "zh"]))
+def test_two_reports_in_one_are_no_report(
+    first: tuple[Organ, str], second: tuple[Organ, str], language: Language
+) -> None:
+    texts = [render(next(attribute_sets(*pair)), language) for pair in (first, second)]
+    read = parse(" ".join(texts), language)
+    if first == second:
+        assert read.class_name == first[1]
+    else:
+        assert read.contradictions
