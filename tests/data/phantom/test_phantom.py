@@ -212,7 +212,7 @@ def test_patches_take_the_label_of_their_lesion_or_of_most_pixels() -> None:
     labels = np.full((56, 56), liver, dtype=np.uint8)
     labels[:28, :20] = fluid
     labels[28:36, 28:56] = lesion
-    labels[28:30, :28] = lesion
+    labels[28:29, :28] = lesion
     assert patch_labels(labels).tolist() == [[fluid, liver], [liver, lesion]]
 
 
