@@ -30,7 +30,7 @@ def _tissue(scene: Scene, kind: str) -> None:
         canvas.raise_echo(layer, 1.2 * canvas.noise(rng, 10, 40))
     elif kind == "mixed":
         patches = canvas.noise(rng, 7, 9)
-        canvas.raise_echo(layer, np.where(patches > 0.15, np.float32(-8.0), np.float32(0.0)))
+        canvas.raise_echo(layer, np.where(patches > np.quantile(patches, 0.55), np.float32(-9.5), np.float32(0.0)))
     else:
         _ligaments(scene, *_LAYER, count=8)
     _ligaments(scene, 0.04, _LAYER[0], count=6)
@@ -76,7 +76,7 @@ def _mass(scene: Scene, attributes: Attributes) -> None:
         canvas.edge(shape, 8.0, 0.005)
     else:
         enhancing = attributes["posterior"] == "enhancement"
-        canvas.fill(shape, solid(-14.0, 0.1 if enhancing else COMPENSATED))
+        canvas.fill(shape, solid(-12.0, 0.1 if enhancing else COMPENSATED))
         canvas.raise_echo(shape, 1.5 * canvas.noise(scene.rng, 16, 30))
         canvas.edge(shape, 9.0, 0.006)
 
@@ -85,8 +85,8 @@ def _solid_part(scene: Scene, cyst: Shape, x: float, z: float, rx: float, rz: fl
     """A thick nodule on the wall of a cyst, and a thick septum."""
     canvas = scene.canvas
     side = scene.sign()
-    part = canvas.blob(x + side * rx * 0.6, z + rz * 0.25, rx * 0.58, rz * 0.85, waves=scene.waves(0.08))
-    canvas.fill(part, solid(-6.0, 0.3), within=cyst)
+    part = canvas.blob(x + side * rx * 0.62, z + rz * 0.2, rx * 0.5, rz * 0.8, waves=scene.waves(0.08))
+    canvas.fill(part, solid(-4.0, 0.3), within=cyst)
     lean = scene.between(-0.2, 0.2) * rx
     at = x - side * rx * 0.4
     septum = canvas.tube([[at - lean, z - rz * 1.1], [at + lean, z + rz * 1.1]], [0.006 + 0.03 * rx] * 2)
@@ -99,7 +99,7 @@ def _spiculated(scene: Scene, x: float, z: float, rx: float, rz: float) -> None:
     canvas.fill(corona, Tissue(GLAND.label, 6.0, COMPENSATED))
     count = int(rng.integers(11, 15))
     for turn in np.linspace(0, 2 * np.pi, count, endpoint=False) + rng.normal(0, 0.12, count):
-        length = scene.between(1.25, 1.6)
+        length = scene.between(1.12, 1.38)
         inner = [x + 0.6 * rx * np.cos(turn), z + 0.6 * rz * np.sin(turn)]
         outer = [x + length * rx * np.cos(turn), z + length * rz * np.sin(turn)]
         canvas.fill(canvas.tube([inner, outer], [0.30 * rx, 0.002]), solid(-15.0, COMPENSATED))

@@ -102,7 +102,7 @@ def _nodule(scene: Scene, attributes: Attributes, lobe: Shape, centre: float) ->
     x, z = centre + scene.between(-room, room), 0.53 + scene.between(-room, room) * 0.6
     waves = scene.waves(0.02)
     if attributes["margin"] == "irregular":
-        waves = ((7, 0.15, scene.between(0, 6)), (4, 0.15, scene.between(0, 6)), (11, 0.06, scene.between(0, 6)))
+        waves = ((5, 0.2, scene.between(0, 6)), (8, 0.12, scene.between(0, 6)), (3, 0.08, scene.between(0, 6)))
     shape = canvas.blob(x, z, rx, rz, waves=waves)
     if attributes["composition"] == "cystic":
         canvas.fill(shape, Tissue(CYST.label, CYST.echo, 0.5))
