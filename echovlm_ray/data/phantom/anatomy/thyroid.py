@@ -20,7 +20,7 @@ from echovlm_ray.data.phantom.tissue import (
 )
 
 COMPENSATED = 1.25
-_SMALL, _LARGE = (0.16, 0.19), (0.32, 0.36)
+_SMALL, _LARGE = (0.20, 0.23), (0.34, 0.37)
 
 
 def draw(scene: Scene, attributes: Attributes) -> None:
@@ -98,7 +98,7 @@ def _nodule(scene: Scene, attributes: Attributes, lobe: Shape, centre: float) ->
     short = long / scene.between(1.3, 1.45)
     taller = attributes["shape"] == "taller"
     rx, rz = (short, long) if taller else (long, short)
-    room = 0.02 if attributes["size"] == "large" else 0.09
+    room = 0.02 if attributes["size"] == "large" else 0.07
     x, z = centre + scene.between(-room, room), 0.53 + scene.between(-room, room) * 0.6
     waves = scene.waves(0.02)
     if attributes["margin"] == "irregular":
