@@ -92,7 +92,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     pins = ("--constraint", ROOT / "constraints.txt", ROOT / "pyproject.toml")
     everything = resolve("--extra=serve", "--extra=dev", *pins)
-    serve = resolve("--extra=serve", "--extra=video", *pins)
+    serve = resolve("--extra=serve", "--extra=video", "--extra=data", *pins)
     compiler = resolve("--no-deps", requirements=[f"{COMPILER} ; python_version < '3.14'"])
 
     own = "Written by `make lock`: every file of each release, by its hash."

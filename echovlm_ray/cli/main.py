@@ -10,13 +10,15 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from echovlm_ray.cli import checkpoint, experts
+from echovlm_ray.cli import checkpoint, data, experts
 from echovlm_ray.cli.generate import generate, info
 from echovlm_ray.cli.serve import serve
 from echovlm_ray.cli.status import status
 from echovlm_ray.cli.stop import stop
 
 EXIT_FAILED = 1
+# Where a command's packages come from, if not from `serve`.
+_EXTRAS = {"data": "data"}
 OWN_PACKAGES = ("echovlm_ray", "experts", "router", "protos")
 
 
@@ -30,9 +32,10 @@ class _Commands(TyperGroup):
             package = (error.name or "").partition(".")[0]
             if not package or package in OWN_PACKAGES:
                 raise
+            extra = _EXTRAS.get(ctx.invoked_subcommand or "", "serve")
             typer.echo(
                 f"error: `echoray {ctx.invoked_subcommand}` needs {package}, which is not installed: "
-                "pip install 'echovlm-ray[serve]'",
+                f"pip install 'echovlm-ray[{extra}]'",
                 err=True,
             )
             raise typer.Exit(EXIT_FAILED) from None
@@ -52,6 +55,7 @@ app.command()(generate)
 app.command()(info)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(experts.app, name="experts")
+app.add_typer(data.app, name="data")
 
 
 def _print_version(wanted: bool) -> None:
