@@ -18,6 +18,7 @@ from rich.table import Table
 
 from echovlm_ray.cli.credentials import Authority, Certificate, Key, TokenFile, tls_of, token_of
 from echovlm_ray.cli.interruptible import interruptible
+from echovlm_ray.cli.printable import printable as _printable
 from echovlm_ray.client import (
     Accepted,
     AnswerStream,
@@ -218,12 +219,6 @@ def _print_info(found: ModelInfo, console: Console) -> None:
     console.print(
         "at most "
         + ", ".join(f"{value:,} {name.removeprefix('max_').replace('_', ' ')}" for name, value in limits.items())
-    )
-
-
-def _printable(text: str) -> str:
-    return "".join(
-        letter if letter.isprintable() or letter in "\n\t" else "\N{REPLACEMENT CHARACTER}" for letter in text
     )
 
 

@@ -1,0 +1,1 @@
+"""Datasets of ultrasound records: reading, checking, splitting and converting them."""
