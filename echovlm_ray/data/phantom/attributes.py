@@ -1,0 +1,47 @@
+"""The attributes of one picture, or what a text says that they are."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from echovlm_ray.data.phantom.schema import NORMAL, SIDE, Organ
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """What a picture shows, or what a text says it shows; the two are compared with `==`.
+
+    Attributes:
+        organ: None where a text does not say.
+        class_name: the diagnosis; None where a text does not say, or names several.
+        pairs: attribute and value, in the order of the region's schema. What is not said is not there. Use
+            `attributes_of` to make them from a mapping.
+        contradictions: what a text states in two ways, or against its own diagnosis: names of attributes, or "organ",
+            "diagnosis", "category". Empty for a picture.
+    """
+
+    organ: Organ | None
+    class_name: str | None
+    pairs: tuple[tuple[str, str], ...]
+    contradictions: tuple[str, ...] = ()
+
+    @property
+    def values(self) -> Mapping[str, str]:
+        """Attribute → value."""
+        return dict(self.pairs)
+
+    def get(self, name: str) -> str | None:
+        """The value of an attribute; None where it is not stated."""
+        return self.values.get(name)
+
+    def __getitem__(self, name: str) -> str:
+        return self.values[name]
+
+    @property
+    def side(self) -> str | None:
+        """Left or right, where a body marker shows it."""
+        return self.get(SIDE)
+
+    @property
+    def is_normal(self) -> bool:
+        """Whether the diagnosis is "normal", stated in so many words; saying nothing is not that."""
+        return self.class_name == NORMAL

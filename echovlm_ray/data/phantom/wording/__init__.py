@@ -1,0 +1,1 @@
+"""Reports in words, in English and Chinese."""
