@@ -130,7 +130,7 @@ def encode_record(
     if len(input_ids) > max_tokens:
         raise TooLongError(len(input_ids), sum(item.num_tokens for item in vision), max_tokens)
     labels = [IGNORED] * len(input_ids)
-    end_id = processor.tokenizer.convert_tokens_to_ids(TURN_END)
+    end_id = processor.tokenizer.get_vocab()[TURN_END]
     for number, turn in enumerate(record.turns):
         if turn.role == "gpt":
             shown = [part for message in messages[:number] for part in message["content"] if part["type"] != "text"]

@@ -26,7 +26,7 @@ def test_a_published_record() -> None:
 
 
 def test_messages_of_both_kinds_are_the_same_record() -> None:
-    swift = {
+    swift: dict[str, Any] = {
         "id": "one",
         "messages": [
             {"role": "system", "content": "You describe ultrasound."},
@@ -38,7 +38,7 @@ def test_messages_of_both_kinds_are_the_same_record() -> None:
     parts = [{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "What is seen?"}]
     openai = {
         "id": "one",
-        "messages": [swift["messages"][0], {"role": "user", "content": parts}, swift["messages"][2]],  # type: ignore[index]
+        "messages": [swift["messages"][0], {"role": "user", "content": parts}, swift["messages"][2]],
     }
     published = parse_record(record("one"))
     assert parse_record(swift) == parse_record(openai) == published == (published[0], [])
