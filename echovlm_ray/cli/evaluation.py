@@ -330,6 +330,8 @@ def _write(plan: "Plan", loaded: "LoadedItems", target: "Target", outcome: "Outc
     figure = plan.output / "scores.png"
     with _replacing(figure) as partial:
         drawn = draw_scores(result, partial)
+    if not drawn:
+        figure.unlink()
     with _replacing(plan.output / "report.html") as partial:
         partial.write_text(report_page(result, figure if drawn else None), encoding="utf-8")
     with _replacing(plan.output / RESULT_FILE) as partial:
