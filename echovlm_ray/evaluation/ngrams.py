@@ -187,6 +187,11 @@ def bert_score_metric(
         layers = num_layers or _last_layer(model)
         scorer = BERTScorer(model_type=str(model), num_layers=layers, device="cpu", rescale_with_baseline=False)
         _, _, found = scorer.score([answers[index] for index in filled], [list(references[index]) for index in filled])
+    except OverflowError:
+        raise NotComputableError(
+            f"the tokenizer in {model} does not say how long a text may be: add model_max_length, which is often 512, "
+            "to its tokenizer_config.json"
+        ) from None
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise NotComputableError(f"bert-score failed with the model in {model}: {type(error).__name__}") from None
     values = [0.0] * len(answers)

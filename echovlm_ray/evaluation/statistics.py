@@ -206,7 +206,7 @@ def macro_f1_statistic(truths: Sequence[str], answers: Sequence[str | None]) -> 
         rows[index, number[truth], 2] = 1
         if answer in number:
             rows[index, number[answer], 1] = 1
-    return Statistic(rows.reshape(len(truths), -1), _macro_f1, "there is no record for it")
+    return Statistic(rows.reshape(len(truths), 3 * len(classes)), _macro_f1, "there is no record for it")
 
 
 def _ratio(sums: Array) -> Array:

@@ -107,8 +107,8 @@ def test_chance_alone_is_seldom_significant() -> None:
     rng = np.random.default_rng(8)
     small = 0
     for trial in range(200):
-        pair = [mean_statistic(list((rng.random(60) < 0.6).astype(float))) for _ in range(2)]
-        small += compare(*pair, np.arange(60), draws=300, seed=trial).p_value <= 0.05
+        first, second = (mean_statistic(list((rng.random(60) < 0.6).astype(float))) for _ in range(2))
+        small += compare(first, second, np.arange(60), draws=300, seed=trial).p_value <= 0.05
     assert small / 200 <= 0.09
 
 
