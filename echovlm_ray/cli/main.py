@@ -17,6 +17,8 @@ from echovlm_ray.cli.status import status
 from echovlm_ray.cli.stop import stop
 
 EXIT_FAILED = 1
+# Where a command's packages come from, if not from `serve`.
+_EXTRAS = {"data": "data"}
 OWN_PACKAGES = ("echovlm_ray", "experts", "router", "protos")
 
 
@@ -30,9 +32,10 @@ class _Commands(TyperGroup):
             package = (error.name or "").partition(".")[0]
             if not package or package in OWN_PACKAGES:
                 raise
+            extra = _EXTRAS.get(ctx.invoked_subcommand or "", "serve")
             typer.echo(
                 f"error: `echoray {ctx.invoked_subcommand}` needs {package}, which is not installed: "
-                "pip install 'echovlm-ray[serve]'",
+                f"pip install 'echovlm-ray[{extra}]'",
                 err=True,
             )
             raise typer.Exit(EXIT_FAILED) from None

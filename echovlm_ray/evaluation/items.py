@@ -84,8 +84,11 @@ def load_items(dataset: RecordDataset, limit: int | None = None) -> LoadedItems:
             continue
         try:
             items.append(item_of(record, index))
-        except UnknownClassError as error:
-            raise InvalidDataError(f"{place}: its attributes are none that a phantom has ({error})") from None
+        except UnknownClassError:
+            # The error itself may quote the record.
+            raise InvalidDataError(
+                f"{place}: its attributes are none that a phantom has; take them from `echoray data phantom --list`"
+            ) from None
     if not items:
         raise InvalidDataError("there is no record with a single question: nothing can be asked")
     return LoadedItems(tuple(items), tuple(left_out))
@@ -99,7 +102,7 @@ def item_of(record: Record, index: int) -> Item:
     """
     language = language_of(record)
     task = task_of(record)
-    attributes = None if record.attributes is None else read_attributes(record.attributes, record.organ)
+    attributes = None if record.attributes is None else read_attributes(record.attributes)
     question = None
     if attributes is not None:
         question = next((found for found in questions(attributes, language) if found.text == record.question), None)
@@ -121,22 +124,21 @@ def item_of(record: Record, index: int) -> Item:
     )
 
 
-def read_attributes(raw: Mapping[str, Any], organ: str | None) -> Attributes:
-    """The attributes of a record: `organ`, `class`, and either `values` or the values themselves beside them.
+def read_attributes(raw: Mapping[str, Any]) -> Attributes:
+    """The attributes of a record, as `Attributes.as_json` writes them, checked against what phantoms can show.
 
     Raises:
         UnknownClassError: no phantom has these.
     """
-    fields = {name: value for name, value in raw.items() if isinstance(value, str)}
-    named = fields.pop("organ", organ)
-    class_name = fields.pop("class", fields.pop("class_name", ""))
-    values = raw.get("values", fields)
-    if not isinstance(values, Mapping) or not all(isinstance(value, str) for value in values.values()):
-        raise UnknownClassError("values must be texts")
-    region: Organ | None = next((name for name in get_args(Organ) if name == named), None)
-    if region is None:
+    organ: Organ | None = next((name for name in get_args(Organ) if name == raw.get("organ")), None)
+    class_name, values = raw.get("class"), raw.get("values")
+    if organ is None:
         raise UnknownClassError(f"the organ must be one of {', '.join(get_args(Organ))}")
-    return attributes_of(region, class_name, dict(values))
+    if not isinstance(class_name, str) or not isinstance(values, Mapping):
+        raise UnknownClassError("they must have a class and values")
+    if not all(isinstance(value, str) for value in values.values()):
+        raise UnknownClassError("values must be texts")
+    return attributes_of(organ, class_name, dict(values))
 
 
 def _references(record: Record, task: str, language: Language, attributes: Attributes | None) -> tuple[str, ...]:

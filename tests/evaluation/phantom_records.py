@@ -25,10 +25,6 @@ CLASSES: tuple[tuple[Organ, str], ...] = (
 )
 
 
-def raw_attributes(attributes: Attributes) -> dict[str, Any]:
-    return {"organ": attributes.organ, "class": attributes.class_name, "values": dict(attributes.pairs)}
-
-
 def phantom_record(
     identity: str, attributes: Attributes, task: str, language: Language, image: str, patient: str | None = None
 ) -> dict[str, Any]:
@@ -52,7 +48,7 @@ def phantom_record(
         "organ": attributes.organ,
         "task": task,
         "language": language,
-        "attributes": raw_attributes(attributes),
+        "attributes": attributes.as_json(),
         **({} if patient is None else {"patient": patient}),
         **more,
     }

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from echovlm_ray.data.phantom.schema import NORMAL, SIDE, Organ
 
@@ -35,6 +36,22 @@ class Attributes:
 
     def __getitem__(self, name: str) -> str:
         return self.values[name]
+
+    def as_json(self) -> dict[str, Any]:
+        """As records have it; `from_json` reads it."""
+        return {"organ": self.organ, "class": self.class_name, "values": dict(self.pairs)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Attributes":
+        """The inverse of `as_json`.
+
+        Raises:
+            ValueError: a field is missing.
+        """
+        missing = {"organ", "class", "values"} - set(content)
+        if missing:
+            raise ValueError(f"attributes lack {', '.join(sorted(missing))}: take them from `as_json`")
+        return cls(content["organ"], content["class"], tuple(content["values"].items()))
 
     @property
     def side(self) -> str | None:

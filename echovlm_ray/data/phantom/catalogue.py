@@ -1,13 +1,13 @@
 """Which attribute sets there are, and what is drawn of them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 
 import numpy as np
 
 from echovlm_ray.data.phantom.attributes import Attributes
 from echovlm_ray.data.phantom.regions import REGIONS
-from echovlm_ray.data.phantom.schema import ORGANS, SIDE, Organ, PhantomClass
+from echovlm_ray.data.phantom.schema import NORMAL, ORGANS, SIDE, Organ, PhantomClass
 
 SIDES: tuple[str | None, ...] = (None, "left", "right")
 
@@ -33,6 +33,38 @@ def find_class(organ: str, class_name: str) -> PhantomClass:
     if class_name not in region.class_named:
         raise UnknownClassError(f"{organ} has no class {class_name!r}; it has {', '.join(region.class_named)}")
     return region.class_named[class_name]
+
+
+def select_classes(
+    organs: Sequence[str] = (), classes: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> tuple[tuple[Organ, str], ...]:
+    """The classes to draw from.
+
+    Args:
+        organs: only these; all without.
+        classes: only these, as "breast/simple_cyst", or "simple_cyst" for every organ that has it; all without.
+        exclude: not these, in the same form.
+
+    Raises:
+        UnknownClassError: a name that there is not, or nothing is left.
+    """
+    for organ in organs:
+        find_class(organ, NORMAL)
+    wanted = [pair for pair in all_classes() if not organs or pair[0] in organs]
+    chosen = [pair for pair in wanted if not classes or any(_means(name, pair) for name in classes)]
+    for name in (*classes, *exclude):
+        if not any(_means(name, pair) for pair in all_classes()):
+            raise UnknownClassError(
+                f"there is no class {name!r}; write one like breast/simple_cyst, and see them all with --list"
+            )
+    left = tuple(pair for pair in chosen if not any(_means(name, pair) for name in exclude))
+    if not left:
+        raise UnknownClassError("the organs, classes and exclusions together leave no class: drop one of them")
+    return left
+
+
+def _means(name: str, pair: tuple[str, str]) -> bool:
+    return name in (pair[1], f"{pair[0]}/{pair[1]}")
 
 
 def attributes_of(organ: Organ, class_name: str, values: Mapping[str, str]) -> Attributes:

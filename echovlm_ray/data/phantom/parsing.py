@@ -118,7 +118,7 @@ def _sections(plain: str, language: Language) -> tuple[str, str]:
         return plain[findings.end() :], ""
     before = plain[: impression.start()]
     if findings is None:
-        return "", plain[impression.end() :]
+        return before, plain[impression.end() :]
     if findings.start() > impression.start():
         return plain[findings.end() :], plain[impression.end() : findings.start()]
     return before[findings.end() :], plain[impression.end() :]
@@ -127,7 +127,9 @@ def _sections(plain: str, language: Language) -> tuple[str, str]:
 def _organ(plain: str, findings: str, language: Language) -> tuple[Organ | None, bool]:
     """The region named, first in the findings; and whether several are."""
     for part in (findings, plain):
-        found = {organ for organ in REGIONS if _subject_pattern(organ, language).search(part)}
+        pattern, meanings = _subject_pattern(language)
+        matches = (meanings[re.sub(r"[\s-]+", " ", match.group())] for match in pattern.finditer(part))
+        found = {organ for organ in matches if organ is not None}
         if found:
             return (found.pop(), False) if len(found) == 1 else (None, True)
     return None, False
@@ -202,10 +204,20 @@ def _key(phrase: str, language: Language) -> str:
 
 
 @cache
-def _subject_pattern(organ: Organ, language: Language) -> re.Pattern[str]:
-    return _compiled(
-        [_plain(text.format(side=""), language).strip() for text in REGIONS[organ].subject.read(language)], language
-    )
+def _subject_pattern(language: Language) -> tuple[re.Pattern[str], Mapping[str, Organ | None]]:
+    """The words for regions; and diagnoses that contain the word for another region, which name none (血管瘤)."""
+    meanings: dict[str, Organ | None] = {
+        _key(text.format(side=""), language).strip(): organ
+        for organ, region in REGIONS.items()
+        for text in region.subject.read(language)
+    }
+    subjects = dict(meanings)
+    for organ, region in REGIONS.items():
+        for phantom_class in region.classes:
+            for diagnosis in (_key(text, language) for text in phantom_class.diagnosis.read(language)):
+                if any(word in diagnosis and other != organ for word, other in subjects.items()):
+                    meanings.setdefault(diagnosis, None)
+    return _compiled(list(meanings), language), meanings
 
 
 @cache

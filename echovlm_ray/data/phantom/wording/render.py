@@ -75,6 +75,11 @@ def value_words(region: Region, name: str, value: str, language: Language, style
     return _pick(region.attribute[name].values[value], language, style)
 
 
+def value_of_class(attributes: Attributes, language: Language) -> str:
+    """The diagnosis in the words that options have."""
+    return _parts(attributes, language)[2][0]
+
+
 def lead_sentence(region: Region, name: str, value: str, language: Language) -> str:
     """A sentence that states one value: "There is a mass."."""
     grammar = _GRAMMAR[language]
