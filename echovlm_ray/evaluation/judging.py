@@ -76,8 +76,9 @@ def _judge_text(item: Item, truth: Attributes, answer: str) -> Judgement:
         class_name = found.class_name
     expected = _pairs(truth, truth.class_name, stated)
     given = _pairs(found, class_name, stated)
-    # "organ" and "diagnosis" count among them; what is stated in two ways is a wrong statement too.
-    wrong = len(given - expected) + len([name for name in found.contradictions if name not in dict(given)])
+    # What is stated in two ways is a wrong statement too. Without findings, no category follows from what is stated.
+    conflicts = [name for name in found.contradictions if "values" in stated or name in ("organ", "diagnosis")]
+    wrong = len(given - expected) + len([name for name in conflicts if name not in dict(given)])
     missing = expected - given
     right = class_name if found.organ == truth.organ else None
     judged = truth.class_name if "diagnosis" in stated else None

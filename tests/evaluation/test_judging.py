@@ -1,11 +1,14 @@
 """What an answer got right; nothing said is nothing right."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 
 from echovlm_ray.data.parse import parse_record
-from echovlm_ray.data.phantom.catalogue import attribute_sets, draw_attributes
+from echovlm_ray.data.phantom.catalogue import all_classes, attribute_sets, draw_attributes
 from echovlm_ray.data.phantom.questions import questions
+from echovlm_ray.data.phantom.records import PhantomTask, records
 from echovlm_ray.data.phantom.wording.render import all_wordings, render, render_diagnosis
 from echovlm_ray.evaluation.items import Item, item_of
 from echovlm_ray.evaluation.judging import judge, match_option
@@ -38,6 +41,28 @@ def test_every_wording_of_the_truth_is_right(language: Language) -> None:
             assert found.diagnosis == (f"{organ}: {class_name}",) * 2
             assert found.normal is not None
             assert found.normal[0] == found.normal[1] == ("normal" if class_name == "normal" else "abnormal")
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("task", get_args(PhantomTask))
+def test_every_answer_of_every_class_is_right(task: PhantomTask, language: Language) -> None:
+    """The truth of each record that `echoray data phantom` writes has full marks."""
+    for number, (organ, class_name) in enumerate(all_classes()):
+        attributes = draw_attributes(np.random.default_rng(number), organ, class_name)
+        for raw in records(attributes, 0, number, path="a.png", tasks=(task,), languages=(language,)):
+            parsed, problems = parse_record(raw)
+            assert parsed is not None
+            assert not problems
+            asked = item_of(parsed, 0)
+            for text in asked.references:
+                found = judge(asked, text)
+                if task == "vqa":
+                    assert found.choice is not None
+                    assert found.choice[0] == found.choice[1]
+                else:
+                    assert found.exact, text
+                    assert found.diagnosis is None or found.diagnosis[0] == found.diagnosis[1]
+                    assert (found.diagnosis is None) == (task == "findings")
 
 
 @pytest.mark.parametrize("answer", ["", " ", "asdf qwer", "The image was seen.", "囊肿"])
