@@ -1,12 +1,8 @@
 """`echoray eval`: a dataset against a model, two evaluations against each other, export. Light until it is called."""
 
-import asyncio
 import json
-import signal
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -14,21 +10,9 @@ from typer.core import TyperGroup
 from echovlm_ray.cli.credentials import Authority, Certificate, Key, TokenFile, tls_of, token_of
 from echovlm_ray.cli.data_sets import usable
 from echovlm_ray.cli.work import fail
-from echovlm_ray.client.connection import DEFAULT_ADDRESS
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from echovlm_ray.client import AsyncEchoVLMClient
-    from echovlm_ray.evaluation.asking import Outcome
-    from echovlm_ray.evaluation.items import LoadedItems
-    from echovlm_ray.evaluation.run import Plan
-    from echovlm_ray.evaluation.settings import Target
 
 EXIT_INCOMPLETE = 1
 EXIT_USAGE = 2
-EXIT_UNAVAILABLE = 3
-EXIT_CREDENTIALS = 5
 EXIT_INTERRUPTED = 130
 
 
@@ -120,34 +104,28 @@ def run_command(
         server = None
     console = Console(stderr=True, highlight=False)
     with usable():
-        from echovlm_ray.config import GatewaySection
-        from echovlm_ray.data.media import ImageRoot
-        from echovlm_ray.evaluation.run import Plan, load
+        from echovlm_ray.cli.evaluation_run import answers_of, plan_of, write_result
+        from echovlm_ray.evaluation.run import load
         from echovlm_ray.evaluation.settings import AskSettings, Patience, ScoreSettings
-        from echovlm_ray.vision.images import ImageLimits
 
         given: Literal["found", "given"] = "given" if organs == "given" else "found"
-        gateway = GatewaySection()
-        plan = Plan(
-            dataset=dataset,
-            root=ImageRoot(images or dataset.parent),
-            output=output,
-            limits=ImageLimits(
-                gateway.max_image_bytes, gateway.max_image_pixels, gateway.max_frames, gateway.crop_to_regions
-            ),
-            asking=AskSettings(max_new_tokens=max_new_tokens, organs=given),
-            scoring=ScoreSettings(draws=draws, seed=seed),
-            patience=Patience(concurrency=concurrency, patience_s=max(patience, 0.001)),
+        plan = plan_of(
+            dataset,
+            output,
+            images,
+            AskSettings(max_new_tokens=max_new_tokens, organs=given),
+            ScoreSettings(draws=draws, seed=seed),
+            Patience(concurrency=concurrency, patience_s=max(patience, 0.001)),
             limit=limit,
             examples=examples,
             bert_model=bertscore_model,
         )
         loaded = load(plan)
         connection = {"token": token_of(token_file), "tls": tls_of(ca, certificate, key)} if checkpoint is None else {}
-    target, outcome = _answers(plan, loaded, server, checkpoint, threads, connection, console)
+    target, outcome = answers_of(plan, loaded, server, checkpoint, threads, connection, console)
     with usable(), console.status("scoring …"):
         try:
-            result = _write(plan, loaded, target, outcome)
+            result = write_result(plan, loaded, target, outcome)
         except KeyboardInterrupt:
             fail("interrupted while scoring; all answers are kept: run the same command again", code=EXIT_INTERRUPTED)
     if as_json:
@@ -236,117 +214,3 @@ def export_command(
         return
     for each in written:
         typer.echo(f"{each.task}: {each.records} records, {each.predictions} and {each.references}")
-
-
-def _answers(
-    plan: "Plan",
-    loaded: "LoadedItems",
-    server: str | None,
-    checkpoint: Path | None,
-    threads: int,
-    connection: dict[str, Any],
-    console: "Console",
-) -> "tuple[Target, Outcome]":
-    """Asks what is missing; ends the command with its own exit status where that fails."""
-    from echovlm_ray.client import EchoVLMError, PermissionDeniedError, UnauthenticatedError, UnavailableError
-    from echovlm_ray.evaluation.answers import AnswerLog
-    from echovlm_ray.evaluation.asking import ServiceLostError
-    from echovlm_ray.evaluation.run import ANSWERS_FILE
-
-    address = server or DEFAULT_ADDRESS
-    with usable(), AnswerLog(plan.output / ANSWERS_FILE) as log:
-        before = len(log)
-        resumed = f"; {before} answers are there already" if before else ""
-        goes_on = "the same command goes on from there"
-        try:
-            return asyncio.run(_ask(plan, loaded, log, address, checkpoint, threads, connection, console, resumed))
-        except (KeyboardInterrupt, asyncio.CancelledError):
-            fail(f"interrupted; {len(log)} answers are kept, and {goes_on}", code=EXIT_INTERRUPTED)
-        except ServiceLostError as error:
-            fail(f"{error}; {len(log)} answers are kept, and {goes_on}", code=EXIT_UNAVAILABLE)
-        except UnavailableError as error:
-            fail(
-                f"no EchoVLM server answers at {address}: start one with `make serve` ({error})", code=EXIT_UNAVAILABLE
-            )
-        except (UnauthenticatedError, PermissionDeniedError) as error:
-            fail(f"{error} (give the token's file with --token-file)", code=EXIT_CREDENTIALS)
-        except EchoVLMError as error:
-            fail(f"{error} (request {error.request_id})", code=EXIT_INCOMPLETE)
-
-
-async def _ask(
-    plan: "Plan",
-    loaded: "LoadedItems",
-    log: Any,
-    address: str,
-    checkpoint: Path | None,
-    threads: int,
-    connection: dict[str, Any],
-    console: "Console",
-    resumed: str,
-) -> "tuple[Target, Outcome]":
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from echovlm_ray.evaluation.run import Progress as Told
-    from echovlm_ray.evaluation.run import ask
-
-    task = asyncio.current_task()
-    assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        shown = bar.add_task(f"asking{resumed}", total=None)
-        told = Told(lambda total: bar.update(shown, total=total), lambda count: bar.advance(shown, count))
-        async with _client(address, checkpoint, threads, plan.patience.timeout_s, connection) as client:
-            return await ask(plan, loaded, client, log, told)
-
-
-@asynccontextmanager
-async def _client(
-    address: str, checkpoint: Path | None, threads: int, timeout_s: float, connection: dict[str, Any]
-) -> "AsyncIterator[AsyncEchoVLMClient]":
-    from echovlm_ray.client import AsyncEchoVLMClient
-
-    if checkpoint is None:
-        async with AsyncEchoVLMClient(address, timeout_s=timeout_s, retry=False, **connection) as client:
-            yield client
-        return
-    from echovlm_ray.evaluation.in_process import answering_checkpoint
-
-    async with (
-        answering_checkpoint(checkpoint, threads=threads) as local,
-        AsyncEchoVLMClient(local, timeout_s=timeout_s, retry=False) as client,
-    ):
-        yield client
-
-
-def _write(plan: "Plan", loaded: "LoadedItems", target: "Target", outcome: "Outcome") -> Any:
-    """Scores the answers, and writes result, picture and page, each whole or not at all."""
-    from echovlm_ray.evaluation.page import report_page
-    from echovlm_ray.evaluation.plots import draw_scores
-    from echovlm_ray.evaluation.run import RESULT_FILE, score
-
-    result = score(plan, loaded, target, outcome)
-    figure = plan.output / "scores.png"
-    with _replacing(figure) as partial:
-        drawn = draw_scores(result, partial)
-    if not drawn:
-        figure.unlink()
-    with _replacing(plan.output / "report.html") as partial:
-        partial.write_text(report_page(result, figure if drawn else None), encoding="utf-8")
-    with _replacing(plan.output / RESULT_FILE) as partial:
-        partial.write_text(result.model_dump_json(indent=2), encoding="utf-8")
-    return result
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file to write that takes the place of another when the block ends; what it holds is this user's alone."""
-    partial = path.with_name(f".partial-{path.name}")
-    partial.touch(mode=0o600)
-    try:
-        yield partial
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

@@ -18,7 +18,7 @@ from echovlm_ray.cli.stop import stop
 
 EXIT_FAILED = 1
 # Where a command's packages come from, if not from `serve`.
-_EXTRAS = {"data": "data"}
+_EXTRAS = {"data": "data", "eval": "eval"}
 OWN_PACKAGES = ("echovlm_ray", "experts", "router", "protos")
 
 

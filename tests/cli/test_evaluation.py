@@ -186,3 +186,20 @@ def test_help_comes_without_anything_heavy() -> None:
     assert result.exit_code == 0
     assert "blank image" in result.stdout
     assert "goes on where it was" in " ".join(result.stdout.split())
+
+
+def test_a_missing_package_is_named_with_its_extra(dataset: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "class Missing:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] == 'sacrebleu':\n"
+        "            raise ModuleNotFoundError(name, name=name)\n"
+        "sys.meta_path.insert(0, Missing())\n"
+        "from echovlm_ray.cli.main import app\n"
+        "app()\n"
+    )
+    line = [sys.executable, "-c", code, "eval", str(dataset), "-o", str(tmp_path), "--server", "127.0.0.1:1"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("pip install 'echovlm-ray[eval]'")
