@@ -11,6 +11,9 @@ INSTALL = $(1) -m pip install --quiet --disable-pip-version-check --no-deps --re
 INSTALL_TORCH = $(call INSTALL,$(1)) --only-binary :all: --requirement requirements/torch-cpu.txt 2>/dev/null || \
 	$(call INSTALL,$(1)) --only-binary :all: --requirement requirements/torch-cuda.txt
 
+# Of these there are no wheels.
+SOURCES := jieba,rouge-score
+
 .DEFAULT_GOAL := help
 .PHONY: help serve test faults-check benchmarks-check client-check benchmarks check lock licences protos triton-check gpu-packages gpu-check structures clean
 
@@ -85,7 +88,7 @@ $(VENV)/.serve: pyproject.toml $(wildcard requirements/torch-*.txt) requirements
 	@touch $@
 
 $(VENV)/.dev: requirements/dev.txt $(VENV)/.serve
-	$(call INSTALL,$(BIN)/python) --only-binary :all: --requirement requirements/dev.txt
+	$(call INSTALL,$(BIN)/python) --only-binary :all: --no-binary $(SOURCES) --no-build-isolation --requirement requirements/dev.txt
 	@touch $@
 
 .venv-triton/.ready: $(wildcard requirements/torch-*.txt) requirements/triton.txt requirements/megablocks.txt

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from echovlm_ray.cli.credentials import Authority, Certificate, Key, TokenFile, tls_of, token_of
 from echovlm_ray.cli.interruptible import interruptible
+from echovlm_ray.cli.printable import printable
 from echovlm_ray.client import (
     Accepted,
     AnswerStream,
@@ -149,7 +150,7 @@ def _read_stdin(files: Sequence[str]) -> list[Image]:
 
 def _print_stream(stream: AnswerStream, events: Iterator[Event], console: Console, num_images: int) -> None:
     # Random or hostile text must not steer the terminal; a pipe gets exactly what the model wrote.
-    readable = _printable if sys.stdout.isatty() else str
+    readable = printable if sys.stdout.isatty() else str
     started = time.monotonic()
     sending = f"sending {num_images} image{'s' * (num_images != 1)} …" if num_images else "sending …"
     with console.status(sending) if console.is_terminal else nullcontext() as status:
@@ -221,12 +222,6 @@ def _print_info(found: ModelInfo, console: Console) -> None:
     console.print(
         "at most "
         + ", ".join(f"{value:,} {name.removeprefix('max_').replace('_', ' ')}" for name, value in limits.items())
-    )
-
-
-def _printable(text: str) -> str:
-    return "".join(
-        letter if letter.isprintable() or letter in "\n\t" else "\N{REPLACEMENT CHARACTER}" for letter in text
     )
 
 

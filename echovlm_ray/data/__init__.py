@@ -1,1 +1,1 @@
-"""Data to train and to evaluate with."""
+"""Datasets of ultrasound records: reading, checking, splitting and converting them."""

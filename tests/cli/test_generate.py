@@ -13,6 +13,7 @@ from google.rpc import error_details_pb2
 from typer.testing import CliRunner, Result
 
 from echovlm_ray.cli import generate as commands
+from echovlm_ray.cli.printable import printable
 from tests.certificates import write_certificates
 from tests.client.scripted_server import PIECES, ScriptedEchoVLM, retry_info, serving, status
 
@@ -241,7 +242,7 @@ def test_a_reader_that_has_seen_enough_cancels_on_the_server(
 
 
 def test_text_cannot_steer_the_terminal() -> None:
-    assert commands._printable("a\x1b[31mb\r\n\t心") == "a\N{REPLACEMENT CHARACTER}[31mb\N{REPLACEMENT CHARACTER}\n\t心"
+    assert printable("a\x1b[31mb\r\n\t心") == "a\N{REPLACEMENT CHARACTER}[31mb\N{REPLACEMENT CHARACTER}\n\t心"
 
 
 def test_info(address: str) -> None:

@@ -1,0 +1,340 @@
+"""`echoray data check | stats | split | convert`: datasets of records. What is heavy is loaded inside a command."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from echovlm_ray.cli.printable import printable
+from echovlm_ray.cli.work import clear_errors, fail
+
+if TYPE_CHECKING:
+    from echovlm_ray.data.check import CheckOptions, CheckReport
+    from echovlm_ray.data.media import ImageRoot
+    from echovlm_ray.data.record import Record
+    from echovlm_ray.data.splitting import Grouping
+
+EXIT_FINDINGS = 1
+EXIT_USAGE = 2
+
+Files = Annotated[list[Path], typer.Argument(metavar="FILE…", help="JSON or JSON Lines files of records.")]
+File = Annotated[Path, typer.Argument(metavar="FILE", help="A JSON or JSON Lines file of records.")]
+Images = Annotated[
+    Path | None,
+    typer.Option(help="The folder that the images' paths start from. [default: the folder of each file]"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+PatientPattern = Annotated[
+    str | None,
+    typer.Option(help="A regular expression that finds the patient in a record's id: its first group, or all of it."),
+]
+Names = Annotated[
+    bool, typer.Option("--names", help="Show ids and paths too. Leave it out where they could name a patient.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to `echoray data`."""
+    app.command("check")(check_command)
+    app.command("stats")(stats_command)
+    app.command("split")(split_command)
+    app.command("convert")(convert_command)
+
+
+def check_command(
+    files: Files,
+    images: Images = None,
+    no_images: Annotated[bool, typer.Option("--no-images", help="Check the text alone.")] = False,
+    patient_pattern: PatientPattern = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Also count tokens, with this checkpoint's tokenizer and image processor.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="With --checkpoint: the most tokens of a record.")] = 4096,
+    names: Names = False,
+    as_json: AsJson = False,
+) -> None:
+    """Checks records and their images, and names the line of everything that is wrong.
+
+    Finds broken JSON, wrong types, missing or unreadable images, marks that do not match the images, empty answers,
+    duplicate ids, paths that leave the image folder, records that are too long, and, given several files (the sides
+    of a split), patients and images that occur in more than one.
+
+    The exit status is 0 when all is well, 1 when something was found, 2 when a command line or a file cannot be used.
+
+    Example: `echoray data check train.jsonl test.jsonl --images pictures/`
+
+    Example: `echoray data check BUSI.json --no-images --json`
+    """
+    with usable():
+        options = _options(images, no_images, patient_pattern, names, checkpoint, max_tokens)
+        report = _run_check(files, options)
+    if as_json:
+        typer.echo(report.model_dump_json(indent=2))
+    else:
+        _print_report(report, findings=True)
+    if report.found:
+        raise typer.Exit(EXIT_FINDINGS)
+
+
+def stats_command(
+    files: Files,
+    images: Images = None,
+    with_images: Annotated[bool, typer.Option("--with-images", help="Also decode the images.")] = False,
+    patient_pattern: PatientPattern = None,
+    as_json: AsJson = False,
+) -> None:
+    """Counts what is in a dataset: organs, tasks, languages, patients, images, lengths of answers.
+
+    A task or language that a record does not name is told by its question and its answer. Records that cannot be read
+    are left out: see `echoray data check`.
+
+    Example: `echoray data stats train.jsonl`
+    """
+    with usable():
+        report = _run_check(files, _options(images, not with_images, patient_pattern, False, None, 1))
+    if as_json:
+        typer.echo(report.counts.model_dump_json(indent=2))
+    else:
+        _print_report(report, findings=False)
+    unread = report.found.get("unreadable file", 0) + report.found.get("broken JSON", 0)
+    if unread:
+        typer.echo(f"{unread} could not be read: see `echoray data check`", err=True)
+
+
+def split_command(
+    file: File,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder for the sides, one file each.")],
+    fractions: Annotated[str, typer.Option(help="Sides and their parts.")] = "train=0.8,validation=0.1,test=0.1",
+    by: Annotated[str, typer.Option(help="What stays on one side: patient, or id.")] = "patient",
+    patient_pattern: PatientPattern = None,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed gives another division.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Divides a dataset so that no patient is on two sides. The same seed and records give the same sides.
+
+    The order of the records in the file makes no difference. Each side becomes a JSON Lines file; its records are those
+    of the file, unchanged.
+
+    Example: `echoray data split all.jsonl parts/ --fractions train=0.9,test=0.1 --seed 7`
+
+    Example: `echoray data split liver.json parts/ --patient-pattern '^(volunteer[0-9]+)_'`
+    """
+    if by not in ("patient", "id"):
+        fail(f"--by {by!r} is neither patient nor id", code=EXIT_USAGE)
+    with usable():
+        from echovlm_ray.data.dataset import RecordDataset
+        from echovlm_ray.data.splitting import parse_fractions, split_records
+
+        parts = parse_fractions(fractions)
+        with RecordDataset(file) as dataset:
+            divided = split_records(dataset, _grouping(by, patient_pattern), parts, seed)
+            directory.mkdir(parents=True, exist_ok=True)
+            for side, indices in divided.items():
+                _write_lines(directory / f"{side}.jsonl", (_raw(dataset, index) for index in indices))
+    counts = {side: len(indices) for side, indices in divided.items()}
+    if as_json:
+        typer.echo(json.dumps({"by": by, "seed": seed, "records": counts}))
+    else:
+        typer.echo(", ".join(f"{side}: {count}" for side, count in counts.items()) + f" records in {directory}")
+
+
+def convert_command(
+    file: File,
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="The file to write; .json or .jsonl.")],
+    to: Annotated[str, typer.Option(help="published, swift (messages of ms-swift), or openai (chat).")] = "swift",
+    images: Images = None,
+    embed: Annotated[
+        bool, typer.Option("--embed", help="To openai: put the images into the file instead of their paths.")
+    ] = False,
+    extract_to: Annotated[
+        Path | None, typer.Option(help="Where images go that are embedded in the records; it becomes their root.")
+    ] = None,
+    organ: Annotated[str | None, typer.Option(help="The organ of records that name none.")] = None,
+    task: Annotated[str | None, typer.Option(help="The task of records that name none.")] = None,
+    language: Annotated[str | None, typer.Option(help="The language of records that name none: en or zh.")] = None,
+) -> None:
+    """Writes records in another form; which form they have is seen. Fields of one's own are kept.
+
+    `published`: id, image, conversations of system, human and gpt, as EchoVLM's authors publish them. `swift`: messages
+    with `<image>` marks, and images. `openai`: messages whose images are parts. There and back gives the same records.
+
+    Example: `echoray data convert BUSI.json busi.jsonl --to swift --organ breast`
+
+    Example: `echoray data convert busi.jsonl back.json --to published`
+    """
+    from echovlm_ray.prompts import LANGUAGES, TASKS
+
+    if to not in ("published", "swift", "openai"):
+        fail(f"--to {to!r} is none of published, swift and openai", code=EXIT_USAGE)
+    if embed and to != "openai":
+        fail("--embed is for --to openai: the other forms name files", code=EXIT_USAGE)
+    if language is not None and language not in LANGUAGES:
+        fail("--language must be en or zh", code=EXIT_USAGE)
+    if task is not None and task not in TASKS:
+        fail(f"--task must be one of {', '.join(TASKS)}", code=EXIT_USAGE)
+    given = {"organ": organ, "task": task, "language": language}
+    with usable():
+        from echovlm_ray.data.dataset import RecordDataset
+
+        with RecordDataset(file) as dataset:
+            if destination.exists() and destination.samefile(file):
+                raise ValueError(f"{destination} is the file that is read: give another name")
+            records = _converted(dataset, to, images or file.parent, embed, extract_to, given)
+            count = _write_lines(destination, records, as_array=destination.suffix == ".json")
+    typer.echo(f"{count} records in {destination}, in the form {to}.")
+
+
+@contextmanager
+def usable() -> Iterator[None]:
+    """Turns what cannot be used into one line and exit status 2."""
+    with clear_errors():
+        try:
+            yield
+        except ValueError as error:
+            fail(" ".join(str(error).split()), code=EXIT_USAGE)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            fail(f"{where}{error.strerror or error}", code=EXIT_USAGE)
+
+
+def _converted(
+    dataset: Any, to: Any, root: Path, embed: bool, extract_to: Path | None, given: dict[str, str | None]
+) -> Iterator[dict[str, Any]]:
+    from dataclasses import replace
+
+    from echovlm_ray.data.convert import extract_embedded, to_form
+    from echovlm_ray.data.media import ImageRoot
+
+    images = ImageRoot(root) if embed else None
+    for index in range(len(dataset)):
+        record = dataset[index]
+        fill: dict[str, Any] = {
+            name: value for name, value in given.items() if value is not None and getattr(record, name) is None
+        }
+        try:
+            yield to_form(extract_embedded(replace(record, **fill), extract_to), to, images)
+        except ValueError as error:
+            raise ValueError(f"{dataset.place(index)}: {error}") from None
+
+
+def _raw(dataset: Any, index: int) -> dict[str, Any]:
+    (file,) = dataset.files
+    raw, _ = file.raw(index)
+    assert isinstance(raw, dict)
+    return raw
+
+
+def _write_lines(path: Path, records: Iterator[dict[str, Any]], *, as_array: bool = False) -> int:
+    """Writes the records beside the file and puts it in its place at the end; returns how many."""
+    import os
+    import tempfile
+
+    count = 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            for record in records:
+                lead = ("[\n" if not count else ",\n") if as_array else ""
+                file.write(lead + json.dumps(record, ensure_ascii=False) + ("" if as_array else "\n"))
+                count += 1
+            if as_array:
+                file.write("\n]\n" if count else "[]\n")
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(partial, 0o666 & ~mask)
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+    return count
+
+
+def _grouping(by: str, pattern: str | None) -> "Grouping":
+    from echovlm_ray.data.splitting import Grouping
+
+    try:
+        compiled = None if pattern is None else re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"--patient-pattern is no regular expression: {error}") from None
+    return Grouping(by, compiled)
+
+
+def _options(
+    images: Path | None, no_images: bool, pattern: str | None, names: bool, checkpoint: Path | None, max_tokens: int
+) -> "CheckOptions":
+    from echovlm_ray.config import GatewaySection
+    from echovlm_ray.data.check import CheckOptions
+    from echovlm_ray.data.media import ImageRoot
+    from echovlm_ray.vision.images import ImageLimits
+
+    gateway = GatewaySection()
+    limits = ImageLimits(gateway.max_image_bytes, gateway.max_image_pixels, gateway.max_frames, gateway.crop_to_regions)
+    if no_images and checkpoint is not None:
+        raise ValueError("--checkpoint counts the tokens of images too: leave out --no-images")
+    return CheckOptions(
+        root=None if no_images else lambda file: ImageRoot(images or file.parent),
+        limits=limits,
+        grouping=_grouping("patient", pattern),
+        num_tokens=None if checkpoint is None else _token_counter(checkpoint, limits, gateway.max_visual_tokens),
+        max_tokens=max_tokens,
+        show_names=names,
+    )
+
+
+def _token_counter(checkpoint: Path, limits: Any, max_visual_tokens: int) -> "Callable[[Record, ImageRoot], int]":
+    from echovlm_ray.data.encoding import encode_record, load_media
+    from echovlm_ray.model.processing import EchoVLMProcessor
+
+    processor = EchoVLMProcessor.from_pretrained(checkpoint)
+
+    def count(record: "Record", root: "ImageRoot") -> int:
+        vision = load_media(record, root, processor, limits=limits, max_visual_tokens=max_visual_tokens)
+        return len(encode_record(record, vision, processor, max_tokens=2**31).input_ids)
+
+    return count
+
+
+def _run_check(files: list[Path], options: "CheckOptions") -> "CheckReport":
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from echovlm_ray.data.check import check
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("checking", total=None)
+        return check(files, options, lambda done, total: bar.update(task, completed=done, total=total))
+
+
+def _print_report(report: "CheckReport", *, findings: bool) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    counts = report.counts.model_dump()
+    table = Table("what", "how many", title=f"{counts['records']} records in {len(report.files)} file(s)")
+    for name, value in counts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{printable(key)} {number}" for key, number in value.items()) or "-"
+        table.add_row(name.replace("_", " "), escape(str(value)))
+    console.print(table)
+    if not findings:
+        return
+    if not report.found:
+        console.print("Nothing is wrong.")
+        return
+    for finding in report.findings:
+        place = f"{finding.file}, line {finding.line}" if finding.line else finding.file
+        name = f" ({printable(finding.name)})" if finding.name else ""
+        console.print(f"{escape(printable(place))}{escape(name)}: [bold]{finding.kind}[/bold]: {escape(finding.text)}")
+    listed = len(report.findings)
+    total = sum(report.found.values())
+    kinds = ", ".join(f"{kind} {count}" for kind, count in report.found.items())
+    console.print(f"{total} found: {kinds}{'' if listed >= total else f'; the first {listed} are listed'}")

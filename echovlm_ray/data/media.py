@@ -1,0 +1,78 @@
+"""Image files of records: found within one folder, whatever a record says, and read within bounds."""
+
+import os
+import stat
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+MAX_PATH_CHARACTERS = 1024
+
+
+class UnusableImageError(ValueError):
+    """A path in a record leads nowhere, out of the image root, or to what is no image file. Quotes nothing."""
+
+    def __init__(self, kind: str, text: str) -> None:
+        """Takes a short name of the kind, and a sentence with the fix."""
+        super().__init__(text)
+        self.kind = kind
+
+
+class ImageRoot:
+    """The folder that a dataset's paths start from; nothing outside it is ever read."""
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        """Takes the folder; it must exist.
+
+        Raises:
+            ValueError: there is no such folder.
+        """
+        self.directory = Path(directory).resolve()
+        if not self.directory.is_dir():
+            raise ValueError(f"there is no folder {directory}: name the folder that the paths of the images start from")
+
+    def locate(self, path: str) -> Path:
+        """The file that a record's path means, links followed.
+
+        Raises:
+            UnusableImageError: the path is absolute, climbs out of the root, follows a link out of it, is a URL, or
+                leads to no regular file.
+        """
+        if path.startswith(("http:", "https:", "data:")):
+            raise UnusableImageError("not a path", "is a URL; only files below the image root are read")
+        pure = PurePosixPath(path)
+        foreign = PureWindowsPath(path)
+        if not path or len(path) > MAX_PATH_CHARACTERS or not path.isprintable():
+            raise UnusableImageError("not a path", f"is empty, not printable, or over {MAX_PATH_CHARACTERS} characters")
+        if pure.is_absolute() or foreign.drive or foreign.root or ".." in {*pure.parts, *foreign.parts}:
+            raise UnusableImageError(
+                "outside the root", "leads out of the image root: write it relative to that folder"
+            )
+        try:
+            found = (self.directory / pure).resolve(strict=True)
+        except FileNotFoundError:
+            raise UnusableImageError("missing image", "does not exist below the image root") from None
+        except (OSError, RuntimeError):
+            raise UnusableImageError("unreadable image", "cannot be followed to a file") from None
+        if not found.is_relative_to(self.directory):
+            raise UnusableImageError("outside the root", "is a link that leads out of the image root")
+        return found
+
+    def read(self, path: str, max_bytes: int) -> bytes:
+        """The content of a record's image file.
+
+        Raises:
+            UnusableImageError: see `locate`; or the file has more than `max_bytes`, or cannot be read.
+        """
+        found = self.locate(path)
+        try:
+            # Without O_NONBLOCK a named pipe would wait for a writer for ever.
+            descriptor = os.open(found, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            with os.fdopen(descriptor, "rb") as file:
+                status = os.fstat(descriptor)
+                if not stat.S_ISREG(status.st_mode):
+                    raise UnusableImageError("unreadable image", "is not a regular file")
+                if status.st_size > max_bytes:
+                    text = f"has {status.st_size} bytes and the limit is {max_bytes}: compress or scale it"
+                    raise UnusableImageError("unreadable image", text)
+                return file.read(max_bytes + 1)
+        except OSError as error:
+            raise UnusableImageError("unreadable image", f"cannot be read: {error.strerror}") from None

@@ -1,0 +1,117 @@
+"""One record of a dataset: images, a conversation about them, and what is known about both.
+
+The form is the one that EchoVLM's authors publish (`id`, `image`, `conversations`), with optional fields beside it:
+`video`, `organ`, `task`, `language`, `patient`, `options`, `answer`, `references`, `attributes`.
+
+No text here quotes a record: a path, an identifier or an answer may name a patient.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from echovlm_ray.prompts import FURTHER, INSTRUCTIONS, LANGUAGES, Language, Task
+
+IMAGE_MARK = "<image>"
+VIDEO_MARK = "<video>"
+Role = Literal["system", "human", "gpt"]
+# From here on a text counts as Chinese: the share of CJK characters among its letters.
+CHINESE_SHARE = 0.3
+
+
+class InvalidDataError(ValueError):
+    """A dataset, or a record of it, cannot be used. The text names the place and the fix, and quotes nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn of a conversation; in a human turn each `<image>` and `<video>` stands for the next medium."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A record, whichever form its file has.
+
+    Attributes:
+        id: unique in a dataset.
+        images: paths of image files (PNG, JPEG or DICOM) relative to the image root, in the order of their marks.
+        videos: paths of cine loops, likewise.
+        turns: an optional system turn, then human and gpt in alternation; the last is gpt's.
+        organ: the region shown, if known.
+        task: one of `prompts.TASKS`, if known.
+        language: "en" or "zh", if known.
+        patient: whose images these are, if known; splits keep a patient on one side.
+        options: the answers to choose from, of a question that offers some.
+        answer: the right one of the options, or the short right answer of a question.
+        references: further right wordings of the last turn.
+        attributes: what the images show, as `echovlm_ray.data.phantom` spells it.
+        extra: every other field of the record, kept as it was.
+    """
+
+    id: str
+    images: tuple[str, ...]
+    videos: tuple[str, ...]
+    turns: tuple[Turn, ...]
+    organ: str | None = None
+    task: str | None = None
+    language: str | None = None
+    patient: str | None = None
+    options: tuple[str, ...] = ()
+    answer: str | None = None
+    references: tuple[str, ...] = ()
+    attributes: Mapping[str, Any] | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def target(self) -> str:
+        """What the last turn answers."""
+        return self.turns[-1].text
+
+    @property
+    def question(self) -> str:
+        """The text of the last human turn without the marks of images and videos."""
+        human = next(turn.text for turn in reversed(self.turns) if turn.role == "human")
+        return human.replace(IMAGE_MARK, "").replace(VIDEO_MARK, "").strip()
+
+
+def language_of(record: Record) -> Language:
+    """The record's own `language`, else the one that its answer is written in, by its characters."""
+    if record.language in LANGUAGES:
+        return "zh" if record.language == "zh" else "en"
+    letters = [letter for letter in record.target if letter.isalpha()]
+    chinese = sum("\u3400" <= letter <= "\u9fff" for letter in letters)
+    return "zh" if letters and chinese / len(letters) >= CHINESE_SHARE else "en"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """How a record's question is asked of a service, so that the model reads the same words."""
+
+    task: Task
+    language: Language
+    prompt: str
+
+
+def request_of(record: Record) -> Request:
+    """The request that makes the service ask the record's question: the inverse of `prompts.build_messages`.
+
+    A question in the words of a task's own instruction becomes that task, with what follows the instruction as the
+    prompt. Any other question is asked as it stands, by "vqa" where the record says so, else by "free".
+    """
+    language = language_of(record)
+    question = record.question
+    for task, instruction in INSTRUCTIONS[language].items():
+        if question == instruction:
+            return Request(task, language, "")
+        introduction = f"{instruction}\n{FURTHER[language]}"
+        if question.startswith(introduction):
+            return Request(task, language, question[len(introduction) :])
+    return Request("vqa" if record.task == "vqa" else "free", language, question)
+
+
+def task_of(record: Record) -> str:
+    """The record's own `task`, else the one that its question asks for, else "free"."""
+    return record.task or request_of(record).task

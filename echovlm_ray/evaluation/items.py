@@ -1,0 +1,166 @@
+"""What is asked of each record, and what is known to be right: a dataset as an evaluation takes it."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from echovlm_ray.data.dataset import RecordDataset
+from echovlm_ray.data.encoding import media_paths
+from echovlm_ray.data.phantom.attributes import Attributes
+from echovlm_ray.data.phantom.catalogue import UnknownClassError, attributes_of
+from echovlm_ray.data.phantom.questions import Question, questions
+from echovlm_ray.data.phantom.schema import Organ
+from echovlm_ray.data.phantom.wording.render import STYLES, all_wordings, render_findings, render_impression
+from echovlm_ray.data.record import InvalidDataError, Record, Request, language_of, request_of, task_of
+from echovlm_ray.prompts import Language
+
+# Tasks whose answer is a text about the whole picture.
+TEXT_TASKS = ("report", "findings", "impression", "caption", "free")
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One question with its right answer.
+
+    Attributes:
+        index: the record's number in the dataset.
+        id: the record's id.
+        organ: the region, "unknown" where the record does not say.
+        task: as the record or its question says.
+        language: of the answer.
+        cluster: what is drawn together in a bootstrap: the patient, else the record.
+        request: how the question is asked.
+        media: paths of images and videos in order.
+        references: right wordings of the answer, the record's own first; none is empty.
+        attributes: what the images show, where the record says.
+        question: the phantom's question that the record asks, where it is one.
+        options, answer: see `Record`.
+    """
+
+    index: int
+    id: str
+    organ: str
+    task: str
+    language: Language
+    cluster: str
+    request: Request
+    media: tuple[str, ...]
+    references: tuple[str, ...]
+    attributes: Attributes | None = None
+    question: Question | None = None
+    options: tuple[str, ...] = ()
+    answer: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedItems:
+    """A dataset's items, and where the records are that cannot be asked of a service."""
+
+    items: tuple[Item, ...]
+    left_out: tuple[str, ...] = field(default=())
+
+
+def load_items(dataset: RecordDataset, limit: int | None = None) -> LoadedItems:
+    """All items of a dataset. A conversation of several questions cannot be asked of a service, and is left out.
+
+    Raises:
+        InvalidDataError: a record is broken, an id occurs twice, or attributes are none that a phantom has.
+    """
+    items: list[Item] = []
+    left_out: list[str] = []
+    seen: dict[str, str] = {}
+    for index in range(len(dataset)):
+        if limit is not None and len(items) >= limit:
+            break
+        record = dataset[index]
+        place = dataset.place(index)
+        if record.id in seen:
+            raise InvalidDataError(f"{place} has the id of {seen[record.id]}: give each record an id of its own")
+        seen[record.id] = place
+        if sum(turn.role == "human" for turn in record.turns) > 1:
+            left_out.append(place)
+            continue
+        try:
+            items.append(item_of(record, index))
+        except UnknownClassError:
+            # The error itself may quote the record.
+            raise InvalidDataError(
+                f"{place}: its attributes are none that a phantom has; take them from `echoray data phantom --list`"
+            ) from None
+    if not items:
+        raise InvalidDataError("there is no record with a single question: nothing can be asked")
+    return LoadedItems(tuple(items), tuple(left_out))
+
+
+def item_of(record: Record, index: int) -> Item:
+    """The item of one valid record.
+
+    Raises:
+        UnknownClassError: its attributes are none that a phantom has.
+    """
+    language = language_of(record)
+    task = task_of(record)
+    attributes = None if record.attributes is None else read_attributes(record.attributes)
+    question = None
+    if attributes is not None:
+        question = next((found for found in questions(attributes, language) if found.text == record.question), None)
+    organ = record.organ or (attributes.organ if attributes is not None else None)
+    return Item(
+        index=index,
+        id=record.id,
+        organ=organ or "unknown",
+        task=task,
+        language=language,
+        cluster=f"patient {record.patient}" if record.patient is not None else f"record {record.id}",
+        request=request_of(record),
+        media=tuple(media_paths(record)),
+        references=_references(record, task, language, attributes),
+        attributes=attributes,
+        question=question,
+        options=record.options,
+        answer=record.answer,
+    )
+
+
+def read_attributes(raw: Mapping[str, Any]) -> Attributes:
+    """The attributes of a record, as `Attributes.as_json` writes them, checked against what phantoms can show.
+
+    Raises:
+        UnknownClassError: no phantom has these.
+    """
+    organ: Organ | None = next((name for name in get_args(Organ) if name == raw.get("organ")), None)
+    class_name, values = raw.get("class"), raw.get("values")
+    if organ is None:
+        raise UnknownClassError(f"the organ must be one of {', '.join(get_args(Organ))}")
+    if not isinstance(class_name, str) or not isinstance(values, Mapping):
+        raise UnknownClassError("they must have a class and values")
+    if not all(isinstance(value, str) for value in values.values()):
+        raise UnknownClassError("values must be texts")
+    return attributes_of(organ, class_name, dict(values))
+
+
+def _references(record: Record, task: str, language: Language, attributes: Attributes | None) -> tuple[str, ...]:
+    wordings: Sequence[str] = ()
+    if attributes is not None and task == "report":
+        wordings = all_wordings(attributes, language)
+    elif attributes is not None and task in ("findings", "impression"):
+        render = render_findings if task == "findings" else render_impression
+        wordings = [render(attributes, language, style) for style in range(STYLES)]
+    found = dict.fromkeys((record.target, *record.references, *wordings))
+    return tuple(text for text in found if text.strip())
+
+
+def attributes_key(attributes: Attributes) -> str:
+    """The same text for the same attributes."""
+    return json.dumps([attributes.organ, attributes.class_name, attributes.pairs])
+
+
+def question_digest(request: Request, organs: Sequence[str], images: Sequence[bytes]) -> str:
+    """What makes two questions the same: the words, the hint, and the images' content."""
+    head = json.dumps([request.task, request.language, request.prompt, list(organs)], ensure_ascii=False)
+    digest = hashlib.sha256(head.encode())
+    for image in images:
+        digest.update(hashlib.sha256(image).digest())
+    return digest.hexdigest()

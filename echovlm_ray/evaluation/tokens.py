@@ -1,0 +1,67 @@
+"""How texts are cut into tokens before n-grams are compared, and what that is called.
+
+Scores of different tokenizations are different measures, so each is named after its own. The defaults of sacrebleu and
+rouge-score find no word in Chinese and give identical texts 0.0; here Chinese is cut into characters, and into words by
+jieba.
+"""
+
+import logging
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import jieba
+from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
+
+from echovlm_ray.prompts import Language
+
+jieba.setLogLevel(logging.WARNING)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenization:
+    """One way to cut texts.
+
+    Attributes:
+        name: shown behind the name of a metric.
+        signature: what sacrebleu's signature has behind `tok:`.
+        cut: text → tokens.
+    """
+
+    name: str
+    signature: str
+    cut: Callable[[str], list[str]]
+
+
+def tokenizations(language: Language) -> tuple[Tokenization, ...]:
+    """The ways in which a language's texts are cut, the usual one first."""
+    if language == "en":
+        return (Tokenization("words", "13a", _english),)
+    return (
+        Tokenization("characters", "zh", _characters),
+        Tokenization("jieba words", f"jieba-{jieba.__version__}", _words),
+    )
+
+
+def _english(text: str) -> list[str]:
+    return str(Tokenizer13a()(text)).split()
+
+
+def _characters(text: str) -> list[str]:
+    return str(TokenizerZh()(text)).split()
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in _jieba().cut(text) if word.strip()]
+
+
+@cache
+def _jieba() -> jieba.Tokenizer:
+    """A tokenizer of our own. By default jieba loads what anyone may have left as a cache in the shared /tmp."""
+    tokenizer = jieba.Tokenizer()
+    with tempfile.TemporaryDirectory(prefix="echovlm-jieba-") as private:
+        tokenizer.tmp_dir = private
+        tokenizer.initialize()
+    return tokenizer

@@ -1,0 +1,114 @@
+"""`echoray data check | stats | split | convert` as a user types them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from echovlm_ray.cli.main import app
+from tests.data.records import png, record, turns, write_lines
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "a.png").write_bytes(png())
+    return tmp_path
+
+
+def data(*arguments: object) -> Result:
+    result = CliRunner().invoke(app, ["data", *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_a_clean_file_ends_with_0(folder: Path) -> None:
+    result = data("check", write_lines(folder / "all.jsonl", [record("one")]))
+    assert result.exit_code == 0
+    assert "Nothing is wrong." in result.stdout
+
+
+def test_findings_end_with_1(folder: Path) -> None:
+    path = write_lines(folder / "all.jsonl", [record("one"), record("one", image=["\x1b[2J.png"])])
+    result = data("check", path, "--json")
+    assert result.exit_code == 1
+    report = json.loads(result.stdout)
+    assert report["found"] == {"duplicate id": 1, "not a path": 1}
+    result = data("check", path, "--names")
+    assert result.exit_code == 1
+    assert "\x1b[2J" not in result.stdout
+
+
+def test_what_cannot_be_used_ends_with_2(folder: Path) -> None:
+    path = write_lines(folder / "all.jsonl", [record("one")])
+    for arguments in (
+        ("check", folder / "none.json"),
+        ("check", path, "--images", folder / "none"),
+        ("check", path, "--patient-pattern", "("),
+        ("split", path, folder / "out", "--fractions", "a=1"),
+        ("split", path, folder / "out", "--by", "age"),
+        ("convert", path, folder / "out.json", "--to", "xml"),
+        ("convert", path, path),
+        ("convert", path, folder / "out.json", "--to", "swift", "--embed"),
+    ):
+        result = data(*arguments)
+        assert result.exit_code == 2, arguments
+        assert result.stderr.startswith("error: ")
+        assert result.stderr.count("\n") == 1
+    assert sorted(entry.name for entry in folder.iterdir()) == ["a.png", "all.jsonl"]
+
+
+def test_tokens_are_counted_with_a_checkpoint(folder: Path, demo_checkpoint: Path) -> None:
+    long = record("long", conversations=turns("<image>What?", "word " * 200))
+    path = write_lines(folder / "all.jsonl", [record("one"), long])
+    result = data("check", path, "--checkpoint", demo_checkpoint, "--max-tokens", 100, "--json")
+    assert result.exit_code == 1
+    (finding,) = json.loads(result.stdout)["findings"]
+    assert (finding["kind"], finding["line"]) == ("too long", 2)
+
+
+def test_stats(folder: Path) -> None:
+    path = write_lines(folder / "all.jsonl", [record("one", organ="liver"), record("two", organ="liver")])
+    assert json.loads(data("stats", path, "--json").stdout)["organs"] == {"liver": 2}
+    assert "liver 2" in data("stats", path).stdout
+
+
+def test_split_then_check_finds_nothing(folder: Path) -> None:
+    records = [record(f"r{number}", patient=f"p{number % 9}", note="kept") for number in range(60)]
+    path = write_lines(folder / "all.jsonl", records)
+    result = data("split", path, folder / "parts", "--fractions", "train=0.7,test=0.3", "--json")
+    assert result.exit_code == 0
+    counts = json.loads(result.stdout)["records"]
+    assert sum(counts.values()) == 60
+    sides = [folder / "parts" / f"{side}.jsonl" for side in counts]
+    assert data("check", *sides, "--no-images").exit_code == 0
+    written = [json.loads(line) for side in sides for line in side.read_text().splitlines()]
+    assert sorted(written, key=lambda raw: int(raw["id"][1:])) == records
+    before = [side.read_bytes() for side in sides]
+    data("split", write_lines(folder / "all.jsonl", records), folder / "parts", "--fractions", "train=0.7,test=0.3")
+    assert [side.read_bytes() for side in sides] == before
+
+
+def test_convert_there_and_back(folder: Path) -> None:
+    path = write_lines(folder / "all.jsonl", [record("one"), record("two", note="心")])
+    for form in ("swift", "openai"):
+        assert data("convert", path, folder / "there.json", "--to", form).exit_code == 0
+        assert data("convert", folder / "there.json", folder / "back.jsonl", "--to", "published").exit_code == 0
+        assert (folder / "back.jsonl").read_text() == path.read_text()
+
+
+def test_convert_fills_in_what_records_do_not_name(folder: Path) -> None:
+    path = write_lines(folder / "all.jsonl", [record("one"), record("two", organ="heart")])
+    data("convert", path, folder / "out.jsonl", "--to", "published", "--organ", "liver", "--language", "en")
+    written = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    assert [raw["organ"] for raw in written] == ["liver", "heart"]
+
+
+def test_a_broken_record_stops_a_conversion_and_leaves_nothing(folder: Path) -> None:
+    path = write_lines(folder / "all.jsonl", [record("one"), record("two", image=[])])
+    result = data("convert", path, folder / "out.jsonl")
+    assert result.exit_code == 2
+    assert "line 2" in result.stderr
+    assert not (folder / "out.jsonl").exists()
+    assert not list(folder.glob(".*"))
