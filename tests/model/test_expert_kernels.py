@@ -17,6 +17,9 @@ TRAINABLE = ("reference", "torch_grouped")
 
 
 def usable(name: str) -> bool:
+    # A build of torch for CUDA brings Triton along, with or without a GPU.
+    if name.startswith(("megablocks_", "triton_")) and not torch.cuda.is_available():
+        return False
     try:
         get_kernel(name)
     except ValueError:
