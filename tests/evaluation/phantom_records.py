@@ -71,7 +71,7 @@ def phantom_records(count: int, tasks: Sequence[str] = ("report", "diagnosis", "
 def write_phantoms(folder: Path, count: int, tasks: Sequence[str] = ("report", "diagnosis", "vqa")) -> Path:
     """A dataset with its images in a folder."""
     for number in range(count):
-        (folder / f"{number}.png").write_bytes(png(number % 250, (56, 56)))
+        (folder / f"{number}.png").write_bytes(png(1 + number % 250, (56, 56)))
     return write_lines(folder / "data.jsonl", phantom_records(count, tasks))
 
 
