@@ -1,0 +1,146 @@
+"""The loss of a training step, as a module that transformers' `Trainer` can train."""
+
+# transformers leaves most of its methods untyped.
+# mypy: disable-error-code="no-untyped-call"
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
+from echovlm_ray.training.balancing import RoutingCounts, sequence_balancing_loss
+from echovlm_ray.training.encode import IGNORED
+
+_PICTURES = ("pixel_values", "pixel_values_videos")
+
+
+@dataclass(frozen=True, slots=True)
+class StepTotals:
+    """Over all micro-batches and all workers of one optimizer step; a loss that is divided by them adds up.
+
+    Attributes:
+        target_weight: the sum of all targets' weights.
+        sequences: how many examples there are.
+    """
+
+    target_weight: float
+    sequences: int
+
+
+class TrainingObjective(nn.Module):
+    """Cross entropy of the answers' tokens and the load-balancing loss.
+
+    Its state is what is trained and nothing else, under the modules' own names: what is frozen comes from where the
+    training started.
+
+    Attributes:
+        model: what is trained; adapters may have been put into it.
+        counts: what the gates did since the log was last written.
+    """
+
+    # Tells transformers' Trainer that the loss is normalised here.
+    accepts_loss_kwargs = True
+
+    def __init__(self, model: EchoVLMForConditionalGeneration, *, balancing: float) -> None:
+        """Takes the model and what the load-balancing loss is multiplied with before it joins the loss."""
+        super().__init__()
+        self.model = model
+        self.balancing = balancing
+        self.counts = RoutingCounts()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        targets: torch.Tensor,
+        target_weights: torch.Tensor,
+        totals: StepTotals | None = None,
+        **inputs: Any,
+    ) -> dict[str, torch.Tensor]:
+        """This micro-batch's part of the step's loss.
+
+        Args:
+            input_ids: batch × tokens.
+            attention_mask: batch × tokens, 0 at padding.
+            targets: batch × tokens, see `EncodedExample`.
+            target_weights: batch × tokens.
+            totals: of the whole step; None: this batch is the whole step.
+            inputs: positions, pictures, or embeddings of pictures.
+
+        Returns:
+            `loss`; and without gradients `answer_loss`, `balancing_loss` (both parts of it) and `logits`, one row for
+            each target.
+        """
+        if totals is None:
+            totals = StepTotals(float(target_weights.sum()), len(input_ids))
+        without_picture = not any(name in inputs for name in _PICTURES)
+        blank = self._blank_picture() if without_picture and self._learns_vision() else None
+        outputs = self.model.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
+            output_router_logits=True,
+            **inputs,
+        )
+        wanted = targets != IGNORED
+        # The head is computed where there is something to learn, not for prompts and padding.
+        logits_NV = self.model.lm_head(outputs.last_hidden_state[wanted])
+        loss_N = F.cross_entropy(logits_NV.float(), targets[wanted], reduction="none")
+        answer_loss = (loss_N * target_weights[wanted]).sum() / totals.target_weight
+        top_k = self.model.config.text_config.num_experts_per_tok
+        balancing_loss = sequence_balancing_loss(outputs.router_logits, top_k, attention_mask) / totals.sequences
+        loss = answer_loss + self.balancing * balancing_loss
+        if blank is not None:
+            loss = loss + blank
+        if self.training:
+            self.counts.add(outputs.router_logits, top_k, attention_mask)
+        return {
+            "loss": loss,
+            "answer_loss": answer_loss.detach(),
+            "balancing_loss": balancing_loss.detach(),
+            "logits": logits_NV.detach(),
+        }
+
+    def _learns_vision(self) -> bool:
+        visual = self.model.model.visual
+        return self.training and visual is not None and any(value.requires_grad for value in visual.parameters())
+
+    def _blank_picture(self) -> torch.Tensor:
+        """Zero, with (zero) gradients for the vision tower.
+
+        A worker whose batch shows no picture takes part in the exchange of gradients like any other; otherwise the
+        workers would wait for one another for ever.
+        """
+        visual = self.model.model.visual
+        assert visual is not None
+        merge = visual.config.spatial_merge_size
+        weight = visual.patch_embed.proj.weight
+        patches = torch.zeros(merge * merge, weight[0].numel(), device=weight.device)
+        grid = torch.tensor([[1, merge, merge]], device=weight.device)
+        pooled: torch.Tensor = visual(patches, grid_thw=grid).pooler_output
+        return pooled.float().sum() * 0.0
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The tensors that are trained, each once: tied weights have one name."""
+        whole = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        trained = {prefix + name for name, value in self.named_parameters() if value.requires_grad}
+        return type(whole)((name, value) for name, value in whole.items() if name in trained)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Takes a state that `state_dict` gave.
+
+        Raises:
+            ValueError: it has other tensors than those that are trained.
+        """
+        trained = {name for name, value in self.named_parameters() if value.requires_grad}
+        if differing := sorted(trained ^ state_dict.keys()):
+            raise ValueError(
+                f"the saved state and the recipe do not train the same tensors; {len(differing)} differ, first "
+                f"{differing[0]}: go on with the recipe and the start that the run began with"
+            )
+        return super().load_state_dict(state_dict, strict=False, assign=assign)

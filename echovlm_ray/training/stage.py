@@ -1,0 +1,253 @@
+"""Trains one stage: in this process, or as one of several workers that all call the same function."""
+
+# transformers leaves most of its methods untyped.
+# mypy: disable-error-code="no-untyped-call"
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainingArguments
+
+from echovlm_ray.config import Section
+from echovlm_ray.model.processing import EchoVLMProcessor
+from echovlm_ray.training.batches import Collator
+from echovlm_ray.training.encode import ExampleEncoder
+from echovlm_ray.training.errors import NotFiniteError, TrainingError, TrainingInterrupted
+from echovlm_ray.training.examples import ExampleSource
+from echovlm_ray.training.objective import TrainingObjective
+from echovlm_ray.training.parts import merge_adapters, prepare_stage
+from echovlm_ray.training.recipe import Recipe
+from echovlm_ray.training.reporting import CURVES_NAME, LOG_NAME, LogFile, ProgressBar, draw_curves
+from echovlm_ray.training.sources import DataFiles, open_sources
+from echovlm_ray.training.start import Start, save_model
+from echovlm_ray.training.state import last_checkpoint, step_of
+from echovlm_ray.training.stream import ExampleStream
+from echovlm_ray.training.trainer import Checkpointing, EchoVLMTrainer, FiniteGradients, Interruption
+from echovlm_ray.training.validation import Validation, ValidationResult, validate
+
+# Gives what is trained on, and what is measured on, if anything.
+OpenData = Callable[[], tuple[ExampleSource, ExampleSource | None]]
+
+MODEL_NAME = "model"
+RESULT_NAME = "result.json"
+
+
+class StageJob(Section):
+    """One stage of a run; plain data, so that it can be sent to workers.
+
+    Attributes:
+        folder: the stage's own: checkpoints, log and curves.
+        model: the folder to make for what was trained.
+        number: which stage of the recipe, from 0.
+        workers: how many processes train.
+        device: "cpu", "cuda", or "auto" for a GPU where there is one.
+        threads: torch's threads a process; None leaves them to torch.
+        quiet: whether to say nothing on the terminal.
+        resume: the command that goes on with the run, for messages.
+    """
+
+    folder: Path
+    model: Path
+    number: int
+    recipe: Recipe
+    start: Start
+    files: DataFiles
+    workers: int = 1
+    device: str = "auto"
+    threads: int | None = None
+    quiet: bool = False
+    resume: str = ""
+
+
+def train_stage(
+    job: StageJob, open_data: Callable[[], tuple[ExampleSource, ExampleSource | None]] | None = None
+) -> None:
+    """Trains from the start, or from the stage's last whole checkpoint; writes the model when it is done.
+
+    Args:
+        job: what to do.
+        open_data: gives what is trained and measured on in place of the job's files.
+
+    Raises:
+        TrainingInterrupted: Ctrl-C; the state was saved.
+        TrainingError: it cannot go on; the text says what was kept.
+        OSError: the disk is full; the last whole checkpoint was kept.
+    """
+    recipe, stage = job.recipe, job.recipe.stages[job.number]
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    data = recipe.data
+    train, held_out = (
+        open_data()
+        if open_data is not None
+        else open_sources(job.files, validation_share=data.validation_share, seed=recipe.seed)
+    )
+    steps = stage.steps or math.ceil(stage.epochs * len(train) / stage.batch_size)
+    processor = EchoVLMProcessor.from_pretrained(job.start.companions)
+    model = job.start.load(recipe)
+    prepare_stage(model, stage)
+    if recipe.activation_checkpointing:
+        # The reentrant kind runs the layers without gradients first, and the gates' logits would come out without any.
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    encoder = ExampleEncoder(
+        processor,
+        model.config,
+        max_tokens=data.max_tokens,
+        max_visual_tokens=data.max_visual_tokens,
+        emphasis_weight=recipe.loss.emphasis_weight,
+    )
+    stream = ExampleStream(
+        train,
+        encoder,
+        seed=recipe.seed,
+        length=steps * stage.batch_size,
+        skip_unusable=data.unusable == "skip",
+    )
+    objective = TrainingObjective(model, balancing=recipe.loss.balancing)
+    pad = model.config.text_config.pad_token_id
+    collator = Collator(0 if pad is None else pad)
+
+    def measure() -> ValidationResult:
+        assert held_out is not None
+        kept = ExampleStream(held_out, encoder, seed=recipe.seed, length=len(held_out))
+        return validate(
+            objective,
+            (kept[place] for place in range(len(kept))),
+            collator=collator,
+            batch_size=stage.micro_batch_size,
+            bfloat16=recipe.precision == "bfloat16",
+        )
+
+    bar = ProgressBar(stage.name, quiet=job.quiet)
+    interruption = Interruption()
+    trainer = EchoVLMTrainer(
+        model=objective,
+        args=_arguments(job, steps),
+        train_dataset=stream,
+        data_collator=collator,
+        seed=recipe.seed,
+        callbacks=[
+            FiniteGradients(),
+            interruption,
+            Checkpointing(recipe.keep),
+            LogFile(job.folder / LOG_NAME),
+            bar,
+        ],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if held_out is not None:
+        trainer.add_callback(Validation(trainer, measure, recipe.validate_every))
+    _run(job, trainer, interruption, bar)
+    if trainer.is_world_process_zero():
+        _finish(job, objective, steps, held_out, measure)
+    trainer.end()
+
+
+def _run(job: StageJob, trainer: EchoVLMTrainer, interruption: Interruption, bar: ProgressBar) -> None:
+    checkpoint = last_checkpoint(job.folder)
+    try:
+        with interruption.installed():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except NotFiniteError as error:
+        raise NotFiniteError(
+            f"{error}; {_kept(job)}. Lower learning_rate or max_grad_norm, or set precision to float32, and look at "
+            f"the records of that step. {_how_to_go_on(job)}"
+        ) from None
+    except (OSError, RuntimeError) as error:
+        # torch reports a full disk as a RuntimeError of its writer.
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or "a checkpoint could not be written; is the disk full?"
+        raise OSError(f"{job.folder}: {reason}; {_kept(job)}. {_how_to_go_on(job)}") from None
+    finally:
+        bar.close()
+        if trainer.is_world_process_zero():
+            draw_curves(job.folder / LOG_NAME, job.folder / CURVES_NAME, job.recipe.stages[job.number].name)
+    if trainer.failure is not None:
+        raise TrainingError(f"{trainer.failure}; {_kept(job)}. {_how_to_go_on(job)}")
+    if interruption.requested and trainer.state.global_step < trainer.state.max_steps:
+        raise TrainingInterrupted(f"Stopped; {_kept(job)}. {_how_to_go_on(job)}")
+
+
+def _kept(job: StageJob) -> str:
+    checkpoint = last_checkpoint(job.folder)
+    return "nothing had been saved yet" if checkpoint is None else f"the state after step {step_of(checkpoint)} is kept"
+
+
+def _how_to_go_on(job: StageJob) -> str:
+    return f"Go on with: {job.resume}" if job.resume else ""
+
+
+def _finish(
+    job: StageJob,
+    objective: TrainingObjective,
+    steps: int,
+    held_out: ExampleSource | None,
+    measure: Callable[[], ValidationResult],
+) -> None:
+    result: dict[str, float] = {"steps": steps}
+    if held_out is not None:
+        measured = measure()
+        result |= {
+            "eval_answer_loss": measured.answer_loss,
+            "eval_token_accuracy": measured.token_accuracy,
+            "eval_tokens": measured.tokens,
+        }
+    model = objective.model
+    if job.recipe.stages[job.number].adapters is not None:
+        merge_adapters(model)
+    last = job.number + 1 == len(job.recipe.stages)
+    dtype = torch.bfloat16 if last and job.recipe.weights == "bfloat16" else torch.float32
+    (job.folder / RESULT_NAME).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    save_model(model, job.start.companions, job.model, dtype=dtype)
+
+
+def _arguments(job: StageJob, steps: int) -> TrainingArguments:
+    recipe, stage = job.recipe, job.recipe.stages[job.number]
+    share, rest = divmod(stage.batch_size, stage.micro_batch_size * job.workers)
+    if rest:
+        raise TrainingError(
+            f"stage {stage.name}: batch_size {stage.batch_size} cannot be divided among {job.workers} workers with "
+            f"micro_batch_size {stage.micro_batch_size}: change one of the three"
+        )
+    schedules = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+    on_cpu = job.device == "cpu" or (job.device == "auto" and not torch.cuda.is_available())
+    several: dict[str, Any] = {}
+    if job.workers > 1:
+        several = {"ddp_find_unused_parameters": False, "ddp_backend": "gloo" if on_cpu else "nccl"}
+    if recipe.shard:
+        layers = ["EchoVLMDecoderLayer", "Qwen2VLVisionBlock"]
+        several |= {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": layers}}
+    return TrainingArguments(
+        output_dir=str(job.folder),
+        max_steps=steps,
+        per_device_train_batch_size=stage.micro_batch_size,
+        gradient_accumulation_steps=share,
+        learning_rate=stage.learning_rate,
+        lr_scheduler_type=schedules[stage.schedule],
+        warmup_steps=math.ceil(stage.warmup_share * steps),
+        weight_decay=stage.weight_decay,
+        adam_beta1=stage.betas[0],
+        adam_beta2=stage.betas[1],
+        max_grad_norm=stage.max_grad_norm,
+        optim="adamw_torch_fused",
+        bf16=recipe.precision == "bfloat16",
+        seed=recipe.seed,
+        logging_steps=recipe.log_every,
+        logging_nan_inf_filter=False,
+        logging_first_step=True,
+        save_strategy="steps",
+        save_steps=recipe.save_every,
+        # `Checkpointing` removes old ones: only what is known to be whole may take another's place.
+        save_total_limit=None,
+        report_to=recipe.tracker,
+        use_cpu=on_cpu,
+        dataloader_num_workers=recipe.data.workers,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        **several,
+    )

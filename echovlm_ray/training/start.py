@@ -1,0 +1,123 @@
+"""The model that a stage begins with, and the files that belong to it."""
+
+# transformers leaves most of its methods untyped.
+# mypy: disable-error-code="no-untyped-call"
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from echovlm_ray.checkpoint.atomic import new_folder
+from echovlm_ray.checkpoint.demo import demo_config
+from echovlm_ray.checkpoint.demo_tokenizer import special_token_ids, train_tokenizer, write_text_files
+from echovlm_ray.checkpoint.layout import InvalidCheckpointError, backbone_directory, is_split_folder
+from echovlm_ray.checkpoint.released import copy_companions
+from echovlm_ray.config import Section
+from echovlm_ray.model.configuration import EchoVLMConfig
+from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
+from echovlm_ray.training.recipe import Recipe, UpcyclingSection
+from echovlm_ray.training.upcycling import is_dense, upcycle
+
+
+class Start(Section):
+    """Where a run starts from.
+
+    Attributes:
+        kind: "fresh" (random weights), "dense" (a Qwen2-VL to be upcycled), "trained" (an EchoVLM) or "organ" (one
+            organ's model out of a split checkpoint).
+        folder: the checkpoint; of a fresh start the folder whose configuration, tokenizer and processor are used.
+        organ: with kind "organ", whose experts.
+    """
+
+    kind: Literal["fresh", "dense", "trained", "organ"]
+    folder: Path
+    organ: str | None = None
+
+    @property
+    def companions(self) -> Path:
+        """The folder with configuration, tokenizer and processor."""
+        return backbone_directory(self.folder) if self.kind == "organ" else self.folder
+
+    def load(self, recipe: Recipe) -> EchoVLMForConditionalGeneration:
+        """The model, in float32; the same call gives the same weights.
+
+        Raises:
+            InvalidCheckpointError: the folder does not hold what it must.
+        """
+        if self.kind == "dense":
+            return upcycle(self.folder, recipe.upcycling, seed=recipe.seed)
+        if self.kind == "fresh":
+            config = EchoVLMConfig.from_pretrained(self.folder)
+            torch.manual_seed(recipe.seed)
+            fresh: EchoVLMForConditionalGeneration = EchoVLMForConditionalGeneration._from_config(
+                config, dtype=torch.float32
+            )
+            return fresh
+        model: EchoVLMForConditionalGeneration = EchoVLMForConditionalGeneration.from_pretrained(
+            self.folder, organ=self.organ, dtype=torch.float32
+        )
+        return model
+
+
+def find_start(folder: Path, *, fresh: bool) -> Start:
+    """What a folder is to a training.
+
+    Raises:
+        InvalidCheckpointError: it is nothing that a training can start from.
+    """
+    if is_split_folder(folder):
+        raise InvalidCheckpointError(
+            f"{folder} is split: merge it first (`echoray checkpoint merge {folder} DST --organ ORGAN`), or train one "
+            "organ's experts (`echoray train expert`)"
+        )
+    if fresh:
+        if not (folder / "config.json").is_file():
+            raise InvalidCheckpointError(f"{folder} has no config.json")
+        return Start(kind="fresh", folder=folder)
+    return Start(kind="dense" if is_dense(folder) else "trained", folder=folder)
+
+
+def small_config(vocab_size: int, special_ids: dict[str, int], sizes: UpcyclingSection) -> dict[str, Any]:
+    """config.json of the smallest model that is known to learn phantoms: 3.7 million parameters."""
+    config = demo_config(vocab_size, special_ids)
+    config |= {
+        "hidden_size": 192,
+        "intermediate_size": 384,
+        "moe_intermediate_size": sizes.expert_size,
+        "num_attention_heads": 6,
+        "num_experts": sizes.num_experts,
+        "num_experts_per_tok": sizes.num_experts_per_tok,
+        "shared_expert_intermediate_size": sizes.shared_expert_size,
+        "tie_word_embeddings": True,
+        "vision_config": {**config["vision_config"], "embed_dim": 128, "hidden_size": 192},
+    }
+    return config
+
+
+def write_small_start(folder: Path, recipe: Recipe) -> Start:
+    """Makes the folder of a fresh start: a small configuration, and the demo's tokenizer and processor."""
+    with new_folder(folder) as partial:
+        tokenizer = train_tokenizer()
+        special_ids = special_token_ids(tokenizer)
+        config = small_config(tokenizer.get_vocab_size(), special_ids, recipe.upcycling)
+        write_text_files(partial, tokenizer)
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return Start(kind="fresh", folder=folder)
+
+
+def save_model(
+    model: EchoVLMForConditionalGeneration, companions: Path, destination: Path, *, dtype: torch.dtype
+) -> None:
+    """Writes a model in the released layout, with tokenizer and processor; it appears when it is complete.
+
+    Raises:
+        InvalidCheckpointError: the destination is taken.
+        OSError: the disk is full.
+    """
+    with new_folder(destination) as partial:
+        copy_companions(companions, partial)
+        saved = {name: value.detach().to(dtype) for name, value in model.state_dict().items()}
+        model.config.dtype = dtype
+        model.save_pretrained(partial, state_dict=saved)
