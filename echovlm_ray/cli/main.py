@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from echovlm_ray.cli import checkpoint, experts
+from echovlm_ray.cli import checkpoint, experts, train
 from echovlm_ray.cli.generate import generate, info
 from echovlm_ray.cli.serve import serve
 from echovlm_ray.cli.status import status
@@ -30,9 +30,10 @@ class _Commands(TyperGroup):
             package = (error.name or "").partition(".")[0]
             if not package or package in OWN_PACKAGES:
                 raise
+            extra = "train" if ctx.invoked_subcommand == "train" else "serve"
             typer.echo(
                 f"error: `echoray {ctx.invoked_subcommand}` needs {package}, which is not installed: "
-                "pip install 'echovlm-ray[serve]'",
+                f"pip install 'echovlm-ray[{extra}]'",
                 err=True,
             )
             raise typer.Exit(EXIT_FAILED) from None
@@ -52,6 +53,7 @@ app.command()(generate)
 app.command()(info)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(experts.app, name="experts")
+app.add_typer(train.app, name="train")
 
 
 def _print_version(wanted: bool) -> None:

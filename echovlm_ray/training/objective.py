@@ -143,4 +143,4 @@ class TrainingObjective(nn.Module):
                 f"the saved state and the recipe do not train the same tensors; {len(differing)} differ, first "
                 f"{differing[0]}: go on with the recipe and the start that the run began with"
             )
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
+        return super().load_state_dict({**super().state_dict(), **state_dict}, strict, assign)

@@ -24,7 +24,7 @@ from echovlm_ray.training.recipe import Recipe
 from echovlm_ray.training.reporting import CURVES_NAME, LOG_NAME, LogFile, ProgressBar, draw_curves
 from echovlm_ray.training.sources import DataFiles, open_sources
 from echovlm_ray.training.start import Start, save_model
-from echovlm_ray.training.state import last_checkpoint, step_of
+from echovlm_ray.training.state import last_checkpoint, remove_unfinished, step_of
 from echovlm_ray.training.stream import ExampleStream
 from echovlm_ray.training.trainer import Checkpointing, EchoVLMTrainer, FiniteGradients, Interruption
 from echovlm_ray.training.validation import Validation, ValidationResult, validate
@@ -74,8 +74,8 @@ def train_stage(
 
     Raises:
         TrainingInterrupted: Ctrl-C; the state was saved.
-        TrainingError: it cannot go on; the text says what was kept.
-        OSError: the disk is full; the last whole checkpoint was kept.
+        TrainingError: it cannot go on (a record is missing, the loss is not a number, the disk is full); the text says
+            what was kept.
     """
     recipe, stage = job.recipe, job.recipe.stages[job.number]
     if job.threads is not None:
@@ -149,6 +149,8 @@ def train_stage(
 
 def _run(job: StageJob, trainer: EchoVLMTrainer, interruption: Interruption, bar: ProgressBar) -> None:
     checkpoint = last_checkpoint(job.folder)
+    if trainer.is_world_process_zero():
+        remove_unfinished(job.folder)
     try:
         with interruption.installed():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -157,12 +159,14 @@ def _run(job: StageJob, trainer: EchoVLMTrainer, interruption: Interruption, bar
             f"{error}; {_kept(job)}. Lower learning_rate or max_grad_norm, or set precision to float32, and look at "
             f"the records of that step. {_how_to_go_on(job)}"
         ) from None
-    except (OSError, RuntimeError) as error:
-        # torch reports a full disk as a RuntimeError of its writer.
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+    except Exception as error:
+        # Whatever the writer of one of its files raised: a checkpoint that is not whole was being written.
+        if trainer.args.world_size > 1 or not remove_unfinished(job.folder):
             raise
-        reason = getattr(error, "strerror", None) or "a checkpoint could not be written; is the disk full?"
-        raise OSError(f"{job.folder}: {reason}; {_kept(job)}. {_how_to_go_on(job)}") from None
+        reason = getattr(error, "strerror", None) or "is the disk full?"
+        raise TrainingError(
+            f"{job.folder}: a checkpoint could not be written: {reason}; {_kept(job)}. {_how_to_go_on(job)}"
+        ) from None
     finally:
         bar.close()
         if trainer.is_world_process_zero():

@@ -118,6 +118,11 @@ def save_model(
     """
     with new_folder(destination) as partial:
         copy_companions(companions, partial)
-        saved = {name: value.detach().to(dtype) for name, value in model.state_dict().items()}
+        # Tied weights stay one tensor, or the file would hold them twice.
+        cast: dict[int, torch.Tensor] = {}
+        saved = {
+            name: cast.setdefault(value.data_ptr(), value.detach().to(dtype))
+            for name, value in model.state_dict().items()
+        }
         model.config.dtype = dtype
         model.save_pretrained(partial, state_dict=saved)

@@ -46,15 +46,20 @@ def last_checkpoint(folder: Path) -> Path | None:
     return next((path for path in reversed(_checkpoints(folder)) if is_complete(path)), None)
 
 
+def remove_unfinished(folder: Path) -> bool:
+    """Removes checkpoints that are not whole; returns whether there were any."""
+    unfinished = [path for path in _checkpoints(folder) if not is_complete(path)]
+    for path in unfinished:
+        shutil.rmtree(path, ignore_errors=True)
+    return bool(unfinished)
+
+
 def remove_old(folder: Path, keep: int) -> None:
-    """Removes all but the newest whole checkpoints, and those that are not whole."""
-    checkpoints = _checkpoints(folder)
-    whole = [path for path in checkpoints if is_complete(path)]
-    for path in checkpoints:
-        if path not in whole[-keep:]:
-            # The marker first: a folder that is half removed must not count.
-            (path / MARKER).unlink(missing_ok=True)
-            shutil.rmtree(path, ignore_errors=True)
+    """Removes all but the newest whole checkpoints."""
+    for path in [path for path in _checkpoints(folder) if is_complete(path)][:-keep]:
+        # The marker first: a folder that is half removed must not count.
+        (path / MARKER).unlink()
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def step_of(checkpoint: Path) -> int:

@@ -102,7 +102,7 @@ class EchoVLMTrainer(Trainer):
         outputs = model(**inputs, totals=totals)
         loss = outputs["loss"] * self.args.world_size if model.training else outputs["loss"]
         if not torch.isfinite(loss):
-            raise NotFiniteError(f"the loss of step {self.state.global_step + 1} is {float(loss)}")
+            raise NotFiniteError(f"the loss of step {self.state.global_step + 1} is {loss.item()}")
         if model.training:
             for name in ("answer_loss", "balancing_loss"):
                 self._parts.setdefault(name, []).append(float(outputs[name]))
