@@ -109,6 +109,81 @@ def model_command(
     typer.echo(f"Next: echoray checkpoint split {made} CHECKPOINT")
 
 
+@app.command("expert")
+def expert_command(
+    organ: Annotated[str | None, typer.Option(help="Whose experts, like breast.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="The split checkpoint: its backbone, and the organ's current bundle.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Start from this version. [default: the one that the checkpoint names]")
+    ] = None,
+    version: Annotated[str | None, typer.Option(help="The new bundle's version. [default: the next minor one]")] = None,
+    card: Annotated[
+        Path | None, typer.Option(help="A YAML file with what you say about the bundle: authors, license, data_source.")
+    ] = None,
+    data: Data = None,
+    images: Images = None,
+    validation: ValidationFiles = None,
+    output: Output = None,
+    recipe: Annotated[str, typer.Option(help="A YAML file, or one that comes with the project.")] = "expert",
+    settings: Settings = None,
+    resume: Resume = None,
+    workers: Workers = 1,
+    device: Device = "auto",
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """Trains one organ's experts and gate rows; everything else is frozen, so no other organ's answers change.
+
+    Pictures are encoded once and kept in the run's folder. The end is a bundle with prototype, self-test, metrics and a
+    summary of the data, and a model card beside it, ready to be pushed, staged and promoted. Ctrl-C saves and says how
+    to go on.
+
+    Example: `echoray train expert --organ breast --checkpoint checkpoints/demo --data breast.json --output runs/breast`
+
+    Example: `echoray train expert --resume runs/breast`
+
+    Then: `echoray experts verify runs/breast/breast-1.1.0 --checkpoint checkpoints/demo`
+    """
+    with training_errors():
+        from echovlm_ray.training.expert import next_version, require_experts_only, train_expert
+        from echovlm_ray.training.run import Run, begin_run, require_start
+        from echovlm_ray.training.start import Start, organ_bundle
+        from experts.manifest import check_version
+
+        _quiet_libraries()
+        if resume is None:
+            folder, files = _new_run(output, data, images, validation)
+            if organ is None or checkpoint is None:
+                fail("a new run needs --organ and --checkpoint", EXIT_INVALID)
+            chosen = _recipe(recipe, settings)
+            require_experts_only(chosen)
+            current = organ_bundle(checkpoint, organ, base).manifest.version
+            try:
+                made_version = check_version(version or next_version(current))
+            except ValueError as error:
+                fail(str(error), EXIT_INVALID)
+            run = Run(
+                kind="expert",
+                start=Start(kind="organ", folder=checkpoint, organ=organ, version=base),
+                files=files,
+                version=made_version,
+                card=card,
+            )
+            begin_run(folder, run, chosen)
+        else:
+            folder, run, chosen = _resumed(resume, "expert", data, output, settings)
+            require_start(run.start)
+        bundle, manifest = train_expert(
+            folder, run, chosen, workers=workers, device=device, threads=threads, quiet=quiet
+        )
+    for name, value in sorted(manifest.eval_metrics.items()):
+        typer.echo(f"{name}: {value:.4g}")
+    typer.echo(f"Packed {manifest.organ}@{manifest.version} into {bundle}: {manifest.digest}")
+    typer.echo(f"Next: echoray experts push {bundle}")
+
+
 @contextmanager
 def training_errors() -> Iterator[None]:
     """Turns what a user did, and what a disk does, into one text without a traceback."""

@@ -26,7 +26,8 @@ class Collator:
 
         Returns:
             `input_ids`, `attention_mask`, `targets`, `target_weights`: batch × tokens; `position_ids`: 3 × batch ×
-            tokens; with pictures `pixel_values` and `image_grid_thw`, `pixel_values_videos` and `video_grid_thw`.
+            tokens; with pictures `pixel_values` and `image_grid_thw`, `pixel_values_videos` and `video_grid_thw`,
+            or `picture_embeddings`: tokens of all pictures × hidden.
         """
         usable = [example for example in examples if isinstance(example, EncodedExample)]
         if len(usable) < len(examples):
@@ -53,4 +54,6 @@ class Collator:
             if items:
                 batch[values] = torch.from_numpy(np.concatenate([item.patches for item in items]))
                 batch[grid] = torch.tensor([item.grid for item in items])
+        if embeddings := [each.embeddings_VD for each in usable if each.embeddings_VD is not None]:
+            batch["picture_embeddings"] = torch.cat(embeddings)
         return batch

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from echovlm_ray.model.configuration import EchoVLMConfig
 from echovlm_ray.model.positions import mrope_positions
 from echovlm_ray.model.processing import TURN_END, EchoVLMProcessor, Picture, VisionPatches
-from echovlm_ray.training.examples import Example, ExampleError
+from echovlm_ray.training.examples import Example, ExampleError, ExampleSource
 
 # The target of a place that is not learnt, as torch's cross entropy has it.
 IGNORED = -100
@@ -24,13 +25,15 @@ class EncodedExample:
         weight_T: float32, how much each target counts; 0 where there is none.
         position_3T: int64, see `echovlm_ray.model.positions`.
         vision: the pictures' patches, in order.
+        embeddings_VD: float32, what the vision tower made of the pictures, in place of `vision`; None: not computed.
     """
 
     input_ids_T: torch.Tensor
     target_T: torch.Tensor
     weight_T: torch.Tensor
     position_3T: torch.Tensor
-    vision: tuple[VisionPatches, ...]
+    vision: tuple[VisionPatches, ...] = ()
+    embeddings_VD: torch.Tensor | None = None
 
     def __len__(self) -> int:
         """Tokens."""
@@ -147,3 +150,44 @@ class ExampleEncoder:
                         weights[token] = self._emphasis_weight
                 start = answer.find(word, start + len(word))
         return ids, weights
+
+
+class EncodedSource(Protocol):
+    """A data set whose examples come as tokens. Worker processes get a copy of it."""
+
+    def __len__(self) -> int:
+        """How many examples an epoch has."""
+        ...
+
+    def encoded(self, index: int, epoch: int) -> EncodedExample:
+        """One example.
+
+        Raises:
+            ExampleError: it cannot be used.
+        """
+        ...
+
+    def place(self, index: int) -> str:
+        """See `ExampleSource.place`."""
+        ...
+
+
+class FreshlyEncoded:
+    """Encodes the examples of a source each time they are asked for; an `EncodedSource`."""
+
+    def __init__(self, source: ExampleSource, encoder: ExampleEncoder) -> None:
+        """Takes the data and what makes tokens of it."""
+        self._source = source
+        self._encoder = encoder
+
+    def __len__(self) -> int:
+        """How many examples an epoch has."""
+        return len(self._source)
+
+    def encoded(self, index: int, epoch: int) -> EncodedExample:
+        """See `EncodedSource.encoded`."""
+        return self._encoder.encode(self._source.example(index, epoch))
+
+    def place(self, index: int) -> str:
+        """See `ExampleSource.place`."""
+        return self._source.place(index)

@@ -59,6 +59,7 @@ class TrainingObjective(nn.Module):
         targets: torch.Tensor,
         target_weights: torch.Tensor,
         totals: StepTotals | None = None,
+        picture_embeddings: torch.Tensor | None = None,
         **inputs: Any,
     ) -> dict[str, torch.Tensor]:
         """This micro-batch's part of the step's loss.
@@ -69,7 +70,8 @@ class TrainingObjective(nn.Module):
             targets: batch × tokens, see `EncodedExample`.
             target_weights: batch × tokens.
             totals: of the whole step; None: this batch is the whole step.
-            inputs: positions, pictures, or embeddings of pictures.
+            picture_embeddings: tokens of all pictures × hidden, what the vision tower made of them beforehand.
+            inputs: positions, and pictures.
 
         Returns:
             `loss`; and without gradients `answer_loss`, `balancing_loss` (both parts of it) and `logits`, one row for
@@ -79,8 +81,11 @@ class TrainingObjective(nn.Module):
             totals = StepTotals(float(target_weights.sum()), len(input_ids))
         without_picture = not any(name in inputs for name in _PICTURES)
         blank = self._blank_picture() if without_picture and self._learns_vision() else None
+        if picture_embeddings is None:
+            inputs["input_ids"] = input_ids
+        else:
+            inputs["inputs_embeds"] = self._with_pictures(input_ids, picture_embeddings)
         outputs = self.model.model(
-            input_ids=input_ids,
             attention_mask=attention_mask,
             use_cache=False,
             output_router_logits=True,
@@ -104,6 +109,12 @@ class TrainingObjective(nn.Module):
             "balancing_loss": balancing_loss.detach(),
             "logits": logits_NV.detach(),
         }
+
+    def _with_pictures(self, input_ids: torch.Tensor, picture_embeddings: torch.Tensor) -> torch.Tensor:
+        config = self.model.config
+        embeddings = self.model.model.language_model.embed_tokens(input_ids)
+        places = (input_ids == config.image_token_id) | (input_ids == config.video_token_id)
+        return embeddings.masked_scatter(places[..., None], picture_embeddings.to(embeddings.dtype))
 
     def _learns_vision(self) -> bool:
         visual = self.model.model.visual

@@ -17,6 +17,8 @@ from echovlm_ray.training.start import Start
 
 RUN_NAME = "run.json"
 RECIPE_NAME = "recipe.yaml"
+# Where a run of kind "expert" keeps its examples with their pictures' embeddings.
+CACHE_NAME = "cache"
 
 
 class Run(Section):
@@ -26,8 +28,9 @@ class Run(Section):
     kind: Literal["model", "expert"]
     start: Start
     files: DataFiles
-    # With kind "expert": the version of the bundle to make.
+    # With kind "expert": the version of the bundle to make, and a file with what its maker says about it.
     version: str | None = None
+    card: Path | None = None
 
 
 def begin_run(folder: Path, run: Run, recipe: Recipe) -> None:
@@ -115,6 +118,8 @@ def train_stages(
                 threads=threads,
                 quiet=quiet,
                 resume=f"echoray train {run.kind} --resume {folder}",
+                cache=folder.absolute() / CACHE_NAME if run.kind == "expert" else None,
+                experts_only=run.kind == "expert",
             )
             if workers == 1:
                 train(job)

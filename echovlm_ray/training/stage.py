@@ -13,24 +13,22 @@ import torch
 from transformers import PrinterCallback, TrainingArguments
 
 from echovlm_ray.config import Section
+from echovlm_ray.model.configuration import EchoVLMConfig
 from echovlm_ray.model.processing import EchoVLMProcessor
 from echovlm_ray.training.batches import Collator
-from echovlm_ray.training.encode import ExampleEncoder
+from echovlm_ray.training.encode import EncodedSource, ExampleEncoder, FreshlyEncoded
 from echovlm_ray.training.errors import NotFiniteError, TrainingError, TrainingInterrupted
-from echovlm_ray.training.examples import ExampleSource
+from echovlm_ray.training.kept_examples import KeptExamples
 from echovlm_ray.training.objective import TrainingObjective
 from echovlm_ray.training.parts import merge_adapters, prepare_stage
 from echovlm_ray.training.recipe import Recipe
 from echovlm_ray.training.reporting import CURVES_NAME, LOG_NAME, LogFile, ProgressBar, draw_curves
 from echovlm_ray.training.sources import DataFiles, open_sources
-from echovlm_ray.training.start import Start, save_model
+from echovlm_ray.training.start import Start, save_experts, save_model
 from echovlm_ray.training.state import last_checkpoint, remove_unfinished, step_of
 from echovlm_ray.training.stream import ExampleStream
 from echovlm_ray.training.trainer import Checkpointing, EchoVLMTrainer, FiniteGradients, Interruption
 from echovlm_ray.training.validation import Validation, ValidationResult, validate
-
-# Gives what is trained on, and what is measured on, if anything.
-OpenData = Callable[[], tuple[ExampleSource, ExampleSource | None]]
 
 MODEL_NAME = "model"
 RESULT_NAME = "result.json"
@@ -48,6 +46,8 @@ class StageJob(Section):
         threads: torch's threads a process; None leaves them to torch.
         quiet: whether to say nothing on the terminal.
         resume: the command that goes on with the run, for messages.
+        cache: where examples were kept with their pictures' embeddings, see `echovlm_ray.training.kept_examples`.
+        experts_only: write the experts and gates alone, as `echoray experts pack` takes them.
     """
 
     folder: Path
@@ -61,16 +61,12 @@ class StageJob(Section):
     threads: int | None = None
     quiet: bool = False
     resume: str = ""
+    cache: Path | None = None
+    experts_only: bool = False
 
 
-def train_stage(
-    job: StageJob, open_data: Callable[[], tuple[ExampleSource, ExampleSource | None]] | None = None
-) -> None:
+def train_stage(job: StageJob) -> None:
     """Trains from the start, or from the stage's last whole checkpoint; writes the model when it is done.
-
-    Args:
-        job: what to do.
-        open_data: gives what is trained and measured on in place of the job's files.
 
     Raises:
         TrainingInterrupted: Ctrl-C; the state was saved.
@@ -81,28 +77,15 @@ def train_stage(
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     data = recipe.data
-    train, held_out = (
-        open_data()
-        if open_data is not None
-        else open_sources(job.files, validation_share=data.validation_share, seed=recipe.seed)
-    )
-    steps = stage.steps or math.ceil(stage.epochs * len(train) / stage.batch_size)
-    processor = EchoVLMProcessor.from_pretrained(job.start.companions)
     model = job.start.load(recipe)
     prepare_stage(model, stage)
     if recipe.activation_checkpointing:
         # The reentrant kind runs the layers without gradients first, and the gates' logits would come out without any.
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    encoder = ExampleEncoder(
-        processor,
-        model.config,
-        max_tokens=data.max_tokens,
-        max_visual_tokens=data.max_visual_tokens,
-        emphasis_weight=recipe.loss.emphasis_weight,
-    )
+    train, held_out = open_encoded(job, model.config)
+    steps = stage.steps or math.ceil(stage.epochs * len(train) / stage.batch_size)
     stream = ExampleStream(
         train,
-        encoder,
         seed=recipe.seed,
         length=steps * stage.batch_size,
         skip_unusable=data.unusable == "skip",
@@ -113,10 +96,9 @@ def train_stage(
 
     def measure() -> ValidationResult:
         assert held_out is not None
-        kept = ExampleStream(held_out, encoder, seed=recipe.seed, length=len(held_out))
         return validate(
             objective,
-            (kept[place] for place in range(len(kept))),
+            held_out,
             collator=collator,
             batch_size=stage.micro_batch_size,
             bfloat16=recipe.precision == "bfloat16",
@@ -145,6 +127,31 @@ def train_stage(
     if trainer.is_world_process_zero():
         _finish(job, objective, steps, held_out, measure)
     trainer.end()
+
+
+def open_encoded(job: StageJob, config: EchoVLMConfig) -> tuple[EncodedSource, EncodedSource | None]:
+    """What is trained on, and what is measured on, if anything; embeddings are taken where they were kept.
+
+    Raises:
+        ExampleError: a file cannot be read.
+    """
+    data = job.recipe.data
+    encoder = ExampleEncoder(
+        EchoVLMProcessor.from_pretrained(job.start.companions),
+        config,
+        max_tokens=data.max_tokens,
+        max_visual_tokens=data.max_visual_tokens,
+        emphasis_weight=job.recipe.loss.emphasis_weight,
+    )
+    sources = open_sources(job.files, validation_share=data.validation_share, seed=job.recipe.seed)
+    opened: list[EncodedSource | None] = []
+    for name, source in zip(("train", "validation"), sources, strict=True):
+        fresh = None if source is None else FreshlyEncoded(source, encoder)
+        kept = fresh is not None and job.cache is not None
+        opened.append(KeptExamples(fresh, job.cache / name) if kept and fresh and job.cache else fresh)
+    train, held_out = opened
+    assert train is not None
+    return train, held_out
 
 
 def _run(job: StageJob, trainer: EchoVLMTrainer, interruption: Interruption, bar: ProgressBar) -> None:
@@ -190,7 +197,7 @@ def _finish(
     job: StageJob,
     objective: TrainingObjective,
     steps: int,
-    held_out: ExampleSource | None,
+    held_out: EncodedSource | None,
     measure: Callable[[], ValidationResult],
 ) -> None:
     result: dict[str, float] = {"steps": steps}
@@ -206,18 +213,31 @@ def _finish(
         merge_adapters(model)
     last = job.number + 1 == len(job.recipe.stages)
     dtype = torch.bfloat16 if last and job.recipe.weights == "bfloat16" else torch.float32
+    if job.experts_only:
+        save_experts(model, job.model)
+    else:
+        save_model(model, job.start.companions, job.model, dtype=dtype)
     (job.folder / RESULT_NAME).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    save_model(model, job.start.companions, job.model, dtype=dtype)
 
 
-def _arguments(job: StageJob, steps: int) -> TrainingArguments:
-    recipe, stage = job.recipe, job.recipe.stages[job.number]
+def micro_batches(job: StageJob) -> int:
+    """How many micro-batches each worker has in a step.
+
+    Raises:
+        TrainingError: a batch cannot be divided like that.
+    """
+    stage = job.recipe.stages[job.number]
     share, rest = divmod(stage.batch_size, stage.micro_batch_size * job.workers)
     if rest:
         raise TrainingError(
             f"stage {stage.name}: batch_size {stage.batch_size} cannot be divided among {job.workers} workers with "
             f"micro_batch_size {stage.micro_batch_size}: change one of the three"
         )
+    return share
+
+
+def _arguments(job: StageJob, steps: int) -> TrainingArguments:
+    recipe, stage = job.recipe, job.recipe.stages[job.number]
     schedules = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
     on_cpu = job.device == "cpu" or (job.device == "auto" and not torch.cuda.is_available())
     several: dict[str, Any] = {}
@@ -230,7 +250,7 @@ def _arguments(job: StageJob, steps: int) -> TrainingArguments:
         output_dir=str(job.folder),
         max_steps=steps,
         per_device_train_batch_size=stage.micro_batch_size,
-        gradient_accumulation_steps=share,
+        gradient_accumulation_steps=micro_batches(job),
         learning_rate=stage.learning_rate,
         lr_scheduler_type=schedules[stage.schedule],
         warmup_steps=math.ceil(stage.warmup_share * steps),

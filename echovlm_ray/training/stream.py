@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
-from echovlm_ray.training.encode import EncodedExample, ExampleEncoder
-from echovlm_ray.training.examples import ExampleError, ExampleSource
+from echovlm_ray.training.encode import EncodedExample, EncodedSource
+from echovlm_ray.training.examples import ExampleError
 
 
 @lru_cache(maxsize=2)
@@ -31,20 +31,16 @@ class UnusableExample:
 class ExampleStream(Dataset[EncodedExample | UnusableExample]):
     """A data set for torch's `DataLoader`, read from the first place to the last."""
 
-    def __init__(
-        self, source: ExampleSource, encoder: ExampleEncoder, *, seed: int, length: int, skip_unusable: bool = False
-    ) -> None:
+    def __init__(self, source: EncodedSource, *, seed: int, length: int, skip_unusable: bool = False) -> None:
         """Takes the data.
 
         Args:
             source: the examples.
-            encoder: makes tokens of them.
             seed: decides the order.
             length: how many places the whole run has; epochs follow one another.
             skip_unusable: take the next example of the source for one that cannot be used.
         """
         self._source = source
-        self._encoder = encoder
         self._seed = seed
         self._length = length
         self._skip_unusable = skip_unusable
@@ -68,7 +64,7 @@ class ExampleStream(Dataset[EncodedExample | UnusableExample]):
         for ahead in range(size if self._skip_unusable else 1):
             index = (first + ahead) % size
             try:
-                return self._encoder.encode(self._source.example(index, epoch))
+                return self._source.encoded(index, epoch)
             except ExampleError as error:
                 where = self._source.place(index)
                 text = str(error)

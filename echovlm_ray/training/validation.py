@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from echovlm_ray.training.batches import UNUSABLE, Collator
-from echovlm_ray.training.encode import EncodedExample
+from echovlm_ray.training.batches import Collator
+from echovlm_ray.training.encode import EncodedSource
 from echovlm_ray.training.errors import TrainingError
+from echovlm_ray.training.examples import ExampleError
 from echovlm_ray.training.objective import TrainingObjective
-from echovlm_ray.training.stream import UnusableExample
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class ValidationResult:
 
 def validate(
     objective: TrainingObjective,
-    examples: "Iterator[EncodedExample | UnusableExample]",
+    source: EncodedSource,
     *,
     collator: Collator,
     batch_size: int,
@@ -47,7 +47,7 @@ def validate(
     objective.eval()
     loss, right, tokens = 0.0, 0, 0
     try:
-        for batch in _batches(examples, collator, batch_size):
+        for batch in _batches(source, collator, batch_size):
             inputs = {name: value.to(device) for name, value in batch.items()}
             wanted = inputs["target_weights"] > 0
             inputs["target_weights"] = wanted.float()
@@ -62,23 +62,17 @@ def validate(
     return ValidationResult(loss / tokens, right / tokens, tokens)
 
 
-def _batches(
-    examples: "Iterator[EncodedExample | UnusableExample]", collator: Collator, batch_size: int
-) -> Iterator[dict[str, Any]]:
-    rows: list[EncodedExample | UnusableExample] = []
-    for example in examples:
-        rows.append(example)
-        if len(rows) == batch_size:
-            yield _checked(collator(rows))
-            rows = []
-    if rows:
-        yield _checked(collator(rows))
-
-
-def _checked(batch: dict[str, Any]) -> dict[str, Any]:
-    if UNUSABLE in batch:
-        raise TrainingError(f"{batch[UNUSABLE]}. Mend the record, or leave it out of what is measured on")
-    return batch
+def _batches(source: EncodedSource, collator: Collator, batch_size: int) -> Iterator[dict[str, Any]]:
+    for first in range(0, len(source), batch_size):
+        rows = []
+        for index in range(first, min(first + batch_size, len(source))):
+            try:
+                rows.append(source.encoded(index, 0))
+            except ExampleError as error:
+                raise TrainingError(
+                    f"{error}. Mend {source.place(index)}, or leave it out of what is measured on"
+                ) from None
+        yield collator(rows)
 
 
 class Validation(TrainerCallback):

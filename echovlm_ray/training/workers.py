@@ -1,9 +1,10 @@
 """Several workers through Ray Train: each runs `train_stage`, and their gradients are averaged."""
 
+import os
 from typing import Any
 
 from echovlm_ray.training.errors import TrainingError
-from echovlm_ray.training.stage import StageJob, train_stage
+from echovlm_ray.training.stage import StageJob, micro_batches, train_stage
 
 
 def train_on_ray(job: StageJob) -> None:
@@ -12,15 +13,23 @@ def train_on_ray(job: StageJob) -> None:
     The folders of the job must be the same for all of them: with several machines, on storage that they share.
 
     Raises:
-        TrainingError: a worker failed; its own text is in the message.
+        TrainingError: there are fewer processors than workers, or a worker failed; its own text is in the message.
     """
     import ray
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    micro_batches(job)
     on_gpu = job.device == "cuda"
     if not ray.is_initialized():
         ray.init(log_to_driver=not job.quiet, include_dashboard=False)
+    kind = "GPU" if on_gpu else "CPU"
+    there = int(ray.cluster_resources().get(kind, 0))
+    # A cluster that grows on demand may have none yet.
+    if "RAY_ADDRESS" not in os.environ and there < job.workers:
+        raise TrainingError(
+            f"{job.workers} workers need a {kind} each and there are {there}: give --workers {there or 1}"
+        )
     trainer = TorchTrainer(
         _work,
         train_loop_config={"job": job.model_dump_json()},

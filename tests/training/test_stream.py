@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from echovlm_ray.training.batches import UNUSABLE
+from echovlm_ray.training.encode import FreshlyEncoded
 from echovlm_ray.training.records import RecordFile
 from echovlm_ray.training.stream import ExampleStream, UnusableExample, epoch_order
 from tests.training.support import collator_of, encoder_of, write_records
@@ -15,7 +16,8 @@ from tests.training.support import collator_of, encoder_of, write_records
 
 def stream_of(start: Path, records: Path, **options: object) -> ExampleStream:
     source = RecordFile(records)
-    return ExampleStream(source, encoder_of(start), seed=3, length=3 * len(source), **options)  # type: ignore[arg-type]
+    encoded = FreshlyEncoded(source, encoder_of(start))
+    return ExampleStream(encoded, seed=3, length=3 * len(source), **options)  # type: ignore[arg-type]
 
 
 def test_each_epoch_has_every_example_once_in_an_order_of_its_own() -> None:
