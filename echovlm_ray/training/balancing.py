@@ -11,7 +11,7 @@ DEAD_SHARE = 0.01
 
 
 def sequence_balancing_loss(
-    router_logits: Sequence[torch.Tensor], top_k: int, attention_mask_BT: torch.Tensor
+    router_logits: Sequence[torch.Tensor], top_k: int, sequence_lengths_B: torch.Tensor
 ) -> torch.Tensor:
     """`E · Σ_e f_e · p_e` of the Switch Transformer (arXiv 2101.03961), for each layer and sequence by itself.
 
@@ -19,22 +19,22 @@ def sequence_balancing_loss(
     four, and two workers others than one. For each sequence (as in DeepSeek-V3, arXiv 2412.19437, section 2.1.2) it is.
 
     Args:
-        router_logits: per layer batch·tokens × experts, before the softmax.
+        router_logits: per layer tokens × experts, before the softmax; the sequences' tokens one after the other, and no
+            padding.
         top_k: how many experts a token gets.
-        attention_mask_BT: batch × tokens, 0 at padding, which does not count.
+        sequence_lengths_B: how many tokens each sequence has, int64.
 
     Returns:
         The sum over sequences of the mean over layers: a scalar in float32, `top_k` a sequence when tokens are spread
         evenly, with gradients through p.
     """
-    logits_LBTE = torch.stack([logits.float().view(*attention_mask_BT.shape, -1) for logits in router_logits])
-    probability_LBTE = F.softmax(logits_LBTE, dim=-1)
-    chosen_LBTE = _chosen(probability_LBTE, top_k)
-    mask_BT1 = attention_mask_BT[..., None].float()
-    tokens_B1 = mask_BT1.sum(dim=1)
-    chosen_LBE = (chosen_LBTE * mask_BT1).sum(dim=2) / tokens_B1
-    mean_LBE = (probability_LBTE * mask_BT1).sum(dim=2) / tokens_B1
-    return logits_LBTE.shape[-1] * (chosen_LBE * mean_LBE).sum(dim=-1).mean(dim=0).sum()
+    probability_LTE = F.softmax(torch.stack([logits.float() for logits in router_logits]), dim=-1)
+    layers, _, num_experts = probability_LTE.shape
+    sequence_T = torch.repeat_interleave(sequence_lengths_B)
+    sums = torch.zeros(layers, len(sequence_lengths_B), num_experts, device=probability_LTE.device)
+    chosen_LBE = sums.index_add(1, sequence_T, _chosen(probability_LTE, top_k)) / sequence_lengths_B[:, None]
+    mean_LBE = sums.index_add(1, sequence_T, probability_LTE) / sequence_lengths_B[:, None]
+    return num_experts * (chosen_LBE * mean_LBE).sum(dim=-1).mean(dim=0).sum()
 
 
 def _chosen(probability: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -57,16 +57,15 @@ class RoutingCounts:
     tokens: int = 0
 
     @torch.no_grad()
-    def add(self, router_logits: Sequence[torch.Tensor], top_k: int, attention_mask_BT: torch.Tensor) -> None:
-        """Counts one forward pass; padding does not count."""
-        kept = attention_mask_BT.reshape(-1).bool()
-        logits_LNE = torch.stack([logits.detach().float()[kept] for logits in router_logits])
+    def add(self, router_logits: Sequence[torch.Tensor], top_k: int) -> None:
+        """Counts one forward pass, which has no padding."""
+        logits_LNE = torch.stack([logits.detach().float() for logits in router_logits])
         log_LNE = F.log_softmax(logits_LNE, dim=-1)
         entropy_L = -(log_LNE.exp() * log_LNE).sum(dim=(1, 2))
         chosen_LE = _chosen(log_LNE, top_k).sum(dim=1)
         self.chosen_LE = chosen_LE if self.chosen_LE is None else self.chosen_LE + chosen_LE
         self.entropy_L = entropy_L if self.entropy_L is None else self.entropy_L + entropy_L
-        self.tokens += int(kept.sum())
+        self.tokens += logits_LNE.shape[1]
 
     def take(self) -> dict[str, float]:
         """Numbers for the log, and back to nothing.

@@ -14,7 +14,6 @@ from echovlm_ray.checkpoint.layout import backbone_directory
 from echovlm_ray.checkpoint.pack import PackOptions, pack
 from echovlm_ray.model.checkpoint import load_vision_tower
 from echovlm_ray.model.configuration import EchoVLMConfig
-from echovlm_ray.training.batches import Collator
 from echovlm_ray.training.encode import IGNORED
 from echovlm_ray.training.errors import TrainingError
 from echovlm_ray.training.examples import ExampleError
@@ -186,11 +185,9 @@ def _keep_examples(folder: Path, run: Run, recipe: Recipe, quiet: bool) -> tuple
 
 def _measure(run: Run, recipe: Recipe, held_out: KeptExamples) -> ValidationResult:
     model = run.start.load(recipe)
-    pad = model.config.text_config.pad_token_id
     return validate(
         TrainingObjective(model, balancing=0.0),
         held_out,
-        collator=Collator(0 if pad is None else pad),
         batch_size=recipe.stages[0].micro_batch_size,
         bfloat16=recipe.precision == "bfloat16",
     )

@@ -14,6 +14,7 @@ from torch import nn
 from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
 from echovlm_ray.training.balancing import RoutingCounts, sequence_balancing_loss
 from echovlm_ray.training.encode import IGNORED
+from echovlm_ray.training.packed_attention import attend_for_training
 
 _PICTURES = ("pixel_values", "pixel_values_videos")
 
@@ -49,13 +50,14 @@ class TrainingObjective(nn.Module):
         """Takes the model and what the load-balancing loss is multiplied with before it joins the loss."""
         super().__init__()
         self.model = model
+        attend_for_training(model)
         self.balancing = balancing
         self.counts = RoutingCounts()
 
     def forward(
         self,
         input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
+        sequence_lengths: torch.Tensor,
         targets: torch.Tensor,
         target_weights: torch.Tensor,
         totals: StepTotals | None = None,
@@ -65,10 +67,10 @@ class TrainingObjective(nn.Module):
         """This micro-batch's part of the step's loss.
 
         Args:
-            input_ids: batch × tokens.
-            attention_mask: batch × tokens, 0 at padding.
-            targets: batch × tokens, see `EncodedExample`.
-            target_weights: batch × tokens.
+            input_ids: 1 × tokens of all examples, see `echovlm_ray.training.batches.collate`.
+            sequence_lengths: examples, int64.
+            targets: 1 × tokens, see `EncodedExample`.
+            target_weights: 1 × tokens.
             totals: of the whole step; None: this batch is the whole step.
             picture_embeddings: tokens of all pictures × hidden, what the vision tower made of them beforehand.
             inputs: positions, and pictures.
@@ -78,7 +80,7 @@ class TrainingObjective(nn.Module):
             each target.
         """
         if totals is None:
-            totals = StepTotals(float(target_weights.sum()), len(input_ids))
+            totals = StepTotals(float(target_weights.sum()), len(sequence_lengths))
         without_picture = not any(name in inputs for name in _PICTURES)
         blank = self._blank_picture() if without_picture and self._learns_vision() else None
         if picture_embeddings is None:
@@ -86,23 +88,24 @@ class TrainingObjective(nn.Module):
         else:
             inputs["inputs_embeds"] = self._with_pictures(input_ids, picture_embeddings)
         outputs = self.model.model(
-            attention_mask=attention_mask,
+            sequence_lengths=tuple(sequence_lengths.tolist()),
             use_cache=False,
             output_router_logits=True,
             **inputs,
         )
         wanted = targets != IGNORED
-        # The head is computed where there is something to learn, not for prompts and padding.
+        # The head is computed where there is something to learn, not for prompts.
         logits_NV = self.model.lm_head(outputs.last_hidden_state[wanted])
         loss_N = F.cross_entropy(logits_NV.float(), targets[wanted], reduction="none")
         answer_loss = (loss_N * target_weights[wanted]).sum() / totals.target_weight
         top_k = self.model.config.text_config.num_experts_per_tok
-        balancing_loss = sequence_balancing_loss(outputs.router_logits, top_k, attention_mask) / totals.sequences
+        balancing_loss = sequence_balancing_loss(outputs.router_logits, top_k, sequence_lengths)
+        balancing_loss = balancing_loss / totals.sequences
         loss = answer_loss + self.balancing * balancing_loss
         if blank is not None:
             loss = loss + blank
         if self.training:
-            self.counts.add(outputs.router_logits, top_k, attention_mask)
+            self.counts.add(outputs.router_logits, top_k)
         return {
             "loss": loss,
             "answer_loss": answer_loss.detach(),

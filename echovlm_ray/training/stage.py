@@ -15,7 +15,7 @@ from transformers import PrinterCallback, TrainingArguments
 from echovlm_ray.config import Section
 from echovlm_ray.model.configuration import EchoVLMConfig
 from echovlm_ray.model.processing import EchoVLMProcessor
-from echovlm_ray.training.batches import Collator
+from echovlm_ray.training.batches import collate
 from echovlm_ray.training.encode import EncodedSource, ExampleEncoder, FreshlyEncoded
 from echovlm_ray.training.errors import NotFiniteError, TrainingError, TrainingInterrupted
 from echovlm_ray.training.kept_examples import KeptExamples
@@ -91,15 +91,12 @@ def train_stage(job: StageJob) -> None:
         skip_unusable=data.unusable == "skip",
     )
     objective = TrainingObjective(model, balancing=recipe.loss.balancing)
-    pad = model.config.text_config.pad_token_id
-    collator = Collator(0 if pad is None else pad)
 
     def measure() -> ValidationResult:
         assert held_out is not None
         return validate(
             objective,
             held_out,
-            collator=collator,
             batch_size=stage.micro_batch_size,
             bfloat16=recipe.precision == "bfloat16",
         )
@@ -110,7 +107,7 @@ def train_stage(job: StageJob) -> None:
         model=objective,
         args=_arguments(job, steps),
         train_dataset=stream,
-        data_collator=collator,
+        data_collator=collate,
         seed=recipe.seed,
         callbacks=[
             FiniteGradients(),

@@ -78,7 +78,7 @@ class EchoVLMTrainer(Trainer):
         totals = torch.tensor(
             [
                 sum(float(batch["target_weights"].double().sum()) for batch in batches),
-                float(sum(len(batch["input_ids"]) for batch in batches)),
+                float(sum(len(batch["sequence_lengths"]) for batch in batches)),
             ],
             dtype=torch.float64,
         ).to(device)

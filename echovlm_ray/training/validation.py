@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from echovlm_ray.training.batches import Collator
+from echovlm_ray.training.batches import collate
 from echovlm_ray.training.encode import EncodedSource
 from echovlm_ray.training.errors import TrainingError
 from echovlm_ray.training.examples import ExampleError
@@ -33,7 +33,6 @@ def validate(
     objective: TrainingObjective,
     source: EncodedSource,
     *,
-    collator: Collator,
     batch_size: int,
     bfloat16: bool,
 ) -> ValidationResult:
@@ -47,7 +46,7 @@ def validate(
     objective.eval()
     loss, right, tokens = 0.0, 0, 0
     try:
-        for batch in _batches(source, collator, batch_size):
+        for batch in _batches(source, batch_size):
             inputs = {name: value.to(device) for name, value in batch.items()}
             wanted = inputs["target_weights"] > 0
             inputs["target_weights"] = wanted.float()
@@ -62,7 +61,7 @@ def validate(
     return ValidationResult(loss / tokens, right / tokens, tokens)
 
 
-def _batches(source: EncodedSource, collator: Collator, batch_size: int) -> Iterator[dict[str, Any]]:
+def _batches(source: EncodedSource, batch_size: int) -> Iterator[dict[str, Any]]:
     for first in range(0, len(source), batch_size):
         rows = []
         for index in range(first, min(first + batch_size, len(source))):
@@ -72,7 +71,7 @@ def _batches(source: EncodedSource, collator: Collator, batch_size: int) -> Iter
                 raise TrainingError(
                     f"{error}. Mend {source.place(index)}, or leave it out of what is measured on"
                 ) from None
-        yield collator(rows)
+        yield collate(rows)
 
 
 class Validation(TrainerCallback):

@@ -12,7 +12,6 @@ from echovlm_ray.checkpoint.demo_tokenizer import special_token_ids, train_token
 from echovlm_ray.model.configuration import EchoVLMConfig
 from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
 from echovlm_ray.model.processing import EchoVLMProcessor
-from echovlm_ray.training.batches import Collator
 from echovlm_ray.training.encode import EncodedExample, ExampleEncoder
 from echovlm_ray.training.recipe import Recipe
 from echovlm_ray.training.records import RecordFile
@@ -90,12 +89,6 @@ def encoder_of(start: Path, *, max_tokens: int = 512, emphasis_weight: float = 1
 def encoded(start: Path, records: Path) -> list[EncodedExample]:
     source, encoder = RecordFile(records), encoder_of(start)
     return [encoder.encode(source.example(index, 0)) for index in range(len(source))]
-
-
-def collator_of(start: Path) -> Collator:
-    pad = EchoVLMConfig.from_pretrained(start).text_config.pad_token_id
-    assert isinstance(pad, int)
-    return Collator(pad)
 
 
 def recipe(**changes: Any) -> Recipe:

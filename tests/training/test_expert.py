@@ -13,6 +13,7 @@ from echovlm_ray.checkpoint.groups import clone_groups
 from echovlm_ray.checkpoint.split import Labels, split
 from echovlm_ray.cli.main import app
 from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
+from echovlm_ray.training.batches import collate
 from echovlm_ray.training.encode import FreshlyEncoded
 from echovlm_ray.training.expert import next_version
 from echovlm_ray.training.kept_examples import KeptExamples, keep
@@ -24,7 +25,7 @@ from echovlm_ray.training.start import save_model
 from experts.bundle import Bundle
 from experts.registry import Registry
 from router.expert_set import Routing
-from tests.training.support import collator_of, encoder_of, recipe, tiny_model, write_records
+from tests.training.support import encoder_of, recipe, tiny_model, write_records
 
 STAGE = {
     "name": "experts",
@@ -131,11 +132,11 @@ def test_kept_embeddings_give_the_loss_of_the_pictures_themselves(trained: Path,
     assert keep(source, model.model.visual, trained / "kept", skip_unusable=False, progress=counted.append) == 0
     assert sum(counted) == 12
     kept = KeptExamples(source, trained / "kept")
-    objective, collator = TrainingObjective(model, balancing=0.1).eval(), collator_of(start)
+    objective = TrainingObjective(model, balancing=0.1).eval()
     for indices in ((0, 3, 5), (3,)):
         with torch.no_grad():
-            fresh = objective(**collator([source.encoded(index, 0) for index in indices]))["loss"]
-            found = objective(**collator([kept.encoded(index, 0) for index in indices]))["loss"]
+            fresh = objective(**collate([source.encoded(index, 0) for index in indices]))["loss"]
+            found = objective(**collate([kept.encoded(index, 0) for index in indices]))["loss"]
         torch.testing.assert_close(found, fresh)
 
 

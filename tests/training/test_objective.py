@@ -1,5 +1,6 @@
 """The loss: micro-batches add up, padding does not count, gates stay in float32, and every gate keeps its gradient."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ from echovlm_ray.model.experts import EchoVLMTokenGate
 from echovlm_ray.model.load_balancing import load_balancing_loss
 from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
 from echovlm_ray.training.balancing import RoutingCounts, sequence_balancing_loss
+from echovlm_ray.training.batches import collate
+from echovlm_ray.training.encode import IGNORED, EncodedExample
 from echovlm_ray.training.objective import StepTotals, TrainingObjective
-from tests.training.support import collator_of, encoded, tiny_model
+from tests.training.support import encoded, tiny_model
 
 
 @pytest.fixture
@@ -32,13 +35,12 @@ def test_four_micro_batches_of_one_have_the_gradients_of_one_of_four(
     # Of different lengths, one of them without a picture.
     examples = encoded(start, records)[:4]
     objective = TrainingObjective(model, balancing=0.5)
-    collator = collator_of(start)
-    whole = collator(examples)
+    whole = collate(examples)
     loss = objective(**whole)["loss"]
     loss.backward()
     expected = gradients(objective)
     totals = StepTotals(float(whole["target_weights"].sum()), 4)
-    parts = [objective(**collator([example]), totals=totals)["loss"] for example in examples]
+    parts = [objective(**collate([example]), totals=totals)["loss"] for example in examples]
     for part in parts:
         part.backward()
     torch.testing.assert_close(sum(parts), loss)
@@ -48,50 +50,63 @@ def test_four_micro_batches_of_one_have_the_gradients_of_one_of_four(
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_the_answers_loss_is_what_the_model_says_it_is(
-    model: EchoVLMForConditionalGeneration, start: Path, records: Path
-) -> None:
-    batch = collator_of(start)(encoded(start, records)[:3])
-    objective = TrainingObjective(model, balancing=0.0)
-    # The last target of a row has no place in labels that are shifted afterwards; so one more token is needed.
-    longer = {name: torch.nn.functional.pad(batch[name], (0, 1)) for name in ("input_ids", "attention_mask")}
-    labels = torch.nn.functional.pad(batch["targets"], (1, 0), value=-100)
-    longer |= {name: batch[name] for name in ("pixel_values", "image_grid_thw")}
-    expected = model(**longer, labels=labels).loss
-    torch.testing.assert_close(objective(**batch)["loss"], expected)
+def padded(examples: list[EncodedExample]) -> dict[str, torch.Tensor]:
+    """The same examples as rows that are padded on the right, as transformers takes them."""
+    # One token more than is read, for labels are shifted by the model.
+    length = max(len(each) for each in examples) + 1
+    rows = {name: torch.zeros(len(examples), length, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
+    labels = torch.full((len(examples), length), IGNORED)
+    for row, each in enumerate(examples):
+        rows["input_ids"][row, : len(each)] = each.input_ids_T
+        rows["attention_mask"][row, : len(each)] = 1
+        labels[row, 1 : len(each) + 1] = each.target_T
+    pictures = collate(examples)
+    return {**rows, "labels": labels, **{name: pictures[name] for name in ("pixel_values", "image_grid_thw")}}
+
+
+def test_the_answers_loss_is_what_the_released_arithmetic_says_of_padded_rows(start: Path, records: Path) -> None:
+    examples = encoded(start, records)[:4]
+    model = tiny_model(start)
+    expected = model(**padded(examples)).loss
+    found = TrainingObjective(model, balancing=0.0)(**collate(examples))["loss"]
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_sliding_window_is_kept(start: Path, records: Path) -> None:
+    examples = encoded(start, records)[:2]
+    losses = []
+    for window in (6, 5000):
+        model = tiny_model(start)
+        for layer in model.model.language_model.layers:
+            layer.self_attn.sliding_window = window
+        losses.append(TrainingObjective(model, balancing=0.0)(**collate(examples))["loss"])
+    whole = TrainingObjective(tiny_model(start), balancing=0.0)(**collate(examples))["loss"]
+    torch.testing.assert_close(losses[1], whole)
+    assert (losses[0] - losses[1]).abs().item() > 1e-4
 
 
 def test_weights_of_targets_are_a_weighted_mean(
     model: EchoVLMForConditionalGeneration, start: Path, records: Path
 ) -> None:
-    batch = collator_of(start)(encoded(start, records)[:2])
+    examples = encoded(start, records)[:2]
     objective = TrainingObjective(model, balancing=0.0)
-    batch["target_weights"] = batch["target_weights"] * torch.tensor([[1.0], [3.0]])
-    alone = [objective(**collator_of(start)([each]))["loss"] for each in encoded(start, records)[:2]]
-    counts = (batch["targets"] != -100).sum(dim=1)
+    alone = [objective(**collate([each]))["loss"] for each in examples]
+    counts = [int((each.target_T != IGNORED).sum()) for each in examples]
+    heavier = replace(examples[1], weight_T=examples[1].weight_T * 3)
     expected = (counts[0] * alone[0] + 3 * counts[1] * alone[1]) / (counts[0] + 3 * counts[1])
-    torch.testing.assert_close(objective(**batch)["loss"], expected)
+    torch.testing.assert_close(objective(**collate([examples[0], heavier]))["loss"], expected)
 
 
-def test_padding_does_not_count_for_the_balance() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(5, 4, generator=generator)
-    padding = torch.tensor([[50.0, 0, 0, 0]] * 3)
-    mask = torch.tensor([[1] * 5, [1, 1, 0, 0, 0]])
-    padded = torch.cat([logits, logits[:2], padding])
-    alone = sequence_balancing_loss([logits], 2, torch.ones(1, 5)) + sequence_balancing_loss(
-        [logits[:2]], 2, torch.ones(1, 2)
-    )
-    torch.testing.assert_close(sequence_balancing_loss([padded], 2, mask), alone)
-    counts, expected = RoutingCounts(), RoutingCounts()
-    counts.add([padded], 2, mask)
-    expected.add([torch.cat([logits, logits[:2]])], 2, torch.ones(1, 7))
-    assert counts.take() == expected.take()
+def test_each_sequence_is_balanced_by_itself() -> None:
+    logits = torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
+    together = sequence_balancing_loss([logits], 2, torch.tensor([5, 2]))
+    alone = sequence_balancing_loss([logits[:5]], 2, torch.tensor([5]))
+    torch.testing.assert_close(together, alone + sequence_balancing_loss([logits[5:]], 2, torch.tensor([2])))
 
 
 def test_of_one_sequence_and_layer_it_is_the_known_loss() -> None:
     logits = torch.randn(9, 4, generator=torch.Generator().manual_seed(1))
-    found = sequence_balancing_loss([logits], 2, torch.ones(1, 9))
+    found = sequence_balancing_loss([logits], 2, torch.tensor([9]))
     torch.testing.assert_close(found, load_balancing_loss([logits], 2))
 
 
@@ -99,7 +114,7 @@ def test_counts_say_load_entropy_and_dead_experts() -> None:
     counts = RoutingCounts()
     even = torch.zeros(4, 4)
     skewed = torch.tensor([[9.0, 8.0, 0.0, 0.0]] * 4)
-    counts.add([even + torch.eye(4) * 1e-6, skewed], 2, torch.ones(1, 4))
+    counts.add([even + torch.eye(4) * 1e-6, skewed], 2)
     numbers = counts.take()
     assert [numbers[f"load/layer_1/expert_{expert}"] for expert in range(4)] == [0.5, 0.5, 0, 0]
     assert numbers["dead_experts"] == 2
@@ -109,7 +124,7 @@ def test_counts_say_load_entropy_and_dead_experts() -> None:
 
 
 def test_gates_are_float32_under_autocast(model: EchoVLMForConditionalGeneration, start: Path, records: Path) -> None:
-    batch = collator_of(start)(encoded(start, records)[:2])
+    batch = collate(encoded(start, records)[:2])
     seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     gates = [module for module in model.modules() if isinstance(module, EchoVLMTokenGate)]
     handles = [
@@ -128,7 +143,7 @@ def test_gates_are_float32_under_autocast(model: EchoVLMForConditionalGeneration
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_checkpointed_activations_leave_all_gradients_alone(start: Path, records: Path, autocast: bool) -> None:
-    batch = collator_of(start)(encoded(start, records)[:2])
+    batch = collate(encoded(start, records)[:2])
     found = []
     for checkpointing in (False, True):
         model = tiny_model(start).train()
@@ -146,7 +161,7 @@ def test_checkpointed_activations_leave_all_gradients_alone(start: Path, records
 
 
 def test_the_balancing_loss_alone_moves_the_gates_under_checkpointing(start: Path, records: Path) -> None:
-    batch = collator_of(start)(encoded(start, records)[:2])
+    batch = collate(encoded(start, records)[:2])
     model = tiny_model(start).train()
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     objective = TrainingObjective(model, balancing=1.0)
@@ -161,7 +176,7 @@ def test_without_pictures_the_vision_tower_has_gradients_of_zero(
     model: EchoVLMForConditionalGeneration, start: Path, records: Path
 ) -> None:
     objective = TrainingObjective(model, balancing=0.1)
-    batch = collator_of(start)([encoded(start, records)[3]])
+    batch = collate([encoded(start, records)[3]])
     assert "pixel_values" not in batch
     objective(**batch)["loss"].backward()
     found = gradients(objective)
@@ -180,3 +195,24 @@ def test_the_state_is_what_is_trained(model: EchoVLMForConditionalGeneration) ->
     assert not any(value.any() for value in objective.state_dict().values())
     with pytest.raises(ValueError, match="do not train the same tensors; 1 differ"):
         objective.load_state_dict(dict(list(state.items())[:1]))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_grouped_products_have_the_gradients_of_the_loop_over_experts(
+    start: Path, records: Path, autocast: bool
+) -> None:
+    batch = collate(encoded(start, records)[:3])
+    found = []
+    for implementation in ("eager", "torch_grouped"):
+        model = tiny_model(start)
+        model.set_experts_implementation(implementation)
+        objective = TrainingObjective(model, balancing=0.1).train()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss = objective(**batch)["loss"]
+        loss.backward()
+        found.append(gradients(objective))
+    loop, grouped = found
+    for name, value in loop.items():
+        if ".experts." in name or not autocast:
+            error = (grouped[name] - value).norm() / value.norm().clamp_min(1e-9)
+            assert error < (3e-2 if autocast else 1e-4), name

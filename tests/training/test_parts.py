@@ -4,11 +4,12 @@ from pathlib import Path
 
 import torch
 
+from echovlm_ray.training.batches import collate
 from echovlm_ray.training.objective import TrainingObjective
 from echovlm_ray.training.parts import merge_adapters, part_of, prepare_stage
 from echovlm_ray.training.recipe import PARTS, Stage
 from echovlm_ray.training.recipe_file import load_recipe
-from tests.training.support import collator_of, encoded, tiny_model
+from tests.training.support import encoded, tiny_model
 
 
 def learning(model: torch.nn.Module) -> set[str]:
@@ -56,7 +57,7 @@ def test_the_papers_stages(start: Path) -> None:
 
 
 def test_merged_adapters_compute_what_unmerged_ones_do(start: Path, records: Path) -> None:
-    batch = collator_of(start)(encoded(start, records)[:3])
+    batch = collate(encoded(start, records)[:3])
     model = tiny_model(start)
     before = set(model.state_dict())
     prepare_stage(model, load_recipe("paper").stages[1])

@@ -65,7 +65,7 @@ def test_settings_win_and_are_named_when_wrong() -> None:
 
 
 def test_an_unknown_recipe_is_told_which_there_are() -> None:
-    with pytest.raises(DocumentError, match="there is no such recipe.*expert, paper, scratch"):
+    with pytest.raises(DocumentError, match=r"there is no such recipe.*expert, paper, scratch"):
         load_recipe("papre")
     with pytest.raises(DocumentError, match=r"absent\.yaml: cannot be read"):
         load_recipe("absent.yaml")

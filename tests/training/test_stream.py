@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from echovlm_ray.training.batches import UNUSABLE
+from echovlm_ray.training.batches import UNUSABLE, collate
 from echovlm_ray.training.encode import FreshlyEncoded
 from echovlm_ray.training.records import RecordFile
 from echovlm_ray.training.stream import ExampleStream, UnusableExample, epoch_order
-from tests.training.support import collator_of, encoder_of, write_records
+from tests.training.support import encoder_of, write_records
 
 
 def stream_of(start: Path, records: Path, **options: object) -> ExampleStream:
@@ -32,7 +32,7 @@ def test_neither_workers_nor_global_generators_change_what_comes(start: Path, re
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
-        loader = DataLoader(stream_of(start, records), batch_size=3, collate_fn=collator_of(start), num_workers=workers)
+        loader = DataLoader(stream_of(start, records), batch_size=3, collate_fn=collate, num_workers=workers)
         return [batch["input_ids"] for batch in loader]
 
     alone = batches(0, 1)
@@ -48,7 +48,7 @@ def test_an_unusable_example_is_named_or_replaced_by_the_next(start: Path, tmp_p
     assert [each.reason for each in found] == [
         "train.json, record 1, image 0: cannot be read: No such file or directory"
     ] * 3
-    assert UNUSABLE in collator_of(start)([found[0]])
+    assert UNUSABLE in collate([found[0]])
     replaced = stream_of(start, records, skip_unusable=True)
     order = epoch_order(3, 0, 3).tolist()
     expected = stream[order.index(2)]
@@ -58,16 +58,12 @@ def test_an_unusable_example_is_named_or_replaced_by_the_next(start: Path, tmp_p
     assert torch.equal(substitute.input_ids_T, expected.input_ids_T)
 
 
-def test_a_batch_is_padded_on_the_right_and_keeps_its_pictures_in_order(start: Path, records: Path) -> None:
+def test_a_batch_is_one_row_without_padding_with_its_pictures_in_order(start: Path, records: Path) -> None:
     stream = stream_of(start, records)
-    rows = [stream[place] for place in range(3)]
-    batch = collator_of(start)(rows)
-    lengths = batch["attention_mask"].sum(dim=1).tolist()
-    for row, length, example in zip(range(3), lengths, rows, strict=True):
-        assert not isinstance(example, UnusableExample)
-        assert length == len(example)
-        assert torch.equal(batch["input_ids"][row, :length], example.input_ids_T)
-        assert (batch["target_weights"][row, length:] == 0).all()
-        assert torch.equal(batch["position_ids"][:, row, :length], example.position_3T)
-    patches = [torch.from_numpy(item.patches) for row in rows for item in row.vision]  # type: ignore[union-attr]
+    rows = [row for place in range(3) if not isinstance(row := stream[place], UnusableExample)]
+    batch = collate(rows)
+    assert batch["sequence_lengths"].tolist() == [len(row) for row in rows]
+    assert torch.equal(batch["input_ids"][0], torch.cat([row.input_ids_T for row in rows]))
+    assert torch.equal(batch["position_ids"][:, 0], torch.cat([row.position_3T for row in rows], dim=1))
+    patches = [torch.from_numpy(item.patches) for row in rows for item in row.vision]
     assert torch.equal(batch["pixel_values"], torch.cat(patches))

@@ -9,12 +9,13 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from echovlm_ray.checkpoint.layout import InvalidCheckpointError
 from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
+from echovlm_ray.training.batches import collate
 from echovlm_ray.training.objective import TrainingObjective
 from echovlm_ray.training.parts import part_of
 from echovlm_ray.training.recipe import PARTS, UpcyclingSection
 from echovlm_ray.training.start import find_start, save_model
 from echovlm_ray.training.upcycling import is_dense, upcycle
-from tests.training.support import collator_of, encoded, write_start
+from tests.training.support import encoded, write_start
 
 SECTION = UpcyclingSection(num_experts=4, num_experts_per_tok=2, expert_size=16, shared_expert_size=24)
 
@@ -30,23 +31,22 @@ def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
-def inputs_of(folder: Path, records: Path) -> dict[str, torch.Tensor]:
-    return collator_of(folder)(encoded(folder, records)[:3])
-
-
 @torch.no_grad()
-def logits_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    names = ("input_ids", "attention_mask", "position_ids", "pixel_values", "image_grid_thw")
-    logits: torch.Tensor = model.eval()(**{name: batch[name] for name in names}).logits
-    return logits[batch["attention_mask"].bool()]
+def logits_of(model: Any, folder: Path, records: Path) -> torch.Tensor:
+    """Of all tokens of three records."""
+    rows = []
+    for example in encoded(folder, records)[:3]:
+        batch = collate([example])
+        names = ("input_ids", "position_ids", "pixel_values", "image_grid_thw")
+        rows.append(model.eval()(**{name: batch[name] for name in names}).logits[0])
+    return torch.cat(rows)
 
 
 def test_step_zero_is_the_dense_model(dense: Path, records: Path) -> None:
     original = Qwen2VLForConditionalGeneration.from_pretrained(dense, dtype=torch.float32)
-    batch = inputs_of(dense, records)
     upcycled = upcycle(dense, SECTION, seed=1)
-    found = logits_of(upcycled, batch)
-    torch.testing.assert_close(found, logits_of(original, batch), rtol=1e-5, atol=1e-5)
+    found = logits_of(upcycled, dense, records)
+    torch.testing.assert_close(found, logits_of(original, dense, records), rtol=1e-5, atol=1e-5)
     # The layers' own arithmetic is exact: half of a doubled product, and nothing added.
     hidden = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(2))
     ours: Any = upcycled.model.language_model.layers[0]
@@ -59,14 +59,14 @@ def test_step_zero_is_the_dense_model(dense: Path, records: Path) -> None:
 
 def test_what_is_not_preserved_disturbs(dense: Path, records: Path) -> None:
     original = Qwen2VLForConditionalGeneration.from_pretrained(dense, dtype=torch.float32)
-    batch = inputs_of(dense, records)
     section = SECTION.model_copy(update={"preserve": False})
-    assert not torch.allclose(logits_of(upcycle(dense, section, seed=1), batch), logits_of(original, batch), atol=1e-3)
+    disturbed = logits_of(upcycle(dense, section, seed=1), dense, records)
+    assert not torch.allclose(disturbed, logits_of(original, dense, records), atol=1e-3)
 
 
 def test_every_part_has_a_gradient_at_once_and_every_tensor_after_a_step(dense: Path, records: Path) -> None:
     objective = TrainingObjective(upcycle(dense, SECTION, seed=1), balancing=0.1)
-    batch = inputs_of(dense, records)
+    batch = collate(encoded(dense, records)[:3])
     objective(**batch)["loss"].backward()
     moved = {
         part_of(name)
@@ -102,16 +102,15 @@ def test_experts_differ_by_what_is_drawn_anew(dense: Path) -> None:
 
 def test_experts_may_be_larger_than_the_dense_mlp(dense: Path, records: Path) -> None:
     section = SECTION.model_copy(update={"shared_expert_size": 100})
-    assert logits_of(upcycle(dense, section, seed=1), inputs_of(dense, records)).isfinite().all()
+    assert logits_of(upcycle(dense, section, seed=1), dense, records).isfinite().all()
 
 
 def test_an_upcycled_model_is_saved_and_read_in_the_released_layout(dense: Path, records: Path, tmp_path: Path) -> None:
     model = upcycle(dense, SECTION, seed=1)
-    batch = inputs_of(dense, records)
     save_model(model, dense, tmp_path / "model", dtype=torch.float32)
     again = EchoVLMForConditionalGeneration.from_pretrained(tmp_path / "model")
     assert again.config.text_config.moe_intermediate_size == 16
-    assert torch.equal(logits_of(again, batch), logits_of(model, batch))
+    assert torch.equal(logits_of(again, dense, records), logits_of(model, dense, records))
     assert not is_dense(tmp_path / "model")
     assert find_start(tmp_path / "model", fresh=False).kind == "trained"
     with pytest.raises(InvalidCheckpointError, match="has experts already"):
