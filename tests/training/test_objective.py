@@ -9,6 +9,7 @@ import torch
 from echovlm_ray.model.experts import EchoVLMTokenGate
 from echovlm_ray.model.load_balancing import load_balancing_loss
 from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
+from echovlm_ray.training import packed_attention
 from echovlm_ray.training.balancing import RoutingCounts, sequence_balancing_loss
 from echovlm_ray.training.batches import collate
 from echovlm_ray.training.encode import IGNORED, EncodedExample
@@ -216,3 +217,19 @@ def test_grouped_products_have_the_gradients_of_the_loop_over_experts(
         if ".experts." in name or not autocast:
             error = (grouped[name] - value).norm() / value.norm().clamp_min(1e-9)
             assert error < (3e-2 if autocast else 1e-4), name
+
+
+def test_plain_and_fused_attention_agree(start: Path, records: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = collate(encoded(start, records)[:3])
+    found = []
+    for plain_tokens in (packed_attention._PLAIN_TOKENS, 0):
+        monkeypatch.setattr(packed_attention, "_PLAIN_TOKENS", plain_tokens)
+        objective = TrainingObjective(tiny_model(start), balancing=0.1).train()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = objective(**batch)["loss"]
+        loss.backward()
+        found.append((loss.detach(), gradients(objective)))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-2, atol=1e-2)
+    for name, value in found[1][1].items():
+        if "self_attn.v_proj.weight" in name or "attn.proj.weight" in name:
+            assert (found[0][1][name] - value).norm() < 0.05 * value.norm(), name
