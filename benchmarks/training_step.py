@@ -38,9 +38,10 @@ def make_config(num_experts: int, expert_size: int) -> EchoVLMConfig:
     names = (*SPECIAL, "<|image_pad|>", "<|video_pad|>")
     ids = {name: VOCABULARY - len(names) + number for number, name in enumerate(names)}
     sizes = UpcyclingSection(num_experts=num_experts, expert_size=expert_size, shared_expert_size=128)
-    return EchoVLMConfig.from_dict(
+    config: EchoVLMConfig = EchoVLMConfig.from_dict(
         small_config(VOCABULARY, ids, sizes) | {"output_router_logits": True, "router_aux_loss_coef": 0.01}
     )
+    return config
 
 
 def make_examples(config: EchoVLMConfig, count: int) -> list[EncodedExample]:
@@ -84,7 +85,7 @@ def make_step(
     def step() -> float:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
             loss = loss_of(module(**inputs))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -133,7 +134,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--num-experts", type=int, default=4)
     parser.add_argument("--expert-size", type=int, default=64)
-    parser.add_argument("--experts", default="torch_grouped", help="the experts function of our step")
+    parser.add_argument("--experts", default="eager", help="the experts function of our step")
     parser.add_argument("--wall", action="store_true", help="wall-clock time; otherwise processor time of all threads")
     parser.add_argument("--no-result", action="store_true", help="print only")
     options = parser.parse_args()

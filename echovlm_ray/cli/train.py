@@ -261,5 +261,5 @@ def _quiet_libraries() -> None:
     """Leaves the terminal to our own progress: transformers draws bars of its own."""
     from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]

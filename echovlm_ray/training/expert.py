@@ -20,8 +20,8 @@ from echovlm_ray.training.examples import ExampleError
 from echovlm_ray.training.kept_examples import KeptExamples, keep, pooled_mean
 from echovlm_ray.training.objective import TrainingObjective
 from echovlm_ray.training.recipe import Recipe
-from echovlm_ray.training.run import CACHE_NAME, MODEL_NAME, Run, stage_folder, train_stages
-from echovlm_ray.training.stage import RESULT_NAME, StageJob, open_encoded
+from echovlm_ray.training.run import CACHE_NAME, Run, stage_folder, train_stages
+from echovlm_ray.training.stage import MODEL_NAME, RESULT_NAME, StageJob, open_encoded
 from echovlm_ray.training.start import organ_bundle
 from echovlm_ray.training.validation import ValidationResult, validate
 from experts.bundle_layout import PROTOTYPE_TENSOR

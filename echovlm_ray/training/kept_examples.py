@@ -39,9 +39,8 @@ class KeptExamples:
             self._source.encoded(index, 0)
             raise ExampleError(f"{self.place(index)}: was not kept; remove {self._folder} to have it made again")
         tensors = load_file(path)
-        return EncodedExample(
-            **{field: tensors[name] for name, field in _FIELDS.items()}, embeddings_VD=tensors.get("embeddings")
-        )
+        ids, targets, weights, positions = (tensors[name] for name in _FIELDS)
+        return EncodedExample(ids, targets, weights, positions, embeddings_VD=tensors.get("embeddings"))
 
 
 @torch.no_grad()

@@ -117,7 +117,8 @@ class TrainingObjective(nn.Module):
         config = self.model.config
         embeddings = self.model.model.language_model.embed_tokens(input_ids)
         places = (input_ids == config.image_token_id) | (input_ids == config.video_token_id)
-        return embeddings.masked_scatter(places[..., None], picture_embeddings.to(embeddings.dtype))
+        joined: torch.Tensor = embeddings.masked_scatter(places[..., None], picture_embeddings.to(embeddings.dtype))
+        return joined
 
     def _learns_vision(self) -> bool:
         visual = self.model.model.visual

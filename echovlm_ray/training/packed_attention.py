@@ -53,9 +53,9 @@ def packed_attention(
             output, _ = sdpa_attention_forward(module, query_T, key_T, value_T, allowed[None, None], **_known(kwargs))
         elif _plainly(query_T):
             groups = query.shape[1] // key.shape[1]
-            repeated = (part.repeat_interleave(groups, dim=1) for part in (key_T, value_T))
+            key_T, value_T = (part.repeat_interleave(groups, dim=1) for part in (key_T, value_T))
             mask = _causal_mask(query.dtype)[:length, :length]
-            output = _plain_attention(query_T, *repeated, mask, kwargs.get("scaling")).transpose(1, 2)
+            output = _plain_attention(query_T, key_T, value_T, mask, kwargs.get("scaling")).transpose(1, 2)
         else:
             output, _ = sdpa_attention_forward(module, query_T, key_T, value_T, None, is_causal=True, **_known(kwargs))
         outputs.append(output)

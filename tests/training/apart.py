@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from echovlm_ray.cli.main import app
-from echovlm_ray.training import trainer
+from echovlm_ray.training import state, trainer
 
 
 def run_command(arguments: list[str], errors: Path, limit_bytes: int | None) -> None:
@@ -14,11 +14,11 @@ def run_command(arguments: list[str], errors: Path, limit_bytes: int | None) -> 
     sys.stderr = errors.open("w", buffering=1)
     if limit_bytes is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        whole = trainer.mark_complete
+        whole = state.mark_complete
 
         def limit(checkpoint: Path) -> None:
             whole(checkpoint)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
 
-        trainer.mark_complete = limit
+        setattr(trainer, "mark_complete", limit)  # noqa: B010
     app(arguments)

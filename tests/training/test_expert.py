@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from echovlm_ray.checkpoint.groups import clone_groups
+from echovlm_ray.checkpoint.groups import Groups, clone_groups
 from echovlm_ray.checkpoint.split import Labels, split
 from echovlm_ray.cli.main import app
 from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
@@ -40,7 +41,7 @@ ORGANS = ("breast", "liver")
 
 def split_checkpoint(folder: Path, start: Path, routing: Routing = "organs") -> Path:
     save_model(tiny_model(start), start, folder / "released", dtype=torch.float32)
-    groups = {
+    groups: dict[Routing, Callable[[int], Groups]] = {
         "organs": lambda count: clone_groups(ORGANS, count),
         "flat": lambda count: {"breast": (0, 1), "liver": (2, 3)},
     }

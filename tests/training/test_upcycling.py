@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from echovlm_ray.checkpoint.layout import InvalidCheckpointError
 from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
@@ -25,7 +25,7 @@ def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """A Qwen2-VL as transformers writes it."""
     folder = write_start(tmp_path_factory.mktemp("dense") / "qwen2-vl", tie_word_embeddings=request.param)
     torch.manual_seed(5)
-    config = Qwen2VLForConditionalGeneration.config_class.from_pretrained(folder)
+    config = Qwen2VLConfig.from_pretrained(folder)
     model: Any = Qwen2VLForConditionalGeneration(config)
     model.save_pretrained(folder)
     return folder
