@@ -78,6 +78,8 @@ def train_stage(job: StageJob) -> None:
         torch.set_num_threads(job.threads)
     data = recipe.data
     model = job.start.load(recipe)
+    # Adapters are drawn at random; a stage that is begun again must draw the same.
+    torch.manual_seed(recipe.seed)
     prepare_stage(model, stage)
     if recipe.activation_checkpointing:
         # The reentrant kind runs the layers without gradients first, and the gates' logits would come out without any.
