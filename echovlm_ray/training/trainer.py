@@ -51,6 +51,8 @@ class EchoVLMTrainer(Trainer):
             collate_fn=self.data_collator,
             num_workers=workers,
             persistent_workers=workers > 0,
+            # A forked worker notices when this process is killed; one of a fork server would wait for ever.
+            multiprocessing_context="fork" if workers else None,
             # Of its own, so that beginning to read leaves torch's global generator alone.
             generator=torch.Generator().manual_seed(self._loader_seed),
         )
