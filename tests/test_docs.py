@@ -119,7 +119,7 @@ def test_every_command_exists(page: Path) -> None:
     commands = re.findall(r"echoray ((?:[a-z]+ ?)+)((?:[^`\n]*))", page.read_text())
     helps: dict[tuple[str, ...], str] = {}
     for words, rest in commands:
-        path = tuple(words.split())[: 2 if words.startswith(("checkpoint", "experts", "data", "eval")) else 1]
+        path = tuple(words.split())[: 2 if words.startswith(("checkpoint", "experts", "data", "eval", "train")) else 1]
         if path not in helps:
             done = subprocess.run(
                 [Path(sys.executable).with_name("echoray"), *path, "--help"],

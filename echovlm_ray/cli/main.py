@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from echovlm_ray.cli import checkpoint, data, evaluation, experts
+from echovlm_ray.cli import checkpoint, data, evaluation, experts, train
 from echovlm_ray.cli.generate import generate, info
 from echovlm_ray.cli.serve import serve
 from echovlm_ray.cli.status import status
@@ -18,7 +18,7 @@ from echovlm_ray.cli.stop import stop
 
 EXIT_FAILED = 1
 # Where a command's packages come from, if not from `serve`.
-_EXTRAS = {"data": "data", "eval": "eval"}
+_EXTRAS = {"data": "data", "eval": "eval", "train": "train"}
 OWN_PACKAGES = ("echovlm_ray", "experts", "router", "protos")
 
 
@@ -57,6 +57,7 @@ app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(experts.app, name="experts")
 app.add_typer(data.app, name="data")
 app.add_typer(evaluation.app, name="eval")
+app.add_typer(train.app, name="train")
 
 
 def _print_version(wanted: bool) -> None:

@@ -57,6 +57,8 @@ def experts_function(name: str) -> ExpertsFunction:
         module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         training = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters())
+        if torch.is_autocast_enabled(hidden_states.device.type):
+            return _under_autocast(name, module, hidden_states, top_k_index, top_k_weights)
         prepared = _load(module, name) if training else _prepared(module, name)
         output_TD = prepared.forward(hidden_states, top_k_index, top_k_weights)
         if training and output_TD.shape[0] and not output_TD.requires_grad:
@@ -64,6 +66,22 @@ def experts_function(name: str) -> ExpertsFunction:
         return output_TD
 
     return forward
+
+
+def _under_autocast(
+    name: str, module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """As autocast does to linear layers: computed in its dtype. Grouped products are not on autocast's own list."""
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device)
+    weights = weights_of(module)
+    with torch.autocast(device, enabled=False):
+        cast = ExpertWeights(*(matrix.to(dtype) for matrix in (weights.gate_EFD, weights.up_EFD, weights.down_EDF)))
+        prepared = get_kernel(name).load(cast)
+        output_TD = prepared.forward(hidden_states.to(dtype), top_k_index, top_k_weights.to(dtype))
+    if weights.gate_EFD.requires_grad and torch.is_grad_enabled() and len(output_TD) and not output_TD.requires_grad:
+        raise ValueError(_no_gradients(name))
+    return output_TD.to(hidden_states.dtype)
 
 
 def weights_of(module: nn.Module) -> ExpertWeights:

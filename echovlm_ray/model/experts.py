@@ -32,9 +32,17 @@ class EchoVLMTokenGate(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
 
     def forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns logits tokens × experts, weights and indices tokens × top_k."""
-        routing = route_tokens(x_TD, self.weight, self.top_k, self.norm_topk_prob)
-        return routing.logits_TE, routing.weight_TK, routing.index_TK
+        """Returns logits tokens × experts, weights and indices tokens × top_k.
+
+        Under autocast all of it is computed in float32: a gate in bfloat16 cannot tell close experts apart, and which
+        one it takes would depend on rounding.
+        """
+        if not torch.is_autocast_enabled(x_TD.device.type):
+            routing = route_tokens(x_TD, self.weight, self.top_k, self.norm_topk_prob)
+            return routing.logits_TE, routing.weight_TK, routing.index_TK
+        with torch.autocast(x_TD.device.type, enabled=False):
+            routing = route_tokens(x_TD.float(), self.weight.float(), self.top_k, self.norm_topk_prob)
+        return routing.logits_TE, routing.weight_TK.to(x_TD.dtype), routing.index_TK
 
 
 @use_experts_implementation

@@ -1,0 +1,265 @@
+"""`echoray train`: a whole model, or one organ's experts. Loads torch only inside a command."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from echovlm_ray.cli.work import fail
+
+if TYPE_CHECKING:
+    from echovlm_ray.training.recipe import Recipe
+    from echovlm_ray.training.run import Run
+    from echovlm_ray.training.sources import DataFiles
+
+EXIT_INVALID = 2
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    no_args_is_help=True, help="Train a whole model, or one organ's experts.", rich_markup_mode="markdown"
+)
+
+Data = Annotated[
+    list[Path] | None, typer.Option("--data", help="A file of records to train on; can be given several times.")
+]
+Images = Annotated[
+    Path | None, typer.Option(help="The folder that image paths are relative to. [default: that of each file]")
+]
+ValidationFiles = Annotated[
+    list[Path] | None, typer.Option("--validation", help="A file of records to measure on, and not to train on.")
+]
+Output = Annotated[Path | None, typer.Option("--output", help="The run's folder, to be made.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="Change a field of the recipe, like stages.0.steps=100.")
+]
+Resume = Annotated[Path | None, typer.Option(help="Go on with the run in this folder; takes no other data or recipe.")]
+Workers = Annotated[int, typer.Option(min=1, help="How many processes train; more than one are started through Ray.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda; auto takes a GPU where there is one.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="torch's threads a process. Another number gives other last bits.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
+
+
+@app.command("model")
+def model_command(
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="The folder of a dense Qwen2-VL, which is upcycled, or of an EchoVLM, which is trained on. "
+            "[default: a small model with random weights]",
+        ),
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Of --from take configuration and tokenizer, and begin at random.")
+    ] = False,
+    data: Data = None,
+    images: Images = None,
+    validation: ValidationFiles = None,
+    output: Output = None,
+    recipe: Annotated[str, typer.Option(help="A YAML file, or one that comes with the project.")] = "scratch",
+    settings: Settings = None,
+    resume: Resume = None,
+    workers: Workers = 1,
+    device: Device = "auto",
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """Trains a whole model: from a dense Qwen2-VL, from an EchoVLM, or from random weights.
+
+    A dense model gets its experts so that it computes at first exactly what it did before. The recipe decides what
+    learns, how fast and for how long; `paper` has the two stages of EchoVLM's paper.
+
+    The run's folder holds recipe, checkpoints, log, curves, and at the end `model/` in the released layout. Ctrl-C
+    saves and says how to go on; so does whatever else ends a run. The same command resumed gives the same bytes as if
+    it had never been stopped.
+
+    Example: `echoray train model --from Qwen2-VL-7B-Instruct --recipe paper --data train.json --output runs/first`
+
+    Example: `echoray train model --data train.json --set stages.0.epochs=3 --output runs/small`
+
+    Example: `echoray train model --resume runs/first`
+
+    Then: `echoray checkpoint split runs/first/model checkpoints/mine`
+    """
+    with training_errors():
+        from echovlm_ray.training.run import Run, begin_run, require_start, train_stages
+        from echovlm_ray.training.start import find_start, write_small_start
+
+        _quiet_libraries()
+        if resume is None:
+            folder, files = _new_run(output, data, images, validation)
+            chosen = _recipe(recipe, settings)
+            if start is None and fresh:
+                fail("--fresh needs --from, the folder whose configuration to use", EXIT_INVALID)
+            begins = None if start is None else find_start(start, fresh=fresh)
+            if begins is None:
+                _require_new(folder)
+                begins = write_small_start(folder.with_name(f"{folder.name}.start"), chosen)
+            run = Run(kind="model", start=begins, files=files)
+            begin_run(folder, run, chosen)
+        else:
+            folder, run, chosen = _resumed(resume, "model", data, output, settings)
+            require_start(run.start)
+        made = train_stages(folder, run, chosen, workers=workers, device=device, threads=threads, quiet=quiet)
+    typer.echo(f"Trained: {made}")
+    typer.echo(f"Next: echoray checkpoint split {made} CHECKPOINT")
+
+
+@app.command("expert")
+def expert_command(
+    organ: Annotated[str | None, typer.Option(help="Whose experts, like breast.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="The split checkpoint: its backbone, and the organ's current bundle.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Start from this version. [default: the one that the checkpoint names]")
+    ] = None,
+    version: Annotated[str | None, typer.Option(help="The new bundle's version. [default: the next minor one]")] = None,
+    card: Annotated[
+        Path | None, typer.Option(help="A YAML file with what you say about the bundle: authors, license, data_source.")
+    ] = None,
+    data: Data = None,
+    images: Images = None,
+    validation: ValidationFiles = None,
+    output: Output = None,
+    recipe: Annotated[str, typer.Option(help="A YAML file, or one that comes with the project.")] = "expert",
+    settings: Settings = None,
+    resume: Resume = None,
+    workers: Workers = 1,
+    device: Device = "auto",
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """Trains one organ's experts and gate rows; everything else is frozen, so no other organ's answers change.
+
+    Pictures are encoded once and kept in the run's folder. The end is a bundle with prototype, self-test, metrics and a
+    summary of the data, and a model card beside it, ready to be pushed, staged and promoted. Ctrl-C saves and says how
+    to go on.
+
+    Example: `echoray train expert --organ breast --checkpoint checkpoints/demo --data breast.json --output runs/breast`
+
+    Example: `echoray train expert --resume runs/breast`
+
+    Then: `echoray experts verify runs/breast/breast-1.1.0 --checkpoint checkpoints/demo`
+    """
+    with training_errors():
+        from echovlm_ray.training.expert import next_version, require_experts_only, train_expert
+        from echovlm_ray.training.run import Run, begin_run, require_start
+        from echovlm_ray.training.start import Start, organ_bundle
+        from experts.manifest import check_version
+
+        _quiet_libraries()
+        if resume is None:
+            folder, files = _new_run(output, data, images, validation)
+            if organ is None or checkpoint is None:
+                fail("a new run needs --organ and --checkpoint", EXIT_INVALID)
+            chosen = _recipe(recipe, settings)
+            require_experts_only(chosen)
+            current = organ_bundle(checkpoint, organ, base).manifest.version
+            try:
+                made_version = check_version(version or next_version(current))
+            except ValueError as error:
+                fail(str(error), EXIT_INVALID)
+            run = Run(
+                kind="expert",
+                start=Start(kind="organ", folder=checkpoint, organ=organ, version=base),
+                files=files,
+                version=made_version,
+                card=card,
+            )
+            begin_run(folder, run, chosen)
+        else:
+            folder, run, chosen = _resumed(resume, "expert", data, output, settings)
+            require_start(run.start)
+        bundle, manifest = train_expert(
+            folder, run, chosen, workers=workers, device=device, threads=threads, quiet=quiet
+        )
+    for name, value in sorted(manifest.eval_metrics.items()):
+        typer.echo(f"{name}: {value:.4g}")
+    typer.echo(f"Packed {manifest.organ}@{manifest.version} into {bundle}: {manifest.digest}")
+    typer.echo(f"Next: echoray experts push {bundle}")
+
+
+@contextmanager
+def training_errors() -> Iterator[None]:
+    """Turns what a user did, and what a disk does, into one text without a traceback."""
+    from echovlm_ray.checkpoint.layout import InvalidCheckpointError
+    from echovlm_ray.training.errors import TrainingError, TrainingInterrupted
+    from echovlm_ray.training.examples import ExampleError
+    from echovlm_ray.yaml_document import DocumentError
+    from experts.errors import InvalidBundleError, RegistryError, UnknownBundleError
+
+    try:
+        yield
+    except DocumentError as error:
+        fail(str(error), EXIT_INVALID)
+    except TrainingInterrupted as stopped:
+        typer.echo(str(stopped), err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except (
+        ExampleError,
+        InvalidBundleError,
+        InvalidCheckpointError,
+        RegistryError,
+        TrainingError,
+        UnknownBundleError,
+    ) as error:
+        fail(" ".join(str(error).split()))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        fail(f"{where}{error.strerror or error}")
+    except KeyboardInterrupt:
+        fail(
+            "interrupted before the run could be saved; go on from its last checkpoint with --resume", EXIT_INTERRUPTED
+        )
+
+
+def _new_run(
+    output: Path | None, data: list[Path] | None, images: Path | None, validation: list[Path] | None
+) -> "tuple[Path, DataFiles]":
+    from pydantic import ValidationError
+
+    from echovlm_ray.training.sources import DataFiles
+
+    if output is None or not data:
+        fail("a new run needs --data and --output; to go on with one, give --resume", EXIT_INVALID)
+    try:
+        return output, DataFiles(train=tuple(data), images=images, validation=tuple(validation or ()))
+    except ValidationError as error:
+        fail(error.errors(include_url=False)[0]["msg"].removeprefix("Value error, "), EXIT_INVALID)
+
+
+def _recipe(name: str, settings: list[str] | None) -> "Recipe":
+    from echovlm_ray.training.recipe_file import load_recipe
+
+    return load_recipe(name, settings)
+
+
+def _resumed(
+    folder: Path, kind: str, data: list[Path] | None, output: Path | None, settings: list[str] | None
+) -> "tuple[Path, Run, Recipe]":
+    from echovlm_ray.training.run import read_run
+
+    if data or output is not None or settings:
+        fail("--resume goes on with the run as it was begun: leave --data, --output and --set out", EXIT_INVALID)
+    run, recipe = read_run(folder)
+    if run.kind != kind:
+        fail(f"{folder} is a run of `echoray train {run.kind}`: go on with that", EXIT_INVALID)
+    return folder, run, recipe
+
+
+def _require_new(folder: Path) -> None:
+    if folder.exists():
+        fail(f"{folder} exists: go on with it by --resume, or give another folder", EXIT_INVALID)
+
+
+def _quiet_libraries() -> None:
+    """Leaves the terminal to our own progress: transformers draws bars of its own."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]

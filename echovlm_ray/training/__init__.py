@@ -1,0 +1,1 @@
+"""Training: a whole model, or one organ's experts. See `docs/training.md`."""

@@ -1,0 +1,123 @@
+"""Keeps examples as tokens together with what a frozen vision tower makes of their pictures, one file each.
+
+Reading, decoding and encoding pictures is most of the work when only experts learn, and gives the same every epoch.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from echovlm_ray.model.vision_tower import EchoVLMVisionTower
+from echovlm_ray.training.encode import EncodedExample, EncodedSource
+from echovlm_ray.training.examples import ExampleError
+
+_FIELDS = {"input_ids": "input_ids_T", "targets": "target_T", "weights": "weight_T", "positions": "position_3T"}
+
+
+class KeptExamples:
+    """Examples that `keep` wrote, an `EncodedSource`. What is drawn at random is drawn as for epoch 0."""
+
+    def __init__(self, source: EncodedSource, folder: Path) -> None:
+        """Takes where the examples came from, and where they were kept."""
+        self._source = source
+        self._folder = folder
+
+    def __len__(self) -> int:
+        """How many examples an epoch has."""
+        return len(self._source)
+
+    def place(self, index: int) -> str:
+        """See `ExampleSource.place`."""
+        return self._source.place(index)
+
+    def encoded(self, index: int, epoch: int) -> EncodedExample:
+        """See `EncodedSource.encoded`; one that could not be used raises why, as when it was read."""
+        path = _path(self._folder, index)
+        if not path.is_file():
+            self._source.encoded(index, 0)
+            raise ExampleError(f"{self.place(index)}: was not kept; remove {self._folder} to have it made again")
+        tensors = load_file(path)
+        ids, targets, weights, positions = (tensors[name] for name in _FIELDS)
+        return EncodedExample(ids, targets, weights, positions, embeddings_VD=tensors.get("embeddings"))
+
+
+@torch.no_grad()
+def keep(
+    source: EncodedSource,
+    tower: EchoVLMVisionTower,
+    folder: Path,
+    *,
+    skip_unusable: bool,
+    progress: Callable[[int], None] = lambda _: None,
+) -> int:
+    """Writes every example that is not there yet.
+
+    Args:
+        source: the examples.
+        tower: frozen, in evaluation mode.
+        folder: where to write; only the user may look into it, for it holds what the data set says.
+        skip_unusable: leave out what cannot be used.
+        progress: told 1 for every example.
+
+    Returns:
+        how many examples were left out.
+
+    Raises:
+        ExampleError: an example cannot be used and may not be left out.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    left_out = 0
+    for index in range(len(source)):
+        path = _path(folder, index)
+        if not path.is_file():
+            try:
+                example = source.encoded(index, 0)
+            except ExampleError as error:
+                if not skip_unusable:
+                    where = source.place(index)
+                    text = str(error)
+                    raise ExampleError(text if text.startswith(where) else f"{where}: {text}") from None
+                left_out += 1
+            else:
+                _write(path, example, tower)
+        progress(1)
+    return left_out
+
+
+def pooled_mean(source: KeptExamples) -> torch.Tensor | None:
+    """The direction in which the pictures' pooled features lie: hidden size, float32; None without any picture.
+
+    Each example counts alike: the mean of the unit vectors of their pooled embeddings, which the organ gate compares
+    with a request's by cosine similarity (`router.organ_gate`).
+    """
+    directions = []
+    for index in range(len(source)):
+        try:
+            embeddings_VD = source.encoded(index, 0).embeddings_VD
+        except ExampleError:
+            continue
+        if embeddings_VD is not None:
+            directions.append(torch.nn.functional.normalize(embeddings_VD.float().mean(dim=0), dim=0))
+    return torch.stack(directions).mean(dim=0) if directions else None
+
+
+def _write(path: Path, example: EncodedExample, tower: EchoVLMVisionTower) -> None:
+    tensors = {name: getattr(example, field).contiguous() for name, field in _FIELDS.items()}
+    if example.vision:
+        device = next(tower.parameters()).device
+        embeddings = [
+            tower(
+                torch.from_numpy(item.patches).to(device), grid_thw=torch.tensor([item.grid], device=device)
+            ).pooler_output
+            for item in example.vision
+        ]
+        tensors["embeddings"] = torch.cat(embeddings).float().cpu()
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial)
+    partial.replace(path)
+
+
+def _path(folder: Path, index: int) -> Path:
+    return folder / f"{index:07}.safetensors"

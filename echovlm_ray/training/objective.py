@@ -1,0 +1,161 @@
+"""The loss of a training step, as a module that transformers' `Trainer` can train."""
+
+# transformers leaves most of its methods untyped.
+# mypy: disable-error-code="no-untyped-call"
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
+from echovlm_ray.training.balancing import RoutingCounts, sequence_balancing_loss
+from echovlm_ray.training.encode import IGNORED
+from echovlm_ray.training.packed_attention import attend_for_training
+
+_PICTURES = ("pixel_values", "pixel_values_videos")
+
+
+@dataclass(frozen=True, slots=True)
+class StepTotals:
+    """Over all micro-batches and all workers of one optimizer step; a loss that is divided by them adds up.
+
+    Attributes:
+        target_weight: the sum of all targets' weights.
+        sequences: how many examples there are.
+    """
+
+    target_weight: float
+    sequences: int
+
+
+class TrainingObjective(nn.Module):
+    """Cross entropy of the answers' tokens and the load-balancing loss.
+
+    Its state is what is trained and nothing else, under the modules' own names: what is frozen comes from where the
+    training started.
+
+    Attributes:
+        model: what is trained; adapters may have been put into it.
+        counts: what the gates did since the log was last written.
+    """
+
+    # Tells transformers' Trainer that the loss is normalised here.
+    accepts_loss_kwargs = True
+
+    def __init__(self, model: EchoVLMForConditionalGeneration, *, balancing: float) -> None:
+        """Takes the model and what the load-balancing loss is multiplied with before it joins the loss."""
+        super().__init__()
+        self.model = model
+        attend_for_training(model)
+        self.balancing = balancing
+        self.counts = RoutingCounts()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        sequence_lengths: torch.Tensor,
+        targets: torch.Tensor,
+        target_weights: torch.Tensor,
+        totals: StepTotals | None = None,
+        picture_embeddings: torch.Tensor | None = None,
+        **inputs: Any,
+    ) -> dict[str, torch.Tensor]:
+        """This micro-batch's part of the step's loss.
+
+        Args:
+            input_ids: 1 × tokens of all examples, see `echovlm_ray.training.batches.collate`.
+            sequence_lengths: examples, int64.
+            targets: 1 × tokens, see `EncodedExample`.
+            target_weights: 1 × tokens.
+            totals: of the whole step; None: this batch is the whole step.
+            picture_embeddings: tokens of all pictures × hidden, what the vision tower made of them beforehand.
+            inputs: positions, and pictures.
+
+        Returns:
+            `loss`; and without gradients `answer_loss`, `balancing_loss` (both parts of it) and `logits`, one row for
+            each target.
+        """
+        if totals is None:
+            totals = StepTotals(float(target_weights.sum()), len(sequence_lengths))
+        without_picture = not any(name in inputs for name in _PICTURES)
+        blank = self._blank_picture() if without_picture and self._learns_vision() else None
+        if picture_embeddings is None:
+            inputs["input_ids"] = input_ids
+        else:
+            inputs["inputs_embeds"] = self._with_pictures(input_ids, picture_embeddings)
+        outputs = self.model.model(
+            sequence_lengths=tuple(sequence_lengths.tolist()),
+            use_cache=False,
+            output_router_logits=True,
+            **inputs,
+        )
+        wanted = targets != IGNORED
+        # The head is computed where there is something to learn, not for prompts.
+        logits_NV = self.model.lm_head(outputs.last_hidden_state[wanted])
+        loss_N = F.cross_entropy(logits_NV.float(), targets[wanted], reduction="none")
+        answer_loss = (loss_N * target_weights[wanted]).sum() / totals.target_weight
+        top_k = self.model.config.text_config.num_experts_per_tok
+        balancing_loss = sequence_balancing_loss(outputs.router_logits, top_k, sequence_lengths)
+        balancing_loss = balancing_loss / totals.sequences
+        loss = answer_loss + self.balancing * balancing_loss
+        if blank is not None:
+            loss = loss + blank
+        if self.training:
+            self.counts.add(outputs.router_logits, top_k)
+        return {
+            "loss": loss,
+            "answer_loss": answer_loss.detach(),
+            "balancing_loss": balancing_loss.detach(),
+            "logits": logits_NV.detach(),
+        }
+
+    def _with_pictures(self, input_ids: torch.Tensor, picture_embeddings: torch.Tensor) -> torch.Tensor:
+        config = self.model.config
+        embeddings = self.model.model.language_model.embed_tokens(input_ids)
+        places = (input_ids == config.image_token_id) | (input_ids == config.video_token_id)
+        joined: torch.Tensor = embeddings.masked_scatter(places[..., None], picture_embeddings.to(embeddings.dtype))
+        return joined
+
+    def _learns_vision(self) -> bool:
+        visual = self.model.model.visual
+        return self.training and visual is not None and any(value.requires_grad for value in visual.parameters())
+
+    def _blank_picture(self) -> torch.Tensor:
+        """Zero, with (zero) gradients for the vision tower.
+
+        A worker whose batch shows no picture takes part in the exchange of gradients like any other; otherwise the
+        workers would wait for one another for ever.
+        """
+        visual = self.model.model.visual
+        assert visual is not None
+        merge = visual.config.spatial_merge_size
+        weight = visual.patch_embed.proj.weight
+        patches = torch.zeros(merge * merge, weight[0].numel(), device=weight.device)
+        grid = torch.tensor([[1, merge, merge]], device=weight.device)
+        pooled: torch.Tensor = visual(patches, grid_thw=grid).pooler_output
+        return pooled.float().sum() * 0.0
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The tensors that are trained, each once: tied weights have one name."""
+        whole = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        trained = {prefix + name for name, value in self.named_parameters() if value.requires_grad}
+        return type(whole)((name, value) for name, value in whole.items() if name in trained)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Takes a state that `state_dict` gave.
+
+        Raises:
+            ValueError: it has other tensors than those that are trained.
+        """
+        trained = {name for name, value in self.named_parameters() if value.requires_grad}
+        if differing := sorted(trained ^ state_dict.keys()):
+            raise ValueError(
+                f"the saved state and the recipe do not train the same tensors; {len(differing)} differ, first "
+                f"{differing[0]}: go on with the recipe and the start that the run began with"
+            )
+        return super().load_state_dict({**super().state_dict(), **state_dict}, strict, assign)

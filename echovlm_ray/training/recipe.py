@@ -1,0 +1,181 @@
+"""A training recipe: everything that decides what a run computes, except its data and where it starts from.
+
+Every field says what to do with it in the form "when this, do that". Reading a file is
+`echovlm_ray.training.recipe_file`; ready recipes lie in `echovlm_ray/training/recipes/`.
+"""
+
+from typing import Annotated, Literal, Self, get_args
+
+from pydantic import Field, model_validator
+
+from echovlm_ray.config import ContradictionError, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+
+# The parts of the model that a stage can train; `echovlm_ray.training.parts` says which tensors they are.
+Part = Literal[
+    "vision",
+    "projector",
+    "embeddings",
+    "attention",
+    "dense_mlp",
+    "norms",
+    "head",
+    "gates",
+    "experts",
+    "shared_expert",
+    "coefficient",
+]
+PARTS: tuple[Part, ...] = get_args(Part)
+# Parts made of linear layers, which an adapter can be put beside.
+AdaptedPart = Literal["vision", "projector", "attention", "dense_mlp"]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class DataSection(Section):
+    """How examples become batches."""
+
+    # When an example has more tokens, visual ones included, it cannot be used; it is never cut.
+    max_tokens: Annotated[int, Field(ge=16)] = 2048
+    # When an image, or two frames of a cine loop, would take more visual tokens, they are scaled down to fit; keep it
+    # equal to gateway.max_visual_tokens of the deployment.
+    max_visual_tokens: Annotated[int, Field(ge=16)] = 196
+    # When an example cannot be used (too long, its image missing or broken), "stop" ends the run clearly and "skip"
+    # takes the next example of the file in its place.
+    unusable: Literal["stop", "skip"] = "stop"
+    # When the processor waits for images, raise it: worker processes that read them. The order does not depend on it.
+    workers: Annotated[int, Field(ge=0)] = 0
+    # When a part of the data shall be kept back to measure on, give its share; a file of its own (--validation) wins.
+    validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class LossSection(Section):
+    """What is minimised."""
+
+    # When experts die (see dead_experts in the log), raise it; when answers stay poor while the load is even, lower it.
+    # The load-balancing loss of every sequence and layer is multiplied with it.
+    balancing: NonNegativeFloat = 0.001
+    # When answers are fluent but wrong in the words that matter, raise it: tokens of an example's emphasised words
+    # count this often.
+    emphasis_weight: PositiveFloat = 1.0
+
+
+class UpcyclingSection(Section):
+    """What becomes of a dense Qwen2-VL when it gets experts; without effect on a model that has them."""
+
+    # When tokens differ much (several organs, languages), use more experts; memory grows with them.
+    num_experts: PositiveInt = 4
+    # When quality counts more than speed, raise it: experts a token goes to.
+    num_experts_per_tok: PositiveInt = 2
+    # When memory is short, lower it: the inner size of a routed expert.
+    expert_size: PositiveInt = 1408
+    # When memory is short, lower it: the inner size of the shared expert.
+    shared_expert_size: PositiveInt = 5632
+    # When 0, experts begin with rows of the dense MLP; when 1, at random; between, that share of their rows is drawn
+    # anew (Drop-Upcycling, arXiv 2502.19261, which finds 0.5 best), so that experts differ from the beginning.
+    redrawn: Share = 0.5
+    # When true, the mixture begins at zero and step 0 computes what the dense model does; when false, experts begin
+    # with their full output and the model is disturbed at first.
+    preserve: bool = True
+
+
+class AdapterSection(Section):
+    """Low-rank adapters (LoRA, arXiv 2106.09685) beside frozen linear layers; merged into them when the stage ends."""
+
+    # When a part shall change a little and cheaply, name it here instead of under `train`.
+    parts: tuple[AdaptedPart, ...]
+    # When the adapted parts learn too little, raise it: the rank.
+    rank: PositiveInt = 8
+    # When you change the rank, change it in proportion: adapters are scaled by alpha / rank.
+    alpha: PositiveInt = 16
+
+
+class Stage(Section):
+    """One stage: what learns, how fast and for how long. The next begins with what it made."""
+
+    # When a recipe has several stages, names tell them apart; also the name of the stage's folder.
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,39}$")] = "all"
+    # When a part shall learn, name it; what is named neither here nor under `adapters` is frozen.
+    train: tuple[Part, ...] = PARTS
+    # When set, the named parts learn through adapters.
+    adapters: AdapterSection | None = None
+    # When the data set is small, give several; a part of an epoch is possible.
+    epochs: PositiveFloat = 1.0
+    # When set, the stage takes this many optimizer steps, whatever `epochs` says.
+    steps: PositiveInt | None = None
+    # When gradients are noisy, raise it: examples an optimizer step, over all workers and micro-batches together.
+    batch_size: PositiveInt = 16
+    # When memory does not hold a whole batch, lower it: examples in one forward pass of one worker. The result is the
+    # same but for rounding.
+    micro_batch_size: PositiveInt = 4
+    # When the loss jumps or is not a number, lower it; when it falls slowly, raise it.
+    learning_rate: PositiveFloat = 1e-4
+    # When a run is short, "linear" or "cosine" end it well; "constant" suits one that will be continued.
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    # When the first steps disturb what was learnt before, raise it: the share of steps over which the rate rises.
+    warmup_share: Share = 0.03
+    # When the model learns the data by heart, raise it; norms and biases are left out.
+    weight_decay: NonNegativeFloat = 0.05
+    # When the loss has spikes, lower the second: how long the optimizer remembers gradients and their squares.
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
+    # When single batches throw the model off, lower it: longer gradients are shortened to this norm.
+    max_grad_norm: PositiveFloat = 1.0
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.batch_size % self.micro_batch_size:
+            raise ContradictionError(
+                f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}: change one",
+                "micro_batch_size",
+            )
+        adapted = set(self.adapters.parts) if self.adapters is not None else set()
+        if both := sorted(adapted & set(self.train)):
+            raise ContradictionError(
+                f"{', '.join(both)} cannot both be trained and have adapters: name it in one place", "train"
+            )
+        if not adapted and not self.train:
+            raise ContradictionError("a stage must train something: name parts under train or adapters", "train")
+        return self
+
+
+class Recipe(Section):
+    """Everything that decides what a run computes, except its data and where it starts from."""
+
+    # When a result shall be seen with other random draws, change it; the same seed gives the same bytes on the same
+    # machine with the same number of workers and threads.
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    data: DataSection = DataSection()
+    loss: LossSection = LossSection()
+    upcycling: UpcyclingSection = UpcyclingSection()
+    # When one after the other shall be trained, list several; each begins with what the one before made.
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)] = (Stage(),)
+    # When the processor has no bfloat16, or rounding is suspected, choose "float32"; weights and optimizer are float32
+    # in any case.
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    # When the result shall be half as large, choose "bfloat16": the type of the finished weights.
+    weights: Literal["float32", "bfloat16"] = "float32"
+    # When memory does not hold a micro-batch of one, set it to true: a third more work, far less memory.
+    activation_checkpointing: bool = False
+    # When the model does not fit one GPU, set it to true: weights, gradients and optimizer are divided among the
+    # workers (FSDP2). Never run here: this project's tests have no machine with several GPUs.
+    shard: bool = False
+    # When a lost hour would hurt, lower it: optimizer steps between two checkpoints.
+    save_every: PositiveInt = 500
+    # When the disk is small, lower it: how many checkpoints are kept.
+    keep: PositiveInt = 2
+    # When curves shall be finer, lower it: optimizer steps between two lines of the log.
+    log_every: PositiveInt = 10
+    # When set, the loss on what was kept back is measured every so many steps; it is measured at the end in any case.
+    validate_every: PositiveInt | None = None
+    # When you want the curves in a tool of your own, name it; it must be installed. Log and PNG are always made.
+    tracker: Literal["none", "tensorboard", "mlflow"] = "none"
+
+    @model_validator(mode="after")
+    def _stages_differ(self) -> Self:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ContradictionError("two stages have the same name: rename one", "stages")
+        if self.upcycling.num_experts_per_tok > self.upcycling.num_experts:
+            raise ContradictionError(
+                "upcycling.num_experts_per_tok is more than upcycling.num_experts: change one",
+                "upcycling.num_experts_per_tok",
+            )
+        return self
