@@ -89,7 +89,8 @@ async def answering_checkpoint(checkpoint: Path, *, threads: int = 1) -> AsyncIt
             stack.push_async_callback(encoder.close)
             stack.push_async_callback(vision.close)
             stack.push_async_callback(client.close)
-            stack.callback(gateway.close)
+            stack.push_async_callback(gateway.close)
+            await gateway.start()
             parts: dict[str, tuple[Callable[[Any, grpc.aio.Server], None], object]] = {
                 "vision": (vision_pb2_grpc.add_VisionEncoderServicer_to_server, VisionEncoderService(encoder)),
                 "router": (router_pb2_grpc.add_RouterServicer_to_server, router),

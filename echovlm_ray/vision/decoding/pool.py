@@ -138,6 +138,7 @@ class DecoderPool:
 
     async def _decode(self, content: bytes, request_id: str) -> DecodedImage:
         """One attempt. What is raised is `FileRefusedError`, `DecoderEndedError` or a cancellation."""
+        assert self._server is not None, "the pool was not started"
         decoder = await self._next_decoder()
         try:
             decoded = await decoder.decode(content)
