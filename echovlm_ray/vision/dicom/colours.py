@@ -26,6 +26,8 @@ _ROWS_AT_ONCE = 64
 # nothing but an attribute speaks for the other, and where the frames are stored as the attribute says.
 CLEARLY_GREYER = 0.5
 CERTAINLY_GREYER = 0.25
+# The brightness of a picture varies by more than this part of the middle of its range.
+_FLAT = 16
 
 
 def palette_tables(
@@ -127,4 +129,6 @@ def looks_like(values: npt.NDArray[Any], bits: int, share: float = CLEARLY_GREYE
     as_rgb = float(np.abs(sample[..., 1:] - sample[..., :1]).mean())
     if as_rgb < share * as_ybr:
         return "RGB"
-    return "YBR_FULL" if as_ybr < share * as_rgb else None
+    # A picture of one colour is no evidence of chroma.
+    is_varied = float(sample[..., 0].std()) > middle / _FLAT
+    return "YBR_FULL" if is_varied and as_ybr < share * as_rgb else None

@@ -98,6 +98,9 @@ class NativeFrames:
         pixels = self._header.rows * self._header.columns
         return pixels * 2 * allocated if packed else pixels * samples * allocated
 
+    def _is_one_frame(self, available: int, bits: int) -> bool:
+        return available - -(-bits // 8) in (0, 1)
+
     def _fits(self, available: int, bits: int) -> bool:
         """Whether the bytes are a whole number of such frames, as many as stated, perhaps with a byte to be even."""
         if self._header.frames is not None:
@@ -176,7 +179,10 @@ class NativeFrames:
         if header.samples is None:
             samples = by_photometric
             if samples is None:
-                samples = 3 if self._fits(available, self._bits(3, allocated)) and header.frames is not None else 1
+                is_colour = self._is_one_frame(available, self._bits(3, allocated))
+                if header.frames is not None:
+                    is_colour = self._fits(available, self._bits(3, allocated))
+                samples = 3 if is_colour else 1
             notices.append(f"has no Samples per Pixel (0028,0002); {samples} is taken")
             return samples
         if header.samples not in (1, 3):
@@ -188,7 +194,7 @@ class NativeFrames:
         candidates = [samples for samples in (by_photometric, header.samples) if samples is not None]
         if header.frames is None:
             # A still is likelier than a loop that does not say that it is one.
-            candidates.sort(key=lambda samples: -(-self._bits(samples, allocated) // 8) not in (available, available - 1))
+            candidates.sort(key=lambda samples: not self._is_one_frame(available, self._bits(samples, allocated)))
         for samples in candidates:
             if self._fits(available, self._bits(samples, allocated)):
                 if samples != header.samples:

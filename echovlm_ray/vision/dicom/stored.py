@@ -88,8 +88,11 @@ def _settled_shift(
             notices.append("has values in lower bits than its High Bit (0028,0102) says; they are taken from there")
             return low
     elif layout.stored > 8 and used >> layout.stored and not used & ((1 << (bits - layout.stored)) - 1):
-        notices.append("has values in higher bits than its High Bit (0028,0102) says; they are taken from there")
-        return replace(layout, high_bit=bits - 1)
+        high = replace(layout, high_bit=bits - 1)
+        # Otherwise the upper bits are an overlay.
+        if _is_smoother(frames[0], high, layout):
+            notices.append("has values in higher bits than its High Bit (0028,0102) says; they are taken from there")
+            return high
     return layout
 
 
@@ -101,9 +104,7 @@ def _settled_sign(frame: Values, layout: FrameLayout, bits: int, notices: list[s
     return layout
 
 
-def _is_smoother(
-    frame: Values, other: FrameLayout, labelled: FrameLayout, share: float = _CLEARLY_SMOOTHER
-) -> bool:
+def _is_smoother(frame: Values, other: FrameLayout, labelled: FrameLayout, share: float = _CLEARLY_SMOOTHER) -> bool:
     sample = frame[:_SAMPLE_ROWS]
     return _roughness(_read(sample, other)) < share * _roughness(_read(sample, labelled))
 
