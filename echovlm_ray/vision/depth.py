@@ -14,6 +14,7 @@ import numpy.typing as npt
 from echovlm_ray.vision.picture import FrameArray
 
 _DEPTHS = (8, 10, 12, 14)
+_FIRST_VALUES = 4096
 
 
 def to_eight_bits(
@@ -59,8 +60,13 @@ def _are_widened(arrays: Sequence[npt.NDArray[np.generic]], bits: int) -> bool:
     """Whether unsigned values of 16 bits are eight bits, times 256 or 257, so that a dark picture is just dark."""
     if bits != 16 or any(array.dtype != np.uint16 for array in arrays):
         return False
-    values = [np.unique(array).astype(np.uint16) for array in arrays]
-    return all(not (array % 257).any() for array in values) or all(not (array % 256).any() for array in values)
+    factors = [
+        factor
+        for factor in (256, 257)
+        # Some values suffice to see that most pictures are not.
+        if not any((array.reshape(-1)[:_FIRST_VALUES].astype(np.uint16) % factor).any() for array in arrays)
+    ]
+    return any(not any((array.astype(np.uint16) % factor).any() for array in arrays) for factor in factors)
 
 
 def _scaled(arrays: Sequence[npt.NDArray[np.generic]], bits: int) -> list[FrameArray]:

@@ -170,11 +170,14 @@ def _is_blank(frames: Sequence[Values], rules: Sequence[GreyRule], padding: Padd
     for frame, rule in zip(frames, rules, strict=True):
         if not isinstance(rule.voi, Window):
             return False
-        low, high = _limits([frame], [rule], padding)
+        if padding is None and rule.modality is None:
+            low, high = rule.modality_values(np.array([frame.min(), frame.max()], np.float64))
+        else:
+            low, high = _limits([frame], [rule], padding)
         shades = rule.voi.eight_bits(np.array([low, high]))
         if shades[0] != shades[1]:
             return False
-        varied = varied or low < high
+        varied = varied or bool(low != high)
     return varied
 
 

@@ -50,10 +50,10 @@ class LookupTable:
 
 def real_bits(largest: int, stated: int) -> int:
     """How many bits values have whose largest one is given, where they are said to have `stated`."""
+    if largest in _ALL_ONES:
+        return _ALL_ONES[largest]
     if largest >= 1 << stated:
         return next((bits for bits in (*_LIKELY_BITS, 16, 32) if largest < 1 << bits), 64)
-    if largest in _ALL_ONES and largest < 1 << stated:
-        return _ALL_ONES[largest]
     return next((bits for bits in _LIKELY_BITS if bits <= stated - _UNUSED_BITS and largest < 1 << bits), stated)
 
 
