@@ -123,7 +123,7 @@ def looks_like(values: npt.NDArray[Any], bits: int, share: float = CLEARLY_GREYE
         bits: of a value.
         share: how much nearer to grey one reading must be than the other.
     """
-    sample = values[:: max(1, values.shape[0] // 128), :: max(1, values.shape[1] // 128)].astype(np.float32)
+    sample = values[:: max(1, values.shape[0] // 64), :: max(1, values.shape[1] // 64)].astype(np.float32)
     middle = float(1 << (bits - 1))
     as_ybr = float(np.abs(sample[..., 1:] - middle).mean())
     as_rgb = float(np.abs(sample[..., 1:] - sample[..., :1]).mean())

@@ -18,8 +18,8 @@ from echovlm_ray.vision.dicom.header import FrameLayout
 _CLEARLY_SMOOTHER = 0.8
 # Padding and overlays make a picture of many bits somewhat rougher; a wrong sign makes it far rougher.
 _FAR_SMOOTHER = 0.5
-# Of a large picture, these many values tell enough.
-_SAMPLE_ROWS = 512
+# Of a large picture, about so many rows tell enough.
+_SAMPLE_ROWS = 128
 
 Values = npt.NDArray[Any]
 
@@ -105,7 +105,7 @@ def _settled_sign(frame: Values, layout: FrameLayout, bits: int, notices: list[s
 
 
 def _is_smoother(frame: Values, other: FrameLayout, labelled: FrameLayout, share: float = _CLEARLY_SMOOTHER) -> bool:
-    sample = frame[:_SAMPLE_ROWS]
+    sample = frame[:: max(1, len(frame) // _SAMPLE_ROWS)]
     return _roughness(_read(sample, other)) < share * _roughness(_read(sample, labelled))
 
 
