@@ -16,6 +16,8 @@ _JFIF, _ADOBE = 0xE0, 0xEE
 _JP2_SIGNATURE = b"\x00\x00\x00\x0cjP  "
 _JPEG2000_START = b"\xff\x4f\xff\x51"
 END_MARKER = b"\xff\xd9"
+# It stands within so many bytes of the end, because padding makes a fragment even.
+END_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,3 +154,8 @@ def _jpeg2000_header(codestream: bytes) -> FrameSize | None:
         colours="RGB" if samples == 3 and transformed else None,
         certain=transformed,
     )
+
+
+def is_ended(codestream: bytes) -> bool:
+    """Whether the codestream has its end marker, perhaps with some bytes of padding behind it."""
+    return END_MARKER in codestream[-END_BYTES:]

@@ -1,7 +1,8 @@
 """Values of more or fewer than eight bits to eight.
 
 Programs like ITK and ImageJ write the 8 or 12 bits of a detector into 16-bit files as they are, so the files' own
-depth makes such a picture black. Which depth is meant is seen from the values: the even number of bits they fit into.
+depth makes such a picture black. Which depth is meant is seen from the values: the even number of bits they fit into,
+unless they are eight bits that were widened to sixteen.
 Too small a depth brightens a picture; too large a one loses most of its grey levels.
 """
 
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from echovlm_ray.vision.picture import FrameArray
 
 _DEPTHS = (8, 10, 12, 14)
+_FIRST_VALUES = 4096
 
 
 def to_eight_bits(
@@ -47,11 +49,24 @@ def to_eight_bits(
     if significant is not None and significant < 16:
         depths = (significant,)
     depth = next((depth for depth in depths if highest < 2**depth), 16)
-    if (depth == 16 and bits == 16) or not highest:
+    if (depth == 16 and bits == 16) or not highest or (significant is None and _are_widened(arrays, bits)):
         return _scaled(arrays, 16), ()
     return _scaled(arrays, depth), (
         f"Its values are stored in {bits} bits and all fit into {depth}, so they are shown as {depth}-bit values.",
     )
+
+
+def _are_widened(arrays: Sequence[npt.NDArray[np.generic]], bits: int) -> bool:
+    """Whether unsigned values of 16 bits are eight bits, times 256 or 257, so that a dark picture is just dark."""
+    if bits != 16 or any(array.dtype != np.uint16 for array in arrays):
+        return False
+    factors = [
+        factor
+        for factor in (256, 257)
+        # Some values suffice to see that most pictures are not.
+        if not any((array.reshape(-1)[:_FIRST_VALUES].astype(np.uint16) % factor).any() for array in arrays)
+    ]
+    return any(not any((array.astype(np.uint16) % factor).any() for array in arrays) for factor in factors)
 
 
 def _scaled(arrays: Sequence[npt.NDArray[np.generic]], bits: int) -> list[FrameArray]:

@@ -4,7 +4,7 @@ A few bytes can announce millions of tiles, layers or precincts, each of which c
 """
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from echovlm_ray.vision.picture import InvalidPictureError
 
@@ -19,12 +19,16 @@ MAX_PACKETS = 500_000
 
 @dataclass(frozen=True, slots=True)
 class Jpeg2000File:
-    """Size of the picture in pixels, how many values a pixel has, of how many bits each at most."""
+    """Size of the picture in pixels, how many values a pixel has, of how many bits each at most.
+
+    `has_end` is False where a file lacks the mark of its end and nothing else.
+    """
 
     width: int
     height: int
     samples: int
     bits: int
+    has_end: bool = True
 
 
 def read_jpeg2000(content: bytes) -> Jpeg2000File:
@@ -39,12 +43,12 @@ def read_jpeg2000(content: bytes) -> Jpeg2000File:
         picture, tiles, tile_size = _size(codestream)
         coding = segments[_CODING_STYLE]
         _check_packets(coding, picture, tiles, tile_size)
-        whole = _tiles_are_whole(codestream, tiles_at, tiles)
+        end = _tiles_end(codestream, tiles_at, tiles)
     except (KeyError, IndexError, struct.error, ZeroDivisionError):
-        whole = False
-    if not whole:
+        end = None
+    if end is None:
         raise InvalidPictureError("is a JPEG 2000 file that is damaged or truncated; export it again")
-    return picture
+    return replace(picture, has_end=end + 1 < len(codestream))
 
 
 def _codestream(content: bytes) -> memoryview:
@@ -106,8 +110,8 @@ def _check_packets(coding: bytes, picture: Jpeg2000File, tiles: int, tile_size: 
         )
 
 
-def _tiles_are_whole(codestream: memoryview, offset: int, tiles: int) -> bool:
-    """Whether each tile has a part, and no part reaches beyond the end of the file (A.4.2)."""
+def _tiles_end(codestream: memoryview, offset: int, tiles: int) -> int | None:
+    """Where the tiles end; None unless each has a part, and no part reaches beyond the end of the file (A.4.2)."""
     seen: set[int] = set()
     for _ in range(_MAX_TILE_PARTS):
         if offset + 12 > len(codestream) or codestream[offset : offset + 2].tobytes() != b"\xff\x90":
@@ -115,8 +119,9 @@ def _tiles_are_whole(codestream: memoryview, offset: int, tiles: int) -> bool:
         tile, length = struct.unpack_from(">HI", codestream, offset + 4)
         seen.add(tile)
         if length == 0:
-            return len(seen) == tiles and bytes(codestream[-4:]).rstrip(b"\x00").endswith(_END)
+            is_whole = len(seen) == tiles and bytes(codestream[-4:]).rstrip(b"\x00").endswith(_END)
+            return len(codestream) - len(_END) if is_whole else None
         if length < 14 or offset + length > len(codestream):
-            return False
+            return None
         offset += length
-    return len(seen) == tiles
+    return offset if len(seen) == tiles else None

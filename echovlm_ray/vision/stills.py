@@ -27,6 +27,7 @@ from echovlm_ray.vision.tiff_pages import decode_tiff
 _MAX_BMP_RUN_BYTES = 4 * 1024 * 1024
 # Whatever a picture without the mark of its end still lacks is read as these bytes.
 _FILLING = b"\xaa" * 4096
+_NO_END = "The mark of the file's end is missing; its pixels are complete."
 
 _Array = npt.NDArray[np.generic]
 
@@ -94,7 +95,7 @@ def _jpeg(content: bytes, max_pixels: int, max_frames: int) -> Picture:
         values = decode(jpeg.body)
     else:
         values = _without_end(jpeg, decode)
-        notices = ("The mark of the file's end is missing; its pixels are complete.",)
+        notices = (_NO_END,)
     if jpeg.holds_several:
         notices = (*notices, "It holds several pictures; the first is shown.")
     if jpeg.precision == 8 and values.ndim == 3 and values.shape[2] == 3:
@@ -134,21 +135,26 @@ def _jpeg2000(content: bytes, max_pixels: int, max_frames: int) -> Picture:
     check_pixels(header.width, header.height, 1, max_pixels, header.samples * (1 + (header.bits > 8)))
     if header.samples > 4:
         raise InvalidPictureError("is a JPEG 2000 file with more than four components; save it as RGB or greyscale")
+    notices: tuple[str, ...] = ()
+    if not header.has_end:
+        content = content.removesuffix(b"\xff") + jpeg_file.END
+        notices = (_NO_END,)
     if header.bits > 8:
-        frame, notices = _deep_colours(_imagecodecs("jpeg2k_decode", content), header.bits)
+        frame, assumed = _deep_colours(_imagecodecs("jpeg2k_decode", content), header.bits)
     else:
         with _opened(content, "JPEG2000") as image:
-            frame, notices = opaque_rgb(image)
-    return Picture((frame,), notices=notices)
+            frame, assumed = opaque_rgb(image)
+    return Picture((frame,), notices=(*notices, *assumed))
 
 
 def _webp(content: bytes, max_pixels: int, max_frames: int) -> Picture:
     webp = webp_file.read_webp(content)
     check_pixels(webp.width, webp.height, 1, max_pixels)
     if webp.animation_frames > 1:
+        content = webp_file.with_right_length(content)
         return decode_animation(content, "WEBP", webp.animation_frames, max_pixels=max_pixels, max_frames=max_frames)
     orientation, unread = read_orientation(webp.exif, webp.xmp)
-    with _opened(content, "WEBP") as image:
+    with _opened(webp_file.with_right_length(content), "WEBP") as image:
         frame, notices = opaque_rgb(image)
     return Picture((oriented(frame, orientation),), notices=(*unread, *notices))
 

@@ -156,7 +156,11 @@ def _packets(container: Any, stream: "VideoStream", file_bytes: int) -> tuple[li
             packets.append(packet)
     except (av.FFmpegError, OSError, RuntimeError):
         return packets, False
-    return packets, not any(packet.is_corrupt for packet in packets)
+    whole = not any(packet.is_corrupt for packet in packets)
+    if len(packets) > 1 and packets[-1].is_corrupt:
+        # The file ends within it, and some decoders make half a frame of that without a word.
+        packets.pop()
+    return packets, whole
 
 
 def _is_short(container: Any, stream: "VideoStream", packets: list["Packet[Any]"]) -> bool:

@@ -45,6 +45,16 @@ def read_webp(content: bytes) -> WebpFile:
     return webp
 
 
+def with_right_length(content: bytes) -> bytes:
+    """The file with the length in its header that it has, and with the byte that makes its last chunk even."""
+    stated = int.from_bytes(content[4:8], "little") + 8
+    first = 20 + int.from_bytes(content[16:20], "little")
+    if first <= stated <= len(content):
+        return content
+    content += bytes(len(content) % 2)
+    return content[:4] + (len(content) - 8).to_bytes(4, "little") + content[8:]
+
+
 def _read_chunk(webp: WebpFile, kind: bytes, content: bytes, start: int, length: int) -> None:
     head = content[start : start + min(length, 10)].ljust(10, b"\x00")
     if kind == b"ANMF":

@@ -101,13 +101,33 @@ def test_the_extended_offset_table_is_used_and_may_be_wrong() -> None:
         assert any("offset table" in text for text in found.notices) == is_wrong
 
 
-@pytest.mark.parametrize("frames", [5, None, 9])
+@pytest.mark.parametrize("frames", [5, None, 9, 15])
 def test_a_frame_may_lie_in_several_fragments(frames: int | None) -> None:
     halves = [part for jpeg in JPEGS for part in (jpeg[:200], jpeg[200:400], jpeg[400:])]
     halves = [part + b"\0" * (len(part) % 2) for part in halves]
     found = decode(compressed(items(*halves), frames=frames))
     assert found.source_frames == 5
     matches(found, range(5))
+
+
+def test_fragments_without_compression_are_native_frames() -> None:
+    frames = np.stack([np.roll(picture(47, 63), 9 * index, axis=1) for index in range(3)])
+    padded = [frame.tobytes() + b"\0" for frame in frames]
+    for pixel_data in (items(*padded), items(frames.tobytes() + b"\0")):
+        for syntax in ("1.2.840.10008.1.2.1.98", JPEGBaseline8Bit):
+            content = compressed(pixel_data, frames=3, syntax=syntax, **grey(Rows=47, Columns=63))
+            found = decode(content)
+            assert found.source_frames == 3
+            assert np.array_equal(np.stack(found.frames)[:3, ..., 0], frames)
+            assert any("not compressed" in text for text in found.notices) == (syntax == JPEGBaseline8Bit)
+
+
+def test_a_still_is_likelier_than_a_loop_that_does_not_say_it_is_one() -> None:
+    colours = colour_picture(48, 64)
+    for attributes in ({"PhotometricInterpretation": "MONOCHROME2"}, {"PhotometricInterpretation": "PALETTE COLOR"}):
+        found = decode(made(colours, **attributes))
+        assert found.source_frames == 1
+        assert np.array_equal(found.frames[0], colours)
 
 
 def test_frames_in_one_fragment_are_told_apart() -> None:

@@ -35,6 +35,11 @@ BAD = [
     region(0, 0, 0, 0),
     region(300, 300, 400, 400),
     unsigned(-50, -40, -10, -20),
+    region(0, 0, 5, 5),
+    region(0, 0, 1, 149),
+    region(120, 110, 0, 0),
+    unsigned(120, 110, -1, -1),
+    unsigned(120, 110, 150, -1),
     without("RegionLocationMinX0"),
     without("RegionLocationMaxY1"),
     without("RegionLocationMinX0", "RegionLocationMinY0", "RegionLocationMaxX1", "RegionLocationMaxY1"),
@@ -81,6 +86,17 @@ def test_sound_regions_have_no_notice(item: Dataset) -> None:
 def test_other_formats_are_no_image_and_a_missing_one_is() -> None:
     assert decoded(GOOD, region(0, 0, 199, 10, 5)) == (GOOD_SHAPE, ())
     assert decoded(without("RegionSpatialFormat"))[0] == GOOD_SHAPE
+
+
+@pytest.mark.parametrize("spatial_format", [0, 4, 5])
+def test_regions_none_of_which_is_an_image_leave_the_whole_picture_and_say_so(spatial_format: int) -> None:
+    shape, notices = decoded(region(10, 20, 109, 99, spatial_format))
+    assert shape == (150, 200, 3)
+    assert any("without an image region" in text and "not cropped" in text for text in notices)
+
+
+def test_an_unknown_format_may_be_an_image() -> None:
+    assert decoded(region(10, 20, 109, 99, 99)) == (GOOD_SHAPE, ())
 
 
 def test_an_empty_sequence_is_said_and_a_missing_one_is_not() -> None:

@@ -55,6 +55,33 @@ def test_the_values_tell_how_many_of_16_bits_are_meant(bits: int, kind: str) -> 
     assert difference(decoded.frames[0], RGB) < 0.6
 
 
+@pytest.mark.parametrize("widened", [256, 257])
+def test_eight_bits_that_were_widened_to_16_may_be_dark(widened: int) -> None:
+    for right in (GREY // 4, GREY // 60):
+        decoded = decode(encoded(right.astype(np.uint16) * widened, "PNG"))
+        assert difference(decoded.frames[0], right) < 0.6
+        assert decoded.notices == ()
+
+
+def test_a_jpeg_2000_that_lacks_only_its_end_is_taken() -> None:
+    for container in ("j2k", "jp2"):
+        for values in (RGB, RGB.astype(np.uint16) * 257):
+            whole = imagecodecs.jpeg2k_encode(values, codecformat=container, level=0, reversible=True)
+            for missing in (1, 2):
+                decoded = decode(whole[:-missing])
+                assert difference(decoded.frames[0], RGB) < 0.6
+                assert decoded.notices == ("The mark of the file's end is missing; its pixels are complete.",)
+            assert decode(whole).notices == ()
+            assert "truncated" in refused(whole[:-3])
+
+
+def test_the_length_in_the_header_of_a_webp_may_be_wrong() -> None:
+    webp = encoded(RGB, "WEBP", lossless=True)
+    for length in (0, 99, len(webp), 2**31):
+        content = webp[:4] + length.to_bytes(4, "little") + webp[8:]
+        assert difference(decode(content).frames[0], RGB) == 0
+
+
 def test_the_significant_bits_of_a_png_are_believed_where_they_fit() -> None:
     dark = GREY.astype(np.uint16) * 3  # under 10 bits, of 12 that the file names
     named = with_chunks(encoded(dark, "PNG"), chunk(b"sBIT", b"\x0c"))

@@ -350,3 +350,12 @@ def test_damaged_videos_are_taken_or_refused(data: st.DataObject) -> None:
     assert len({frame.shape for frame in image.frames}) == 1
     assert all(frame.dtype == np.uint8 and frame.shape[2] == 3 for frame in image.frames)
     assert len(image.frames) == 1 or len(image.frames) % 2 == 0
+
+
+@pytest.mark.parametrize("cut", [3000, 6000, 9001])
+def test_half_a_frame_at_the_end_is_left_out(cut: int) -> None:
+    found = decode(made("avi", "mjpeg", pixels="yuvj420p")[:-cut])
+    shown = numbers(found)
+    assert shown == sorted(shown)
+    assert shown[-1] == found.source_frames - 1
+    assert any("cut off" in text for text in found.notices)

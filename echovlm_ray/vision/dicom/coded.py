@@ -7,11 +7,11 @@ import numpy as np
 import numpy.typing as npt
 from pydicom import Dataset
 
-from echovlm_ray.vision.codestream import FrameSize, frame_size
+from echovlm_ray.vision.codestream import FrameSize, frame_size, is_ended
+from echovlm_ray.vision.dicom.colours import CERTAINLY_GREYER, looks_like
 from echovlm_ray.vision.dicom.decoders import (
     decode_codestream,
     decode_rle,
-    is_ended,
     rle_segments,
 )
 from echovlm_ray.vision.dicom.errors import FrameError, InvalidDicomError
@@ -28,8 +28,6 @@ from echovlm_ray.vision.dicom.header import (
 _BLOCK = 16
 # OpenJPEG works with four bytes a value.
 _JPEG2000_VALUE_BYTES = 4
-# Of two readings of the colours, the distance from grey must be this much smaller before it is the right one.
-_CLEARLY_GREYER = 0.5
 
 
 class CodedFrames:
@@ -166,7 +164,8 @@ class CodedFrames:
         frame = joined(self._frames[index])
         layout = self.layout
         if self._rle:
-            return decode_rle(frame, layout.rows, layout.columns, layout.samples, layout.value_bytes), self._labelled
+            values = decode_rle(frame, layout.rows, layout.columns, layout.samples, layout.value_bytes)
+            return values, self._without_marker(values, layout.stored)
         size = frame_size(frame)
         if size is None:
             raise FrameError
@@ -180,8 +179,8 @@ class CodedFrames:
             return decode_codestream(frame, size), ""
         labelled = self._labelled
         if size.kind != "JPEG":
-            colours = size.colours or labelled
-            return decode_codestream(frame, size), self._noted(colours)
+            values = decode_codestream(frame, size)
+            return values, self._noted(size.colours) if size.colours else self._without_marker(values, size.bits)
         is_ybr = size.colours == "YBR" and (size.certain or labelled == "YBR_FULL")
         if is_ybr and size.bits == 8:
             self._noted("YBR_FULL")
@@ -195,6 +194,12 @@ class CodedFrames:
         # Of the transforms of JPEG 2000, decoders return RGB.
         return "YBR_FULL" if self.layout.photometric in YBR - {"YBR_ICT", "YBR_RCT"} else "RGB"
 
+    def _without_marker(self, values: npt.NDArray[Any], bits: int) -> str:
+        """The colours of a frame of three samples that does not say them itself."""
+        if values.ndim != 3:
+            return ""
+        return self._noted(looks_like(values, bits, CERTAINLY_GREYER) or self._labelled)
+
     def _noted(self, colours: str) -> str:
         if colours != self._labelled:
             self._notices.append(
@@ -202,22 +207,6 @@ class CodedFrames:
                 "frames decide"
             )
         return colours
-
-
-def looks_like(values: npt.NDArray[Any], bits: int) -> str | None:
-    """RGB or YBR_FULL, whichever makes the picture clearly greyer, as most of an ultrasound image is; None if neither.
-
-    Args:
-        values: rows × columns × 3.
-        bits: of a value.
-    """
-    sample = values[:: max(1, values.shape[0] // 128), :: max(1, values.shape[1] // 128)].astype(np.float32)
-    middle = float(1 << (bits - 1))
-    as_ybr = float(np.abs(sample[..., 1:] - middle).mean())
-    as_rgb = float(np.abs(sample[..., 1:] - sample[..., :1]).mean())
-    if as_rgb < _CLEARLY_GREYER * as_ybr:
-        return "RGB"
-    return "YBR_FULL" if as_ybr < _CLEARLY_GREYER * as_rgb else None
 
 
 def extended_offsets(dataset: Dataset) -> tuple[int, ...]:

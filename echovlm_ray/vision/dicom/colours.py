@@ -22,6 +22,12 @@ _PARTIAL_SCALE = np.array([255 / 219, 255 / 224, 255 / 224], dtype=np.float32)
 _FULL_OFFSET = np.array([0, 128, 128], dtype=np.float32)
 _PARTIAL_OFFSET = np.array([16, 128, 128], dtype=np.float32)
 _ROWS_AT_ONCE = 64
+# Of two readings of the colours, the distance from grey must be this much smaller before it is the right one: where
+# nothing but an attribute speaks for the other, and where the frames are stored as the attribute says.
+CLEARLY_GREYER = 0.5
+CERTAINLY_GREYER = 0.25
+# The brightness of a picture varies by more than this part of the middle of its range.
+_FLAT = 16
 
 
 def palette_tables(
@@ -107,3 +113,22 @@ def sample_bits(frames: list[npt.NDArray[Any]], layout: FrameLayout) -> int:
     if layout.stored <= 8 or layout.signed:
         return layout.stored
     return real_bits(max(int(frame.max()) for frame in frames), layout.stored)
+
+
+def looks_like(values: npt.NDArray[Any], bits: int, share: float = CLEARLY_GREYER) -> str | None:
+    """RGB or YBR_FULL, whichever makes the picture clearly greyer, as most of an ultrasound image is; None if neither.
+
+    Args:
+        values: rows × columns × 3.
+        bits: of a value.
+        share: how much nearer to grey one reading must be than the other.
+    """
+    sample = values[:: max(1, values.shape[0] // 64), :: max(1, values.shape[1] // 64)].astype(np.float32)
+    middle = float(1 << (bits - 1))
+    as_ybr = float(np.abs(sample[..., 1:] - middle).mean())
+    as_rgb = float(np.abs(sample[..., 1:] - sample[..., :1]).mean())
+    if as_rgb < share * as_ybr:
+        return "RGB"
+    # A picture of one colour is no evidence of chroma.
+    is_varied = float(sample[..., 0].std()) > middle / _FLAT
+    return "YBR_FULL" if is_varied and as_ybr < share * as_rgb else None

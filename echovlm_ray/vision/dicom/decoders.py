@@ -10,15 +10,13 @@ import imagecodecs
 import numpy as np
 import numpy.typing as npt
 
-from echovlm_ray.vision.codestream import END_MARKER, FrameSize, progressive_scans, without_jp2_boxes
+from echovlm_ray.vision.codestream import END_MARKER, FrameSize, is_ended, progressive_scans, without_jp2_boxes
 from echovlm_ray.vision.dicom.errors import FrameError
 
 # Encoders write about ten; every scan costs as much as a picture.
 MAX_PROGRESSIVE_SCANS = 100
 # Bits that no encoder ends with: what a decoder makes of them differs from what it makes of missing data.
 _FILLER = b"\x5a\xc3\x96\x3c" * 64
-# An end marker stands within so many bytes of the end, because padding makes a fragment even.
-_END_BYTES = 64
 # An RLE segment may have some bytes behind its pixels to become even.
 _RLE_SLACK = 160
 
@@ -52,11 +50,6 @@ def decode_codestream(codestream: bytes, size: FrameSize, *, reverse_ybr: bool =
     if values.shape != shape:
         raise FrameError
     return values
-
-
-def is_ended(codestream: bytes) -> bool:
-    """Whether the codestream has its end marker, perhaps with some bytes of padding behind it."""
-    return END_MARKER in codestream[-_END_BYTES:]
 
 
 def _ended(codestream: bytes) -> bytes:

@@ -6,7 +6,7 @@ first bytes.
 
 from dataclasses import dataclass
 
-from echovlm_ray.vision.codestream import END_MARKER, starts_codestream
+from echovlm_ray.vision.codestream import END_BYTES, END_MARKER, is_ended, starts_codestream
 from echovlm_ray.vision.dicom.errors import FrameError
 
 ITEM = b"\xfe\xff\x00\xe0"
@@ -138,11 +138,26 @@ def group_frames(
         is_sound = len(indices) == len(offsets) > 0 and indices == sorted(set(indices)) and indices[0] == 0
         if is_sound and len(indices) >= len(beginnings):
             return _split(fragments, indices), True
-    if len(fragments) == stated or not beginnings:
+    if not beginnings:
         return ([(fragment,) for fragment in fragments] if stated != 1 else [fragments]), False
     if stated is not None and stated > len(beginnings) == len(fragments) == 1:
         return _concatenated(fragments[0], stated), False
+    if len(fragments) == stated:
+        beginnings = _with_damaged(fragments, set(beginnings))
     return _split(fragments, [0, *(index for index in beginnings if index)]), False
+
+
+def _with_damaged(fragments: tuple[Fragment, ...], beginnings: set[int]) -> list[int]:
+    """Where frames begin if each fragment may be one: also at a fragment that does not continue the frame before."""
+    found, is_open = [], False
+    for index, fragment in enumerate(fragments):
+        if index in beginnings:
+            # The frames of RLE have no end marker, and none of them has several fragments.
+            is_open = not starts_rle(bytes(fragment.data[:64]))
+        if index in beginnings or not is_open:
+            found.append(index)
+        is_open = is_open and not is_ended(bytes(fragment.data[-END_BYTES:]))
+    return found
 
 
 def _split(fragments: tuple[Fragment, ...], starts: list[int]) -> list[tuple[Fragment, ...]]:

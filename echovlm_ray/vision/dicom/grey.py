@@ -5,7 +5,7 @@ The order is the standard's: Modality LUT or rescale, VOI LUT or window, inversi
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -101,10 +101,18 @@ def grey_frames(
         notices: added to.
     """
     rules = _rules(dataset, indices, layout, little_endian, notices)
-    padding = _padding(dataset, layout)
+    padding = _padding(dataset, layout, notices)
     inverted = layout.photometric == "MONOCHROME1" or word(dataset, "PresentationLUTShape") == "INVERSE"
     limits = None
+    if layout.signed and layout.stored <= 8 and min(int(frame.min()) for frame in frames) >= 0:
+        # Bytes that only claim to be signed.
+        layout = replace(layout, signed=False)
     if any(rule.voi is None and _full_range(rule, layout) is None for rule in rules):
+        limits = _limits(frames, rules, padding)
+
+    if _is_blank(frames, rules, padding):
+        notices.append("has a window in which its picture is of one shade, which is left out")
+        rules = [replace(rule, voi=None) for rule in rules]
         limits = _limits(frames, rules, padding)
 
     def show(rule: GreyRule, stored: Floats) -> Bytes:
@@ -126,10 +134,12 @@ def grey_frames(
 def _full_range(rule: GreyRule, layout: FrameLayout) -> tuple[float, float] | None:
     """What eight bits or fewer could be at most and at least; None where the picture's own range is taken."""
     if rule.modality is not None:
-        return (0.0, 255.0) if rule.modality.bits == 8 else None
-    if layout.stored > 8 or layout.signed or rule.slope < 0:
+        return (0.0, float((1 << rule.modality.bits) - 1)) if min(layout.stored, rule.modality.bits) <= 8 else None
+    if layout.stored > 8:
         return None
-    return rule.intercept, rule.intercept + rule.slope * ((1 << layout.stored) - 1)
+    lowest = -(1 << (layout.stored - 1)) if layout.signed else 0
+    ends = sorted(rule.intercept + rule.slope * value for value in (lowest, lowest + (1 << layout.stored) - 1))
+    return ends[0], ends[1]
 
 
 def _limits(frames: Sequence[Values], rules: Sequence[GreyRule], padding: Padding | None) -> tuple[float, float]:
@@ -146,20 +156,45 @@ def _limits(frames: Sequence[Values], rules: Sequence[GreyRule], padding: Paddin
     return (low, high) if low <= high else (0.0, 0.0)
 
 
-def _padding(dataset: Dataset, layout: FrameLayout) -> Padding | None:
-    ends = [
-        _as_stored(value, layout)
-        for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit")
-        if (value := integer(dataset, keyword)) is not None
-    ]
-    if "PixelPaddingValue" not in dataset or not ends:
+def padding_ends(dataset: Dataset) -> tuple[int, ...]:
+    """Pixel Padding Value, and Pixel Padding Range Limit where there is one, as written; empty without padding."""
+    value, limit = integer(dataset, "PixelPaddingValue"), integer(dataset, "PixelPaddingRangeLimit")
+    if value is None:
+        return () if limit is None or "PixelPaddingValue" not in dataset else (limit,)
+    return (value,) if limit is None else (value, limit)
+
+
+def _is_blank(frames: Sequence[Values], rules: Sequence[GreyRule], padding: Padding | None) -> bool:
+    """Whether nothing of frames that do show something is seen in their windows."""
+    varied = False
+    for frame, rule in zip(frames, rules, strict=True):
+        if not isinstance(rule.voi, Window):
+            return False
+        if padding is None and rule.modality is None:
+            low, high = rule.modality_values(np.array([frame.min(), frame.max()], np.float64))
+        else:
+            low, high = _limits([frame], [rule], padding)
+        shades = rule.voi.eight_bits(np.array([low, high]))
+        if shades[0] != shades[1]:
+            return False
+        varied = varied or bool(low != high)
+    return varied
+
+
+def _padding(dataset: Dataset, layout: FrameLayout, notices: list[str]) -> Padding | None:
+    ends = [_as_stored(value, layout) for value in padding_ends(dataset)]
+    if not ends:
+        return None
+    if max(ends) - min(ends) >= (1 << layout.stored) - 1:
+        notices.append("has a Pixel Padding Range Limit (0028,0121) that leaves no picture, which is left out")
         return None
     return Padding(min(ends), max(ends))
 
 
 def _as_stored(value: int, layout: FrameLayout) -> float:
     """A value as the pixels have it, whether it was written as signed or not."""
-    span = 1 << layout.stored
+    # Padding may have more bits than are stored.
+    span = 1 << (layout.stored if value < 1 << layout.stored else layout.allocated)
     if layout.signed and value >= span // 2:
         return value - span
     return value + (1 << layout.allocated) if value < 0 and not layout.signed else value

@@ -16,6 +16,8 @@ from echovlm_ray.vision.dicom.attributes import numbers
 # Entries that use no more than a sixteenth of their range were written with fewer bits.
 _UNUSED_BITS = 4
 _LIKELY_BITS = (8, 10, 12)
+# The largest value of so many bits is a sign of them, also where it uses more than a sixteenth.
+_ALL_ONES = {(1 << bits) - 1: bits for bits in (8, 10, 12, 14)}
 _DISCRETE, _LINEAR, _INDIRECT = 0, 1, 2
 
 
@@ -48,6 +50,8 @@ class LookupTable:
 
 def real_bits(largest: int, stated: int) -> int:
     """How many bits values have whose largest one is given, where they are said to have `stated`."""
+    if largest in _ALL_ONES:
+        return _ALL_ONES[largest]
     if largest >= 1 << stated:
         return next((bits for bits in (*_LIKELY_BITS, 16, 32) if largest < 1 << bits), 64)
     return next((bits for bits in _LIKELY_BITS if bits <= stated - _UNUSED_BITS and largest < 1 << bits), stated)
@@ -88,7 +92,15 @@ def read_table(
     entries = read(raw, count, stated, not little_endian)
     if entries is None:
         return None
-    return LookupTable(first, entries, real_bits(int(entries.max()), stated), stated)
+    return LookupTable(first, entries, _entry_bits(entries, stated), stated)
+
+
+def _entry_bits(entries: npt.NDArray[np.uint16], stated: int) -> int:
+    """How many bits entries have. Eight bits that were widened to sixteen have them, however dark they are."""
+    upper, lower = entries >> 8, entries & 0xFF
+    if stated == 16 and upper.any() and (not lower.any() or np.array_equal(upper, lower)):
+        return stated
+    return real_bits(int(entries.max()), stated)
 
 
 def _raw(dataset: Dataset, keyword: str, little_endian: bool) -> bytes:

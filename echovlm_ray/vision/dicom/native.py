@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from echovlm_ray.vision.dicom.colours import CERTAINLY_GREYER, looks_like
 from echovlm_ray.vision.dicom.errors import FrameError, InvalidDicomError
+from echovlm_ray.vision.dicom.fragments import Encapsulated, joined, starts_frame
 from echovlm_ray.vision.dicom.header import (
     ONE_SAMPLE,
     SUBSAMPLED,
@@ -29,6 +31,23 @@ _CLEARLY_SMOOTHER = 0.8
 _SMALLEST_SIDE = 24
 # So many values, spread over the first frame, tell enough.
 _SAMPLES = 20_000
+
+
+def uncompressed(encapsulated: Encapsulated, header: PixelHeader) -> bytes | None:
+    """The pixel data of fragments that hold frames without compression (PS3.5 A.4.11), or None where they do not.
+
+    Each frame is a fragment of its own, perhaps with a byte to be even, or all of them are in one.
+    """
+    if not (header.rows and header.columns and header.allocated):
+        return None
+    size = header.rows * header.columns * (header.samples or 1) * header.allocated // 8
+    lengths = {len(fragment.data) for fragment in encapsulated.fragments}
+    if not size or any(starts_frame(bytes(fragment.data[:64])) for fragment in encapsulated.fragments):
+        return None
+    if lengths <= {size, size + size % 2}:
+        return b"".join(fragment.data[:size] for fragment in encapsulated.fragments)
+    data = joined(encapsulated.fragments)
+    return data if len(data) >= size and len(data) % size in (0, 1) else None
 
 
 class NativeFrames:
@@ -62,6 +81,7 @@ class NativeFrames:
         self.usable = tuple(range(self.count))
         if self.layout.samples > 1 and self.layout.allocated >= 8 and not self._packed:
             self._settle_planes(notices)
+        self._colours = self._settled_colours(notices) if self.layout.samples == 3 else ""
 
     @property
     def decoded_bytes(self) -> int:
@@ -77,6 +97,9 @@ class NativeFrames:
         assert self._header.columns is not None
         pixels = self._header.rows * self._header.columns
         return pixels * 2 * allocated if packed else pixels * samples * allocated
+
+    def _is_one_frame(self, available: int, bits: int) -> bool:
+        return available - -(-bits // 8) in (0, 1)
 
     def _fits(self, available: int, bits: int) -> bool:
         """Whether the bytes are a whole number of such frames, as many as stated, perhaps with a byte to be even."""
@@ -156,7 +179,10 @@ class NativeFrames:
         if header.samples is None:
             samples = by_photometric
             if samples is None:
-                samples = 3 if self._fits(available, self._bits(3, allocated)) and header.frames is not None else 1
+                is_colour = self._is_one_frame(available, self._bits(3, allocated))
+                if header.frames is not None:
+                    is_colour = self._fits(available, self._bits(3, allocated))
+                samples = 3 if is_colour else 1
             notices.append(f"has no Samples per Pixel (0028,0002); {samples} is taken")
             return samples
         if header.samples not in (1, 3):
@@ -165,8 +191,12 @@ class NativeFrames:
             )
         if by_photometric in (None, header.samples):
             return header.samples
-        for samples in (by_photometric, header.samples):
-            if samples is not None and self._fits(available, self._bits(samples, allocated)):
+        candidates = [samples for samples in (by_photometric, header.samples) if samples is not None]
+        if header.frames is None:
+            # A still is likelier than a loop that does not say that it is one.
+            candidates.sort(key=lambda samples: not self._is_one_frame(available, self._bits(samples, allocated)))
+        for samples in candidates:
+            if self._fits(available, self._bits(samples, allocated)):
                 if samples != header.samples:
                     notices.append(
                         "has Samples per Pixel (0028,0002) that contradict its Photometric Interpretation (0028,0004); "
@@ -293,14 +323,32 @@ class NativeFrames:
         layout = self.layout
         if layout.samples == 1:
             return values.reshape(layout.rows, layout.columns), ""
-        colours = "RGB"
-        if layout.photometric in YBR - {"YBR_ICT", "YBR_RCT"}:
-            colours = "YBR_PARTIAL" if "PARTIAL" in layout.photometric else "YBR_FULL"
+        return self._pixels(values), self._colours
+
+    def _settled_colours(self, notices: list[str]) -> str:
+        """What the three samples are: as labelled, unless the first frame is far greyer when it is read otherwise."""
+        labelled = "RGB"
+        if self.layout.photometric in YBR - {"YBR_ICT", "YBR_RCT"}:
+            labelled = "YBR_PARTIAL" if "PARTIAL" in self.layout.photometric else "YBR_FULL"
+        if self.layout.stored != self.layout.allocated or self.layout.signed:
+            return labelled
+        found = looks_like(self._pixels(self._values(0)), self.layout.stored, CERTAINLY_GREYER)
+        if found is None or (found == "RGB") == (labelled == "RGB"):
+            return labelled
+        notices.append(
+            "has pixel data whose colours are not those that its Photometric Interpretation (0028,0004) says; the data "
+            "decide"
+        )
+        return found
+
+    def _pixels(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The values of a frame of three samples, rows × columns × 3."""
+        layout = self.layout
         if self._packed:
-            return _unpacked(values.reshape(layout.rows, layout.columns // 2, 4)), colours
+            return _unpacked(values.reshape(layout.rows, layout.columns // 2, 4))
         if self._by_plane:
-            return np.moveaxis(values.reshape(3, layout.rows, layout.columns), 0, -1), colours
-        return values.reshape(layout.rows, layout.columns, 3), colours
+            return np.moveaxis(values.reshape(3, layout.rows, layout.columns), 0, -1)
+        return values.reshape(layout.rows, layout.columns, 3)
 
 
 def _unpacked(pairs: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -196,8 +196,8 @@ def _labelled_encoding(transfer_syntax: UID | None) -> Encoding:
 
 def _inflated(compressed: bytes, max_bytes: int, notices: list[str]) -> bytes | None:
     limit = max_bytes + HEADER_BYTES
-    # PS3.5 A.5 is deflate without zlib's header; some writers add it.
-    for window_bits in (-zlib.MAX_WBITS, zlib.MAX_WBITS):
+    # PS3.5 A.5 is deflate without a header; some writers add that of zlib or gzip.
+    for window_bits in (-zlib.MAX_WBITS, zlib.MAX_WBITS, zlib.MAX_WBITS | 16):
         inflater = zlib.decompressobj(window_bits)
         try:
             content = inflater.decompress(compressed, limit + 1)

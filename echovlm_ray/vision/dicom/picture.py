@@ -7,7 +7,7 @@ this package, and pydicom's log and warnings are switched off (P12).
 import logging
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeGuard
 
 import numpy as np
@@ -22,9 +22,9 @@ from echovlm_ray.vision.dicom.coded import CodedFrames, extended_offsets
 from echovlm_ray.vision.dicom.colours import has_palette, palette_tables, palette_to_rgb, sample_bits, samples_to_rgb
 from echovlm_ray.vision.dicom.errors import FrameError, InvalidDicomError
 from echovlm_ray.vision.dicom.fragments import Encapsulated, Fragment, is_encapsulated, read_items, starts_frame
-from echovlm_ray.vision.dicom.grey import grey_frames
+from echovlm_ray.vision.dicom.grey import grey_frames, padding_ends
 from echovlm_ray.vision.dicom.header import FrameLayout, PixelHeader, absent_frames, read_header
-from echovlm_ray.vision.dicom.native import NativeFrames
+from echovlm_ray.vision.dicom.native import NativeFrames, uncompressed
 from echovlm_ray.vision.dicom.parsing import ParsedFile, PixelElement, parse
 from echovlm_ray.vision.dicom.regions import image_box
 from echovlm_ray.vision.dicom.stored import stored_values
@@ -37,6 +37,7 @@ warnings.filterwarnings("ignore", module=r"pydicom\.")
 config.settings.reading_validation_mode = config.IGNORE
 
 RGB_BYTES = 3
+_ENCAPSULATED_UNCOMPRESSED = "1.2.840.10008.1.2.1.98"
 # What a decoder works with, besides the RGB that it becomes: a pixel may take this many bytes.
 WORKING_BYTES = 12
 
@@ -141,6 +142,10 @@ def _decode(parsed: ParsedFile, limits: DicomLimits, notices: list[str]) -> Dico
     if kind is not None:
         return _decode_video(dataset, stream, kind, encapsulated, limits, notices)
     header = read_header(dataset, notices)
+    if encapsulated is not None and (native := uncompressed(encapsulated, header)) is not None:
+        if parsed.transfer_syntax != _ENCAPSULATED_UNCOMPRESSED:
+            notices.append("has pixel data in fragments that are not compressed, against its Transfer Syntax UID")
+        element, encapsulated = replace(element, content=native, start=0, length=len(native)), None
     source: FrameSource
     if encapsulated is None:
         source = NativeFrames(element, header, has_palette(dataset), notices)
@@ -301,7 +306,7 @@ def _to_rgb(
     notices: list[str],
 ) -> list[npt.NDArray[np.uint8]]:
     """RGB of the frames of one object, all treated alike."""
-    frames, layout = stored_values([values for values, _ in decoded], layout, notices)
+    frames, layout = stored_values([values for values, _ in decoded], layout, notices, padding_ends(dataset))
     if layout.photometric == "PALETTE COLOR":
         tables = palette_tables(dataset, signed=layout.signed, little_endian=element.little_endian, notices=notices)
         return [palette_to_rgb(frame, tables) for frame in frames]

@@ -7,10 +7,13 @@ from pydicom import Dataset
 
 from echovlm_ray.vision.dicom.attributes import has, integer, items
 
-# Region Spatial Format: 2D, M-mode, spectral. Waveforms (ECG), graphics and "none" are no image.
-IMAGE_FORMATS = frozenset((1, 2, 3))
+# Region Spatial Format: waveforms (ECG), graphics and "none". 2D, M-mode and spectral are images, and a format that is
+# missing or unknown may be.
+NO_IMAGE_FORMATS = frozenset((0, 4, 5))
 # A smaller crop than this is no picture: such regions are wrong, and the whole picture is kept.
 MIN_SIDE = 32
+# A region that is smaller in one direction is a mistake or a mark; no picture, M-mode or spectrum is.
+MIN_REGION_SIDE = 8
 MIN_AREA_SHARE = 1 / 16
 _CORNERS = ("RegionLocationMinX0", "RegionLocationMinY0", "RegionLocationMaxX1", "RegionLocationMaxY1")
 _SEQUENCE = "Sequence of Ultrasound Regions (0018,6011)"
@@ -35,7 +38,7 @@ def image_box(dataset: Dataset, width: int, height: int, notices: list[str]) -> 
     if not has(dataset, "SequenceOfUltrasoundRegions"):
         return None
     regions = items(dataset, "SequenceOfUltrasoundRegions")
-    images = [region for region in regions if integer(region, "RegionSpatialFormat") in (*IMAGE_FORMATS, None)]
+    images = [region for region in regions if integer(region, "RegionSpatialFormat") not in NO_IMAGE_FORMATS]
     boxes = [box for region in images if (box := _clamped(region, width, height)) is not None]
     left_out = len(images) - len(boxes)
     if any(_is_odd(region, width, height) for region in images):
@@ -43,7 +46,9 @@ def image_box(dataset: Dataset, width: int, height: int, notices: list[str]) -> 
     if not boxes:
         if left_out:
             notices.append(f"has a {_SEQUENCE} in which no image region lies within the picture, {_NOT_CROPPED}")
-        elif not regions:
+        elif regions:
+            notices.append(f"has a {_SEQUENCE} without an image region, {_NOT_CROPPED}")
+        else:
             notices.append(f"has a {_SEQUENCE} that is empty or cannot be read, {_NOT_CROPPED}")
         return None
     left, top = min(box[0] for box in boxes), min(box[1] for box in boxes)
@@ -57,10 +62,10 @@ def image_box(dataset: Dataset, width: int, height: int, notices: list[str]) -> 
 
 
 def _corners(region: Dataset) -> tuple[int, ...]:
-    """Left, top, right, bottom; empty where one is missing or all are zero."""
+    """Left, top, right, bottom; empty where one is missing, or where there is no lower right one."""
     corners = [integer(region, keyword) for keyword in _CORNERS]
     known = tuple(_signed(corner) for corner in corners if corner is not None)
-    return known if len(known) == len(_CORNERS) and any(known) else ()
+    return known if len(known) == len(_CORNERS) and min(known[2:]) >= 0 and any(known[2:]) else ()
 
 
 def _is_odd(region: Dataset, width: int, height: int) -> bool:
@@ -79,7 +84,7 @@ def _clamped(region: Dataset, width: int, height: int) -> Box | None:
     # Reversed corners are the same region. The standard's lower right corner belongs to it.
     left, right = max(0, min(known[0], known[2])), min(width, max(known[0], known[2]) + 1)
     top, bottom = max(0, min(known[1], known[3])), min(height, max(known[1], known[3]) + 1)
-    return (left, top, right, bottom) if left + 1 < right and top + 1 < bottom else None
+    return (left, top, right, bottom) if min(right - left, bottom - top) >= MIN_REGION_SIDE else None
 
 
 def _signed(corner: int) -> int:
