@@ -73,6 +73,7 @@ class EchoVLMProcessor:
         self.image_processor = image_processor
         self.tokenizer = tokenizer
         self._size = PictureSize.of(image_processor)
+        self._normalized = self._table()
         special = set(tokenizer.all_special_tokens) | {
             token.content for token in tokenizer.added_tokens_decoder.values() if token.special
         }
@@ -180,28 +181,38 @@ class EchoVLMProcessor:
         side, depth = self.image_processor.patch_size, self.image_processor.temporal_patch_size
         height, width = frames[0].shape[0] // side, frames[0].shape[1] // side
         num_tokens = height * width // self.image_processor.merge_size**2
-        patches = [self._frame_patches(frame) for frame in frames]
-        if not is_video:
-            return VisionPatches(False, (1, height, width), patches[0], num_tokens)
-        patches.extend([patches[-1]] * (-len(patches) % depth))
-        groups = []
-        for start in range(0, len(patches), depth):
-            # A still image's patch holds its frame `depth` times over: a video's takes one slot from each frame.
-            slots = [
-                patches[start + slot].reshape(height * width, -1, depth, side, side)[:, :, slot]
-                for slot in range(depth)
-            ]
-            groups.append(np.stack(slots, axis=2).reshape(height * width, -1))
+        # A still image's patch holds its frame `depth` times over.
+        padded = [*frames, *[frames[-1]] * (-len(frames) % depth)]
+        groups = [self._group_patches(padded[start : start + depth]) for start in range(0, len(padded), depth)]
         grid = (len(groups), height, width)
-        return VisionPatches(True, grid, np.concatenate(groups), len(groups) * num_tokens)
+        return VisionPatches(is_video, grid, np.concatenate(groups), len(groups) * num_tokens)
 
-    def _frame_patches(self, frame: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        # Its layout is named, so that nothing about the array has to be guessed.
+    def _group_patches(self, frames: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
+        """Patches of `temporal_patch_size` frames: (grid_h · grid_w) × (channels · frames · patch_size²)."""
+        side, merge = self.image_processor.patch_size, self.image_processor.merge_size
+        rows, columns = (length // (side * merge) for length in frames[0].shape[:2])
+        patches = np.empty((rows * columns * merge**2, 3, len(frames), side**2), dtype=np.float32)
+        for slot, frame in enumerate(frames):
+            if slot and frame is frames[slot - 1]:
+                patches[:, :, slot] = patches[:, :, slot - 1]
+                continue
+            tiles = frame.reshape(rows, merge, side, columns, merge, side, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+            values = tiles.reshape(-1, 3, side**2)
+            for channel, table in enumerate(self._normalized):
+                patches[:, channel, slot] = table[values[:, channel]]
+        return patches.reshape(len(patches), -1)
+
+    def _table(self) -> npt.NDArray[np.float32]:
+        """What each byte of each channel becomes, channels × 256, as the image processor itself computes it."""
+        side = self._size.side
+        # A tile of each shade, as one picture.
+        shades = np.repeat(np.arange(256, dtype=np.uint8), side)
+        picture = np.broadcast_to(shades[None, :, None], (side, 256 * side, 3))
         features = self.image_processor(
-            images=frame, do_resize=False, input_data_format="channels_last", return_tensors="np"
+            images=picture, do_resize=False, input_data_format="channels_last", return_tensors="np"
         )
-        patches: npt.NDArray[np.float32] = features["pixel_values"]
-        return patches
+        values: npt.NDArray[np.float32] = features["pixel_values"]
+        return np.ascontiguousarray(values.reshape(256, self.image_processor.merge_size**2, 3, -1)[:, 0, :, 0].T)
 
     def encode_chat(self, messages: Sequence[Message], vision: Sequence[VisionPatches]) -> list[int]:
         """Token ids of a chat up to where the assistant answers, in ChatML as Qwen2-VL has it.

@@ -363,6 +363,8 @@ def _to_proto(item: VisionPatches) -> vision_pb2.VisionInput:
     kind = vision_pb2.VISION_KIND_VIDEO if item.is_video else vision_pb2.VISION_KIND_IMAGE
     grid_t, grid_h, grid_w = item.grid
     patches = tensor_pb2.Tensor(
-        dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=item.patches.shape, data=item.patches.astype("<f4").tobytes()
+        dtype=tensor_pb2.DATA_TYPE_FLOAT32,
+        shape=item.patches.shape,
+        data=item.patches.astype("<f4", copy=False).tobytes(),
     )
     return vision_pb2.VisionInput(kind=kind, grid_t=grid_t, grid_h=grid_h, grid_w=grid_w, patches=patches)
