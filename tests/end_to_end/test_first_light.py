@@ -80,7 +80,7 @@ def test_many_at_once_give_the_same_answers_as_alone(client: EchoVLMClient) -> N
     [
         (b"", "empty"),
         (b"not an image at all", "PNG"),
-        (Path(str(get_testdata_file("examples_rgb_color.dcm"))).read_bytes()[:5000], "truncated"),
+        (Path(str(get_testdata_file("examples_rgb_color.dcm"))).read_bytes()[:5000], "cut off"),
         (Path(str(get_testdata_file("rtplan.dcm"))).read_bytes(), "image"),
     ],
     ids=["empty", "text", "truncated", "plan"],
