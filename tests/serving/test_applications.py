@@ -37,7 +37,7 @@ def test_a_change_restarts_only_the_parts_that_it_concerns() -> None:
     before = settings()
     assert changed(before, settings()) == set()
     assert changed(before, settings(gateway={"max_requests": 3})) == {"gateway"}
-    assert changed(before, settings(vision={"max_queue": 3})) == {"vision"}
+    assert changed(before, settings(vision={"max_queue": 300})) == {"vision"}
     assert changed(before, settings(router={"max_queue": 3})) == {"router", "gateway"}
     assert changed(before, settings(control={"port": 3})) == {"control"}
     assert changed(before, settings(serve={"health_check_period_s": 3})) == set()
