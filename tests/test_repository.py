@@ -19,8 +19,14 @@ NAMED_CHAIN = re.compile(r"^(\w+)(?:: \w+)? = Path\(__file__\)((?:\.\w+(?:\(\)|\
 MACHINES = re.compile(r"(?<![\w.}])/(?:work|root)/\w+")
 # Texts that a module writes into another folder.
 WRITTEN_BELOW = {Path("benchmarks/scaling_report.py"): Path("benchmarks/results/scaling_model.md")}
-# A result that a run on a GPU will write, and keys in an object store.
-ELSEWHERE = ("benchmarks/results/gpu_check.md", "experts/bundles/", "experts/files/")
+# Results that later runs will write, a file of trained bundles, and keys in an object store.
+ELSEWHERE = (
+    "benchmarks/results/gpu_check.md",
+    "benchmarks/results/training_step.md",
+    "MODEL_CARD.md",
+    "experts/bundles/",
+    "experts/files/",
+)
 PAGE = re.compile(r"(?<![\w./{}*-])[\w-]+\.(?:md|proto)\b")
 PATH = re.compile(rf"(?<![\w./@:-])(?:{'|'.join(FOLDERS)})/[\w./*-]*[\w*/]")
 
