@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# Started by other processes, with arguments that no person types.
 # Packages that serve look for it and go on without it, but do not expect an import that is halted.
 OPTIONAL = {"colorama"}
+# Started by other processes, with arguments that no person types.
 INTERNAL = {"echovlm_ray.vision.decoding.fork_server", "experts.bundle_check", "experts.check_fork_server"}
 # In one process, because most of the time goes into importing torch. A package whose entry is None cannot be imported.
 RUN = """
