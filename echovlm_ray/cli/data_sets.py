@@ -89,7 +89,7 @@ def stats_command(
 ) -> None:
     """Counts what is in a dataset: organs, tasks, languages, patients, images, lengths of answers.
 
-    A task or language that a record does not name is told by its question and its answer. Records that cannot be read
+    A task or language that a record does not name is found from its question and answer. Records that cannot be read
     are left out: see `echoray data check`.
 
     Example: `echoray data stats train.jsonl`

@@ -56,7 +56,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a caller is told: the total once, then each question dealt with."""
+    """Progress for the caller: the total once, then each question that has ended."""
 
     start: Callable[[int], None]
     advance: Callable[[int], None]

@@ -22,7 +22,7 @@ class AskSettings(Section):
 class ScoreSettings(Section):
     """How answers are scored. Nothing here needs an answer to be asked for again."""
 
-    # When intervals shall be smoother, raise it: resamples of a bootstrap.
+    # When intervals are too coarse, raise it: resamples of a bootstrap.
     draws: Annotated[int, Field(ge=100)] = 1000
     # When you repeat an evaluation, keep it: it decides the resamples, and which images are exchanged.
     seed: Annotated[int, Field(ge=0)] = 0

@@ -43,7 +43,7 @@ class DataSection(Section):
     unusable: Literal["stop", "skip"] = "stop"
     # When the processor waits for images, raise it: worker processes that read them. The order does not depend on it.
     workers: Annotated[int, Field(ge=0)] = 0
-    # When a part of the data shall be kept back to measure on, give its share; a file of its own (--validation) wins.
+    # When you want to keep back data for validation, give its share; a file of its own (--validation) wins.
     validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
@@ -80,7 +80,7 @@ class UpcyclingSection(Section):
 class AdapterSection(Section):
     """Low-rank adapters (LoRA, arXiv 2106.09685) beside frozen linear layers; merged into them when the stage ends."""
 
-    # When a part shall change a little and cheaply, name it here instead of under `train`.
+    # When a part needs small and cheap changes, name it here instead of under `train`.
     parts: tuple[AdaptedPart, ...]
     # When the adapted parts learn too little, raise it: the rank.
     rank: PositiveInt = 8
@@ -93,7 +93,7 @@ class Stage(Section):
 
     # When a recipe has several stages, names tell them apart; also the name of the stage's folder.
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,39}$")] = "all"
-    # When a part shall learn, name it; what is named neither here nor under `adapters` is frozen.
+    # When a part is to be trained, name it; what is named neither here nor under `adapters` is frozen.
     train: tuple[Part, ...] = PARTS
     # When set, the named parts learn through adapters.
     adapters: AdapterSection | None = None

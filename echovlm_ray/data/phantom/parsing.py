@@ -41,7 +41,7 @@ class _Mention:
 
 
 def parse(text: str, language: Language, organ: Organ | None = None) -> Attributes:
-    """What a text states, whoever wrote it.
+    """What a text states, from a person or a model.
 
     A text with the marks of findings and impression is read by section: attributes from the findings, the diagnosis
     and the category from the impression. Any other text is read as a whole.

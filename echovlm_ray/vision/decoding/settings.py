@@ -1,4 +1,4 @@
-"""What a decoder process is told once, when it starts."""
+"""The settings of a decoder process, sent once when it starts."""
 
 import dataclasses
 import json
