@@ -15,7 +15,7 @@ INSTALL_TORCH = $(call INSTALL,$(1)) --only-binary :all: --requirement requireme
 SOURCES := jieba,rouge-score
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test faults-check benchmarks-check client-check benchmarks check lock licences protos triton-check gpu-packages gpu-check structures clean
+.PHONY: help serve test demo-model faults-check benchmarks-check client-check benchmarks check lock licences protos triton-check gpu-packages gpu-check structures clean
 
 help:  ## Lists the targets.
 	@sed -n 's/^\([a-z][a-z-]*\):.*##  *\(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 26
@@ -26,11 +26,15 @@ serve: $(VENV)/.serve $(CHECKPOINT)/echovlm.json  ## Installs what is missing, m
 test: $(VENV)/.dev  ## Installs what the tests need and runs all checks and tests.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy .
-	$(BIN)/python -m pytest
+	@# The type checker works beside the first tests, most of which leave a core free.
+	@$(BIN)/mypy . & types=$$!; $(BIN)/python -m pytest --durations=25; tests=$$?; wait $$types && exit $$tests
 
 faults-check: $(VENV)/.dev  ## Kills processes at every stage of a rollout, and tries every kind of bad bundle; takes eight minutes.
 	$(BIN)/python -m pytest tests/faults --every-stage
+
+demo-model: $(VENV)/.dev  ## Trains the demo model again, an hour on two cores, and puts it where `make serve` takes it from.
+	$(BIN)/echoray train demo build/demo-model
+	cp -r build/demo-model/demo_model/. echovlm_ray/checkpoint/demo_model/
 
 benchmarks-check: $(VENV)/.dev  ## The tests of the benchmarks, which start whole systems to measure them.
 	$(BIN)/python -m pytest tests/benchmarks

@@ -24,7 +24,7 @@ from echovlm_ray.training.batches import collate
 from echovlm_ray.training.encode import IGNORED, EncodedExample
 from echovlm_ray.training.objective import TrainingObjective
 from echovlm_ray.training.recipe import UpcyclingSection
-from echovlm_ray.training.start import small_config
+from echovlm_ray.training.small_start import small_config
 
 RESULT = Path(__file__).parent / "results" / "training_step.md"
 TARGET = 0.6

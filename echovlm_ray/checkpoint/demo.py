@@ -1,41 +1,88 @@
-"""Makes the demo checkpoint: a small EchoVLM with random weights, split for the seven organs.
+"""Makes the demo checkpoint of the weights that come with the project: a small EchoVLM that has learnt phantoms.
 
-The same bytes come out on every machine: weights are made from integers of a seeded generator by additions and one
-multiplication, which leave no room for another processor's rounding.
+The weights are kept in bfloat16, half as large, and written in float32, which every processor computes with. Nothing is
+computed on the way, so the same bytes come out on every machine.
 """
 
-import json
-import math
-import tempfile
+import shutil
 from collections.abc import Callable
+from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Final, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors.torch import load as load_tensors
 
-from echovlm_ray.checkpoint.atomic import require_vacant
-from echovlm_ray.checkpoint.demo_tokenizer import readable_tokens, special_token_ids, train_tokenizer, write_text_files
-from echovlm_ray.checkpoint.groups import clone_groups
+from echovlm_ray.checkpoint.atomic import new_folder, require_vacant
+from echovlm_ray.checkpoint.bundle_card import BundleCard, describe
 from echovlm_ray.checkpoint.layout import (
-    ORGANS,
     CheckpointIndex,
     InvalidCheckpointError,
+    OrganEntry,
+    OrganName,
+    backbone_directory,
     is_split_folder,
     read_index,
+    registry_root,
+    write_index,
 )
-from echovlm_ray.checkpoint.schema import ModelShape
-from echovlm_ray.checkpoint.split import Labels, split
+from echovlm_ray.checkpoint.organs import ORGAN_SYNONYMS
+from echovlm_ray.checkpoint.reader import read_config
+from echovlm_ray.checkpoint.released import copy_companions
+from echovlm_ray.checkpoint.schema import ModelShape, backbone_digest, expert_name, gate_name
 from echovlm_ray.checkpoint.split_folder import open_split
 from echovlm_ray.checkpoint.writer import write_released
+from experts.bundle_layout import PROTOTYPE_TENSOR, expert_tensors_of_layer, gate_tensor
+from experts.bundle_writer import write_bundle
+from experts.manifest import PROJECTIONS, BundleDescription, Manifest
+from experts.registry import Registry
+from experts.safetensors_writer import DTYPE_NAMES
 
-NAME = "echovlm-demo"
-DESCRIPTION = (
-    "A small EchoVLM with random weights, to try the system with. It has learnt nothing: its text means nothing. "
-    "Not a medical device."
-)
-_SEED = 20_250_914
-# Sixteen random bits each; four of them added make a bell curve close enough to a normal one.
-_DRAWS, _DRAW_RANGE = 4, 1 << 16
+ABOUT_NAME, BACKBONE_WEIGHTS_NAME, PROTOTYPES_NAME = "about.json", "model.safetensors", "prototypes.safetensors"
+NAME: Final = "echovlm-demo"
+_PACKAGE = "echovlm_ray.checkpoint.demo_model"
+_WORK_NAME = ".bundles"
+
+
+class DemoBundle(BaseModel):
+    """One bundle of the demo.
+
+    Attributes:
+        organ: whose experts.
+        weights: the file with experts and gates, under their released names; several bundles may have the same.
+        card: version, metrics and words.
+        served: whether a fresh system serves this version of the organ.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    organ: OrganName
+    weights: str
+    card: BundleCard
+    served: bool
+
+
+class DemoAbout(BaseModel):
+    """`about.json`: what the demo says about itself, and its bundles in set order."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["echovlm-demo"] = NAME
+    version: str
+    description: str
+    bundles: tuple[DemoBundle, ...]
+
+
+def demo_files() -> Traversable:
+    """Where the demo's weights lie: `about.json`, `backbone/`, experts, prototypes, model card and recipes."""
+    return resources.files(_PACKAGE)
+
+
+def demo_about() -> DemoAbout:
+    """What the demo says about itself."""
+    return DemoAbout.model_validate_json((demo_files() / ABOUT_NAME).read_bytes())
 
 
 def make_demo(destination: Path, *, progress: Callable[[int], None] = lambda _: None) -> tuple[CheckpointIndex, bool]:
@@ -51,87 +98,47 @@ def make_demo(destination: Path, *, progress: Callable[[int], None] = lambda _: 
     Raises:
         InvalidCheckpointError: the folder holds something else, or a demo that is damaged.
     """
+    about = demo_about()
     if is_split_folder(destination):
-        return _existing(destination), False
+        return _existing(destination, about), False
     require_vacant(destination)
-    with tempfile.TemporaryDirectory(prefix="echovlm-demo-") as work:
-        released = Path(work)
-        _write_released(released)
-        result = split(
-            released,
-            destination,
-            groups=lambda num_experts: clone_groups(ORGANS, num_experts),
-            routing="organs",
-            labels=Labels(
-                name=NAME,
-                description=DESCRIPTION,
-                authors="EchoVLM-Ray",
-                license="Apache-2.0",
-                intended_use="Trying out the system. Its text means nothing. Not a medical device.",
-            ),
-            progress=progress,
-        )
-    return result.index, True
+    with resources.as_file(demo_files()) as source, new_folder(destination) as partial:
+        return write_demo(source, partial, about, progress=progress), True
 
 
-def demo_config(vocab_size: int, special_ids: dict[str, int]) -> dict[str, Any]:
-    """The demo's config.json, in the released layout.
-
-    Args:
-        vocab_size: how many tokens the tokenizer has.
-        special_ids: the ids of the special tokens.
-    """
-    return {
-        "architectures": ["Qwen2VLMOEForConditionalGeneration"],
-        "attention_dropout": 0.0,
-        "bos_token_id": special_ids["<|endoftext|>"],
-        "eos_token_id": special_ids["<|im_end|>"],
-        "hidden_act": "silu",
-        "hidden_size": 256,
-        "image_token_id": special_ids["<|image_pad|>"],
-        "initializer_range": 0.02,
-        "intermediate_size": 768,
-        "max_position_embeddings": 32768,
-        "max_window_layers": 4,
-        "model_type": "qwen2_vl",
-        "moe_intermediate_size": 64,
-        "norm_topk_prob": False,
-        "num_attention_heads": 8,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "num_hidden_layers": 4,
-        "num_key_value_heads": 2,
-        "output_router_logits": False,
-        "pad_token_id": special_ids["<|endoftext|>"],
-        "rms_norm_eps": 1e-06,
-        "rope_scaling": {"mrope_section": [4, 6, 6], "rope_type": "default", "type": "default"},
-        "rope_theta": 1000000.0,
-        "router_aux_loss_coef": 0.001,
-        "shared_expert_intermediate_size": 512,
-        "sliding_window": 32768,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-        "use_cache": True,
-        "use_sliding_window": False,
-        "video_token_id": special_ids["<|video_pad|>"],
-        "vision_config": {
-            "depth": 4,
-            "embed_dim": 192,
-            "hidden_size": 256,
-            "model_type": "qwen2_vl",
-            "num_heads": 4,
-        },
-        "vision_end_token_id": special_ids["<|vision_end|>"],
-        "vision_start_token_id": special_ids["<|vision_start|>"],
-        "vocab_size": vocab_size,
-    }
+def write_demo(
+    source: Path, partial: Path, about: DemoAbout, *, progress: Callable[[int], None] = lambda _: None
+) -> CheckpointIndex:
+    """Fills an empty folder with the split checkpoint that a folder like `demo_files` describes."""
+    digest = _write_backbone(source / "backbone", backbone_directory(partial), progress)
+    manifests = _write_bundles(source, partial, about, digest, progress)
+    served = [
+        OrganEntry(organ=manifest.organ, version=manifest.version, bundle_digest=manifest.digest)
+        for manifest, bundle in zip(manifests, about.bundles, strict=True)
+        if bundle.served
+    ]
+    index = CheckpointIndex(
+        name=about.name,
+        version=about.version,
+        description=about.description,
+        backbone_digest=digest,
+        routing="organs",
+        organs=tuple(served),
+    )
+    write_index(partial, index)
+    return index
 
 
-def _existing(destination: Path) -> CheckpointIndex:
+def _existing(destination: Path, about: DemoAbout) -> CheckpointIndex:
     index = read_index(destination)
-    if index.name != NAME:
+    if index.name != about.name:
         raise InvalidCheckpointError(
             f"{destination} holds another checkpoint ({index.name} {index.version}); give a new folder for the demo"
+        )
+    if index.version != about.version:
+        raise InvalidCheckpointError(
+            f"{destination} holds version {index.version} of the demo and this is {about.version}: remove it and run "
+            "this again"
         )
     if problems := open_split(destination).problems:
         raise InvalidCheckpointError(
@@ -140,67 +147,75 @@ def _existing(destination: Path) -> CheckpointIndex:
     return index
 
 
-def _write_released(directory: Path) -> None:
-    tokenizer = train_tokenizer()
-    special_ids = special_token_ids(tokenizer)
-    config = demo_config(tokenizer.get_vocab_size(), special_ids)
-    write_text_files(directory, tokenizer)
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    generation = {
-        "bos_token_id": config["bos_token_id"],
-        "eos_token_id": [special_ids["<|im_end|>"], special_ids["<|endoftext|>"]],
-        "pad_token_id": config["pad_token_id"],
-    }
-    (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-    shape = ModelShape.from_config(config)
-    shapes = shape.backbone_tensors() | shape.routed_tensors()
-    weights = _Weights(shapes, readable_tokens(tokenizer))
-    write_released(directory, {name: (torch.float32, shapes[name]) for name in sorted(shapes)}, weights.make)
+def _write_backbone(source: Path, directory: Path, progress: Callable[[int], None]) -> str:
+    directory.mkdir()
+    copy_companions(source, directory)
+    tensors = load_tensors((source / BACKBONE_WEIGHTS_NAME).read_bytes())
+    digests = write_released(
+        directory,
+        {name: (torch.float32, tuple(tensors[name].shape)) for name in sorted(tensors)},
+        lambda name: tensors[name].float(),
+        progress=progress,
+    )
+    dtype = DTYPE_NAMES[torch.float32]
+    described = {name: (dtype, tuple(tensors[name].shape), digests[name]) for name in digests}
+    return backbone_digest(read_config(directory), described)
 
 
-class _Weights:
-    """Makes the random tensors, in the order in which they are asked for."""
+def _write_bundles(
+    source: Path, partial: Path, about: DemoAbout, digest: str, progress: Callable[[int], None]
+) -> list[Manifest]:
+    registry_root(partial).mkdir()
+    registry = Registry(registry_root(partial))
+    shape = ModelShape.from_config(read_config(backbone_directory(partial)))
+    prototypes = load_tensors((source / PROTOTYPES_NAME).read_bytes())
+    work = partial / _WORK_NAME
+    work.mkdir()
+    manifests = []
+    for number, bundle in enumerate(about.bundles):
+        facts = {
+            "organ": bundle.organ,
+            "backbone_digest": digest,
+            "num_layers": shape.num_hidden_layers,
+            "num_experts": shape.num_experts,
+            "hidden_size": shape.hidden_size,
+            "intermediate_size": shape.moe_intermediate_size,
+            "dtype": "float32",
+            "has_prototype": True,
+            "source_experts": tuple(range(shape.num_experts)),
+        }
+        card = bundle.card.over(BundleCard(organ_synonyms=ORGAN_SYNONYMS.get(bundle.organ, ())))
+        description = describe(card, facts)
+        tensors = load_tensors((source / bundle.weights).read_bytes())
+        prototype = prototypes[prototype_name(bundle.organ, description.version)]
+        named = _named(tensors, prototype, description)
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], readable: list[int]) -> None:
-        """Args are the name and shape of every tensor, and the tokens that the model may say."""
-        self._shapes = shapes
-        self._readable = readable
-        self._generator = torch.Generator().manual_seed(_SEED)
+        def read(name: str, named: dict[str, torch.Tensor] = named) -> torch.Tensor:
+            progress(named[name].nbytes)
+            return named[name]
 
-    def make(self, name: str) -> torch.Tensor:
-        """One tensor. Norms are ones, biases zeros, matrices keep the size of what passes through them."""
-        shape = self._shapes[name]
-        if name.endswith(".bias"):
-            return torch.zeros(shape)
-        if len(shape) == 1:
-            return torch.ones(shape)
-        fan_in = math.prod(shape[1:])
-        weight = self._bell(shape, _gain(name) / math.sqrt(fan_in))
-        if name == "lm_head.weight":
-            # Halves of characters and special tokens get the logit 0, far below the likely ones.
-            speakable = torch.zeros(shape[0], 1)
-            speakable[self._readable] = 1.0
-            weight *= speakable
-        return weight
-
-    def _bell(self, shape: tuple[int, ...], deviation: float) -> torch.Tensor:
-        draws = torch.randint(_DRAW_RANGE, (_DRAWS, *shape), generator=self._generator)
-        centred = 2 * draws.sum(dim=0) - _DRAWS * (_DRAW_RANGE - 1)
-        # Twice a sum of uniform integers: its variance is four times DRAWS · (RANGE² - 1) / 12.
-        unit = math.sqrt(4 * _DRAWS * (_DRAW_RANGE**2 - 1) / 12)
-        return centred.to(torch.float32) * torch.tensor(deviation / unit, dtype=torch.float32)
+        directory = work / str(number)
+        write_bundle(directory, description, read)
+        # Linked, not copied: the work folder is removed.
+        manifests.append(registry.push(directory, link=True))
+    shutil.rmtree(work)
+    return manifests
 
 
-def _gain(name: str) -> float:
-    """How much stronger than size-preserving a matrix is."""
-    if name == "model.embed_tokens.weight":
-        # Rows of unit variance: a looked-up row is not a sum over fan-in.
-        return 16.0
-    if ".q_proj." in name or ".k_proj." in name:
-        # Sharp attention, so that what was said before decides what comes next.
-        return 2.0
-    if ".o_proj." in name:
-        return 4.0
-    if name == "lm_head.weight":
-        return 3.0
-    return 1.0
+def prototype_name(organ: str, version: str) -> str:
+    """The name of a bundle's prototype in the file of all prototypes."""
+    return f"{organ}-{version}"
+
+
+def _named(
+    tensors: dict[str, torch.Tensor], prototype: torch.Tensor, description: BundleDescription
+) -> dict[str, torch.Tensor]:
+    """The tensors of a bundle by their names in it, in float32."""
+    named = {PROTOTYPE_TENSOR: prototype}
+    for layer in range(description.num_layers):
+        named[gate_tensor(layer)] = tensors[gate_name(layer)].float()
+        names = expert_tensors_of_layer(description, layer)
+        for projection in PROJECTIONS:
+            for expert, name in enumerate(names[projection]):
+                named[name] = tensors[expert_name(layer, expert, f"{projection}_proj")].float()
+    return named

@@ -1,6 +1,7 @@
 """The demo's tokenizer and processor files: byte-level BPE with Qwen2-VL's special tokens, trained in a moment."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,13 @@ You are a helpful assistant.<|im_end|>
 """
 
 
-def train_tokenizer() -> Tokenizer:
-    """Learns the pieces of the built-in text. The same text gives the same tokenizer."""
+def train_tokenizer(lines: Iterable[str] | None = None, *, vocab_size: int = _LARGEST_VOCABULARY) -> Tokenizer:
+    """Learns the pieces of a text. The same text gives the same tokenizer.
+
+    Args:
+        lines: the text; None: the built-in one.
+        vocab_size: the most pieces, the 256 bytes among them; special tokens come on top.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -74,13 +80,13 @@ def train_tokenizer() -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=_LARGEST_VOCABULARY,
+        vocab_size=vocab_size,
         min_frequency=1,
         # All 256 bytes, so that any text at all can be encoded.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([*ENGLISH.splitlines(), *CHINESE.splitlines()], trainer)
+    tokenizer.train_from_iterator([*ENGLISH.splitlines(), *CHINESE.splitlines()] if lines is None else lines, trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return tokenizer
 
@@ -99,8 +105,14 @@ def readable_tokens(tokenizer: Tokenizer) -> list[int]:
     return [token for token, text in texts if "\N{REPLACEMENT CHARACTER}" not in text and text.isprintable()]
 
 
-def write_text_files(directory: Path, tokenizer: Tokenizer) -> None:
-    """Writes the tokenizer, the image processor's configuration and the chat template, as Qwen2-VL has them."""
+def write_text_files(directory: Path, tokenizer: Tokenizer, *, visual_tokens: tuple[int, int] | None = None) -> None:
+    """Writes the files of tokenizer, image processor, generation and chat template, as Qwen2-VL has them.
+
+    Args:
+        directory: where to.
+        tokenizer: of `train_tokenizer`.
+        visual_tokens: the fewest and the most that a picture is scaled to; None: from 4 to the paper's limit.
+    """
     (directory / "tokenizer.json").write_text(_pretty(json.loads(tokenizer.to_str())), encoding="utf-8")
     bpe = json.loads(tokenizer.to_str())["model"]
     (directory / "vocab.json").write_text(json.dumps(bpe["vocab"], ensure_ascii=False), encoding="utf-8")
@@ -132,12 +144,20 @@ def write_text_files(directory: Path, tokenizer: Tokenizer) -> None:
         "unk_token": None,
     }
     (directory / "tokenizer_config.json").write_text(_pretty(config), encoding="utf-8")
+    generation = {
+        "bos_token_id": special_token_ids(tokenizer)["<|endoftext|>"],
+        "eos_token_id": [special_token_ids(tokenizer)[token] for token in ("<|im_end|>", "<|endoftext|>")],
+        "pad_token_id": special_token_ids(tokenizer)["<|endoftext|>"],
+    }
+    (directory / "generation_config.json").write_text(_pretty(generation), encoding="utf-8")
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    (directory / "preprocessor_config.json").write_text(_pretty(_preprocessor_config()), encoding="utf-8")
+    (directory / "preprocessor_config.json").write_text(
+        _pretty(_preprocessor_config(*visual_tokens or (4, MAX_VISUAL_TOKENS))), encoding="utf-8"
+    )
 
 
-def _preprocessor_config() -> dict[str, Any]:
-    min_pixels, max_pixels = 4 * _PIXELS_PER_TOKEN, MAX_VISUAL_TOKENS * _PIXELS_PER_TOKEN
+def _preprocessor_config(fewest: int, most: int) -> dict[str, Any]:
+    min_pixels, max_pixels = fewest * _PIXELS_PER_TOKEN, most * _PIXELS_PER_TOKEN
     return {
         "do_convert_rgb": True,
         "do_normalize": True,

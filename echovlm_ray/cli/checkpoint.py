@@ -152,10 +152,12 @@ def merge_command(
 def demo_command(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.")],
 ) -> None:
-    """Makes a small EchoVLM with random weights, split for the seven organs, to try the system with.
+    """Makes a small EchoVLM that was trained on synthetic phantoms, split for the seven organs, to try the system with.
 
-    It comes with tokenizer, processor and chat template, takes seconds, and has the same bytes on every machine.
-    **Its text means nothing: it has learnt nothing.** A demo that is there already is left alone.
+    It comes with tokenizer, processor and chat template, takes seconds, and has the same bytes on every machine. **It
+    has never seen a patient: what it says about real images means nothing.** `echoray data phantom` draws pictures that
+    it can read. The breast has two versions of experts, of which the second is served. A demo that is there already is
+    left alone.
 
     Example: `echoray checkpoint demo checkpoints/demo`
     """
@@ -164,7 +166,7 @@ def demo_command(
 
         index, made = make_demo(directory)
     if made:
-        typer.echo(f"Made {index.name} {index.version} in {directory}. Its text means nothing: the weights are random.")
+        typer.echo(f"Made {index.name} {index.version} in {directory}. {index.description}")
     else:
         typer.echo(f"{directory} holds {index.name} {index.version} already; nothing to do.")
     typer.echo(f"Next: echoray serve --checkpoint {directory}")

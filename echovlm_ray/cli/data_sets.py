@@ -287,14 +287,20 @@ def _options(
 
 
 def _token_counter(checkpoint: Path, limits: Any, max_visual_tokens: int) -> "Callable[[Record, ImageRoot], int]":
-    from echovlm_ray.data.encoding import encode_record, load_media
+    from echovlm_ray.checkpoint.layout import backbone_directory, is_split_folder
+    from echovlm_ray.model.configuration import EchoVLMConfig
     from echovlm_ray.model.processing import EchoVLMProcessor
+    from echovlm_ray.training.encode import ExampleEncoder
+    from echovlm_ray.training.record_source import example_of
 
     processor = EchoVLMProcessor.from_pretrained(checkpoint)
+    config = EchoVLMConfig.from_pretrained(
+        backbone_directory(checkpoint) if is_split_folder(checkpoint) else checkpoint
+    )
+    encoder = ExampleEncoder(processor, config, max_tokens=2**31, max_visual_tokens=max_visual_tokens)
 
     def count(record: "Record", root: "ImageRoot") -> int:
-        vision = load_media(record, root, processor, limits=limits, max_visual_tokens=max_visual_tokens)
-        return len(encode_record(record, vision, processor, max_tokens=2**31).input_ids)
+        return len(encoder.encode(example_of(record, root, limits)))
 
     return count
 

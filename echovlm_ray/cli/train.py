@@ -1,9 +1,10 @@
 """`echoray train`: a whole model, or one organ's experts. Loads torch only inside a command."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -31,6 +32,7 @@ ValidationFiles = Annotated[
     list[Path] | None, typer.Option("--validation", help="A file of records to measure on, and not to train on.")
 ]
 Output = Annotated[Path | None, typer.Option("--output", help="The run's folder, to be made.")]
+RecipeName = Annotated[str, typer.Option("--recipe", help="A YAML file, or one that comes with the project.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Change a field of the recipe, like stages.0.steps=100.")
 ]
@@ -41,6 +43,28 @@ Threads = Annotated[
     int | None, typer.Option(min=1, help="torch's threads a process. Another number gives other last bits.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """The options that both commands have. Typer reads a command's options from its own parameters alone."""
+
+    data: list[Path] | None
+    images: Path | None
+    validation: list[Path] | None
+    output: Path | None
+    recipe: str
+    settings: list[str] | None
+    resume: Path | None
+    workers: int
+    device: str
+    threads: int | None
+    quiet: bool
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """How to train, for `train_stages` and `train_expert`."""
+        return {"workers": self.workers, "device": self.device, "threads": self.threads, "quiet": self.quiet}
 
 
 @app.command("model")
@@ -60,7 +84,7 @@ def model_command(
     images: Images = None,
     validation: ValidationFiles = None,
     output: Output = None,
-    recipe: Annotated[str, typer.Option(help="A YAML file, or one that comes with the project.")] = "scratch",
+    recipe: RecipeName = "scratch",
     settings: Settings = None,
     resume: Resume = None,
     workers: Workers = 1,
@@ -85,26 +109,23 @@ def model_command(
 
     Then: `echoray checkpoint split runs/first/model checkpoints/mine`
     """
+    options = RunOptions(data, images, validation, output, recipe, settings, resume, workers, device, threads, quiet)
     with training_errors():
-        from echovlm_ray.training.run import Run, begin_run, require_start, train_stages
-        from echovlm_ray.training.start import find_start, write_small_start
+        from echovlm_ray.training.run import Run, train_stages
+        from echovlm_ray.training.small_start import write_small_start
+        from echovlm_ray.training.start import find_start
 
-        _quiet_libraries()
-        if resume is None:
-            folder, files = _new_run(output, data, images, validation)
-            chosen = _recipe(recipe, settings)
-            if start is None and fresh:
+        def new_run(folder: Path, files: "DataFiles", chosen: "Recipe") -> Run:
+            if start is not None:
+                return Run(kind="model", start=find_start(start, fresh=fresh), files=files)
+            if fresh:
                 fail("--fresh needs --from, the folder whose configuration to use", EXIT_INVALID)
-            begins = None if start is None else find_start(start, fresh=fresh)
-            if begins is None:
-                _require_new(folder)
-                begins = write_small_start(folder.with_name(f"{folder.name}.start"), chosen)
-            run = Run(kind="model", start=begins, files=files)
-            begin_run(folder, run, chosen)
-        else:
-            folder, run, chosen = _resumed(resume, "model", data, output, settings)
-            require_start(run.start)
-        made = train_stages(folder, run, chosen, workers=workers, device=device, threads=threads, quiet=quiet)
+            _require_new(folder)
+            small = write_small_start(folder.with_name(f"{folder.name}.start"), chosen)
+            return Run(kind="model", start=small, files=files)
+
+        folder, run, chosen = _open_run(options, "model", new_run)
+        made = train_stages(folder, run, chosen, **options.how)
     typer.echo(f"Trained: {made}")
     typer.echo(f"Next: echoray checkpoint split {made} CHECKPOINT")
 
@@ -126,7 +147,7 @@ def expert_command(
     images: Images = None,
     validation: ValidationFiles = None,
     output: Output = None,
-    recipe: Annotated[str, typer.Option(help="A YAML file, or one that comes with the project.")] = "expert",
+    recipe: RecipeName = "expert",
     settings: Settings = None,
     resume: Resume = None,
     workers: Workers = 1,
@@ -146,42 +167,53 @@ def expert_command(
 
     Then: `echoray experts verify runs/breast/breast-1.1.0 --checkpoint checkpoints/demo`
     """
+    options = RunOptions(data, images, validation, output, recipe, settings, resume, workers, device, threads, quiet)
     with training_errors():
         from echovlm_ray.training.expert import next_version, require_experts_only, train_expert
-        from echovlm_ray.training.run import Run, begin_run, require_start
+        from echovlm_ray.training.run import Run
         from echovlm_ray.training.start import Start, organ_bundle
         from experts.manifest import check_version
 
-        _quiet_libraries()
-        if resume is None:
-            folder, files = _new_run(output, data, images, validation)
+        def new_run(folder: Path, files: "DataFiles", chosen: "Recipe") -> Run:
             if organ is None or checkpoint is None:
                 fail("a new run needs --organ and --checkpoint", EXIT_INVALID)
-            chosen = _recipe(recipe, settings)
             require_experts_only(chosen)
             current = organ_bundle(checkpoint, organ, base).manifest.version
             try:
                 made_version = check_version(version or next_version(current))
             except ValueError as error:
                 fail(str(error), EXIT_INVALID)
-            run = Run(
-                kind="expert",
-                start=Start(kind="organ", folder=checkpoint, organ=organ, version=base),
-                files=files,
-                version=made_version,
-                card=card,
-            )
-            begin_run(folder, run, chosen)
-        else:
-            folder, run, chosen = _resumed(resume, "expert", data, output, settings)
-            require_start(run.start)
-        bundle, manifest = train_expert(
-            folder, run, chosen, workers=workers, device=device, threads=threads, quiet=quiet
-        )
+            begins = Start(kind="organ", folder=checkpoint, organ=organ, version=base)
+            return Run(kind="expert", start=begins, files=files, version=made_version, card=card)
+
+        folder, run, chosen = _open_run(options, "expert", new_run)
+        bundle, manifest = train_expert(folder, run, chosen, **options.how)
     for name, value in sorted(manifest.eval_metrics.items()):
         typer.echo(f"{name}: {value:.4g}")
     typer.echo(f"Packed {manifest.organ}@{manifest.version} into {bundle}: {manifest.digest}")
     typer.echo(f"Next: echoray experts push {bundle}")
+
+
+@app.command("demo")
+def demo_command(
+    folder: Annotated[Path, typer.Argument(help="The work folder, to be made: phantoms, runs, checkpoints; 2 GB.")],
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """Trains the demo model again, from random weights on synthetic phantoms; an hour on two cores.
+
+    Two runs: backbone and experts on the phantoms of all regions (recipe `demo`), which never see a simple cyst of the
+    breast; then version 1.1.0 of the breast's experts, which does (recipe `demo-expert`). After Ctrl-C the same command
+    goes on. What comes out, `demo_model/` in the work folder, is what `echoray checkpoint demo` makes a checkpoint of.
+
+    Example: `echoray train demo build/demo-model`
+    """
+    with training_errors():
+        from echovlm_ray.training.demo_model import train_demo
+
+        _quiet_libraries()
+        made = train_demo(folder, threads=threads, quiet=quiet)
+    typer.echo(f"Trained: {made}")
 
 
 @contextmanager
@@ -218,38 +250,49 @@ def training_errors() -> Iterator[None]:
         )
 
 
-def _new_run(
-    output: Path | None, data: list[Path] | None, images: Path | None, validation: list[Path] | None
-) -> "tuple[Path, DataFiles]":
+def _open_run(
+    options: RunOptions, kind: Literal["model", "expert"], new_run: "Callable[[Path, DataFiles, Recipe], Run]"
+) -> "tuple[Path, Run, Recipe]":
+    """Folder, run and recipe: of the run that is gone on with, or of a new one, which is begun."""
+    from echovlm_ray.training.recipe_file import load_recipe
+    from echovlm_ray.training.run import begin_run, read_run, require_start
+
+    _quiet_libraries()
+    if options.resume is None:
+        recipe = load_recipe(options.recipe, options.settings)
+        folder, files = _new_files(options, phantoms=recipe.data.phantoms is not None)
+        run = new_run(folder, files, recipe)
+        begin_run(folder, run, recipe)
+        return folder, run, recipe
+    if options.data or options.output is not None or options.settings:
+        fail("--resume goes on with the run as it was begun: leave --data, --output and --set out", EXIT_INVALID)
+    run, recipe = read_run(options.resume)
+    if run.kind != kind:
+        fail(f"{options.resume} is a run of `echoray train {run.kind}`: go on with that", EXIT_INVALID)
+    require_start(run.start)
+    return options.resume, run, recipe
+
+
+def _new_files(options: RunOptions, *, phantoms: bool) -> "tuple[Path, DataFiles]":
+    """The folder and the data of a new run."""
     from pydantic import ValidationError
 
     from echovlm_ray.training.sources import DataFiles
 
-    if output is None or not data:
-        fail("a new run needs --data and --output; to go on with one, give --resume", EXIT_INVALID)
+    if options.output is None or not (options.data or phantoms):
+        fail(
+            "a new run needs --output, and --data or a recipe with data.phantoms; to go on with one, give --resume",
+            EXIT_INVALID,
+        )
+    if options.data and phantoms:
+        fail("the recipe has data.phantoms and --data is given: leave one of them out", EXIT_INVALID)
     try:
-        return output, DataFiles(train=tuple(data), images=images, validation=tuple(validation or ()))
+        files = DataFiles(
+            train=tuple(options.data or ()), images=options.images, validation=tuple(options.validation or ())
+        )
     except ValidationError as error:
         fail(error.errors(include_url=False)[0]["msg"].removeprefix("Value error, "), EXIT_INVALID)
-
-
-def _recipe(name: str, settings: list[str] | None) -> "Recipe":
-    from echovlm_ray.training.recipe_file import load_recipe
-
-    return load_recipe(name, settings)
-
-
-def _resumed(
-    folder: Path, kind: str, data: list[Path] | None, output: Path | None, settings: list[str] | None
-) -> "tuple[Path, Run, Recipe]":
-    from echovlm_ray.training.run import read_run
-
-    if data or output is not None or settings:
-        fail("--resume goes on with the run as it was begun: leave --data, --output and --set out", EXIT_INVALID)
-    run, recipe = read_run(folder)
-    if run.kind != kind:
-        fail(f"{folder} is a run of `echoray train {run.kind}`: go on with that", EXIT_INVALID)
-    return folder, run, recipe
+    return options.output, files
 
 
 def _require_new(folder: Path) -> None:

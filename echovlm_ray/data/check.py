@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from echovlm_ray.data.media import ImageRoot, UnusableImageError
 from echovlm_ray.data.parse import Problem, parse_record
+from echovlm_ray.data.phantom.catalogue import UNKNOWN_ATTRIBUTES, UnknownClassError, read_attributes
 from echovlm_ray.data.record import InvalidDataError, Record, language_of, task_of
 from echovlm_ray.data.source import RecordFile
 from echovlm_ray.data.splitting import Grouping
@@ -83,7 +84,8 @@ class CheckOptions:
         root: where the images are; None leaves them alone.
         limits: of one image file.
         grouping: how a record's patient is found.
-        num_tokens: the length of a record in tokens, to compare with `max_tokens`; None compares nothing.
+        num_tokens: the length of a record in tokens, as training counts them, to compare with `max_tokens`; None
+            compares nothing.
         show_names: whether findings carry ids and paths.
     """
 
@@ -208,6 +210,7 @@ class _Checker:
                 patient = self._options.grouping.key(record)
                 self.counts.add(record, patient)
                 self._identity(record, path, line)
+                self._attributes(record, path, line)
                 if patient is not None:
                     self._sides["patient"][_digest(patient)].add(str(path))
                 if root is not None:
@@ -244,6 +247,13 @@ class _Checker:
         if first != (str(path), line):
             text = f"has the id of {first[0]}, line {first[1]}: give each record an id of its own"
             self.add(Problem("duplicate id", text), path, line, record.id)
+
+    def _attributes(self, record: Record, path: Path, line: int) -> None:
+        if record.attributes is not None:
+            try:
+                read_attributes(record.attributes)
+            except UnknownClassError:
+                self.add(Problem("attributes", UNKNOWN_ATTRIBUTES), path, line, record.id)
 
     def _media(self, record: Record, root: ImageRoot, path: Path, line: int) -> None:
         sound = True

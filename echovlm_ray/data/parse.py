@@ -47,7 +47,7 @@ def parse_record(raw: object) -> tuple[Record | None, list[Problem]]:
         record = _record(raw, turns, images, videos)
     except _Wrong as wrong:
         return None, [wrong.problem]
-    return record, _problems(record)
+    return record, problems_of(record)
 
 
 def _conversation(raw: Mapping[str, Any]) -> tuple[list[Turn], list[str], list[str]]:
@@ -123,7 +123,8 @@ def _record(raw: Mapping[str, Any], turns: Sequence[Turn], images: Sequence[str]
     )
 
 
-def _problems(record: Record) -> list[Problem]:
+def problems_of(record: Record) -> list[Problem]:
+    """What is wrong with the turns, marks and fields of a record that could be read."""
     found = []
     turns = record.turns[1:] if record.turns[0].role == "system" else record.turns
     expected: list[Role] = ["human", "gpt"] * (len(turns) // 2)

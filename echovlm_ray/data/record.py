@@ -6,8 +6,9 @@ The form is the one that EchoVLM's authors publish (`id`, `image`, `conversation
 No text here quotes a record: a path, an identifier or an answer may name a patient.
 """
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from echovlm_ray.prompts import FURTHER, INSTRUCTIONS, LANGUAGES, Language, Task
@@ -15,6 +16,7 @@ from echovlm_ray.prompts import FURTHER, INSTRUCTIONS, LANGUAGES, Language, Task
 IMAGE_MARK = "<image>"
 VIDEO_MARK = "<video>"
 Role = Literal["system", "human", "gpt"]
+_MARKS = re.compile(f"({re.escape(IMAGE_MARK)}|{re.escape(VIDEO_MARK)})")
 # From here on a text counts as Chinese: the share of CJK characters among its letters.
 CHINESE_SHARE = 0.3
 
@@ -75,6 +77,29 @@ class Record:
         """The text of the last human turn without the marks of images and videos."""
         human = next(turn.text for turn in reversed(self.turns) if turn.role == "human")
         return human.replace(IMAGE_MARK, "").replace(VIDEO_MARK, "").strip()
+
+
+def divide_at_marks(text: str) -> list[str]:
+    """A human turn's text in pieces, each mark a piece of its own; pieces between marks can be empty."""
+    return _MARKS.split(text)
+
+
+def media_paths(record: Record) -> list[str]:
+    """The paths of a valid record's images and videos, in the order in which the questions mark them."""
+    rest = {IMAGE_MARK: iter(record.images), VIDEO_MARK: iter(record.videos)}
+    questions = (turn.text for turn in record.turns if turn.role == "human")
+    return [next(rest[piece]) for text in questions for piece in divide_at_marks(text) if piece in rest]
+
+
+def mark_media(record: Record) -> Record:
+    """The record itself; where no question has a mark, one that shows all images and videos in the first question."""
+    first = next((number for number, turn in enumerate(record.turns) if turn.role == "human"), None)
+    marked = any(len(divide_at_marks(turn.text)) > 1 for turn in record.turns if turn.role == "human")
+    if first is None or marked:
+        return record
+    marks = IMAGE_MARK * len(record.images) + VIDEO_MARK * len(record.videos)
+    question = Turn("human", marks + record.turns[first].text)
+    return replace(record, turns=(*record.turns[:first], question, *record.turns[first + 1 :]))
 
 
 def language_of(record: Record) -> Language:

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 from echovlm_ray.data.parse import Problem
 from echovlm_ray.data.record import InvalidDataError
@@ -29,6 +29,8 @@ _SPACE = b" \t\r\n"
 class RecordFile:
     """Random access to the raw records of one file. Close it, or use it as a context manager.
 
+    Worker processes can read from it at the same time, forked ones and such that get it pickled.
+
     Attributes:
         path: the file.
         is_lines: whether it is JSON Lines; else it is one JSON array.
@@ -43,12 +45,12 @@ class RecordFile:
             OSError: it cannot be opened.
         """
         self.path = Path(path)
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        self._file: BinaryIO = os.fdopen(descriptor, "rb", buffering=0)
+        self._file = _open(self.path)
+        self._stamp = _stamp(self._file)
         self.problems: list[tuple[int, Problem]] = []
         self._starts, self._ends, self._lines = array("Q"), array("Q"), array("Q")
         try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
                 raise InvalidDataError(f"{self.path} is not a regular file: name a JSON or JSON Lines file")
             start, first = self._beginning()
             self.is_lines = first != b"["
@@ -73,9 +75,9 @@ class RecordFile:
         start, end = self._starts[index], self._ends[index]
         if end - start > MAX_RECORD_BYTES:
             return None, Problem("too large", f"has {end - start} bytes and the limit is {MAX_RECORD_BYTES}")
-        self._file.seek(start)
-        content = self._file.read(end - start)
-        if content is None or len(content) < end - start:
+        # Forked processes share one position in the file, so none is set here.
+        content = os.pread(self._file.fileno(), end - start, start)
+        if len(content) < end - start:
             return None, Problem("broken JSON", "the file became shorter while it was read")
         return _decode(content, self._lines[index])
 
@@ -92,6 +94,23 @@ class RecordFile:
     ) -> None:
         """Closes the file."""
         self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the open file."""
+        return {name: value for name, value in vars(self).items() if name != "_file"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Opens the file again.
+
+        Raises:
+            InvalidDataError: it is not the one that was indexed.
+            OSError: it cannot be opened.
+        """
+        vars(self).update(state)
+        self._file = _open(self.path)
+        if _stamp(self._file) != self._stamp:
+            self._file.close()
+            raise InvalidDataError(f"{self.path} was changed while it was in use: begin again with the file as it is")
 
     def add(self, start: int, end: int, line: int) -> None:
         """Notes where a record lies; for the scanners of this module."""
@@ -131,6 +150,17 @@ class RecordFile:
         end = offset + len(block)
         if not blank:
             self.add(begin, end, line)
+
+
+def _open(path: Path) -> BinaryIO:
+    # Without O_NONBLOCK a named pipe would wait for a writer for ever.
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0)
+
+
+def _stamp(file: BinaryIO) -> tuple[int, int]:
+    """Size and time of the last change."""
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
 
 
 class _ArrayIndex:

@@ -2,18 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
 
 from echovlm_ray.data.dataset import RecordDataset
-from echovlm_ray.data.encoding import media_paths
 from echovlm_ray.data.phantom.attributes import Attributes
-from echovlm_ray.data.phantom.catalogue import UnknownClassError, attributes_of
+from echovlm_ray.data.phantom.catalogue import UNKNOWN_ATTRIBUTES, UnknownClassError, read_attributes
 from echovlm_ray.data.phantom.questions import Question, questions
-from echovlm_ray.data.phantom.schema import Organ
 from echovlm_ray.data.phantom.wording.render import STYLES, all_wordings, render_findings, render_impression
-from echovlm_ray.data.record import InvalidDataError, Record, Request, language_of, request_of, task_of
+from echovlm_ray.data.record import InvalidDataError, Record, Request, language_of, media_paths, request_of, task_of
 from echovlm_ray.prompts import Language
 
 # Tasks whose answer is a text about the whole picture.
@@ -85,10 +82,7 @@ def load_items(dataset: RecordDataset, limit: int | None = None) -> LoadedItems:
         try:
             items.append(item_of(record, index))
         except UnknownClassError:
-            # The error itself may quote the record.
-            raise InvalidDataError(
-                f"{place}: its attributes are none that a phantom has; take them from `echoray data phantom --list`"
-            ) from None
+            raise InvalidDataError(f"{place}: {UNKNOWN_ATTRIBUTES}") from None
     if not items:
         raise InvalidDataError("there is no record with a single question: nothing can be asked")
     return LoadedItems(tuple(items), tuple(left_out))
@@ -122,23 +116,6 @@ def item_of(record: Record, index: int) -> Item:
         options=record.options,
         answer=record.answer,
     )
-
-
-def read_attributes(raw: Mapping[str, Any]) -> Attributes:
-    """The attributes of a record, as `Attributes.as_json` writes them, checked against what phantoms can show.
-
-    Raises:
-        UnknownClassError: no phantom has these.
-    """
-    organ: Organ | None = next((name for name in get_args(Organ) if name == raw.get("organ")), None)
-    class_name, values = raw.get("class"), raw.get("values")
-    if organ is None:
-        raise UnknownClassError(f"the organ must be one of {', '.join(get_args(Organ))}")
-    if not isinstance(class_name, str) or not isinstance(values, Mapping):
-        raise UnknownClassError("they must have a class and values")
-    if not all(isinstance(value, str) for value in values.values()):
-        raise UnknownClassError("values must be texts")
-    return attributes_of(organ, class_name, dict(values))
 
 
 def _references(record: Record, task: str, language: Language, attributes: Attributes | None) -> tuple[str, ...]:

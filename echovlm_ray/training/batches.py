@@ -19,7 +19,10 @@ def collate(examples: Sequence[EncodedExample | UnusableExample]) -> dict[str, A
     Returns:
         `input_ids`, `targets`, `target_weights`: 1 × tokens of all examples; `position_ids`: 3 × 1 × tokens;
         `sequence_lengths`: examples; with pictures `pixel_values` and `image_grid_thw`, `pixel_values_videos` and
-        `video_grid_thw`, or `picture_embeddings`: tokens of all pictures × hidden.
+        `video_grid_thw`, or `picture_embeddings`: tokens of all pictures × hidden. Where the findings of all examples
+        are known, `finding_values`, `finding_organs`, `finding_tissue` and `finding_examples`, as
+        `echovlm_ray.training.finding_heads.FindingHeads` takes them; visual tokens of images stand before those of
+        videos.
     """
     usable = [example for example in examples if isinstance(example, EncodedExample)]
     if len(usable) < len(examples):
@@ -39,6 +42,25 @@ def collate(examples: Sequence[EncodedExample | UnusableExample]) -> dict[str, A
         if items:
             batch[values] = torch.from_numpy(np.concatenate([item.patches for item in items]))
             batch[grid] = torch.tensor([item.grid for item in items])
+    if all(each.findings is not None for each in usable):
+        batch |= _findings(usable)
     if embeddings := [each.embeddings_VD for each in usable if each.embeddings_VD is not None]:
         batch["picture_embeddings"] = torch.cat(embeddings)
     return batch
+
+
+def _findings(examples: Sequence[EncodedExample]) -> dict[str, torch.Tensor]:
+    tissue: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+    numbers: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+    for number, example in enumerate(examples):
+        assert example.findings is not None
+        for item, labels in zip(example.vision, example.findings.tissue, strict=True):
+            tissue[item.is_video].append(labels)
+            numbers[item.is_video].append(torch.full_like(labels, number))
+    found = [each.findings for each in examples if each.findings is not None]
+    return {
+        "finding_values": torch.stack([each.values_Q for each in found]),
+        "finding_organs": torch.tensor([each.organ for each in found]),
+        "finding_tissue": torch.cat([*tissue[False], *tissue[True]]),
+        "finding_examples": torch.cat([*numbers[False], *numbers[True]]),
+    }

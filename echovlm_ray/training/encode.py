@@ -10,6 +10,7 @@ from echovlm_ray.model.configuration import EchoVLMConfig
 from echovlm_ray.model.positions import mrope_positions
 from echovlm_ray.model.processing import TURN_END, EchoVLMProcessor, Picture, VisionPatches
 from echovlm_ray.training.examples import Example, ExampleError, ExampleSource
+from echovlm_ray.training.finding_heads import FindingTargets, finding_targets
 
 # The target of a place that is not learnt, as torch's cross entropy has it.
 IGNORED = -100
@@ -26,6 +27,7 @@ class EncodedExample:
         position_3T: int64, see `echovlm_ray.model.positions`.
         vision: the pictures' patches, in order.
         embeddings_VD: float32, what the vision tower made of the pictures, in place of `vision`; None: not computed.
+        findings: what the pictures show, where that is known.
     """
 
     input_ids_T: torch.Tensor
@@ -34,6 +36,7 @@ class EncodedExample:
     position_3T: torch.Tensor
     vision: tuple[VisionPatches, ...] = ()
     embeddings_VD: torch.Tensor | None = None
+    findings: FindingTargets | None = None
 
     def __len__(self) -> int:
         """Tokens."""
@@ -101,7 +104,12 @@ class ExampleEncoder:
             self._config,
         )
         target = torch.where(weight > 0, ids[1:], IGNORED)
-        return EncodedExample(ids[:-1], target, weight, positions, vision)
+        findings = None
+        if example.attributes is not None and vision:
+            merge = self._config.vision_config.spatial_merge_size
+            grids = [(frames, rows // merge, columns // merge) for frames, rows, columns in (v.grid for v in vision)]
+            findings = finding_targets(example.attributes, example.tissue, grids)
+        return EncodedExample(ids[:-1], target, weight, positions, vision, findings=findings)
 
     def _patches(self, picture: Picture | Sequence[Picture]) -> VisionPatches:
         if isinstance(picture, Sequence):

@@ -11,3 +11,7 @@ class NotFiniteError(TrainingError):
 
 class TrainingInterrupted(Exception):  # noqa: N818
     """The user stopped the run; its state was saved."""
+
+
+class MissingFindingsError(TrainingError):
+    """A stage learns from what pictures show, and a record does not say it."""

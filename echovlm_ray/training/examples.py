@@ -4,6 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
+from echovlm_ray.data.phantom.attributes import Attributes
 from echovlm_ray.model.processing import Picture
 from echovlm_ray.prompts import Message
 
@@ -21,11 +25,16 @@ class Example:
         pictures: the images and videos that the messages show, in their order. A video is a sequence of frames.
         emphasis: words whose tokens count more in the loss wherever they stand in an answer, see
             `echovlm_ray.training.recipe.LossSection.emphasis_weight`.
+        attributes: what the pictures show, where it is known; see `echovlm_ray.training.finding_heads`.
+        tissue: uint8, rows × columns of a picture's parts, numbers of `echovlm_ray.data.phantom.tissue.LABELS`, where
+            they are known.
     """
 
     messages: Sequence[Message]
     pictures: Sequence[Picture | Sequence[Picture]] = ()
     emphasis: Sequence[str] = ()
+    attributes: Attributes | None = None
+    tissue: npt.NDArray[np.uint8] | None = None
 
 
 class ExampleSource(Protocol):
@@ -48,5 +57,5 @@ class ExampleSource(Protocol):
         ...
 
     def place(self, index: int) -> str:
-        """Where an example is, for errors: for example "train.json, record 17"."""
+        """Where an example is, for errors: for example "train.json, line 17"."""
         ...

@@ -20,7 +20,7 @@ from echovlm_ray.training.examples import ExampleError
 from echovlm_ray.training.kept_examples import KeptExamples, keep, pooled_mean
 from echovlm_ray.training.objective import TrainingObjective
 from echovlm_ray.training.recipe import Recipe
-from echovlm_ray.training.run import CACHE_NAME, Run, stage_folder, train_stages
+from echovlm_ray.training.run import CACHE_NAME, Run, draw_phantoms, stage_folder, train_stages
 from echovlm_ray.training.stage import MODEL_NAME, RESULT_NAME, StageJob, open_encoded
 from echovlm_ray.training.start import organ_bundle
 from echovlm_ray.training.validation import ValidationResult, validate
@@ -156,7 +156,15 @@ Loss and accuracy of tokens say how well the wording is predicted, not whether a
 
 
 def _keep_examples(folder: Path, run: Run, recipe: Recipe, quiet: bool) -> tuple[KeptExamples, KeptExamples | None]:
-    job = StageJob(folder=folder, model=folder / MODEL_NAME, number=0, recipe=recipe, start=run.start, files=run.files)
+    job = StageJob(
+        folder=folder,
+        model=folder / MODEL_NAME,
+        number=0,
+        recipe=recipe,
+        start=run.start,
+        files=run.files,
+        phantoms=draw_phantoms(folder, recipe, quiet=quiet),
+    )
     fresh = open_encoded(job, EchoVLMConfig.from_pretrained(backbone_directory(run.start.folder)))
     tower = load_vision_tower(run.start.folder, dtype=torch.float32)
     kept: list[KeptExamples | None] = []

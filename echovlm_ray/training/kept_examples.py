@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from echovlm_ray.model.vision_tower import EchoVLMVisionTower
 from echovlm_ray.training.encode import EncodedExample, EncodedSource
 from echovlm_ray.training.examples import ExampleError
+from echovlm_ray.training.left_out import LeftOut, reason_of
 
 _FIELDS = {"input_ids": "input_ids_T", "targets": "target_T", "weights": "weight_T", "positions": "position_3T"}
 
@@ -58,7 +59,7 @@ def keep(
         source: the examples.
         tower: frozen, in evaluation mode.
         folder: where to write; only the user may look into it, for it holds what the data set says.
-        skip_unusable: leave out what cannot be used.
+        skip_unusable: leave out what cannot be used, and log why.
         progress: told 1 for every example.
 
     Returns:
@@ -68,22 +69,21 @@ def keep(
         ExampleError: an example cannot be used and may not be left out.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    left_out = 0
+    left_out = LeftOut()
     for index in range(len(source)):
         path = _path(folder, index)
         if not path.is_file():
             try:
                 example = source.encoded(index, 0)
             except ExampleError as error:
+                reason = reason_of(error, source.place(index))
                 if not skip_unusable:
-                    where = source.place(index)
-                    text = str(error)
-                    raise ExampleError(text if text.startswith(where) else f"{where}: {text}") from None
-                left_out += 1
+                    raise ExampleError(reason) from None
+                left_out.add(index, reason)
             else:
                 _write(path, example, tower)
         progress(1)
-    return left_out
+    return len(left_out)
 
 
 def pooled_mean(source: KeptExamples) -> torch.Tensor | None:

@@ -5,7 +5,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,15 @@ from torch import nn
 from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
 from echovlm_ray.training.balancing import RoutingCounts, sequence_balancing_loss
 from echovlm_ray.training.encode import IGNORED
+from echovlm_ray.training.errors import MissingFindingsError
+from echovlm_ray.training.finding_heads import FindingHeads
 from echovlm_ray.training.packed_attention import attend_for_training
 
 _PICTURES = ("pixel_values", "pixel_values_videos")
+_GRIDS = ("image_grid_thw", "video_grid_thw")
+# What the names of all fields begin with that finding heads take.
+_FINDINGS = "finding_"
+Learn = Literal["answers", "findings", "both"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +39,7 @@ class StepTotals:
 
 
 class TrainingObjective(nn.Module):
-    """Cross entropy of the answers' tokens and the load-balancing loss.
+    """Cross entropy of the answers' tokens and the load-balancing loss; or the loss of finding heads; or all of them.
 
     Its state is what is trained and nothing else, under the modules' own names: what is frozen comes from where the
     training started.
@@ -41,18 +47,36 @@ class TrainingObjective(nn.Module):
     Attributes:
         model: what is trained; adapters may have been put into it.
         counts: what the gates did since the log was last written.
+        heads: see `echovlm_ray.training.finding_heads`; None where a stage learns from answers alone.
     """
 
     # Tells transformers' Trainer that the loss is normalised here.
     accepts_loss_kwargs = True
 
-    def __init__(self, model: EchoVLMForConditionalGeneration, *, balancing: float) -> None:
-        """Takes the model and what the load-balancing loss is multiplied with before it joins the loss."""
+    def __init__(
+        self,
+        model: EchoVLMForConditionalGeneration,
+        *,
+        balancing: float,
+        learn: Learn = "answers",
+        findings: float = 1.0,
+    ) -> None:
+        """Takes the model and the weights of the losses.
+
+        Args:
+            model: what is trained.
+            balancing: what the load-balancing loss is multiplied with before it joins the loss.
+            learn: from what; see `echovlm_ray.training.recipe.Stage`.
+            findings: with "both", what the loss of the finding heads is multiplied with.
+        """
         super().__init__()
         self.model = model
         attend_for_training(model)
         self.balancing = balancing
         self.counts = RoutingCounts()
+        self.learn = learn
+        self.heads = None if learn == "answers" else FindingHeads(model.config.text_config.hidden_size)
+        self.findings = 1.0 if learn == "findings" else findings
 
     def forward(
         self,
@@ -76,13 +100,54 @@ class TrainingObjective(nn.Module):
             inputs: positions, and pictures.
 
         Returns:
-            `loss`; and without gradients `answer_loss`, `balancing_loss` (both parts of it) and `logits`, one row for
-            each target.
+            `loss`; and without gradients its parts `answer_loss`, `balancing_loss` and `finding_loss`, as far as the
+            stage has them, and `logits`, one row for each target.
+
+        Raises:
+            MissingFindingsError: finding heads learn, and what a picture shows is not known.
         """
         if totals is None:
             totals = StepTotals(float(target_weights.sum()), len(sequence_lengths))
-        without_picture = not any(name in inputs for name in _PICTURES)
-        blank = self._blank_picture() if without_picture and self._learns_vision() else None
+        known = {name: inputs.pop(name) for name in list(inputs) if name.startswith(_FINDINGS)}
+        parts: dict[str, torch.Tensor] = {}
+        loss = input_ids.new_zeros((), dtype=torch.float32)
+        if not any(name in inputs for name in _PICTURES) and self._learns_vision():
+            loss = loss + self._blank_picture()
+        if self.heads is not None and self.training:
+            if not known:
+                raise MissingFindingsError(
+                    "an example does not say what its pictures show (attributes), and the stage learns from it: give "
+                    "records that do, or set learn to answers"
+                )
+            picture_embeddings = self._look(inputs)
+            found = self.heads(
+                picture_embeddings,
+                known["finding_examples"],
+                known["finding_tissue"],
+                known["finding_values"],
+                known["finding_organs"],
+            )
+            found = found * (len(sequence_lengths) / totals.sequences)
+            parts["finding_loss"] = found.detach()
+            loss = loss + self.findings * found
+        if self.learn != "findings":
+            answers = self._answers(
+                input_ids, sequence_lengths, targets, target_weights, totals, picture_embeddings, inputs
+            )
+            loss = loss + answers.pop("loss")
+            parts |= answers
+        return {"loss": loss, **parts}
+
+    def _answers(
+        self,
+        input_ids: torch.Tensor,
+        sequence_lengths: torch.Tensor,
+        targets: torch.Tensor,
+        target_weights: torch.Tensor,
+        totals: StepTotals,
+        picture_embeddings: torch.Tensor | None,
+        inputs: dict[str, Any],
+    ) -> dict[str, torch.Tensor]:
         if picture_embeddings is None:
             inputs["input_ids"] = input_ids
         else:
@@ -101,24 +166,36 @@ class TrainingObjective(nn.Module):
         top_k = self.model.config.text_config.num_experts_per_tok
         balancing_loss = sequence_balancing_loss(outputs.router_logits, top_k, sequence_lengths)
         balancing_loss = balancing_loss / totals.sequences
-        loss = answer_loss + self.balancing * balancing_loss
-        if blank is not None:
-            loss = loss + blank
         if self.training:
             self.counts.add(outputs.router_logits, top_k)
         return {
-            "loss": loss,
+            "loss": answer_loss + self.balancing * balancing_loss,
             "answer_loss": answer_loss.detach(),
             "balancing_loss": balancing_loss.detach(),
             "logits": logits_NV.detach(),
         }
 
+    def _look(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """What the vision tower makes of the pictures, images before videos; they are taken out of the inputs."""
+        visual = self.model.model.visual
+        assert visual is not None
+        found = [
+            visual(inputs.pop(values), grid_thw=inputs.pop(grid)).pooler_output
+            for values, grid in zip(_PICTURES, _GRIDS, strict=True)
+            if values in inputs
+        ]
+        return torch.cat(found)
+
     def _with_pictures(self, input_ids: torch.Tensor, picture_embeddings: torch.Tensor) -> torch.Tensor:
         config = self.model.config
-        embeddings = self.model.model.language_model.embed_tokens(input_ids)
-        places = (input_ids == config.image_token_id) | (input_ids == config.video_token_id)
-        joined: torch.Tensor = embeddings.masked_scatter(places[..., None], picture_embeddings.to(embeddings.dtype))
-        return joined
+        embeddings: torch.Tensor = self.model.model.language_model.embed_tokens(input_ids)
+        pictures = picture_embeddings.to(embeddings.dtype)
+        images, videos = input_ids == config.image_token_id, input_ids == config.video_token_id
+        if self.heads is None or not self.training:
+            return embeddings.masked_scatter((images | videos)[..., None], pictures)
+        count = int(images.sum())
+        embeddings = embeddings.masked_scatter(images[..., None], pictures[:count])
+        return embeddings.masked_scatter(videos[..., None], pictures[count:])
 
     def _learns_vision(self) -> bool:
         visual = self.model.model.visual

@@ -9,6 +9,8 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import Field, model_validator
 
 from echovlm_ray.config import ContradictionError, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from echovlm_ray.data.phantom.records import PhantomTask
+from echovlm_ray.data.phantom.schema import Organ
 
 # The parts of the model that a stage can train; `echovlm_ray.training.parts` says which tensors they are.
 Part = Literal[
@@ -30,6 +32,45 @@ AdaptedPart = Literal["vision", "projector", "attention", "dense_mlp"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
+class PhantomSection(Section):
+    """Synthetic pictures and true answers about them, drawn when the run begins and kept in its folder.
+
+    What is asked about a picture, how it is worded and how it is displayed differ in every epoch.
+    """
+
+    # When other pictures shall be drawn, change it; keep it different from that of what you evaluate on.
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    # When two runs shall see different pictures of one seed, begin the second where the first ends.
+    first: Annotated[int, Field(ge=0)] = 0
+    # When the model learns the pictures by heart, raise it: still pictures, 50 KB each.
+    pictures: PositiveInt = 20_000
+    # When cine loops are to be read too, raise it: loops of eight frames.
+    loops: Annotated[int, Field(ge=0)] = 0
+    # When pictures cost more than steps, raise it: examples that an epoch has about each picture.
+    examples_each: PositiveInt = 1
+    # When only some organs are to be learnt, name them.
+    organs: tuple[Organ, ...] = ()
+    # When a class is to be kept unseen, name it like breast/simple_cyst.
+    exclude: tuple[str, ...] = ()
+    # When an answer of one kind stays poor, raise its weight: how often each task is asked for.
+    tasks: Annotated[dict[PhantomTask, PositiveFloat], Field(min_length=1)] = Field(
+        default={"report": 5.0, "diagnosis": 2.0, "vqa": 2.0, "findings": 0.4, "impression": 0.4, "caption": 0.2}
+    )
+    # When pictures of other machines are to be read, leave it true: gain, sharpness, compression and, where the anatomy
+    # allows it, left and right vary.
+    vary: bool = True
+
+    @property
+    def picture_indices(self) -> range:
+        """The phantoms that are drawn as still pictures."""
+        return range(self.first, self.first + self.pictures)
+
+    @property
+    def loop_indices(self) -> range:
+        """The phantoms that are drawn as loops."""
+        return range(self.first + self.pictures, self.first + self.pictures + self.loops)
+
+
 class DataSection(Section):
     """How examples become batches."""
 
@@ -43,6 +84,8 @@ class DataSection(Section):
     unusable: Literal["stop", "skip"] = "stop"
     # When the processor waits for images, raise it: worker processes that read them. The order does not depend on it.
     workers: Annotated[int, Field(ge=0)] = 0
+    # When you have no records, or want more pictures than a disk holds, draw phantoms instead of reading files.
+    phantoms: PhantomSection | None = None
     # When you want to keep back data for validation, give its share; a file of its own (--validation) wins.
     validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
@@ -56,6 +99,9 @@ class LossSection(Section):
     # When answers are fluent but wrong in the words that matter, raise it: tokens of an example's emphasised words
     # count this often.
     emphasis_weight: PositiveFloat = 1.0
+    # When the picture has little effect on answers, raise it: the weight of the finding heads in a stage that learns
+    # from both.
+    findings: NonNegativeFloat = 0.3
 
 
 class UpcyclingSection(Section):
@@ -95,6 +141,9 @@ class Stage(Section):
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,39}$")] = "all"
     # When a part is to be trained, name it; what is named neither here nor under `adapters` is frozen.
     train: tuple[Part, ...] = PARTS
+    # When the vision tower has learnt nothing yet, begin with a stage of "findings": heads on the visual tokens name
+    # tissue, class and attributes, and are discarded at the end. "both" learns answers and keeps the heads beside.
+    learn: Literal["answers", "findings", "both"] = "answers"
     # When set, the named parts learn through adapters.
     adapters: AdapterSection | None = None
     # When the data set is small, give several; a part of an epoch is possible.
@@ -130,6 +179,11 @@ class Stage(Section):
         if both := sorted(adapted & set(self.train)):
             raise ContradictionError(
                 f"{', '.join(both)} cannot both be trained and have adapters: name it in one place", "train"
+            )
+        others = sorted((adapted | set(self.train)) - {"vision", "projector"})
+        if self.learn == "findings" and others:
+            raise ContradictionError(
+                f"finding heads teach vision and projector only: leave {', '.join(others)} out", "train"
             )
         if not adapted and not self.train:
             raise ContradictionError("a stage must train something: name parts under train or adapters", "train")

@@ -3,7 +3,7 @@
 import difflib
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -118,6 +118,9 @@ def _suggestion(path: tuple[str, ...]) -> str:
 def _section(path: tuple[str, ...]) -> type[BaseModel]:
     if path[:1] == ("stages",):
         return AdapterSection if "adapters" in path else Stage
-    field = Recipe.model_fields.get(path[0]) if path else None
-    inner = field.annotation if field is not None else None
-    return inner if isinstance(inner, type) and issubclass(inner, BaseModel) else Recipe
+    section: type[BaseModel] = Recipe
+    for name in path:
+        field = section.model_fields.get(name)
+        inner = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        section = next((each for each in inner if isinstance(each, type) and issubclass(each, BaseModel)), section)
+    return section

@@ -90,8 +90,9 @@ class ProgressBar(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Shows the last loss."""
-        if logs and "answer_loss" in logs:
-            self._loss = f"{logs['answer_loss']:.3f}"
+        loss = next((logs[name] for name in ("answer_loss", "finding_loss") if name in logs), None) if logs else None
+        if loss is not None:
+            self._loss = f"{loss:.3f}"
             if self._bar is not None:
                 self._bar.update(self._task, loss=self._loss)
 
@@ -125,7 +126,7 @@ def draw_curves(log: Path, picture: Path, title: str) -> None:
             curves[name].append((entry["step"], value))
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
     panels = (
-        (axes[0][0], "cross entropy of the answers", ["answer_loss", "eval_answer_loss"]),
+        (axes[0][0], "cross entropy", ["answer_loss", "eval_answer_loss", "finding_loss"]),
         (axes[0][1], "learning rate", ["learning_rate"]),
         (axes[1][0], "load: share of the tokens by expert and layer", [name for name in curves if "load/" in name]),
         (axes[1][1], "entropy of the gates, 1 is even", [name for name in curves if "gate_entropy/" in name]),

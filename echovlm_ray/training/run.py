@@ -5,20 +5,25 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import Progress
 
 from echovlm_ray.checkpoint.layout import InvalidCheckpointError
 from echovlm_ray.config import Section
 from echovlm_ray.training.errors import TrainingError
+from echovlm_ray.training.phantom_pool import PhantomPool
 from echovlm_ray.training.recipe import Recipe
 from echovlm_ray.training.recipe_file import load_recipe, write_recipe
 from echovlm_ray.training.sources import DataFiles
-from echovlm_ray.training.stage import MODEL_NAME, StageJob, train_stage
+from echovlm_ray.training.stage import HEADS_NAME, MODEL_NAME, StageJob, train_stage
 from echovlm_ray.training.start import Start
 
 RUN_NAME = "run.json"
 RECIPE_NAME = "recipe.yaml"
 # Where a run of kind "expert" keeps its examples with their pictures' embeddings.
 CACHE_NAME = "cache"
+# Where a run keeps the phantoms that its recipe asks for.
+PHANTOMS_NAME = "phantoms"
 
 
 class Run(Section):
@@ -100,6 +105,7 @@ def train_stages(
         TrainingError: it cannot go on.
     """
     start = run.start
+    phantoms = draw_phantoms(folder, recipe, quiet=quiet)
     for number in range(len(recipe.stages)):
         stage = stage_folder(folder, recipe, number)
         model = (folder if number + 1 == len(recipe.stages) else stage) / MODEL_NAME
@@ -118,6 +124,8 @@ def train_stages(
                 threads=threads,
                 quiet=quiet,
                 resume=f"echoray train {run.kind} --resume {folder}",
+                phantoms=phantoms,
+                heads=stage_folder(folder, recipe, number - 1).absolute() / HEADS_NAME if number else None,
                 cache=folder.absolute() / CACHE_NAME if run.kind == "expert" else None,
                 experts_only=run.kind == "expert",
             )
@@ -129,6 +137,29 @@ def train_stages(
                 train_on_ray(job)
         start = Start(kind="trained", folder=model)
     return start.folder
+
+
+def draw_phantoms(folder: Path, recipe: Recipe, *, quiet: bool) -> Path | None:
+    """Draws what the recipe asks for, unless it is there, and returns its folder; None where it asks for none.
+
+    Raises:
+        ExampleError: there is no such class.
+        TrainingError: the folder holds other phantoms.
+    """
+    section = recipe.data.phantoms
+    if section is None:
+        return None
+    console = Console(stderr=True)
+    pool = folder.absolute() / PHANTOMS_NAME
+    with Progress(console=console, disable=quiet or not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("drawing phantoms", total=None)
+        PhantomPool.open(
+            pool,
+            section,
+            start=lambda total: bar.update(task, total=total),
+            progress=lambda count: bar.advance(task, count),
+        )
+    return pool
 
 
 def require_start(start: Start) -> None:

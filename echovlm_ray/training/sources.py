@@ -5,18 +5,21 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from echovlm_ray.config import Section
 from echovlm_ray.training.examples import Example, ExampleError, ExampleSource
-from echovlm_ray.training.records import RecordFile
+from echovlm_ray.training.phantom_pool import PhantomPool
+from echovlm_ray.training.phantom_source import PhantomSource
+from echovlm_ray.training.recipe import DataSection
+from echovlm_ray.training.record_source import RecordSource
 
 
 class DataFiles(Section):
     """Where a run's examples are."""
 
-    # Files of records.
-    train: tuple[Path, ...] = Field(min_length=1)
+    # Files of records; none where the recipe has phantoms.
+    train: tuple[Path, ...] = ()
     # The folder to which image paths are relative; None: each file's own.
     images: Path | None = None
     # Files of records to measure on; none: a share of the training records.
@@ -27,33 +30,6 @@ class DataFiles(Section):
         if same := {path.resolve() for path in self.train} & {path.resolve() for path in self.validation}:
             raise ValueError(f"{same.pop()} is both trained on and measured on: give different files")
         return self
-
-
-class JoinedSource:
-    """Several sources one after the other."""
-
-    def __init__(self, sources: Sequence[ExampleSource]) -> None:
-        """Takes them in order."""
-        self._sources = sources
-        self._ends = np.cumsum([len(source) for source in sources])
-
-    def __len__(self) -> int:
-        """Of all together."""
-        return int(self._ends[-1])
-
-    def example(self, index: int, epoch: int) -> Example:
-        """See `ExampleSource.example`."""
-        source, inner = self._find(index)
-        return source.example(inner, epoch)
-
-    def place(self, index: int) -> str:
-        """See `ExampleSource.place`."""
-        source, inner = self._find(index)
-        return source.place(inner)
-
-    def _find(self, index: int) -> tuple[ExampleSource, int]:
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        return self._sources[number], index - (int(self._ends[number - 1]) if number else 0)
 
 
 class ChosenSource:
@@ -77,21 +53,36 @@ class ChosenSource:
         return self._source.place(self._indices[index])
 
 
-def open_sources(files: DataFiles, *, validation_share: float, seed: int) -> tuple[ExampleSource, ExampleSource | None]:
+def open_sources(
+    files: DataFiles, data: DataSection, *, seed: int, phantoms: Path | None = None
+) -> tuple[ExampleSource, ExampleSource | None]:
     """What is trained on, and what is measured on, if anything.
 
     Args:
         files: where the records are.
-        validation_share: how much is kept back where no file to measure on is given. Records are drawn one by one: to
-            keep a patient's records together, split them beforehand and give two files.
+        data: says how much is kept back where no file to measure on is given. Records are drawn one by one: to keep a
+            patient's records together, split them beforehand and give two files. Of phantoms the first are kept back.
         seed: decides which.
+        phantoms: the folder of the pool, where the recipe has phantoms.
 
     Raises:
         ExampleError: a file cannot be read, or is too small to keep something back.
     """
-    train = _join(files.train, files.images)
+    validation_share = data.validation_share
+    if data.phantoms is not None:
+        assert phantoms is not None
+        source = PhantomSource(PhantomPool.open(phantoms, data.phantoms))
+        kept_back = round(validation_share * data.phantoms.pictures) * data.phantoms.examples_each
+        if files.validation:
+            return source, RecordSource(files.validation, files.images)
+        indices = range(len(source))
+        held_out = ChosenSource(source, indices[:kept_back]) if kept_back else None
+        return ChosenSource(source, indices[kept_back:]), held_out
+    if not files.train:
+        raise ExampleError("there is nothing to train on: give files of records, or a recipe with data.phantoms")
+    train = RecordSource(files.train, files.images)
     if files.validation:
-        return train, _join(files.validation, files.images)
+        return train, RecordSource(files.validation, files.images)
     count = round(validation_share * len(train))
     if not validation_share:
         return train, None
@@ -102,8 +93,3 @@ def open_sources(files: DataFiles, *, validation_share: float, seed: int) -> tup
         )
     order = np.random.default_rng([seed, 1]).permutation(len(train)).tolist()
     return ChosenSource(train, sorted(order[count:])), ChosenSource(train, sorted(order[:count]))
-
-
-def _join(paths: Sequence[Path], images: Path | None) -> ExampleSource:
-    sources = [RecordFile(path, images) for path in paths]
-    return sources[0] if len(sources) == 1 else JoinedSource(sources)

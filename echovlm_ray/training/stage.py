@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, TrainingArguments
 
 from echovlm_ray.config import Section
@@ -32,6 +33,7 @@ from echovlm_ray.training.validation import Validation, ValidationResult, valida
 
 MODEL_NAME = "model"
 RESULT_NAME = "result.json"
+HEADS_NAME = "finding-heads.safetensors"
 
 
 class StageJob(Section):
@@ -47,6 +49,8 @@ class StageJob(Section):
         quiet: whether to say nothing on the terminal.
         resume: the command that goes on with the run, for messages.
         cache: where examples were kept with their pictures' embeddings, see `echovlm_ray.training.kept_examples`.
+        phantoms: the folder of the pool of phantoms, see `echovlm_ray.training.phantom_pool`.
+        heads: the finding heads of the stage before, which this one goes on with; none where the file is not there.
         experts_only: write the experts and gates alone, as `echoray experts pack` takes them.
     """
 
@@ -62,6 +66,8 @@ class StageJob(Section):
     quiet: bool = False
     resume: str = ""
     cache: Path | None = None
+    phantoms: Path | None = None
+    heads: Path | None = None
     experts_only: bool = False
 
 
@@ -92,7 +98,14 @@ def train_stage(job: StageJob) -> None:
         length=steps * stage.batch_size,
         skip_unusable=data.unusable == "skip",
     )
-    objective = TrainingObjective(model, balancing=recipe.loss.balancing)
+    if stage.learn == "findings":
+        # What is kept back is measured by answers, which such a stage does not give.
+        held_out = None
+    objective = TrainingObjective(
+        model, balancing=recipe.loss.balancing, learn=stage.learn, findings=recipe.loss.findings
+    )
+    if objective.heads is not None and job.heads is not None and job.heads.is_file():
+        objective.heads.load_state_dict(load_file(job.heads))
 
     def measure() -> ValidationResult:
         assert held_out is not None
@@ -142,7 +155,7 @@ def open_encoded(job: StageJob, config: EchoVLMConfig) -> tuple[EncodedSource, E
         max_visual_tokens=data.max_visual_tokens,
         emphasis_weight=job.recipe.loss.emphasis_weight,
     )
-    sources = open_sources(job.files, validation_share=data.validation_share, seed=job.recipe.seed)
+    sources = open_sources(job.files, data, seed=job.recipe.seed, phantoms=job.phantoms)
     opened: list[EncodedSource | None] = []
     for name, source in zip(("train", "validation"), sources, strict=True):
         fresh = None if source is None else FreshlyEncoded(source, encoder)
@@ -207,6 +220,8 @@ def _finish(
             "eval_token_accuracy": measured.token_accuracy,
             "eval_tokens": measured.tokens,
         }
+    if objective.heads is not None:
+        save_file(objective.heads.state_dict(), job.folder / HEADS_NAME)
     model = objective.model
     if job.recipe.stages[job.number].adapters is not None:
         merge_adapters(model)

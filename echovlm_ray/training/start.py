@@ -3,15 +3,12 @@
 # transformers leaves most of its methods untyped.
 # mypy: disable-error-code="no-untyped-call"
 
-import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from echovlm_ray.checkpoint.atomic import new_folder
-from echovlm_ray.checkpoint.demo import demo_config
-from echovlm_ray.checkpoint.demo_tokenizer import special_token_ids, train_tokenizer, write_text_files
 from echovlm_ray.checkpoint.layout import (
     InvalidCheckpointError,
     backbone_directory,
@@ -26,7 +23,7 @@ from echovlm_ray.config import Section
 from echovlm_ray.model.configuration import EchoVLMConfig
 from echovlm_ray.model.expert_kernels import weights_of
 from echovlm_ray.model.modeling import EchoVLMDecoderLayer, EchoVLMForConditionalGeneration
-from echovlm_ray.training.recipe import Recipe, UpcyclingSection
+from echovlm_ray.training.recipe import Recipe
 from echovlm_ray.training.upcycling import is_dense, upcycle
 from experts.bundle import Bundle
 from experts.registry import Registry
@@ -148,34 +145,6 @@ def _take_experts(model: EchoVLMForConditionalGeneration, bundle: Bundle) -> Non
         layer.moe.experts.gate_up_proj.copy_(torch.cat([weights.gate_EFD, weights.up_EFD], dim=1))
         layer.moe.experts.down_proj.copy_(weights.down_EDF)
         layer.moe.gate.weight.copy_(gate_ED)
-
-
-def small_config(vocab_size: int, special_ids: dict[str, int], sizes: UpcyclingSection) -> dict[str, Any]:
-    """config.json of the smallest model that is known to learn phantoms: 3.7 million parameters."""
-    config = demo_config(vocab_size, special_ids)
-    config |= {
-        "hidden_size": 192,
-        "intermediate_size": 384,
-        "moe_intermediate_size": sizes.expert_size,
-        "num_attention_heads": 6,
-        "num_experts": sizes.num_experts,
-        "num_experts_per_tok": sizes.num_experts_per_tok,
-        "shared_expert_intermediate_size": sizes.shared_expert_size,
-        "tie_word_embeddings": True,
-        "vision_config": {**config["vision_config"], "embed_dim": 128, "hidden_size": 192},
-    }
-    return config
-
-
-def write_small_start(folder: Path, recipe: Recipe) -> Start:
-    """Makes the folder of a fresh start: a small configuration, and the demo's tokenizer and processor."""
-    with new_folder(folder) as partial:
-        tokenizer = train_tokenizer()
-        special_ids = special_token_ids(tokenizer)
-        config = small_config(tokenizer.get_vocab_size(), special_ids, recipe.upcycling)
-        write_text_files(partial, tokenizer)
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return Start(kind="fresh", folder=folder)
 
 
 def save_model(

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from echovlm_ray.training.encode import EncodedExample, EncodedSource
 from echovlm_ray.training.examples import ExampleError
+from echovlm_ray.training.left_out import LeftOut, reason_of
 
 
 @lru_cache(maxsize=2)
@@ -38,12 +39,13 @@ class ExampleStream(Dataset[EncodedExample | UnusableExample]):
             source: the examples.
             seed: decides the order.
             length: how many places the whole run has; epochs follow one another.
-            skip_unusable: take the next example of the source for one that cannot be used.
+            skip_unusable: take the next example of the source for one that cannot be used, and log why.
         """
         self._source = source
         self._seed = seed
         self._length = length
         self._skip_unusable = skip_unusable
+        self._left_out = LeftOut()
 
     def __len__(self) -> int:
         """How many places the whole run has."""
@@ -66,7 +68,7 @@ class ExampleStream(Dataset[EncodedExample | UnusableExample]):
             try:
                 return self._source.encoded(index, epoch)
             except ExampleError as error:
-                where = self._source.place(index)
-                text = str(error)
-                reason = text if text.startswith(where) else f"{where}: {text}"
+                reason = reason_of(error, self._source.place(index))
+                if self._skip_unusable:
+                    self._left_out.add(index, reason)
         return UnusableExample(reason)

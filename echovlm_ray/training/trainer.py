@@ -106,8 +106,9 @@ class EchoVLMTrainer(Trainer):
         if not torch.isfinite(loss):
             raise NotFiniteError(f"the loss of step {self.state.global_step + 1} is {loss.item()}")
         if model.training:
-            for name in ("answer_loss", "balancing_loss"):
-                self._parts.setdefault(name, []).append(float(outputs[name]))
+            for name, value in outputs.items():
+                if name.endswith("_loss"):
+                    self._parts.setdefault(name, []).append(float(value))
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -152,7 +152,7 @@ def test_a_disk_that_refuses_is_one_line(source: Path) -> None:
 def test_demo(tmp_path: Path) -> None:
     first = echoray("demo", tmp_path / "demo")
     assert first.exit_code == 0, first.stderr
-    assert "Its text means nothing" in first.stdout
+    assert "has never seen a patient" in first.stdout
     second = echoray("demo", tmp_path / "demo")
     assert second.exit_code == 0
     assert "already; nothing to do" in second.stdout

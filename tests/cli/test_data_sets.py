@@ -7,6 +7,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from echovlm_ray.cli.main import app
+from echovlm_ray.model.configuration import EchoVLMConfig
+from echovlm_ray.model.processing import EchoVLMProcessor
+from echovlm_ray.training.encode import ExampleEncoder
+from echovlm_ray.training.record_source import RecordSource
 from tests.data.records import png, record, turns, write_lines
 
 
@@ -66,6 +70,30 @@ def test_tokens_are_counted_with_a_checkpoint(folder: Path, demo_checkpoint: Pat
     assert result.exit_code == 1
     (finding,) = json.loads(result.stdout)["findings"]
     assert (finding["kind"], finding["line"]) == ("too long", 2)
+
+
+def test_the_tokens_are_those_that_training_counts(folder: Path, demo_checkpoint: Path) -> None:
+    path = write_lines(folder / "all.jsonl", [record("one")])
+    backbone = demo_checkpoint / "backbone"
+    encoder = ExampleEncoder(
+        EchoVLMProcessor.from_pretrained(backbone),
+        EchoVLMConfig.from_pretrained(backbone),
+        max_tokens=1000,
+        max_visual_tokens=196,
+    )
+    length = len(encoder.encode(RecordSource(path).example(0, 0)))
+    for limit, findings in ((length, 0), (length - 1, 1)):
+        result = data("check", path, "--checkpoint", demo_checkpoint, "--max-tokens", limit, "--json")
+        report = json.loads(result.stdout)
+        assert len(report["findings"]) == findings
+    assert f"takes {length} tokens" in report["findings"][0]["text"]
+
+
+def test_records_that_training_refuses_are_found_while_tokens_are_counted(folder: Path, demo_checkpoint: Path) -> None:
+    two = record("two", conversations=turns("<image><image>What?", "A cyst."))
+    path = write_lines(folder / "all.jsonl", [two, record("odd", attributes={"organ": "liver", "count": 1})])
+    result = data("check", path, "--checkpoint", demo_checkpoint, "--json")
+    assert json.loads(result.stdout)["found"] == {"marks": 1, "attributes": 1}
 
 
 def test_stats(folder: Path) -> None:

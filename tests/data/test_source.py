@@ -1,7 +1,9 @@
 """Finding records in files of any size and in any state."""
 
 import json
+import multiprocessing
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +146,41 @@ def test_a_record_over_the_limit_is_not_read(tmp_path: Path, monkeypatch: pytest
     assert problems[0] is problems[2] is None
     assert problems[1] is not None
     assert "the limit is 100" in problems[1].text
+
+
+def read_all(file: RecordFile, backwards: bool) -> None:
+    for _ in range(20):
+        for index in sorted(range(len(file)), reverse=backwards):
+            assert file.raw(index) == ({"n": index, "text": "x" * index}, None)
+
+
+def test_forked_processes_read_at_the_same_time(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps({"n": number, "text": "x" * number}) + "\n" for number in range(300)))
+    context = multiprocessing.get_context("fork")
+    with RecordFile(path) as file:
+        readers = [context.Process(target=read_all, args=(file, backwards)) for backwards in (False, True)]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join()
+    assert [reader.exitcode for reader in readers] == [0, 0]
+
+
+def test_a_pickled_file_is_opened_again_if_it_is_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"a": 1}\n\n{"a": 2}\n')
+    with RecordFile(path) as file:
+        sent = pickle.dumps(file)
+    with pickle.loads(sent) as copy:
+        assert [copy.raw(index)[0] for index in range(len(copy))] == [{"a": 1}, {"a": 2}]
+        assert copy.line(1) == 3
+    path.write_text('{"a": 1}\n{"b": 22}\n')
+    with pytest.raises(InvalidDataError, match="was changed while it was in use"):
+        pickle.loads(sent)
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        pickle.loads(sent)
 
 
 def test_a_file_that_becomes_shorter_gives_an_error(tmp_path: Path) -> None:

@@ -137,6 +137,7 @@ def test_a_caller_that_knows_only_the_address_finds_out_the_rest(running_system:
         information = call(request, timeout=10)
     assert [organ.organ for organ in information.organs] == list(ORGANS)
     assert "means nothing" in information.description
+    assert next(organ for organ in information.organs if organ.organ == "breast").bundle_version == "1.1.0"
 
 
 def test_without_a_hint_the_default_organ_is_used_and_said(client: EchoVLMClient) -> None:

@@ -98,7 +98,8 @@ def test_a_frame_pair_takes_as_much_as_an_image(processor: EchoVLMProcessor) -> 
     image = processor.image_patches(frame, max_visual_tokens=196)
     video = processor.video_patches([frame] * 8, max_visual_tokens=196)
     assert video.num_tokens == 4 * image.num_tokens
-    assert 180 <= image.num_tokens <= 196
+    # The checkpoint asks for 64, and whole patches fit a picture of this shape with less.
+    assert 50 <= image.num_tokens <= 64
 
 
 def picture(seed: int = 0, height: int = 90, width: int = 120) -> np.ndarray:

@@ -14,8 +14,8 @@ from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
 from echovlm_ray.model.processing import EchoVLMProcessor
 from echovlm_ray.training.encode import EncodedExample, ExampleEncoder
 from echovlm_ray.training.recipe import Recipe
-from echovlm_ray.training.records import RecordFile
-from echovlm_ray.training.start import small_config
+from echovlm_ray.training.record_source import RecordSource
+from echovlm_ray.training.small_start import small_config
 
 WORDS = ("cyst", "nodule", "plaque", "stone", "mass", "thrombus")
 MAX_VISUAL_TOKENS = 16
@@ -87,7 +87,7 @@ def encoder_of(start: Path, *, max_tokens: int = 512, emphasis_weight: float = 1
 
 
 def encoded(start: Path, records: Path) -> list[EncodedExample]:
-    source, encoder = RecordFile(records), encoder_of(start)
+    source, encoder = RecordSource(records), encoder_of(start)
     return [encoder.encode(source.example(index, 0)) for index in range(len(source))]
 
 

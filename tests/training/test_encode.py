@@ -1,6 +1,5 @@
 """Prompts as served, answers alone as targets, and no picture cut."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +8,13 @@ import pytest
 from echovlm_ray.model.processing import EchoVLMProcessor
 from echovlm_ray.training.encode import IGNORED, TooLongError
 from echovlm_ray.training.examples import Example, ExampleError
-from echovlm_ray.training.records import RecordFile
-from tests.training.support import encoder_of, write_records
+from echovlm_ray.training.record_source import RecordSource
+from tests.training.support import encoder_of
 
 
 def test_the_prompt_is_what_is_served_and_the_answer_alone_is_learnt(start: Path, records: Path) -> None:
     processor = EchoVLMProcessor.from_pretrained(start)
-    example = RecordFile(records).example(0, 0)
+    example = RecordSource(records).example(0, 0)
     encoded = encoder_of(start).encode(example)
     prompt = processor.encode_chat(example.messages[:-1], encoded.vision)
     learnt = encoded.target_T[encoded.target_T != IGNORED].tolist()
@@ -41,7 +40,7 @@ def test_every_answer_of_a_longer_chat_is_learnt_behind_the_prompt_that_is_serve
 
 
 def test_emphasised_words_count_more_wherever_they_stand(start: Path, records: Path) -> None:
-    example = RecordFile(records).example(0, 0)
+    example = RecordSource(records).example(0, 0)
     marked = Example(example.messages, example.pictures, emphasis=("cyst",))
     encoder = encoder_of(start, emphasis_weight=5.0)
     plain, weighted = encoder.encode(example), encoder.encode(marked)
@@ -54,7 +53,7 @@ def test_emphasised_words_count_more_wherever_they_stand(start: Path, records: P
 
 def test_too_long_a_record_is_refused_and_not_cut(start: Path, records: Path) -> None:
     with pytest.raises(TooLongError, match=r"takes \d+ tokens, 9 of them visual, and data.max_tokens is 20"):
-        encoder_of(start, max_tokens=20).encode(RecordFile(records).example(0, 0))
+        encoder_of(start, max_tokens=20).encode(RecordSource(records).example(0, 0))
 
 
 def test_what_is_no_training_example_is_refused(start: Path) -> None:
@@ -65,38 +64,3 @@ def test_what_is_no_training_example_is_refused(start: Path) -> None:
     answer = {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}
     with pytest.raises(ExampleError, match="end in a turn of the assistant"):
         encoder.encode(Example([question, answer], [np.zeros((56, 56, 3), np.uint8)]))  # type: ignore[list-item]
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"image": ["absent.png"]}, "record 0, image 0: cannot be read"),
-        ({"image": []}, "marks 1 images with <image> and lists 0"),
-        ({"conversations": [{"from": "gpt"}]}, "every turn needs"),
-        ({"conversations": []}, "has no turn"),
-        ({"conversations": None}, "no list of conversations"),
-        ({"image": [3]}, "list of paths"),
-    ],
-)
-def test_a_broken_record_is_named_by_its_place(tmp_path: Path, change: dict[str, object], reason: str) -> None:
-    path = write_records(tmp_path, 1)
-    record = json.loads(path.read_text())[0]
-    path.write_text(json.dumps([{**record, **change}]))
-    with pytest.raises(ExampleError, match=f"train.json, record 0.*{reason}" if "record" not in reason else reason):
-        RecordFile(path).example(0, 0)
-
-
-def test_a_broken_file_is_named_by_its_line(tmp_path: Path) -> None:
-    path = tmp_path / "train.jsonl"
-    path.write_text('{"id": 1}\n{"id": \n')
-    with pytest.raises(ExampleError, match=r"train\.jsonl:2: is not JSON"):
-        RecordFile(path)
-    with pytest.raises(ExampleError, match="No such file"):
-        RecordFile(tmp_path / "absent.json")
-
-
-def test_images_without_marks_are_shown_in_the_first_question(tmp_path: Path) -> None:
-    path = write_records(tmp_path, 1)
-    path.write_text(path.read_text().replace("<image>", ""))
-    example = RecordFile(path).example(0, 0)
-    assert [part["type"] for part in example.messages[1]["content"]] == ["image", "text"]

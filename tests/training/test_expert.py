@@ -19,8 +19,9 @@ from echovlm_ray.training.encode import FreshlyEncoded
 from echovlm_ray.training.expert import next_version
 from echovlm_ray.training.kept_examples import KeptExamples, keep
 from echovlm_ray.training.objective import TrainingObjective
+from echovlm_ray.training.recipe import DataSection
 from echovlm_ray.training.recipe_file import write_recipe
-from echovlm_ray.training.records import RecordFile
+from echovlm_ray.training.record_source import RecordSource
 from echovlm_ray.training.sources import DataFiles, open_sources
 from echovlm_ray.training.start import save_model
 from experts.bundle import Bundle
@@ -116,7 +117,7 @@ def test_the_prototype_is_the_direction_of_the_pooled_features(trained: Path, st
     prototype = Bundle.open(trained / "run" / "breast-1.1.0").prototype()
     assert prototype is not None
     files = DataFiles(train=(trained / "records" / "train.json",))
-    learnt, _ = open_sources(files, validation_share=0.25, seed=0)
+    learnt, _ = open_sources(files, DataSection(validation_share=0.25), seed=0)
     encoder, pooled = encoder_of(start), []
     for index in range(len(learnt)):
         for item in encoder.encode(learnt.example(index, 0)).vision:
@@ -128,7 +129,7 @@ def test_the_prototype_is_the_direction_of_the_pooled_features(trained: Path, st
 
 def test_kept_embeddings_give_the_loss_of_the_pictures_themselves(trained: Path, start: Path) -> None:
     model = EchoVLMForConditionalGeneration.from_pretrained(trained / "released")
-    source = FreshlyEncoded(RecordFile(trained / "records" / "train.json"), encoder_of(start))
+    source = FreshlyEncoded(RecordSource(trained / "records" / "train.json"), encoder_of(start))
     counted: list[int] = []
     assert keep(source, model.model.visual, trained / "kept", skip_unusable=False, progress=counted.append) == 0
     assert sum(counted) == 12
@@ -141,6 +142,18 @@ def test_kept_embeddings_give_the_loss_of_the_pictures_themselves(trained: Path,
         torch.testing.assert_close(found, fresh)
 
 
+def test_what_cannot_be_kept_is_counted_and_named(
+    trained: Path, start: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = EchoVLMForConditionalGeneration.from_pretrained(trained / "released")
+    records = write_records(tmp_path, 3)
+    (tmp_path / "train.json-1.png").unlink()
+    source = FreshlyEncoded(RecordSource(records), encoder_of(start))
+    assert keep(source, model.model.visual, tmp_path / "kept", skip_unusable=True) == 1
+    reason = f"{records}, line 1: image 1 of 1 does not exist below the image root"
+    assert [each.getMessage() for each in caplog.records] == [f"left out, 1 so far: {reason}"]
+
+
 def test_pictures_are_read_once(trained: Path, start: Path, tmp_path: Path) -> None:
     # What is kept is enough to go on: the pictures may be gone by then.
     records = write_records(tmp_path / "records", 8)
@@ -151,7 +164,7 @@ def test_pictures_are_read_once(trained: Path, start: Path, tmp_path: Path) -> N
     (tmp_path / "records" / "train.json-7.png").rename(tmp_path / "last.png")
     done = train_expert(*options, "--recipe", tmp_path / "recipe.yaml")
     assert done.exit_code == 1
-    assert "train.json, record 7, image 0: cannot be read" in done.stderr
+    assert "train.json, line 1: image 1 of 1 does not exist below the image root" in " ".join(done.stderr.split())
     (tmp_path / "last.png").rename(tmp_path / "records" / "train.json-7.png")
     for number in range(7):
         (tmp_path / "records" / f"train.json-{number}.png").unlink()

@@ -1,21 +1,24 @@
 """Every place of a run's stream is a function of the seed, the epoch and the index."""
 
 import random
+import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from echovlm_ray.training.batches import UNUSABLE, collate
 from echovlm_ray.training.encode import FreshlyEncoded
-from echovlm_ray.training.records import RecordFile
+from echovlm_ray.training.record_source import RecordSource
 from echovlm_ray.training.stream import ExampleStream, UnusableExample, epoch_order
+from tests.data.records import record, turns, write_lines
 from tests.training.support import encoder_of, write_records
 
 
 def stream_of(start: Path, records: Path, **options: object) -> ExampleStream:
-    source = RecordFile(records)
+    source = RecordSource(records)
     encoded = FreshlyEncoded(source, encoder_of(start))
     return ExampleStream(encoded, seed=3, length=3 * len(source), **options)  # type: ignore[arg-type]
 
@@ -45,9 +48,8 @@ def test_an_unusable_example_is_named_or_replaced_by_the_next(start: Path, tmp_p
     (tmp_path / "train.json-1.png").unlink()
     stream = stream_of(start, records)
     found = [each for place in range(9) if isinstance(each := stream[place], UnusableExample)]
-    assert [each.reason for each in found] == [
-        "train.json, record 1, image 0: cannot be read: No such file or directory"
-    ] * 3
+    place = f"{records}, line 1"
+    assert [each.reason for each in found] == [f"{place}: image 1 of 1 does not exist below the image root"] * 3
     assert UNUSABLE in collate([found[0]])
     replaced = stream_of(start, records, skip_unusable=True)
     order = epoch_order(3, 0, 3).tolist()
@@ -56,6 +58,31 @@ def test_an_unusable_example_is_named_or_replaced_by_the_next(start: Path, tmp_p
     assert not isinstance(expected, UnusableExample)
     assert not isinstance(substitute, UnusableExample)
     assert torch.equal(substitute.input_ids_T, expected.input_ids_T)
+
+
+def test_what_is_left_out_is_counted_and_named_once(
+    start: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chats = [turns("What?", "A cyst."), turns("What?", "A cyst. " * 100), turns("What?", "A mass."), None]
+    paths = [
+        write_lines(tmp_path / f"{number}.jsonl", [record(f"r{number}", image=[], conversations=chat)])
+        for number, chat in enumerate(chats)
+    ]
+    source = FreshlyEncoded(RecordSource(paths), encoder_of(start, max_tokens=60))
+    stream = ExampleStream(source, seed=3, length=12, skip_unusable=True)
+    for place in range(12):
+        example = stream[place]
+        # Whole, and of those that fit: nothing is cut.
+        assert not isinstance(example, UnusableExample)
+        assert torch.equal(example.input_ids_T, source.encoded(0, 0).input_ids_T) or torch.equal(
+            example.input_ids_T, source.encoded(2, 0).input_ids_T
+        )
+    messages = sorted(message.getMessage() for message in caplog.records)
+    assert len(messages) == 2
+    assert {message.split(":")[0] for message in messages} == {"left out, 1 so far", "left out, 2 so far"}
+    reasons = sorted(message.split(": ", 1)[1] for message in messages)
+    assert re.match(rf"{paths[1]}, line 1: takes \d+ tokens, 0 of them visual, and data.max_tokens is 60", reasons[0])
+    assert reasons[1].startswith(f"{paths[3]}, line 1: conversations must be a list")
 
 
 def test_a_batch_is_one_row_without_padding_with_its_pictures_in_order(start: Path, records: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
+from typing import Any
 
 import numpy as np
 
@@ -9,6 +10,10 @@ from echovlm_ray.data.phantom.attributes import Attributes
 from echovlm_ray.data.phantom.regions import REGIONS
 from echovlm_ray.data.phantom.schema import NORMAL, ORGANS, SIDE, Organ, PhantomClass
 
+# Said of a record whose attributes `read_attributes` refuses: its own error may quote the record.
+UNKNOWN_ATTRIBUTES = (
+    "its attributes are none that a phantom has: take them from `echoray data phantom --list`, or leave them out"
+)
 SIDES: tuple[str | None, ...] = (None, "left", "right")
 
 
@@ -90,6 +95,23 @@ def attributes_of(organ: Organ, class_name: str, values: Mapping[str, str]) -> A
             )
     order = REGIONS[organ].attribute
     return Attributes(organ, class_name, tuple((name, values[name]) for name in order if name in values))
+
+
+def read_attributes(raw: Mapping[str, Any]) -> Attributes:
+    """The attributes of a record, as `Attributes.as_json` writes them, checked against what phantoms can show.
+
+    Raises:
+        UnknownClassError: no phantom has these; the text may quote the record.
+    """
+    organ: Organ | None = next((name for name in ORGANS if name == raw.get("organ")), None)
+    class_name, values = raw.get("class"), raw.get("values")
+    if organ is None:
+        raise UnknownClassError(f"the organ must be one of {', '.join(ORGANS)}")
+    if not isinstance(class_name, str) or not isinstance(values, Mapping):
+        raise UnknownClassError("they must have a class and values")
+    if not all(isinstance(value, str) for value in values.values()):
+        raise UnknownClassError("values must be texts")
+    return attributes_of(organ, class_name, dict(values))
 
 
 def attribute_sets(organ: Organ, class_name: str) -> Iterator[Attributes]:

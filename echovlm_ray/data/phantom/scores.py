@@ -44,8 +44,12 @@ class Category:
 
 
 def tirads_points(attributes: Attributes) -> int | None:
-    """The points of a thyroid nodule in ACR TI-RADS; None where there is no nodule."""
-    if attributes.organ != "thyroid" or attributes.get("lesion") != "nodule":
+    """The points of a thyroid nodule in ACR TI-RADS; None where there is no nodule.
+
+    Raises:
+        KeyError: it is not stated whether there is one, or what it looks like.
+    """
+    if attributes.organ != "thyroid" or attributes["lesion"] != "nodule":
         return None
     if attributes["composition"] == "spongiform":
         # Further features of a spongiform nodule earn no points.

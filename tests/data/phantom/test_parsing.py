@@ -8,7 +8,7 @@ from echovlm_ray.data.phantom.catalogue import all_classes, attribute_sets
 from echovlm_ray.data.phantom.parsing import parse, parse_diagnosis, parse_organ
 from echovlm_ray.data.phantom.regions import REGIONS
 from echovlm_ray.data.phantom.schema import ORGANS, Organ
-from echovlm_ray.data.phantom.wording.render import render
+from echovlm_ray.data.phantom.wording.render import render, render_impression
 from echovlm_ray.prompts import Language
 
 
@@ -57,6 +57,16 @@ def test_normal_is_what_says_so() -> None:
 )
 def test_contradictions_are_found(text: str, contradiction: str) -> None:
     assert contradiction in parse(text, "en").contradictions
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_an_impression_alone_contradicts_nothing(language: Language) -> None:
+    """A category follows from findings; where they are not stated, none can be compared with the one that is."""
+    for organ, name in all_classes():
+        attributes = next(iter(attribute_sets(organ, name)))
+        found = parse(render_impression(attributes, language), language, organ)
+        assert found.class_name == name
+        assert found.contradictions == ()
 
 
 def test_what_is_stated_in_two_ways_is_not_stated() -> None:

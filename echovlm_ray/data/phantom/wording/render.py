@@ -1,5 +1,6 @@
 """Attributes to text: the report and its parts, each in a few styles of wording."""
 
+from itertools import chain
 from types import ModuleType
 
 from echovlm_ray.data.phantom.attributes import Attributes
@@ -78,6 +79,13 @@ def value_words(region: Region, name: str, value: str, language: Language, style
 def value_of_class(attributes: Attributes, language: Language) -> str:
     """The diagnosis in the words that options have."""
     return _parts(attributes, language)[2][0]
+
+
+def stated_words(attributes: Attributes, language: Language) -> tuple[str, ...]:
+    """Every wording that a text can have for the values and the diagnosis."""
+    region, _, diagnosis = _parts(attributes, language)
+    values = (region.attribute[name].values[value].written(language) for name, value in attributes.pairs)
+    return tuple(dict.fromkeys(chain(diagnosis, *values)))
 
 
 def lead_sentence(region: Region, name: str, value: str, language: Language) -> str:
