@@ -8,6 +8,7 @@ import pytest
 from echovlm_ray.data.phantom.parsing import parse
 from echovlm_ray.data.phantom.phantom import phantom
 from echovlm_ray.data.phantom.schema import SIDE
+from echovlm_ray.prompts import Language
 from echovlm_ray.training.errors import TrainingError
 from echovlm_ray.training.examples import Example, ExampleError
 from echovlm_ray.training.phantom_pool import LOOP_FRAMES, PhantomPool
@@ -64,7 +65,7 @@ def test_reports_say_what_is_shown_even_of_a_mirrored_picture(folder: Path) -> N
             example = source.example(index, epoch)
             assert example.attributes is not None
             answer = answer_of(example)
-            language = "zh" if "超声" in answer else "en"
+            language: Language = "zh" if "超声" in answer else "en"
             assert parse(answer, language) == example.attributes
             assert example.emphasis
             assert all(word in answer for word in example.emphasis)
