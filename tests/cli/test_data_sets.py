@@ -66,7 +66,7 @@ def test_what_cannot_be_used_ends_with_2(folder: Path) -> None:
 def test_tokens_are_counted_with_a_checkpoint(folder: Path, demo_checkpoint: Path) -> None:
     long = record("long", conversations=turns("<image>What?", "word " * 200))
     path = write_lines(folder / "all.jsonl", [record("one"), long])
-    result = data("check", path, "--checkpoint", demo_checkpoint, "--max-tokens", 100, "--json")
+    result = data("check", path, "--checkpoint", demo_checkpoint, "--max-tokens", 300, "--json")
     assert result.exit_code == 1
     (finding,) = json.loads(result.stdout)["findings"]
     assert (finding["kind"], finding["line"]) == ("too long", 2)
