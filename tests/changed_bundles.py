@@ -10,8 +10,9 @@ from experts.bundle_writer import write_bundle
 from experts.manifest import BundleDescription, Manifest
 
 
-def slightly_changed(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor * 1.25
+def opposite(tensor: torch.Tensor) -> torch.Tensor:
+    """Weights with which a model that has learnt something answers in other words."""
+    return -tensor
 
 
 def not_a_number(tensor: torch.Tensor) -> torch.Tensor:
@@ -28,7 +29,7 @@ def changed_bundle(
     directory: Path,
     source: Bundle,
     version: str,
-    change: Callable[[torch.Tensor], torch.Tensor] = slightly_changed,
+    change: Callable[[torch.Tensor], torch.Tensor] = opposite,
     **fields: object,
 ) -> Manifest:
     """A bundle like another one, with its experts' weights changed; gates stay as they are."""
