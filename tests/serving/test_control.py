@@ -7,7 +7,6 @@ from typing import Any
 import grpc
 import pytest
 
-from echovlm_ray.checkpoint.demo import make_demo
 from echovlm_ray.checkpoint.layout import registry_root
 from echovlm_ray.serving.control import STATUS_SERVICE
 from echovlm_ray.serving.control.status import ApplicationState, SystemStatusService
@@ -20,6 +19,7 @@ from experts.registry import Registry
 from protos import control_pb2, expert_pb2, status_pb2, status_pb2_grpc
 from tests.changed_bundles import changed_bundle, not_a_number
 from tests.expert_servers import server_thread
+from tests.random_checkpoint import make_random
 from tests.serving.control_system import ORGANS, ControlSystem, control_system, live_set
 
 WHO: dict[str, Any] = {"actor": "tests", "reason": "to see"}
@@ -28,7 +28,7 @@ WHO: dict[str, Any] = {"actor": "tests", "reason": "to see"}
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("control") / "demo"
-    make_demo(directory)
+    make_random(directory)
     return directory
 
 

@@ -14,7 +14,6 @@ import pytest
 import ray
 from ray import serve
 
-from echovlm_ray.checkpoint.demo import make_demo
 from echovlm_ray.checkpoint.layout import ORGANS
 from echovlm_ray.config import Config
 from echovlm_ray.serving import serve_api
@@ -23,6 +22,7 @@ from echovlm_ray.serving.deployments.settings import CONTROL, DEPLOYMENTS
 from echovlm_ray.serving.endpoints import Endpoints, addresses_now
 from echovlm_ray.serving.ray_session import local_ray
 from protos import status_pb2, status_pb2_grpc
+from tests.random_checkpoint import make_random
 
 # For a replica to start on a machine that does much else at the same time.
 START_S = 60.0
@@ -51,7 +51,7 @@ def describe(address: str) -> status_pb2.ReplicaDescription:
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     directory = tmp_path_factory.mktemp("endpoints") / "demo"
-    make_demo(directory)
+    make_random(directory)
     return Config.model_validate({"model": {"checkpoint": directory}, "control": {"port": 0}})
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from echovlm_ray.checkpoint.demo import make_demo
 from echovlm_ray.checkpoint.layout import registry_root
 from echovlm_ray.serving.control.catalogue import Catalogue
 from echovlm_ray.serving.control.fleet import GrpcFleet
@@ -20,6 +19,7 @@ from experts.registry import Registry
 from router.rollouts.fleet import ReplicaLostError
 from tests.changed_bundles import changed_bundle
 from tests.expert_servers import ServerThread, expert_group, expert_process, server_thread
+from tests.random_checkpoint import make_random
 from tests.serving.control_system import PinningRouter, live_set, serving_router
 
 
@@ -43,7 +43,7 @@ class World:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("fleet") / "demo"
-    make_demo(directory)
+    make_random(directory)
     registry = Registry(registry_root(directory))
     source = registry.open(live_set(directory).bundle_digest("heart"))
     changed_bundle(directory / "next", source, "1.1.0")

@@ -12,7 +12,6 @@ import pytest
 from google.rpc import error_details_pb2
 from PIL import Image
 
-from echovlm_ray.checkpoint.demo import make_demo
 from echovlm_ray.checkpoint.layout import read_index
 from echovlm_ray.config import GatewaySection, RouterSection
 from echovlm_ray.errors import OverloadedError, ShuttingDownError
@@ -21,6 +20,7 @@ from echovlm_ray.serving.errors import to_status
 from echovlm_ray.serving.request_id import REQUEST_ID_KEY
 from protos import echovlm_pb2, router_pb2, router_pb2_grpc
 from router.errors import ExpertsUnavailableError
+from tests.random_checkpoint import make_random
 from tests.serving.gateway_system import GatewaySystem, ScriptedRouter, gateway, served, whole_system
 from tests.vision.dicom_samples import real
 
@@ -31,7 +31,7 @@ LIMITS = RouterSection(max_prompt_tokens=600, max_new_tokens=200, kv_cache_token
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("demo") / "demo"
-    make_demo(directory)
+    make_random(directory)
     return directory
 
 

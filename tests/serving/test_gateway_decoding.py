@@ -11,11 +11,11 @@ from typing import Any
 import grpc
 import pytest
 
-from echovlm_ray.checkpoint.demo import make_demo
 from echovlm_ray.config import DecodersSection, GatewaySection, RouterSection
 from echovlm_ray.model.processing import EchoVLMProcessor
 from echovlm_ray.vision.decoding.pool import DecoderPool
 from protos import echovlm_pb2, router_pb2, router_pb2_grpc
+from tests.random_checkpoint import make_random
 from tests.serving.gateway_system import GatewaySystem, ScriptedRouter, gateway, served
 from tests.vision.decoding.pools import is_gone, large_png, png, until
 
@@ -25,7 +25,7 @@ LIMITS = RouterSection(max_prompt_tokens=2000, max_new_tokens=200, kv_cache_toke
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("demo") / "demo"
-    make_demo(directory)
+    make_random(directory)
     return directory
 
 

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 
-from echovlm_ray.checkpoint.demo import make_demo
 from echovlm_ray.config import Config
 from echovlm_ray.serving import preflight
 from echovlm_ray.serving.bundles import open_registry
@@ -15,12 +14,13 @@ from router.rollouts.database import Database
 from router.rollouts.store import RolloutStore
 from tests.certificates import write_certificates
 from tests.changed_bundles import changed_bundle
+from tests.random_checkpoint import make_random
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("preflight") / "demo"
-    make_demo(directory)
+    make_random(directory)
     return directory
 
 
@@ -129,7 +129,7 @@ def adopted(checkpoint: Path, **changes: Any) -> ExpertSet:
 class TestRollouts:
     @pytest.fixture
     def checkpoint(self, tmp_path: Path) -> Path:
-        make_demo(tmp_path / "demo")
+        make_random(tmp_path / "demo")
         return tmp_path / "demo"
 
     def test_the_databases_set_is_what_will_be_served(self, checkpoint: Path) -> None:

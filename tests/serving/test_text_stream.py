@@ -6,9 +6,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from echovlm_ray.checkpoint.demo import make_demo
 from echovlm_ray.model.processing import EchoVLMProcessor
 from echovlm_ray.serving.text_stream import Detokenizer, StopStrings
+from tests.random_checkpoint import make_random
 
 VOCABULARY = 1000
 
@@ -16,7 +16,7 @@ VOCABULARY = 1000
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory: pytest.TempPathFactory) -> EchoVLMProcessor:
     directory = tmp_path_factory.mktemp("demo") / "demo"
-    make_demo(directory)
+    make_random(directory)
     return EchoVLMProcessor.from_pretrained(directory)
 
 
