@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
-from echovlm_ray.checkpoint.demo_tokenizer import readable_tokens, special_token_ids, train_tokenizer, write_text_files
+from echovlm_ray.checkpoint.demo_tokenizer import special_token_ids, train_tokenizer, write_text_files
 from echovlm_ray.checkpoint.groups import clone_groups
 from echovlm_ray.checkpoint.layout import ORGANS, CheckpointIndex
 from echovlm_ray.checkpoint.schema import ModelShape
@@ -103,7 +104,7 @@ def _write_released(directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     shape = ModelShape.from_config(config)
     shapes = shape.backbone_tensors() | shape.routed_tensors()
-    weights = _Weights(shapes, readable_tokens(tokenizer))
+    weights = _Weights(shapes, _readable_tokens(tokenizer))
     write_released(directory, {name: (torch.float32, shapes[name]) for name in sorted(shapes)}, weights.make)
 
 
@@ -153,3 +154,11 @@ def _gain(name: str) -> float:
     if name == "lm_head.weight":
         return 3.0
     return 1.0
+
+
+def _readable_tokens(tokenizer: Tokenizer) -> list[int]:
+    """The ids that are whole characters by themselves, without special tokens."""
+    special = set(special_token_ids(tokenizer).values())
+    ids = [token for token in range(tokenizer.get_vocab_size()) if token not in special]
+    texts = [(token, tokenizer.decode([token])) for token in ids]
+    return [token for token, text in texts if "\N{REPLACEMENT CHARACTER}" not in text and text.isprintable()]

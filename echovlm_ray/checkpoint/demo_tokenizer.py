@@ -97,14 +97,6 @@ def special_token_ids(tokenizer: Tokenizer) -> dict[str, int]:
     return {token: vocabulary[token] for token in SPECIAL_TOKENS}
 
 
-def readable_tokens(tokenizer: Tokenizer) -> list[int]:
-    """The ids that are whole characters by themselves, without special tokens."""
-    special = set(special_token_ids(tokenizer).values())
-    ids = [token for token in range(tokenizer.get_vocab_size()) if token not in special]
-    texts = [(token, tokenizer.decode([token])) for token in ids]
-    return [token for token, text in texts if "\N{REPLACEMENT CHARACTER}" not in text and text.isprintable()]
-
-
 def write_text_files(directory: Path, tokenizer: Tokenizer, *, visual_tokens: tuple[int, int] | None = None) -> None:
     """Writes the files of tokenizer, image processor, generation and chat template, as Qwen2-VL has them.
 
