@@ -24,7 +24,6 @@ from benchmarks.systems.protocol import MeasuredSystem, SystemFailedError, exit_
 from benchmarks.terminal import progress_of_parts, show_result
 from echovlm_ray.evaluation.baselines import VARIANTS
 from echovlm_ray.evaluation.result import EvaluationResult, GroupScores
-from echovlm_ray.evaluation.run import RESULT_FILE
 from echovlm_ray.prompts import LANGUAGES
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -65,6 +64,9 @@ def evaluate(condition: Condition, server: str, count: int, folder: Path) -> Eva
     Raises:
         SystemFailedError: a command failed.
     """
+    # It needs what only evaluations install, and --help does not.
+    from echovlm_ray.evaluation.run import RESULT_FILE
+
     corpus, output = folder / "corpus", folder / "results"
     drawn = ("--count", str(count), "--seed", str(SEED), "--task", "report", "--workers", "1", "--json")
     _run("data", "phantom", str(corpus), *drawn, *condition.arguments)
