@@ -203,7 +203,7 @@ def test_what_cannot_be_begun_or_resumed_is_refused(
     uninterrupted: Path, start: Path, records: Path, tmp_path: Path
 ) -> None:
     for arguments, code, problem in (
-        (["--data", records], 2, "needs --data and --output"),
+        (["--data", records], 2, "needs --output, and --data or a recipe"),
         (["--resume", tmp_path], 1, f"has no {RUN_NAME}"),
         (["--resume", uninterrupted, "--data", records], 2, "leave --data, --output and --set out"),
         (["--from", start, "--fresh", "--data", records, "--output", uninterrupted], 1, "go on with it by --resume"),
