@@ -12,6 +12,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -111,20 +112,24 @@ def test_every_block_works(page: Path, running_system: RunningSystem, tmp_path: 
 def test_every_command_exists(page: Path) -> None:
     """Commands in running text and in blocks that are only for reading: the subcommand and each option exist."""
     commands = re.findall(r"echoray ((?:[a-z]+ ?)+)((?:[^`\n]*))", page.read_text())
-    helps: dict[tuple[str, ...], str] = {}
     for words, rest in commands:
         path = tuple(words.split())[: 2 if words.startswith(("checkpoint", "experts", "data", "eval", "train")) else 1]
-        if path not in helps:
-            done = subprocess.run(
-                [Path(sys.executable).with_name("echoray"), *path, "--help"],
-                capture_output=True,
-                text=True,
-                env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"},
-            )
-            assert done.returncode == 0, f"{page.name}: there is no command echoray {' '.join(path)}"
-            helps[path] = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
+        shown = help_of(path)
+        assert shown is not None, f"{page.name}: there is no command echoray {' '.join(path)}"
         for option in re.findall(r"(?<!\S)--[a-z-]+", rest):
-            assert option in helps[path], f"{page.name}: echoray {' '.join(path)} has no option {option}"
+            assert option in shown, f"{page.name}: echoray {' '.join(path)} has no option {option}"
+
+
+@cache
+def help_of(path: tuple[str, ...]) -> str | None:
+    """What a command's --help prints; None where there is no such command."""
+    done = subprocess.run(
+        [Path(sys.executable).with_name("echoray"), *path, "--help"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"},
+    )
+    return None if done.returncode else re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
