@@ -21,6 +21,8 @@ from echovlm_ray.checkpoint.layout import ORGANS, CheckpointIndex
 from echovlm_ray.checkpoint.schema import ModelShape
 from echovlm_ray.checkpoint.split import Labels, split
 from echovlm_ray.checkpoint.writer import write_released
+from echovlm_ray.training.recipe import UpcyclingSection
+from echovlm_ray.training.small_start import small_config
 
 NAME = "echovlm-random"
 DESCRIPTION = "Random weights: its text means nothing."
@@ -44,55 +46,14 @@ def make_random(destination: Path) -> CheckpointIndex:
 
 
 def _config(vocab_size: int, special_ids: dict[str, int]) -> dict[str, Any]:
-    """config.json, in the released layout.
-
-    Args:
-        vocab_size: how many tokens the tokenizer has.
-        special_ids: the ids of the special tokens.
-    """
-    return {
-        "architectures": ["Qwen2VLMOEForConditionalGeneration"],
-        "attention_dropout": 0.0,
-        "bos_token_id": special_ids["<|endoftext|>"],
-        "eos_token_id": special_ids["<|im_end|>"],
-        "hidden_act": "silu",
+    """config.json of a model with sizes of its own, and an output layer that is not tied."""
+    config = small_config(vocab_size, special_ids, UpcyclingSection(expert_size=64, shared_expert_size=512))
+    return config | {
         "hidden_size": 256,
-        "image_token_id": special_ids["<|image_pad|>"],
-        "initializer_range": 0.02,
         "intermediate_size": 768,
-        "max_position_embeddings": 32768,
-        "max_window_layers": 4,
-        "model_type": "qwen2_vl",
-        "moe_intermediate_size": 64,
-        "norm_topk_prob": False,
         "num_attention_heads": 8,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "num_hidden_layers": 4,
-        "num_key_value_heads": 2,
-        "output_router_logits": False,
-        "pad_token_id": special_ids["<|endoftext|>"],
-        "rms_norm_eps": 1e-06,
-        "rope_scaling": {"mrope_section": [4, 6, 6], "rope_type": "default", "type": "default"},
-        "rope_theta": 1000000.0,
-        "router_aux_loss_coef": 0.001,
-        "shared_expert_intermediate_size": 512,
-        "sliding_window": 32768,
         "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-        "use_cache": True,
-        "use_sliding_window": False,
-        "video_token_id": special_ids["<|video_pad|>"],
-        "vision_config": {
-            "depth": 4,
-            "embed_dim": 192,
-            "hidden_size": 256,
-            "model_type": "qwen2_vl",
-            "num_heads": 4,
-        },
-        "vision_end_token_id": special_ids["<|vision_end|>"],
-        "vision_start_token_id": special_ids["<|vision_start|>"],
-        "vocab_size": vocab_size,
+        "vision_config": {**config["vision_config"], "embed_dim": 192, "hidden_size": 256},
     }
 
 

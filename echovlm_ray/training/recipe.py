@@ -38,9 +38,9 @@ class PhantomSection(Section):
     What is asked about a picture, how it is worded and how it is displayed differ in every epoch.
     """
 
-    # When other pictures shall be drawn, change it; keep it different from that of what you evaluate on.
+    # When other pictures should be drawn, change it; keep it different from that of what you evaluate on.
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    # When two runs shall see different pictures of one seed, begin the second where the first ends.
+    # When two runs should see different pictures of one seed, begin the second where the first ends.
     first: Annotated[int, Field(ge=0)] = 0
     # When the model learns the pictures by heart, raise it: still pictures, 50 KB each.
     pictures: PositiveInt = 20_000
@@ -193,18 +193,18 @@ class Stage(Section):
 class Recipe(Section):
     """Everything that decides what a run computes, except its data and where it starts from."""
 
-    # When a result shall be seen with other random draws, change it; the same seed gives the same bytes on the same
+    # When a result should be seen with other random draws, change it; the same seed gives the same bytes on the same
     # machine with the same number of workers and threads.
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     data: DataSection = DataSection()
     loss: LossSection = LossSection()
     upcycling: UpcyclingSection = UpcyclingSection()
-    # When one after the other shall be trained, list several; each begins with what the one before made.
+    # When one after the other should be trained, list several; each begins with what the one before made.
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)] = (Stage(),)
     # When the processor has no bfloat16, or rounding is suspected, choose "float32"; weights and optimizer are float32
     # in any case.
     precision: Literal["bfloat16", "float32"] = "bfloat16"
-    # When the result shall be half as large, choose "bfloat16": the type of the finished weights.
+    # When the result should be half as large, choose "bfloat16": the type of the finished weights.
     weights: Literal["float32", "bfloat16"] = "float32"
     # When memory does not hold a micro-batch of one, set it to true: a third more work, far less memory.
     activation_checkpointing: bool = False
@@ -215,7 +215,7 @@ class Recipe(Section):
     save_every: PositiveInt = 500
     # When the disk is small, lower it: how many checkpoints are kept.
     keep: PositiveInt = 2
-    # When curves shall be finer, lower it: optimizer steps between two lines of the log.
+    # When curves should be finer, lower it: optimizer steps between two lines of the log.
     log_every: PositiveInt = 10
     # When set, the loss on what was kept back is measured every so many steps; it is measured at the end in any case.
     validate_every: PositiveInt | None = None
