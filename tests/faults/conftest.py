@@ -1,8 +1,19 @@
 """`--every-stage` runs all of these tests; without it only those that a change is most likely to break."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
+
+from tests.random_checkpoint import make_random
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights, which never end an answer by themselves, so that a process dies in the middle of one."""
+    directory = tmp_path_factory.mktemp("checkpoints") / "random"
+    make_random(directory)
+    return directory
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
