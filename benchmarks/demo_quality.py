@@ -20,7 +20,8 @@ from rich.console import Console
 
 from benchmarks.machine import describe
 from benchmarks.measure_table import measure_table
-from benchmarks.systems.protocol import MeasuredSystem, SystemFailedError, exit_on_sigterm
+from benchmarks.measured_gateway import add_gateway_options, gateway_of
+from benchmarks.systems.protocol import SystemFailedError, exit_on_sigterm
 from benchmarks.terminal import progress_of_parts, show_result
 from echovlm_ray.evaluation.baselines import VARIANTS
 from echovlm_ray.evaluation.result import EvaluationResult, GroupScores
@@ -194,7 +195,7 @@ def main() -> None:
     found = {}
     try:
         with ExitStack() as stack:
-            server = options.server or _start(options.start, console, stack)
+            server = gateway_of(options, console, stack)
             bar = stack.enter_context(progress_of_parts(console))
             task = bar.add_task("evaluating", total=len(chosen))
             for condition in chosen:
@@ -211,18 +212,9 @@ def main() -> None:
     (options.output / "demo_quality.json").write_text(json.dumps(values, indent=1) + "\n")
 
 
-def _start(checkpoint: Path, console: Console, stack: ExitStack) -> str:
-    arguments = ["-m", "benchmarks.systems.gateway", "--checkpoint", str(checkpoint.absolute())]
-    with console.status("starting the system"):
-        system = stack.enter_context(MeasuredSystem(arguments, {}))
-        return str(system.wait_until_ready()["address"])
-
-
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    system = parser.add_mutually_exclusive_group(required=True)
-    system.add_argument("--server", help="a gateway that runs, host:port")
-    system.add_argument("--start", type=Path, metavar="CHECKPOINT", help="start a system on this split folder")
+    add_gateway_options(parser)
     parser.add_argument("--count", type=int, default=215, help="phantoms of each condition (default: %(default)s)")
     parser.add_argument(
         "--conditions", type=int, default=len(CONDITIONS), help="only the first so many (default: %(default)s)"

@@ -22,7 +22,8 @@ from PIL import Image
 from rich.console import Console
 
 from benchmarks.machine import describe
-from benchmarks.systems.protocol import MeasuredSystem, SystemFailedError, exit_on_sigterm
+from benchmarks.measured_gateway import add_gateway_options, gateway_of
+from benchmarks.systems.protocol import SystemFailedError, exit_on_sigterm
 from benchmarks.terminal import progress_of_parts, show_result
 from echovlm_ray.client import AsyncEchoVLMClient, EchoVLMError
 from echovlm_ray.data.dataset import RecordDataset
@@ -111,7 +112,7 @@ def main() -> None:
     questions = 0
     try:
         with ExitStack() as stack:
-            server = options.server or _start(options.start, console, stack)
+            server = gateway_of(options, console, stack)
             bar = stack.enter_context(progress_of_parts(console))
             task = bar.add_task("warming up", total=1 + len(found) * options.runs)
             asyncio.run(evaluate(server, 8, options.new_tokens, options.concurrency, 0))
@@ -133,18 +134,9 @@ def main() -> None:
     (options.output / "evaluation.json").write_text(json.dumps(values, indent=1) + "\n")
 
 
-def _start(checkpoint: Path, console: Console, stack: ExitStack) -> str:
-    arguments = ["-m", "benchmarks.systems.gateway", "--checkpoint", str(checkpoint.absolute())]
-    with console.status("starting the system"):
-        system = stack.enter_context(MeasuredSystem(arguments, {}))
-        return str(system.wait_until_ready()["address"])
-
-
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    system = parser.add_mutually_exclusive_group(required=True)
-    system.add_argument("--server", help="a gateway that runs, host:port")
-    system.add_argument("--start", type=Path, metavar="CHECKPOINT", help="start a system on this split folder")
+    add_gateway_options(parser)
     parser.add_argument("--records", type=int, default=16, help="of each run (default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=48, help="at most, of each answer (default: %(default)s)")
     parser.add_argument("--concurrency", type=int, default=8, help="questions at once (default: %(default)s)")

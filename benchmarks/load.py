@@ -23,9 +23,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from benchmarks.drawing import check_drawing
 from benchmarks.goodput import RateResult, Targets, rate_table, result_of
 from benchmarks.machine import describe
+from benchmarks.measured_gateway import add_gateway_options, gateway_of
 from benchmarks.open_loop import Question, Trial, offer, poisson_arrivals
 from benchmarks.plots import plot_goodput
-from benchmarks.systems.protocol import MeasuredSystem, SystemFailedError, exit_on_sigterm
+from benchmarks.systems.protocol import SystemFailedError, exit_on_sigterm
 from benchmarks.terminal import show_result
 from echovlm_ray.checkpoint.demo_text import ENGLISH
 from echovlm_ray.client import AsyncEchoVLMClient, EchoVLMError, GenerateOptions, ModelInfo
@@ -177,7 +178,7 @@ def main() -> None:
     results: list[RateResult] = []
     try:
         with ExitStack() as stack:
-            server = options.server or _start(options.start, console, stack)
+            server = gateway_of(options, console, stack)
             info = asyncio.run(measure(server, plan, console, results))
     except (EchoVLMError, SystemFailedError) as error:
         sys.exit(f"the system failed: {error}")
@@ -204,18 +205,9 @@ def main() -> None:
     plot_goodput(results, f"{info.name}: {plan.targets}", options.output / "load.png")
 
 
-def _start(checkpoint: Path, console: Console, stack: ExitStack) -> str:
-    arguments = ["-m", "benchmarks.systems.gateway", "--checkpoint", str(checkpoint.absolute())]
-    with console.status("starting the system"):
-        system = stack.enter_context(MeasuredSystem(arguments, {}))
-        return str(system.wait_until_ready()["address"])
-
-
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    system = parser.add_mutually_exclusive_group(required=True)
-    system.add_argument("--server", help="a gateway that runs, host:port")
-    system.add_argument("--start", type=Path, metavar="CHECKPOINT", help="start a system on this split folder")
+    add_gateway_options(parser)
     parser.add_argument("--rate", default="0.5,1,2,4,8", help="requests a second, a sweep (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=30.0, help="for each rate (default: %(default)s)")
     parser.add_argument(

@@ -169,6 +169,10 @@ def _write_bundles(
     registry = Registry(registry_root(partial))
     shape = ModelShape.from_config(read_config(backbone_directory(partial)))
     prototypes = load_tensors((source / PROTOTYPES_NAME).read_bytes())
+    # Several bundles have the same weights.
+    weights = {
+        name: load_tensors((source / name).read_bytes()) for name in {bundle.weights for bundle in about.bundles}
+    }
     work = partial / _WORK_NAME
     work.mkdir()
     manifests = []
@@ -186,9 +190,8 @@ def _write_bundles(
         }
         card = bundle.card.over(BundleCard(organ_synonyms=ORGAN_SYNONYMS.get(bundle.organ, ())))
         description = describe(card, facts)
-        tensors = load_tensors((source / bundle.weights).read_bytes())
         prototype = prototypes[prototype_name(bundle.organ, description.version)]
-        named = _named(tensors, prototype, description)
+        named = _named(weights[bundle.weights], prototype, description)
 
         def read(name: str, named: dict[str, torch.Tensor] = named) -> torch.Tensor:
             progress(named[name].nbytes)

@@ -34,6 +34,7 @@ from echovlm_ray.data.phantom.phantom import NOTICE, attributes_at
 from echovlm_ray.model.checkpoint import load_vision_tower
 from echovlm_ray.model.processing import EchoVLMProcessor
 from echovlm_ray.training.expert import CARD_NAME, train_expert
+from echovlm_ray.training.kept_examples import pooled_direction
 from echovlm_ray.training.phantom_pool import PhantomPool
 from echovlm_ray.training.recipe import PhantomSection, Stage
 from echovlm_ray.training.recipe_file import load_recipe
@@ -248,7 +249,7 @@ def _prototypes(checkpoint: Path, pool: PhantomPool) -> dict[str, torch.Tensor]:
             continue
         item = processor.image_patches(Image.fromarray(pool.pictures_NHW[number]))
         pooled = tower(torch.from_numpy(item.patches), grid_thw=torch.tensor([item.grid])).pooler_output
-        directions[organ].append(torch.nn.functional.normalize(pooled.float().mean(dim=0), dim=0))
+        directions[organ].append(pooled_direction(pooled))
         if all(len(found) == _PROTOTYPE_PICTURES for found in directions.values()):
             break
     return {prototype_name(organ, "1.0.0"): torch.stack(found).mean(dim=0) for organ, found in directions.items()}

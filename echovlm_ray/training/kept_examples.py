@@ -86,6 +86,11 @@ def keep(
     return len(left_out)
 
 
+def pooled_direction(embeddings_VD: torch.Tensor) -> torch.Tensor:
+    """The unit vector of pooled visual embeddings: hidden size, float32."""
+    return torch.nn.functional.normalize(embeddings_VD.float().mean(dim=0), dim=0)
+
+
 def pooled_mean(source: KeptExamples) -> torch.Tensor | None:
     """The direction in which the pictures' pooled features lie: hidden size, float32; None without any picture.
 
@@ -99,7 +104,7 @@ def pooled_mean(source: KeptExamples) -> torch.Tensor | None:
         except ExampleError:
             continue
         if embeddings_VD is not None:
-            directions.append(torch.nn.functional.normalize(embeddings_VD.float().mean(dim=0), dim=0))
+            directions.append(pooled_direction(embeddings_VD))
     return torch.stack(directions).mean(dim=0) if directions else None
 
 

@@ -1,7 +1,5 @@
 """Phantoms as training examples: another question, wording and display of the same picture in every epoch."""
 
-from collections.abc import Iterator
-
 import numpy as np
 from PIL import Image
 
@@ -15,8 +13,12 @@ from echovlm_ray.data.phantom.scores import category
 from echovlm_ray.data.phantom.settings import Settings
 from echovlm_ray.model.processing import Picture
 from echovlm_ray.prompts import LANGUAGES, Language, Medium
+from echovlm_ray.training.emphasis import emphasised
 from echovlm_ray.training.examples import Example
 from echovlm_ray.training.phantom_pool import LOOP_FRAMES, Bytes, PhantomPool
+
+# How answers to questions begin.
+_YES_OR_NO: dict[Language, tuple[str, ...]] = {"en": ("Yes,", "No,"), "zh": ("是，", "否，")}
 
 
 class PhantomSource:
@@ -78,7 +80,7 @@ class PhantomSource:
                 {"role": "assistant", "content": [{"type": "text", "text": answer}]},
             ],
             [picture],
-            emphasis=emphasised(attributes, language, answer),
+            emphasis=_decided(attributes, language, answer),
             attributes=attributes,
             tissue=tissue,
         )
@@ -113,22 +115,8 @@ def _settings(rng: np.random.Generator) -> Settings:
     )
 
 
-def emphasised(attributes: Attributes, language: Language, answer: str) -> tuple[str, ...]:
-    """The words of an answer that the picture decides: values, diagnosis, category, yes and no."""
-    words = dict.fromkeys(
-        each for word in _decided(attributes, language) for each in (word, word[:1].upper() + word[1:])
-    )
-    return tuple(word for word in words if word in answer)
-
-
-def _decided(attributes: Attributes, language: Language) -> Iterator[str]:
-    assert attributes.organ is not None
-    assert attributes.class_name is not None
-    region = REGIONS[attributes.organ]
-    yield from region.class_named[attributes.class_name].diagnosis.written(language)
-    for name, value in attributes.pairs:
-        yield from region.attribute[name].values[value].written(language)
+def _decided(attributes: Attributes, language: Language, answer: str) -> tuple[str, ...]:
+    """What the picture decides: values and diagnosis, and the category, yes and no that follow from them."""
     found = category(attributes)
-    if found is not None:
-        yield found.text(language)
-    yield from {"en": ("Yes,", "No,"), "zh": ("是，", "否，")}[language]
+    following = [*_YES_OR_NO[language], *([] if found is None else [found.text(language)])]
+    return (*emphasised(attributes, language, answer), *(word for word in following if word in answer))

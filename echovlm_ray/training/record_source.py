@@ -1,7 +1,6 @@
 """Files of records as training takes them: each record a chat with its pictures decoded."""
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -12,7 +11,6 @@ from echovlm_ray.data.media import ImageRoot, UnusableImageError
 from echovlm_ray.data.parse import problems_of
 from echovlm_ray.data.phantom.attributes import Attributes
 from echovlm_ray.data.phantom.catalogue import UNKNOWN_ATTRIBUTES, UnknownClassError, read_attributes
-from echovlm_ray.data.phantom.wording.render import stated_words
 from echovlm_ray.data.record import (
     IMAGE_MARK,
     VIDEO_MARK,
@@ -26,6 +24,7 @@ from echovlm_ray.data.record import (
 )
 from echovlm_ray.errors import InvalidRequestError
 from echovlm_ray.prompts import MediumPart, Message, TextPart
+from echovlm_ray.training.emphasis import emphasised
 from echovlm_ray.training.examples import Example, ExampleError
 from echovlm_ray.vision.images import DecodedImage, ImageLimits, decode_image_file
 
@@ -112,10 +111,11 @@ def example_of(record: Record, root: ImageRoot, limits: ImageLimits) -> Example:
         _decode(path, root, limits, f"image {number} of {len(paths)}") for number, path in enumerate(paths, start=1)
     ]
     rest = iter(decoded)
+    answers = "\n".join(turn.text for turn in record.turns if turn.role == "gpt")
     return Example(
         messages=[_message(turn, rest) for turn in record.turns],
         pictures=[each.frames if each.is_video else each.frames[0] for each in decoded],
-        emphasis=() if attributes is None else _emphasis(record, attributes),
+        emphasis=() if attributes is None else emphasised(attributes, language_of(record), answers),
         attributes=attributes,
     )
 
@@ -146,14 +146,3 @@ def _attributes(record: Record) -> Attributes | None:
         return read_attributes(record.attributes)
     except UnknownClassError:
         raise ExampleError(UNKNOWN_ATTRIBUTES) from None
-
-
-def _emphasis(record: Record, attributes: Attributes) -> tuple[str, ...]:
-    """The words of the attributes as the answers spell them, capital letters included."""
-    answers = "\n".join(turn.text for turn in record.turns if turn.role == "gpt")
-    found = (
-        match.group()
-        for word in stated_words(attributes, language_of(record))
-        for match in re.finditer(re.escape(word), answers, re.IGNORECASE)
-    )
-    return tuple(dict.fromkeys(found))
