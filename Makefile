@@ -26,8 +26,8 @@ serve: $(VENV)/.serve $(CHECKPOINT)/echovlm.json  ## Installs what is missing, m
 test: $(VENV)/.dev  ## Installs what the tests need and runs all checks and tests.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@# The type checker works beside the first tests, most of which leave a core free.
-	@$(BIN)/mypy . & types=$$!; $(BIN)/python -m pytest --durations=25; tests=$$?; wait $$types && exit $$tests
+	@# Two processes: one for the tests that start systems, which mostly wait, and one for all others.
+	@$(BIN)/mypy . & types=$$!; $(BIN)/python -m pytest -n 2 --durations=25; tests=$$?; wait $$types && exit $$tests
 
 faults-check: $(VENV)/.dev  ## Kills processes at every stage of a rollout, and tries every kind of bad bundle; takes eight minutes.
 	$(BIN)/python -m pytest tests/faults --every-stage

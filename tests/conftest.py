@@ -3,12 +3,48 @@
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.running_system import ECHORAY, RunningSystem, running
 
 ROOT = Path(__file__).resolve().parent.parent
+# Tests that start Ray or a whole system. They run one after another, in one process: they share a system and its ports,
+# and some count what is left running.
+SYSTEMS = (
+    "tests/cli",
+    "tests/clients_node",
+    "tests/end_to_end",
+    "tests/serving",
+    "tests/test_docs.py",
+    "tests/training/test_workers.py",
+)
+
+
+def starts_system(node_id: str) -> bool:
+    """Whether a test is one of `SYSTEMS`."""
+    return node_id.startswith(SYSTEMS)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begins with the tests of systems: they take longest, and mostly wait while the other process runs the rest."""
+    items.sort(key=lambda item: not starts_system(item.nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """With `-n 2`: tests of systems stay together in one process, all others by file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    # What pytest-xdist's own schedulers override, by file or by mark.
+    assert "_split_scope" in vars(LoadScopeScheduling)
+
+    class SystemsTogether(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return "systems" if starts_system(nodeid) else nodeid.split("::")[0]
+
+    return SystemsTogether(config, log)
 
 
 @pytest.fixture(scope="session")

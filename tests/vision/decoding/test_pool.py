@@ -276,4 +276,5 @@ async def test_no_descriptor_is_left_behind() -> None:
 
     async with running_pool() as pool:
         numbers = [await cancel_and_decode() for _ in range(6)]
-        assert numbers[-1] <= numbers[1]
+        # What a killed process held is closed when its end is noticed, which may be after the next job.
+        await until(lambda: psutil.Process().num_fds() <= numbers[1])
