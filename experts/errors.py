@@ -1,5 +1,8 @@
 """What can go wrong in an expert group, as types that callers can tell apart."""
 
+# The reason that a replica gives in `google.rpc.ErrorInfo` for a `BundleUnusableError`.
+BUNDLE_UNUSABLE = "BUNDLE_UNUSABLE"
+
 
 class InvalidBundleError(ValueError):
     """A bundle is not what its manifest says, or not what it must be. The text names the file and the reason."""

@@ -17,6 +17,8 @@ from typing import Any, BinaryIO, Self
 from echovlm_ray.data.parse import Problem
 from echovlm_ray.data.record import InvalidDataError
 
+# What `echoray data phantom` writes into its folder.
+RECORDS_FILE = "records.json"
 BLOCK_BYTES = 1024 * 1024
 MAX_RECORD_BYTES = 16 * 1024 * 1024
 _UTF8_BOM = b"\xef\xbb\xbf"
@@ -153,6 +155,10 @@ class RecordFile:
 
 
 def _open(path: Path) -> BinaryIO:
+    if path.is_dir():
+        written = path / RECORDS_FILE
+        hint = str(written) if written.is_file() else "a JSON or JSON Lines file"
+        raise InvalidDataError(f"{path} is a folder: name the file with the records, {hint}")
     # Without O_NONBLOCK a named pipe would wait for a writer for ever.
     return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0)
 

@@ -17,6 +17,7 @@ from echovlm_ray.training.encode import IGNORED
 from echovlm_ray.training.errors import MissingFindingsError
 from echovlm_ray.training.finding_heads import FindingHeads
 from echovlm_ray.training.packed_attention import attend_for_training
+from echovlm_ray.training.picture_attention import look_for_training
 
 _PICTURES = ("pixel_values", "pixel_values_videos")
 _GRIDS = ("image_grid_thw", "video_grid_thw")
@@ -72,6 +73,7 @@ class TrainingObjective(nn.Module):
         super().__init__()
         self.model = model
         attend_for_training(model)
+        look_for_training(model)
         self.balancing = balancing
         self.counts = RoutingCounts()
         self.learn = learn

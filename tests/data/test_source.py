@@ -129,12 +129,10 @@ def test_an_empty_file_is_refused(content: bytes, tmp_path: Path) -> None:
         RecordFile(path)
 
 
-def test_no_pipe_and_no_folder_is_waited_for(tmp_path: Path) -> None:
+def test_no_pipe_is_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InvalidDataError, match="not a regular file"):
         RecordFile(tmp_path / "pipe")
-    with pytest.raises((InvalidDataError, OSError)):
-        RecordFile(tmp_path)
 
 
 def test_a_record_over_the_limit_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,3 +189,11 @@ def test_a_file_that_becomes_shorter_gives_an_error(tmp_path: Path) -> None:
         _, problem = file.raw(1)
     assert problem is not None
     assert "shorter" in problem.text
+
+
+def test_a_folder_is_answered_with_the_file_in_it(tmp_path: Path) -> None:
+    with pytest.raises(InvalidDataError, match="is a folder: name the file with the records, a JSON"):
+        RecordFile(tmp_path)
+    (tmp_path / "records.json").write_text("[]")
+    with pytest.raises(InvalidDataError, match=r"is a folder: name the file with the records, .*/records\.json"):
+        RecordFile(tmp_path)

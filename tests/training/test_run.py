@@ -77,9 +77,9 @@ def uninterrupted(start: Path, records: Path, tmp_path_factory: pytest.TempPathF
     return folder
 
 
-def wait_for(folder: Path, pattern: str, process: BaseProcess, least_step: int = 0) -> None:
+def wait_for(folder: Path, pattern: str, process: BaseProcess, least_step: int = 0, stage: str = STAGE) -> None:
     deadline = time.monotonic() + 120
-    while not any(least_step <= (step_of(path) if least_step else 0) for path in (folder / STAGE).glob(pattern)):
+    while not any(least_step <= (step_of(path) if least_step else 0) for path in (folder / stage).glob(pattern)):
         assert process.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -106,6 +106,33 @@ def test_a_run_that_was_killed_ends_in_the_same_bytes(
     steps = [[entry for entry in log if not timed & entry.keys()] for log in logs]
     assert [entry["step"] for entry in steps[0]] == list(range(1, 11))
     assert steps[0] == steps[1]
+
+
+def test_a_run_that_was_killed_in_a_stage_of_adapters_ends_in_the_same_bytes(
+    start: Path, records: Path, tmp_path: Path
+) -> None:
+    each = {"batch_size": 2, "micro_batch_size": 1, "learning_rate": 1e-2}
+    stages = [
+        {"name": "mixture", "steps": 2, "train": ["experts", "gates"], **each},
+        {
+            "name": "adapters",
+            "steps": 6,
+            "train": ["coefficient"],
+            "adapters": {"parts": ["vision", "attention"]},
+            **each,
+        },
+    ]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    code, _, errors = train(*new_run(whole, start, records, stages=stages))
+    assert code == 0, errors
+    process = train_apart(tmp_path / "errors", *new_run(killed, start, records, stages=stages))
+    wait_for(killed, "checkpoint-*[0-9]", process, 3, stage="2-adapters")
+    process.kill()
+    process.join()
+    assert not (killed / "model").exists()
+    code, _, errors = train("--resume", killed)
+    assert code == 0, errors
+    assert weights(killed) == weights(whole)
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(uninterrupted: Path, start: Path, records: Path, tmp_path: Path) -> None:

@@ -19,11 +19,12 @@ from echovlm_ray.data.phantom.phantom import NOTICE, ImageArray, Phantom, attrib
 from echovlm_ray.data.phantom.records import PhantomTask, Record, records
 from echovlm_ray.data.phantom.schema import Organ
 from echovlm_ray.data.phantom.settings import Settings
+from echovlm_ray.data.source import RECORDS_FILE
 from echovlm_ray.prompts import Language
 
 FileFormat = Literal["png", "dicom", "cine"]
 FILE_FORMATS: tuple[FileFormat, ...] = get_args(FileFormat)
-RECORDS_FILE, FACTS_FILE = "records.json", "about.json"
+FACTS_FILE = "about.json"
 _CHUNK = 16
 
 
