@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.running_system import ECHORAY, RunningSystem, running
 
@@ -20,6 +21,11 @@ SYSTEMS = (
     "tests/test_docs.py",
     "tests/training/test_workers.py",
 )
+
+
+# How long an example takes depends on what else the machine does.
+settings.register_profile("echovlm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("echovlm")
 
 
 def starts_system(node_id: str) -> bool:

@@ -51,12 +51,24 @@ class Item:
     answer: str | None = None
 
 
+# Of texts that records carry about themselves: how many are shown, and how much of each.
+MAX_REMARKS = 3
+MAX_REMARK = 200
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedItems:
-    """A dataset's items, and where the records are that cannot be asked of a service."""
+    """A dataset's items.
+
+    Attributes:
+        items: what can be asked.
+        left_out: where the records are that cannot be asked of a service.
+        remarks: what the records' `notice` says, each text once: of phantoms, that they are synthetic.
+    """
 
     items: tuple[Item, ...]
     left_out: tuple[str, ...] = field(default=())
+    remarks: tuple[str, ...] = field(default=())
 
 
 def load_items(dataset: RecordDataset, limit: int | None = None) -> LoadedItems:
@@ -67,6 +79,7 @@ def load_items(dataset: RecordDataset, limit: int | None = None) -> LoadedItems:
     """
     items: list[Item] = []
     left_out: list[str] = []
+    remarks: dict[str, None] = {}
     seen: dict[str, str] = {}
     for index in range(len(dataset)):
         if limit is not None and len(items) >= limit:
@@ -83,9 +96,11 @@ def load_items(dataset: RecordDataset, limit: int | None = None) -> LoadedItems:
             items.append(item_of(record, index))
         except UnknownClassError:
             raise InvalidDataError(f"{place}: {UNKNOWN_ATTRIBUTES}") from None
+        if isinstance(remark := record.extra.get("notice"), str) and len(remarks) < MAX_REMARKS:
+            remarks[remark[:MAX_REMARK]] = None
     if not items:
         raise InvalidDataError("there is no record with a single question: nothing can be asked")
-    return LoadedItems(tuple(items), tuple(left_out))
+    return LoadedItems(tuple(items), tuple(left_out), tuple(remarks))
 
 
 def item_of(record: Record, index: int) -> Item:

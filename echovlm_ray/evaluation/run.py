@@ -145,7 +145,7 @@ def load(plan: Plan) -> LoadedItems:
 
 
 def _notices(loaded: LoadedItems, target: Target, outcome: Outcome) -> list[str]:
-    notices = []
+    notices = [f"each record says of itself: {remark}" for remark in loaded.remarks]
     if loaded.left_out:
         shown = "; ".join(loaded.left_out[:5])
         notices.append(

@@ -9,6 +9,7 @@ import numpy as np
 from echovlm_ray.data.dataset import RecordDataset
 from echovlm_ray.data.phantom.attributes import Attributes
 from echovlm_ray.data.phantom.catalogue import draw_attributes
+from echovlm_ray.data.phantom.phantom import NOTICE
 from echovlm_ray.data.phantom.questions import diagnosis_options, options_text, questions
 from echovlm_ray.data.phantom.schema import Organ
 from echovlm_ray.data.phantom.wording.render import render, render_diagnosis
@@ -49,6 +50,7 @@ def phantom_record(
         "task": task,
         "language": language,
         "attributes": attributes.as_json(),
+        "notice": NOTICE,
         **({} if patient is None else {"patient": patient}),
         **more,
     }

@@ -265,3 +265,5 @@ def test_what_a_reader_must_know_is_said(phantoms: Path) -> None:
     for text in ("1 requests were refused", "60 answers were cut off", "60 answers came from other experts"):
         assert text in notices
     assert "not complete" in notices
+    assert "each record says of itself: synthetic ultrasound phantom" in notices
+    assert notices.count("says of itself") == 1
