@@ -67,7 +67,7 @@ def wait_until(control: "ExpertControlClient", rollout: "Rollout", reached: Reac
     except KeyboardInterrupt:
         typer.echo(
             f"No longer waiting; the rollout goes on. See it: echoray experts watch {organ}. "
-            f"Take it back: echoray experts rollback {organ}",
+            f"Take it back: echoray experts rollback {organ} --rollout {rollout.id}",
             err=True,
         )
         raise typer.Exit(EXIT_INTERRUPTED) from None

@@ -117,6 +117,7 @@ def rollout_as_dict(rollout: "Rollout") -> dict[str, Any]:
         "actor": rollout.actor,
         "created_at": rollout.created_at,
         "state_since": rollout.state_since,
+        "restores": rollout.restores,
         "shadow": shadow,
     }
 

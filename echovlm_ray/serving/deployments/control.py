@@ -98,7 +98,7 @@ class ControlReplica(Replica):
         metrics = RolloutMetrics(store, catalogue.version)
         pushes = PushReceiver(registry, files.incoming, parsed.rollouts.max_push_bytes)
         await asyncio.to_thread(pushes.clear)
-        operations = RolloutOperations(store, fleet, parsed.rollouts) if remote else None
+        operations = RolloutOperations(store, fleet, parsed.rollouts, catalogue.version) if remote else None
         service = ExpertControlService(
             store, operations, catalogue, pushes, reader, watch, parsed.model.default_organ, threads
         )
