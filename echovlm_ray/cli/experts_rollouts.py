@@ -1,6 +1,5 @@
 """`echoray experts stage`, `canary`, `shadow`, `promote`, `rollback`, `retire` and `apply`, through Control."""
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,9 +9,10 @@ import typer
 from echovlm_ray.cli.control import EXIT_FAILED, EXIT_INVALID, Actor, DryRun, Reason, Wait, actor_of, with_control
 from echovlm_ray.cli.experts_targets import AsJSON
 from echovlm_ray.cli.rollout_expected import RolloutId, candidate_seen, stable_seen
-from echovlm_ray.cli.rollout_tables import console_of, memory_view
+from echovlm_ray.cli.rollout_tables import memory_view
 from echovlm_ray.cli.rollout_wait import LOADED, Reached, has_taken_over, is_gone, is_loaded, wait_until
 from echovlm_ray.cli.rollout_words import operation_as_dict, short, state_in_words
+from echovlm_ray.cli.terminal import console_of, line, name_of, say, say_json
 from echovlm_ray.cli.work import fail
 from echovlm_ray.client.control import ExpertControlClient
 
@@ -56,7 +56,7 @@ def stage(
     )
     _finish(control, response, dry_run, as_json, is_loaded if wait else None)
     if response.HasField("rollout") and not (dry_run or as_json):
-        typer.echo(
+        say(
             f"Next: echoray experts canary {organ} --percent 5 --rollout {response.rollout.id}"
             if wait
             else _watch(organ)
@@ -264,7 +264,7 @@ def apply(
     response = control.apply(rollout_file.model_dump_json(), actor=actor_of(actor), dry_run=dry_run)
     _finish(control, response, dry_run, as_json, _last_step(rollout_file) if wait else None)
     if response.changed and not (as_json or wait):
-        typer.echo(_watch(rollout_file.organ))
+        say(_watch(rollout_file.organ))
 
 
 def _last_step(file: "RolloutFile") -> Reached:
@@ -293,9 +293,9 @@ def _finish(
         rollout = wait_until(control, response.rollout, reached)
         response.rollout.CopyFrom(rollout)
         if not as_json:
-            typer.echo(f"{_named(rollout)} is {state_in_words(rollout)}.")
+            say(f"{_named(rollout)} is {name_of(state_in_words(rollout))}.")
     if as_json:
-        typer.echo(json.dumps(operation_as_dict(response), ensure_ascii=False))
+        say_json(operation_as_dict(response))
     if dry_run and any(not memory.fits for memory in response.memory):
         raise typer.Exit(EXIT_FAILED)
 
@@ -307,17 +307,17 @@ def _print(response: "OperationResponse", dry_run: bool) -> None:
     elif not response.changed:
         console.print("Nothing to do.", style="bold")
     elif response.HasField("rollout"):
-        console.print(f"{_named(response.rollout)}, rollout {response.rollout.id}:", style="bold", markup=False)
+        console.print(f"{_named(response.rollout)}, rollout {name_of(response.rollout.id)}:", style="bold")
     else:
         console.print("Done:", style="bold")
     for step in response.steps:
-        console.print(f"  {step}", markup=False, soft_wrap=True)
+        console.print(f"  {line(step)}", soft_wrap=True)
     if response.memory:
         console.print(memory_view(response.memory))
 
 
 def _named(rollout: "Rollout") -> str:
-    return f"{rollout.organ} {rollout.version or short(rollout.digest)}"
+    return f"{name_of(rollout.organ)} {name_of(rollout.version or short(rollout.digest))}"
 
 
 def _watch(organ: str) -> str:

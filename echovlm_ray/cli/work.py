@@ -8,6 +8,8 @@ from typing import NoReturn
 
 import typer
 
+from echovlm_ray.cli.terminal import console_of, say
+
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -24,7 +26,7 @@ def parse_size(text: str, option: str) -> int:
 
 def fail(message: str, code: int = 1) -> NoReturn:
     """Ends the command with one line on stderr."""
-    typer.echo(f"error: {message}", err=True)
+    say(f"error: {message}", err=True)
     raise typer.Exit(code)
 
 
@@ -61,7 +63,6 @@ def clear_errors() -> Iterator[None]:
 @contextmanager
 def byte_progress(what: str) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
     """A bar on stderr: yields a function for the total and one for each step, both in bytes."""
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (
@@ -71,7 +72,7 @@ def byte_progress(what: str) -> Iterator[tuple[Callable[[int], None], Callable[[
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    console = Console(stderr=True)
+    console = console_of(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield (
