@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 from echovlm_ray.cli.credentials import Authority, Certificate, Key, TokenFile, tls_of, token_of
 from echovlm_ray.cli.data_sets import usable
 from echovlm_ray.cli.terminal import console_of, say, say_json
-from echovlm_ray.cli.work import fail
+from echovlm_ray.cli.work import fail, finite
 
 EXIT_INCOMPLETE = 1
 EXIT_USAGE = 2
@@ -71,7 +71,9 @@ def run_command(
     seed: Seed = 0,
     examples: Annotated[int, typer.Option(min=0, help="Records shown in the report page.")] = 12,
     threads: Annotated[int, typer.Option(min=1, help="With --checkpoint: torch threads.")] = 1,
-    patience: Annotated[float, typer.Option(min=0.0, help="Wait so many seconds for a service that is away.")] = 600.0,
+    patience: Annotated[
+        float, typer.Option(min=0.0, callback=finite, help="Wait so many seconds for a service that is away.")
+    ] = 600.0,
     token_file: TokenFile = None,
     ca: Authority = None,
     certificate: Certificate = None,

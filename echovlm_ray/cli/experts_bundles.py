@@ -17,7 +17,7 @@ from echovlm_ray.cli.experts_targets import (
     source_of,
 )
 from echovlm_ray.cli.terminal import say, say_json
-from echovlm_ray.cli.work import byte_progress, clear_errors, fail, parse_size
+from echovlm_ray.cli.work import byte_progress, clear_errors, fail, finite, parse_size
 
 if TYPE_CHECKING:
     from echovlm_ray.checkpoint.bundle_card import BundleCard
@@ -144,7 +144,7 @@ def verify(
     memory: Annotated[
         str, typer.Option(help="The most memory that checking may take beyond the bundle's own files.")
     ] = "8GiB",
-    timeout: Annotated[float, typer.Option(min=0.1, help="Give up after this many seconds.")] = 600.0,
+    timeout: Annotated[float, typer.Option(min=0.1, callback=finite, help="Give up after this many seconds.")] = 600.0,
     as_json: AsJSON = False,
 ) -> None:
     """Checks everything about a bundle: manifest, files, digests, shapes, finite weights, signature, self-test.

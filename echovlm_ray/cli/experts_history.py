@@ -74,12 +74,21 @@ def _table(found: "HistoryResponse") -> Listing:
 
 def _details(entry: "HistoryEntry") -> str:
     """What fits into a line: single values, and of digests as much as people compare."""
-    details: dict[str, Any] = json.loads(entry.details_json or "{}")
-    before, after = details.pop("from_state", ""), details.pop("to_state", "")
+    details = _parsed(entry.details_json)
+    before, after = str(details.pop("from_state", "")), str(details.pop("to_state", ""))
     move = f"{before} → {after}".replace("_", " ").removeprefix(" ").strip() if after else ""
     shown = {key: value for key, value in details.items() if isinstance(value, str | int | float) and value != ""}
     rest = (key if value is True else f"{key} {_brief(value)}" for key, value in shown.items() if value is not False)
     return ", ".join(part for part in (move, *rest) if part)
+
+
+def _parsed(details_json: str) -> dict[str, Any]:
+    """The details of an entry; whatever is none is shown as it is."""
+    try:
+        details = json.loads(details_json or "{}")
+    except ValueError:
+        details = details_json
+    return details if isinstance(details, dict) else {"details": details}
 
 
 def _brief(value: Any) -> str:
@@ -93,7 +102,7 @@ def _print_head(found: "HistoryResponse", verified: bool, console: Console) -> N
         console.print(styled("TAMPERED WITH:", "bold red"), line(fault), soft_wrap=True)
     if verified and not found.faults:
         console.print(styled("The history is intact:", "green"), f"{found.length} entries.")
-    console.print(f"head {found.head_hash}", style="dim", soft_wrap=True)
+    console.print(f"head {line(found.head_hash)}", style="dim", soft_wrap=True)
     if verified and not found.faults:
         console.print("Note the head down elsewhere, and give it to --head the next time.", style="dim")
 
@@ -109,7 +118,7 @@ def _as_dict(found: "HistoryResponse", *, verified: bool) -> dict[str, Any]:
                 "event": entry.event,
                 "actor": entry.actor,
                 "reason": entry.reason,
-                "details": json.loads(entry.details_json or "{}"),
+                "details": _parsed(entry.details_json),
                 "hash": entry.hash,
             }
             for entry in found.entries

@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
+import grpc
 import typer
 from rich.console import Console
 from rich.status import Status
@@ -17,6 +18,7 @@ from echovlm_ray.cli.credentials import Authority, Certificate, Key, TokenFile, 
 from echovlm_ray.cli.interruptible import interruptible
 from echovlm_ray.cli.tables import Listing
 from echovlm_ray.cli.terminal import console_of, line, name_of, say_json, styled, visible
+from echovlm_ray.cli.work import finite
 from echovlm_ray.client import (
     Accepted,
     AnswerStream,
@@ -46,7 +48,7 @@ EXIT_INTERRUPTED = 130
 MAX_DESCRIPTION = 2000
 
 Server = Annotated[str, typer.Option(help="host:port of the gateway.", envvar="ECHORAY_SERVER")]
-Timeout = Annotated[float, typer.Option(min=0.001, help="Give up after this many seconds.")]
+Timeout = Annotated[float, typer.Option(min=0.001, callback=finite, help="Give up after this many seconds.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
 
@@ -62,12 +64,14 @@ def generate(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="The longest answer; else the server's default.")
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token always.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, callback=finite, help="0 takes the most likely token always.")
+    ] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="Keep the k most likely tokens; 0 keeps all.")] = 0,
     top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Keep the likeliest tokens up to this probability.")
+        float, typer.Option(min=0.0, max=1.0, callback=finite, help="Keep the likeliest tokens up to this probability.")
     ] = 1.0,
-    repetition_penalty: Annotated[float, typer.Option(min=0.0, help="Above 1: repeat less.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(min=0.0, callback=finite, help="Above 1: repeat less.")] = 1.0,
     seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     session: Annotated[
@@ -268,5 +272,10 @@ def _explain(error: EchoVLMError, server: str) -> tuple[str, int]:
             return f"{error} (give the token's file with --token-file)", EXIT_CREDENTIALS
         case PermissionDeniedError():
             return str(error), EXIT_CREDENTIALS
+        case EchoVLMError(code=grpc.StatusCode.UNIMPLEMENTED):
+            return (
+                f"what answers at {server} is not a gateway: name the gateway's address, not Control's, with --server",
+                EXIT_UNAVAILABLE,
+            )
         case _:
             return f"{error} (request {error.request_id})", EXIT_FAILED

@@ -51,7 +51,28 @@ def serve(
         _fail("--detach needs --address: a local Ray ends with this command", EXIT_INVALID)
     with _failures():
         parsed = _load(config, checkpoint)
-        _serve(parsed, address, detach, console)
+        with nullcontext() if address else _alone(parsed):
+            _serve(parsed, address, detach, console)
+
+
+@contextmanager
+def _alone(config: "Config") -> Iterator[None]:
+    """Refuses what another `echoray serve` of this machine is about to use, even if it has only begun to start."""
+    from echovlm_ray.cli.state import claimed
+    from echovlm_ray.serving.preflight import resolve_paths
+    from echovlm_ray.serving.rollout_files import RolloutFiles
+
+    resources = {
+        f"port {section.port}": f"set {name}.port to another port, or to 0 for any free one"
+        for name, section in (("gateway", config.gateway), ("control", config.control))
+        if section.port
+    }
+    if config.router.experts == "remote":
+        resolved = resolve_paths(config)
+        files = RolloutFiles.of(resolved.rollouts, resolved.model.checkpoint)
+        resources = {f"the rollouts' database {files.base}": "set rollouts.database to another one", **resources}
+    with claimed(resources):
+        yield
 
 
 def _load(path: Path | None, checkpoint: Path | None) -> "Config":

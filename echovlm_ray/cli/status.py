@@ -6,10 +6,13 @@ import grpc
 import typer
 from rich.text import Text
 
+from echovlm_ray.cli.control import explain
 from echovlm_ray.cli.credentials import Authority, Certificate, Key, TokenFile, tls_of, token_of
 from echovlm_ray.cli.tables import Listing
 from echovlm_ray.cli.terminal import console_of, line, name_of, say_json, styled
+from echovlm_ray.cli.work import finite
 from echovlm_ray.client.connection import LOOPBACK, TLS, call_metadata, check_connection
+from echovlm_ray.client.errors import EchoVLMError, from_rpc_error
 from protos import status_pb2, status_pb2_grpc
 
 if TYPE_CHECKING:
@@ -17,8 +20,6 @@ if TYPE_CHECKING:
 
 EXIT_FAILED = 1
 EXIT_INVALID = 2
-EXIT_UNAVAILABLE = 3
-EXIT_CREDENTIALS = 5
 DEFAULT_CONTROL = "127.0.0.1:50052"
 RUNNING = "RUNNING"
 MEBIBYTE = 1024 * 1024
@@ -30,7 +31,7 @@ def status(
     ca: Authority = None,
     certificate: Certificate = None,
     key: Key = None,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Give up after this many seconds.")] = 10.0,
+    timeout: Annotated[float, typer.Option(min=0.1, callback=finite, help="Give up after this many seconds.")] = 10.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Shows every part: its replicas, their addresses and processes, expert versions, queues and memory.
@@ -43,8 +44,8 @@ def status(
         found = _ask(control, token_of(token_file), tls_of(ca, certificate, key), timeout)
     except (ValueError, OSError) as error:
         _fail(str(error), EXIT_INVALID)
-    except grpc.RpcError as error:
-        _fail(*_explain(error, control))
+    except EchoVLMError as error:
+        _fail(*explain(error, control))
     if as_json:
         say_json(_as_dict(found), indent=2)
     else:
@@ -61,25 +62,15 @@ def _ask(control: str, token: str | None, tls: TLS | None, timeout: float) -> "G
     else:
         channel = grpc.secure_channel(control, tls.credentials(), options=options)
     with channel:
-        _, metadata = call_metadata(token, None)
+        request_id, metadata = call_metadata(token, None)
         stub = status_pb2_grpc.SystemStatusStub(channel)
-        response: GetStatusResponse = stub.GetStatus(status_pb2.GetStatusRequest(), timeout=timeout, metadata=metadata)
+        try:
+            response: GetStatusResponse = stub.GetStatus(
+                status_pb2.GetStatusRequest(), timeout=timeout, metadata=metadata
+            )
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, control, request_id, service="Control") from None
         return response
-
-
-def _explain(error: grpc.RpcError, control: str) -> tuple[str, int]:
-    code, details = error.code(), error.details()
-    if code == grpc.StatusCode.UNAUTHENTICATED:
-        return f"{details} (give the token's file with --token-file)", EXIT_CREDENTIALS
-    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-        return (
-            f"nothing answers at {control}: start the system with `echoray serve`, or name its Control with --control "
-            "(`echoray serve` prints it; with TLS give --ca)",
-            EXIT_UNAVAILABLE,
-        )
-    if code == grpc.StatusCode.UNIMPLEMENTED:
-        return f"what answers at {control} is not Control: name Control's address, not the gateway's", EXIT_UNAVAILABLE
-    return f"{code.name}: {details}", EXIT_FAILED
 
 
 def _as_dict(found: "GetStatusResponse") -> dict[str, Any]:

@@ -20,6 +20,8 @@ PIPE_WIDTH = 200
 MAX_NAME = 60
 # A reason in the history has at most 500.
 MAX_CELL = 600
+# A path has at most 4096; what is longer than people read ends in an ellipsis.
+MAX_LINE = 1000
 # Letters and marks that draw nothing, so that two names which differ look the same.
 _INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\uffa0]")
 
@@ -36,10 +38,10 @@ def visible(text: str) -> str:
     )
 
 
-def line(text: str, limit: int | None = None) -> str:
-    """The text on one line, and if a limit is given, cut to so many characters, the last of them `…`."""
+def line(text: str, limit: int = MAX_LINE) -> str:
+    """The text on one line, cut to so many characters, the last of them `…`."""
     shown = visible(" ".join(text.split()))
-    return shown if limit is None or len(shown) <= limit else f"{shown[: limit - 1]}…"
+    return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
 
 
 def name_of(text: str) -> str:

@@ -1,5 +1,6 @@
 """What the commands that work on checkpoints and bundles have in common: clear errors, sizes, a bar of bytes."""
 
+import math
 import re
 import signal
 from collections.abc import Callable, Iterator
@@ -22,6 +23,17 @@ def parse_size(text: str, option: str) -> int:
     if size < 1:
         fail(f"{option} must be at least one byte", code=2)
     return size
+
+
+def finite(value: float | None) -> float | None:
+    """A number of an option, which must be one; for typer's `callback`.
+
+    Raises:
+        typer.BadParameter: it is infinite, or not a number.
+    """
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no number that can be counted with; give one like 30")
+    return value
 
 
 def fail(message: str, code: int = 1) -> NoReturn:
