@@ -63,7 +63,7 @@ def lock_holders(path: Path) -> list[int]:
 def _of_sqlite(cause: sqlite3.Error, database: str, path: Path | None, waited_s: float) -> RolloutDatabaseError | None:
     code = getattr(cause, "sqlite_errorcode", 0) & 0xFF
     folder = path.parent if path is not None else None
-    full = folder is not None and folder.exists() and shutil.disk_usage(folder).free < FULL_BYTES
+    full = folder is not None and _is_full(folder)
     if code == sqlite3.SQLITE_FULL or (full and code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)):
         return RolloutDatabaseFullError(
             f"the disk is full: {database} cannot be written, and nothing was changed. Make room in {folder}, then ask "
@@ -104,6 +104,15 @@ def _of_postgresql(cause: object, database: str) -> RolloutDatabaseError:
     return RolloutDatabaseUnavailableError(
         f"{database} cannot be reached: {first_line(cause)}. Check that its server runs and can be reached from Control"
     )
+
+
+def _is_full(folder: Path) -> bool:
+    """Whether nothing more fits there; what is no disk at all, like /proc, has no room to be full."""
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError:
+        return False
+    return usage.total > 0 and usage.free < FULL_BYTES
 
 
 def _write_locks(lines: Iterable[str]) -> Iterable[tuple[int, tuple[int, int, int]]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from typer.testing import CliRunner, Result
 
@@ -32,9 +33,9 @@ def filled(message: Message) -> Any:
             values = [filled(getattr(message, field.name).add()) for _ in range(2)] if field.is_repeated else []
             if not values:
                 filled(getattr(message, field.name))
-        elif field.cpp_type == field.CPPTYPE_STRING:
+        elif field.cpp_type == FieldDescriptor.CPPTYPE_STRING:
             _set(message, field, HOSTILE)
-        elif field.cpp_type != field.CPPTYPE_BYTES:
+        else:
             _set(message, field, 1)
     return message
 
@@ -235,7 +236,7 @@ def test_results_of_evaluations_and_bundles_are_harmless(capsys: pytest.CaptureF
     groups = [
         GroupScores(
             variant="model",
-            by=by,  # type: ignore[arg-type]
+            by=by,
             name=f"{number}{HOSTILE}",
             records=1,
             substance={"attribute F1": Score(value=0.5, low=0.4, high=0.6), HOSTILE: Score(error=HOSTILE)},

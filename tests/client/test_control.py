@@ -45,13 +45,13 @@ def test_an_operation_is_made_only_if_it_is_still_as_its_caller_saw_it(tmp_path:
         system.reach("warm")
         seen = Expected(rollout_id=rollout.id, state="warm", percent=0)
         assert control.canary("heart", 5, actor="ann", expected=seen).changed
-        with pytest.raises(FailedPreconditionError, match="it is canary 5 %: .* by ann 0 s ago"):
+        with pytest.raises(FailedPreconditionError, match=r"it is canary 5 %: .* by ann 0 s ago"):
             control.canary("heart", 50, actor="bob", expected=seen)
         # What a client of the version before sends: with nothing in flight it named the stable version.
         control.promote("heart", actor="ann")
-        for old in ({}, {"digest": rollout.digest}):
+        for digest in ("", rollout.digest):
             with pytest.raises(FailedPreconditionError, match="was promoted by ann 0 s ago"):
-                control.rollback("heart", actor="bob", **old)
+                control.rollback("heart", actor="bob", digest=digest)
         with pytest.raises(InvalidRequestError, match="version"):
             control.roll_back_stable("heart", actor="bob")
         restoring = control.roll_back_stable("heart", version="1.1.0", actor="bob").rollout

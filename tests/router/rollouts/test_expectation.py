@@ -111,11 +111,12 @@ def test_a_candidate_that_was_moved_since_is_not_moved_again(
     operations.canary("heart", 7, actor="bob")
     clock.now += 3
     seen = Expectation(rollout_id=candidate.id, state="canary", percent=5.0)
-    for ask in (
+    moves: list[Callable[[], Outcome]] = [
         lambda: operations.canary("heart", 50, actor="ann", expected=seen),
         lambda: operations.promote("heart", actor="ann", expected=seen),
         lambda: operations.shadow("heart", 50, actor="ann", expected=Expectation(candidate.id, "warm", 0.0)),
-    ):
+    ]
+    for ask in moves:
         head = store.head()
         with pytest.raises(RolloutStateError, match=r"it is canary 7 %: .* was made canary 7 % by bob 3 s ago"):
             ask()
@@ -149,10 +150,11 @@ def test_an_organ_is_retired_only_while_it_is_as_it_was_seen(
 ) -> None:
     staged(operations, store, fleet, "v1", State.STABLE)
     seen = Expectation(stable_digest=digest("b"))
-    for ask in (
+    retirements: list[Callable[[], Outcome]] = [
         lambda: operations.retire_organ("heart", actor="ann", expected=seen),
         lambda: operations.retire_version("heart", digest("b"), actor="ann", expected=seen),
-    ):
+    ]
+    for ask in retirements:
         with pytest.raises(RolloutStateError, match=r"the caller saw heart 1.0.0 as the stable version.*promoted by"):
             ask()
     operations.retire_version("heart", digest("b"), actor="bob", reason="labels")
