@@ -266,7 +266,7 @@ class Swapper:
             if swap.prepared:
                 self._control.promote(self._organ, digest=digest, actor=ACTOR)
             else:
-                self._control.rollback(self._organ, digest=live, actor=ACTOR)
+                self._control.roll_back_stable(self._organ, digest=live, actor=ACTOR)
             self._ask_until_served(session, live_set, swap)
             self._watch.wait(lambda: self._watch.live != live, "another version is live")
         swap.ended = self._experts.wait_until_alone(self._watch.live)

@@ -24,6 +24,10 @@ class RegistryError(ValueError):
     """A registry's address or its options cannot be used. The text names the address and the reason."""
 
 
+class RegistryFullError(RegistryError):
+    """A registry, or the folder for bundles on their way to it, has no room. The text says where to make some."""
+
+
 class BundleNotResidentError(LookupError):
     """An exchange asked for a bundle that this replica has not loaded."""
 

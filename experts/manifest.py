@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from experts.digest import digest_of
 from experts.errors import InvalidBundleError
+from experts.text import Line, Prose, quoted
 
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
@@ -122,25 +123,25 @@ class ProbeSizes(_Frozen):
 class BundleDescription(_Frozen):
     """Everything a manifest says except which files there are: what the maker of a bundle provides."""
 
-    name: Annotated[str, Field(min_length=1, max_length=200)]
+    name: Annotated[Line, Field(min_length=1, max_length=200)]
     organ: Organ
     version: Version
-    description: str
-    authors: str
+    description: Prose
+    authors: Prose
     # An SPDX identifier, for example "Apache-2.0".
-    license: str
-    copyright: str = ""
-    intended_use: str
-    task: str = "Routed experts of EchoVLM for ultrasound of one organ"
+    license: Line
+    copyright: Prose = ""
+    intended_use: Prose
+    task: Line = "Routed experts of EchoVLM for ultrasound of one organ"
     # What changed, by version.
-    changelog: dict[Version, str] = {}
-    data_source: str = ""
+    changelog: dict[Version, Prose] = {}
+    data_source: Prose = ""
     # What it was trained on, in words and numbers without any patient's data.
-    training_data: str = ""
-    eval_metrics: dict[str, float] = {}
-    references: tuple[str, ...] = ()
+    training_data: Prose = ""
+    eval_metrics: dict[Line, float] = {}
+    references: tuple[Line, ...] = ()
     # Other words for the organ, in any language, by which requests and DICOM attributes may call it.
-    organ_synonyms: tuple[str, ...] = ()
+    organ_synonyms: tuple[Line, ...] = ()
 
     # The backbone it was trained against; it works with no other.
     backbone_digest: Digest
@@ -261,7 +262,8 @@ def _reasons(error: ValidationError) -> str:
     details = error.errors(include_url=False, include_input=False)
     reasons = []
     for detail in details[:_SHOWN_REASONS]:
-        field = ".".join(str(part) for part in detail["loc"])[:_SHOWN_CHARACTERS] or "manifest"
+        # Keys are the maker's text, too.
+        field = quoted(".".join(str(part) for part in detail["loc"]), _SHOWN_CHARACTERS) or "manifest"
         reason = "is no field of a manifest" if detail["type"] == "extra_forbidden" else detail["msg"]
         reasons.append(f"{field}: {reason}")
     more = len(details) - _SHOWN_REASONS

@@ -161,9 +161,9 @@ class Registry:
         for fallback in self._fallbacks:
             with suppress(UnknownBundleError):
                 return fallback.find(organ, version)
-        versions = ", ".join(known.version for known in self.list(organ, damaged=str)) or "none"
         raise UnknownBundleError(
-            f"the registry {self._roots()} has no version {version!r} of organ {organ!r}; it has {versions}"
+            f"the registry {self._roots()} has no version {version[:100]!r} of organ {organ[:100]!r}; it has "
+            f"{self._in_words(organ)}"
         )
 
     def list(
@@ -201,6 +201,13 @@ class Registry:
         return self._signature(manifest) is not None or any(
             fallback.is_signed(manifest) for fallback in self._fallbacks
         )
+
+    def _in_words(self, organ: str) -> str:
+        """The versions of an organ, or where there are none, the organs that there are."""
+        if versions := [known.version for known in self.list(organ, damaged=str)]:
+            return ", ".join(versions)
+        organs = ", ".join(dict.fromkeys(known.organ for known in self.list(damaged=str)))
+        return f"none of it, and bundles of {organs}" if organs else "no bundles at all"
 
     def _roots(self) -> str:
         others = "".join(f" (nor {fallback._roots()})" for fallback in self._fallbacks)

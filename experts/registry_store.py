@@ -10,7 +10,7 @@ from typing import BinaryIO
 from fsspec import AbstractFileSystem
 
 from experts.bundle import file_sha256, verify_file
-from experts.errors import ExpertCapacityError, InvalidBundleError
+from experts.errors import ExpertCapacityError, InvalidBundleError, RegistryError
 from experts.file_cache import FileCache
 from experts.manifest import MAX_MANIFEST_BYTES, FileEntry
 
@@ -89,10 +89,39 @@ class LocalStore:
                 return file.read(MAX_MANIFEST_BYTES + 1)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise _unreadable(self._root, error) from None
 
     def versions(self) -> list[tuple[str, str]]:
-        """The organs and versions that have a folder, whether complete or not."""
-        return [(path.parent.name, path.name) for path in (self._root / "bundles").glob("*/*")]
+        """The organs and versions that have a folder, whether complete or not.
+
+        Raises:
+            RegistryError: it may not be read, or is no folder.
+        """
+        try:
+            if self._root.exists() and not self._root.is_dir():
+                raise RegistryError(
+                    f"the registry {self._root} is no folder; name one, or a URL like s3://bucket/experts"
+                )
+            organs = _names(self._root / "bundles")
+            return [(organ, version) for organ in organs for version in _names(self._root / "bundles" / organ)]
+        except OSError as error:
+            raise _unreadable(self._root, error) from None
+
+
+def _names(folder: Path) -> list[str]:
+    """What lies in a folder, in order; nothing if it is none."""
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _unreadable(root: Path, error: OSError) -> RegistryError:
+    return RegistryError(
+        f"the registry {root} cannot be read: {error.strerror or type(error).__name__} ({error.filename}); give the "
+        "user who reads it the right to, or name another one"
+    )
 
 
 class RemoteStore:

@@ -60,51 +60,89 @@ class StageRequest(_message.Message):
     dry_run: bool
     def __init__(self, organ: _Optional[str] = ..., version: _Optional[str] = ..., digest: _Optional[str] = ..., actor: _Optional[str] = ..., reason: _Optional[str] = ..., dry_run: bool = ...) -> None: ...
 
+class Expected(_message.Message):
+    __slots__ = ("rollout_id", "state", "percent", "stable_digest", "nothing_in_flight")
+    ROLLOUT_ID_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    PERCENT_FIELD_NUMBER: _ClassVar[int]
+    STABLE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    NOTHING_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    rollout_id: str
+    state: str
+    percent: float
+    stable_digest: str
+    nothing_in_flight: bool
+    def __init__(self, rollout_id: _Optional[str] = ..., state: _Optional[str] = ..., percent: _Optional[float] = ..., stable_digest: _Optional[str] = ..., nothing_in_flight: bool = ...) -> None: ...
+
 class TrafficRequest(_message.Message):
-    __slots__ = ("organ", "percent", "digest", "actor", "reason", "dry_run")
+    __slots__ = ("organ", "percent", "digest", "actor", "reason", "dry_run", "expected")
     ORGAN_FIELD_NUMBER: _ClassVar[int]
     PERCENT_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     ACTOR_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_FIELD_NUMBER: _ClassVar[int]
     organ: str
     percent: float
     digest: str
     actor: str
     reason: str
     dry_run: bool
-    def __init__(self, organ: _Optional[str] = ..., percent: _Optional[float] = ..., digest: _Optional[str] = ..., actor: _Optional[str] = ..., reason: _Optional[str] = ..., dry_run: bool = ...) -> None: ...
+    expected: Expected
+    def __init__(self, organ: _Optional[str] = ..., percent: _Optional[float] = ..., digest: _Optional[str] = ..., actor: _Optional[str] = ..., reason: _Optional[str] = ..., dry_run: bool = ..., expected: _Optional[_Union[Expected, _Mapping]] = ...) -> None: ...
 
 class OrganRequest(_message.Message):
-    __slots__ = ("organ", "digest", "actor", "reason", "dry_run")
+    __slots__ = ("organ", "digest", "actor", "reason", "dry_run", "expected")
     ORGAN_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     ACTOR_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_FIELD_NUMBER: _ClassVar[int]
     organ: str
     digest: str
     actor: str
     reason: str
     dry_run: bool
-    def __init__(self, organ: _Optional[str] = ..., digest: _Optional[str] = ..., actor: _Optional[str] = ..., reason: _Optional[str] = ..., dry_run: bool = ...) -> None: ...
+    expected: Expected
+    def __init__(self, organ: _Optional[str] = ..., digest: _Optional[str] = ..., actor: _Optional[str] = ..., reason: _Optional[str] = ..., dry_run: bool = ..., expected: _Optional[_Union[Expected, _Mapping]] = ...) -> None: ...
 
-class RetireRequest(_message.Message):
-    __slots__ = ("organ", "version", "digest", "actor", "reason", "dry_run")
+class RollBackStableRequest(_message.Message):
+    __slots__ = ("organ", "version", "digest", "actor", "reason", "dry_run", "expected")
     ORGAN_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     ACTOR_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_FIELD_NUMBER: _ClassVar[int]
     organ: str
     version: str
     digest: str
     actor: str
     reason: str
     dry_run: bool
-    def __init__(self, organ: _Optional[str] = ..., version: _Optional[str] = ..., digest: _Optional[str] = ..., actor: _Optional[str] = ..., reason: _Optional[str] = ..., dry_run: bool = ...) -> None: ...
+    expected: Expected
+    def __init__(self, organ: _Optional[str] = ..., version: _Optional[str] = ..., digest: _Optional[str] = ..., actor: _Optional[str] = ..., reason: _Optional[str] = ..., dry_run: bool = ..., expected: _Optional[_Union[Expected, _Mapping]] = ...) -> None: ...
+
+class RetireRequest(_message.Message):
+    __slots__ = ("organ", "version", "digest", "actor", "reason", "dry_run", "expected")
+    ORGAN_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    ACTOR_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_FIELD_NUMBER: _ClassVar[int]
+    organ: str
+    version: str
+    digest: str
+    actor: str
+    reason: str
+    dry_run: bool
+    expected: Expected
+    def __init__(self, organ: _Optional[str] = ..., version: _Optional[str] = ..., digest: _Optional[str] = ..., actor: _Optional[str] = ..., reason: _Optional[str] = ..., dry_run: bool = ..., expected: _Optional[_Union[Expected, _Mapping]] = ...) -> None: ...
 
 class ApplyRequest(_message.Message):
     __slots__ = ("rollout_json", "actor", "dry_run")
@@ -143,7 +181,7 @@ class ReplicaMemory(_message.Message):
     def __init__(self, replica: _Optional[str] = ..., resident_bytes: _Optional[int] = ..., needed_bytes: _Optional[int] = ..., limit_bytes: _Optional[int] = ..., fits: bool = ...) -> None: ...
 
 class Rollout(_message.Message):
-    __slots__ = ("id", "organ", "version", "digest", "incumbent_digest", "state", "percent", "reason", "actor", "created_at", "state_since", "shadow")
+    __slots__ = ("id", "organ", "version", "digest", "incumbent_digest", "state", "percent", "reason", "actor", "created_at", "state_since", "shadow", "restores")
     ID_FIELD_NUMBER: _ClassVar[int]
     ORGAN_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -156,6 +194,7 @@ class Rollout(_message.Message):
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
     STATE_SINCE_FIELD_NUMBER: _ClassVar[int]
     SHADOW_FIELD_NUMBER: _ClassVar[int]
+    RESTORES_FIELD_NUMBER: _ClassVar[int]
     id: str
     organ: str
     version: str
@@ -168,7 +207,8 @@ class Rollout(_message.Message):
     created_at: float
     state_since: float
     shadow: ShadowReport
-    def __init__(self, id: _Optional[str] = ..., organ: _Optional[str] = ..., version: _Optional[str] = ..., digest: _Optional[str] = ..., incumbent_digest: _Optional[str] = ..., state: _Optional[str] = ..., percent: _Optional[float] = ..., reason: _Optional[str] = ..., actor: _Optional[str] = ..., created_at: _Optional[float] = ..., state_since: _Optional[float] = ..., shadow: _Optional[_Union[ShadowReport, _Mapping]] = ...) -> None: ...
+    restores: bool
+    def __init__(self, id: _Optional[str] = ..., organ: _Optional[str] = ..., version: _Optional[str] = ..., digest: _Optional[str] = ..., incumbent_digest: _Optional[str] = ..., state: _Optional[str] = ..., percent: _Optional[float] = ..., reason: _Optional[str] = ..., actor: _Optional[str] = ..., created_at: _Optional[float] = ..., state_since: _Optional[float] = ..., shadow: _Optional[_Union[ShadowReport, _Mapping]] = ..., restores: bool = ...) -> None: ...
 
 class ShadowReport(_message.Message):
     __slots__ = ("requests", "identical", "token_overlap", "mean_first_divergence", "latency_ratio")

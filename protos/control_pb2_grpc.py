@@ -65,6 +65,11 @@ class ExpertControlStub(object):
                 request_serializer=protos_dot_control__pb2.OrganRequest.SerializeToString,
                 response_deserializer=protos_dot_control__pb2.OperationResponse.FromString,
                 _registered_method=True)
+        self.RollBackStable = channel.unary_unary(
+                '/echovlm.v1.ExpertControl/RollBackStable',
+                request_serializer=protos_dot_control__pb2.RollBackStableRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.OperationResponse.FromString,
+                _registered_method=True)
         self.Retire = channel.unary_unary(
                 '/echovlm.v1.ExpertControl/Retire',
                 request_serializer=protos_dot_control__pb2.RetireRequest.SerializeToString,
@@ -133,7 +138,15 @@ class ExpertControlServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Rollback(self, request, context):
-        """Ends a candidate's rollout; where none is in flight, brings back the version that was stable before.
+        """Ends a candidate's rollout. Never touches the stable version: where nothing is in flight, FAILED_PRECONDITION says
+        what happened since.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollBackStable(self, request, context):
+        """Goes back from an organ's stable version, which the request names, to the one that was stable before.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -205,6 +218,11 @@ def add_ExpertControlServicer_to_server(servicer, server):
             'Rollback': grpc.unary_unary_rpc_method_handler(
                     servicer.Rollback,
                     request_deserializer=protos_dot_control__pb2.OrganRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.OperationResponse.SerializeToString,
+            ),
+            'RollBackStable': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollBackStable,
+                    request_deserializer=protos_dot_control__pb2.RollBackStableRequest.FromString,
                     response_serializer=protos_dot_control__pb2.OperationResponse.SerializeToString,
             ),
             'Retire': grpc.unary_unary_rpc_method_handler(
@@ -395,6 +413,33 @@ class ExpertControl(object):
             target,
             '/echovlm.v1.ExpertControl/Rollback',
             protos_dot_control__pb2.OrganRequest.SerializeToString,
+            protos_dot_control__pb2.OperationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollBackStable(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/echovlm.v1.ExpertControl/RollBackStable',
+            protos_dot_control__pb2.RollBackStableRequest.SerializeToString,
             protos_dot_control__pb2.OperationResponse.FromString,
             options,
             channel_credentials,

@@ -48,3 +48,11 @@ class InvalidRolloutRequestError(ValueError):
 
 class RolloutDatabaseError(RuntimeError):
     """The rollouts' database cannot be used: another version's, out of reach, or damaged. The text says what to do."""
+
+
+class RolloutDatabaseUnavailableError(RolloutDatabaseError):
+    """The rollouts' database is locked or out of reach now; nothing was changed, and asking again later is safe."""
+
+
+class RolloutDatabaseFullError(RolloutDatabaseError):
+    """The rollouts' database has no room to write; nothing was changed. The text says where to make some."""

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from echovlm_ray.checkpoint.groups import DistinctKeysLoader
 from echovlm_ray.checkpoint.layout import InvalidCheckpointError
 from experts.manifest import BundleDescription
+from experts.text import quoted
 
 _MAX_FILE_BYTES = 1_000_000
 
@@ -87,7 +88,7 @@ def describe(card: BundleCard, facts: Mapping[str, Any]) -> BundleDescription:
 
 def _first_reason(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
-    field = ".".join(map(str, first["loc"]))
+    field = quoted(".".join(map(str, first["loc"])))
     if first["type"] == "extra_forbidden":
         return f"{field}: is no field of a card; there are {', '.join(BundleCard.model_fields)}"
     return f"{field}: {first['msg']}"

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from echovlm_ray.cli.terminal import say, say_json
 from echovlm_ray.cli.work import byte_progress, clear_errors, fail, parse_size
 
 app = typer.Typer(no_args_is_help=True, help="Look at, split, merge and make checkpoints.", rich_markup_mode="markdown")
@@ -37,7 +38,7 @@ def inspect_command(
 
         report = inspect(directory)
     if as_json:
-        typer.echo(report.model_dump_json(indent=2))
+        say_json(report.model_dump_json(indent=2))
     else:
         print_report(report)
     if report.problems:
@@ -104,9 +105,9 @@ def split_command(
                 progress=advance,
             )
     if result.left_behind:
-        typer.echo(f"Not copied, since nothing reads them: {', '.join(result.left_behind)}", err=True)
-    typer.echo(f"Split into {destination}: {', '.join(entry.organ for entry in result.index.organs)}.")
-    typer.echo(f"Next: echoray serve --checkpoint {destination}")
+        say(f"Not copied, since nothing reads them: {', '.join(result.left_behind)}", err=True)
+    say(f"Split into {destination}: {', '.join(entry.organ for entry in result.index.organs)}.")
+    say(f"Next: echoray serve --checkpoint {destination}")
 
 
 @app.command("merge")
@@ -145,7 +146,7 @@ def merge_command(
                 start=start,
                 progress=advance,
             )
-    typer.echo(f"Merged into {destination}.")
+    say(f"Merged into {destination}.")
 
 
 @app.command("demo")
@@ -166,7 +167,7 @@ def demo_command(
 
         index, made = make_demo(directory)
     if made:
-        typer.echo(f"Made {index.name} {index.version} in {directory}. {index.description}")
+        say(f"Made {index.name} {index.version} in {directory}. {index.description}")
     else:
-        typer.echo(f"{directory} holds {index.name} {index.version} already; nothing to do.")
-    typer.echo(f"Next: echoray serve --checkpoint {directory}")
+        say(f"{directory} holds {index.name} {index.version} already; nothing to do.")
+    say(f"Next: echoray serve --checkpoint {directory}")

@@ -12,11 +12,13 @@ import grpc
 import typer
 
 from echovlm_ray.cli.credentials import Authority, Certificate, Key, TokenFile, tls_of, token_of
-from echovlm_ray.cli.work import fail
+from echovlm_ray.cli.terminal import line
+from echovlm_ray.cli.work import fail, finite
 from echovlm_ray.client.control import DEFAULT_CONTROL, ExpertControlClient
 from echovlm_ray.client.errors import (
     DeadlineExceededError,
     EchoVLMError,
+    InternalServerError,
     InvalidRequestError,
     NotFoundError,
     OverloadedError,
@@ -30,10 +32,15 @@ EXIT_INVALID = 2
 EXIT_UNAVAILABLE = 3
 EXIT_CREDENTIALS = 5
 EXIT_INTERRUPTED = 130
+# What gRPC says of a server that answers in HTTP/1.
+SPEAKS_HTTP = "http1"
+MAX_ERROR = 2000
 
 Control = Annotated[str, typer.Option(help="host:port of Control.", envvar="ECHORAY_CONTROL")]
 NamedControl = Annotated[str | None, typer.Option(help="host:port of Control, to go through it.")]
-Timeout = Annotated[float, typer.Option(min=0.1, help="Give up a call to Control after this many seconds.")]
+Timeout = Annotated[
+    float, typer.Option(min=0.1, callback=finite, help="Give up a call to Control after this many seconds.")
+]
 Reason = Annotated[str, typer.Option(help="Why; it stands in the history.")]
 Actor = Annotated[
     str | None, typer.Option(envvar="ECHORAY_ACTOR", help="Who asks; it stands in the history. [default: your login]")
@@ -87,7 +94,19 @@ def explain(error: EchoVLMError, address: str) -> tuple[str, int]:
             return _line("; ".join(map(str, violations))), EXIT_INVALID
         case InvalidRequestError() | NotFoundError():
             return _line(str(error)), EXIT_INVALID
-        case UnavailableError(reached=False) | DeadlineExceededError():
+        case DeadlineExceededError():
+            return (
+                f"no answer from {address} in time: the address may be out of reach, or Control may wait for its "
+                "database or its replicas. See `echoray status`, name another Control with --control, or give it more "
+                "time with --timeout",
+                EXIT_UNAVAILABLE,
+            )
+        case UnavailableError(reached=False) if SPEAKS_HTTP in str(error):
+            return (
+                f"what answers at {address} is a web server, not Control: name Control with --control",
+                EXIT_UNAVAILABLE,
+            )
+        case UnavailableError(reached=False):
             return (
                 f"nothing answers at {address}: start the system with `echoray serve`, or name its Control with "
                 "--control (`echoray serve` prints it; with TLS give --ca)",
@@ -104,6 +123,8 @@ def explain(error: EchoVLMError, address: str) -> tuple[str, int]:
                 f"what answers at {address} is not Control: name Control's address, not the gateway's",
                 EXIT_UNAVAILABLE,
             )
+        case InternalServerError():
+            return _line(f"{error} (request {error.request_id})"), EXIT_FAILED
         case _:
             return _line(str(error)), EXIT_FAILED
 
@@ -154,4 +175,4 @@ def _open(
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split())
+    return line(text, MAX_ERROR)

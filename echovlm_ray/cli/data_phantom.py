@@ -1,6 +1,5 @@
 """`echoray data phantom`: writes synthetic ultrasound with known content."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from echovlm_ray.cli.terminal import console_of, say, say_json
 from echovlm_ray.cli.work import fail
 
 if TYPE_CHECKING:
@@ -111,11 +111,11 @@ def _write(directory: Path, corpus: "Corpus", workers: int, contact_sheet: Path 
     except KeyboardInterrupt:
         fail(f"interrupted; {directory} holds pictures without records: remove it", code=130)
     if as_json:
-        typer.echo(json.dumps({"directory": str(directory), **corpus.facts(), "phantoms": counts}, indent=2))
+        say_json({"directory": str(directory), **corpus.facts(), "phantoms": counts}, indent=2)
         return
     classes = f"{len(counts)} {'class' if len(counts) == 1 else 'classes'}"
-    typer.echo(f"Wrote {sum(counts.values())} phantoms of {classes} to {directory}.")
-    typer.echo(f"Each is a {NOTICE}.")
+    say(f"Wrote {sum(counts.values())} phantoms of {classes} to {directory}.")
+    say(f"Each is a {NOTICE}.")
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -195,21 +195,20 @@ def _print_classes(as_json: bool) -> None:
         for phantom_class in region.classes
     }
     if as_json:
-        typer.echo(json.dumps({"notice": NOTICE, "classes": table}, indent=2))
+        say_json({"notice": NOTICE, "classes": table}, indent=2)
         return
     for name, choices in table.items():
-        typer.echo(name)
-        typer.echo("    " + ", ".join(f"{attribute}: {' | '.join(values)}" for attribute, values in choices.items()))
-    typer.echo(f"Each is a {NOTICE}.")
+        say(name)
+        say("    " + ", ".join(f"{attribute}: {' | '.join(values)}" for attribute, values in choices.items()))
+    say(f"Each is a {NOTICE}.")
 
 
 @contextmanager
 def _progress(count: int) -> Iterator[Callable[[int], None]]:
     """A bar of phantoms on stderr, where that is a terminal."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console = console_of(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("drawing phantoms", total=count)

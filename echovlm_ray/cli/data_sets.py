@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from echovlm_ray.cli.printable import printable
+from echovlm_ray.cli.terminal import MAX_CELL, console_of, line, name_of, say, say_json, styled
 from echovlm_ray.cli.work import clear_errors, fail
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def check_command(
         options = _options(images, no_images, patient_pattern, names, checkpoint, max_tokens)
         report = _run_check(files, options)
     if as_json:
-        typer.echo(report.model_dump_json(indent=2))
+        say_json(report.model_dump_json(indent=2))
     else:
         _print_report(report, findings=True)
     if report.found:
@@ -97,12 +97,12 @@ def stats_command(
     with usable():
         report = _run_check(files, _options(images, not with_images, patient_pattern, False, None, 1))
     if as_json:
-        typer.echo(report.counts.model_dump_json(indent=2))
+        say_json(report.counts.model_dump_json(indent=2))
     else:
         _print_report(report, findings=False)
     unread = report.found.get("unreadable file", 0) + report.found.get("broken JSON", 0)
     if unread:
-        typer.echo(f"{unread} could not be read: see `echoray data check`", err=True)
+        say(f"{unread} could not be read: see `echoray data check`", err=True)
 
 
 def split_command(
@@ -137,9 +137,9 @@ def split_command(
                 _write_lines(directory / f"{side}.jsonl", (_raw(dataset, index) for index in indices))
     counts = {side: len(indices) for side, indices in divided.items()}
     if as_json:
-        typer.echo(json.dumps({"by": by, "seed": seed, "records": counts}))
+        say_json({"by": by, "seed": seed, "records": counts})
     else:
-        typer.echo(", ".join(f"{side}: {count}" for side, count in counts.items()) + f" records in {directory}")
+        say(", ".join(f"{side}: {count}" for side, count in counts.items()) + f" records in {directory}")
 
 
 def convert_command(
@@ -185,7 +185,7 @@ def convert_command(
                 raise ValueError(f"{destination} is the file that is read: give another name")
             records = _converted(dataset, to, images or file.parent, embed, extract_to, given)
             count = _write_lines(destination, records, as_array=destination.suffix == ".json")
-    typer.echo(f"{count} records in {destination}, in the form {to}.")
+    say(f"{count} records in {destination}, in the form {to}.")
 
 
 @contextmanager
@@ -306,12 +306,11 @@ def _token_counter(checkpoint: Path, limits: Any, max_visual_tokens: int) -> "Ca
 
 
 def _run_check(files: list[Path], options: "CheckOptions") -> "CheckReport":
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from echovlm_ray.data.check import check
 
-    console = Console(stderr=True)
+    console = console_of(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("checking", total=None)
@@ -319,17 +318,17 @@ def _run_check(files: list[Path], options: "CheckOptions") -> "CheckReport":
 
 
 def _print_report(report: "CheckReport", *, findings: bool) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    from rich.text import Text
 
-    console = Console(highlight=False)
+    from echovlm_ray.cli.tables import Listing
+
+    console = console_of()
     counts = report.counts.model_dump()
-    table = Table("what", "how many", title=f"{counts['records']} records in {len(report.files)} file(s)")
+    table = Listing("what", "how many", title=f"{counts['records']} records in {len(report.files)} file(s)")
     for name, value in counts.items():
         if isinstance(value, dict):
-            value = ", ".join(f"{printable(key)} {number}" for key, number in value.items()) or "-"
-        table.add_row(name.replace("_", " "), escape(str(value)))
+            value = ", ".join(f"{name_of(key)} {number}" for key, number in value.items()) or "-"
+        table.add_row(name.replace("_", " "), styled(str(value), ""))
     console.print(table)
     if not findings:
         return
@@ -338,9 +337,11 @@ def _print_report(report: "CheckReport", *, findings: bool) -> None:
         return
     for finding in report.findings:
         place = f"{finding.file}, line {finding.line}" if finding.line else finding.file
-        name = f" ({printable(finding.name)})" if finding.name else ""
-        console.print(f"{escape(printable(place))}{escape(name)}: [bold]{finding.kind}[/bold]: {escape(finding.text)}")
+        name = f" ({line(finding.name, MAX_CELL)})" if finding.name else ""
+        kind = styled(finding.kind, "bold")
+        console.print(Text.assemble(f"{line(place)}{name}: ", kind, f": {line(finding.text)}"), soft_wrap=True)
     listed = len(report.findings)
     total = sum(report.found.values())
     kinds = ", ".join(f"{kind} {count}" for kind, count in report.found.items())
-    console.print(f"{total} found: {kinds}{'' if listed >= total else f'; the first {listed} are listed'}")
+    more = "" if listed >= total else f"; the first {listed} are listed"
+    console.print(f"{total} found: {line(kinds)}{more}", soft_wrap=True)

@@ -1,6 +1,5 @@
 """`echoray eval`: a dataset against a model, two evaluations against each other, export. Light until it is called."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,7 +8,8 @@ from typer.core import TyperGroup
 
 from echovlm_ray.cli.credentials import Authority, Certificate, Key, TokenFile, tls_of, token_of
 from echovlm_ray.cli.data_sets import usable
-from echovlm_ray.cli.work import fail
+from echovlm_ray.cli.terminal import console_of, say, say_json
+from echovlm_ray.cli.work import fail, finite
 
 EXIT_INCOMPLETE = 1
 EXIT_USAGE = 2
@@ -71,7 +71,9 @@ def run_command(
     seed: Seed = 0,
     examples: Annotated[int, typer.Option(min=0, help="Records shown in the report page.")] = 12,
     threads: Annotated[int, typer.Option(min=1, help="With --checkpoint: torch threads.")] = 1,
-    patience: Annotated[float, typer.Option(min=0.0, help="Wait so many seconds for a service that is away.")] = 600.0,
+    patience: Annotated[
+        float, typer.Option(min=0.0, callback=finite, help="Wait so many seconds for a service that is away.")
+    ] = 600.0,
     token_file: TokenFile = None,
     ca: Authority = None,
     certificate: Certificate = None,
@@ -96,13 +98,12 @@ def run_command(
 
     Example: `echoray eval test.jsonl --checkpoint checkpoints/demo -o results/ --limit 50`
     """
-    from rich.console import Console
 
     if organs not in ("found", "given"):
         fail(f"--organs {organs!r} is neither found nor given", code=EXIT_USAGE)
     if checkpoint is not None:
         server = None
-    console = Console(stderr=True, highlight=False)
+    console = console_of(stderr=True)
     with usable():
         from echovlm_ray.cli.evaluation_run import answers_of, plan_of, write_result
         from echovlm_ray.evaluation.run import load
@@ -129,11 +130,11 @@ def run_command(
         except KeyboardInterrupt:
             fail("interrupted while scoring; all answers are kept: run the same command again", code=EXIT_INTERRUPTED)
     if as_json:
-        typer.echo(result.model_dump_json(indent=2, exclude={"examples"}))
+        say_json(result.model_dump_json(indent=2, exclude={"examples"}))
     else:
         from echovlm_ray.cli.evaluation_output import print_result
 
-        print_result(result, Console(highlight=False))
+        print_result(result, console_of())
         console.print(f"written: {output}/report.html, result.json, scores.png, answers.jsonl", markup=False)
     if result.failed:
         reasons = ", ".join(f"{name} {count}" for name, count in result.failed.items())
@@ -157,7 +158,6 @@ def compare_command(
 
     Example: `echoray eval compare test.jsonl results-1.0.0/ results-1.1.0/`
     """
-    from rich.console import Console
 
     with usable():
         from echovlm_ray.data.dataset import RecordDataset
@@ -168,11 +168,11 @@ def compare_command(
             loaded = load_items(records, limit)
         comparison = compare_runs(loaded.items, first, second, draws=draws, seed=seed)
     if as_json:
-        typer.echo(comparison.model_dump_json(indent=2))
+        say_json(comparison.model_dump_json(indent=2))
     else:
         from echovlm_ray.cli.evaluation_output import print_comparison
 
-        print_comparison(comparison, Console(highlight=False))
+        print_comparison(comparison, console_of())
 
 
 @app.command("export")
@@ -210,7 +210,7 @@ def export_command(
             | {"records": each.records}
             for each in written
         ]
-        typer.echo(json.dumps(found))
+        say_json(found)
         return
     for each in written:
-        typer.echo(f"{each.task}: {each.records} records, {each.predictions} and {each.references}")
+        say(f"{each.task}: {each.records} records, {each.predictions} and {each.references}")

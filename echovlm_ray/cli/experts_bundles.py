@@ -1,6 +1,5 @@
 """`echoray experts pack`, `verify`, `sign`, `show` and `diff`: what can be done with one bundle, or with two."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,7 +16,8 @@ from echovlm_ray.cli.experts_targets import (
     Target,
     source_of,
 )
-from echovlm_ray.cli.work import byte_progress, clear_errors, fail, parse_size
+from echovlm_ray.cli.terminal import say, say_json
+from echovlm_ray.cli.work import byte_progress, clear_errors, fail, finite, parse_size
 
 if TYPE_CHECKING:
     from echovlm_ray.checkpoint.bundle_card import BundleCard
@@ -121,8 +121,8 @@ def pack(
         if sign_with is not None:
             sign_bundle(destination, sign_with, password=password)
     signed = ", signed" if sign_with is not None else ""
-    typer.echo(f"Packed {manifest.organ}@{manifest.version} into {destination}{signed}: {manifest.digest}")
-    typer.echo(f"Next: echoray experts verify {destination}")
+    say(f"Packed {manifest.organ}@{manifest.version} into {destination}{signed}: {manifest.digest}")
+    say(f"Next: echoray experts verify {destination}")
 
 
 def verify(
@@ -144,7 +144,7 @@ def verify(
     memory: Annotated[
         str, typer.Option(help="The most memory that checking may take beyond the bundle's own files.")
     ] = "8GiB",
-    timeout: Annotated[float, typer.Option(min=0.1, help="Give up after this many seconds.")] = 600.0,
+    timeout: Annotated[float, typer.Option(min=0.1, callback=finite, help="Give up after this many seconds.")] = 600.0,
     as_json: AsJSON = False,
 ) -> None:
     """Checks everything about a bundle: manifest, files, digests, shapes, finite weights, signature, self-test.
@@ -178,7 +178,7 @@ def verify(
         )
         result = check_in_subprocess(request, timeout_s=timeout)
     if as_json:
-        typer.echo(result.model_dump_json(indent=2))
+        say_json(result.model_dump_json(indent=2))
     elif result.ok:
         print_check(result)
     else:
@@ -202,7 +202,7 @@ def sign(
         from experts.signing import sign_bundle
 
         path = sign_bundle(bundle, key, password=password)
-    typer.echo(f"Signed: {path}")
+    say(f"Signed: {path}")
 
 
 def show(
@@ -222,7 +222,7 @@ def show(
     if as_json:
         content = bundle.manifest.model_dump(mode="json")
         facts = {"digest": bundle.digest, "size_bytes": bundle.manifest.size_bytes, "signed": bool(bundle.signature)}
-        typer.echo(json.dumps({**facts, **content}, indent=2, ensure_ascii=False))
+        say_json({**facts, **content}, indent=2)
     else:
         print_bundle(bundle)
 
@@ -250,7 +250,7 @@ def diff(
             bundle.verify(digests=False)
         found = diff_bundles(first, second)
     if as_json:
-        typer.echo(json.dumps({**asdict(found), "same_weights": found.same_weights}, indent=2, ensure_ascii=False))
+        say_json({**asdict(found), "same_weights": found.same_weights}, indent=2)
     else:
         print_diff(found)
 

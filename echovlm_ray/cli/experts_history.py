@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from echovlm_ray.cli.control import EXIT_FAILED, with_control
 from echovlm_ray.cli.experts_targets import AsJSON
-from echovlm_ray.cli.rollout_tables import console_of
+from echovlm_ray.cli.rollout_words import number_in_words
+from echovlm_ray.cli.tables import Listing
+from echovlm_ray.cli.terminal import console_of, line, name_of, say_json, styled
 from echovlm_ray.client.control import ExpertControlClient
 
 if TYPE_CHECKING:
@@ -44,59 +44,65 @@ def history(
     """
     found = control.history(organ, last=last, verify=verify or bool(head), noted_hash=head)
     if as_json:
-        typer.echo(json.dumps(_as_dict(found, verified=verify or bool(head)), indent=2, ensure_ascii=False))
+        say_json(_as_dict(found, verified=verify or bool(head)), indent=2)
     else:
         console = console_of()
         if found.entries:
             console.print(_table(found))
         else:
-            console.print("Nothing has happened yet.")
+            console.print(f"Nothing has happened{f' to {organ}' if organ else ''} yet.")
         _print_head(found, verify or bool(head), console)
     if found.faults:
         raise typer.Exit(EXIT_FAILED)
 
 
-def _table(found: "HistoryResponse") -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("", justify="right", no_wrap=True)
-    for header in ("time", "organ", "event", "rollout", "by", "details", "reason"):
-        table.add_column(header, overflow="fold", no_wrap=header in ("time", "event"))
+def _table(found: "HistoryResponse") -> Listing:
+    table = Listing("#", "time", "organ", "event", "rollout", "by", "details", "reason", right=["#"])
     for entry in found.entries:
         table.add_row(
             str(entry.sequence),
             datetime.fromtimestamp(entry.time).astimezone().strftime("%Y-%m-%d %H:%M:%S"),
-            entry.organ,
-            entry.event.replace("_", " "),
-            entry.rollout_id,
-            escape(entry.actor),
-            escape(_details(entry)),
-            escape(entry.reason),
+            name_of(entry.organ),
+            name_of(entry.event.replace("_", " ")),
+            name_of(entry.rollout_id),
+            name_of(entry.actor),
+            _details(entry),
+            entry.reason,
         )
     return table
 
 
 def _details(entry: "HistoryEntry") -> str:
     """What fits into a line: single values, and of digests as much as people compare."""
-    details: dict[str, Any] = json.loads(entry.details_json or "{}")
-    before, after = details.pop("from_state", ""), details.pop("to_state", "")
+    details = _parsed(entry.details_json)
+    before, after = str(details.pop("from_state", "")), str(details.pop("to_state", ""))
     move = f"{before} → {after}".replace("_", " ").removeprefix(" ").strip() if after else ""
     shown = {key: value for key, value in details.items() if isinstance(value, str | int | float) and value != ""}
     rest = (key if value is True else f"{key} {_brief(value)}" for key, value in shown.items() if value is not False)
     return ", ".join(part for part in (move, *rest) if part)
 
 
+def _parsed(details_json: str) -> dict[str, Any]:
+    """The details of an entry; whatever is none is shown as it is."""
+    try:
+        details = json.loads(details_json or "{}")
+    except ValueError:
+        details = details_json
+    return details if isinstance(details, dict) else {"details": details}
+
+
 def _brief(value: Any) -> str:
     if isinstance(value, str) and len(value) == 64:
         return value[:12]
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return number_in_words(value) if isinstance(value, float) else str(value)
 
 
 def _print_head(found: "HistoryResponse", verified: bool, console: Console) -> None:
     for fault in found.faults:
-        console.print(f"[bold red]TAMPERED WITH:[/] {escape(fault)}", soft_wrap=True)
+        console.print(styled("TAMPERED WITH:", "bold red"), line(fault), soft_wrap=True)
     if verified and not found.faults:
-        console.print(f"[green]The history is intact[/green]: {found.length} entries.")
-    console.print(f"head {found.head_hash}", style="dim", soft_wrap=True)
+        console.print(styled("The history is intact:", "green"), f"{found.length} entries.")
+    console.print(f"head {line(found.head_hash)}", style="dim", soft_wrap=True)
     if verified and not found.faults:
         console.print("Note the head down elsewhere, and give it to --head the next time.", style="dim")
 
@@ -112,7 +118,7 @@ def _as_dict(found: "HistoryResponse", *, verified: bool) -> dict[str, Any]:
                 "event": entry.event,
                 "actor": entry.actor,
                 "reason": entry.reason,
-                "details": json.loads(entry.details_json or "{}"),
+                "details": _parsed(entry.details_json),
                 "hash": entry.hash,
             }
             for entry in found.entries

@@ -1,6 +1,5 @@
 """`echoray experts list`, `push` and `pull`: what is in a system or a registry, and the ways in and out."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -17,8 +16,9 @@ from echovlm_ray.cli.experts_targets import (
     registry_at,
 )
 from echovlm_ray.cli.experts_watch import watch_state
-from echovlm_ray.cli.rollout_tables import bundles_view, console_of, state_view
+from echovlm_ray.cli.rollout_tables import bundles_view, state_view
 from echovlm_ray.cli.rollout_words import bundle_as_dict, state_as_dict, versions_of
+from echovlm_ray.cli.terminal import console_of, line, say, say_json
 from echovlm_ray.cli.work import byte_progress, clear_errors, fail
 from echovlm_ray.client.control import ExpertControlClient
 
@@ -75,15 +75,15 @@ def push(
     if control is None:
         with clear_errors():
             manifest = registry_at(registry, registry_option).open().push(bundle)
-        typer.echo(f"{manifest.organ}@{manifest.version} is in {registry}: {manifest.digest}")
+        say(f"{manifest.organ}@{manifest.version} is in {registry}: {manifest.digest}")
         return
     source = context.get_parameter_source("registry")
     if registry_option or (source is not None and source.name == "COMMANDLINE"):
         fail("give --registry or --control, not both: Control has a registry of its own", EXIT_INVALID)
     with byte_progress("sending") as (start, advance):
         info = control.push(bundle, start=start, progress=advance)
-    typer.echo(f"{info.organ}@{info.version} is in the registry of {control.address}: {info.digest}")
-    typer.echo(f"Next: echoray experts stage {info.organ} {info.version}")
+    say(f"{info.organ}@{info.version} is in the registry of {control.address}: {info.digest}")
+    say(f"Next: echoray experts stage {info.organ} {info.version}")
 
 
 def pull(
@@ -103,15 +103,22 @@ def pull(
         opened = registry_at(registry, registry_option).open()
         directory.absolute().parent.mkdir(parents=True, exist_ok=True)
         manifest = opened.pull(opened.find(*named).digest, directory)
-    typer.echo(f"{manifest.organ}@{manifest.version} is in {directory}: {manifest.digest}")
+    say(f"{manifest.organ}@{manifest.version} is in {directory}: {manifest.digest}")
 
 
 def _list_registry(registry: str, options: list[str] | None, organ: str, as_json: bool) -> None:
     with clear_errors():
         from echovlm_ray.cli.experts_tables import print_versions
+        from experts.errors import InvalidBundleError
 
         opened = registry_at(registry, options).open()
-        found = [(manifest, opened.is_signed(manifest)) for manifest in opened.list(organ or None)]
+        # One that is damaged, or that somebody made to be, hides no other.
+        passed_over: list[InvalidBundleError] = []
+        listed = opened.list(organ or None, damaged=passed_over.append)
+        if organ and not listed and not passed_over:
+            known = ", ".join(dict.fromkeys(manifest.organ for manifest in opened.list(damaged=str))) or "none"
+            fail(f"there is no organ {organ!r} in the registry {registry}: there are {known}", EXIT_INVALID)
+        found = [(manifest, opened.is_signed(manifest)) for manifest in listed]
     if as_json:
         rows = [
             {
@@ -126,9 +133,11 @@ def _list_registry(registry: str, options: list[str] | None, organ: str, as_json
             }
             for manifest, signed in found
         ]
-        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        say_json(rows, indent=2)
     else:
         print_versions(found)
+    for error in passed_over:
+        say(f"passed over: {line(str(error))}", err=True)
 
 
 def _list_system(control: ExpertControlClient, organ: str, as_json: bool) -> None:
@@ -137,7 +146,7 @@ def _list_system(control: ExpertControlClient, organ: str, as_json: bool) -> Non
     if as_json:
         state = state_as_dict(found.live, found.rollouts, found.replicas, versions, organ)
         state["bundles"] = [bundle_as_dict(bundle) for bundle in found.bundles]
-        typer.echo(json.dumps(state, indent=2, ensure_ascii=False))
+        say_json(state, indent=2)
         return
     console = console_of()
     console.print(state_view(found.live, found.rollouts, found.replicas, versions, organ))

@@ -1,6 +1,5 @@
 """`echoray experts stage`, `canary`, `shadow`, `promote`, `rollback`, `retire` and `apply`, through Control."""
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,9 +8,11 @@ import typer
 
 from echovlm_ray.cli.control import EXIT_FAILED, EXIT_INVALID, Actor, DryRun, Reason, Wait, actor_of, with_control
 from echovlm_ray.cli.experts_targets import AsJSON
-from echovlm_ray.cli.rollout_tables import console_of, memory_view
+from echovlm_ray.cli.rollout_expected import RolloutId, candidate_seen, stable_seen
+from echovlm_ray.cli.rollout_tables import memory_view
 from echovlm_ray.cli.rollout_wait import LOADED, Reached, has_taken_over, is_gone, is_loaded, wait_until
-from echovlm_ray.cli.rollout_words import in_flight, operation_as_dict, short, state_in_words
+from echovlm_ray.cli.rollout_words import operation_as_dict, short, state_in_words
+from echovlm_ray.cli.terminal import console_of, line, name_of, say, say_json
 from echovlm_ray.cli.work import fail
 from echovlm_ray.client.control import ExpertControlClient
 
@@ -55,7 +56,11 @@ def stage(
     )
     _finish(control, response, dry_run, as_json, is_loaded if wait else None)
     if response.HasField("rollout") and not (dry_run or as_json):
-        typer.echo(f"Next: echoray experts canary {organ} --percent 5" if wait else _watch(organ))
+        say(
+            f"Next: echoray experts canary {organ} --percent 5 --rollout {response.rollout.id}"
+            if wait
+            else _watch(organ)
+        )
 
 
 @with_control
@@ -63,6 +68,7 @@ def canary(
     control: ExpertControlClient,
     organ: Organ,
     percent: Percent,
+    rollout: RolloutId = "",
     digest: Digest = "",
     reason: Reason = "",
     actor: Actor = None,
@@ -77,7 +83,15 @@ def canary(
     Example: `echoray experts canary heart --percent 5`
     """
     digest = _whole(control, organ, digest)
-    response = control.canary(organ, percent, digest=digest, actor=actor_of(actor), reason=reason, dry_run=dry_run)
+    response = control.canary(
+        organ,
+        percent,
+        digest=digest,
+        actor=actor_of(actor),
+        reason=reason,
+        expected=candidate_seen(control, organ, rollout, digest),
+        dry_run=dry_run,
+    )
     _finish(control, response, dry_run, as_json)
 
 
@@ -86,6 +100,7 @@ def shadow(
     control: ExpertControlClient,
     organ: Organ,
     percent: Percent,
+    rollout: RolloutId = "",
     digest: Digest = "",
     reason: Reason = "",
     actor: Actor = None,
@@ -99,7 +114,15 @@ def shadow(
     Example: `echoray experts shadow heart --percent 20`
     """
     digest = _whole(control, organ, digest)
-    response = control.shadow(organ, percent, digest=digest, actor=actor_of(actor), reason=reason, dry_run=dry_run)
+    response = control.shadow(
+        organ,
+        percent,
+        digest=digest,
+        actor=actor_of(actor),
+        reason=reason,
+        expected=candidate_seen(control, organ, rollout, digest),
+        dry_run=dry_run,
+    )
     _finish(control, response, dry_run, as_json)
 
 
@@ -107,6 +130,7 @@ def shadow(
 def promote(
     control: ExpertControlClient,
     organ: Organ,
+    rollout: RolloutId = "",
     digest: Digest = "",
     reason: Reason = "",
     actor: Actor = None,
@@ -121,10 +145,14 @@ def promote(
     Example: `echoray experts promote heart --reason "agrees with the board" --wait`
     """
     digest = _whole(control, organ, digest)
-    if not digest and (candidate := in_flight(control.list(organ).rollouts, organ)):
-        # So that nobody promotes what somebody else has staged in the meantime.
-        digest = candidate.digest
-    response = control.promote(organ, digest=digest, actor=actor_of(actor), reason=reason, dry_run=dry_run)
+    response = control.promote(
+        organ,
+        digest=digest,
+        actor=actor_of(actor),
+        reason=reason,
+        expected=candidate_seen(control, organ, rollout, digest),
+        dry_run=dry_run,
+    )
     _finish(control, response, dry_run, as_json, has_taken_over if wait else None)
 
 
@@ -132,6 +160,14 @@ def promote(
 def rollback(
     control: ExpertControlClient,
     organ: Organ,
+    rollout: RolloutId = "",
+    stable: Annotated[
+        str,
+        typer.Option(
+            metavar="VERSION|DIGEST",
+            help="Go back from this version, which must be the stable one, to the version that was stable before it.",
+        ),
+    ] = "",
     digest: Digest = "",
     reason: Reason = "",
     actor: Actor = None,
@@ -139,18 +175,39 @@ def rollback(
     wait: Wait = False,
     as_json: AsJSON = False,
 ) -> None:
-    """Takes back the candidate; where none is in flight, the stable version, in favour of the one before it.
+    """Takes back the candidate. The stable version is touched only where `--stable` names it.
 
-    An earlier version is verified and loaded first, and the stable one serves until then. With `--wait` it ends when
+    Where nothing is in flight, nothing is changed, and the reason says what happened since. With `--wait` it ends when
     no request uses what was taken back, and its memory is free.
 
+    With `--stable` the version before the stable one is verified and loaded first, and the stable one serves until
+    then. If another version is stable by now, nothing is changed.
+
     Example: `echoray experts rollback heart --reason "misses effusions" --wait`
+
+    Example: `echoray experts rollback heart --stable 1.1.0 --reason "misses effusions" --wait`
     """
-    digest = _whole(control, organ, digest) or _to_take_back(control, organ)
-    response = control.rollback(organ, digest=digest, actor=actor_of(actor), reason=reason, dry_run=dry_run)
-    # A rollout that is under way after a rollback brings the earlier version back.
-    ended = response.rollout.state in ("rolled_back", "failed")
-    _finish(control, response, dry_run, as_json, (is_gone if ended else has_taken_over) if wait else None)
+    if stable:
+        if rollout or digest:
+            fail("--stable names the stable version: leave out --rollout and --digest", EXIT_INVALID)
+        version, named = _bundle(control, organ, stable)
+        response = control.roll_back_stable(
+            organ, version=version, digest=named, actor=actor_of(actor), reason=reason, dry_run=dry_run
+        )
+        _finish(control, response, dry_run, as_json, has_taken_over if wait else None)
+        return
+    digest = _whole(control, organ, digest)
+    expected = candidate_seen(control, organ, rollout, digest)
+    # A step of the rollout's plan in between is no reason to leave the candidate where it is.
+    expected.ClearField("state")
+    expected.ClearField("percent")
+    if expected.nothing_in_flight:
+        # Refused with what happened since. In earnest, a Control of an older version would take back the stable one.
+        dry_run = True
+    response = control.rollback(
+        organ, digest=digest, actor=actor_of(actor), reason=reason, expected=expected, dry_run=dry_run
+    )
+    _finish(control, response, dry_run, as_json, is_gone if wait else None)
 
 
 @with_control
@@ -171,7 +228,13 @@ def retire(
     """
     named, digest = _bundle(control, organ, version) if version else ("", "")
     response = control.retire(
-        organ, version=named, digest=digest, actor=actor_of(actor), reason=reason, dry_run=dry_run
+        organ,
+        version=named,
+        digest=digest,
+        actor=actor_of(actor),
+        reason=reason,
+        expected=None if version else stable_seen(control, organ),
+        dry_run=dry_run,
     )
     _finish(control, response, dry_run, as_json)
 
@@ -201,7 +264,7 @@ def apply(
     response = control.apply(rollout_file.model_dump_json(), actor=actor_of(actor), dry_run=dry_run)
     _finish(control, response, dry_run, as_json, _last_step(rollout_file) if wait else None)
     if response.changed and not (as_json or wait):
-        typer.echo(_watch(rollout_file.organ))
+        say(_watch(rollout_file.organ))
 
 
 def _last_step(file: "RolloutFile") -> Reached:
@@ -230,9 +293,9 @@ def _finish(
         rollout = wait_until(control, response.rollout, reached)
         response.rollout.CopyFrom(rollout)
         if not as_json:
-            typer.echo(f"{_named(rollout)} is {state_in_words(rollout)}.")
+            say(f"{_named(rollout)} is {name_of(state_in_words(rollout))}.")
     if as_json:
-        typer.echo(json.dumps(operation_as_dict(response), ensure_ascii=False))
+        say_json(operation_as_dict(response))
     if dry_run and any(not memory.fits for memory in response.memory):
         raise typer.Exit(EXIT_FAILED)
 
@@ -244,17 +307,17 @@ def _print(response: "OperationResponse", dry_run: bool) -> None:
     elif not response.changed:
         console.print("Nothing to do.", style="bold")
     elif response.HasField("rollout"):
-        console.print(f"{_named(response.rollout)}, rollout {response.rollout.id}:", style="bold", markup=False)
+        console.print(f"{_named(response.rollout)}, rollout {name_of(response.rollout.id)}:", style="bold")
     else:
         console.print("Done:", style="bold")
     for step in response.steps:
-        console.print(f"  {step}", markup=False, soft_wrap=True)
+        console.print(f"  {line(step)}", soft_wrap=True)
     if response.memory:
         console.print(memory_view(response.memory))
 
 
 def _named(rollout: "Rollout") -> str:
-    return f"{rollout.organ} {rollout.version or short(rollout.digest)}"
+    return f"{name_of(rollout.organ)} {name_of(rollout.version or short(rollout.digest))}"
 
 
 def _watch(organ: str) -> str:
@@ -283,21 +346,3 @@ def _whole(control: ExpertControlClient, organ: str, start: str) -> str:
     if len(matching) > 1:
         fail(f"several bundles of {organ} begin with {start}: {', '.join(matching)}", EXIT_INVALID)
     return matching[0]
-
-
-def _to_take_back(control: ExpertControlClient, organ: str) -> str:
-    """What a rollback is about now: sent along, so that a repeated call does not take back the version below."""
-    found = control.list(organ)
-    stable = next((member.bundle_digest for member in found.live.members if member.organ == organ), "")
-    candidate = in_flight(found.rollouts, organ)
-    if candidate is None or _restores(control, candidate):
-        return stable
-    return candidate.digest
-
-
-def _restores(control: ExpertControlClient, rollout: "Rollout") -> bool:
-    """Whether a rollout is itself a rollback that is under way; who asks again does not want to stop it."""
-    for entry in control.history(rollout.organ).entries:
-        if entry.rollout_id == rollout.id and entry.event == "stage":
-            return bool(json.loads(entry.details_json or "{}").get("restores"))
-    return False

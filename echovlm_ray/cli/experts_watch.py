@@ -1,6 +1,5 @@
 """`echoray experts watch`, and how every command shows what goes on: a live table, lines for a pipe, or JSON."""
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -16,8 +15,9 @@ from echovlm_ray.cli.control import with_control
 from echovlm_ray.cli.experts_targets import AsJSON
 from echovlm_ray.cli.interruptible import interruptible
 from echovlm_ray.cli.rollout_changes import changes
-from echovlm_ray.cli.rollout_tables import console_of, state_view
+from echovlm_ray.cli.rollout_tables import state_view
 from echovlm_ray.cli.rollout_words import state_as_dict, versions_of
+from echovlm_ray.cli.terminal import console_of, say, say_json
 from echovlm_ray.client.control import ExpertControlClient
 from echovlm_ray.client.errors import CallCancelledError, EchoVLMError, InternalServerError, UnavailableError
 
@@ -112,7 +112,7 @@ def states(control: ExpertControlClient) -> Iterator[Iterator["ControlState"]]:
 def _with_absences_told(found: Iterator["ControlState | None"]) -> Iterator["ControlState"]:
     for state in found:
         if state is None:
-            typer.echo("Control does not answer; trying again …", err=True)
+            say("Control does not answer; trying again …", err=True)
         else:
             yield state
 
@@ -179,8 +179,8 @@ def _lines(names: Versions, organ: str, console: Console) -> Show:
 
     def show(state: "ControlState") -> None:
         now = datetime.now().astimezone().strftime("%H:%M:%S")
-        for line in changes(before[0] if before else None, state, names.of(state), organ):
-            console.print(f"{now} {line}", markup=False, soft_wrap=True)
+        for change in changes(before[0] if before else None, state, names.of(state), organ):
+            console.print(f"{now} {change}", soft_wrap=True)
         before[:] = [state]
 
     return show
@@ -190,6 +190,6 @@ def _lines(names: Versions, organ: str, console: Console) -> Show:
 def _json_lines(names: Versions, organ: str) -> Iterator[Show]:
     def show(state: "ControlState") -> None:
         shown = state_as_dict(state.live, state.rollouts, state.replicas, names.of(state), organ)
-        typer.echo(json.dumps({"version": state.version, **shown}, ensure_ascii=False))
+        say_json({"version": state.version, **shown})
 
     yield show

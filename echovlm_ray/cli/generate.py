@@ -1,7 +1,6 @@
 """`echoray generate` and `echoray info`: a gateway's answers on the terminal. Only the client, nothing heavy."""
 
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -10,15 +9,16 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
+import grpc
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.status import Status
-from rich.table import Table
 
 from echovlm_ray.cli.credentials import Authority, Certificate, Key, TokenFile, tls_of, token_of
 from echovlm_ray.cli.interruptible import interruptible
-from echovlm_ray.cli.printable import printable
+from echovlm_ray.cli.tables import Listing
+from echovlm_ray.cli.terminal import console_of, line, name_of, say_json, styled, visible
+from echovlm_ray.cli.work import finite
 from echovlm_ray.client import (
     Accepted,
     AnswerStream,
@@ -45,9 +45,10 @@ EXIT_UNAVAILABLE = 3
 EXIT_DEADLINE = 4
 EXIT_CREDENTIALS = 5
 EXIT_INTERRUPTED = 130
+MAX_DESCRIPTION = 2000
 
 Server = Annotated[str, typer.Option(help="host:port of the gateway.", envvar="ECHORAY_SERVER")]
-Timeout = Annotated[float, typer.Option(min=0.001, help="Give up after this many seconds.")]
+Timeout = Annotated[float, typer.Option(min=0.001, callback=finite, help="Give up after this many seconds.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
 
@@ -63,12 +64,14 @@ def generate(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="The longest answer; else the server's default.")
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token always.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, callback=finite, help="0 takes the most likely token always.")
+    ] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="Keep the k most likely tokens; 0 keeps all.")] = 0,
     top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Keep the likeliest tokens up to this probability.")
+        float, typer.Option(min=0.0, max=1.0, callback=finite, help="Keep the likeliest tokens up to this probability.")
     ] = 1.0,
-    repetition_penalty: Annotated[float, typer.Option(min=0.0, help="Above 1: repeat less.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(min=0.0, callback=finite, help="Above 1: repeat less.")] = 1.0,
     seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     session: Annotated[
@@ -102,7 +105,7 @@ def generate(
         "stop": stop or [],
         "session_key": session,
     }
-    console = Console(stderr=True, highlight=False)
+    console = console_of(stderr=True)
     with _failures(console, server), _client(server, token_file, ca, certificate, key, timeout) as client:
         images = _read_stdin(files or [])
         if not images and not prompt.strip():
@@ -124,13 +127,13 @@ def info(
     as_json: AsJson = False,
 ) -> None:
     """Shows what a gateway serves: the model, its organs with the versions of their experts, its limits."""
-    console = Console(stderr=True, highlight=False)
+    console = console_of(stderr=True)
     with _failures(console, server), _client(server, token_file, ca, certificate, key, timeout) as client:
         found = client.model_info()
         if as_json:
-            print(json.dumps(dataclasses.asdict(found), ensure_ascii=False, indent=2))  # noqa: T201 - the command's output
+            say_json(dataclasses.asdict(found), indent=2)
         else:
-            _print_info(found, Console(highlight=False))
+            _print_info(found, console_of())
 
 
 def _client(
@@ -150,7 +153,7 @@ def _read_stdin(files: Sequence[str]) -> list[Image]:
 
 def _print_stream(stream: AnswerStream, events: Iterator[Event], console: Console, num_images: int) -> None:
     # Random or hostile text must not steer the terminal; a pipe gets exactly what the model wrote.
-    readable = printable if sys.stdout.isatty() else str
+    readable = visible if sys.stdout.isatty() else str
     started = time.monotonic()
     sending = f"sending {num_images} image{'s' * (num_images != 1)} …" if num_images else "sending …"
     with console.status(sending) if console.is_terminal else nullcontext() as status:
@@ -166,13 +169,13 @@ def _print_stream(stream: AnswerStream, events: Iterator[Event], console: Consol
     sys.stdout.write("\n")
     sys.stdout.flush()
     assert stream.summary is not None
-    for line in _closing_lines(stream.summary, time.monotonic() - started):
-        console.print(escape(line), style="dim", soft_wrap=True)
+    for closing in _closing_lines(stream.summary, time.monotonic() - started):
+        console.print(line(closing), style="dim", soft_wrap=True)
 
 
 def _update(status: Status | None, text: str) -> None:
     if status is not None:
-        status.update(escape(text))
+        status.update(styled(text, ""))
 
 
 def _accepted(event: Accepted) -> str:
@@ -183,17 +186,18 @@ def _accepted(event: Accepted) -> str:
 
 def _closing_lines(summary: Summary, seconds: float) -> list[str]:
     organs = ", ".join(
-        f"{organ.organ} {organ.bundle_version} ({organ.routed_share:.0%})" for organ in summary.provenance.organs
+        f"{name_of(organ.organ)} {name_of(organ.bundle_version)} ({organ.routed_share:.0%})"
+        for organ in summary.provenance.organs
     )
     rate = summary.completion_tokens / seconds if seconds > 0 else 0.0
     reason = {"stop": "complete", "length": "cut off at the limit of new tokens"}.get(
         summary.finish_reason, summary.finish_reason
     )
-    line = (
+    closing = (
         f"experts: {organs} · set {summary.provenance.expert_set_id[:12]} · {summary.completion_tokens} tokens, "
         f"{rate:.1f} tokens/s · {reason} · request {summary.request_id}"
     )
-    return [line, *(f"note: {notice}" for notice in summary.notices)]
+    return [closing, *(f"note: {notice}" for notice in summary.notices)]
 
 
 def _print_json(stream: AnswerStream, events: Iterator[Event]) -> None:
@@ -206,17 +210,17 @@ def _print_json(stream: AnswerStream, events: Iterator[Event]) -> None:
         "accepted": dataclasses.asdict(stream.accepted) if stream.accepted is not None else None,
         "seconds": round(time.monotonic() - started, 3),
     }
-    print(json.dumps(answer, ensure_ascii=False))  # noqa: T201 - the command's output
+    say_json(answer)
 
 
 def _print_info(found: ModelInfo, console: Console) -> None:
-    console.print(f"{found.name} {found.version}", style="bold", markup=False)
-    console.print(found.description, markup=False)
-    console.print(f"backbone {found.backbone_digest[:12]} · expert set {found.expert_set_id[:12]}", markup=False)
-    table = Table("organ", "version", "bundle", "experts")
+    console.print(f"{name_of(found.name)} {name_of(found.version)}", style="bold")
+    console.print(found.description[:MAX_DESCRIPTION])
+    console.print(line(f"backbone {found.backbone_digest[:12]} · expert set {found.expert_set_id[:12]}"))
+    table = Listing("organ", "version", "bundle", "experts", right=["experts"])
     for organ in found.organs:
-        name = f"{organ.organ} (default)" if organ.organ == found.default_organ else organ.organ
-        table.add_row(escape(name), escape(organ.bundle_version), organ.bundle_digest[:12], str(organ.num_experts))
+        name = f"{name_of(organ.organ)} (default)" if organ.organ == found.default_organ else name_of(organ.organ)
+        table.add_row(name, name_of(organ.bundle_version), organ.bundle_digest[:12], str(organ.num_experts))
     console.print(table)
     limits = dataclasses.asdict(found.limits)
     console.print(
@@ -235,14 +239,14 @@ def _failures(console: Console, server: str) -> Iterator[None]:
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except EchoVLMError as error:
         text, code = _explain(error, server)
-        console.print(f"[red]error:[/red] {escape(text)}", soft_wrap=True)
+        console.print(styled("error:", "red"), text, soft_wrap=True)
         raise typer.Exit(code) from None
     except BrokenPipeError:
         # Whoever read has seen enough, as `head` does. Python would complain once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(EXIT_FAILED) from None
     except (ValueError, OSError) as error:
-        console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        console.print(styled("error:", "red"), str(error), soft_wrap=True)
         raise typer.Exit(EXIT_INVALID) from None
 
 
@@ -268,5 +272,10 @@ def _explain(error: EchoVLMError, server: str) -> tuple[str, int]:
             return f"{error} (give the token's file with --token-file)", EXIT_CREDENTIALS
         case PermissionDeniedError():
             return str(error), EXIT_CREDENTIALS
+        case EchoVLMError(code=grpc.StatusCode.UNIMPLEMENTED):
+            return (
+                f"what answers at {server} is not a gateway: name the gateway's address, not Control's, with --server",
+                EXIT_UNAVAILABLE,
+            )
         case _:
             return f"{error} (request {error.request_id})", EXIT_FAILED

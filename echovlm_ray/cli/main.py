@@ -15,6 +15,7 @@ from echovlm_ray.cli.generate import generate, info
 from echovlm_ray.cli.serve import serve
 from echovlm_ray.cli.status import status
 from echovlm_ray.cli.stop import stop
+from echovlm_ray.cli.terminal import say
 
 EXIT_FAILED = 1
 # Where a command's packages come from, if not from `serve`.
@@ -33,7 +34,7 @@ class _Commands(TyperGroup):
             if not package or package in OWN_PACKAGES:
                 raise
             extra = _EXTRAS.get(ctx.invoked_subcommand or "", "serve")
-            typer.echo(
+            say(
                 f"error: `echoray {ctx.invoked_subcommand}` needs {package}, which is not installed: "
                 f"pip install 'echovlm-ray[{extra}]'",
                 err=True,
@@ -62,7 +63,7 @@ app.add_typer(train.app, name="train")
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"echoray {metadata.version('echovlm-ray')}")
+        say(f"echoray {metadata.version('echovlm-ray')}")
         raise typer.Exit
 
 

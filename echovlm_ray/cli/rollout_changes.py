@@ -11,6 +11,7 @@ from echovlm_ray.cli.rollout_words import (
     state_in_words,
     version_in_words,
 )
+from echovlm_ray.cli.terminal import line
 
 if TYPE_CHECKING:
     from protos.control_pb2 import ControlState, Rollout
@@ -28,9 +29,8 @@ def changes(before: "ControlState | None", after: "ControlState", versions: Vers
         versions: of the digests in both.
         organ: only this organ's, if given.
     """
-    yield from _live(before, after, versions, organ)
-    yield from _rollouts(before, after, versions, organ)
-    yield from _replicas(before, after, versions, organ)
+    for change in (_live, _rollouts, _replicas):
+        yield from map(line, change(before, after, versions, organ))
 
 
 def _live(before: "ControlState | None", after: "ControlState", versions: Versions, organ: str) -> Iterator[str]:

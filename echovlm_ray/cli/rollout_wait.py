@@ -7,8 +7,8 @@ import typer
 
 from echovlm_ray.cli.control import EXIT_INTERRUPTED
 from echovlm_ray.cli.experts_watch import Versions, display, states
-from echovlm_ray.cli.rollout_tables import console_of
 from echovlm_ray.cli.rollout_words import ENDED_BADLY, short, state_in_words
+from echovlm_ray.cli.terminal import console_of, line, say
 from echovlm_ray.cli.work import fail
 
 if TYPE_CHECKING:
@@ -61,13 +61,13 @@ def wait_until(control: "ExpertControlClient", rollout: "Rollout", reached: Reac
                     return current
                 # Where the end is what was asked for, only the memory is still awaited.
                 if current.state in ENDED_BADLY and reached is not is_gone:
-                    because = f": {current.reason}" if current.reason else ""
+                    because = f": {line(current.reason)}" if current.reason else ""
                     version = current.version or short(current.digest)
                     fail(_ended(f"{organ} {version} is {state_in_words(current)}{because}", organ))
     except KeyboardInterrupt:
-        typer.echo(
+        say(
             f"No longer waiting; the rollout goes on. See it: echoray experts watch {organ}. "
-            f"Take it back: echoray experts rollback {organ}",
+            f"Take it back: echoray experts rollback {organ} --rollout {rollout.id}",
             err=True,
         )
         raise typer.Exit(EXIT_INTERRUPTED) from None

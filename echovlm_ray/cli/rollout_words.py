@@ -26,7 +26,13 @@ Versions = Mapping[str, str]
 def state_in_words(rollout: "Rollout") -> str:
     """A rollout's state with its part of the traffic, for example "canary 5 %"."""
     state = rollout.state.replace("_", " ")
-    return f"{state} {rollout.percent:g} %" if rollout.percent else state
+    return f"{state} {number_in_words(rollout.percent)} %" if rollout.percent else state
+
+
+def number_in_words(number: float) -> str:
+    """A number with as few digits as tell it from every other: 5 or 99.99999, never 100 for that."""
+    short = f"{number:g}"
+    return short if float(short) == number or number != number else repr(number)
 
 
 def in_flight(rollouts: Iterable["Rollout"], organ: str) -> "Rollout | None":
@@ -117,6 +123,7 @@ def rollout_as_dict(rollout: "Rollout") -> dict[str, Any]:
         "actor": rollout.actor,
         "created_at": rollout.created_at,
         "state_since": rollout.state_since,
+        "restores": rollout.restores,
         "shadow": shadow,
     }
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from echovlm_ray.cli.signals import EXIT_KILLED, StopRequest
+from echovlm_ray.cli.terminal import MAX_CELL, console_of, line, styled
 from echovlm_ray.client.connection import DEFAULT_ADDRESS
 
 if TYPE_CHECKING:
@@ -45,12 +45,34 @@ def serve(
 
     Example: `echoray serve --checkpoint checkpoints/demo`
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = console_of()
+    console.soft_wrap = True
     if detach and address is None:
         _fail("--detach needs --address: a local Ray ends with this command", EXIT_INVALID)
     with _failures():
         parsed = _load(config, checkpoint)
-        _serve(parsed, address, detach, console)
+        with nullcontext() if address else _alone(parsed):
+            _serve(parsed, address, detach, console)
+
+
+@contextmanager
+def _alone(config: "Config") -> Iterator[None]:
+    """Refuses what another `echoray serve` of this machine is about to use, even if it has only begun to start."""
+    from echovlm_ray.cli.state import claimed
+    from echovlm_ray.serving.preflight import resolve_paths
+    from echovlm_ray.serving.rollout_files import RolloutFiles
+
+    resources = {
+        f"port {section.port}": f"set {name}.port to another port, or to 0 for any free one"
+        for name, section in (("gateway", config.gateway), ("control", config.control))
+        if section.port
+    }
+    if config.router.experts == "remote":
+        resolved = resolve_paths(config)
+        files = RolloutFiles.of(resolved.rollouts, resolved.model.checkpoint)
+        resources = {f"the rollouts' database {files.base}": "set rollouts.database to another one", **resources}
+    with claimed(resources):
+        yield
 
 
 def _load(path: Path | None, checkpoint: Path | None) -> "Config":
@@ -136,7 +158,7 @@ def _print_ready(system: "RunningSystem", config: "Config", console: Console, de
     index, expert_set = system.served.index, system.served.expert_set
     gateway = ", ".join(sorted(set(system.gateway_addresses)))
     organs = ", ".join(f"{organ} {version}" for organ, version in system.served.versions.items())
-    console.print(f"[bold green]Ready[/bold green] after {system.start_s:.0f} s.")
+    console.print(styled("Ready", "bold green"), f"after {system.start_s:.0f} s.")
     rows = {
         "gateway": f"{gateway} ({_access(config.gateway)})",
         "control": f"{system.control_address} ({_access(config.control)})",
@@ -146,13 +168,13 @@ def _print_ready(system: "RunningSystem", config: "Config", console: Console, de
         "organs": organs,
     }
     for name, text in rows.items():
-        console.print(f"  {name:<11} {escape(text)}")
+        console.print(f"  {name:<11} {line(text)}")
     if index.description:
-        console.print(f"  {escape(index.description)}", style="dim")
+        console.print(f"  {line(index.description, MAX_CELL)}", style="dim")
     if missing := system.served.missing_text_files:
         console.print(
-            f"[yellow]The checkpoint has no {' and no '.join(missing)}[/yellow] in its backbone/ folder, so the "
-            "gateway cannot answer: only the router can be called, with token ids."
+            styled(f"The checkpoint has no {' and no '.join(missing)}", "yellow"),
+            "in its backbone/ folder, so the gateway cannot answer: only the router can be called, with token ids.",
         )
     command = _command()
     server = "" if system.gateway_address == DEFAULT_ADDRESS else f" --server {system.gateway_address}"
@@ -213,5 +235,5 @@ def _failures() -> Iterator[None]:
 
 
 def _fail(text: str, code: int) -> NoReturn:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {escape(text)}")
+    console_of(stderr=True).print(styled("error:", "red"), text, soft_wrap=True)
     raise typer.Exit(code)

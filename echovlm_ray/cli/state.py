@@ -3,11 +3,13 @@
 One small file per running `echoray serve`, in a folder that only its user can read.
 """
 
+import fcntl
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -47,6 +49,36 @@ def announced(checkpoint: str, control: str) -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def claimed(resources: Mapping[str, str]) -> Iterator[None]:
+    """Keeps for this process, while the block lasts, what two systems of this machine cannot share.
+
+    Two that start at once would both find it free, and one of them would fail later, in another process.
+
+    Args:
+        resources: what each is called, for example "port 50051", and how the user gives another one.
+
+    Raises:
+        ValueError: another `echoray serve` of this user has it; the text names that process.
+    """
+    with ExitStack() as held:
+        for resource, remedy in resources.items():
+            name = hashlib.sha256(resource.encode()).hexdigest()[:16]
+            descriptor = os.open(_folder() / f"{name}.claim", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            held.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                pid = os.pread(descriptor, 32, 0).decode()
+                raise ValueError(
+                    f"another `echoray serve` (process {pid}) is starting or running here with {resource}: "
+                    f"`echoray stop --pid {pid}` ends it; or {remedy}"
+                ) from None
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        yield
 
 
 def running_systems() -> list[LocalSystem]:

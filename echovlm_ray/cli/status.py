@@ -1,16 +1,18 @@
 """`echoray status`: what runs where, from Control. Only the client's packages."""
 
-import json
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import grpc
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
+from echovlm_ray.cli.control import explain
 from echovlm_ray.cli.credentials import Authority, Certificate, Key, TokenFile, tls_of, token_of
+from echovlm_ray.cli.tables import Listing
+from echovlm_ray.cli.terminal import console_of, line, name_of, say_json, styled
+from echovlm_ray.cli.work import finite
 from echovlm_ray.client.connection import LOOPBACK, TLS, call_metadata, check_connection
+from echovlm_ray.client.errors import EchoVLMError, from_rpc_error
 from protos import status_pb2, status_pb2_grpc
 
 if TYPE_CHECKING:
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
 
 EXIT_FAILED = 1
 EXIT_INVALID = 2
-EXIT_UNAVAILABLE = 3
-EXIT_CREDENTIALS = 5
 DEFAULT_CONTROL = "127.0.0.1:50052"
 RUNNING = "RUNNING"
 MEBIBYTE = 1024 * 1024
@@ -31,7 +31,7 @@ def status(
     ca: Authority = None,
     certificate: Certificate = None,
     key: Key = None,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Give up after this many seconds.")] = 10.0,
+    timeout: Annotated[float, typer.Option(min=0.1, callback=finite, help="Give up after this many seconds.")] = 10.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Shows every part: its replicas, their addresses and processes, expert versions, queues and memory.
@@ -44,10 +44,10 @@ def status(
         found = _ask(control, token_of(token_file), tls_of(ca, certificate, key), timeout)
     except (ValueError, OSError) as error:
         _fail(str(error), EXIT_INVALID)
-    except grpc.RpcError as error:
-        _fail(*_explain(error, control))
+    except EchoVLMError as error:
+        _fail(*explain(error, control))
     if as_json:
-        typer.echo(json.dumps(_as_dict(found), indent=2))
+        say_json(_as_dict(found), indent=2)
     else:
         _print(found)
     if any(application.status != RUNNING for application in found.applications):
@@ -62,25 +62,15 @@ def _ask(control: str, token: str | None, tls: TLS | None, timeout: float) -> "G
     else:
         channel = grpc.secure_channel(control, tls.credentials(), options=options)
     with channel:
-        _, metadata = call_metadata(token, None)
+        request_id, metadata = call_metadata(token, None)
         stub = status_pb2_grpc.SystemStatusStub(channel)
-        response: GetStatusResponse = stub.GetStatus(status_pb2.GetStatusRequest(), timeout=timeout, metadata=metadata)
+        try:
+            response: GetStatusResponse = stub.GetStatus(
+                status_pb2.GetStatusRequest(), timeout=timeout, metadata=metadata
+            )
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, control, request_id, service="Control") from None
         return response
-
-
-def _explain(error: grpc.RpcError, control: str) -> tuple[str, int]:
-    code, details = error.code(), error.details()
-    if code == grpc.StatusCode.UNAUTHENTICATED:
-        return f"{details} (give the token's file with --token-file)", EXIT_CREDENTIALS
-    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-        return (
-            f"nothing answers at {control}: start the system with `echoray serve`, or name its Control with --control "
-            "(`echoray serve` prints it; with TLS give --ca)",
-            EXIT_UNAVAILABLE,
-        )
-    if code == grpc.StatusCode.UNIMPLEMENTED:
-        return f"what answers at {control} is not Control: name Control's address, not the gateway's", EXIT_UNAVAILABLE
-    return f"{code.name}: {details}", EXIT_FAILED
 
 
 def _as_dict(found: "GetStatusResponse") -> dict[str, Any]:
@@ -124,44 +114,38 @@ def _replica_as_dict(replica: "ReplicaDescription") -> dict[str, Any]:
 
 
 def _print(found: "GetStatusResponse") -> None:
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        # A pipe has no width to fit into, and an address that is cut off is of no use.
-        console = Console(highlight=False, width=200)
+    console = console_of()
     nodes = {replica.node for application in found.applications for replica in application.replicas if replica.pid}
-    table = Table(box=None, pad_edge=False)
-    for name in ("application", "status", "endpoint", *(["node"] if len(nodes) > 1 else [])):
-        table.add_column(name, overflow="fold")
-    for name in ("pid", "device", "memory", "queue"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("experts", overflow="fold")
+    numbers = ("pid", "device", "memory", "queue")
+    where = ["endpoint", *(["node"] if len(nodes) > 1 else [])]
+    table = Listing("application", "status", *where, *numbers, "experts", right=numbers)
     for application in found.applications:
         for row in _rows(application, with_node=len(nodes) > 1):
             table.add_row(*row)
     console.print(table)
-    console.print(f"expert set {found.expert_set_id[:12]}" + (f" on {min(nodes)}" if len(nodes) == 1 else ""))
+    console.print(line(f"expert set {found.expert_set_id[:12]}" + (f" on {min(nodes)}" if len(nodes) == 1 else "")))
     for application in found.applications:
         if application.status != RUNNING and application.message:
-            console.print(f"{application.name}: {escape(application.message)}", soft_wrap=True)
+            console.print(line(f"{application.name}: {application.message}"), soft_wrap=True)
 
 
-def _rows(application: "ApplicationStatus", *, with_node: bool) -> list[list[str]]:
+def _rows(application: "ApplicationStatus", *, with_node: bool) -> list[list[str | Text]]:
     style = "green" if application.status == RUNNING else "red"
-    head = [application.name, f"[{style}]{escape(application.status)}[/{style}]"]
+    head: list[str | Text] = [name_of(application.name), styled(name_of(application.status), style)]
     rows = []
     for replica in application.replicas:
         row = [*head, replica.endpoint, *([replica.node] if with_node else [])]
         if replica.pid:
             memory = f"{replica.resident_bytes / MEBIBYTE:.0f} MiB"
-            row += [str(replica.pid), replica.device, memory, str(replica.queue_length)]
-            row.append(", ".join(bundle.version for bundle in replica.bundles))
+            row += [str(replica.pid), name_of(replica.device), memory, str(replica.queue_length)]
+            row.append(", ".join(name_of(bundle.version) for bundle in replica.bundles))
         else:
-            row += ["[red]silent[/red]", "", "", ""]
+            row += [styled("silent", "red"), "", "", ""]
         rows.append(row)
         head = ["", ""]
     return rows or [head]
 
 
 def _fail(text: str, code: int) -> NoReturn:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {escape(text)}")
+    console_of(stderr=True).print(styled("error:", "red"), text, soft_wrap=True)
     raise typer.Exit(code)

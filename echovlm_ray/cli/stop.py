@@ -5,6 +5,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from echovlm_ray.cli.terminal import say
+
 EXIT_FAILED = 1
 EXIT_INVALID = 2
 # Longer than the longest orderly end that is usual: the grace time of running requests twice, and Ray's own end.
@@ -46,7 +48,7 @@ def stop(
             pids = ", ".join(map(str, alive))
             _fail(f"process {pids} has not ended after {WAIT_S:.0f} s; call again to stop it at once", EXIT_FAILED)
         time.sleep(POLL_S)
-    typer.echo(f"Stopped {', '.join(str(system.pid) for system in chosen)}.")
+    say(f"Stopped {', '.join(str(system.pid) for system in chosen)}.")
 
 
 def _stop_on_cluster(address: str) -> None:
@@ -58,9 +60,9 @@ def _stop_on_cluster(address: str) -> None:
         _fail(str(error), EXIT_FAILED)
     if not names:
         _fail(f"no EchoVLM-Ray runs on the cluster at {address}", EXIT_INVALID)
-    typer.echo(f"Removed {', '.join(names)}.")
+    say(f"Removed {', '.join(names)}.")
 
 
 def _fail(text: str, code: int) -> NoReturn:
-    typer.echo(f"error: {text}", err=True)
+    say(f"error: {text}", err=True)
     raise typer.Exit(code)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from echovlm_ray.cli.terminal import say
 from echovlm_ray.cli.work import fail
 
 if TYPE_CHECKING:
@@ -126,8 +127,8 @@ def model_command(
 
         folder, run, chosen = _open_run(options, "model", new_run)
         made = train_stages(folder, run, chosen, **options.how)
-    typer.echo(f"Trained: {made}")
-    typer.echo(f"Next: echoray checkpoint split {made} CHECKPOINT")
+    say(f"Trained: {made}")
+    say(f"Next: echoray checkpoint split {made} CHECKPOINT")
 
 
 @app.command("expert")
@@ -189,9 +190,9 @@ def expert_command(
         folder, run, chosen = _open_run(options, "expert", new_run)
         bundle, manifest = train_expert(folder, run, chosen, **options.how)
     for name, value in sorted(manifest.eval_metrics.items()):
-        typer.echo(f"{name}: {value:.4g}")
-    typer.echo(f"Packed {manifest.organ}@{manifest.version} into {bundle}: {manifest.digest}")
-    typer.echo(f"Next: echoray experts push {bundle}")
+        say(f"{name}: {value:.4g}")
+    say(f"Packed {manifest.organ}@{manifest.version} into {bundle}: {manifest.digest}")
+    say(f"Next: echoray experts push {bundle}")
 
 
 @app.command("demo")
@@ -213,7 +214,7 @@ def demo_command(
 
         _quiet_libraries()
         made = train_demo(folder, threads=threads, quiet=quiet)
-    typer.echo(f"Trained: {made}")
+    say(f"Trained: {made}")
 
 
 @contextmanager
@@ -230,7 +231,7 @@ def training_errors() -> Iterator[None]:
     except DocumentError as error:
         fail(str(error), EXIT_INVALID)
     except TrainingInterrupted as stopped:
-        typer.echo(str(stopped), err=True)
+        say(str(stopped), err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except (
         ExampleError,

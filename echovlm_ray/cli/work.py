@@ -1,5 +1,6 @@
 """What the commands that work on checkpoints and bundles have in common: clear errors, sizes, a bar of bytes."""
 
+import math
 import re
 import signal
 from collections.abc import Callable, Iterator
@@ -7,6 +8,8 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 import typer
+
+from echovlm_ray.cli.terminal import console_of, say
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -22,9 +25,20 @@ def parse_size(text: str, option: str) -> int:
     return size
 
 
+def finite(value: float | None) -> float | None:
+    """A number of an option, which must be one; for typer's `callback`.
+
+    Raises:
+        typer.BadParameter: it is infinite, or not a number.
+    """
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no number that can be counted with; give one like 30")
+    return value
+
+
 def fail(message: str, code: int = 1) -> NoReturn:
     """Ends the command with one line on stderr."""
-    typer.echo(f"error: {message}", err=True)
+    say(f"error: {message}", err=True)
     raise typer.Exit(code)
 
 
@@ -61,7 +75,6 @@ def clear_errors() -> Iterator[None]:
 @contextmanager
 def byte_progress(what: str) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
     """A bar on stderr: yields a function for the total and one for each step, both in bytes."""
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (
@@ -71,7 +84,7 @@ def byte_progress(what: str) -> Iterator[tuple[Callable[[int], None], Callable[[
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    console = Console(stderr=True)
+    console = console_of(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield (

@@ -111,7 +111,7 @@ def timeout(field: str, value: Any) -> float | None:
 
 
 def message(kind: type[Kind], **values: object) -> Kind:
-    """A message of texts, numbers and switches.
+    """A message of texts, numbers, switches and other messages; None leaves one of these unset.
 
     Raises:
         InvalidRequestError: a value is not what its field holds; the field is named.
@@ -121,6 +121,10 @@ def message(kind: type[Kind], **values: object) -> Kind:
 
 
 def _fitting(name: str, cpp_type: int, value: object) -> object:
+    if cpp_type == FieldDescriptor.CPPTYPE_MESSAGE:
+        if value is not None and not isinstance(value, Message):
+            raise invalid(name, f"is a {type(value).__name__}; give a message or None")
+        return value
     if cpp_type == FieldDescriptor.CPPTYPE_STRING:
         return text(name, value)
     if cpp_type == FieldDescriptor.CPPTYPE_BOOL:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ SIGNATURE_NAME = "model.sig"
 # What Control reads at most; its own limits say the same.
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 PIECE_BYTES = 1024 * 1024
+FILE_NAME = re.compile(r"[A-Za-z0-9._-]{1,150}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,14 @@ def open_upload(directory: Path) -> BundleUpload:
     files: dict[str, Path] = {}
     for name, size in entries:
         path = directory / name
-        if ".." in Path(name).parts or Path(name).is_absolute() or path.is_symlink():
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise _invalid(f"{name[:200]!r} in the manifest leads out of the bundle's folder {directory}")
+        if not FILE_NAME.fullmatch(name):
+            raise _invalid(
+                f"the manifest names a file {name[:200]!r}; a name has letters, digits, '.', '_' and '-', at most 150 "
+                "of them"
+            )
+        if path.is_symlink():
             raise _invalid(f"{name[:200]!r} in the manifest leads out of the bundle's folder {directory}")
         if not path.is_file():
             raise _invalid(f"{path} is missing, and the manifest names it")

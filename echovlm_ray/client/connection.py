@@ -36,6 +36,8 @@ RETRIES = {
 }
 # gRPC keeps a request for a retry only up to this size, by default 256 KiB; a cine loop has tens of megabytes.
 RETRY_BUFFER_BYTES = 1024**3
+# https://github.com/grpc/grpc/blob/master/doc/naming.md
+OWN_KINDS = frozenset({"unix", "unix-abstract", "dns", "ipv4", "ipv6", "vsock"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ def check_connection(address: str, token: str | None, tls: TLS | None) -> None:
     text("address", address)
     if tls is not None and not isinstance(tls, TLS):
         raise invalid("tls", f"is a {type(tls).__name__}; give a TLS()")
-    if not address or "//" in address:
+    if not address or "//" in address or not _names_a_port(address):
         raise ValueError(f"the address is {address!r}; give host:port, for example {DEFAULT_ADDRESS!r}")
     if token is not None:
         text("token", token)
@@ -88,6 +90,14 @@ def check_connection(address: str, token: str | None, tls: TLS | None) -> None:
             raise ValueError(
                 f"the token would cross the network to {address} in the clear: pass tls=TLS(), or call loopback"
             )
+
+
+def _names_a_port(address: str) -> bool:
+    """Whether an address is host:port; gRPC's own kinds, like unix:PATH, are taken as they are."""
+    if address.partition(":")[0] in OWN_KINDS:
+        return True
+    host, _, port = address.rpartition(":")
+    return bool(host) and port.isdecimal() and 0 < int(port) < 65536
 
 
 def channel_options(address: str, tls: TLS | None, *, retry: bool) -> list[tuple[str, str | int]]:

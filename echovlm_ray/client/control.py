@@ -22,6 +22,7 @@ from echovlm_ray.client.bundle_upload import open_upload
 from echovlm_ray.client.connection import TLS, call_metadata, channel_options, check_connection
 from echovlm_ray.client.errors import from_rpc_error
 from protos import control_pb2, control_pb2_grpc
+from protos.control_pb2 import Expected
 
 DEFAULT_CONTROL = "127.0.0.1:50052"
 # Registries and histories are long; one answer holds all that was asked for.
@@ -42,14 +43,16 @@ class ExpertControlClient:
     Raises:
         ValueError: an address, token or certificate that cannot be used.
 
-    No call is sent again by itself. All may be: give `digest` to `promote` and `rollback`, and the repetition of what
-    was done already changes nothing.
+    No call is sent again by itself. All may be: what was done already is not done again.
 
     Every operation takes `actor`, who asks, and `reason`, why; both stand in the history. With `dry_run` it only says
-    what would happen. All of them raise:
+    what would happen. With `expected` it is made only if the organ still stands as the caller saw it, for example
+    `Expected(rollout_id="heart-12", state="canary")`; give it wherever somebody decides from what was shown before.
+    All of them raise:
 
         NotFoundError: an unknown organ or version; the text names those that there are.
-        FailedPreconditionError: the rollout is in another state; the text says what is possible.
+        FailedPreconditionError: the rollout is in another state, or not as expected; the text says what happened since,
+            and what is possible.
         InvalidRequestError: what was asked makes no sense in itself.
         UnavailableError: nothing answers.
     """
@@ -122,38 +125,112 @@ class ExpertControlClient:
         return self._call(self._stub.Stage, control_pb2.OperationResponse, request)
 
     def canary(
-        self, organ: str, percent: float, *, digest: str = "", actor: str, reason: str = "", dry_run: bool = False
+        self,
+        organ: str,
+        percent: float,
+        *,
+        digest: str = "",
+        actor: str,
+        reason: str = "",
+        expected: Expected | None = None,
+        dry_run: bool = False,
     ) -> control_pb2.OperationResponse:
         """Has the candidate answer a part of the requests."""
-        return self._call(
-            self._stub.Canary, control_pb2.OperationResponse, _traffic(organ, percent, digest, actor, reason, dry_run)
-        )
+        request = _traffic(organ, percent, digest, actor, reason, expected, dry_run)
+        return self._call(self._stub.Canary, control_pb2.OperationResponse, request)
 
     def shadow(
-        self, organ: str, percent: float, *, digest: str = "", actor: str, reason: str = "", dry_run: bool = False
+        self,
+        organ: str,
+        percent: float,
+        *,
+        digest: str = "",
+        actor: str,
+        reason: str = "",
+        expected: Expected | None = None,
+        dry_run: bool = False,
     ) -> control_pb2.OperationResponse:
         """Has the candidate compute a part of the requests beside the incumbent, answering nobody."""
-        return self._call(
-            self._stub.Shadow, control_pb2.OperationResponse, _traffic(organ, percent, digest, actor, reason, dry_run)
-        )
+        request = _traffic(organ, percent, digest, actor, reason, expected, dry_run)
+        return self._call(self._stub.Shadow, control_pb2.OperationResponse, request)
 
     def promote(
-        self, organ: str, *, digest: str = "", actor: str, reason: str = "", dry_run: bool = False
+        self,
+        organ: str,
+        *,
+        digest: str = "",
+        actor: str,
+        reason: str = "",
+        expected: Expected | None = None,
+        dry_run: bool = False,
     ) -> control_pb2.OperationResponse:
         """Makes the candidate the organ's version for all new requests."""
         request = message(
-            control_pb2.OrganRequest, organ=organ, digest=digest, actor=actor, reason=reason, dry_run=dry_run
+            control_pb2.OrganRequest,
+            organ=organ,
+            digest=digest,
+            actor=actor,
+            reason=reason,
+            expected=expected,
+            dry_run=dry_run,
         )
         return self._call(self._stub.Promote, control_pb2.OperationResponse, request)
 
     def rollback(
-        self, organ: str, *, digest: str = "", actor: str, reason: str = "", dry_run: bool = False
+        self,
+        organ: str,
+        *,
+        digest: str = "",
+        actor: str,
+        reason: str = "",
+        expected: Expected | None = None,
+        dry_run: bool = False,
     ) -> control_pb2.OperationResponse:
-        """Ends a candidate's rollout; where none is in flight, brings back the version that was stable before."""
+        """Ends a candidate's rollout. Never touches the stable version; see `roll_back_stable`.
+
+        Without `digest` or `expected.rollout_id`, whatever candidate is in flight is meant.
+
+        Raises:
+            FailedPreconditionError: nothing is in flight, or something else; the text says what happened since.
+        """
         request = message(
-            control_pb2.OrganRequest, organ=organ, digest=digest, actor=actor, reason=reason, dry_run=dry_run
+            control_pb2.OrganRequest,
+            organ=organ,
+            digest=digest,
+            actor=actor,
+            reason=reason,
+            expected=expected,
+            dry_run=dry_run,
         )
         return self._call(self._stub.Rollback, control_pb2.OperationResponse, request)
+
+    def roll_back_stable(
+        self,
+        organ: str,
+        *,
+        version: str = "",
+        digest: str = "",
+        actor: str,
+        reason: str = "",
+        expected: Expected | None = None,
+        dry_run: bool = False,
+    ) -> control_pb2.OperationResponse:
+        """Goes back from the stable version, named by its version or digest, to the one that was stable before.
+
+        Raises:
+            FailedPreconditionError: another version is stable, a candidate is in flight, or there is none before.
+        """
+        request = message(
+            control_pb2.RollBackStableRequest,
+            organ=organ,
+            version=version,
+            digest=digest,
+            actor=actor,
+            reason=reason,
+            expected=expected,
+            dry_run=dry_run,
+        )
+        return self._call(self._stub.RollBackStable, control_pb2.OperationResponse, request)
 
     def retire(
         self,
@@ -163,6 +240,7 @@ class ExpertControlClient:
         digest: str = "",
         actor: str,
         reason: str = "",
+        expected: Expected | None = None,
         dry_run: bool = False,
     ) -> control_pb2.OperationResponse:
         """Takes an organ, or one version of it, out of service for good."""
@@ -173,6 +251,7 @@ class ExpertControlClient:
             digest=digest,
             actor=actor,
             reason=reason,
+            expected=expected,
             dry_run=dry_run,
         )
         return self._call(self._stub.Retire, control_pb2.OperationResponse, request)
@@ -238,7 +317,7 @@ class ExpertControlClient:
 
 
 def _traffic(
-    organ: str, percent: float, digest: str, actor: str, reason: str, dry_run: bool
+    organ: str, percent: float, digest: str, actor: str, reason: str, expected: Expected | None, dry_run: bool
 ) -> control_pb2.TrafficRequest:
     return message(
         control_pb2.TrafficRequest,
@@ -247,5 +326,6 @@ def _traffic(
         digest=digest,
         actor=actor,
         reason=reason,
+        expected=expected,
         dry_run=dry_run,
     )

@@ -16,7 +16,7 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 from echovlm_ray.config import Config
 from echovlm_ray.serving import preflight, serve_api
 from echovlm_ray.serving.applications import build_applications
-from echovlm_ray.serving.deployments.control import brief
+from echovlm_ray.serving.deployments.control import cause
 from echovlm_ray.serving.deployments.settings import (
     CONTROL,
     DEPLOYMENTS,
@@ -224,7 +224,7 @@ def _all_settled(names: Sequence[str]) -> bool:
     applications = serve.status().applications
     for name in names:
         if name in applications and applications[name].status == ApplicationStatus.DEPLOY_FAILED:
-            raise StartError(f"{name} did not start: {brief(applications[name].message)}")
+            raise StartError(f"{name} did not start: {cause(applications[name])}")
     return all(name in applications and applications[name].status == ApplicationStatus.RUNNING for name in names)
 
 

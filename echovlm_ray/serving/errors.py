@@ -29,6 +29,7 @@ from experts.errors import (
     InvalidBundleError,
     InvalidTensorError,
     RegistryError,
+    RegistryFullError,
     UnknownBundleError,
 )
 from router.errors import (
@@ -36,6 +37,8 @@ from router.errors import (
     ExpertsUnavailableError,
     InvalidRolloutRequestError,
     RolloutDatabaseError,
+    RolloutDatabaseFullError,
+    RolloutDatabaseUnavailableError,
     RolloutStateError,
     TooManyOrgansError,
     UnknownOrganError,
@@ -48,6 +51,8 @@ INTERNAL_TEXT = "an internal error occurred; the server's log names it under thi
 LOST_TEXT = "a part of the system was lost during the call; sending the request again is safe"
 # The pause that a caller is asked for when nothing better is known.
 RETRY_AFTER_S = 1.0
+# Somebody must make room first.
+DISK_RETRY_AFTER_S = 60.0
 
 
 def to_status(exception: BaseException) -> status_pb2.Status:
@@ -117,6 +122,15 @@ def _shutting_down(error: ShuttingDownError) -> status_pb2.Status:
     return _status(code_pb2.UNAVAILABLE, str(error), [_retry_info(RETRY_AFTER_S), _error_info("SHUTTING_DOWN")])
 
 
+def _disk_full(error: Exception) -> status_pb2.Status:
+    details = [_retry_info(DISK_RETRY_AFTER_S), _error_info("DISK_FULL")]
+    return _status(code_pb2.RESOURCE_EXHAUSTED, str(error), details)
+
+
+def _unavailable(reason: str) -> Callable[[BaseException], status_pb2.Status]:
+    return lambda error: _status(code_pb2.UNAVAILABLE, str(error), [_retry_info(RETRY_AFTER_S), _error_info(reason)])
+
+
 def _plain(code: int) -> Callable[[BaseException], status_pb2.Status]:
     return lambda error: _status(code, str(error))
 
@@ -150,9 +164,12 @@ _CONVERSIONS: tuple[tuple[type[BaseException], Callable[[Any], status_pb2.Status
     (UnknownRolloutError, _plain(code_pb2.NOT_FOUND)),
     (RolloutStateError, _plain(code_pb2.FAILED_PRECONDITION)),
     (InvalidRolloutRequestError, _invalid_rollout_request),
+    (RolloutDatabaseUnavailableError, _unavailable("DATABASE_UNAVAILABLE")),
+    (RolloutDatabaseFullError, _disk_full),
     (RolloutDatabaseError, _plain(code_pb2.FAILED_PRECONDITION)),
     (BundleNotResidentError, _plain(code_pb2.FAILED_PRECONDITION)),
     (InvalidBundleError, _plain(code_pb2.FAILED_PRECONDITION)),
+    (RegistryFullError, _disk_full),
     (RegistryError, _plain(code_pb2.FAILED_PRECONDITION)),
     (ExpertCapacityError, lambda error: _status(code_pb2.RESOURCE_EXHAUSTED, str(error), [_retry_info(RETRY_AFTER_S)])),
     (OverloadedError, _overloaded),

@@ -85,6 +85,18 @@ def default_folder(checkpoint: Path) -> Path:
     return state / "echovlm-ray" / f"{checkpoint.name}-{place}"
 
 
+def note_holder(descriptor: int) -> None:
+    """Writes this process's id into a lock's file, for whoever does not get it."""
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+
+
+def holder_of(descriptor: int) -> str:
+    """The process that a lock's file names, for a sentence; "" if it names none."""
+    content = os.pread(descriptor, 32, 0)
+    return f" (process {content.decode()})" if content.isdigit() else ""
+
+
 class DatabaseLock:
     """Held by the one Control that uses a database, and free again when its process ends, however it ends.
 
@@ -119,15 +131,17 @@ class DatabaseLock:
                 if time.monotonic() < deadline:
                     time.sleep(LOCK_POLL_S)
                     continue
+                holder = holder_of(descriptor)
                 os.close(descriptor)
                 raise RolloutDatabaseError(
-                    f"another Control uses the rollouts' database beside {self._path}: stop that system, or set "
-                    "rollouts.database to another file"
+                    f"another Control{holder} uses the rollouts' database beside {self._path}: stop that system "
+                    "(`echoray stop`), or set rollouts.database to another file"
                 ) from None
             except OSError:
                 os.close(descriptor)
                 raise
             self._descriptor = descriptor
+            note_holder(descriptor)
             return
 
     def release(self) -> None:

@@ -45,7 +45,7 @@ class ProgressBar(TrainerCallback):
 
     def __init__(self, title: str, *, quiet: bool = False) -> None:
         """Takes what the stage is called, and whether to say nothing."""
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, markup=False)
         self._quiet = quiet
         self._title = title
         self._bar: Progress | None = None
@@ -60,7 +60,7 @@ class ProgressBar(TrainerCallback):
         if self._quiet or not state.is_world_process_zero or not self._console.is_terminal:
             return
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]}"),

@@ -18,8 +18,10 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, 
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from router.errors import RolloutDatabaseError
+from router.rollouts.database_errors import first_line, in_words
 
-BUSY_TIMEOUT_S = 30.0
+# Below what operators' commands wait, so that they hear why.
+BUSY_TIMEOUT_S = 10.0
 MIGRATIONS = Path(__file__).parent / "migrations"
 # Any number that no other program uses for the same purpose in the same PostgreSQL database.
 ADVISORY_LOCK = 0x6563686F766C6D
@@ -40,13 +42,15 @@ class Database:
         """
         parsed = _parse(url)
         self.name = parsed.render_as_string(hide_password=True)
+        self._path = Path(str(parsed.database)) if parsed.get_backend_name() == "sqlite" else None
         try:
-            self.engine = _sqlite(parsed) if parsed.get_backend_name() == "sqlite" else _postgresql(parsed)
-            self._migrate()
+            with self._in_words():
+                self.engine = _sqlite(parsed) if self._path is not None else _postgresql(parsed)
+                self._migrate()
         except (DBAPIError, sqlite3.Error) as error:
             raise RolloutDatabaseError(
-                f"the rollouts' database {self.name} cannot be opened: {_words(error)}; check that it is there, that "
-                "its folder may be written, and that the credentials are right"
+                f"the rollouts' database {self.name} cannot be opened: {first_line(error)}; check that it is there, "
+                "that its folder may be written, and that the credentials are right"
             ) from error
 
     @property
@@ -56,15 +60,24 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """A transaction that sees one moment of the database, whatever is written meanwhile."""
+        """A transaction that sees one moment of the database, whatever is written meanwhile.
+
+        Raises:
+            RolloutDatabaseError: it is locked, out of reach or damaged; the text says what to do.
+        """
         options: dict[str, Any] = {} if self.is_sqlite else {"isolation_level": "REPEATABLE READ"}
-        with self.engine.connect().execution_options(**options) as connection, connection.begin():
+        with self._in_words(), self.engine.connect().execution_options(**options) as connection, connection.begin():
             yield connection
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
-        """A transaction that excludes every other writer, of this and of other processes; committed at the end."""
-        with self._exclusive() as connection:
+        """A transaction that excludes every other writer, of this and of other processes; committed at the end.
+
+        Raises:
+            RolloutDatabaseError: it is locked, full, out of reach or damaged; nothing was changed, and the text says
+                what to do.
+        """
+        with self._in_words(), self._exclusive() as connection:
             # Under READ COMMITTED, all that follows sees what the last writer left.
             connection.execute(text("SELECT id FROM history_head WHERE id = 1" + self._for_update))
             yield connection
@@ -76,6 +89,17 @@ class Database:
     @property
     def _for_update(self) -> str:
         return "" if self.is_sqlite else " FOR UPDATE"
+
+    @contextmanager
+    def _in_words(self) -> Iterator[None]:
+        """Raises what the driver says of the database in words for operators."""
+        try:
+            yield
+        except (DBAPIError, sqlite3.Error) as error:
+            told = in_words(error, self.name, self._path, BUSY_TIMEOUT_S)
+            if told is None:
+                raise
+            raise told from error
 
     @contextmanager
     def _exclusive(self) -> Iterator[Connection]:
@@ -168,8 +192,3 @@ def _postgresql(url: URL) -> Engine:
         raise RolloutDatabaseError(
             'PostgreSQL needs the driver psycopg: pip install "echovlm-ray[postgres]"'
         ) from error
-
-
-def _words(error: Exception) -> str:
-    lines = str(error.orig if isinstance(error, DBAPIError) else error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

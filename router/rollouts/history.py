@@ -139,6 +139,15 @@ def entries(connection: Connection, *, organ: str | None = None, after: int = 0,
     return [Entry(**{**row._mapping, "details": json.loads(row.details)}) for row in rows]
 
 
+def newest(connection: Connection, **fields: str) -> Entry | None:
+    """The newest entry whose columns have these values, or none."""
+    query = select(schema.history)
+    for name, value in fields.items():
+        query = query.where(schema.history.c[name] == value)
+    row = connection.execute(query.order_by(schema.history.c.sequence.desc()).limit(1)).first()
+    return None if row is None else Entry(**{**row._mapping, "details": json.loads(row.details)})
+
+
 def verify(connection: Connection, noted: Head | None = None) -> Verification:
     """Checks every entry: changed, removed, inserted or reordered ones are found, also at the end.
 

@@ -9,21 +9,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from router.errors import RolloutStateError
-from router.rollouts.decisions import (
-    already_applied,
-    check_known,
-    checked_candidate,
-    roll_back_candidate,
-    rolled_back_before,
-)
+from router.rollouts.decisions import already, already_applied, check_known, checked_candidate
+from router.rollouts.expectation import NOTHING_EXPECTED, Expectation, Names, check_expected
 from router.rollouts.fleet import Fleet
-from router.rollouts.outcome import Outcome, ReplicaMemory, memory_plan, not_resident
-from router.rollouts.records import Snapshot
+from router.rollouts.going_back import candidate_to_take_back, version_to_go_back_to
+from router.rollouts.happened import what_happened, who_retired
+from router.rollouts.outcome import Outcome, memory_plan, not_resident
+from router.rollouts.records import Rollout, Snapshot
 from router.rollouts.requests import check_actor, check_digest, check_organ, check_percent
 from router.rollouts.rollout_file import RolloutFile
-from router.rollouts.sentences import in_words, stage_steps, traffic_steps
+from router.rollouts.sentences import stage_steps, traffic_steps
 from router.rollouts.settings import RolloutPlan, RolloutSettings
-from router.rollouts.states import Action
+from router.rollouts.states import Action, State
 from router.rollouts.store import RolloutStore
 from router.rollouts.transaction import Transaction
 
@@ -33,11 +30,21 @@ MANUAL = RolloutPlan()
 class RolloutOperations:
     """The operations over a store and a fleet."""
 
-    def __init__(self, store: RolloutStore, fleet: Fleet, settings: RolloutSettings) -> None:
-        """Takes where the state is, what replicas there are, and the defaults."""
+    def __init__(
+        self, store: RolloutStore, fleet: Fleet, settings: RolloutSettings, version_of: Names = lambda digest: ""
+    ) -> None:
+        """Takes its parts.
+
+        Args:
+            store: where the state is.
+            fleet: what replicas there are.
+            settings: the defaults.
+            version_of: digest → version, for what is said to people; "" where it is not known.
+        """
         self._store = store
         self._fleet = fleet
         self._settings = settings
+        self._names: Names = lambda digest: version_of(digest) or f"{digest[:12]}…"
 
     def stage(
         self,
@@ -100,6 +107,7 @@ class RolloutOperations:
         actor: str,
         reason: str = "",
         digest: str | None = None,
+        expected: Expectation = NOTHING_EXPECTED,
         dry_run: bool = False,
     ) -> Outcome:
         """Has the candidate answer a part of the requests. Ends the plan's automatic steps.
@@ -110,15 +118,16 @@ class RolloutOperations:
             actor: who asks.
             reason: why.
             digest: when given, only if this is the candidate.
+            expected: only if the organ still stands so.
             dry_run: only say what would happen.
 
         Raises:
             InvalidRolloutRequestError: a percentage out of bounds.
             UnknownOrganError: there is no such organ.
-            RolloutStateError: there is no candidate, or it is not warm on every replica.
+            RolloutStateError: there is no candidate, it is not warm on every replica, or it is not as expected.
         """
         percent = check_percent(percent)
-        return self._advance(Action.CANARY, organ, percent, actor, reason, digest, dry_run)
+        return self._advance(Action.CANARY, organ, percent, actor, reason, digest, expected, dry_run)
 
     def shadow(
         self,
@@ -128,6 +137,7 @@ class RolloutOperations:
         actor: str,
         reason: str = "",
         digest: str | None = None,
+        expected: Expectation = NOTHING_EXPECTED,
         dry_run: bool = False,
     ) -> Outcome:
         """Has the candidate compute a part of the requests beside the incumbent, answering nobody.
@@ -135,56 +145,120 @@ class RolloutOperations:
         Takes and raises what `canary` does; a new organ has no incumbent to be compared with.
         """
         percent = check_percent(percent)
-        return self._advance(Action.SHADOW, organ, percent, actor, reason, digest, dry_run)
+        return self._advance(Action.SHADOW, organ, percent, actor, reason, digest, expected, dry_run)
 
     def promote(
-        self, organ: str, *, actor: str, reason: str = "", digest: str | None = None, dry_run: bool = False
+        self,
+        organ: str,
+        *,
+        actor: str,
+        reason: str = "",
+        digest: str | None = None,
+        expected: Expectation = NOTHING_EXPECTED,
+        dry_run: bool = False,
     ) -> Outcome:
         """Makes the candidate the organ's version for all new requests, in one transaction.
 
         Takes and raises what `canary` does.
         """
-        return self._advance(Action.PROMOTE, organ, None, actor, reason, digest, dry_run)
+        return self._advance(Action.PROMOTE, organ, None, actor, reason, digest, expected, dry_run)
 
     def rollback(
-        self, organ: str, *, actor: str, reason: str = "", digest: str | None = None, dry_run: bool = False
+        self,
+        organ: str,
+        *,
+        actor: str,
+        reason: str = "",
+        digest: str | None = None,
+        expected: Expectation = NOTHING_EXPECTED,
+        dry_run: bool = False,
     ) -> Outcome:
-        """Takes back the candidate; or, with nothing in flight, the stable version, in favour of the one before.
-
-        An earlier version is verified, loaded and promoted by the controller, and the stable one serves until then.
+        """Takes back the candidate. Never touches the stable version; see `roll_back_stable`.
 
         Args:
             organ: the organ.
             actor: who asks.
             reason: why.
-            digest: the version to take back. Give it wherever a call may be repeated: without it, the repetition of a
-                rollback that has just ended takes back the version below.
+            digest: when given, only if this is the candidate.
+            expected: only if the organ still stands so; without a rollout's id, whatever candidate is in flight.
             dry_run: only say what would happen.
 
         Raises:
             UnknownOrganError: there is no such organ.
-            UnknownRolloutError: the digest is neither candidate nor stable.
-            RolloutStateError: there is nothing to go back to.
+            UnknownRolloutError: there is no such rollout.
+            RolloutStateError: nothing is in flight, or something else than expected; the text says what happened since.
         """
         check_actor(actor)
         with self._transaction(dry_run) as transaction:
-            snapshot = transaction.snapshot()
-            check_known(snapshot, organ)
-            candidate = snapshot.candidate(organ)
-            if candidate is None:
-                outcome = self._roll_back_stable(transaction, snapshot, organ, actor, reason, digest, dry_run)
-            else:
-                outcome = roll_back_candidate(transaction, snapshot, candidate, actor, reason, digest, dry_run)
-        if dry_run and outcome.changed and candidate is None:
-            return Outcome(organ, True, outcome.steps, None, self._memory_of_previous(organ))
-        return outcome
+            found = candidate_to_take_back(transaction, organ, digest, expected, self._names)
+            if isinstance(found, Outcome):
+                return found
+            if not dry_run:
+                reason = reason or "asked by an operator"
+                found = transaction.move(found, Action.ROLL_BACK, actor=actor, reason=reason)
+        steps = (
+            "the candidate gets no new request; those under way end with it",
+            "then it is unloaded from all replicas",
+        )
+        return Outcome(organ, True, steps, found)
 
-    def retire_organ(self, organ: str, *, actor: str, reason: str = "", dry_run: bool = False) -> Outcome:
+    def roll_back_stable(
+        self,
+        organ: str,
+        digest: str,
+        *,
+        actor: str,
+        reason: str = "",
+        expected: Expectation = NOTHING_EXPECTED,
+        dry_run: bool = False,
+    ) -> Outcome:
+        """Goes back from an organ's stable version to the one that was stable before.
+
+        That one is verified, loaded and promoted by the controller, and the stable one serves until then.
+
+        Args:
+            organ: the organ.
+            digest: the version to go back from; only if it is the stable one.
+            actor: who asks.
+            reason: why.
+            expected: only if the organ still stands so.
+            dry_run: only say what would happen.
+
+        Raises:
+            UnknownOrganError: there is no such organ.
+            RolloutStateError: another version is stable, a candidate is in flight, or there is none to go back to.
+        """
+        check_actor(actor)
+        check_digest(digest)
+        with self._transaction(dry_run) as transaction:
+            previous = version_to_go_back_to(transaction, organ, digest, expected, self._names)
+            if isinstance(previous, Outcome):
+                return previous
+            rollout = None
+            if not dry_run:
+                plan = self._resolved(RolloutPlan(promote=True))
+                rollout = transaction.stage(organ, previous, plan, actor=actor, reason=reason, restores=True)
+        steps = (
+            f"{self._names(previous)}, stable before, is verified and loaded on every replica of {organ}",
+            f"then it replaces {self._names(digest)} for new requests; until then nothing changes",
+        )
+        memory = memory_plan(self._fleet, organ, previous) if dry_run else ()
+        return Outcome(organ, True, steps, rollout, memory)
+
+    def retire_organ(
+        self,
+        organ: str,
+        *,
+        actor: str,
+        reason: str = "",
+        expected: Expectation = NOTHING_EXPECTED,
+        dry_run: bool = False,
+    ) -> Outcome:
         """Takes an organ out of the live set; its replicas are emptied once no request uses them.
 
         Raises:
             UnknownOrganError: there is no such organ.
-            RolloutStateError: a rollout of it is in flight, or it is the last one.
+            RolloutStateError: a rollout of it is in flight, it is the last one, or it is not as expected.
         """
         check_actor(actor)
         with self._transaction(dry_run) as transaction:
@@ -195,7 +269,9 @@ class RolloutOperations:
                     f"{candidate.subject} is {candidate.state}, so {organ!r} cannot be retired; roll it back first"
                 )
             if snapshot.live(organ) is None:
-                return Outcome(organ, False, (f"{organ} is not in the live set; nothing to do",))
+                words = f"{organ} is not in the live set{self._retired(transaction, snapshot, organ)}; nothing to do"
+                return Outcome(organ, False, (words,))
+            check_expected(transaction, snapshot, organ, expected, self._names)
             if len(snapshot.organs) == 1:
                 raise RolloutStateError(f"{organ!r} is the last organ of the live set; stop the system instead")
             if not dry_run:
@@ -208,7 +284,14 @@ class RolloutOperations:
         return Outcome(organ, True, steps)
 
     def retire_version(
-        self, organ: str, digest: str, *, actor: str, reason: str = "", dry_run: bool = False
+        self,
+        organ: str,
+        digest: str,
+        *,
+        actor: str,
+        reason: str = "",
+        expected: Expectation = NOTHING_EXPECTED,
+        dry_run: bool = False,
     ) -> Outcome:
         """Bars a version from being staged or rolled back to.
 
@@ -222,7 +305,10 @@ class RolloutOperations:
             snapshot = transaction.snapshot()
             check_known(snapshot, organ)
             if (organ, digest) in snapshot.retired:
-                return Outcome(organ, False, (f"{digest[:12]}… is retired already; nothing to do",))
+                words = (
+                    f"{self._names(digest)} was retired{who_retired(transaction, organ, digest)} already; nothing to do"
+                )
+                return Outcome(organ, False, (words,))
             live, candidate = snapshot.live(organ), snapshot.candidate(organ)
             if live is not None and live.stable_digest == digest:
                 raise RolloutStateError(
@@ -231,6 +317,7 @@ class RolloutOperations:
                 )
             if candidate is not None and candidate.digest == digest:
                 raise RolloutStateError(f"{candidate.subject} is {candidate.state}; roll it back before retiring it")
+            check_expected(transaction, snapshot, organ, expected, self._names)
             if not dry_run:
                 transaction.retire_version(organ, digest, actor=actor, reason=reason)
         return Outcome(organ, True, (f"{digest[:12]}… can no longer be staged for {organ} or rolled back to",))
@@ -262,7 +349,9 @@ class RolloutOperations:
             if candidate is not None:
                 # A file asks for its own steps, which a rollout begun otherwise does not have.
                 if candidate.digest == digest and file_digest is None and not candidate.restores:
-                    return Outcome(organ, False, (f"it is in flight already, {candidate.state}",), candidate)
+                    happened = what_happened(transaction, candidate, self._names)
+                    words = f"it is in flight already, {candidate.state}: {happened}"
+                    return Outcome(organ, False, (words,), candidate)
                 raise RolloutStateError(
                     f"{candidate.subject} is {candidate.state}, so no other can begin; promote it or roll it back first"
                 )
@@ -290,22 +379,29 @@ class RolloutOperations:
         actor: str,
         reason: str,
         digest: str | None,
+        expected: Expectation,
         dry_run: bool,
     ) -> Outcome:
         check_actor(actor)
+
+        def checked(transaction: Transaction, digest: str | None) -> tuple[Rollout, State, str]:
+            found, target = checked_candidate(transaction, action, organ, digest, percent, expected, self._names)
+            as_asked = found.state == target and found.percent == percent
+            return found, target, already(transaction, found, self._names) if as_asked else ""
+
         with self._store.read() as transaction:
-            rollout, target = checked_candidate(transaction, action, organ, digest)
-        if rollout.state == target and rollout.percent == percent:
-            return Outcome(organ, False, (f"it is {in_words(target, percent)} already",), rollout)
+            rollout, target, done = checked(transaction, digest)
+        if done:
+            return Outcome(organ, False, (done,), rollout)
         # Not inside the writing transaction: replicas may be slow to answer.
         if problem := not_resident(self._fleet, organ, rollout.digest):
             raise RolloutStateError(f"{rollout.subject} cannot get traffic now: {problem}; ask again in a moment")
         if not dry_run:
             with self._store.write() as transaction:
-                rollout, _ = checked_candidate(transaction, action, organ, digest or rollout.digest)
-                if rollout.state == target and rollout.percent == percent:
+                rollout, _, done = checked(transaction, digest or rollout.digest)
+                if done:
                     # Somebody else was faster.
-                    return Outcome(organ, False, (f"it is {in_words(target, percent)} already",), rollout)
+                    return Outcome(organ, False, (done,), rollout)
                 if action == Action.PROMOTE:
                     rollout = transaction.promote(
                         rollout, actor=actor, reason=reason, max_previous=self._settings.max_previous
@@ -316,39 +412,10 @@ class RolloutOperations:
                     )
         return Outcome(organ, True, traffic_steps(target, organ, percent, rollout), rollout)
 
-    def _roll_back_stable(
-        self,
-        transaction: Transaction,
-        snapshot: Snapshot,
-        organ: str,
-        actor: str,
-        reason: str,
-        digest: str | None,
-        dry_run: bool,
-    ) -> Outcome:
-        live = snapshot.live(organ)
-        if digest is not None and (live is None or live.stable_digest != digest):
-            return rolled_back_before(transaction, organ, digest)
-        if live is None:
-            raise RolloutStateError(f"{organ!r} is not served and nothing is in flight; there is nothing to roll back")
-        if not live.previous:
-            raise RolloutStateError(
-                f"the stable version of {organ!r} has none before it to go back to; stage the version that you want"
-            )
-        previous = live.previous[-1]
-        rollout = None
-        if not dry_run:
-            plan = self._resolved(RolloutPlan(promote=True))
-            rollout = transaction.stage(organ, previous, plan, actor=actor, reason=reason, restores=True)
-        steps = (
-            f"{previous[:12]}…, stable before, is verified and loaded on every replica of {organ}",
-            f"then it replaces {live.stable_digest[:12]}… for new requests; until then nothing changes",
-        )
-        return Outcome(organ, True, steps, rollout)
-
-    def _memory_of_previous(self, organ: str) -> tuple[ReplicaMemory, ...]:
-        live = self._store.snapshot().live(organ)
-        return memory_plan(self._fleet, organ, live.previous[-1]) if live and live.previous else ()
+    def _retired(self, transaction: Transaction, snapshot: Snapshot, organ: str) -> str:
+        if (organ, "") not in snapshot.retired:
+            return ""
+        return f": it was retired{who_retired(transaction, organ)} already"
 
     def _resolved(self, plan: RolloutPlan) -> RolloutPlan:
         """The plan with the settings of now, so that a later change of them does not reach a rollout under way."""

@@ -5,6 +5,7 @@ import re
 
 from router.errors import InvalidRolloutRequestError
 from router.rollouts.rollout_file import DIGEST
+from router.rollouts.sentences import number_in_words
 
 MAX_ACTOR = 200
 
@@ -54,6 +55,8 @@ def check_percent(percent: float) -> float:
     """
     if not math.isfinite(percent) or not 0 < percent <= 100:
         raise InvalidRolloutRequestError(
-            "percent", f"{percent:g} must be above 0 and at most 100; to take a candidate's traffic away, roll it back"
+            "percent",
+            f"{number_in_words(percent)} must be above 0 and at most 100; to take a candidate's traffic away, roll it "
+            "back",
         )
     return float(percent)

@@ -7,7 +7,22 @@ from router.rollouts.states import State
 
 def in_words(state: State, percent: float | None) -> str:
     """A state with its part of the traffic, for example "canary 5 %"."""
-    return str(state) if percent is None else f"{state} {percent:g} %"
+    return str(state) if percent is None else f"{state} {number_in_words(percent)} %"
+
+
+def number_in_words(number: float) -> str:
+    """A number with as few digits as tell it from every other: 5, 0.25 or 100.0001, never 100 for 100.0001."""
+    short = f"{number:g}"
+    return short if float(short) == number or number != number else repr(number)
+
+
+def duration_in_words(seconds: float) -> str:
+    """Seconds with a unit that keeps the number short, for example "3 min"."""
+    seconds = max(0.0, seconds)
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def stage_steps(organ: str, is_new: bool, plan: RolloutPlan) -> tuple[str, ...]:
@@ -15,7 +30,7 @@ def stage_steps(organ: str, is_new: bool, plan: RolloutPlan) -> tuple[str, ...]:
     steps = ["the bundle is read and verified", f"it is loaded on every replica of {organ}; no request uses it yet"]
     for step in plan.steps:
         verb = "answers" if step.mode == "canary" else "computes, unseen,"
-        steps.append(f"it {verb} {step.percent:g} % of the requests for {step.hold_s:g} s")
+        steps.append(f"it {verb} {number_in_words(step.percent)} % of the requests for {step.hold_s:g} s")
     if plan.promote:
         place = "joins the live set" if is_new else "becomes stable"
         steps.append(f"it {place}, unless its thresholds took it back before")
@@ -27,11 +42,12 @@ def stage_steps(organ: str, is_new: bool, plan: RolloutPlan) -> tuple[str, ...]:
 def traffic_steps(target: State, organ: str, percent: float | None, rollout: Rollout) -> tuple[str, ...]:
     """What follows when a warm candidate is moved."""
     candidate = f"{rollout.digest[:12]}…"
+    part = "" if percent is None else number_in_words(percent)
     if target == State.CANARY:
-        return (f"{candidate} answers {percent:g} % of the requests to {organ}; those under way end as they began",)
+        return (f"{candidate} answers {part} % of the requests to {organ}; those under way end as they began",)
     if target == State.SHADOW:
         return (
-            f"{candidate} computes {percent:g} % of the requests to {organ} beside the incumbent",
+            f"{candidate} computes {part} % of the requests to {organ} beside the incumbent",
             "its answers are compared and thrown away",
         )
     if rollout.incumbent_digest is None:

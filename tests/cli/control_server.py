@@ -174,7 +174,7 @@ def _serving(system: System, options: ServerOptions) -> Iterator[str]:
         watch = StateWatch(reader, system.store)
         service = ExpertControlService(
             store=system.store,
-            operations=RolloutOperations(system.store, system.fleet, QUICK),
+            operations=RolloutOperations(system.store, system.fleet, QUICK, catalogue.version),
             catalogue=catalogue,
             pushes=PushReceiver(system.registry, system.directory / "incoming", max_bytes=10**7),
             reader=reader,

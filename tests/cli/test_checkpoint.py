@@ -56,7 +56,7 @@ def test_inspect_for_people(source: Path) -> None:
     text = " ".join(result.stdout.split())
     assert "is an EchoVLM in the released layout" in text
     assert "4 layers · 4 experts, top 2 · 1 weight file" in text
-    assert "routed experts │ 147,456" in text
+    assert "routed experts 147,456" in text
     assert "Nothing is wrong with it." in text
 
 
@@ -85,8 +85,8 @@ def test_inspect_of_a_split_checkpoint_shows_its_organs(source: Path, tmp_path: 
     groups.write_text('{"heart": [0, 2], "liver": [1, 3]}')
     assert echoray("split", source, tmp_path / "split", "--groups", groups).exit_code == 0
     text = " ".join(echoray("inspect", tmp_path / "split").stdout.split())
-    assert "heart │ 1.0.0 │ 2 (0, 2)" in text
-    assert "liver │ 1.0.0 │ 2 (1, 3)" in text
+    assert "heart 1.0.0 2 (0, 2)" in text
+    assert "liver 1.0.0 2 (1, 3)" in text
 
 
 def test_split_and_merge(source: Path, tmp_path: Path) -> None:

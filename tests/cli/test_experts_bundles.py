@@ -225,7 +225,7 @@ def test_push_list_show_pull(pack: Pack, checkpoint: Path, tmp_path: Path) -> No
     assert [(row["organ"], row["version"], row["digest"], row["signed"]) for row in listed] == [
         ("breast", "1.1.0", digest, True)
     ]
-    assert done("list", *registry, "--organ", "liver") == "There are no bundles."
+    assert "there is no organ 'liver' in the registry" in refused("list", *registry, "--organ", "liver", code=2)
     shown = done("show", "breast@1.1.0", *registry)
     assert "trained on nothing" in shown
     assert "bleu1: 0.25" in shown
@@ -235,7 +235,10 @@ def test_push_list_show_pull(pack: Pack, checkpoint: Path, tmp_path: Path) -> No
     assert Bundle.open(tmp_path / "new" / "pulled").digest == digest
     check_signature(Bundle.open(tmp_path / "new" / "pulled"), public)
     assert "exists" in refused("pull", "breast@1.1.0", tmp_path / "new" / "pulled", *registry)
-    assert "has no version '9.0.0'" in refused("show", "breast@9.0.0", *registry)
+    assert "has no version '9.0.0' of organ 'breast'; it has 1.1.0" in refused("show", "breast@9.0.0", *registry)
+    assert "it has none of it, and bundles of breast" in refused("show", "spleen@1.0.0", *registry)
+    (tmp_path / "file").write_text("")
+    assert "is no folder" in refused("list", "--registry", tmp_path / "file")
     assert "is not ORGAN@VERSION" in refused("pull", "breast", tmp_path / "x", *registry, code=2)
     # A checkpoint's own registry goes by the checkpoint's name.
     own = json.loads(echoray("list", "--registry", checkpoint, "--json").stdout)

@@ -32,7 +32,7 @@ def test_a_version_goes_from_stage_to_stable_and_back(system: System) -> None:
     old = system.digests["heart", "1.0.0"]
     assert all(old not in held for held in system.fleet.held("heart").values())
 
-    back = done(system, "rollback", "heart", "--reason", "misses effusions", "--wait")
+    back = done(system, "rollback", "heart", "--stable", "1.1.0", "--reason", "misses effusions", "--wait")
     assert "stable before" in back
     assert "heart 1.0.0 is stable." in back
     assert system.store.policy().stable.bundle_digest("heart") == old
@@ -112,7 +112,7 @@ def test_ctrl_c_ends_the_waiting_and_not_the_rollout(system: System, json: tuple
     assert process.returncode == 130
     assert "the rollout goes on" in stderr
     assert "echoray experts watch heart" in stderr
-    assert "echoray experts rollback heart" in stderr
+    assert f"echoray experts rollback heart --rollout {system.rollout().id}" in stderr
     assert "Traceback" not in stderr
     system.fleet.proceed.set()
     system.reach("warm")
@@ -134,14 +134,50 @@ def test_a_repeated_rollback_does_not_take_back_the_version_below(system: System
     done(system, "stage", "heart", "1.1.0", "--wait")
     done(system, "promote", "heart", "--wait")
     system.fleet.proceed.clear()
-    done(system, "rollback", "heart")
-    again = done(system, "rollback", "heart")
+    done(system, "rollback", "heart", "--stable", "1.1.0")
+    again = done(system, "rollback", "heart", "--stable", "1.1.0")
     assert "Nothing to do." in again
     assert "being brought back already" in again
     system.fleet.proceed.set()
     system.reach("stable")
     assert system.store.policy().stable.bundle_digest("heart") == system.digests["heart", "1.0.0"]
-    assert "none before it" in refused(system, "rollback", "heart", code=1)
+    assert "has no version before it" in refused(system, "rollback", "heart", code=1)
+    assert "none before it" in refused(system, "rollback", "heart", "--stable", "1.0.0", code=1)
+
+
+def test_two_operators_who_type_the_same_in_turn_take_back_one_version(system: System) -> None:
+    done(system, "stage", "heart", "1.1.0", "--wait")
+    done(system, "promote", "heart", "--wait", "--actor", "ann")
+    system.add("heart", "1.2.0")
+    done(system, "stage", "heart", "1.2.0", "--wait")
+    candidate = system.rollout().id
+    done(system, "canary", "heart", "--percent", 5, "--rollout", candidate)
+    done(system, "rollback", "heart", "--actor", "ann", "--reason", "strange")
+    head = system.store.head()
+    for _ in range(2):
+        text = refused(system, "rollback", "heart", "--actor", "bob", code=1)
+        assert f"{candidate} (1.2.0) was rolled back by ann 0 s ago: strange" in text
+        assert "heart 1.1.0 is stable; to go back from it to 1.0.0:" in text
+        assert "echoray experts rollback heart --stable 1.1.0" in text
+    again = done(system, "rollback", "heart", "--rollout", candidate, "--actor", "bob")
+    assert "Nothing to do." in again
+    assert "done already" in again
+    assert system.store.head() == head
+    assert system.store.policy().stable.bundle_digest("heart") == system.digests["heart", "1.1.0"]
+
+
+def test_a_rollback_of_a_stable_version_names_it(system: System) -> None:
+    done(system, "stage", "heart", "1.1.0", "--wait")
+    done(system, "promote", "heart", "--wait")
+    assert "1.0.0 is not the stable version" in refused(system, "rollback", "heart", "--stable", "1.0.0", code=1)
+    assert "leave out" in refused(system, "rollback", "heart", "--stable", "1.1.0", "--rollout", "heart-2", code=2)
+    assert "is verified and loaded" in done(system, "rollback", "heart", "--stable", "1.1.0", "--dry-run")
+    system.fleet.proceed.clear()
+    done(system, "rollback", "heart", "--stable", "1.1.0", "--actor", "ann")
+    # To take that back, as what is in flight, would undo what ann has just asked for.
+    text = refused(system, "rollback", "heart", "--rollout", "heart-2", code=1)
+    assert "left as it is" in text
+    system.fleet.proceed.set()
 
 
 def test_a_rollback_of_a_candidate_waits_until_its_memory_is_free(system: System) -> None:
@@ -174,7 +210,7 @@ def test_an_unknown_organ_or_version_names_those_that_there_are(system: System) 
 def test_a_wrong_state_says_what_is_possible(system: System) -> None:
     text = refused(system, "promote", "heart", code=1)
     assert "nothing is in flight for 'heart'" in text
-    assert "possible: stage, rollback, retire" in text
+    assert "possible: stage, retire" in text
 
 
 @pytest.mark.parametrize("percent", ["0", "101", "nan", "-5"])

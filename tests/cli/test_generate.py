@@ -13,7 +13,6 @@ from google.rpc import error_details_pb2
 from typer.testing import CliRunner, Result
 
 from echovlm_ray.cli import generate as commands
-from echovlm_ray.cli.printable import printable
 from tests.certificates import write_certificates
 from tests.client.scripted_server import PIECES, ScriptedEchoVLM, retry_info, serving, status
 
@@ -239,10 +238,6 @@ def test_a_reader_that_has_seen_enough_cancels_on_the_server(
     assert process.wait(10) == commands.EXIT_FAILED
     assert errors == b""
     assert servicer.cancelled.wait(5)
-
-
-def test_text_cannot_steer_the_terminal() -> None:
-    assert printable("a\x1b[31mb\r\n\t心") == "a\N{REPLACEMENT CHARACTER}[31mb\N{REPLACEMENT CHARACTER}\n\t心"
 
 
 def test_info(address: str) -> None:

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from echovlm_ray.checkpoint.demo import make_demo
+from echovlm_ray.cli.state import claimed
 from tests.running_system import ECHORAY, free_port, title_of
 
 
@@ -161,3 +162,15 @@ def test_light_commands_load_nothing_heavy() -> None:
     code = f"import sys, echovlm_ray.cli.main; print(*sorted({heavy!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_a_second_start_names_the_first_one(
+    checkpoint: Path, environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    # The other one has only begun to start: it does not listen yet.
+    for resource in (f"the rollouts' database {checkpoint}/rollouts/rollouts.db", "port 50052"):
+        with claimed({resource: ""}):
+            text = refused("serve", "--checkpoint", checkpoint, environment=environment)
+        assert f"another `echoray serve` (process {os.getpid()}) is starting or running here with {resource}" in text
+        assert f"`echoray stop --pid {os.getpid()}` ends it" in text

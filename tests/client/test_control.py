@@ -12,6 +12,7 @@ from echovlm_ray.client.errors import (
     NotFoundError,
     UnavailableError,
 )
+from protos.control_pb2 import Expected
 from tests.cli.control_server import make_bundle, running_control
 from tests.client.scripted_server import ScriptedEchoVLM, serving
 
@@ -36,6 +37,27 @@ def test_a_version_goes_all_the_way(tmp_path: Path) -> None:
         history = control.history("heart", verify=True)
         assert not history.faults
         assert [entry.actor for entry in history.entries if entry.event == "stage"] == ["ann"]
+
+
+def test_an_operation_is_made_only_if_it_is_still_as_its_caller_saw_it(tmp_path: Path) -> None:
+    with running_control(tmp_path) as system, ExpertControlClient(system.address) as control:
+        rollout = control.stage("heart", version="1.1.0", actor="ann").rollout
+        system.reach("warm")
+        seen = Expected(rollout_id=rollout.id, state="warm", percent=0)
+        assert control.canary("heart", 5, actor="ann", expected=seen).changed
+        with pytest.raises(FailedPreconditionError, match=r"it is canary 5 %: .* by ann 0 s ago"):
+            control.canary("heart", 50, actor="bob", expected=seen)
+        # What a client of the version before sends: with nothing in flight it named the stable version.
+        control.promote("heart", actor="ann")
+        for digest in ("", rollout.digest):
+            with pytest.raises(FailedPreconditionError, match="was promoted by ann 0 s ago"):
+                control.rollback("heart", actor="bob", digest=digest)
+        with pytest.raises(InvalidRequestError, match="version"):
+            control.roll_back_stable("heart", actor="bob")
+        restoring = control.roll_back_stable("heart", version="1.1.0", actor="bob").rollout
+        assert restoring.restores
+        with pytest.raises(InvalidRequestError, match="expected"):
+            control.rollback("heart", actor="bob", expected="heart-2")  # type: ignore[arg-type]
 
 
 def test_refusals_have_types(tmp_path: Path) -> None:

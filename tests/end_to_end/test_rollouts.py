@@ -59,7 +59,7 @@ def test_an_organs_experts_are_replaced_under_load(
         assert ask(system, "heart") == after
         until(lambda: held(control, "heart") == [{manifest.digest}], "the replica and Control are back")
 
-        control.rollback("heart", digest=manifest.digest, actor=WHO)
+        control.roll_back_stable("heart", digest=manifest.digest, actor=WHO)
         until(lambda: ask(system, "heart") == before, "the version before")
         until(lambda: held(control, "heart") == [{heart.digest}], "the new version unloaded")
 

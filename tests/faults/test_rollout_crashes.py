@@ -58,7 +58,11 @@ class Scene:
         self.control.promote(ORGAN, digest=self.new, actor=WHO)
 
     def roll_back(self) -> None:
-        self.control.rollback(ORGAN, digest=self.new, actor=WHO)
+        """Takes the new version back, from wherever it stands."""
+        if self.state() == "stable":
+            self.control.roll_back_stable(ORGAN, digest=self.new, actor=WHO)
+        else:
+            self.control.rollback(ORGAN, digest=self.new, actor=WHO)
 
     def state(self) -> str:
         """Of the newest rollout, read where nobody's death delays it."""

@@ -50,6 +50,6 @@ def test_a_router_that_starts_without_control_serves_what_was_promoted(
             assert until(lambda: ask(system, ORGAN), "the next Router's first answer") == after
             assert ask(system, ORGAN) == after
 
-        until(lambda: control.rollback(ORGAN, digest=digest, actor=WHO), "Control is back")
+        until(lambda: control.roll_back_stable(ORGAN, digest=digest, actor=WHO), "Control is back")
         until(lambda: ask(system, ORGAN) == before, "the version before")
         until(lambda: held(control, ORGAN) == [{first.digest}], "the promoted version unloaded")

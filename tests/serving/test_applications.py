@@ -1,10 +1,17 @@
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ray.serve.schema import (
+    ApplicationStatus,
+    ApplicationStatusOverview,
+    DeploymentStatusOverview,
+)
+
 from echovlm_ray.config import Config
 from echovlm_ray.serving.applications import version_of
-from echovlm_ray.serving.deployments.control import brief
+from echovlm_ray.serving.deployments.control import brief, cause
 from echovlm_ray.serving.deployments.replica import environment_of
 from echovlm_ray.serving.deployments.settings import ControlSettings, ReplicaSettings, deployments_of, settings_of
 
@@ -81,3 +88,13 @@ def test_of_a_failure_the_reason_is_shown_and_not_the_trace() -> None:
     trace = 'Traceback (most recent call last):\n  File "x.py", line 1, in f\nValueError: no GPU here\n\n'
     assert brief(trace) == "ValueError: no GPU here"
     assert brief("") == ""
+
+
+def test_of_an_application_that_failed_its_deployment_says_why() -> None:
+    trace = "It failed to start 3 times in a row.\nTraceback\nRolloutDatabaseError: another Control uses it\n"
+    deployment = DeploymentStatusOverview("DEPLOY_FAILED", "REPLICA_STARTUP_FAILED", {}, trace)  # type: ignore[arg-type]
+    failed = ApplicationStatusOverview(
+        ApplicationStatus.DEPLOY_FAILED, "Failed to update the deployments ['Control'].", 0.0, {"Control": deployment}
+    )
+    assert cause(failed) == "RolloutDatabaseError: another Control uses it"
+    assert cause(replace(failed, deployments={})) == "Failed to update the deployments ['Control']."

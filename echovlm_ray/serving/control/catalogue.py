@@ -3,7 +3,7 @@
 import logging
 import threading
 
-from experts.errors import UnknownBundleError
+from experts.errors import RegistryError, UnknownBundleError
 from experts.manifest import Manifest
 from experts.registry import Registry
 
@@ -48,10 +48,11 @@ class Catalogue:
         return known
 
     def version(self, digest: str) -> str:
-        """The version of a bundle; "" where the registry does not have it any more."""
+        """The version of a bundle; "" where the registry does not have it any more, or cannot be read."""
         try:
             return self.manifest(digest).version
-        except UnknownBundleError:
+        except (UnknownBundleError, RegistryError):
+            # A name for people; that the registry is away is told by what needs it.
             return ""
 
     def digest_of(self, organ: str, version: str) -> str:

@@ -7,6 +7,7 @@ from experts.digest import canonical_json
 from experts.manifest import Manifest
 from protos import control_pb2
 from router.expert_set import ExpertSet
+from router.rollouts.expectation import Expectation
 from router.rollouts.fleet_view import OrganView, ReplicaView
 from router.rollouts.history import Entry
 from router.rollouts.outcome import Outcome
@@ -72,6 +73,7 @@ def rollout_to_proto(
         actor=rollout.actor,
         created_at=rollout.created_at,
         state_since=rollout.state_since,
+        restores=rollout.restores,
     )
     if shadow is not None and shadow.requests:
         message.shadow.CopyFrom(
@@ -84,6 +86,17 @@ def rollout_to_proto(
             )
         )
     return message
+
+
+def expected_of(message: control_pb2.Expected) -> Expectation:
+    """What a caller saw, as the operations compare it."""
+    return Expectation(
+        rollout_id=message.rollout_id,
+        state=message.state,
+        percent=message.percent if message.HasField("percent") else None,
+        stable_digest=message.stable_digest,
+        nothing_in_flight=message.nothing_in_flight,
+    )
 
 
 def residents_to_proto(view: OrganView) -> list[control_pb2.ReplicaResidents]:

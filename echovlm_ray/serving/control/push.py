@@ -1,6 +1,7 @@
 """Takes in a bundle that somebody pushes, piece by piece, into a folder that is gone if anything is wrong."""
 
 import asyncio
+import errno
 import os
 import shutil
 import tempfile
@@ -11,7 +12,7 @@ from typing import BinaryIO
 
 from echovlm_ray.errors import InvalidRequestError, OverloadedError
 from experts.bundle import MAX_SIGNATURE_BYTES, SIGNATURE_NAME
-from experts.errors import InvalidBundleError, RegistryError
+from experts.errors import InvalidBundleError, RegistryError, RegistryFullError
 from experts.manifest import MANIFEST_NAME, FileEntry, Manifest
 from experts.registry import Registry
 from protos import control_pb2
@@ -21,6 +22,7 @@ MAX_FILES = 1000
 MAX_PUSHES = 2
 RETRY_AFTER_S = 5.0
 DRAIN_S = 1.0
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class PushReceiver:
@@ -54,7 +56,10 @@ class PushReceiver:
         self._pushes += 1
         try:
             with self._folder() as folder:
-                await self._fill(folder, requests)
+                try:
+                    await self._fill(folder, requests)
+                except OSError as error:
+                    raise _cannot_write(self._incoming, error) from None
                 return await asyncio.to_thread(self._into_registry, folder)
         except Exception:
             await _drain(requests)
@@ -68,7 +73,7 @@ class PushReceiver:
             self._incoming.mkdir(parents=True, exist_ok=True)
             folder = Path(tempfile.mkdtemp(dir=self._incoming))
         except OSError as error:
-            raise RegistryError(f"Control cannot write into {self._incoming}: {error.strerror}") from None
+            raise _cannot_write(self._incoming, error) from None
         try:
             yield folder
         finally:
@@ -122,10 +127,27 @@ class PushReceiver:
             # The folder is nobody else's and goes away: the files need not be copied.
             return self._registry.push(folder, link=True)
         except OSError as error:
+            if error.errno in NO_ROOM:
+                raise RegistryFullError(
+                    f"the disk is full: the registry {self._registry.root} takes no further bundle, and nobody sees "
+                    "anything of this one. Make room there, then push again"
+                ) from None
             raise RegistryError(
                 f"the registry {self._registry.root} cannot be written: {error.strerror or type(error).__name__}; set "
                 "experts.registry to one that can"
             ) from None
+
+
+def _cannot_write(folder: Path, error: OSError) -> RegistryError:
+    if error.errno in NO_ROOM:
+        return RegistryFullError(
+            f"the disk is full: Control keeps bundles that are on their way in {folder}, and nothing of this one was "
+            "kept. Make room there, then push again"
+        )
+    return RegistryError(
+        f"Control cannot write into {folder}: {error.strerror or type(error).__name__}; let the user who runs it write "
+        "there, on a file system that is not mounted read-only"
+    )
 
 
 async def _drain(requests: AsyncIterator[control_pb2.PushRequest]) -> None:

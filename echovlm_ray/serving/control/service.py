@@ -10,11 +10,12 @@ from pydantic import ValidationError
 
 from echovlm_ray.errors import InvalidRequestError
 from echovlm_ray.serving.control.catalogue import Catalogue
-from echovlm_ray.serving.control.messages import bundle_to_proto, entry_to_proto, outcome_to_proto
+from echovlm_ray.serving.control.messages import bundle_to_proto, entry_to_proto, expected_of, outcome_to_proto
 from echovlm_ray.serving.control.push import PushReceiver
 from echovlm_ray.serving.control.state import StateReader, StateWatch
 from protos import control_pb2, control_pb2_grpc
-from router.errors import RolloutStateError, UnknownOrganError
+from router.errors import RolloutStateError
+from router.rollouts.decisions import check_known
 from router.rollouts.history import Entry
 from router.rollouts.operations import RolloutOperations
 from router.rollouts.outcome import Outcome
@@ -104,8 +105,25 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
     async def Rollback(
         self, request: control_pb2.OrganRequest, context: grpc.aio.ServicerContext
     ) -> control_pb2.OperationResponse:
-        """Takes back the candidate, or the stable version."""
+        """Takes back the candidate."""
         return await self._answer(lambda: self._operations.rollback(**_organ(request)), dry_run=request.dry_run)
+
+    async def RollBackStable(
+        self, request: control_pb2.RollBackStableRequest, context: grpc.aio.ServicerContext
+    ) -> control_pb2.OperationResponse:
+        """Goes back from the stable version that is named to the one before."""
+
+        def roll_back() -> Outcome:
+            return self._operations.roll_back_stable(
+                request.organ,
+                self._digest(request.organ, request.version, request.digest),
+                actor=request.actor,
+                reason=request.reason,
+                expected=expected_of(request.expected),
+                dry_run=request.dry_run,
+            )
+
+        return await self._answer(roll_back, dry_run=request.dry_run)
 
     async def Retire(
         self, request: control_pb2.RetireRequest, context: grpc.aio.ServicerContext
@@ -113,16 +131,21 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
         """Takes an organ, or one version of it, out of service."""
 
         def retire() -> Outcome:
-            asked = {"actor": request.actor, "reason": request.reason}
+            asked: dict[str, Any] = {
+                "actor": request.actor,
+                "reason": request.reason,
+                "expected": expected_of(request.expected),
+                "dry_run": request.dry_run,
+            }
             if request.version or request.digest:
                 digest = self._digest(request.organ, request.version, request.digest)
-                return self._operations.retire_version(request.organ, digest, **asked, dry_run=request.dry_run)
+                return self._operations.retire_version(request.organ, digest, **asked)
             if request.organ == self._default_organ:
                 raise RolloutStateError(
                     f"{request.organ!r} is model.default_organ, which requests use that name no organ: set another one "
                     "before it is retired"
                 )
-            return self._operations.retire_organ(request.organ, **asked, dry_run=request.dry_run)
+            return self._operations.retire_organ(request.organ, **asked)
 
         return await self._answer(retire, dry_run=request.dry_run)
 
@@ -198,8 +221,8 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
     def _list(self, organ: str | None) -> control_pb2.ListResponse:
         manifests = self._catalogue.list(organ)
         snapshot = self._store.snapshot()
-        if organ is not None and not manifests and organ not in snapshot.known_organs:
-            raise UnknownOrganError(f"there is no organ {organ[:64]!r}: there are {', '.join(snapshot.known_organs)}")
+        if organ is not None and not manifests:
+            check_known(snapshot, organ)
         state = self._reader.read(organ)
         in_use = self._in_use()
         return control_pb2.ListResponse(
@@ -210,6 +233,8 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
         )
 
     def _history(self, request: control_pb2.HistoryRequest) -> control_pb2.HistoryResponse:
+        if request.organ and not self._catalogue.list(request.organ):
+            check_known(self._store.snapshot(), request.organ)
         head = self._store.head()
         entries: list[Entry] = []
         noted = not request.noted_hash
@@ -240,5 +265,6 @@ def _organ(request: control_pb2.OrganRequest | control_pb2.TrafficRequest) -> di
         "digest": request.digest or None,
         "actor": request.actor,
         "reason": request.reason,
+        "expected": expected_of(request.expected),
         "dry_run": request.dry_run,
     }

@@ -25,6 +25,8 @@ from echovlm_ray.serving.server import ServerOptions
 from protos import control_pb2_grpc, status_pb2_grpc
 
 if TYPE_CHECKING:
+    from ray.serve.schema import ApplicationStatusOverview
+
     from echovlm_ray.serving.control.catalogue import Catalogue
     from echovlm_ray.serving.control.fleet import GrpcFleet
     from echovlm_ray.serving.control.organs import OrganApplications
@@ -98,7 +100,7 @@ class ControlReplica(Replica):
         metrics = RolloutMetrics(store, catalogue.version)
         pushes = PushReceiver(registry, files.incoming, parsed.rollouts.max_push_bytes)
         await asyncio.to_thread(pushes.clear)
-        operations = RolloutOperations(store, fleet, parsed.rollouts) if remote else None
+        operations = RolloutOperations(store, fleet, parsed.rollouts, catalogue.version) if remote else None
         service = ExpertControlService(
             store, operations, catalogue, pushes, reader, watch, parsed.model.default_organ, threads
         )
@@ -231,10 +233,7 @@ def _states() -> "Mapping[str, ApplicationState]":
     from echovlm_ray.serving.control.status import ApplicationState
 
     applications = serve.status().applications
-    return {
-        name: ApplicationState(overview.status.value, brief(overview.message))
-        for name, overview in applications.items()
-    }
+    return {name: ApplicationState(overview.status.value, cause(overview)) for name, overview in applications.items()}
 
 
 def _deployed_organs() -> set[str]:
@@ -243,6 +242,12 @@ def _deployed_organs() -> set[str]:
         for name, state in _states().items()
         if name.startswith(EXPERT_PREFIX) and state.status not in ("DELETING", "NOT_STARTED")
     }
+
+
+def cause(overview: "ApplicationStatusOverview") -> str:
+    """Why an application is not well: its deployment knows, and Serve's word for the application only names that."""
+    told = [deployment.message for deployment in overview.deployments.values() if deployment.message]
+    return brief(told[0] if told else overview.message)
 
 
 def brief(message: str) -> str:

@@ -103,7 +103,7 @@ def run(orders: Orders) -> None:
         controller.reconcile_once()
         time.sleep(0.001)
     if orders.then_rolls_back:
-        operations.rollback("heart", actor="ann", digest=orders.candidate)
+        operations.roll_back_stable("heart", orders.candidate, actor="ann")
     while True:
         controller.reconcile_once()
         stable = store.policy().stable.bundle_digest("heart")

@@ -79,7 +79,10 @@ def test_a_replica_that_comes_back_gets_a_version_that_was_taken_back_while_requ
     else:
         world.operations.canary("heart", percent=50, actor="ann")
     world.fleet.pins = {key}
-    world.operations.rollback("heart", actor="ann")
+    if promoted:
+        world.operations.roll_back_stable("heart", key, actor="ann")
+    else:
+        world.operations.rollback("heart", actor="ann")
     reconcile_until(world.controller, lambda _: world.stable() == world.v1)
     world.fleet.remove_replica("heart", "heart-1")
     world.fleet.add_replica("heart", "heart-3")
@@ -175,7 +178,7 @@ def test_the_stable_version_is_rolled_back_by_loading_the_one_before_first(world
     world.reach(State.WARM)
     world.operations.promote("heart", actor="ann")
     world.reach_held(key)
-    world.operations.rollback("heart", actor="ann", digest=key)
+    world.operations.roll_back_stable("heart", key, actor="ann")
     assert world.stable() == key
     reconcile_until(world.controller, lambda _: world.stable() == world.v1)
     assert all(world.v1 in held for held in world.fleet.held("heart").values())

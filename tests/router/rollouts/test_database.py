@@ -125,7 +125,7 @@ def test_sqlite_is_durable_and_writes_ahead(tmp_path: Path) -> None:
     with database.read() as connection:
         assert connection.execute(text("PRAGMA synchronous")).scalar() == 2
         assert connection.execute(text("PRAGMA journal_mode")).scalar() == "wal"
-        assert connection.execute(text("PRAGMA busy_timeout")).scalar() == 30_000
+        assert connection.execute(text("PRAGMA busy_timeout")).scalar() == 10_000
     database.close()
 
 
@@ -136,8 +136,8 @@ def test_sqlite_is_durable_and_writes_ahead(tmp_path: Path) -> None:
         ("sqlite:///:memory:", "must be a file"),
         ("mysql://host/name", "'mysql'.*SQLite.*PostgreSQL"),
         ("rollouts.db", "is no URL"),
-        ("postgresql://me:secret@/none?host=/nowhere", "cannot be opened"),
-        ("sqlite:////proc/rollouts.db", "cannot be opened"),
+        ("postgresql://me:secret@/none?host=/nowhere", "cannot be reached: connection"),
+        ("sqlite:////proc/rollouts.db", "cannot be reached: unable to open database file"),
     ],
 )
 def test_a_database_that_cannot_be_is_told_in_words(url: str, words: str) -> None:
@@ -148,7 +148,7 @@ def test_a_database_that_cannot_be_is_told_in_words(url: str, words: str) -> Non
 
 def test_a_file_that_is_no_database_is_told_in_words(tmp_path: Path) -> None:
     (tmp_path / "rollouts.db").write_text("this is a letter, and no database at all" * 10)
-    with pytest.raises(RolloutDatabaseError, match="cannot be opened: file is not a database"):
+    with pytest.raises(RolloutDatabaseError, match="is damaged: file is not a database"):
         Database(f"sqlite:///{tmp_path}/rollouts.db")
 
 

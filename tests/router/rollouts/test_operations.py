@@ -215,7 +215,7 @@ def test_wrong_transitions_name_the_state_and_what_is_possible(
     with pytest.raises(RolloutStateError, match=r"is staged, so no other can begin; promote it or roll it back first"):
         operations.stage("heart", digest("other"), actor="ann")
     operations.rollback("heart", actor="ann", reason="wrong file")
-    with pytest.raises(RolloutStateError, match=r"the last one, heart-2, is rolled_back: wrong file"):
+    with pytest.raises(RolloutStateError, match=r"heart-2 .* was rolled back by ann 0 s ago: wrong file"):
         operations.promote("heart", actor="ann")
 
 
@@ -275,15 +275,19 @@ def test_rolling_back_the_stable_version_brings_back_the_one_before_once_it_is_w
     store: RolloutStore, operations: RolloutOperations, fleet: FolderFleet
 ) -> None:
     first, second = (staged(operations, store, fleet, name, State.STABLE) for name in ("v1", "v2"))
-    dry = unchanged(store, lambda: operations.rollback("heart", actor="ann", dry_run=True))
+    dry = unchanged(store, lambda: operations.roll_back_stable("heart", second, actor="ann", dry_run=True))
     assert [memory.replica for memory in dry.memory] == ["heart-1", "heart-2"]
-    restore = operations.rollback("heart", actor="ann", reason="worse").rollout
+    restore = operations.roll_back_stable("heart", second, actor="ann", reason="worse").rollout
     assert restore is not None
     assert (restore.digest, restore.restores, restore.automatic, restore.plan.promote) == (first, True, True, True)
     assert store.policy().stable.bundle_digest("heart") == second
     # While it is under way, asking again is no second rollback, and nothing else is possible but to stop it.
-    assert not unchanged(store, lambda: operations.rollback("heart", actor="ann")).changed
-    assert not unchanged(store, lambda: operations.rollback("heart", actor="ann", digest=second)).changed
+    again = unchanged(store, lambda: operations.roll_back_stable("heart", second, actor="ann"))
+    assert (again.changed, again.rollout) == (False, restore)
+    assert "is being brought back already: ann asked 0 s ago" in again.steps[0]
+    for named in (None, second):
+        with pytest.raises(RolloutStateError):
+            operations.rollback("heart", actor="bob", digest=named)
     with pytest.raises(RolloutStateError, match="brings back an earlier version"):
         operations.promote("heart", actor="ann")
 
@@ -294,14 +298,16 @@ def test_rolling_back_the_stable_version_brings_back_the_one_before_once_it_is_w
     by_digest = {rollout.digest: rollout.state for rollout in reversed(store.rollouts("heart"))}
     assert by_digest == {first: State.STABLE, second: State.ROLLED_BACK}
     # The repetition of a call that names its version is harmless.
-    assert not unchanged(store, lambda: operations.rollback("heart", actor="ann", digest=second)).changed
+    again = unchanged(store, lambda: operations.roll_back_stable("heart", second, actor="bob"))
+    assert not again.changed
+    assert "done already: ann went back from" in again.steps[0]
 
 
 def test_a_rollback_under_way_can_be_stopped(
     store: RolloutStore, operations: RolloutOperations, fleet: FolderFleet
 ) -> None:
     first, second = (staged(operations, store, fleet, name, State.STABLE) for name in ("v1", "v2"))
-    operations.rollback("heart", actor="ann")
+    operations.roll_back_stable("heart", second, actor="ann")
     assert operations.rollback("heart", actor="ann", digest=first).changed
     assert store.snapshot().candidate("heart") is None
     assert store.policy().stable.bundle_digest("heart") == second
@@ -311,11 +317,13 @@ def test_rollback_needs_something_to_go_back_to(
     store: RolloutStore, operations: RolloutOperations, fleet: FolderFleet
 ) -> None:
     with pytest.raises(RolloutStateError, match="has none before it"):
-        operations.rollback("heart", actor="ann")
+        operations.roll_back_stable("heart", digest("b"), actor="ann")
     with pytest.raises(UnknownRolloutError, match="neither the stable version"):
         operations.rollback("heart", actor="ann", digest=digest("?"))
     staged(operations, store, fleet, "new", State.CANARY)
-    with pytest.raises(RolloutStateError, match="roll it back or promote it before the stable version"):
+    with pytest.raises(RolloutStateError, match="roll it back or promote it before going back from the stable version"):
+        operations.roll_back_stable("heart", digest("b"), actor="ann")
+    with pytest.raises(RolloutStateError, match="which a rollback of the candidate does not touch"):
         operations.rollback("heart", actor="ann", digest=digest("b"))
 
 
@@ -358,7 +366,7 @@ def test_an_organ_can_be_retired_and_come_back(
     operations.retire_organ("heart", actor="ann", reason="not wanted")
     assert store.policy().stable.organs == ("breast", "liver")
     assert "heart" in store.snapshot().known_organs
-    with pytest.raises(RolloutStateError, match="is not served and nothing is in flight"):
+    with pytest.raises(RolloutStateError, match=r"nothing is in flight for .heart.*heart is not served"):
         operations.rollback("heart", actor="ann")
     key = staged(operations, store, fleet, "new", State.STABLE)
     assert store.policy().stable.organs == ("breast", "liver", "heart")
@@ -381,7 +389,7 @@ def test_a_retired_version_is_neither_staged_nor_gone_back_to(
     with pytest.raises(RolloutStateError, match="was retired"):
         operations.stage("heart", first, actor="ann")
     assert {rollout.digest: rollout.state for rollout in store.rollouts("heart")}[first] == State.RETIRED
-    restored = operations.rollback("heart", actor="ann").rollout
+    restored = operations.roll_back_stable("heart", second, actor="ann").rollout
     assert restored is not None
     assert restored.digest == digest("b")
     assert second != restored.digest

@@ -1,0 +1,142 @@
+"""Tables that can be read at any width: no word, number or address is ever broken where it fits on a line.
+
+A table whose longest words do not fit beside each other becomes a list, one row below the other.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
+from rich.measure import Measurement
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from echovlm_ray.cli.terminal import MAX_CELL, line
+
+GAP = 2
+# Between these, a line of Chinese, Japanese or Korean may end.
+_BREAKABLE = re.compile(r"[\s\u2e80-\u9fff\uac00-\ud7ff\uf900-\ufaff\uff00-\uffef]+")
+
+Cell = str | Text | ProgressBar
+Drawn = Text | ProgressBar
+
+
+class Listing:
+    """Rows under headers. Strings are taken as they are: no markup, one line each, and long ones are cut."""
+
+    def __init__(self, *headers: str, title: str = "", right: Iterable[str] = (), header: bool = True) -> None:
+        """Takes the columns.
+
+        Args:
+            headers: what stands above each; "" for a column that explains itself.
+            title: a line above.
+            right: the headers of numbers, which end below each other.
+            header: whether to show the headers.
+        """
+        self._headers = [line(text, MAX_CELL) for text in headers]
+        self._title = line(title, MAX_CELL)
+        self._right = frozenset(right)
+        self._show_header = header
+        self._rows: list[list[Drawn]] = []
+
+    def add_row(self, *cells: Cell) -> None:
+        """Adds a row; cells that are missing at its end are empty."""
+        missing = len(self._headers) - len(cells)
+        self._rows.append([_drawn(cell) for cell in (*cells, *[""] * missing)])
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The table where it fits, or else the list."""
+        if self._title:
+            yield Text(self._title, style="italic")
+        # A column in which nothing stands, like that of progress where nothing loads.
+        shown = [number for number in range(len(self._headers)) if self._natural(number)]
+        widths = self._widths(shown, options.max_width)
+        if widths is None:
+            yield from self._as_list(options.max_width)
+        else:
+            yield self._as_table(shown, widths)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        """It takes what there is."""
+        return Measurement(1, options.max_width)
+
+    def _cells(self, number: int) -> list[Drawn]:
+        header = [Text(self._headers[number])] if self._show_header else []
+        return [*header, *(row[number] for row in self._rows)]
+
+    def _natural(self, number: int) -> int:
+        return max(map(_length, self._cells(number)), default=0)
+
+    def _widths(self, shown: Sequence[int], width: int) -> list[int] | None:
+        """The columns' widths; None where their longest words do not fit."""
+        smallest = [max(map(_longest_word, self._cells(number))) for number in shown]
+        room = width - GAP * (len(shown) - 1) - sum(smallest)
+        return None if room < 0 else _shared_out(smallest, [self._natural(number) for number in shown], room)
+
+    def _as_table(self, shown: Sequence[int], widths: Sequence[int]) -> Table:
+        table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), show_header=self._show_header)
+        for number, width in zip(shown, widths, strict=True):
+            header = self._headers[number]
+            justify: JustifyMethod = "right" if header in self._right else "left"
+            table.add_column(Text(header), width=width, overflow="fold", justify=justify)
+        for row in self._rows:
+            table.add_row(*(row[number] for number in shown))
+        return table
+
+    def _as_list(self, width: int) -> Iterable[Text | Table]:
+        for row in self._rows:
+            first, *rest = row
+            if _length(first):
+                label = f"{self._headers[0]} " if self._show_header and self._headers[0] else ""
+                yield Text.assemble((label, "bold"), first) if isinstance(first, Text) else Text("")
+            for header, cell in zip(self._headers[1:], rest, strict=True):
+                if _length(cell):
+                    yield from _entry(header if self._show_header else "", cell, width)
+
+
+def _entry(header: str, cell: Drawn, width: int) -> Iterable[Text | Table]:
+    label = f"  {header}:" if header else " "
+    if not isinstance(cell, Text):
+        grid = Table.grid(padding=(0, 1, 0, 0))
+        grid.add_row(label, cell)
+        yield grid
+        return
+    room = width - Text(label).cell_len - 1
+    if _longest_word(cell) <= room:
+        grid = Table.grid(padding=(0, 1, 0, 0))
+        grid.add_column(width=Text(label).cell_len)
+        grid.add_column(width=room, overflow="fold")
+        grid.add_row(Text(label), cell)
+        yield grid
+        return
+    # On a line of its own, as an address must stay whole.
+    yield Text(label)
+    yield cell
+
+
+def _drawn(cell: Cell) -> Drawn:
+    return Text(line(cell, MAX_CELL)) if isinstance(cell, str) else cell
+
+
+def _length(cell: Drawn) -> int:
+    if isinstance(cell, Text):
+        return max((part.cell_len for part in cell.split(allow_blank=True)), default=0)
+    return cell.width or 0
+
+
+def _longest_word(cell: Drawn) -> int:
+    if isinstance(cell, Text):
+        return max((Text(word).cell_len for word in _BREAKABLE.split(cell.plain)), default=0) or min(2, cell.cell_len)
+    return cell.width or 0
+
+
+def _shared_out(smallest: Sequence[int], natural: Sequence[int], room: int) -> list[int]:
+    """Widths from the smallest to the natural ones; what needs least gets all of it first."""
+    widths = list(smallest)
+    order = sorted(range(len(widths)), key=lambda number: natural[number] - smallest[number])
+    for position, number in enumerate(order):
+        share = min(natural[number] - smallest[number], room // (len(order) - position))
+        widths[number] += share
+        room -= share
+    return widths

@@ -1,0 +1,75 @@
+"""Compare and set: an operation is made only if the organ still stands where its caller saw it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from router.errors import RolloutStateError
+from router.rollouts.happened import what_happened
+from router.rollouts.records import Rollout, Snapshot
+from router.rollouts.sentences import in_words
+from router.rollouts.states import State
+from router.rollouts.transaction import Transaction
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """What a caller saw. A field that is left at its default is not compared.
+
+    Attributes:
+        rollout_id: the rollout that the call is about.
+        state: the state of that rollout.
+        percent: its part of the requests.
+        stable_digest: the organ's stable version.
+        nothing_in_flight: that no rollout of the organ was in flight.
+    """
+
+    rollout_id: str = ""
+    state: str = ""
+    percent: float | None = None
+    stable_digest: str = ""
+    nothing_in_flight: bool = False
+
+
+NOTHING_EXPECTED = Expectation()
+# Digest → what people call the version.
+Names = Callable[[str], str]
+
+
+def check_expected(
+    transaction: Transaction, snapshot: Snapshot, organ: str, expected: Expectation, names: Names
+) -> None:
+    """Refuses an operation whose caller saw something else than what is there.
+
+    Raises:
+        RolloutStateError: something changed; the text says what, who did it and when.
+    """
+    candidate = snapshot.candidate(organ)
+    if expected.nothing_in_flight and candidate is not None:
+        raise RolloutStateError(
+            f"the caller saw nothing in flight for {organ!r}, but {what_happened(transaction, candidate, names)}; "
+            "nothing was changed: look at it and ask again"
+        )
+    if expected.rollout_id and candidate is not None and candidate.id == expected.rollout_id:
+        _check_candidate(transaction, candidate, expected, names)
+    live = snapshot.live(organ)
+    if expected.stable_digest and (live is None or live.stable_digest != expected.stable_digest):
+        now = "is not served any more" if live is None else f"is at {names(live.stable_digest)} now"
+        newest = next(iter(transaction.rollouts(organ=organ, limit=1)), None)
+        because = f": {what_happened(transaction, newest, names)}" if newest is not None else ""
+        raise RolloutStateError(
+            f"the caller saw {organ} {names(expected.stable_digest)} as the stable version, but {organ} {now}"
+            f"{because}; nothing was changed: look at it and ask again"
+        )
+
+
+def _check_candidate(transaction: Transaction, candidate: Rollout, expected: Expectation, names: Names) -> None:
+    moved = expected.state and candidate.state != expected.state
+    shifted = expected.percent is not None and (candidate.percent or 0.0) != expected.percent
+    if not moved and not shifted:
+        return
+    known = expected.state in list(State)
+    seen = in_words(State(expected.state), expected.percent or None) if known else repr(expected.state[:32])
+    raise RolloutStateError(
+        f"the caller saw {candidate.id} as {seen}, but it is {in_words(candidate.state, candidate.percent)}: "
+        f"{what_happened(transaction, candidate, names)}; nothing was changed: look at it and ask again"
+    )

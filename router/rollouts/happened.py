@@ -1,0 +1,60 @@
+"""What happened last to a rollout, in words: what, by whom, how long ago and why."""
+
+from collections.abc import Callable, Mapping
+from datetime import datetime
+
+from router.rollouts import history
+from router.rollouts.records import Rollout
+from router.rollouts.sentences import duration_in_words, in_words
+from router.rollouts.states import Action
+from router.rollouts.transaction import Transaction
+
+# The actor of what nobody asked for.
+CONTROLLER = "controller"
+_VERBS: Mapping[str, str] = {
+    Action.STAGE: "was staged",
+    Action.VERIFY: "was verified",
+    Action.WARM_UP: "was loaded on every replica",
+    Action.PROMOTE: "was promoted",
+    Action.SUPERSEDE: "was superseded",
+    Action.FAIL: "failed",
+    Action.ROLL_BACK: "was rolled back",
+    Action.RETIRE: "was retired",
+    Action.RETIRE_ORGAN: "was retired",
+    Action.RETIRE_VERSION: "was retired",
+}
+
+
+def what_happened(transaction: Transaction, rollout: Rollout, names: Callable[[str], str]) -> str:
+    """The last change of a rollout, for example "heart-12 (1.1.0) was rolled back by ann 6 s ago: too slow".
+
+    Args:
+        transaction: where it is read.
+        rollout: the rollout.
+        names: digest → what people call the version.
+    """
+    entry = history.newest(transaction.connection, rollout_id=rollout.id)
+    subject = f"{rollout.id} ({names(rollout.digest)})"
+    if entry is None:
+        return f"{subject} is {in_words(rollout.state, rollout.percent)}"
+    verb = _VERBS.get(entry.action) or f"was made {in_words(rollout.state, rollout.percent)}"
+    return f"{subject} {verb}{_by(transaction, entry)}"
+
+
+def who_retired(transaction: Transaction, organ: str, digest: str = "") -> str:
+    """Who took an organ, or with a digest one version of it, out of service, for example " by ann 6 s ago"."""
+    action = Action.RETIRE_VERSION if digest else Action.RETIRE_ORGAN
+    entry = history.newest(transaction.connection, organ=organ, action=action, digest=digest)
+    return "" if entry is None else _by(transaction, entry)
+
+
+def since(transaction: Transaction, at: float) -> str:
+    """How long ago a time was, for example "6 s ago"."""
+    return f"{duration_in_words(transaction.now - at)} ago"
+
+
+def _by(transaction: Transaction, entry: history.Entry) -> str:
+    who = "the controller" if entry.actor == CONTROLLER else entry.actor
+    by = "" if entry.action == Action.FAIL else f" by {who}"
+    because = f": {entry.reason}" if entry.reason else ""
+    return f"{by} {since(transaction, datetime.fromisoformat(entry.at).timestamp())}{because}"

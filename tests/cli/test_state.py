@@ -1,0 +1,51 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from echovlm_ray.cli.state import claimed
+
+CLAIM = """
+import sys
+from echovlm_ray.cli.state import claimed
+with claimed({"port 50051": "set gateway.port to another port"}):
+    print("claimed", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+
+
+def test_what_another_start_has_is_refused_with_its_process() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", CLAIM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "claimed\n"
+        with (
+            pytest.raises(ValueError, match="with port 50051") as refused,
+            claimed({"port 50051": "set it to another"}),
+        ):
+            raise AssertionError
+        assert f"(process {other.pid})" in str(refused.value)
+        assert f"`echoray stop --pid {other.pid}` ends it; or set it to another" in str(refused.value)
+        with claimed({"port 50061": ""}):
+            pass
+        other.kill()
+        other.communicate()
+    # However it ended, what it had is free.
+    with claimed({"port 50051": ""}):
+        pass
+
+
+def test_of_several_resources_all_are_given_back_where_one_is_taken() -> None:
+    with claimed({"second": ""}):
+        with pytest.raises(ValueError, match=f"process {os.getpid()}"), claimed({"first": "", "second": ""}):
+            raise AssertionError
+        with claimed({"first": ""}):
+            pass
