@@ -9,10 +9,14 @@ from dataclasses import dataclass, field
 import torch
 
 from experts.bundle import Bundle
+from experts.convert import OtherDtype, check_dtype, convert_experts, dtype_name
 from experts.errors import BundleNotResidentError, ExpertCapacityError, InvalidBundleError, InvalidTensorError
-from experts.kernels.base import NO_EXPERT, ExpertKernel, ExpertWeights, PreparedExperts, kernel_in_use
+from experts.kernels.base import NO_EXPERT, ExpertKernel, PreparedExperts, kernel_in_use
 from experts.manifest import Manifest
 from experts.registry import Registry
+from experts.warm_up import warm_up
+
+DEFAULT_TOP_K = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,9 @@ class Resident:
     # Of the weights as the kernel keeps them. Where they are views of mapped files, processes share the memory.
     resident_bytes: int
     kernel: str
+    # Of the weights as they are computed with, and as the bundle has them; see `experts.convert`.
+    dtype: str
+    bundle_dtype: str
 
 
 @dataclass(slots=True)
@@ -34,6 +41,45 @@ class _Entry:
     dtype: torch.dtype
     layers: list[PreparedExperts]
     exchanges: int = 0
+
+    @property
+    def parameters_per_expert(self) -> int:
+        return 3 * self.manifest.hidden_size * self.manifest.intermediate_size
+
+    def forward(
+        self,
+        layer: int,
+        x_TD: torch.Tensor,
+        expert_index_TK: torch.Tensor,
+        weight_TK: torch.Tensor,
+        device: torch.device,
+    ) -> torch.Tensor:
+        _check_exchange(self, layer, x_TD, expert_index_TK, weight_TK)
+        with torch.inference_mode():
+            output_TD = self.layers[layer].forward(x_TD.to(device), expert_index_TK.to(device), weight_TK.to(device))
+            return output_TD.to(x_TD.device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """One bundle's experts, of which only the warm-up knows yet; an `experts.exchanges.Computes`."""
+
+    organ: str
+    entry: _Entry
+    device: torch.device
+
+    def forward(
+        self,
+        digest: str,
+        layer: int,
+        x_TD: torch.Tensor,
+        expert_index_TK: torch.Tensor,
+        weight_TK: torch.Tensor,
+    ) -> torch.Tensor:
+        return self.entry.forward(layer, x_TD, expert_index_TK, weight_TK, self.device)
+
+    def parameters_per_expert(self, digest: str) -> int | None:
+        return self.entry.parameters_per_expert
 
 
 @dataclass(slots=True)
@@ -89,6 +135,8 @@ class ExpertGroup:
         *,
         device: torch.device | str,
         dtype: torch.dtype | None = None,
+        other_dtype: OtherDtype = "convert",
+        top_k: int = DEFAULT_TOP_K,
         max_resident_bytes: int,
         backbone_digest: str | None = None,
         admit: Callable[[Bundle], None] | None = None,
@@ -100,7 +148,10 @@ class ExpertGroup:
             registry: where bundles are loaded from.
             kernel: computes them.
             device: where the weights go.
-            dtype: what the weights are converted to; none leaves them as the bundle has them.
+            dtype: of the hidden states that callers send, to which weights are converted; none leaves the weights as
+                each bundle has them, and callers must send that.
+            other_dtype: "refuse" refuses bundles whose experts or gate rows have another dtype.
+            top_k: experts per token that callers ask for, for the warm-up.
             max_resident_bytes: a load that would take the weights of all versions together above this is refused.
             backbone_digest: when given, bundles that were trained against another backbone are refused.
             admit: when given, asked about every bundle before it is loaded; raises where policy forbids it, as
@@ -111,6 +162,8 @@ class ExpertGroup:
         self._kernel = kernel
         self._device = torch.device(device)
         self._dtype = dtype
+        self._other_dtype: OtherDtype = other_dtype
+        self._top_k = top_k
         self._max_resident_bytes = max_resident_bytes
         self._backbone_digest = backbone_digest
         self._admit = admit
@@ -120,11 +173,14 @@ class ExpertGroup:
     def load(self, digest: str) -> Resident:
         """Makes a bundle resident, after checking all of it; returns when it can be used.
 
+        Before it counts as resident it has answered exchanges in every layer: see `experts.warm_up`.
+
         Loading a resident bundle again only returns it; a load of the same bundle under way is waited for.
 
         Raises:
             UnknownBundleError: the registry does not have it.
-            InvalidBundleError: another organ's, another backbone's, damaged, or not admitted.
+            InvalidBundleError: another organ's, another backbone's, of a dtype that must not be converted, damaged,
+                not admitted, or it cannot be computed with here.
             ExpertCapacityError: no room; nothing was allocated.
         """
         with self._changed:
@@ -195,12 +251,7 @@ class ExpertGroup:
             InvalidTensorError: a layer, shape, dtype or expert that does not fit the bundle.
         """
         with self._in_use(digest) as entry:
-            _check_exchange(entry, layer, x_TD, expert_index_TK, weight_TK)
-            with torch.inference_mode():
-                output_TD = entry.layers[layer].forward(
-                    x_TD.to(self._device), expert_index_TK.to(self._device), weight_TK.to(self._device)
-                )
-                return output_TD.to(x_TD.device)
+            return entry.forward(layer, x_TD, expert_index_TK, weight_TK, self._device)
 
     def resident(self) -> list[Resident]:
         """What can be used now, in the order in which it was loaded."""
@@ -221,7 +272,7 @@ class ExpertGroup:
         """How many numbers one expert of one layer has: what a pair costs. None if the bundle is not resident."""
         with self._changed:
             entry = self._state.entries.get(digest)
-        return None if entry is None else 3 * entry.manifest.hidden_size * entry.manifest.intermediate_size
+        return None if entry is None else entry.parameters_per_expert
 
     @contextmanager
     def _in_use(self, digest: str) -> Iterator[_Entry]:
@@ -247,6 +298,7 @@ class ExpertGroup:
         if self._admit is not None:
             self._admit(bundle)
         dtype = self._dtype or manifest.torch_dtype
+        check_dtype(manifest, dtype, self._other_dtype)
         reserved = manifest.num_expert_parameters * dtype.itemsize
         self._reserve(reserved, manifest)
         try:
@@ -259,13 +311,23 @@ class ExpertGroup:
             resident_bytes = sum(prepared.nbytes for prepared in layers)
             # A kernel may have padded or repacked.
             self._reserve(resident_bytes - reserved, manifest)
+            reserved = resident_bytes
+            resident = Resident(
+                digest,
+                manifest.name,
+                manifest.version,
+                resident_bytes,
+                kernel_in_use(self._kernel, layers[0]),
+                dtype_name(dtype),
+                manifest.dtype,
+            )
+            entry = _Entry(resident, manifest, dtype, layers)
+            warm_up(_Loaded(self.organ, entry, self._device), bundle, dtype=dtype, top_k=self._top_k)
         except BaseException:
             with self._changed:
                 self._state.held_bytes -= reserved
             raise
-        kernel = kernel_in_use(self._kernel, layers[0])
-        resident = Resident(digest, manifest.name, manifest.version, resident_bytes, kernel)
-        return _Entry(resident, manifest, dtype, layers)
+        return entry
 
     def _check_fits(self, manifest: Manifest) -> None:
         if manifest.organ != self.organ:
@@ -291,12 +353,19 @@ class ExpertGroup:
             self._state.held_bytes = held
 
     def _prepare(self, bundle: Bundle, layer: int, dtype: torch.dtype) -> PreparedExperts:
-        weights = bundle.load_layer(layer)
-        gate, up, down = (
-            matrices.to(device=self._device, dtype=dtype)
-            for matrices in (weights.gate_EFD, weights.up_EFD, weights.down_EDF)
-        )
-        return self._kernel.load(ExpertWeights(gate, up, down))
+        title = f"bundle {bundle.manifest.name} {bundle.manifest.version}"
+        try:
+            return self._kernel.load(convert_experts(bundle.load_layer(layer), dtype, self._device, layer))
+        except InvalidBundleError:
+            raise
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise ExpertCapacityError(f"{title} does not fit into the memory of {self._device}") from error
+        except Exception as error:
+            # A kernel may be another package's; what it says is about weights, and an operator has to read it.
+            raise InvalidBundleError(
+                f"{title}, layer {layer}: the kernel {self._kernel.name} cannot load it in {dtype_name(dtype)} on "
+                f"{self._device}: {type(error).__name__}: {str(error)[:500]}"
+            ) from error
 
 
 def _check_exchange(

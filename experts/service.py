@@ -181,4 +181,6 @@ def _resident_to_proto(resident: Resident) -> expert_pb2.ResidentBundle:
         version=resident.version,
         resident_bytes=resident.resident_bytes,
         kernel=resident.kernel,
+        dtype=resident.dtype,
+        bundle_dtype=resident.bundle_dtype,
     )

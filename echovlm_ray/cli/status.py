@@ -14,6 +14,7 @@ from echovlm_ray.client.connection import LOOPBACK, TLS, call_metadata, check_co
 from protos import status_pb2, status_pb2_grpc
 
 if TYPE_CHECKING:
+    from protos.expert_pb2 import ResidentBundle
     from protos.status_pb2 import ApplicationStatus, GetStatusResponse, ReplicaDescription
 
 EXIT_FAILED = 1
@@ -154,12 +155,19 @@ def _rows(application: "ApplicationStatus", *, with_node: bool) -> list[list[str
         if replica.pid:
             memory = f"{replica.resident_bytes / MEBIBYTE:.0f} MiB"
             row += [str(replica.pid), replica.device, memory, str(replica.queue_length)]
-            row.append(", ".join(bundle.version for bundle in replica.bundles))
+            row.append(", ".join(map(_bundle, replica.bundles)))
         else:
             row += ["[red]silent[/red]", "", "", ""]
         rows.append(row)
         head = ["", ""]
     return rows or [head]
+
+
+def _bundle(bundle: "ResidentBundle") -> str:
+    """A bundle's version, and from which dtype its weights were converted, if they were."""
+    if bundle.dtype == bundle.bundle_dtype:
+        return bundle.version
+    return f"{bundle.version} ({bundle.bundle_dtype} as {bundle.dtype})"
 
 
 def _fail(text: str, code: int) -> NoReturn:

@@ -141,7 +141,7 @@ async def control_system(
             lambda: [ReplicaAddresses(served.address, "", "router-1")],
             lambda: feeds[0].watching(),
             catalogue.manifest,
-            None,
+            element_bytes=4,
         )
         stack.callback(fleet.close)
         verifier = SubprocessVerifier(

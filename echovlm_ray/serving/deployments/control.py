@@ -165,13 +165,14 @@ def _fleet(
     settings: ControlSettings, endpoints: Endpoints, catalogue: "Catalogue", watching: Callable[[], frozenset[str]]
 ) -> "GrpcFleet":
     from echovlm_ray.serving.control.fleet import GrpcFleet
+    from echovlm_ray.serving.served import expert_exchange
 
     return GrpcFleet(
         experts=lambda organ: endpoints.replicas(expert_application(organ)),
         routers=lambda: endpoints.replicas(ROUTER),
         watching=watching,
         manifest=catalogue.manifest,
-        element_bytes={"auto": None, "float32": 4, "bfloat16": 2}[settings.model.dtype],
+        element_bytes=expert_exchange(settings.model).dtype.itemsize,
     )
 
 
