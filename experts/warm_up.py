@@ -67,7 +67,7 @@ def _exchange(
         )
     output_TD = wire.tensor_of(response.output, data, "output")
     if not is_finite(output_TD):
-        raise WarmUpError(f"layer {layer} computes of {tokens} in {dtype_name(dtype)} what is infinite or not a number")
+        raise WarmUpError(f"layer {layer}: the output for {tokens} in {dtype_name(dtype)} is infinite or not a number")
     return output_TD
 
 

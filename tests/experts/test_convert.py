@@ -84,7 +84,7 @@ def test_gate_rows_of_another_dtype_are_converted_or_refused(make_bundle: MakeBu
     assert group_of(registry, torch.bfloat16).load(digest).digest == digest
     read = BundleGates.read(registry.open(digest), num_layers=2, dtype=torch.bfloat16)
     assert {rows.dtype for rows in read.rows} == {torch.bfloat16}
-    with pytest.raises(InvalidBundleError, match="the gate rows of bundle .* are float32"):
+    with pytest.raises(InvalidBundleError, match=r"the gate rows of bundle .* are float32"):
         group_of(registry, torch.bfloat16, other_dtype="refuse").load(digest)
 
 

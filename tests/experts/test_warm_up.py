@@ -88,9 +88,9 @@ def one_expert_wrong(layer: int, x: torch.Tensor, index: torch.Tensor, output: t
     ("change", "words"),
     [
         (fails_alone, "layer 1 cannot compute 1 token in float32, as requests send them: .*no code for one row"),
-        (wide, "layer 0 cannot compute 9 tokens in float32"),
-        (cut, "layer 0 cannot compute 9 tokens in float32"),
-        (not_finite, "layer 1 computes of 9 tokens in float32 what is infinite or not a number"),
+        (wide, "layer 0 cannot compute 8 tokens in float32"),
+        (cut, "layer 0 cannot compute 8 tokens in float32"),
+        (not_finite, "layer 1: the output for 8 tokens in float32 is infinite or not a number"),
         (one_expert_wrong, "layer 0 differs in float32 from the recorded output by .* on this replica"),
     ],
 )
