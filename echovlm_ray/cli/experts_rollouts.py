@@ -249,6 +249,8 @@ def _print(response: "OperationResponse", dry_run: bool) -> None:
         console.print("Done:", style="bold")
     for step in response.steps:
         console.print(f"  {step}", markup=False, soft_wrap=True)
+    for missing in response.not_taken_up:
+        console.print(f"  still in effect as before: {missing}", style="yellow", markup=False, soft_wrap=True)
     if response.memory:
         console.print(memory_view(response.memory))
 
