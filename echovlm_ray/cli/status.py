@@ -114,6 +114,8 @@ def _replica_as_dict(replica: "ReplicaDescription") -> dict[str, Any]:
         "bundles": [
             {
                 "digest": bundle.digest,
+                "dtype": bundle.dtype,
+                "bundle_dtype": bundle.bundle_dtype,
                 "name": bundle.name,
                 "version": bundle.version,
                 "resident_bytes": bundle.resident_bytes,

@@ -15,7 +15,7 @@ from protos import control_pb2, control_pb2_grpc
 logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_S = 0.2
-LONGEST_PAUSE_S = 5.0
+LONGEST_PAUSE_S = 3.0
 TAKEN_UP_TIMEOUT_S = 5.0
 
 
