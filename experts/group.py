@@ -10,8 +10,9 @@ import torch
 
 from experts.bundle import Bundle
 from experts.convert import OtherDtype, check_dtype, convert_experts, dtype_name
-from experts.errors import BundleNotResidentError, ExpertCapacityError, InvalidBundleError, InvalidTensorError
-from experts.kernels.base import NO_EXPERT, ExpertKernel, PreparedExperts, kernel_in_use
+from experts.errors import BundleNotResidentError, ExpertCapacityError, InvalidBundleError
+from experts.kernels.base import ExpertKernel, PreparedExperts, kernel_in_use
+from experts.loaded import LoadedBundle, Resident
 from experts.manifest import Manifest
 from experts.registry import Registry
 from experts.warm_up import warm_up
@@ -19,74 +20,11 @@ from experts.warm_up import warm_up
 DEFAULT_TOP_K = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Resident:
-    """A bundle that is ready to compute."""
-
-    digest: str
-    name: str
-    version: str
-    # Of the weights as the kernel keeps them. Where they are views of mapped files, processes share the memory.
-    resident_bytes: int
-    kernel: str
-    # Of the weights as they are computed with, and as the bundle has them; see `experts.convert`.
-    dtype: str
-    bundle_dtype: str
-
-
-@dataclass(slots=True)
-class _Entry:
-    resident: Resident
-    manifest: Manifest
-    dtype: torch.dtype
-    layers: list[PreparedExperts]
-    exchanges: int = 0
-
-    @property
-    def parameters_per_expert(self) -> int:
-        return 3 * self.manifest.hidden_size * self.manifest.intermediate_size
-
-    def forward(
-        self,
-        layer: int,
-        x_TD: torch.Tensor,
-        expert_index_TK: torch.Tensor,
-        weight_TK: torch.Tensor,
-        device: torch.device,
-    ) -> torch.Tensor:
-        _check_exchange(self, layer, x_TD, expert_index_TK, weight_TK)
-        with torch.inference_mode():
-            output_TD = self.layers[layer].forward(x_TD.to(device), expert_index_TK.to(device), weight_TK.to(device))
-            return output_TD.to(x_TD.device)
-
-
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    """One bundle's experts, of which only the warm-up knows yet; an `experts.exchanges.Computes`."""
-
-    organ: str
-    entry: _Entry
-    device: torch.device
-
-    def forward(
-        self,
-        digest: str,
-        layer: int,
-        x_TD: torch.Tensor,
-        expert_index_TK: torch.Tensor,
-        weight_TK: torch.Tensor,
-    ) -> torch.Tensor:
-        return self.entry.forward(layer, x_TD, expert_index_TK, weight_TK, self.device)
-
-    def parameters_per_expert(self, digest: str) -> int | None:
-        return self.entry.parameters_per_expert
-
-
 @dataclass(slots=True)
 class _State:
     """What the group's lock guards."""
 
-    entries: dict[str, _Entry] = field(default_factory=dict)
+    entries: dict[str, LoadedBundle] = field(default_factory=dict)
     loading: dict[str, Future[Resident]] = field(default_factory=dict)
     # Of the loads under way, how far, from 0 to 1.
     progress: dict[str, float] = field(default_factory=dict)
@@ -251,7 +189,7 @@ class ExpertGroup:
             InvalidTensorError: a layer, shape, dtype or expert that does not fit the bundle.
         """
         with self._in_use(digest) as entry:
-            return entry.forward(layer, x_TD, expert_index_TK, weight_TK, self._device)
+            return entry.forward(digest, layer, x_TD, expert_index_TK, weight_TK)
 
     def resident(self) -> list[Resident]:
         """What can be used now, in the order in which it was loaded."""
@@ -272,10 +210,10 @@ class ExpertGroup:
         """How many numbers one expert of one layer has: what a pair costs. None if the bundle is not resident."""
         with self._changed:
             entry = self._state.entries.get(digest)
-        return None if entry is None else entry.parameters_per_expert
+        return None if entry is None else entry.parameters_per_expert(digest)
 
     @contextmanager
-    def _in_use(self, digest: str) -> Iterator[_Entry]:
+    def _in_use(self, digest: str) -> Iterator[LoadedBundle]:
         with self._changed:
             entry = self._state.entries.get(digest)
             if entry is None:
@@ -291,7 +229,7 @@ class ExpertGroup:
                 if entry.exchanges == 0:
                     self._changed.notify_all()
 
-    def _load(self, digest: str) -> _Entry:
+    def _load(self, digest: str) -> LoadedBundle:
         bundle = self._registry.open(digest)
         manifest = bundle.manifest
         self._check_fits(manifest)
@@ -321,8 +259,8 @@ class ExpertGroup:
                 dtype_name(dtype),
                 manifest.dtype,
             )
-            entry = _Entry(resident, manifest, dtype, layers)
-            warm_up(_Loaded(self.organ, entry, self._device), bundle, dtype=dtype, top_k=self._top_k)
+            entry = LoadedBundle(resident, manifest, dtype, self._device, layers)
+            warm_up(entry, bundle, dtype=dtype, top_k=self._top_k)
         except BaseException:
             with self._changed:
                 self._state.held_bytes -= reserved
@@ -366,35 +304,3 @@ class ExpertGroup:
                 f"{title}, layer {layer}: the kernel {self._kernel.name} cannot load it in {dtype_name(dtype)} on "
                 f"{self._device}: {type(error).__name__}: {str(error)[:500]}"
             ) from error
-
-
-def _check_exchange(
-    entry: _Entry, layer: int, x_TD: torch.Tensor, expert_index_TK: torch.Tensor, weight_TK: torch.Tensor
-) -> None:
-    manifest = entry.manifest
-    if not 0 <= layer < manifest.num_layers:
-        raise InvalidTensorError(f"layer is {layer}; the bundle has layers 0 to {manifest.num_layers - 1}")
-    if x_TD.ndim != 2 or x_TD.shape[1] != manifest.hidden_size:
-        raise InvalidTensorError(
-            f"hidden_states has the shape {list(x_TD.shape)}; it must be [tokens, {manifest.hidden_size}]"
-        )
-    if x_TD.dtype != entry.dtype:
-        raise InvalidTensorError(f"hidden_states is {x_TD.dtype}; the resident weights are {entry.dtype}")
-    if expert_index_TK.ndim != 2 or expert_index_TK.shape[0] != x_TD.shape[0]:
-        raise InvalidTensorError(
-            f"expert_index has the shape {list(expert_index_TK.shape)}; it must be [{x_TD.shape[0]}, top_k]"
-        )
-    if expert_index_TK.dtype != torch.int32:
-        raise InvalidTensorError(f"expert_index is {expert_index_TK.dtype}; it must be torch.int32")
-    if weight_TK.shape != expert_index_TK.shape or weight_TK.dtype != x_TD.dtype:
-        raise InvalidTensorError(
-            f"weight is {weight_TK.dtype} {list(weight_TK.shape)}; it must be {x_TD.dtype} "
-            f"{list(expert_index_TK.shape)}"
-        )
-    if expert_index_TK.numel():
-        low, high = (int(bound) for bound in torch.aminmax(expert_index_TK))
-        if low < NO_EXPERT or high >= manifest.num_experts:
-            raise InvalidTensorError(
-                f"expert_index reaches from {low} to {high}; the bundle has experts 0 to {manifest.num_experts - 1}, "
-                f"and {NO_EXPERT} means none"
-            )

@@ -13,7 +13,8 @@ from grpc.aio import ServicerContext
 from experts.doorbell import Doorbell
 from experts.errors import InvalidTensorError
 from experts.exchanges import Exchanges
-from experts.group import ExpertGroup, Resident
+from experts.group import ExpertGroup
+from experts.loaded import Resident
 from experts.transport import wire
 from experts.transport.host import host_id
 from protos import expert_pb2
