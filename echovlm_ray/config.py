@@ -66,7 +66,8 @@ class ModelSection(Section):
     checkpoint: Path = Path("checkpoints/demo")
     # When "auto", a replica with a share of a GPU uses it and any other the CPU; "cpu" and "cuda" force one.
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    # When "auto", weights stay as the checkpoint has them; otherwise they are converted at load.
+    # When "auto", the backbone's weights stay as the checkpoint has them; otherwise they are converted at load. Experts
+    # compute in the backbone's dtype either way.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # When "auto", clone checkpoints are routed by organ and partitions flat, as released.
     routing: Literal["auto", "organs", "flat"] = "auto"
@@ -193,6 +194,9 @@ class ExpertsSection(Section):
     organs: dict[str, Resources] = {}
     # When you compare kernels or wrote one, name it; "auto" is the packed kernel on a CPU, and measures on a GPU.
     kernel: str = "auto"
+    # When only bundles may load that were packed in the dtype of the backbone, set "refuse"; "convert" converts the
+    # weights of others when they load, and `echoray status` says from what.
+    other_dtype: Literal["convert", "refuse"] = "convert"
     # When loading a bundle would take a replica's resident weights above this many bytes, the load is refused.
     max_resident_bytes: PositiveInt = 16 * 1024**3
     # When bundles come from a registry that several machines share, give its folder or a URL like s3://bucket/experts;
@@ -296,6 +300,7 @@ class Config(Section):
         self._check_listeners()
         self._check_devices()
         self._check_signatures()
+        self._check_dtypes()
         return self
 
     def _check_tokens(self) -> None:
@@ -392,6 +397,15 @@ class Config(Section):
                 'give the public keys, or set experts.signatures to "optional"',
                 "experts.signatures",
                 "experts.public_keys",
+            )
+
+    def _check_dtypes(self) -> None:
+        if self.experts.other_dtype == "refuse" and self.model.dtype != "auto":
+            raise ContradictionError(
+                f'model.dtype is "{self.model.dtype}", which converts all weights at load, but experts.other_dtype is '
+                '"refuse", which lets none be converted: set model.dtype to "auto" or experts.other_dtype to "convert"',
+                "experts.other_dtype",
+                "model.dtype",
             )
 
     def _check_devices(self) -> None:

@@ -18,7 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from experts.bundle import Bundle
 from experts.bundle_source import BundleSource
+from experts.convert import OtherDtype, check_dtype
 from experts.errors import ExpertCapacityError, InvalidBundleError, UnknownBundleError
+from experts.gate_check import check_gates
 from experts.kernels.registry import get_kernel
 from experts.manifest import Digest, DTypeName, Manifest
 from experts.probe import self_test
@@ -51,8 +53,10 @@ class CheckRequest(BaseModel):
     policy: SignaturePolicy = SignaturePolicy()
     kernel: str = "auto"
     device: Literal["cpu", "cuda"] = "cpu"
-    # None is the bundle's own.
+    # In which the backbone computes, and so the self-test; None is the bundle's own.
     dtype: DTypeName | None = None
+    # "refuse" lets no bundle pass that would have to be converted.
+    other_dtype: OtherDtype = "convert"
     # The most memory that checking may take beyond this process itself and the bundle's files, which are only mapped.
     # Not on a GPU, whose driver maps far more than it uses.
     memory_bytes: Annotated[int, Field(ge=1)] = DEFAULT_MEMORY_BYTES
@@ -72,7 +76,9 @@ class CheckResult(BaseModel):
     digest: str | None = None
     signature: SignatureState | None = None
     kernel: str | None = None
+    # In which it was computed, and which the bundle's experts have: where they differ, weights are converted at load.
     dtype: str | None = None
+    bundle_dtype: DTypeName | None = None
     # Whether the bundle brought its probe.
     probe_recorded: bool | None = None
     # The largest difference from the probe's outputs as a share of the layer's largest, and how much is allowed.
@@ -86,7 +92,7 @@ class CheckResult(BaseModel):
 
 
 def check(bundle: Bundle, request: CheckRequest) -> CheckResult:
-    """Checks a bundle in this process: fit, signature, files, digests, tensors, finite weights, self-test.
+    """Checks a bundle in this process: fit, signature, files, digests, tensors, finite weights, gates, self-test.
 
     Args:
         bundle: what `request.source` opens.
@@ -96,23 +102,23 @@ def check(bundle: Bundle, request: CheckRequest) -> CheckResult:
         InvalidBundleError: the bundle is not what it must be.
         ValueError: there is no such kernel, or it cannot compute here.
     """
-    check_fits(bundle.manifest, organ=request.organ, backbone=request.backbone)
+    manifest = bundle.manifest
+    dtype = manifest.torch_dtype if request.dtype is None else _DTYPES[request.dtype]
+    check_fits(manifest, organ=request.organ, backbone=request.backbone)
+    check_dtype(manifest, dtype, request.other_dtype)
     signature = request.policy.check(bundle)
     bundle.verify(finite=True)
-    test = self_test(
-        bundle,
-        get_kernel(request.kernel),
-        device=request.device,
-        dtype=None if request.dtype is None else _DTYPES[request.dtype],
-    )
+    check_gates(bundle, dtype)
+    test = self_test(bundle, get_kernel(request.kernel), device=request.device, dtype=dtype)
     return CheckResult(
         ok=True,
-        organ=bundle.manifest.organ,
-        version=bundle.manifest.version,
+        organ=manifest.organ,
+        version=manifest.version,
         digest=bundle.digest,
         signature=signature,
         kernel=test.kernel,
         dtype=test.dtype,
+        bundle_dtype=manifest.dtype,
         probe_recorded=test.recorded,
         worst_error=test.worst_error,
         tolerance=test.tolerance,

@@ -16,6 +16,10 @@ class SignatureError(InvalidBundleError):
     """A bundle is not signed as the policy demands. The text says what is missing or wrong."""
 
 
+class WarmUpError(InvalidBundleError):
+    """A bundle that was loaded cannot answer what a router would send. The text names the layer and the cause."""
+
+
 class UnknownBundleError(LookupError):
     """No such bundle in the registry. The text names what was asked for and what there is."""
 

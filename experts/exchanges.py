@@ -5,12 +5,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from google.rpc import code_pb2, status_pb2
 
 from experts.errors import ExpertCapacityError, InvalidTensorError
-from experts.group import ExpertGroup
 from experts.transport import wire
 from experts.transport.attached_memory import AttachedMemory
 from experts.transport.codec import tensor_from_proto
@@ -21,12 +21,31 @@ logger = logging.getLogger(__name__)
 _INT32_BYTES = 4
 
 
+class Computes(Protocol):
+    """What exchanges need of an `experts.group.ExpertGroup`."""
+
+    @property
+    def organ(self) -> str:
+        """Whose experts these are."""
+
+    def forward(
+        self,
+        digest: str,
+        layer: int,
+        x_TD: torch.Tensor,
+        expert_index_TK: torch.Tensor,
+        weight_TK: torch.Tensor,
+    ) -> torch.Tensor:
+        """See `experts.group.ExpertGroup.forward`."""
+
+    def parameters_per_expert(self, digest: str) -> int | None:
+        """See `experts.group.ExpertGroup.parameters_per_expert`."""
+
+
 class Exchanges:
     """The exchanges of a group, over all streams. May be used from any thread."""
 
-    def __init__(
-        self, group: ExpertGroup, *, to_status: Callable[[Exception], status_pb2.Status], max_queue: int
-    ) -> None:
+    def __init__(self, group: Computes, *, to_status: Callable[[Exception], status_pb2.Status], max_queue: int) -> None:
         """See `experts.service.ExpertGroupService`."""
         self.group = group
         self._to_status = to_status

@@ -9,38 +9,22 @@ from dataclasses import dataclass, field
 import torch
 
 from experts.bundle import Bundle
-from experts.errors import BundleNotResidentError, ExpertCapacityError, InvalidBundleError, InvalidTensorError
-from experts.kernels.base import NO_EXPERT, ExpertKernel, ExpertWeights, PreparedExperts, kernel_in_use
+from experts.convert import OtherDtype, check_dtype, convert_experts, dtype_name
+from experts.errors import BundleNotResidentError, ExpertCapacityError, InvalidBundleError
+from experts.kernels.base import ExpertKernel, PreparedExperts, kernel_in_use
+from experts.loaded import LoadedBundle, Resident
 from experts.manifest import Manifest
 from experts.registry import Registry
+from experts.warm_up import warm_up
 
-
-@dataclass(frozen=True, slots=True)
-class Resident:
-    """A bundle that is ready to compute."""
-
-    digest: str
-    name: str
-    version: str
-    # Of the weights as the kernel keeps them. Where they are views of mapped files, processes share the memory.
-    resident_bytes: int
-    kernel: str
-
-
-@dataclass(slots=True)
-class _Entry:
-    resident: Resident
-    manifest: Manifest
-    dtype: torch.dtype
-    layers: list[PreparedExperts]
-    exchanges: int = 0
+DEFAULT_TOP_K = 2
 
 
 @dataclass(slots=True)
 class _State:
     """What the group's lock guards."""
 
-    entries: dict[str, _Entry] = field(default_factory=dict)
+    entries: dict[str, LoadedBundle] = field(default_factory=dict)
     loading: dict[str, Future[Resident]] = field(default_factory=dict)
     # Of the loads under way, how far, from 0 to 1.
     progress: dict[str, float] = field(default_factory=dict)
@@ -89,6 +73,8 @@ class ExpertGroup:
         *,
         device: torch.device | str,
         dtype: torch.dtype | None = None,
+        other_dtype: OtherDtype = "convert",
+        top_k: int = DEFAULT_TOP_K,
         max_resident_bytes: int,
         backbone_digest: str | None = None,
         admit: Callable[[Bundle], None] | None = None,
@@ -100,7 +86,10 @@ class ExpertGroup:
             registry: where bundles are loaded from.
             kernel: computes them.
             device: where the weights go.
-            dtype: what the weights are converted to; none leaves them as the bundle has them.
+            dtype: of the hidden states that callers send, to which weights are converted; none leaves the weights as
+                each bundle has them, and callers must send that.
+            other_dtype: "refuse" refuses bundles whose experts or gate rows have another dtype.
+            top_k: experts per token that callers ask for, for the warm-up.
             max_resident_bytes: a load that would take the weights of all versions together above this is refused.
             backbone_digest: when given, bundles that were trained against another backbone are refused.
             admit: when given, asked about every bundle before it is loaded; raises where policy forbids it, as
@@ -111,6 +100,8 @@ class ExpertGroup:
         self._kernel = kernel
         self._device = torch.device(device)
         self._dtype = dtype
+        self._other_dtype: OtherDtype = other_dtype
+        self._top_k = top_k
         self._max_resident_bytes = max_resident_bytes
         self._backbone_digest = backbone_digest
         self._admit = admit
@@ -120,11 +111,14 @@ class ExpertGroup:
     def load(self, digest: str) -> Resident:
         """Makes a bundle resident, after checking all of it; returns when it can be used.
 
+        Before it counts as resident it has answered exchanges in every layer: see `experts.warm_up`.
+
         Loading a resident bundle again only returns it; a load of the same bundle under way is waited for.
 
         Raises:
             UnknownBundleError: the registry does not have it.
-            InvalidBundleError: another organ's, another backbone's, damaged, or not admitted.
+            InvalidBundleError: another organ's, another backbone's, of a dtype that must not be converted, damaged,
+                not admitted, or it cannot be computed with here.
             ExpertCapacityError: no room; nothing was allocated.
         """
         with self._changed:
@@ -195,12 +189,7 @@ class ExpertGroup:
             InvalidTensorError: a layer, shape, dtype or expert that does not fit the bundle.
         """
         with self._in_use(digest) as entry:
-            _check_exchange(entry, layer, x_TD, expert_index_TK, weight_TK)
-            with torch.inference_mode():
-                output_TD = entry.layers[layer].forward(
-                    x_TD.to(self._device), expert_index_TK.to(self._device), weight_TK.to(self._device)
-                )
-                return output_TD.to(x_TD.device)
+            return entry.forward(digest, layer, x_TD, expert_index_TK, weight_TK)
 
     def resident(self) -> list[Resident]:
         """What can be used now, in the order in which it was loaded."""
@@ -221,10 +210,10 @@ class ExpertGroup:
         """How many numbers one expert of one layer has: what a pair costs. None if the bundle is not resident."""
         with self._changed:
             entry = self._state.entries.get(digest)
-        return None if entry is None else 3 * entry.manifest.hidden_size * entry.manifest.intermediate_size
+        return None if entry is None else entry.parameters_per_expert(digest)
 
     @contextmanager
-    def _in_use(self, digest: str) -> Iterator[_Entry]:
+    def _in_use(self, digest: str) -> Iterator[LoadedBundle]:
         with self._changed:
             entry = self._state.entries.get(digest)
             if entry is None:
@@ -240,13 +229,14 @@ class ExpertGroup:
                 if entry.exchanges == 0:
                     self._changed.notify_all()
 
-    def _load(self, digest: str) -> _Entry:
+    def _load(self, digest: str) -> LoadedBundle:
         bundle = self._registry.open(digest)
         manifest = bundle.manifest
         self._check_fits(manifest)
         if self._admit is not None:
             self._admit(bundle)
         dtype = self._dtype or manifest.torch_dtype
+        check_dtype(manifest, dtype, self._other_dtype)
         reserved = manifest.num_expert_parameters * dtype.itemsize
         self._reserve(reserved, manifest)
         try:
@@ -259,13 +249,23 @@ class ExpertGroup:
             resident_bytes = sum(prepared.nbytes for prepared in layers)
             # A kernel may have padded or repacked.
             self._reserve(resident_bytes - reserved, manifest)
+            reserved = resident_bytes
+            resident = Resident(
+                digest,
+                manifest.name,
+                manifest.version,
+                resident_bytes,
+                kernel_in_use(self._kernel, layers[0]),
+                dtype_name(dtype),
+                manifest.dtype,
+            )
+            entry = LoadedBundle(resident, manifest, dtype, self._device, layers)
+            warm_up(entry, bundle, dtype=dtype, top_k=self._top_k)
         except BaseException:
             with self._changed:
                 self._state.held_bytes -= reserved
             raise
-        kernel = kernel_in_use(self._kernel, layers[0])
-        resident = Resident(digest, manifest.name, manifest.version, resident_bytes, kernel)
-        return _Entry(resident, manifest, dtype, layers)
+        return entry
 
     def _check_fits(self, manifest: Manifest) -> None:
         if manifest.organ != self.organ:
@@ -291,41 +291,16 @@ class ExpertGroup:
             self._state.held_bytes = held
 
     def _prepare(self, bundle: Bundle, layer: int, dtype: torch.dtype) -> PreparedExperts:
-        weights = bundle.load_layer(layer)
-        gate, up, down = (
-            matrices.to(device=self._device, dtype=dtype)
-            for matrices in (weights.gate_EFD, weights.up_EFD, weights.down_EDF)
-        )
-        return self._kernel.load(ExpertWeights(gate, up, down))
-
-
-def _check_exchange(
-    entry: _Entry, layer: int, x_TD: torch.Tensor, expert_index_TK: torch.Tensor, weight_TK: torch.Tensor
-) -> None:
-    manifest = entry.manifest
-    if not 0 <= layer < manifest.num_layers:
-        raise InvalidTensorError(f"layer is {layer}; the bundle has layers 0 to {manifest.num_layers - 1}")
-    if x_TD.ndim != 2 or x_TD.shape[1] != manifest.hidden_size:
-        raise InvalidTensorError(
-            f"hidden_states has the shape {list(x_TD.shape)}; it must be [tokens, {manifest.hidden_size}]"
-        )
-    if x_TD.dtype != entry.dtype:
-        raise InvalidTensorError(f"hidden_states is {x_TD.dtype}; the resident weights are {entry.dtype}")
-    if expert_index_TK.ndim != 2 or expert_index_TK.shape[0] != x_TD.shape[0]:
-        raise InvalidTensorError(
-            f"expert_index has the shape {list(expert_index_TK.shape)}; it must be [{x_TD.shape[0]}, top_k]"
-        )
-    if expert_index_TK.dtype != torch.int32:
-        raise InvalidTensorError(f"expert_index is {expert_index_TK.dtype}; it must be torch.int32")
-    if weight_TK.shape != expert_index_TK.shape or weight_TK.dtype != x_TD.dtype:
-        raise InvalidTensorError(
-            f"weight is {weight_TK.dtype} {list(weight_TK.shape)}; it must be {x_TD.dtype} "
-            f"{list(expert_index_TK.shape)}"
-        )
-    if expert_index_TK.numel():
-        low, high = (int(bound) for bound in torch.aminmax(expert_index_TK))
-        if low < NO_EXPERT or high >= manifest.num_experts:
-            raise InvalidTensorError(
-                f"expert_index reaches from {low} to {high}; the bundle has experts 0 to {manifest.num_experts - 1}, "
-                f"and {NO_EXPERT} means none"
-            )
+        title = f"bundle {bundle.manifest.name} {bundle.manifest.version}"
+        try:
+            return self._kernel.load(convert_experts(bundle.load_layer(layer), dtype, self._device, layer))
+        except InvalidBundleError:
+            raise
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise ExpertCapacityError(f"{title} does not fit into the memory of {self._device}") from error
+        except Exception as error:
+            # A kernel may be another package's; what it says is about weights, and an operator has to read it.
+            raise InvalidBundleError(
+                f"{title}, layer {layer}: the kernel {self._kernel.name} cannot load it in {dtype_name(dtype)} on "
+                f"{self._device}: {type(error).__name__}: {str(error)[:500]}"
+            ) from error

@@ -13,6 +13,7 @@ import torch
 
 from experts.bundle import Bundle
 from experts.bundle_layout import PROBE_PARTS, ProbePart, probe_tensor
+from experts.convert import convert_experts, dtype_name
 from experts.errors import ProbeError
 from experts.finite import is_finite
 from experts.kernels.base import NO_EXPERT, ExpertKernel, ExpertWeights, PreparedExperts, kernel_in_use
@@ -162,7 +163,7 @@ def self_test(
 
     Raises:
         ProbeError: an output differs by more than the tolerance, is not finite, or has another shape or dtype.
-        InvalidBundleError: a tensor is missing or a file is damaged.
+        InvalidBundleError: a tensor is missing, a file is damaged, or a weight is too large for the dtype.
         ValueError: the kernel cannot compute this dtype on this device.
     """
     dtype = dtype or bundle.manifest.torch_dtype
@@ -172,10 +173,7 @@ def self_test(
     for layer in range(bundle.manifest.num_layers):
         weights = bundle.load_layer(layer)
         inputs, expected_TD = _probe_of(bundle, layer, weights)
-        gate, up, down = (
-            matrices.to(device=device, dtype=dtype) for matrices in (weights.gate_EFD, weights.up_EFD, weights.down_EDF)
-        )
-        prepared = kernel.load(ExpertWeights(gate, up, down))
+        prepared = kernel.load(convert_experts(weights, dtype, device, layer))
         name = kernel_in_use(kernel, prepared)
         resident_bytes += prepared.nbytes
         # All at once and one alone: a kernel may go two ways for many tokens and for few.
@@ -183,14 +181,14 @@ def self_test(
             error = _error(layer, prepared, inputs, expected_TD, tokens, torch.device(device), dtype)
             if error > tolerance:
                 raise ProbeError(
-                    f"layer {layer}: the kernel {name} differs in {_name(dtype)} from the "
+                    f"layer {layer}: the kernel {name} differs in {dtype_name(dtype)} from the "
                     f"{'recorded' if bundle.manifest.probe else 'reference'} output by {error:.2g} of the largest "
                     f"value, and {tolerance:g} is allowed; the weights or the kernel are not what they were"
                 )
             if error > worst_error:
                 worst_error, worst_layer = error, layer
     return SelfTest(
-        bundle.manifest.probe is not None, name, _name(dtype), tolerance, worst_error, worst_layer, resident_bytes
+        bundle.manifest.probe is not None, name, dtype_name(dtype), tolerance, worst_error, worst_layer, resident_bytes
     )
 
 
@@ -231,11 +229,7 @@ def _error(
             f"layer {layer}: the kernel gave {found_TD.dtype} {list(found_TD.shape)} for {dtype} {list(x_TD.shape)}"
         )
     if not is_finite(found_TD):
-        raise ProbeError(f"layer {layer}: the output is infinite or not a number in {_name(dtype)}")
+        raise ProbeError(f"layer {layer}: the output is infinite or not a number in {dtype_name(dtype)}")
     largest = float(expected_TD.abs().max())
     difference = float((found_TD.float().cpu() - expected_TD[tokens]).abs().max())
     return difference / largest if largest else difference
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

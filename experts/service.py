@@ -13,7 +13,8 @@ from grpc.aio import ServicerContext
 from experts.doorbell import Doorbell
 from experts.errors import InvalidTensorError
 from experts.exchanges import Exchanges
-from experts.group import ExpertGroup, Resident
+from experts.group import ExpertGroup
+from experts.loaded import Resident
 from experts.transport import wire
 from experts.transport.host import host_id
 from protos import expert_pb2
@@ -181,4 +182,6 @@ def _resident_to_proto(resident: Resident) -> expert_pb2.ResidentBundle:
         version=resident.version,
         resident_bytes=resident.resident_bytes,
         kernel=resident.kernel,
+        dtype=resident.dtype,
+        bundle_dtype=resident.bundle_dtype,
     )

@@ -155,16 +155,18 @@ class ApplyRequest(_message.Message):
     def __init__(self, rollout_json: _Optional[str] = ..., actor: _Optional[str] = ..., dry_run: bool = ...) -> None: ...
 
 class OperationResponse(_message.Message):
-    __slots__ = ("changed", "steps", "rollout", "memory")
+    __slots__ = ("changed", "steps", "rollout", "memory", "not_taken_up")
     CHANGED_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     ROLLOUT_FIELD_NUMBER: _ClassVar[int]
     MEMORY_FIELD_NUMBER: _ClassVar[int]
+    NOT_TAKEN_UP_FIELD_NUMBER: _ClassVar[int]
     changed: bool
     steps: _containers.RepeatedScalarFieldContainer[str]
     rollout: Rollout
     memory: _containers.RepeatedCompositeFieldContainer[ReplicaMemory]
-    def __init__(self, changed: bool = ..., steps: _Optional[_Iterable[str]] = ..., rollout: _Optional[_Union[Rollout, _Mapping]] = ..., memory: _Optional[_Iterable[_Union[ReplicaMemory, _Mapping]]] = ...) -> None: ...
+    not_taken_up: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, changed: bool = ..., steps: _Optional[_Iterable[str]] = ..., rollout: _Optional[_Union[Rollout, _Mapping]] = ..., memory: _Optional[_Iterable[_Union[ReplicaMemory, _Mapping]]] = ..., not_taken_up: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ReplicaMemory(_message.Message):
     __slots__ = ("replica", "resident_bytes", "needed_bytes", "limit_bytes", "fits")
@@ -335,22 +337,38 @@ class WatchRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ControlState(_message.Message):
-    __slots__ = ("version", "live", "rollouts", "replicas")
+    __slots__ = ("version", "live", "rollouts", "replicas", "not_taken_up")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     LIVE_FIELD_NUMBER: _ClassVar[int]
     ROLLOUTS_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    NOT_TAKEN_UP_FIELD_NUMBER: _ClassVar[int]
     version: int
     live: ExpertSet
     rollouts: _containers.RepeatedCompositeFieldContainer[Rollout]
     replicas: _containers.RepeatedCompositeFieldContainer[ReplicaResidents]
-    def __init__(self, version: _Optional[int] = ..., live: _Optional[_Union[ExpertSet, _Mapping]] = ..., rollouts: _Optional[_Iterable[_Union[Rollout, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaResidents, _Mapping]]] = ...) -> None: ...
+    not_taken_up: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, version: _Optional[int] = ..., live: _Optional[_Union[ExpertSet, _Mapping]] = ..., rollouts: _Optional[_Iterable[_Union[Rollout, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaResidents, _Mapping]]] = ..., not_taken_up: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class WatchPolicyRequest(_message.Message):
-    __slots__ = ("router",)
+    __slots__ = ("router", "gateway")
     ROUTER_FIELD_NUMBER: _ClassVar[int]
+    GATEWAY_FIELD_NUMBER: _ClassVar[int]
     router: str
-    def __init__(self, router: _Optional[str] = ...) -> None: ...
+    gateway: str
+    def __init__(self, router: _Optional[str] = ..., gateway: _Optional[str] = ...) -> None: ...
+
+class TakenUpRequest(_message.Message):
+    __slots__ = ("watcher", "policy_version")
+    WATCHER_FIELD_NUMBER: _ClassVar[int]
+    POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
+    watcher: str
+    policy_version: int
+    def __init__(self, watcher: _Optional[str] = ..., policy_version: _Optional[int] = ...) -> None: ...
+
+class TakenUpResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class TrafficPolicy(_message.Message):
     __slots__ = ("version", "stable", "candidates", "versions")

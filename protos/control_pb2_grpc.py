@@ -27,6 +27,8 @@ if _version_not_supported:
 
 class ExpertControlStub(object):
     """For operators. Errors: NOT_FOUND for an unknown organ or version, FAILED_PRECONDITION for a rollout in another state.
+    Canary, Shadow, Promote, Rollback and Retire answer when every Router and gateway applies what they decided, or after
+    rollouts.take_up_timeout_s: then `not_taken_up` names those that do not yet.
     """
 
     def __init__(self, channel):
@@ -99,6 +101,8 @@ class ExpertControlStub(object):
 
 class ExpertControlServicer(object):
     """For operators. Errors: NOT_FOUND for an unknown organ or version, FAILED_PRECONDITION for a rollout in another state.
+    Canary, Shadow, Promote, Rollback and Retire answer when every Router and gateway applies what they decided, or after
+    rollouts.take_up_timeout_s: then `not_taken_up` names those that do not yet.
     """
 
     def Push(self, request_iterator, context):
@@ -260,6 +264,8 @@ def add_ExpertControlServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class ExpertControl(object):
     """For operators. Errors: NOT_FOUND for an unknown organ or version, FAILED_PRECONDITION for a rollout in another state.
+    Canary, Shadow, Promote, Rollback and Retire answer when every Router and gateway applies what they decided, or after
+    rollouts.take_up_timeout_s: then `not_taken_up` names those that do not yet.
     """
 
     @staticmethod
@@ -588,7 +594,7 @@ class ExpertControl(object):
 
 
 class RolloutFeedStub(object):
-    """For the system's own Routers.
+    """For the system's own Routers and gateways.
     """
 
     def __init__(self, channel):
@@ -602,6 +608,11 @@ class RolloutFeedStub(object):
                 request_serializer=protos_dot_control__pb2.WatchPolicyRequest.SerializeToString,
                 response_deserializer=protos_dot_control__pb2.TrafficPolicy.FromString,
                 _registered_method=True)
+        self.TakenUp = channel.unary_unary(
+                '/echovlm.v1.RolloutFeed/TakenUp',
+                request_serializer=protos_dot_control__pb2.TakenUpRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.TakenUpResponse.FromString,
+                _registered_method=True)
         self.Report = channel.unary_unary(
                 '/echovlm.v1.RolloutFeed/Report',
                 request_serializer=protos_dot_control__pb2.ReportRequest.SerializeToString,
@@ -610,11 +621,18 @@ class RolloutFeedStub(object):
 
 
 class RolloutFeedServicer(object):
-    """For the system's own Routers.
+    """For the system's own Routers and gateways.
     """
 
     def WatchPolicy(self, request, context):
         """What to do with new requests: the policy now, and again whenever it changes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TakenUp(self, request, context):
+        """That a policy is in force: from now on new requests get what it says. Sent for every policy that is watched.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -635,6 +653,11 @@ def add_RolloutFeedServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_control__pb2.WatchPolicyRequest.FromString,
                     response_serializer=protos_dot_control__pb2.TrafficPolicy.SerializeToString,
             ),
+            'TakenUp': grpc.unary_unary_rpc_method_handler(
+                    servicer.TakenUp,
+                    request_deserializer=protos_dot_control__pb2.TakenUpRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.TakenUpResponse.SerializeToString,
+            ),
             'Report': grpc.unary_unary_rpc_method_handler(
                     servicer.Report,
                     request_deserializer=protos_dot_control__pb2.ReportRequest.FromString,
@@ -649,7 +672,7 @@ def add_RolloutFeedServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RolloutFeed(object):
-    """For the system's own Routers.
+    """For the system's own Routers and gateways.
     """
 
     @staticmethod
@@ -669,6 +692,33 @@ class RolloutFeed(object):
             '/echovlm.v1.RolloutFeed/WatchPolicy',
             protos_dot_control__pb2.WatchPolicyRequest.SerializeToString,
             protos_dot_control__pb2.TrafficPolicy.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TakenUp(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/echovlm.v1.RolloutFeed/TakenUp',
+            protos_dot_control__pb2.TakenUpRequest.SerializeToString,
+            protos_dot_control__pb2.TakenUpResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -125,15 +125,19 @@ class LoadingBundle(_message.Message):
     def __init__(self, digest: _Optional[str] = ..., progress: _Optional[float] = ...) -> None: ...
 
 class ResidentBundle(_message.Message):
-    __slots__ = ("digest", "name", "version", "resident_bytes", "kernel")
+    __slots__ = ("digest", "name", "version", "resident_bytes", "kernel", "dtype", "bundle_dtype")
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     KERNEL_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    BUNDLE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     digest: str
     name: str
     version: str
     resident_bytes: int
     kernel: str
-    def __init__(self, digest: _Optional[str] = ..., name: _Optional[str] = ..., version: _Optional[str] = ..., resident_bytes: _Optional[int] = ..., kernel: _Optional[str] = ...) -> None: ...
+    dtype: str
+    bundle_dtype: str
+    def __init__(self, digest: _Optional[str] = ..., name: _Optional[str] = ..., version: _Optional[str] = ..., resident_bytes: _Optional[int] = ..., kernel: _Optional[str] = ..., dtype: _Optional[str] = ..., bundle_dtype: _Optional[str] = ...) -> None: ...

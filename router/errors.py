@@ -5,6 +5,29 @@ class UnknownOrganError(LookupError):
     """A request named an organ that the expert set does not have. The text names the organs that there are."""
 
 
+class OrganPendingError(RuntimeError):
+    """A request named an organ that this router does not know, and a policy is on its way that brings new ones."""
+
+    def __init__(self, retry_after_s: float = 0.2) -> None:
+        """Says how long to wait before another try."""
+        super().__init__("the organ may just have been added; sending the request again is safe")
+        self.retry_after_s = retry_after_s
+
+
+class OrganInCanaryError(RuntimeError):
+    """A request named a new organ whose experts answer only a part of the requests, and it is not among them."""
+
+    def __init__(self, organ: str, percent: float) -> None:
+        """Names the organ and the part of the requests, in percent."""
+        super().__init__(
+            f"the organ {organ!r} is new and in canary: its experts answer {percent:g} % of the requests, and this one "
+            "was not chosen. The same session, or request id, is chosen only once the percentage is raised: leave the "
+            "organ out, or ask again when it is promoted"
+        )
+        self.organ = organ
+        self.percent = percent
+
+
 class TooManyOrgansError(ValueError):
     """A request named more organs than it may use. The text names the limit."""
 

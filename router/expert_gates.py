@@ -7,6 +7,7 @@ from typing import Self
 import torch
 
 from experts.bundle import Bundle
+from experts.convert import convert
 from router.expert_set import ExpertSet
 from router.organ_gate import OrganProfile
 from router.token_gate import GateProduct
@@ -41,14 +42,17 @@ class BundleGates:
             device: where the gates are computed.
 
         Raises:
-            ValueError: the bundle has another number of layers, or is damaged.
+            ValueError: the bundle has another number of layers, is damaged, or has a row too large for the dtype.
         """
         manifest = bundle.manifest
         if manifest.num_layers != num_layers:
             raise ValueError(
                 f"the bundle of {manifest.organ!r} has {manifest.num_layers} layers and the backbone {num_layers}"
             )
-        rows = tuple(bundle.gate_ED(layer).to(device=device, dtype=dtype, copy=True) for layer in range(num_layers))
+        rows = tuple(
+            convert(bundle.gate_ED(layer), dtype, f"layer {layer}, gate rows", device).clone()
+            for layer in range(num_layers)
+        )
         prototype = bundle.prototype()
         profile = OrganProfile(
             manifest.organ, manifest.organ_synonyms, None if prototype is None else prototype.clone()

@@ -8,7 +8,6 @@ import torch
 
 from experts.errors import InvalidTensorError
 from experts.transport import wire
-from experts.transport.codec import tensor_to_proto
 from experts.transport.layout import Area, Layout
 from experts.transport.shared_memory import SharedMemory
 from protos import expert_pb2
@@ -43,14 +42,10 @@ class Tokens:
 
     def message(self, correlation_id: int) -> bytes:
         """The serialised request with the tensors in it."""
-        head = expert_pb2.ForwardRequest(
-            correlation_id=correlation_id,
-            bundle_digest=self.bundle_digest,
-            layer=self.layer,
-            expert_index=tensor_to_proto(self.expert_index_RK.to(torch.int32)),
-            weight=tensor_to_proto(self.weight_RK),
+        x_RD = self.x_TD if self.row_R is None else self.x_TD[self.row_R]
+        return wire.forward_request(
+            correlation_id, self.bundle_digest, self.layer, x_RD, self.expert_index_RK, self.weight_RK
         )
-        return wire.with_tensor(head, self.x_TD if self.row_R is None else self.x_TD[self.row_R])
 
 
 @dataclass(frozen=True, slots=True)

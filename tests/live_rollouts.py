@@ -74,6 +74,28 @@ def load(system: RunningSystem, organs: tuple[str, ...], pause_s: float = 0.0) -
             each.result()
 
 
+@contextmanager
+def timed_load(system: RunningSystem, organ: str, streams: int) -> Iterator[list[tuple[float, str]]]:
+    """Streams of requests while the block lasts; what comes is when each began, and the version that answered it."""
+    stop = threading.Event()
+    answered: list[tuple[float, str]] = []
+
+    def stream() -> None:
+        with EchoVLMClient(system.gateway_address) as client:
+            while not stop.is_set():
+                began = time.monotonic()
+                answered.append((began, answer_of(client, organ)[1]))
+
+    with ThreadPoolExecutor(streams) as pool:
+        under_way: list[Future[None]] = [pool.submit(stream) for _ in range(streams)]
+        try:
+            yield answered
+        finally:
+            stop.set()
+        for each in under_way:
+            each.result()
+
+
 def rollout_of(control: ExpertControlClient, organ: str) -> control_pb2.Rollout:
     """The organ's newest rollout."""
     (rollout,) = control.list(organ).rollouts

@@ -96,6 +96,11 @@ def test_all_errors_are_told_at_once_in_the_order_of_the_file(tmp_path: Path) ->
         ("control:\n  num_cpus: 1\n  host: 10.0.0.1\n", 3, ("control.host", "control.tls")),
         ("gateway:\n  port: 50052\n", 2, ("gateway.port", "control.port")),
         ("# my file\nmodel:\n  device: cuda\n", 3, ("model.device", "num_gpus")),
+        (
+            "model:\n  dtype: bfloat16\nexperts:\n  other_dtype: refuse\n",
+            4,
+            ("model.dtype", "experts.other_dtype"),
+        ),
     ],
 )
 def test_contradictions_name_both_fields_and_the_line(

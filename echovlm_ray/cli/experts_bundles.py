@@ -135,8 +135,18 @@ def verify(
     kernel: Annotated[str, typer.Option(help="Replay the self-test through this kernel.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[
-        str | None, typer.Option(help="Compute in float32, bfloat16 or float16. [default: the bundle's]")
+        str | None,
+        typer.Option(
+            help="Compute in float32, bfloat16 or float16. [default: as --checkpoint's backbone; without it, as the "
+            "bundle]"
+        ),
     ] = None,
+    other_dtype: Annotated[
+        str,
+        typer.Option(
+            help="convert a bundle of another dtype, or refuse it: what experts.other_dtype is configured to."
+        ),
+    ] = "convert",
     key: PublicKeys = None,
     unsigned: Annotated[
         bool, typer.Option("--allow-unsigned", help="With --key: a bundle without any signature passes too.")
@@ -147,7 +157,7 @@ def verify(
     timeout: Annotated[float, typer.Option(min=0.1, callback=finite, help="Give up after this many seconds.")] = 600.0,
     as_json: AsJSON = False,
 ) -> None:
-    """Checks everything about a bundle: manifest, files, digests, shapes, finite weights, signature, self-test.
+    """Checks everything about a bundle: manifest, files, digests, shapes, finite weights, gates, signature, self-test.
 
     The self-test replays the inputs that were recorded when the bundle was packed, through the kernel that will serve.
     All of it runs in a process of its own, so that a bundle that crashes the kernel ends nothing else.
@@ -166,6 +176,8 @@ def verify(
 
         if device not in ("cpu", "cuda"):
             fail(f"--device {device!r} must be cpu or cuda", EXIT_INVALID)
+        if other_dtype not in ("convert", "refuse"):
+            fail(f"--other-dtype {other_dtype!r} must be convert or refuse", EXIT_INVALID)
         required = bool(key) and not unsigned
         request = CheckRequest(
             source=source_of(target, registry, registry_option),
@@ -173,7 +185,8 @@ def verify(
             policy=SignaturePolicy(signatures="required" if required else "optional", public_keys=tuple(key or ())),
             kernel=kernel,
             device=device,  # type: ignore[arg-type]
-            dtype=_dtype(dtype),  # type: ignore[arg-type]
+            dtype=_dtype(dtype) or _backbone_dtype(checkpoint),  # type: ignore[arg-type]
+            other_dtype=other_dtype,  # type: ignore[arg-type]
             memory_bytes=parse_size(memory, "--memory"),
         )
         result = check_in_subprocess(request, timeout_s=timeout)
@@ -264,6 +277,12 @@ def _backbone(checkpoint: Path) -> "BackboneSizes":
     return BackboneSizes(
         digest=opened.index.backbone_digest, num_layers=shape.num_hidden_layers, hidden_size=shape.hidden_size
     )
+
+
+def _backbone_dtype(checkpoint: Path | None) -> str | None:
+    from echovlm_ray.checkpoint.backbone_dtype import compute_dtype
+
+    return None if checkpoint is None else compute_dtype(checkpoint)
 
 
 def _with_changelog(card: "BundleCard", text: str | None) -> "BundleCard":

@@ -312,6 +312,8 @@ def _print(response: "OperationResponse", dry_run: bool) -> None:
         console.print("Done:", style="bold")
     for step in response.steps:
         console.print(f"  {line(step)}", soft_wrap=True)
+    for missing in response.not_taken_up:
+        console.print(styled(f"  still in effect as before: {line(missing)}", "yellow"), soft_wrap=True)
     if response.memory:
         console.print(memory_view(response.memory))
 

@@ -62,6 +62,8 @@ def print_check(result: CheckResult) -> None:
     table.add_row("signature", str(result.signature))
     compared = "recorded when it was packed" if result.probe_recorded else "of the reference kernel, made now"
     table.add_row("self-test", f"kernel {result.kernel} in {result.dtype}, against outputs {compared}")
+    if result.bundle_dtype != result.dtype:
+        table.add_row("dtype", f"its weights are converted from {result.bundle_dtype} to {result.dtype} when they load")
     table.add_row("error", f"{result.worst_error:.2g} of the largest output, {result.tolerance:g} is allowed")
     table.add_row("memory", f"{result.resident_bytes:,} bytes when it serves")
     console.print(table)

@@ -28,12 +28,14 @@ def is_loaded(rollout: "Rollout", state: "ControlState") -> bool:
 
 def has_taken_over(rollout: "Rollout", state: "ControlState") -> bool:
     """All requests use the new version, those under way too: what `promote` waits for."""
-    return rollout.state in SERVED and not is_held(rollout.organ, rollout.incumbent_digest, state)
+    held = is_held(rollout.organ, rollout.incumbent_digest, state)
+    return rollout.state in SERVED and not held and not state.not_taken_up
 
 
 def is_gone(rollout: "Rollout", state: "ControlState") -> bool:
     """No request uses the candidate any more, and its memory is free: what `rollback` waits for."""
-    return rollout.state in ENDED_BADLY and not is_held(rollout.organ, rollout.digest, state)
+    held = is_held(rollout.organ, rollout.digest, state)
+    return rollout.state in ENDED_BADLY and not held and not state.not_taken_up
 
 
 def is_held(organ: str, digest: str, state: "ControlState") -> bool:

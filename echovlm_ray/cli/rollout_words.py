@@ -96,6 +96,7 @@ def operation_as_dict(response: "OperationResponse") -> dict[str, Any]:
         "steps": list(response.steps),
         "rollout": rollout_as_dict(response.rollout) if response.HasField("rollout") else None,
         "memory": [_memory_as_dict(memory) for memory in response.memory],
+        "not_taken_up": list(response.not_taken_up),
     }
 
 

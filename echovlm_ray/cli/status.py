@@ -16,6 +16,7 @@ from echovlm_ray.client.errors import EchoVLMError, from_rpc_error
 from protos import status_pb2, status_pb2_grpc
 
 if TYPE_CHECKING:
+    from protos.expert_pb2 import ResidentBundle
     from protos.status_pb2 import ApplicationStatus, GetStatusResponse, ReplicaDescription
 
 EXIT_FAILED = 1
@@ -103,6 +104,8 @@ def _replica_as_dict(replica: "ReplicaDescription") -> dict[str, Any]:
         "bundles": [
             {
                 "digest": bundle.digest,
+                "dtype": bundle.dtype,
+                "bundle_dtype": bundle.bundle_dtype,
                 "name": bundle.name,
                 "version": bundle.version,
                 "resident_bytes": bundle.resident_bytes,
@@ -138,12 +141,19 @@ def _rows(application: "ApplicationStatus", *, with_node: bool) -> list[list[str
         if replica.pid:
             memory = f"{replica.resident_bytes / MEBIBYTE:.0f} MiB"
             row += [str(replica.pid), name_of(replica.device), memory, str(replica.queue_length)]
-            row.append(", ".join(name_of(bundle.version) for bundle in replica.bundles))
+            row.append(", ".join(map(_bundle, replica.bundles)))
         else:
             row += [styled("silent", "red"), "", "", ""]
         rows.append(row)
         head = ["", ""]
     return rows or [head]
+
+
+def _bundle(bundle: "ResidentBundle") -> str:
+    """A bundle's version, and from which dtype its weights were converted, if they were."""
+    if bundle.dtype == bundle.bundle_dtype:
+        return name_of(bundle.version)
+    return f"{name_of(bundle.version)} ({name_of(bundle.bundle_dtype)} as {name_of(bundle.dtype)})"
 
 
 def _fail(text: str, code: int) -> NoReturn:

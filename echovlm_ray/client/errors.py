@@ -77,6 +77,23 @@ class FailedPreconditionError(EchoVLMError):
     """The system is not in the state that the call needs."""
 
 
+class OrganInCanaryError(FailedPreconditionError):
+    """The organ is new and its experts answer only a part of the requests; this one is not among them.
+
+    Attributes:
+        organ: the organ.
+        percent: of the requests.
+    """
+
+    def __init__(
+        self, message: str, *, code: grpc.StatusCode | None = None, request_id: str = "", organ: str, percent: float
+    ) -> None:
+        """Says which organ, and which part of the requests it answers."""
+        super().__init__(message, code=code, request_id=request_id)
+        self.organ = organ
+        self.percent = percent
+
+
 class OverloadedError(EchoVLMError):
     """A queue of the server is full; come back after `retry_after_s` seconds (None: the server did not say)."""
 
@@ -176,6 +193,9 @@ def from_rpc_error(
             retry_after_s=_retry_after(details),
             reached=reached,
         )
+    if code == grpc.StatusCode.FAILED_PRECONDITION and (canary := _canary(details)) is not None:
+        organ, percent = canary
+        return OrganInCanaryError(text, code=code, request_id=request_id, organ=organ, percent=percent)
     if code == grpc.StatusCode.UNIMPLEMENTED:
         return EchoVLMError(f"{address} is not {service}: {text}", code=code, request_id=request_id)
     return PLAIN_TYPES.get(code, EchoVLMError)(text, code=code, request_id=request_id)
@@ -209,6 +229,16 @@ def _violations(details: status_pb2.Status) -> list[FieldViolation]:
 def _retry_after(details: status_pb2.Status) -> float | None:
     found = _find(details, error_details_pb2.RetryInfo)
     return found.retry_delay.ToNanoseconds() / 1e9 if found else None
+
+
+def _canary(details: status_pb2.Status) -> tuple[str, float] | None:
+    found = _find(details, error_details_pb2.ErrorInfo)
+    if found is None or found.reason != "ORGAN_IN_CANARY":
+        return None
+    try:
+        return found.metadata.get("organ", ""), float(found.metadata.get("percent", ""))
+    except ValueError:
+        return None
 
 
 def _organ(details: status_pb2.Status) -> str | None:

@@ -36,6 +36,8 @@ from router.errors import (
     ExpertsFailedError,
     ExpertsUnavailableError,
     InvalidRolloutRequestError,
+    OrganInCanaryError,
+    OrganPendingError,
     RolloutDatabaseError,
     RolloutDatabaseFullError,
     RolloutDatabaseUnavailableError,
@@ -48,6 +50,8 @@ from router.errors import (
 DOMAIN = "echovlm.v1"
 DETAILS_KEY = "grpc-status-details-bin"
 INTERNAL_TEXT = "an internal error occurred; the server's log names it under this request id"
+# The reason in `ErrorInfo` of what a router answers until it knows an organ that was just added.
+ORGAN_PENDING = "ORGAN_PENDING"
 LOST_TEXT = "a part of the system was lost during the call; sending the request again is safe"
 # The pause that a caller is asked for when nothing better is known.
 RETRY_AFTER_S = 1.0
@@ -109,6 +113,15 @@ def _experts_failed(error: ExpertsFailedError) -> status_pb2.Status:
     return _status(code_pb2.INTERNAL, text, [_error_info("EXPERTS_FAILED", organ=error.organ)])
 
 
+def _organ_pending(error: OrganPendingError) -> status_pb2.Status:
+    return _status(code_pb2.UNAVAILABLE, str(error), [_retry_info(error.retry_after_s), _error_info(ORGAN_PENDING)])
+
+
+def _organ_in_canary(error: OrganInCanaryError) -> status_pb2.Status:
+    details = [_error_info("ORGAN_IN_CANARY", organ=error.organ, percent=f"{error.percent:g}")]
+    return _status(code_pb2.FAILED_PRECONDITION, str(error), details)
+
+
 def _part_unavailable(error: PartUnavailableError) -> status_pb2.Status:
     details = [_retry_info(error.retry_after_s), _error_info("PART_UNAVAILABLE", part=error.part)]
     return _status(code_pb2.UNAVAILABLE, str(error), details)
@@ -160,6 +173,8 @@ _CONVERSIONS: tuple[tuple[type[BaseException], Callable[[Any], status_pb2.Status
     (InvalidTensorError, _plain(code_pb2.INVALID_ARGUMENT)),
     (TooManyOrgansError, _too_many_organs),
     (UnknownOrganError, _plain(code_pb2.NOT_FOUND)),
+    (OrganPendingError, _organ_pending),
+    (OrganInCanaryError, _organ_in_canary),
     (UnknownBundleError, _plain(code_pb2.NOT_FOUND)),
     (UnknownRolloutError, _plain(code_pb2.NOT_FOUND)),
     (RolloutStateError, _plain(code_pb2.FAILED_PRECONDITION)),

@@ -48,6 +48,7 @@ class ModelDescription:
     Attributes:
         description: what it is for and what it is not for.
         notices: sent with every answer, for example that the demo's text means nothing.
+        policy_version: of Control's policy that it describes; 0 before the first one.
     """
 
     name: str
@@ -58,6 +59,7 @@ class ModelDescription:
     organs: tuple[OrganDescription, ...]
     default_organ: str
     notices: tuple[str, ...] = ()
+    policy_version: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -273,6 +275,7 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
             sampling=sampling,
             max_new_tokens=checked.max_new_tokens,
             session_key=checked.session_key,
+            policy_version=self._describe().policy_version,
         )
         accepted = echovlm_pb2.RequestAccepted(
             prompt_tokens=len(input_ids),

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import logging
+import uuid
 from collections.abc import Callable, Sequence
 
 import grpc
@@ -14,7 +15,8 @@ from protos import control_pb2, control_pb2_grpc
 logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_S = 0.2
-LONGEST_PAUSE_S = 5.0
+LONGEST_PAUSE_S = 3.0
+TAKEN_UP_TIMEOUT_S = 5.0
 
 
 class LiveModel:
@@ -35,9 +37,12 @@ class LiveModel:
             find: organ and version → manifest; may block, and is called on a thread.
             channel_options: of the connection.
         """
+        # Never used again by another process.
+        self.name = f"gateway-{uuid.uuid4().hex}"
         self._addresses = addresses
         self._current = description
-        self._version = 0
+        # Whether the connection to Control brought a policy.
+        self._heard = False
         self._find = find
         self._options = list(channel_options)
         self._task: asyncio.Task[None] | None = None
@@ -59,7 +64,7 @@ class LiveModel:
     async def _follow(self) -> None:
         pause = FIRST_PAUSE_S
         while True:
-            known = self._version
+            self._heard = False
             for address in self._addresses():
                 try:
                     await self._watch(address)
@@ -67,19 +72,24 @@ class LiveModel:
                     logger.debug("Control does not answer: %s", error.code())
                 except Exception:
                     logger.exception("the live experts cannot be described; the description before them stays")
-            pause = FIRST_PAUSE_S if self._version > known else min(2 * pause, LONGEST_PAUSE_S)
+            pause = FIRST_PAUSE_S if self._heard else min(2 * pause, LONGEST_PAUSE_S)
             await asyncio.sleep(pause)
 
     async def _watch(self, address: str) -> None:
         async with grpc.aio.insecure_channel(address, options=self._options) as channel:
-            # Without a name, as this is no Router, whose pins Control would ask for.
-            async for policy in control_pb2_grpc.RolloutFeedStub(channel).WatchPolicy(control_pb2.WatchPolicyRequest()):
-                if policy.version > self._version:
+            stub = control_pb2_grpc.RolloutFeedStub(channel)
+            async for policy in stub.WatchPolicy(control_pb2.WatchPolicyRequest(gateway=self.name)):
+                if policy.version > self._current.policy_version:
                     organs = await asyncio.to_thread(self._describe, policy)
-                    self._version = policy.version
                     self._current = dataclasses.replace(
-                        self._current, expert_set_id=policy.stable.id, organs=tuple(organs)
+                        self._current,
+                        expert_set_id=policy.stable.id,
+                        organs=tuple(organs),
+                        policy_version=policy.version,
                     )
+                self._heard = True
+                taken_up = control_pb2.TakenUpRequest(watcher=self.name, policy_version=self._current.policy_version)
+                await stub.TakenUp(taken_up, timeout=TAKEN_UP_TIMEOUT_S)
 
     def _describe(self, policy: control_pb2.TrafficPolicy) -> list[OrganDescription]:
         organs = []

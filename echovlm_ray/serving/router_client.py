@@ -11,6 +11,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from echovlm_ray.errors import DeadlineError, PartUnavailableError
+from echovlm_ray.serving.errors import ORGAN_PENDING
 from echovlm_ray.serving.request_id import REQUEST_ID_KEY
 from protos import router_pb2, router_pb2_grpc
 
@@ -18,6 +19,7 @@ RETRY_INTERVAL_S = 0.2
 # A killed replica is back after about two seconds; whoever waits for longer than this should hear so.
 RETRY_FOR_S = 15.0
 PART = "the router"
+LOST = "the replica was lost before it answered"
 
 
 class RouterClient:
@@ -67,11 +69,11 @@ class RouterClient:
                 except grpc.aio.AioRpcError as error:
                     if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
                         raise DeadlineError("the deadline passed before the answer was complete") from error
-                    if not _is_lost(error):
+                    if not _is_passing(error):
                         raise
                     if begun:
                         raise PartUnavailableError(PART, "the replica was lost during the answer") from error
-                    reason = "the replica was lost before it answered"
+                    reason = error.details() if _reason(error) == ORGAN_PENDING else LOST
                     lost[address] += 1
             if time.monotonic() + RETRY_INTERVAL_S >= give_up:
                 raise PartUnavailableError(PART, reason)
@@ -112,15 +114,20 @@ class RouterClient:
         return min(live, key=lambda address: (lost.get(address, 0), self._in_flight.get(address, 0)), default=None)
 
 
-def _is_lost(error: grpc.aio.AioRpcError) -> bool:
-    """Whether a replica went away, rather than a living one saying that something behind it did."""
+def _is_passing(error: grpc.aio.AioRpcError) -> bool:
+    """Whether a replica went away or is about to know a new organ, rather than saying that a part behind it is lost."""
     if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return False
+    return _reason(error) in (None, "SHUTTING_DOWN", ORGAN_PENDING)
+
+
+def _reason(error: grpc.aio.AioRpcError) -> str | None:
+    """The reason that a living replica gave; none where gRPC itself says that the call failed."""
     try:
         status = rpc_status.from_call(error)
     except ValueError:
-        return True
+        return None
     if status is None:
-        return True
+        return None
     info = error_details_pb2.ErrorInfo()
-    return any(detail.Unpack(info) and info.reason == "SHUTTING_DOWN" for detail in status.details)
+    return next((info.reason for detail in status.details if detail.Unpack(info)), "")

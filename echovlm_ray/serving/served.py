@@ -3,10 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from echovlm_ray.checkpoint.layout import CheckpointIndex, backbone_directory, read_index
 from echovlm_ray.config import ModelSection
 from router.expert_set import ExpertSet
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,3 +73,34 @@ def served_checkpoint(model: ModelSection) -> ServedCheckpoint:
             f"choose one of {', '.join(expert_set.organs)}"
         )
     return ServedCheckpoint(model.checkpoint, index, expert_set)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertExchange:
+    """What a router sends to experts, known without loading the backbone.
+
+    Attributes:
+        dtype: of the hidden states, and so of the experts' weights.
+        top_k: experts per token.
+    """
+
+    dtype: "torch.dtype"
+    top_k: int
+
+
+def expert_exchange(model: ModelSection) -> ExpertExchange:
+    """Reads it from the backbone's config.json and the headers of its weights.
+
+    Raises:
+        InvalidCheckpointError: they are missing or damaged.
+    """
+    import torch
+
+    from echovlm_ray.checkpoint.backbone_dtype import compute_dtype
+    from echovlm_ray.checkpoint.reader import read_config
+    from echovlm_ray.checkpoint.schema import ModelShape
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    shape = ModelShape.from_config(read_config(backbone_directory(model.checkpoint)))
+    # As `echovlm_ray.model.configuration` has it where config.json does not say.
+    return ExpertExchange(dtypes[compute_dtype(model.checkpoint, model.dtype)], shape.num_experts_per_tok or 2)

@@ -12,7 +12,13 @@ from typing import TypeVar
 import torch
 from google.protobuf.message import DecodeError
 
-from experts.transport.codec import data_type_of, octets_of, tensor_from_octets, tensor_from_proto
+from experts.transport.codec import (
+    data_type_of,
+    octets_of,
+    tensor_from_octets,
+    tensor_from_proto,
+    tensor_to_proto,
+)
 from protos import expert_pb2, tensor_pb2
 
 # Field 15 with a length, in ForwardRequest, ForwardResponse and Tensor alike.
@@ -39,6 +45,37 @@ def with_tensor(head: expert_pb2.ForwardRequest | expert_pb2.ForwardResponse, te
     field = tensor_pb2.Tensor(dtype=data_type_of(tensor.dtype), shape=tensor.shape).SerializeToString()
     field += _TAG + _varint(len(octets))
     return b"".join((head.SerializeToString(), _TAG, _varint(len(field) + len(octets)), field, octets))
+
+
+def forward_request(
+    correlation_id: int,
+    bundle_digest: str,
+    layer: int,
+    x_TD: torch.Tensor,
+    expert_index_TK: torch.Tensor,
+    weight_TK: torch.Tensor,
+) -> bytes:
+    """The serialised request of an exchange with its tensors in it.
+
+    Args:
+        correlation_id: comes back with the answer.
+        bundle_digest: the bundle.
+        layer: the decoder layer, from 0.
+        x_TD: tokens × hidden, in the dtype of the hidden states.
+        expert_index_TK: int32 or int64.
+        weight_TK: in x's dtype.
+
+    Raises:
+        InvalidTensorError: the element type has no place in the protocol.
+    """
+    head = expert_pb2.ForwardRequest(
+        correlation_id=correlation_id,
+        bundle_digest=bundle_digest,
+        layer=layer,
+        expert_index=tensor_to_proto(expert_index_TK.to(torch.int32)),
+        weight=tensor_to_proto(weight_TK),
+    )
+    return with_tensor(head, x_TD)
 
 
 def parse(message_type: type[Message], message: bytes) -> tuple[Message, memoryview | None]:
@@ -117,4 +154,4 @@ def _varint(value: int) -> bytes:
     return bytes(octets)
 
 
-__all__ = ["DecodeError", "parse", "tensor_of", "with_tensor"]
+__all__ = ["DecodeError", "forward_request", "parse", "tensor_of", "with_tensor"]

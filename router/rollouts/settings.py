@@ -84,6 +84,9 @@ class RolloutSettings(BaseModel):
     period_s: PositiveFloat = 1.0
     # When replicas are slow to say what they hold, raise it (seconds).
     status_timeout_s: PositiveFloat = 2.0
+    # When routers are slow to read the gates of a new version, raise it: seconds for which canary, shadow, promote,
+    # rollback and retire wait until every router and gateway applies the change; then they name those that do not.
+    take_up_timeout_s: PositiveFloat = 5.0
     # When many replicas shall load at the same time, raise it: verifications, loads and unloads under way together.
     max_operations: PositiveInt = 32
     # When a rolled-back stable version shall give way to older ones, this many of them are remembered per organ.

@@ -141,3 +141,17 @@ async def test_the_async_client_reads_the_same_details(servicer: ScriptedEchoVLM
         assert overloaded.value.retry_after_s == 0.25
         with pytest.raises(api.NotFoundError, match="spleen"):
             await client.model_info()
+
+
+@pytest.mark.parametrize("percent", ["12.5", "no number"])
+def test_who_is_not_in_a_new_organs_canary_learns_its_part(
+    servicer: ScriptedEchoVLM, address: str, percent: str
+) -> None:
+    info = error_details_pb2.ErrorInfo(reason="ORGAN_IN_CANARY", metadata={"organ": "lung", "percent": percent})
+    servicer.failures = [status(CODES.FAILED_PRECONDITION, "'lung' is in canary", info)]
+    with api.EchoVLMClient(address) as client, pytest.raises(api.FailedPreconditionError) as caught:
+        client.generate(b"x")
+    if percent == "12.5":
+        assert isinstance(caught.value, api.OrganInCanaryError)
+        assert (caught.value.organ, caught.value.percent) == ("lung", 12.5)
+    assert servicer.calls == 1, "the same request is not chosen a moment later either"

@@ -1,15 +1,17 @@
 """One organ's experts replaced under load, with Control and a replica killed on the way; then what must not pass."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from echovlm_ray.client import EchoVLMClient, NotFoundError, OrganInCanaryError
 from echovlm_ray.client.control import ExpertControlClient
 from experts.bundle import Bundle
 from tests.changed_bundles import changed_bundle, not_a_number
-from tests.live_rollouts import WHO, ask, bundle_of, held, in_state, kill, load, rollout_of, until
+from tests.live_rollouts import WHO, ask, bundle_of, held, in_state, kill, load, rollout_of, timed_load, until
 from tests.running_system import RunningSystem
 
 
@@ -70,6 +72,41 @@ def test_an_organs_experts_are_replaced_under_load(
     assert [entry.event for entry in history.entries][:5] == ["stage", "verify", "warm_up", "canary", "promote"]
 
 
+def check_change(system: RunningSystem, change: Callable[[], None], version: str) -> None:
+    """Every request that begins once `change` has returned is answered by a version, however busy the system is."""
+    with timed_load(system, "heart", streams=4) as answered:
+        until(lambda: len(answered) >= 8, "answers before")
+        change()
+        changed = time.monotonic()
+        until(lambda: sum(began > changed for began, _ in answered) >= 8, "answers after")
+    assert {answered_by for began, answered_by in answered if began > changed} == {version}
+
+
+def test_no_request_begins_with_the_version_before_once_a_change_is_done(
+    running_system: RunningSystem, control: ExpertControlClient, heart: Bundle, tmp_path: Path
+) -> None:
+    manifest = changed_bundle(tmp_path / "next", heart, "1.3.0")
+    control.push(tmp_path / "next")
+    control.stage("heart", digest=manifest.digest, actor=WHO)
+    in_state(control, "heart", "warm")
+
+    def promote() -> None:
+        assert not control.promote("heart", digest=manifest.digest, actor=WHO).not_taken_up
+
+    def is_back() -> bool:
+        state = next(control.watch())
+        (rollout,) = [found for found in state.rollouts if found.organ == "heart"]
+        return (rollout.digest, rollout.state) == (heart.digest, "stable") and not state.not_taken_up
+
+    def roll_back() -> None:
+        # The controller promotes the version before, once it is loaded again.
+        control.rollback("heart", digest=manifest.digest, actor=WHO)
+        until(is_back, "the version before")
+
+    check_change(running_system, promote, "1.3.0")
+    check_change(running_system, roll_back, "1.0.0")
+
+
 def test_a_bad_candidate_ends_failed_and_the_incumbent_answers_as_before(
     running_system: RunningSystem, control: ExpertControlClient, heart: Bundle, tmp_path: Path
 ) -> None:
@@ -94,11 +131,21 @@ def test_an_organ_that_was_never_there_comes_and_goes(
     control.push(tmp_path / "lung")
     control.stage("lung", version="1.0.0", actor=WHO)
     in_state(control, "lung", "warm")
-    control.promote("lung", digest=manifest.digest, actor=WHO)
-    until(lambda: ask(running_system, "lung")[:2] == ("lung", "1.0.0"), "the lung's answer")
+    # A thousandth of a percent: none of the requests here is chosen.
+    control.canary("lung", 0.001, digest=manifest.digest, actor=WHO)
+    with pytest.raises(OrganInCanaryError, match="'lung' is new and in canary") as caught:
+        ask(running_system, "lung")
+    assert (caught.value.organ, caught.value.percent) == ("lung", 0.001)
+    with load(running_system, ("heart", "liver")):
+        assert not control.promote("lung", digest=manifest.digest, actor=WHO).not_taken_up
+        assert ask(running_system, "lung")[:2] == ("lung", "1.0.0"), "at once, although the system is busy"
+    with EchoVLMClient(running_system.gateway_address) as client:
+        assert "lung" in {served.organ for served in client.model_info().organs}
     assert len(running_system.replicas("expert-lung")) == 1
     running_system.wait_until_healthy("echovlm.v1.ExpertGroup/lung", 30)
     control.retire("lung", actor=WHO)
+    with pytest.raises(NotFoundError):
+        ask(running_system, "lung")
     until(lambda: not control.list("lung").replicas, "its application removed")
     assert "lung" not in {member.organ for member in control.list().live.members}
     assert ask(running_system, "heart")[1] == "1.0.0"

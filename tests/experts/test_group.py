@@ -38,10 +38,11 @@ def exchange(tokens: int = 5, dtype: torch.dtype = torch.float32) -> tuple[torch
 
 
 class GatedKernel(ReferenceKernel):
-    """The reference kernel, with doors before loading and computing; the test opens them."""
+    """The reference kernel, with doors before loading, shut at first, and computing, open at first."""
 
     def __init__(self) -> None:
         self.load_door, self.forward_door = threading.Event(), threading.Event()
+        self.forward_door.set()
         self.loading, self.computing = threading.Event(), threading.Event()
 
     def load(self, weights: ExpertWeights) -> ReferenceExperts:
@@ -232,7 +233,6 @@ def test_a_load_does_not_stop_exchanges(
 ) -> None:
     first, second = (registry.push(make_bundle(f"b{n}", seed=n, version=f"1.0.{n}")) for n in range(2))
     doors.load_door.set()
-    doors.forward_door.set()
     gated.load(first.digest)
     doors.load_door.clear()
     doors.loading.clear()
@@ -275,9 +275,9 @@ def test_waiting_loads_learn_why_it_failed(registry: Registry, pushed: Manifest)
         time.sleep(0.05)
         kernel.load_door.set()
         for load in (first, second):
-            with pytest.raises(RuntimeError, match="out of memory"):
+            with pytest.raises(InvalidBundleError, match="RuntimeError: out of memory"):
                 load.result(20)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(InvalidBundleError, match="out of memory"):
         group.load(pushed.digest)
 
 
@@ -286,6 +286,8 @@ def test_unloading_waits_for_exchanges_and_refuses_new_ones(
 ) -> None:
     doors.load_door.set()
     gated.load(pushed.digest)
+    doors.forward_door.clear()
+    doors.computing.clear()
     with ThreadPoolExecutor(2) as pool:
         under_way = pool.submit(gated.forward, pushed.digest, 0, *exchange())
         assert doors.computing.wait(20)

@@ -300,16 +300,21 @@ async def test_a_full_queue_refuses_and_disturbs_nothing(
 async def test_a_defect_is_answered_without_its_text_and_logged_without_it(
     serve: Serve, registry: Registry, pushed: Manifest, caplog: pytest.LogCaptureFixture
 ) -> None:
+    broken: list[bool] = []
+
     class Broken(ReferenceKernel):
         def load(self, weights: ExpertWeights) -> ReferenceExperts:
             class Fails(ReferenceExperts):
                 def forward(self, *arguments: torch.Tensor) -> torch.Tensor:
-                    raise RuntimeError("patient 12345")
+                    if broken:
+                        raise RuntimeError("patient 12345")
+                    return super().forward(*arguments)
 
             return Fails(weights)
 
     group = ExpertGroup("breast", registry, Broken(), device="cpu", max_resident_bytes=10**8)
     group.load(pushed.digest)
+    broken.append(True)
     served = await serve(group)
     call = served.stub.Forward()
     with caplog.at_level(logging.DEBUG):

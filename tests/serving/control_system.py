@@ -14,13 +14,14 @@ from echovlm_ray.checkpoint.layout import read_index, registry_root
 from echovlm_ray.config import ExpertsSection, ModelSection, RolloutsSection
 from echovlm_ray.serving.control import CONTROL_SERVICE, FEED_SERVICE
 from echovlm_ray.serving.control.catalogue import Catalogue
-from echovlm_ray.serving.control.feed import RolloutFeedService
+from echovlm_ray.serving.control.feed import RolloutFeedService, WatcherKind
 from echovlm_ray.serving.control.fleet import GrpcFleet
 from echovlm_ray.serving.control.operation_threads import operation_threads
 from echovlm_ray.serving.control.policies import PolicyPublisher
 from echovlm_ray.serving.control.push import PushReceiver
 from echovlm_ray.serving.control.service import ExpertControlService
 from echovlm_ray.serving.control.state import StateReader, StateWatch
+from echovlm_ray.serving.control.take_up import TakeUp
 from echovlm_ray.serving.control.verifier import SubprocessVerifier
 from echovlm_ray.serving.endpoints import ReplicaAddresses
 from echovlm_ray.serving.rollout_files import RolloutFiles
@@ -38,7 +39,10 @@ from tests.expert_servers import ServerThread, expert_group
 
 ORGANS = ("breast", "heart")
 SECTION = RolloutsSection(
-    period_s=0.05, thresholds=Thresholds(min_requests=5, max_latency_ratio=3), max_push_bytes=2**25
+    period_s=0.05,
+    take_up_timeout_s=1.0,
+    thresholds=Thresholds(min_requests=5, max_latency_ratio=3),
+    max_push_bytes=2**25,
 )
 PATIENCE_S = 60.0
 
@@ -84,6 +88,8 @@ class ControlSystem:
     registry: Registry
     router: PinningRouter
     replicas: dict[str, list[ReplicaAddresses]] = field(default_factory=dict)
+    # How many Routers and gateways there are, as Serve would say.
+    running: dict[WatcherKind, int] = field(default_factory=dict)
 
     async def rollout(self, organ: str) -> control_pb2.Rollout:
         response = await self.stub.List(control_pb2.ListRequest(organ=organ))
@@ -132,6 +138,7 @@ async def control_system(
         ]
         replicas[member.organ] = [ReplicaAddresses(address, "", f"{member.organ}-{address}") for address in addresses]
     router = PinningRouter()
+    running: dict[WatcherKind, int] = {}
     monitor = HealthMonitor(store.clock)
     feeds: list[RolloutFeedService] = []
     async with contextlib.AsyncExitStack() as stack:
@@ -141,7 +148,7 @@ async def control_system(
             lambda: [ReplicaAddresses(served.address, "", "router-1")],
             lambda: feeds[0].watching(),
             catalogue.manifest,
-            None,
+            element_bytes=4,
         )
         stack.callback(fleet.close)
         verifier = SubprocessVerifier(
@@ -155,14 +162,15 @@ async def control_system(
         router.follows = lambda: policies.current
         feed = RolloutFeedService(policies, store, monitor, controller.wake)
         feeds.append(feed)
-        reader = StateReader(store, fleet, catalogue.version, section.status_timeout_s)
+        take_up = TakeUp(policies, feed, lambda: running, section.take_up_timeout_s)
+        reader = StateReader(store, fleet, catalogue.version, section.status_timeout_s, take_up.missing)
         watch = StateWatch(reader, store)
         stack.callback(watch.stop)
         pushes = PushReceiver(registry, files.incoming, section.max_push_bytes)
         operations = RolloutOperations(store, fleet, section) if replaceable else None
         threads = operation_threads()
         stack.callback(threads.shutdown)
-        service = ExpertControlService(store, operations, catalogue, pushes, reader, watch, "breast", threads)
+        service = ExpertControlService(store, operations, catalogue, pushes, reader, watch, take_up, "breast", threads)
         server = GrpcServer(ServerOptions())
         server.add(control_pb2_grpc.add_ExpertControlServicer_to_server, service, CONTROL_SERVICE)
         server.add(control_pb2_grpc.add_RolloutFeedServicer_to_server, feed, FEED_SERVICE)
@@ -181,5 +189,6 @@ async def control_system(
             registry,
             router,
             replicas,
+            running,
         )
     database.close()

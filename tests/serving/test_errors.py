@@ -76,6 +76,8 @@ def test_failed_experts_name_the_organ_and_no_reason() -> None:
     ("error", "code"),
     [
         (UnknownOrganError("there is no organ 'spleen'"), code_pb2.NOT_FOUND),
+        (router_errors.OrganPendingError(), code_pb2.UNAVAILABLE),
+        (router_errors.OrganInCanaryError("lung", 5.0), code_pb2.FAILED_PRECONDITION),
         (expert_errors.UnknownBundleError("no bundle"), code_pb2.NOT_FOUND),
         (router_errors.UnknownRolloutError("no rollout"), code_pb2.NOT_FOUND),
         (router_errors.RolloutStateError("it is staged; possible: rollback"), code_pb2.FAILED_PRECONDITION),
@@ -108,6 +110,8 @@ def test_no_typed_error_was_forgotten() -> None:
         "PartUnavailableError": ("part", "text"),
         "ExpertsUnavailableError": ("organ", "text"),
         "ExpertsFailedError": ("organ", "text"),
+        "OrganInCanaryError": ("organ", 5.0),
+        "OrganPendingError": (0.5,),
     }
     for module in (own_errors, expert_errors, router_errors):
         for name, kind in vars(module).items():

@@ -60,7 +60,7 @@ def world(checkpoint: Path) -> Iterator[World]:
         lambda: found[0].routers,
         lambda: found[0].watching,
         Catalogue(registry).manifest,
-        None,
+        element_bytes=4,
     )
     with server_thread() as servers:
         digest, next_digest = (registry.find("heart", version).digest for version in ("1.0.0", "1.1.0"))

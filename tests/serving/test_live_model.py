@@ -31,7 +31,10 @@ async def test_it_follows_the_live_set_and_goes_on_without_control(golden_dir: P
             ("lung", "1.0.0", 4),
         ]
         assert (found.notices, found.default_organ) == (("notice",), "breast")
+        # It is no Router, whose pins Control would ask for, and says what it describes.
         assert control.servicer.watchers == {""}
+        assert found.policy_version == 4
+        await until(lambda: control.servicer.taken_up == {live.name: 4})
         await control.stop()
         assert live.describe() is found
         # After a restart, elsewhere; a bundle that nobody can describe changes nothing.
@@ -42,6 +45,7 @@ async def test_it_follows_the_live_set_and_goes_on_without_control(golden_dir: P
         control.servicer.versions = {digest: version for (_, version), digest in versions.digests.items()}
         await control.servicer.set(TrafficPolicy(version=6, stable=stable))
         await until(lambda: live.describe().expert_set_id == stable.id, 20)
+        await until(lambda: control.servicer.taken_up == {live.name: 6})
     finally:
         await live.stop()
         await control.stop()

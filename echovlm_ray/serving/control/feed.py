@@ -2,12 +2,14 @@
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import grpc
 
 from echovlm_ray.errors import InvalidRequestError
+from echovlm_ray.serving.control.changes import Changes
 from echovlm_ray.serving.control.policies import PolicyPublisher
 from protos import control_pb2, control_pb2_grpc
 from router.errors import UnknownRolloutError
@@ -20,9 +22,29 @@ logger = logging.getLogger(__name__)
 
 MAX_OBSERVATIONS = 10_000
 
+WatcherKind = Literal["router", "gateway"]
+
+
+@dataclass(slots=True)
+class _Watcher:
+    """A process that watches the policy.
+
+    Attributes:
+        streams: how many of its calls are open: two for a moment when it connects anew.
+        policy_version: of the policy in force in it; 0 before it has said so.
+    """
+
+    kind: WatcherKind
+    streams: int = 0
+    policy_version: int = 0
+
 
 class RolloutFeedService(control_pb2_grpc.RolloutFeedServicer):
-    """Serves `echovlm.v1.RolloutFeed` to the system's own Routers."""
+    """Serves `echovlm.v1.RolloutFeed` to the system's own Routers and gateways. Made on the event loop that serves.
+
+    Attributes:
+        taken_up: wakes whoever waits for watchers to come, to go, or to take up a policy.
+    """
 
     def __init__(
         self, policies: PolicyPublisher, store: RolloutStore, monitor: HealthMonitor, wake: Callable[[], None]
@@ -39,24 +61,44 @@ class RolloutFeedService(control_pb2_grpc.RolloutFeedServicer):
         self._store = store
         self._monitor = monitor
         self._wake = wake
-        self._routers: Counter[str] = Counter()
+        self._watchers: dict[str, _Watcher] = {}
+        self.taken_up = Changes()
 
-    def watching(self) -> frozenset[str]:
-        """The Routers that are connected now; from any thread."""
-        return frozenset(name for name, count in list(self._routers.items()) if count)
+    def watching(self, kind: WatcherKind = "router") -> frozenset[str]:
+        """The Routers, or gateways, that are connected now; from any thread."""
+        return frozenset(name for name, watcher in list(self._watchers.items()) if watcher.kind == kind)
+
+    def behind(self, policy_version: int) -> tuple[str, ...]:
+        """The names of those connected in which another policy is in force than this one; from any thread."""
+        watchers = list(self._watchers.items())
+        return tuple(sorted(name for name, watcher in watchers if watcher.policy_version != policy_version))
 
     async def WatchPolicy(
         self, request: control_pb2.WatchPolicyRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[control_pb2.TrafficPolicy]:
-        """The policy now, and again whenever it changes. Only a Router gives its name; others just ask."""
-        self._routers[request.router] += 1
+        """The policy now, and again whenever it changes. Routers and gateways give their name; others just ask."""
+        kind: WatcherKind = "router" if request.router else "gateway"
+        name = request.router or request.gateway
+        watcher = self._watchers.setdefault(name, _Watcher(kind)) if name else _Watcher(kind)
+        watcher.streams += 1
+        self.taken_up.announce()
         try:
             async for policy in self._policies.watch():
                 yield policy
         finally:
-            self._routers[request.router] -= 1
-            if not self._routers[request.router]:
-                del self._routers[request.router]
+            watcher.streams -= 1
+            if not watcher.streams:
+                self._watchers.pop(name, None)
+            self.taken_up.announce()
+
+    async def TakenUp(
+        self, request: control_pb2.TakenUpRequest, context: grpc.aio.ServicerContext
+    ) -> control_pb2.TakenUpResponse:
+        """Takes note of the policy in force in a watcher. One that is no longer connected says it again when it is."""
+        if (watcher := self._watchers.get(request.watcher)) is not None:
+            watcher.policy_version = request.policy_version
+            self.taken_up.announce()
+        return control_pb2.TakenUpResponse()
 
     async def Report(
         self, request: control_pb2.ReportRequest, context: grpc.aio.ServicerContext

@@ -28,7 +28,7 @@ class GrpcFleet:
         routers: Callable[[], Sequence[ReplicaAddresses]],
         watching: Callable[[], Collection[str]],
         manifest: Callable[[str], Manifest],
-        element_bytes: int | None,
+        element_bytes: int,
     ) -> None:
         """Opens nothing yet.
 
@@ -38,7 +38,7 @@ class GrpcFleet:
             watching: the Routers that are connected to Control; one that has just started is here before it is
                 among `routers`.
             manifest: digest → manifest; raises `UnknownBundleError`.
-            element_bytes: of the weights as replicas keep them; None where they stay as the bundle has them.
+            element_bytes: of the weights as replicas keep them: in the backbone's dtype, whatever the bundle has.
         """
         self._experts = experts
         self._routers = routers
@@ -97,8 +97,7 @@ class GrpcFleet:
 
     def load_bytes(self, organ: str, digest: str) -> int:
         """See `Fleet`: a kernel may pad, so it may be a little more."""
-        manifest = self._manifest(digest)
-        return manifest.num_expert_parameters * (self._element_bytes or manifest.torch_dtype.itemsize)
+        return self._manifest(digest).num_expert_parameters * self._element_bytes
 
     def pinned(self) -> Collection[str]:
         """See `Fleet`.

@@ -31,6 +31,7 @@ class PolicyPublisher:
         self._path = path
         self._published = Changes()
         self._current: control_pb2.TrafficPolicy | None = None
+        self._sequence = 0
         # Held from reading to publishing, so that no policy comes after a newer one.
         self._lock = threading.Lock()
         self._retry: threading.Timer | None = None
@@ -41,6 +42,11 @@ class PolicyPublisher:
         """The policy now, once started."""
         assert self._current is not None
         return self._current
+
+    @property
+    def sequence(self) -> int:
+        """Up to which history entry `current` says what the database says; from any thread."""
+        return self._sequence
 
     async def start(self) -> None:
         """Publishes the first policy, and from now on every other.
@@ -90,9 +96,10 @@ class PolicyPublisher:
         with self._lock:
             policy = self._read()
             if self._current is not None and _content(policy) == _content(self._current):
+                self._sequence = policy.version
                 return
             self._keep(policy)
-            self._current = policy
+            self._current, self._sequence = policy, policy.version
         self._published.announce()
 
     def _read(self) -> control_pb2.TrafficPolicy:

@@ -13,6 +13,7 @@ from echovlm_ray.serving.control.catalogue import Catalogue
 from echovlm_ray.serving.control.messages import bundle_to_proto, entry_to_proto, expected_of, outcome_to_proto
 from echovlm_ray.serving.control.push import PushReceiver
 from echovlm_ray.serving.control.state import StateReader, StateWatch
+from echovlm_ray.serving.control.take_up import TakeUp
 from protos import control_pb2, control_pb2_grpc
 from router.errors import RolloutStateError
 from router.rollouts.decisions import check_known
@@ -37,6 +38,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
         pushes: PushReceiver,
         reader: StateReader,
         watch: StateWatch,
+        take_up: TakeUp,
         default_organ: str,
         threads: Executor,
     ) -> None:
@@ -49,6 +51,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
             pushes: takes in further ones.
             reader: says what replicas hold.
             watch: says so whenever it changes.
+            take_up: says when Routers and gateways apply what was decided.
             default_organ: what requests use that name none; it cannot be retired.
             threads: where operations are made.
         """
@@ -58,6 +61,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
         self._pushes = pushes
         self._reader = reader
         self._watch = watch
+        self._take_up = take_up
         self._default_organ = default_organ
         self._threads = threads
 
@@ -82,7 +86,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
                 dry_run=request.dry_run,
             )
 
-        return await self._answer(stage, dry_run=request.dry_run)
+        return await self._answer(stage, dry_run=request.dry_run, changes_policy=False)
 
     async def Canary(
         self, request: control_pb2.TrafficRequest, context: grpc.aio.ServicerContext
@@ -165,7 +169,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
                 self._digest(file.organ, "", file.digest)
             return self._operations.apply(file, self._catalogue.digest_of, actor=request.actor, dry_run=request.dry_run)
 
-        return await self._answer(apply, dry_run=request.dry_run)
+        return await self._answer(apply, dry_run=request.dry_run, changes_policy=False)
 
     async def List(
         self, request: control_pb2.ListRequest, context: grpc.aio.ServicerContext
@@ -195,11 +199,19 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
             )
         return self._replacing
 
-    async def _answer(self, operation: Callable[[], Outcome], *, dry_run: bool) -> control_pb2.OperationResponse:
-        def call() -> control_pb2.OperationResponse:
-            return outcome_to_proto(operation(), self._catalogue.version, dry_run=dry_run)
+    async def _answer(
+        self, operation: Callable[[], Outcome], *, dry_run: bool, changes_policy: bool = True
+    ) -> control_pb2.OperationResponse:
+        """Makes an operation; answers when new requests get what it decided, also where it was so already."""
 
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        def call() -> tuple[control_pb2.OperationResponse, int]:
+            response = outcome_to_proto(operation(), self._catalogue.version, dry_run=dry_run)
+            return response, self._store.head().count
+
+        response, sequence = await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        if changes_policy and not dry_run:
+            response.not_taken_up.extend(await self._take_up.wait(sequence))
+        return response
 
     def _digest(self, organ: str, version: str, digest: str) -> str:
         """The bundle that is meant, if the registry has it."""

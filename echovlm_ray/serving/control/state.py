@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from functools import partial
 
 from echovlm_ray.serving.control.changes import Changes
@@ -29,10 +29,18 @@ _LOADING = (State.STAGED, State.VERIFIED)
 class StateReader:
     """Reads the database and asks the replicas. Safe from several threads; every method may block."""
 
-    def __init__(self, store: RolloutStore, fleet: Fleet, version_of: VersionOf, status_timeout_s: float) -> None:
-        """Takes where things are, and how long a replica may take to answer."""
+    def __init__(
+        self,
+        store: RolloutStore,
+        fleet: Fleet,
+        version_of: VersionOf,
+        status_timeout_s: float,
+        not_taken_up: Callable[[int], Iterable[str]] = lambda sequence: (),
+    ) -> None:
+        """Takes where things are, how long a replica may take to answer, and `TakeUp.missing`."""
         self._store = store
         self._version_of = version_of
+        self._not_taken_up = not_taken_up
         self._observer = FleetObserver(fleet, status_timeout_s)
         # The observer asks a replica once at a time.
         self._lock = threading.Lock()
@@ -71,6 +79,7 @@ class StateReader:
             live=expert_set_to_proto(snapshot.expert_set()),
             rollouts=rollouts,
             replicas=[message for view in views.values() for message in residents_to_proto(view)],
+            not_taken_up=self._not_taken_up(snapshot.sequence),
         )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from echovlm_ray.checkpoint.backbone_dtype import compute_dtype
 from echovlm_ray.config import ExpertsSection, ModelSection, RolloutsSection
 from echovlm_ray.serving.bundles import registry_location, signature_policy
 from experts.bundle_check import BackboneSizes, CheckRequest
@@ -11,17 +12,19 @@ from experts.errors import InvalidBundleError
 from experts.isolated_check import IsolatedChecks
 
 if TYPE_CHECKING:
-    from experts.manifest import DTypeName, Manifest
+    from experts.manifest import Manifest
 
 # What Control itself can compute with, where the experts' own kernel needs a GPU that Control does not have.
 CPU_KERNEL = "auto"
 
 
 class SubprocessVerifier:
-    """A `router.rollouts.fleet.Verifier`: files, signature, shapes, backbone, finite weights, and the self-test.
+    """A `router.rollouts.fleet.Verifier`: files, signature, shapes, backbone, finite weights, gates, and the self-test.
 
-    The self-test runs on the CPU. Where an organ's experts run on a GPU, it runs there with the CPU's default kernel:
-    it then says that the weights compute what was recorded, and the GPU's own kernel first sees them when they load.
+    Gates and self-test are computed in the backbone's dtype; a bundle of another one is converted or refused, as
+    `experts.other_dtype` says. The self-test runs on the CPU. Where an organ's experts run on a GPU, it runs there with
+    the CPU's default kernel: it then says that the weights compute what was recorded, and the GPU's own kernel is
+    tested when they load, see `experts.warm_up`.
     """
 
     def __init__(
@@ -61,7 +64,6 @@ class SubprocessVerifier:
         """
         served = self._backbone()
         on_gpu = bool(self._experts.resources_of(organ).num_gpus) and self._model.device != "cpu"
-        dtype: DTypeName | None = None if self._model.dtype == "auto" else self._model.dtype
         request = CheckRequest(
             source=BundleSource(registry=registry_location(self._experts, self._model.checkpoint), digest=digest),
             organ=organ,
@@ -70,7 +72,8 @@ class SubprocessVerifier:
             ),
             policy=signature_policy(self._experts),
             kernel=CPU_KERNEL if on_gpu else self._experts.kernel,
-            dtype=dtype,
+            dtype=compute_dtype(self._model.checkpoint, self._model.dtype),
+            other_dtype=self._experts.other_dtype,
             memory_bytes=self._rollouts.verify_memory_bytes,
             torch_threads=self._model.torch_threads,
         )

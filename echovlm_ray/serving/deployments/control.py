@@ -15,6 +15,7 @@ from echovlm_ray.serving.deployments.settings import (
     DEPLOYMENTS,
     EXPERT_DEPLOYMENT,
     EXPERT_PREFIX,
+    GATEWAY,
     ROUTER,
     ControlSettings,
     expert_application,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from ray.serve.schema import ApplicationStatusOverview
 
     from echovlm_ray.serving.control.catalogue import Catalogue
+    from echovlm_ray.serving.control.feed import WatcherKind
     from echovlm_ray.serving.control.fleet import GrpcFleet
     from echovlm_ray.serving.control.organs import OrganApplications
     from echovlm_ray.serving.control.status import ApplicationState
@@ -64,6 +66,7 @@ class ControlReplica(Replica):
         from echovlm_ray.serving.control.service import ExpertControlService
         from echovlm_ray.serving.control.state import StateReader, StateWatch
         from echovlm_ray.serving.control.status import SystemStatusService
+        from echovlm_ray.serving.control.take_up import TakeUp
         from echovlm_ray.serving.served import served_checkpoint
         from router.rollouts.controller import RolloutController
         from router.rollouts.health import HealthMonitor
@@ -95,14 +98,15 @@ class ControlReplica(Replica):
         await policies.start()
         feed = RolloutFeedService(policies, store, monitor, controller.wake)
         feeds.append(feed)
-        reader = StateReader(store, fleet, catalogue.version, parsed.rollouts.status_timeout_s)
+        take_up = TakeUp(policies, feed, lambda: _watchers(endpoints), parsed.rollouts.take_up_timeout_s)
+        reader = StateReader(store, fleet, catalogue.version, parsed.rollouts.status_timeout_s, take_up.missing)
         watch = StateWatch(reader, store)
         metrics = RolloutMetrics(store, catalogue.version)
         pushes = PushReceiver(registry, files.incoming, parsed.rollouts.max_push_bytes)
         await asyncio.to_thread(pushes.clear)
         operations = RolloutOperations(store, fleet, parsed.rollouts, catalogue.version) if remote else None
         service = ExpertControlService(
-            store, operations, catalogue, pushes, reader, watch, parsed.model.default_organ, threads
+            store, operations, catalogue, pushes, reader, watch, take_up, parsed.model.default_organ, threads
         )
         status = SystemStatusService(
             lambda: _applications(store, remote), endpoints.of, _states, lambda: policies.current.stable.id
@@ -167,13 +171,14 @@ def _fleet(
     settings: ControlSettings, endpoints: Endpoints, catalogue: "Catalogue", watching: Callable[[], frozenset[str]]
 ) -> "GrpcFleet":
     from echovlm_ray.serving.control.fleet import GrpcFleet
+    from echovlm_ray.serving.served import expert_exchange
 
     return GrpcFleet(
         experts=lambda organ: endpoints.replicas(expert_application(organ)),
         routers=lambda: endpoints.replicas(ROUTER),
         watching=watching,
         manifest=catalogue.manifest,
-        element_bytes={"auto": None, "float32": 4, "bfloat16": 2}[settings.model.dtype],
+        element_bytes=expert_exchange(settings.model).dtype.itemsize,
     )
 
 
@@ -212,6 +217,11 @@ def _organ_applications(
 
 def _watched(organs: Any) -> dict[str, str]:
     return {expert_application(organ): EXPERT_DEPLOYMENT for organ in organs}
+
+
+def _watchers(endpoints: Endpoints) -> "dict[WatcherKind, int]":
+    """How many parts run that must take up a policy."""
+    return {"router": len(endpoints.of(ROUTER)), "gateway": len(endpoints.of(GATEWAY))}
 
 
 def _reachable(endpoints: Endpoints) -> set[str]:

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from echovlm_ray.serving.deployments.replica import Part, Replica, Service, device_of, dtype_of
+from echovlm_ray.serving.deployments.replica import Part, Replica, Service, device_of
 from echovlm_ray.serving.deployments.settings import CONTROL, DEPLOYMENTS, ExpertGroupSettings
 from echovlm_ray.serving.errors import to_status
 from protos import expert_pb2
@@ -32,7 +32,7 @@ class ExpertGroupReplica(Replica):
         import torch
 
         from echovlm_ray.serving.bundles import open_registry, signature_policy
-        from echovlm_ray.serving.served import served_checkpoint
+        from echovlm_ray.serving.served import expert_exchange, served_checkpoint
         from experts.group import ExpertGroup
         from experts.kernels.registry import get_kernel
         from experts.service import ExpertGroupService, add_expert_group_to_server
@@ -46,12 +46,15 @@ class ExpertGroupReplica(Replica):
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         torch.set_num_threads(parsed.model.torch_threads)
         served = served_checkpoint(parsed.model)
+        exchange = expert_exchange(parsed.model)
         group = ExpertGroup(
             parsed.organ,
             open_registry(parsed.experts, served.directory),
             get_kernel(parsed.experts.kernel),
             device=device,
-            dtype=dtype_of(parsed),
+            dtype=exchange.dtype,
+            other_dtype=parsed.experts.other_dtype,
+            top_k=exchange.top_k,
             max_resident_bytes=parsed.experts.max_resident_bytes,
             backbone_digest=served.expert_set.backbone_digest,
             admit=signature_policy(parsed.experts).admit,

@@ -111,9 +111,10 @@ def build_engine(
     read_gates = _gate_reader(registry, config.text_config.num_hidden_layers, backbone.dtype, device)
     expert_set = served.expert_set
     gates = {member.bundle_digest: read_gates(member.bundle_digest) for member in expert_set.members}
+    top_k = config.text_config.num_experts_per_tok
     dispatcher = Dispatcher(
-        _placement(settings, served, registry, device, backbone.dtype, endpoints),
-        top_k=config.text_config.num_experts_per_tok,
+        _placement(settings, served, registry, device, backbone.dtype, top_k, endpoints),
+        top_k=top_k,
         norm_topk_prob=config.text_config.norm_topk_prob,
     )
     token_gates = ExpertGates.of(expert_set, gates)
@@ -163,6 +164,7 @@ def _placement(
     registry: "Registry",
     device: "torch.device",
     dtype: "torch.dtype",
+    top_k: int,
     endpoints: Endpoints,
 ) -> "ExpertPlacement":
     from echovlm_ray.serving.bundles import signature_policy
@@ -186,6 +188,8 @@ def _placement(
             get_kernel(settings.experts.kernel),
             device=device,
             dtype=dtype,
+            other_dtype=settings.experts.other_dtype,
+            top_k=top_k,
             max_resident_bytes=settings.experts.max_resident_bytes,
             backbone_digest=served.expert_set.backbone_digest,
             admit=signature_policy(settings.experts).admit,

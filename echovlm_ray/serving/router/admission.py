@@ -20,6 +20,7 @@ class RequestTraits:
         pooled_D: the mean of its vision embeddings; None without images.
         request_id: decides about candidates where there is no session.
         session_key: when given, all requests with it get the same experts.
+        policy_version: of the newest policy that the caller knows of; 0 of none.
     """
 
     organs: Sequence[str]
@@ -27,6 +28,7 @@ class RequestTraits:
     pooled_D: torch.Tensor | None
     request_id: str
     session_key: str = ""
+    policy_version: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ REPORT_PERIOD_S = 1.0
 REPORT_TIMEOUT_S = 5.0
 # What is left to report when the router stops gets one try.
 LAST_REPORT_S = 1.0
+TAKEN_UP_TIMEOUT_S = 5.0
 
 
 class RolloutFeedClient:
@@ -61,6 +62,8 @@ class RolloutFeedClient:
         self._wanted: TrafficPolicy | None = None
         self._arrived = asyncio.Event()
         self._taken_up = asyncio.Event()
+        # Control has not heard yet which policy is in force.
+        self._unsaid = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(
@@ -75,7 +78,8 @@ class RolloutFeedClient:
             last_known: what Control said before, taken up when it says nothing in that time; may block.
         """
         self._tasks = [
-            asyncio.create_task(self._for_ever(step)) for step in (self._watch, self._take_up_next, self._report)
+            asyncio.create_task(self._for_ever(step))
+            for step in (self._watch, self._take_up_next, self._say_taken_up, self._report)
         ]
         if not wait_s or await self._in_force(wait_s):
             return
@@ -143,6 +147,8 @@ class RolloutFeedClient:
         try:
             async for message in call:
                 self._offer(message)
+                # Also of one that is in force already: another Control has not heard of it.
+                self._unsaid.set()
         except asyncio.CancelledError:
             # So a stream ends whose channel was closed, because Control is elsewhere now.
             task = asyncio.current_task()
@@ -163,6 +169,7 @@ class RolloutFeedClient:
             logger.debug("policy %d comes after policy %d was taken up", policy.version, self._version)
             return
         self._wanted = policy
+        self._expert_sets.announce(policy)
         self._arrived.set()
 
     async def _take_up_next(self) -> None:
@@ -174,6 +181,7 @@ class RolloutFeedClient:
                 if await self._expert_sets.take_up(policy):
                     logger.info("policy %d is in force, expert set %s", policy.version, policy.stable.id[:12])
                 self._taken_up.set()
+                self._unsaid.set()
                 return
             except UnusablePolicyError as error:
                 logger.error("policy %d is refused, and policy %d stays: %s", policy.version, self._version, error)
@@ -188,6 +196,19 @@ class RolloutFeedClient:
                     await self._arrived.wait()
             self._arrived.clear()
             pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    async def _say_taken_up(self) -> None:
+        await self._unsaid.wait()
+        self._unsaid.clear()
+        said = False
+        try:
+            stub = await self._stub()
+            request = control_pb2.TakenUpRequest(watcher=self.name, policy_version=self._version)
+            await stub.TakenUp(request, timeout=TAKEN_UP_TIMEOUT_S)
+            said = True
+        finally:
+            if not said:
+                self._unsaid.set()
 
     async def _report(self) -> None:
         await asyncio.sleep(self._report_period_s)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from echovlm_ray.serving.router.admission import Admission, PinnedExperts, RequestTraits, UsedBundle
 from protos import router_pb2
 from router.dispatch import Dispatcher
+from router.errors import OrganInCanaryError, OrganPendingError, TooManyOrgansError, UnknownOrganError
 from router.expert_gates import BundleGates, ExpertGates
 from router.expert_set import ExpertSet
 from router.organ_gate import OrganChoice, OrganGate
@@ -79,6 +80,8 @@ class ExpertSets:
         self._prepare = prepare
         self._lock = threading.Lock()
         self._policy = TrafficPolicy(version=0, stable=expert_set)
+        # The newest one that Control said, taken up or not.
+        self._announced = self._policy
         self._gates = dict(gates)
         self._sets: dict[str, _KnownSet] = {}
         self._organ_gates: dict[str, OrganGate] = {}
@@ -98,7 +101,9 @@ class ExpertSets:
         """What a request with these traits would get now; holds nothing.
 
         Raises:
-            UnknownOrganError: the caller named an organ that it cannot have.
+            UnknownOrganError: the caller named an organ that there is not.
+            OrganPendingError: it named one that is not known here, and a policy is on its way that brings new ones.
+            OrganInCanaryError: it named a new one whose candidate answers other requests than this.
             TooManyOrgansError: it named more than a request may use.
         """
         with self._lock:
@@ -114,6 +119,12 @@ class ExpertSets:
             if assigned.shadow_set is not None:
                 shadow = self._hold(assigned.shadow_set, assigned.shadow_choice)
             return Admission(experts, shadow)
+
+    def announce(self, policy: TrafficPolicy) -> None:
+        """Says that Control has a policy, which `take_up` will be given soon."""
+        with self._lock:
+            if policy.version > self._announced.version:
+                self._announced = policy
 
     async def take_up(self, policy: TrafficPolicy) -> bool:
         """Gives new requests what a policy says, once all of its bundles' gates are read; one call at a time.
@@ -133,6 +144,8 @@ class ExpertSets:
         for field in ("backbone_digest", "routing"):
             given, own = getattr(policy.stable, field), getattr(stable, field)
             if given != own:
+                with self._lock:
+                    self._announced = self._policy
                 raise UnusablePolicyError(f"it has the {field} {given!r}, and this router serves {own!r}")
         while True:
             read, stable_gates = await asyncio.to_thread(self._read_all, policy)
@@ -169,13 +182,36 @@ class ExpertSets:
         key = {"request_id": traits.request_id, "session_key": traits.session_key}
         # All candidates that this request would get: of an organ that only a candidate has, whether it may use it.
         offered = assign(policy, None, **key)
-        choice = self._choose(offered.expert_set, traits)
+        try:
+            choice = self._choose(offered.expert_set, traits)
+        except UnknownOrganError:
+            self._check_new_organs(offered.expert_set, traits)
+            raise
         assignment = assign(policy, _organs_of(choice), **key)
         shadow_choice, shadow_set = choice, assignment.shadow_set
         if offered.shadow_set is not None and len(offered.shadow_set.members) > len(offered.expert_set.members):
             shadow_choice = self._choose(offered.shadow_set, traits)
             shadow_set = assign(policy, _organs_of(shadow_choice), **key).shadow_set
         return _Assigned(assignment.expert_set, choice, shadow_set, shadow_choice)
+
+    def _check_new_organs(self, offered: ExpertSet, traits: RequestTraits) -> None:
+        """Raises what says more than that an organ is unknown, where it is new and not for this request, or not yet."""
+        policy, announced = self._policy, self._announced
+        new = set(announced.organs) - set(policy.organs) | set(announced.stable.organs) - set(policy.stable.organs)
+        # By which words a bundle is named is known only once its gates are read, so any unknown word may mean it.
+        if new or traits.policy_version > policy.version:
+            raise OrganPendingError
+        canaries = [each for each in policy.candidates if each.mode == "canary" and each.organ not in offered.organs]
+        if not canaries or not traits.organs:
+            return
+        try:
+            choice = self._choose(with_candidates(offered, canaries), traits)
+        except (UnknownOrganError, TooManyOrgansError):
+            return
+        for organ, _ in choice.shares:
+            for canary in canaries:
+                if canary.organ == organ:
+                    raise OrganInCanaryError(organ, canary.percent)
 
     def _choose(self, expert_set: ExpertSet, traits: RequestTraits) -> OrganChoice:
         gate = self._organ_gates.get(expert_set.id)

@@ -99,7 +99,8 @@ class RouterService(router_pb2_grpc.RouterServicer):
         deadline = self._deadline(context)
         pictures = await self._encode(request.vision_inputs, deadline)
         unpinned = self._reader.sequence_request(request, pictures, deadline)
-        admission = self._admit(_traits(request.organ_hints, pictures, request.session_key, context))
+        traits = _traits(request.organ_hints, pictures, request.session_key, context, request.policy_version)
+        admission = self._admit(traits)
         experts = admission.experts
         pinned = _pinned(unpinned, admission)
         shadow = None if admission.shadow is None else self._shadows.prepare(admission.shadow, pinned)
@@ -174,11 +175,15 @@ class RouterService(router_pb2_grpc.RouterServicer):
 
 
 def _traits(
-    hints: router_pb2.OrganHints, pictures: list[EncodedPicture], session_key: str, context: grpc.aio.ServicerContext
+    hints: router_pb2.OrganHints,
+    pictures: list[EncodedPicture],
+    session_key: str,
+    context: grpc.aio.ServicerContext,
+    policy_version: int = 0,
 ) -> RequestTraits:
     pooled = torch.cat([picture.embedding for picture in pictures]).float().mean(0) if pictures else None
     request_id = current_request_id() or request_id_of(context.invocation_metadata() or ())
-    return RequestTraits(hints.organs, hints.anatomy_terms, pooled, request_id, session_key)
+    return RequestTraits(hints.organs, hints.anatomy_terms, pooled, request_id, session_key, policy_version)
 
 
 def _pinned(request: SequenceRequest, admission: Admission) -> SequenceRequest:

@@ -1,0 +1,73 @@
+"""Whether all Routers and gateways apply what the database says: only then is a promotion done."""
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+from echovlm_ray.serving.control.feed import RolloutFeedService, WatcherKind
+from echovlm_ray.serving.control.policies import PolicyPublisher
+
+# No event tells of a replica that Serve no longer counts, nor of a policy that is published by another thread.
+LOOK_AGAIN_S = 0.1
+
+
+class TakeUp:
+    """Compares what was published with what Routers and gateways said that they apply."""
+
+    def __init__(
+        self,
+        policies: PolicyPublisher,
+        feed: RolloutFeedService,
+        running: Callable[[], Mapping[WatcherKind, int]],
+        timeout_s: float,
+    ) -> None:
+        """Takes its parts.
+
+        Args:
+            policies: what was published.
+            feed: who is connected, and applies what.
+            running: how many Routers and gateways there are now, connected or not.
+            timeout_s: the longest to wait.
+        """
+        self._policies = policies
+        self._feed = feed
+        self._running = running
+        self._timeout_s = timeout_s
+
+    def missing(self, sequence: int) -> tuple[str, ...]:
+        """Who does not apply the policy of a state of the database yet, in words; from any thread.
+
+        Args:
+            sequence: the number of the state's newest history entry.
+        """
+        if self._policies.sequence < sequence:
+            return ("Control has not published the policy yet",)
+        missing = [f"{name} does not apply it yet" for name in self._feed.behind(self._policies.current.version)]
+        for kind, running in self._running().items():
+            connected = len(self._feed.watching(kind))
+            if connected < running:
+                missing.append(f"{running - connected} of {running} {kind}s not connected to Control")
+        return tuple(missing)
+
+    async def wait(self, sequence: int) -> tuple[str, ...]:
+        """Waits until everyone applies it, for a bounded time.
+
+        Returns:
+            What `missing` says at the end.
+        """
+        with self._feed.taken_up.listener() as changed:
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    while missing := self.missing(sequence):
+                        changed.clear()
+                        await _at_most(changed, LOOK_AGAIN_S)
+            except TimeoutError:
+                return missing
+        return ()
+
+
+async def _at_most(event: asyncio.Event, seconds: float) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return
