@@ -132,7 +132,7 @@ async def control_system(
         ]
         replicas[member.organ] = [ReplicaAddresses(address, "", f"{member.organ}-{address}") for address in addresses]
     router = PinningRouter()
-    monitor = HealthMonitor(store.clock)
+    monitor = HealthMonitor()
     feeds: list[RolloutFeedService] = []
     async with contextlib.AsyncExitStack() as stack:
         served = await stack.enter_async_context(serving_router(router))

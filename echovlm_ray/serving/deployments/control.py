@@ -82,7 +82,7 @@ class ControlReplica(Replica):
         endpoints.start()
         registry = open_registry(parsed.experts, served.directory)
         catalogue = Catalogue(registry)
-        monitor = HealthMonitor(store.clock)
+        monitor = HealthMonitor()
         # The feed knows which Routers are connected, and is made of what the fleet is needed for.
         feeds: list[RolloutFeedService] = []
         fleet = _fleet(parsed, endpoints, catalogue, lambda: feeds[0].watching() if feeds else frozenset())

@@ -61,19 +61,19 @@ def test_thresholds(candidate: Observation, incumbent: Observation | None, words
 
 
 def test_only_what_was_reported_since_a_time_counts(clock: Clock) -> None:
-    monitor = HealthMonitor(clock)
+    monitor = HealthMonitor(clock.monotonic)
     monitor.record(observed(3))
     clock.move(10)
     monitor.record(observed(4, errors=1))
     monitor.record(Observation("heart", "other", 100))
-    assert monitor.observed("heart", "d", clock() - 5) == observed(4, errors=1)
+    assert monitor.observed("heart", "d", clock.monotonic() - 5) == observed(4, errors=1)
     total = monitor.observed("heart", "d", 0)
     assert (total.requests, total.errors, total.latency.count) == (7, 1, 6)
     assert monitor.observed("liver", "d", 0).requests == 0
 
 
 def test_what_is_kept_is_bounded(clock: Clock) -> None:
-    monitor = HealthMonitor(clock)
+    monitor = HealthMonitor(clock.monotonic)
     monitor.record(observed(1))
     clock.move(MAX_AGE_S + 1)
     monitor.record(observed(1))
