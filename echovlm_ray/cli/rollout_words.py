@@ -117,6 +117,7 @@ def rollout_as_dict(rollout: "Rollout") -> dict[str, Any]:
         "actor": rollout.actor,
         "created_at": rollout.created_at,
         "state_since": rollout.state_since,
+        "waits_for": rollout.waits_for or None,
         "shadow": shadow,
     }
 
@@ -154,6 +155,7 @@ def state_as_dict(
                         "version": versions.get(share.digest),
                         "resident_bytes": share.resident_bytes,
                         "progress": share.progress,
+                        "spare": share.spare,
                     }
                     for share in replica.bundles
                 ],

@@ -254,9 +254,7 @@ class RolloutController:
             return ""
         since = self._moments.traffic_since(rollout)
         elsewhere = other_versions(snapshot, rollout.organ)
-        return judge(
-            self._monitor, rollout, self._thresholds(rollout), since, rollout.incumbent_digest, elsewhere
-        )
+        return judge(self._monitor, rollout, self._thresholds(rollout), since, rollout.incumbent_digest, elsewhere)
 
     def _thresholds(self, rollout: Rollout) -> Thresholds:
         return rollout.plan.thresholds or self._settings.thresholds
@@ -311,9 +309,11 @@ class RolloutController:
 
 def _unmoved(transaction: Transaction, rollout: Rollout) -> Rollout | None:
     current = transaction.rollout(rollout.id)
-    same = (
-        (current.state, current.state_since, current.percent, current.next_step)
-        == (rollout.state, rollout.state_since, rollout.percent, rollout.next_step)
+    same = (current.state, current.state_since, current.percent, current.next_step) == (
+        rollout.state,
+        rollout.state_since,
+        rollout.percent,
+        rollout.next_step,
     )
     return current if same else None
 

@@ -229,7 +229,7 @@ class Convergence:
             self.spare = frozenset(item for item in found if item in self.spare or item[1] not in pinned)
 
     def _needed(self, snapshot: Snapshot, organ: str) -> set[str]:
-        """What stays on an organ's replicas in any case; a candidate that is resident from before is not loaded twice."""
+        """What stays on an organ's replicas in any case, a candidate included that is resident from before."""
         live, candidate = snapshot.live(organ), snapshot.candidate(organ)
         needed = {live.stable_digest if live else "", candidate.digest if candidate else ""}
         return (needed | {self._kept_before.get(organ, "")}) - {""}
@@ -273,4 +273,3 @@ class Convergence:
         self._caught_up &= replicas
         in_flight = {rollout.id for rollout in snapshot.in_flight}
         self._candidate_pauses = {key: until for key, until in self._candidate_pauses.items() if key in in_flight}
-

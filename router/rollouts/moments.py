@@ -8,9 +8,9 @@ from router.rollouts.records import Rollout
 class Moments:
     """When this process first saw each rollout in its state, and first with traffic.
 
-    The database has times of day, for people: the wall clock may be set while a rollout waits. Holds and time limits are
-    measured from here instead. After a restart they begin anew, so a restart may lengthen them and never shortens them.
-    Used by one thread.
+    The database has times of day, for people: the wall clock may be set while a rollout waits. Holds and time limits
+    are measured from here instead. After a restart they begin anew, so a restart may lengthen them and never shortens
+    them. Used by one thread.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:

@@ -1,7 +1,7 @@
 """A whole rollout in a file: what to bring where, in which steps, and when to give up."""
 
 import re
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
@@ -59,7 +59,7 @@ class RolloutFile(BaseModel):
         """What tells this file from others: SHA-256 over its contents, with the bundle's digest for its version."""
         contents = self.model_dump(mode="json", exclude={"version"})
         # These fields came later: unset, they leave a file what it was when it was applied.
-        later = [(contents, "watch_after_promotion_s", None)]
+        later: list[tuple[dict[str, Any], str, Any]] = [(contents, "watch_after_promotion_s", None)]
         later += [(step, "min_successes", None) for step in contents["steps"]]
         if self.thresholds is not None:
             later.append((contents["thresholds"], "min_successes", Thresholds().min_successes))

@@ -26,7 +26,7 @@ ALPHA = 1e-3
 # Fewer failures may all have one cause that lies elsewhere.
 MIN_FAILURES = 3
 # The usual rate is at least this part of the rate that rolls a candidate back: versions as good as that may stay.
-USUAL_PART = 1 / 5
+USUAL_PART = 1 / 8
 # Larger rates that are tried, between the limit and this one.
 RATES = 4
 HIGHEST_RATE = 0.9

@@ -18,7 +18,7 @@ class Thresholds(BaseModel):
     # When latency is noisy, raise it: with fewer requests within the window nothing is said of latency.
     min_requests: PositiveInt = 50
     # When a candidate that fails this often may stay, raise it; 1 switches this off. From the first request on, a
-    # sequential test compares this rate with the usual one: the incumbent's, or a fifth of this where that is less.
+    # sequential test compares this rate with the usual one: the incumbent's, or an eighth of this where that is less.
     max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.02
     # When more of its outputs are infinite or not a number, it is rolled back, however few requests there were.
     max_nonfinite: Annotated[int, Field(ge=0)] = 0

@@ -237,7 +237,7 @@ class Transaction:
             actor=actor,
             reason=reason,
             details={"replaced": live.stable_digest if live else None},
-            # What was brought back is not judged again: a fault that all versions share must not go through all of them.
+            # What was brought back is not judged again: a fault that all versions share would go through all of them.
             watching=not rollout.restores and bool(rollout.plan.watch_after_promotion_s),
         )
         if live is None:

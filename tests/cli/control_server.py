@@ -170,7 +170,7 @@ def _serving(system: System, options: ServerOptions) -> Iterator[str]:
 
     async def start() -> tuple[GrpcServer, StateWatch]:
         catalogue = Catalogue(system.registry)
-        reader = StateReader(system.store, system.fleet, catalogue.version, status_timeout_s=1.0)
+        reader = StateReader(system.store, system.fleet, catalogue.version, 1.0, system.controller)
         watch = StateWatch(reader, system.store)
         service = ExpertControlService(
             store=system.store,

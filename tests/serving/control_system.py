@@ -155,7 +155,7 @@ async def control_system(
         router.follows = lambda: policies.current
         feed = RolloutFeedService(policies, store, monitor, controller.wake)
         feeds.append(feed)
-        reader = StateReader(store, fleet, catalogue.version, section.status_timeout_s)
+        reader = StateReader(store, fleet, catalogue.version, section.status_timeout_s, controller)
         watch = StateWatch(reader, store)
         stack.callback(watch.stop)
         pushes = PushReceiver(registry, files.incoming, section.max_push_bytes)

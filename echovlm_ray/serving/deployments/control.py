@@ -93,7 +93,7 @@ class ControlReplica(Replica):
         await policies.start()
         feed = RolloutFeedService(policies, store, monitor, controller.wake)
         feeds.append(feed)
-        reader = StateReader(store, fleet, catalogue.version, parsed.rollouts.status_timeout_s)
+        reader = StateReader(store, fleet, catalogue.version, parsed.rollouts.status_timeout_s, controller)
         watch = StateWatch(reader, store)
         metrics = RolloutMetrics(store, catalogue.version)
         pushes = PushReceiver(registry, files.incoming, parsed.rollouts.max_push_bytes)

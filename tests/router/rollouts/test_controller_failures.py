@@ -232,4 +232,4 @@ def test_failures_of_an_earlier_attempt_do_not_count_and_slow_ones_of_this_one_d
         if world.rollout().state != State.CANARY:
             break
     assert world.rollout().state == State.ROLLED_BACK
-    assert world.rollout().reason.startswith("6 of 6 requests failed")
+    assert world.rollout().reason.startswith("4 of 4 requests failed")
