@@ -97,7 +97,8 @@ def share_within(requests: Sequence[float], limit: float) -> float:
 def good_lines(outcomes: Sequence[Outcome]) -> list[str]:
     """The table of good candidates, by the usual rate."""
     lines = [
-        "| usual rate of failures | rollouts | with shared outages | candidate's requests | promoted | taken back | target |",
+        "| usual rate of failures | rollouts | with shared outages | candidate's requests | promoted "
+        "| taken back | target |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for number, usual in enumerate(USUAL):
@@ -175,7 +176,8 @@ def report(outcomes: Sequence[Outcome], found: dict[tuple[float, str], list[floa
         "",
         "## Bad candidates",
         "",
-        f"{each} rollouts for each line; the incumbent fails in 0 or 0.1 % of its requests. Routers report once a second.",
+        f"{each} rollouts for each line; the incumbent fails in 0 or 0.1 % of its requests. "
+        "Routers report once a second.",
         "",
         *bad_lines(found),
         "",

@@ -275,10 +275,9 @@ class RolloutOperations:
                     f"{organ!r} is new and has no version that a shadow could be compared with; use canary steps"
                 )
             rollout = None
+            plan = self._resolved(plan)
             if not dry_run:
-                rollout = transaction.stage(
-                    organ, digest, self._resolved(plan), actor=actor, reason=reason, file_digest=file_digest
-                )
+                rollout = transaction.stage(organ, digest, plan, actor=actor, reason=reason, file_digest=file_digest)
         memory = memory_plan(self._fleet, organ, digest, snapshot.kept(organ)) if dry_run else ()
         return Outcome(organ, True, stage_steps(organ, live is None, plan), rollout, memory)
 
