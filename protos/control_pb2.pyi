@@ -183,7 +183,7 @@ class ReplicaMemory(_message.Message):
     def __init__(self, replica: _Optional[str] = ..., resident_bytes: _Optional[int] = ..., needed_bytes: _Optional[int] = ..., limit_bytes: _Optional[int] = ..., fits: bool = ...) -> None: ...
 
 class Rollout(_message.Message):
-    __slots__ = ("id", "organ", "version", "digest", "incumbent_digest", "state", "percent", "reason", "actor", "created_at", "state_since", "shadow", "restores")
+    __slots__ = ("id", "organ", "version", "digest", "incumbent_digest", "state", "percent", "reason", "actor", "created_at", "state_since", "shadow", "restores", "waits_for")
     ID_FIELD_NUMBER: _ClassVar[int]
     ORGAN_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -197,6 +197,7 @@ class Rollout(_message.Message):
     STATE_SINCE_FIELD_NUMBER: _ClassVar[int]
     SHADOW_FIELD_NUMBER: _ClassVar[int]
     RESTORES_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FOR_FIELD_NUMBER: _ClassVar[int]
     id: str
     organ: str
     version: str
@@ -210,7 +211,8 @@ class Rollout(_message.Message):
     state_since: float
     shadow: ShadowReport
     restores: bool
-    def __init__(self, id: _Optional[str] = ..., organ: _Optional[str] = ..., version: _Optional[str] = ..., digest: _Optional[str] = ..., incumbent_digest: _Optional[str] = ..., state: _Optional[str] = ..., percent: _Optional[float] = ..., reason: _Optional[str] = ..., actor: _Optional[str] = ..., created_at: _Optional[float] = ..., state_since: _Optional[float] = ..., shadow: _Optional[_Union[ShadowReport, _Mapping]] = ..., restores: bool = ...) -> None: ...
+    waits_for: str
+    def __init__(self, id: _Optional[str] = ..., organ: _Optional[str] = ..., version: _Optional[str] = ..., digest: _Optional[str] = ..., incumbent_digest: _Optional[str] = ..., state: _Optional[str] = ..., percent: _Optional[float] = ..., reason: _Optional[str] = ..., actor: _Optional[str] = ..., created_at: _Optional[float] = ..., state_since: _Optional[float] = ..., shadow: _Optional[_Union[ShadowReport, _Mapping]] = ..., restores: bool = ..., waits_for: _Optional[str] = ...) -> None: ...
 
 class ShadowReport(_message.Message):
     __slots__ = ("requests", "identical", "token_overlap", "mean_first_divergence", "latency_ratio")
@@ -277,14 +279,16 @@ class ReplicaResidents(_message.Message):
     def __init__(self, organ: _Optional[str] = ..., replica: _Optional[str] = ..., limit_bytes: _Optional[int] = ..., bundles: _Optional[_Iterable[_Union[ResidentShare, _Mapping]]] = ...) -> None: ...
 
 class ResidentShare(_message.Message):
-    __slots__ = ("digest", "resident_bytes", "progress")
+    __slots__ = ("digest", "resident_bytes", "progress", "spare")
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    SPARE_FIELD_NUMBER: _ClassVar[int]
     digest: str
     resident_bytes: int
     progress: float
-    def __init__(self, digest: _Optional[str] = ..., resident_bytes: _Optional[int] = ..., progress: _Optional[float] = ...) -> None: ...
+    spare: bool
+    def __init__(self, digest: _Optional[str] = ..., resident_bytes: _Optional[int] = ..., progress: _Optional[float] = ..., spare: bool = ...) -> None: ...
 
 class HistoryRequest(_message.Message):
     __slots__ = ("organ", "last", "verify", "noted_hash")

@@ -128,8 +128,12 @@ def kill(system: RunningSystem, *applications: str) -> list[int]:
 
 
 def held(control: ExpertControlClient, organ: str) -> list[set[str]]:
+    """What each replica holds, apart from what only stays to go back to."""
     replicas = control.list(organ).replicas
-    return [{bundle.digest for bundle in replica.bundles if bundle.progress == 1} for replica in replicas]
+    return [
+        {bundle.digest for bundle in replica.bundles if bundle.progress == 1 and not bundle.spare}
+        for replica in replicas
+    ]
 
 
 def bundle_of(system: RunningSystem, organ: str) -> Bundle:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.systems.protocol import answers_only, parent_has_gone
-from echovlm_ray.config import Config, ControlSection, GatewaySection, ModelSection, RouterSection
+from echovlm_ray.config import Config, ControlSection, GatewaySection, ModelSection, RolloutsSection, RouterSection
 from echovlm_ray.serving.app import serve_system
 
 
@@ -21,6 +21,8 @@ def main() -> None:
     options = parser.parse_args()
     answers = answers_only()
     config = Config(
+        # A swap has ended when the version before has left the memory.
+        rollouts=RolloutsSection(watch_after_promotion_s=0.0),
         model=ModelSection(checkpoint=options.checkpoint),
         gateway=GatewaySection(port=0),
         control=ControlSection(port=0),

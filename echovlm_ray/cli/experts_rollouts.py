@@ -12,7 +12,7 @@ from echovlm_ray.cli.rollout_expected import RolloutId, candidate_seen, stable_s
 from echovlm_ray.cli.rollout_tables import memory_view
 from echovlm_ray.cli.rollout_wait import LOADED, Reached, has_taken_over, is_gone, is_loaded, wait_until
 from echovlm_ray.cli.rollout_words import operation_as_dict, short, state_in_words
-from echovlm_ray.cli.terminal import console_of, line, name_of, say, say_json
+from echovlm_ray.cli.terminal import console_of, line, name_of, say, say_json, styled
 from echovlm_ray.cli.work import fail
 from echovlm_ray.client.control import ExpertControlClient
 

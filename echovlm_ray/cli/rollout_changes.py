@@ -54,7 +54,8 @@ def _rollouts(before: "ControlState | None", after: "ControlState", versions: Ve
             continue
         version = rollout.version or version_in_words(rollout.digest, versions)
         reason = f": {rollout.reason}" if rollout.reason else ""
-        yield f"{rollout.organ}: {version} ({rollout.id}) is {state_in_words(rollout)}{reason}"
+        waits = f"; waits for {rollout.waits_for}" if rollout.waits_for else ""
+        yield f"{rollout.organ}: {version} ({rollout.id}) is {state_in_words(rollout)}{reason}{waits}"
 
 
 def _replicas(before: "ControlState | None", after: "ControlState", versions: Versions, organ: str) -> Iterator[str]:
@@ -77,8 +78,10 @@ def _replicas(before: "ControlState | None", after: "ControlState", versions: Ve
             yield f"{name}: replica {replica} has let go of {version_in_words(digest, versions)}"
 
 
-def _standing(rollout: "Rollout") -> tuple[str, float, str]:
-    return rollout.state, rollout.percent, rollout.reason
+def _standing(rollout: "Rollout") -> tuple[str, float, str, str]:
+    # A line for every other thing that is waited for, and none for every number that counts down.
+    waits_for = "".join(character for character in rollout.waits_for if not character.isdigit())
+    return rollout.state, rollout.percent, rollout.reason, waits_for
 
 
 def _progress(state: "ControlState") -> dict[tuple[str, str, str], tuple[float, int]]:

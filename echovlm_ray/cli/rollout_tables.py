@@ -45,6 +45,14 @@ def state_view(
         for rollout in rollouts
         if rollout.HasField("shadow") and organ in ("", rollout.organ) and rollout.state in IN_FLIGHT
     ]
+    parts += [
+        line(
+            f"{name_of(rollout.organ)} {name_of(rollout.version or short(rollout.digest))} waits for "
+            f"{line(rollout.waits_for)}"
+        )
+        for rollout in rollouts
+        if rollout.waits_for and organ in ("", rollout.organ)
+    ]
     held = [replica for replica in replicas if organ in ("", replica.organ)]
     if held:
         parts.append(_replicas(held, versions))
@@ -124,7 +132,8 @@ def _replicas(replicas: Iterable["ReplicaResidents"], versions: Versions) -> Lis
                 bar = ProgressBar(total=1.0, completed=share.progress, width=BAR_WIDTH)
                 table.add_row(*row, f"loading {share.progress:.0%}", bar)
             else:
-                table.add_row(*row, size_in_words(share.resident_bytes))
+                kept = "[dim]kept to go back to[/dim]" if share.spare else ""
+                table.add_row(*row, size_in_words(share.resident_bytes), kept)
             head = ["", "", ""]
         if not replica.bundles:
             table.add_row(*head, styled("nothing", "dim"))

@@ -28,14 +28,24 @@ def is_loaded(rollout: "Rollout", state: "ControlState") -> bool:
 
 def has_taken_over(rollout: "Rollout", state: "ControlState") -> bool:
     """All requests use the new version, those under way too: what `promote` waits for."""
-    held = is_held(rollout.organ, rollout.incumbent_digest, state)
-    return rollout.state in SERVED and not held and not state.not_taken_up
+    used = is_used(rollout.organ, rollout.incumbent_digest, state)
+    return rollout.state in SERVED and not used and not state.not_taken_up
 
 
 def is_gone(rollout: "Rollout", state: "ControlState") -> bool:
     """No request uses the candidate any more, and its memory is free: what `rollback` waits for."""
     held = is_held(rollout.organ, rollout.digest, state)
     return rollout.state in ENDED_BADLY and not held and not state.not_taken_up
+
+
+def is_used(organ: str, digest: str, state: "ControlState") -> bool:
+    """Whether a replica of the organ has a bundle in memory for more than to go back to it."""
+    return any(
+        share.digest == digest and not share.spare
+        for replica in state.replicas
+        if replica.organ == organ
+        for share in replica.bundles
+    )
 
 
 def is_held(organ: str, digest: str, state: "ControlState") -> bool:

@@ -125,6 +125,7 @@ def rollout_as_dict(rollout: "Rollout") -> dict[str, Any]:
         "created_at": rollout.created_at,
         "state_since": rollout.state_since,
         "restores": rollout.restores,
+        "waits_for": rollout.waits_for or None,
         "shadow": shadow,
     }
 
@@ -162,6 +163,7 @@ def state_as_dict(
                         "version": versions.get(share.digest),
                         "resident_bytes": share.resident_bytes,
                         "progress": share.progress,
+                        "spare": share.spare,
                     }
                     for share in replica.bundles
                 ],

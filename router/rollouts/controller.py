@@ -16,15 +16,18 @@ from router.rollouts.background import Background
 from router.rollouts.convergence import Convergence, LoadFailure, Operation
 from router.rollouts.fleet import Fleet, ReplicaLostError, Verifier
 from router.rollouts.fleet_view import FleetObserver, OrganView
-from router.rollouts.health import HealthMonitor, reason_to_roll_back
+from router.rollouts.health import HealthMonitor
+from router.rollouts.judge import judge
+from router.rollouts.moments import Moments
 from router.rollouts.outcome import listed, words
+from router.rollouts.promoted import PromotionWatch, other_versions, watch_s
 from router.rollouts.records import Rollout, Snapshot
-from router.rollouts.settings import RolloutSettings
+from router.rollouts.settings import RolloutSettings, Thresholds
 from router.rollouts.states import RESIDENT, Action, State
 from router.rollouts.store import RolloutStore
+from router.rollouts.transaction import CONTROLLER as ACTOR
 from router.rollouts.transaction import Transaction
-
-ACTOR = "controller"
+from router.rollouts.waiting import current_step, in_words, step_waits_for
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +56,17 @@ class RolloutController:
         self._verifier = verifier
         self._settings = settings
         self._monitor = monitor
-        self._clock = store.clock
+        # Durations are measured by the monitor's clock, which is never set; the store's says what time of day it is.
+        self._clock = monitor.clock
+        self._moments = Moments(self._clock)
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._calls = Background(settings.max_operations, self.wake)
         self._observer = FleetObserver(fleet, settings.status_timeout_s)
-        self._convergence = Convergence(fleet, self._calls, self._clock, settings.warm_timeout_s)
+        self._convergence = Convergence(fleet, self._calls, self._moments, self._clock, settings.warm_timeout_s)
+        self._promoted = PromotionWatch(store, monitor, self._moments, settings)
+        self._waits: Mapping[str, str] = {}
         self._verifying_since: dict[str, float] = {}
         self._views: Mapping[str, OrganView] = {}
 
@@ -67,6 +74,14 @@ class RolloutController:
     def views(self) -> Mapping[str, OrganView]:
         """What the replicas held at the last pass, by organ, with the loads under way."""
         return self._views
+
+    def waits_for(self, rollout_id: str) -> str:
+        """What a rollout waits for, as of the last pass, in words; "" where it waits for nothing by itself."""
+        return self._waits.get(rollout_id, "")
+
+    def is_spare(self, organ: str, digest: str) -> bool:
+        """Whether a version stays in memory only to go back to, as of the last pass: no request uses it."""
+        return (organ, digest) in self._convergence.spare
 
     def start(self) -> None:
         """Reconciles on a thread, after every change and every `period_s`."""
@@ -100,13 +115,20 @@ class RolloutController:
         """
         self._take_finished()
         snapshot = self._store.snapshot()
+        self._moments.note((*snapshot.in_flight, *snapshot.watched))
         views = self._observer.observe(
             snapshot, snapshot.known_organs, self._convergence.unloading(), recent_s=recent_s
         )
         for rollout in snapshot.in_flight:
             self._advance(rollout, snapshot, views[rollout.organ])
+        self._promoted.step(snapshot)
         snapshot = self._store.snapshot()
+        self._moments.note((*snapshot.in_flight, *snapshot.watched))
         self._views = views
+        self._waits = {
+            rollout.id: self._waits_of(rollout, views.get(rollout.organ))
+            for rollout in (*snapshot.in_flight, *snapshot.watched)
+        }
         self._convergence.step(snapshot, views)
         return views
 
@@ -132,10 +154,14 @@ class RolloutController:
 
     def _advance(self, rollout: Rollout, snapshot: Snapshot, view: OrganView) -> None:
         if rollout.state == State.STAGED:
-            self._verify(rollout)
+            if rollout.restores and view.held_everywhere(rollout.digest):
+                # It was verified when it was loaded, and has been there since.
+                self._move(rollout, Action.VERIFY, _lasting(rollout))
+            else:
+                self._verify(rollout)
         elif rollout.state == State.VERIFIED:
             self._await_warm(rollout, view)
-        elif reason := self._unhealthy(rollout):
+        elif reason := self._unhealthy(rollout, snapshot):
             self._move(rollout, Action.ROLL_BACK, reason)
         elif rollout.automatic and view.held_everywhere(rollout.digest):
             self._take_step(rollout)
@@ -173,14 +199,14 @@ class RolloutController:
         with self._store.write() as transaction:
             rollout = transaction.rollout(rollout_id)
             if rollout.state == State.STAGED:
-                transaction.move(rollout, Action.VERIFY, actor=ACTOR)
+                transaction.move(rollout, Action.VERIFY, actor=ACTOR, reason=_lasting(rollout))
 
     def _await_warm(self, rollout: Rollout, view: OrganView) -> None:
         if view.held_everywhere(rollout.digest):
-            self._move(rollout, Action.WARM_UP)
+            self._move(rollout, Action.WARM_UP, _lasting(rollout))
             return
         limit = rollout.plan.warm_timeout_s or self._settings.warm_timeout_s
-        if self._clock() - rollout.state_since <= limit:
+        if self._moments.in_state_s(rollout) <= limit:
             return
         missing = view.missing(rollout.digest)
         where = (
@@ -223,21 +249,39 @@ class RolloutController:
             # With older versions on their way out there may be room soon; the time to warm is bounded anyway.
             self._fail(candidate.id, f"{where}: {words(error)}")
 
-    def _unhealthy(self, rollout: Rollout) -> str:
+    def _unhealthy(self, rollout: Rollout, snapshot: Snapshot) -> str:
         if rollout.mode is None or rollout.traffic_since is None:
             return ""
-        thresholds = rollout.plan.thresholds or self._settings.thresholds
-        since = max(self._clock() - thresholds.window_s, rollout.traffic_since)
-        candidate = self._monitor.observed(rollout.organ, rollout.digest, since)
-        incumbent = None
-        if rollout.incumbent_digest is not None:
-            incumbent = self._monitor.observed(rollout.organ, rollout.incumbent_digest, since)
-        return reason_to_roll_back(thresholds, candidate, incumbent)
+        since = self._moments.traffic_since(rollout)
+        elsewhere = other_versions(snapshot, rollout.organ)
+        return judge(self._monitor, rollout, self._thresholds(rollout), since, rollout.incumbent_digest, elsewhere)
+
+    def _thresholds(self, rollout: Rollout) -> Thresholds:
+        return rollout.plan.thresholds or self._settings.thresholds
+
+    def _step_waits(self, rollout: Rollout) -> list[str]:
+        step = current_step(rollout.plan, rollout.next_step)
+        if step is None:
+            return []
+        since = self._moments.state_since(rollout)
+        successes = self._monitor.observed(rollout.organ, rollout.digest, since).successes
+        return step_waits_for(step, self._thresholds(rollout), self._moments.in_state_s(rollout), successes)
+
+    def _waits_of(self, rollout: Rollout, view: OrganView | None) -> str:
+        if rollout.state == State.STABLE:
+            return f"the end of its watch, {watch_s(rollout):g} s after its promotion"
+        if not rollout.automatic or rollout.mode is None:
+            return ""
+        waits = self._step_waits(rollout)
+        if view is not None and not view.held_everywhere(rollout.digest):
+            missing = listed(view.missing(rollout.digest)) or rollout.organ
+            waits.append(f"replicas that do not hold it: {missing}")
+        return in_words(waits)
 
     def _take_step(self, rollout: Rollout) -> None:
-        steps = rollout.plan.steps
-        if rollout.next_step and self._clock() - rollout.state_since < steps[rollout.next_step - 1].hold_s:
+        if self._step_waits(rollout):
             return
+        steps = rollout.plan.steps
         if rollout.next_step < len(steps):
             step = steps[rollout.next_step]
             action = Action.CANARY if step.mode == "canary" else Action.SHADOW
@@ -246,7 +290,7 @@ class RolloutController:
         elif rollout.plan.promote:
             with self._store.write() as transaction:
                 if current := _unmoved(transaction, rollout):
-                    reason = "the version before is back" if rollout.restores else "all steps are done"
+                    reason = _lasting(rollout) or "all steps are done"
                     transaction.promote(current, actor=ACTOR, reason=reason, max_previous=self._settings.max_previous)
 
     def _move(self, rollout: Rollout, action: Action, reason: str = "", **changes: Any) -> None:
@@ -265,5 +309,15 @@ class RolloutController:
 
 def _unmoved(transaction: Transaction, rollout: Rollout) -> Rollout | None:
     current = transaction.rollout(rollout.id)
-    same = (current.state, current.state_since) == (rollout.state, rollout.state_since)
+    same = (current.state, current.state_since, current.percent, current.next_step) == (
+        rollout.state,
+        rollout.state_since,
+        rollout.percent,
+        rollout.next_step,
+    )
     return current if same else None
+
+
+def _lasting(rollout: Rollout) -> str:
+    """What a rollout that brings back an earlier version says until it is stable: why it was begun."""
+    return (rollout.reason or "the version before is back") if rollout.restores else ""

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from experts.errors import ExpertCapacityError
 from router.rollouts.background import Background
 from router.rollouts.fleet import Fleet
 from router.rollouts.fleet_view import OrganView, ReplicaView
+from router.rollouts.moments import Moments
 from router.rollouts.outcome import words
 from router.rollouts.records import Rollout, Snapshot
 from router.rollouts.states import RESIDENT, State
@@ -53,16 +55,36 @@ class Convergence:
     """Starts loads and unloads; what is under way is known only here, what should be is in the database."""
 
     def __init__(
-        self, fleet: Fleet, operations: Background, clock: Callable[[], float], default_timeout_s: float
+        self,
+        fleet: Fleet,
+        operations: Background,
+        moments: Moments,
+        clock: Callable[[], float],
+        default_timeout_s: float,
     ) -> None:
-        """Takes the fleet, where to run calls, a clock in seconds, and how long a load may take."""
+        """Starts nothing.
+
+        Args:
+            fleet: the replicas.
+            operations: where to run calls.
+            moments: since when rollouts are in their states, by the clock.
+            clock: monotonic, in seconds.
+            default_timeout_s: how long a load may take.
+        """
         self._fleet = fleet
         self._operations = operations
+        self._moments = moments
         self._clock = clock
         self._default_timeout_s = default_timeout_s
         self._draining: dict[Operation, bool] = {}
         self._pauses: dict[tuple[str, str], _Pause] = {}
         self._candidate_pauses: dict[str, float] = {}
+        # (organ, digest) of the versions before that had to make room for a candidate.
+        self._given_up: set[tuple[str, str]] = set()
+        # Organ → the version before that stays in memory, as of the last step.
+        self._kept_before: dict[str, str] = {}
+        # (organ, digest) of those that stay in memory and that no request uses.
+        self.spare: frozenset[tuple[str, str]] = frozenset()
         # Replicas that hold whatever requests under way still need of earlier versions.
         self._caught_up: set[str] = set()
 
@@ -85,6 +107,9 @@ class Convergence:
         if error is None:
             self._pauses.pop(place, None)
             return None
+        if isinstance(error, ExpertCapacityError) and operation.organ in self._kept_before:
+            # What is only there to go back to makes room.
+            self._given_up.add((operation.organ, self._kept_before[operation.organ]))
         pause = self._pauses.setdefault(place, _Pause())
         pause.failures += 1
         pause.until = self._clock() + min(2.0 ** (pause.failures - 1), LONGEST_PAUSE_S)
@@ -101,8 +126,9 @@ class Convergence:
     def step(self, snapshot: Snapshot, views: Mapping[str, OrganView]) -> None:
         """Starts what must be done now and is not under way."""
         self._forget_gone(snapshot, views)
+        self._choose_kept(snapshot)
         extra = {
-            (organ, view.replica): sorted(set(view.residents.bytes_by_digest) - _kept(snapshot, organ))
+            (organ, view.replica): sorted(set(view.residents.bytes_by_digest) - self._needed(snapshot, organ))
             for organ, organ_view in views.items()
             for view in organ_view.replicas
             if view.residents is not None
@@ -119,6 +145,8 @@ class Convergence:
                         )
             if candidate is not None and candidate.state in RESIDENT:
                 self._load_candidate(organ_view, live.stable_digest if live else None, candidate, extra)
+            elif live is not None and candidate is None and organ_view.held_everywhere(live.stable_digest):
+                self._load_kept(organ_view)
         self._catch_up(snapshot, views)
 
     def _catch_up(self, snapshot: Snapshot, views: Mapping[str, OrganView]) -> None:
@@ -138,9 +166,9 @@ class Convergence:
             logger.debug("it is not known yet what requests use: %s", words(error))
             return
         for live, view in new:
-            kept = _kept(snapshot, live.organ)
+            needed = self._needed(snapshot, live.organ)
             missing = [
-                digest for digest in sorted((snapshot.earlier(live.organ) - kept) & pinned) if not view.holds(digest)
+                digest for digest in sorted((snapshot.earlier(live.organ) - needed) & pinned) if not view.holds(digest)
             ]
             for digest in missing:
                 self._load(live.organ, view, digest, self._default_timeout_s, draining=True)
@@ -168,13 +196,47 @@ class Convergence:
                 return
             if replica.residents is None or replica.holds(candidate.digest) or replica.replica in unloading:
                 continue
-            draining = bool(extra[view.organ, replica.replica])
+            draining = bool(extra[view.organ, replica.replica]) or replica.holds(self._kept_before.get(view.organ, ""))
             if self._load(view.organ, replica, candidate.digest, self._time_left(candidate), draining):
                 running.add(replica.replica)
 
+    def _load_kept(self, view: OrganView) -> None:
+        """A replica that took a lost one's place gets the version to go back to, too, if it can hold it."""
+        digest = self._kept_before.get(view.organ, "")
+        for replica in view.replicas:
+            known = replica.residents is not None and not replica.holds(digest)
+            # Tried once: it is not needed now.
+            if digest and known and (replica.replica, digest) not in self._pauses:
+                self._load(view.organ, replica, digest, self._default_timeout_s, draining=False)
+
+    def _choose_kept(self, snapshot: Snapshot) -> None:
+        kept = {live.organ: snapshot.kept(live.organ) for live in snapshot.organs}
+        self._given_up &= set(kept.items())
+        self._kept_before = {
+            organ: digest for organ, digest in kept.items() if digest and (organ, digest) not in self._given_up
+        }
+        found = frozenset(self._kept_before.items())
+        if found <= self.spare:
+            self.spare = found
+            return
+        try:
+            # Once no request uses such a version, none ever will.
+            pinned = frozenset(self._fleet.pinned())
+        except Exception as error:
+            logger.debug("it is not known yet what requests use: %s", words(error))
+            self.spare &= found
+        else:
+            self.spare = frozenset(item for item in found if item in self.spare or item[1] not in pinned)
+
+    def _needed(self, snapshot: Snapshot, organ: str) -> set[str]:
+        """What stays on an organ's replicas in any case, a candidate included that is resident from before."""
+        live, candidate = snapshot.live(organ), snapshot.candidate(organ)
+        needed = {live.stable_digest if live else "", candidate.digest if candidate else ""}
+        return (needed | {self._kept_before.get(organ, "")}) - {""}
+
     def _time_left(self, candidate: Rollout) -> float:
         whole = candidate.plan.warm_timeout_s or self._default_timeout_s
-        passed = self._clock() - candidate.state_since if candidate.state == State.VERIFIED else 0.0
+        passed = self._moments.in_state_s(candidate) if candidate.state == State.VERIFIED else 0.0
         return max(whole - passed, 0.1)
 
     def _load(self, organ: str, view: ReplicaView, digest: str, timeout_s: float, draining: bool) -> bool:
@@ -211,9 +273,3 @@ class Convergence:
         self._caught_up &= replicas
         in_flight = {rollout.id for rollout in snapshot.in_flight}
         self._candidate_pauses = {key: until for key, until in self._candidate_pauses.items() if key in in_flight}
-
-
-def _kept(snapshot: Snapshot, organ: str) -> set[str]:
-    """What stays on an organ's replicas in any case; a candidate that is resident from before is not loaded twice."""
-    live, candidate = snapshot.live(organ), snapshot.candidate(organ)
-    return {*([live.stable_digest] if live else []), *([candidate.digest] if candidate else [])}

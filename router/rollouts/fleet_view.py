@@ -66,7 +66,7 @@ class OrganView:
         )
 
     def settled(self, snapshot: Snapshot) -> bool:
-        """Whether all replicas hold the stable version and nothing else, and nothing of it is going to change."""
+        """Whether all replicas hold what they should and nothing else, and nothing of it is going to change."""
         live = snapshot.live(self.organ)
         return (
             live is not None
@@ -75,7 +75,7 @@ class OrganView:
             and all(
                 view.residents is not None
                 and not view.residents.loading
-                and set(view.residents.bytes_by_digest) == {live.stable_digest}
+                and set(view.residents.bytes_by_digest) - {snapshot.kept(self.organ)} == {live.stable_digest}
                 for view in self.replicas
             )
         )

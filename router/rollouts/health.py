@@ -1,17 +1,20 @@
-"""What Routers observe of each bundle, and when a candidate must go back."""
+"""What Routers observe of each bundle, kept for as long as it may be needed."""
 
+import math
 import threading
-from collections import deque
-from collections.abc import Callable
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from router.rollouts.latency import LatencyHistogram
-from router.rollouts.settings import Thresholds
 
-# Bounds on what is kept: reports per bundle, bundles, and how long.
-MAX_REPORTS = 10_000
+# Reports that come within so many seconds are kept as one.
+SLICE_S = 1.0
+# Bounds on what is kept: slices per bundle, bundles, and how long.
+MAX_SLICES = 2048
 MAX_BUNDLES = 1_000
-MAX_AGE_S = 3600.0
+MAX_AGE_S = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,74 +49,64 @@ class Observation:
         )
 
     @property
-    def error_rate(self) -> float:
-        """Failed requests over all; 0 where there were none."""
-        return self.errors / self.requests if self.requests else 0.0
+    def successes(self) -> int:
+        """Requests that did not fail."""
+        return self.requests - self.errors
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """What was reported of a bundle within `SLICE_S` seconds from `start`, in seconds of the monitor's clock."""
+
+    start: float
+    seen: Observation
 
 
 class HealthMonitor:
     """Collects reports. Kept in memory: after a restart the window fills again. Safe to use from several threads."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        """Takes a clock in seconds since 1970, the store's."""
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Takes a clock in seconds that is never set."""
+        self.clock = clock
         self._lock = threading.Lock()
-        self._reports: dict[tuple[str, str], deque[tuple[float, Observation]]] = {}
+        self._slices: dict[tuple[str, str], deque[Slice]] = {}
 
     def record(self, observation: Observation) -> None:
         """Adds a report."""
-        now = self._clock()
+        now = self.clock()
         key = (observation.organ, observation.digest)
         with self._lock:
             # Taken out and put back: the first one is the one that was silent for longest.
-            reports = self._reports.pop(key, None)
-            reports = deque(maxlen=MAX_REPORTS) if reports is None else reports
-            reports.append((now, observation))
-            while now - reports[0][0] > MAX_AGE_S:
-                reports.popleft()
-            self._reports[key] = reports
-            while len(self._reports) > MAX_BUNDLES:
-                del self._reports[next(iter(self._reports))]
+            slices = self._slices.pop(key, None)
+            slices = deque(maxlen=MAX_SLICES) if slices is None else slices
+            if slices and now - slices[-1].start < SLICE_S:
+                last = slices.pop()
+                slices.append(Slice(last.start, last.seen.merged(observation)))
+            else:
+                slices.append(Slice(now, observation))
+            while now - slices[0].start > MAX_AGE_S:
+                slices.popleft()
+            self._slices[key] = slices
+            while len(self._slices) > MAX_BUNDLES:
+                del self._slices[next(iter(self._slices))]
+
+    def slices(self, organ: str, digest: str, since: float = -math.inf) -> list[Slice]:
+        """What was reported of a bundle in slices that began at a time or later, in order."""
+        with self._lock:
+            return [each for each in self._slices.get((organ, digest), ()) if each.start >= since]
 
     def observed(self, organ: str, digest: str, since: float) -> Observation:
-        """All reports of a bundle since a time, together."""
-        with self._lock:
-            reports = [report for at, report in self._reports.get((organ, digest), ()) if at >= since]
-        total = Observation(organ, digest)
-        for report in reports:
-            total = total.merged(report)
-        return total
+        """The same, together."""
+        return total(organ, digest, self.slices(organ, digest, since))
 
 
-def reason_to_roll_back(thresholds: Thresholds, candidate: Observation, incumbent: Observation | None) -> str:
-    """Why a candidate must go back, in words; "" if it may stay.
-
-    Args:
-        thresholds: the limits.
-        candidate: what was observed of it within the window.
-        incumbent: the same of the stable version; none for a new organ, whose latency has no measure.
-    """
-    if candidate.nonfinite > thresholds.max_nonfinite:
-        return (
-            f"{candidate.nonfinite} of {candidate.requests} requests had outputs that are infinite or not a number "
-            f"(max_nonfinite {thresholds.max_nonfinite})"
-        )
-    if candidate.requests < thresholds.min_requests:
-        return ""
-    if candidate.error_rate > thresholds.max_error_rate:
-        return (
-            f"{candidate.errors} of {candidate.requests} requests failed, {100 * candidate.error_rate:.3g} % "
-            f"(max_error_rate {100 * thresholds.max_error_rate:.3g} %)"
-        )
-    if incumbent is None or min(candidate.latency.count, incumbent.latency.count) < thresholds.min_requests:
-        return ""
-    own = candidate.latency.quantile(thresholds.latency_quantile)
-    usual = incumbent.latency.quantile(thresholds.latency_quantile)
-    assert own is not None
-    assert usual is not None
-    if own > thresholds.max_latency_ratio * usual:
-        return (
-            f"{1000 * own:.3g} ms per token against the incumbent's {1000 * usual:.3g} ms, {own / usual:.3g} times as "
-            f"much (max_latency_ratio {thresholds.max_latency_ratio:.3g}, quantile {thresholds.latency_quantile:g})"
-        )
-    return ""
+def total(organ: str, digest: str, slices: Iterable[Slice]) -> Observation:
+    """What slices of one bundle hold together."""
+    requests = errors = nonfinite = 0
+    times: Counter[int] = Counter()
+    for each in slices:
+        requests += each.seen.requests
+        errors += each.seen.errors
+        nonfinite += each.seen.nonfinite
+        times.update(each.seen.latency.counts)
+    return Observation(organ, digest, requests, errors, nonfinite, LatencyHistogram(dict(times)))

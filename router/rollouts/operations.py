@@ -364,11 +364,10 @@ class RolloutOperations:
                     f"{organ!r} is new and has no version that a shadow could be compared with; use canary steps"
                 )
             rollout = None
+            plan = self._resolved(plan)
             if not dry_run:
-                rollout = transaction.stage(
-                    organ, digest, self._resolved(plan), actor=actor, reason=reason, file_digest=file_digest
-                )
-        memory = memory_plan(self._fleet, organ, digest) if dry_run else ()
+                rollout = transaction.stage(organ, digest, plan, actor=actor, reason=reason, file_digest=file_digest)
+        memory = memory_plan(self._fleet, organ, digest, snapshot.kept(organ)) if dry_run else ()
         return Outcome(organ, True, stage_steps(organ, live is None, plan), rollout, memory)
 
     def _advance(
@@ -423,5 +422,10 @@ class RolloutOperations:
             update={
                 "thresholds": plan.thresholds or self._settings.thresholds,
                 "warm_timeout_s": plan.warm_timeout_s or self._settings.warm_timeout_s,
+                "watch_after_promotion_s": (
+                    self._settings.watch_after_promotion_s
+                    if plan.watch_after_promotion_s is None
+                    else plan.watch_after_promotion_s
+                ),
             }
         )

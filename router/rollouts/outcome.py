@@ -1,7 +1,7 @@
 """What an operation did, or would do."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from router.rollouts.fleet import Fleet
 from router.rollouts.records import Rollout
@@ -49,24 +49,35 @@ class Outcome:
     memory: tuple[ReplicaMemory, ...] = ()
 
 
-def memory_plan(fleet: Fleet, organ: str, digest: str) -> tuple[ReplicaMemory, ...]:
+def memory_plan(fleet: Fleet, organ: str, digest: str, spare: str | None = None) -> tuple[ReplicaMemory, ...]:
     """What loading a bundle would take on every replica of an organ.
+
+    Args:
+        fleet: the replicas.
+        organ: the organ.
+        digest: the bundle.
+        spare: a bundle that makes room where there is none.
 
     Raises:
         UnknownBundleError: there is no such bundle.
     """
     load_bytes = fleet.load_bytes(organ, digest)
-    return tuple(_memory_of(fleet, replica, organ, digest, load_bytes) for replica in fleet.replicas(organ))
+    return tuple(_memory_of(fleet, replica, organ, digest, load_bytes, spare) for replica in fleet.replicas(organ))
 
 
-def _memory_of(fleet: Fleet, replica: str, organ: str, digest: str, load_bytes: int) -> ReplicaMemory:
+def _memory_of(
+    fleet: Fleet, replica: str, organ: str, digest: str, load_bytes: int, spare: str | None
+) -> ReplicaMemory:
     try:
         residents = fleet.resident(replica, organ)
     except Exception as error:
         return ReplicaMemory(replica, 0, load_bytes, 0, f"does not answer: {words(error)}")
     held = residents.bytes_by_digest
     needed = 0 if digest in held else load_bytes
-    return ReplicaMemory(replica, sum(held.values()), needed, residents.limit_bytes)
+    memory = ReplicaMemory(replica, sum(held.values()), needed, residents.limit_bytes)
+    if memory.fits or spare is None or spare == digest:
+        return memory
+    return replace(memory, resident_bytes=memory.resident_bytes - held.get(spare, 0))
 
 
 def words(error: BaseException) -> str:

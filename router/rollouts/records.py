@@ -42,6 +42,7 @@ class Rollout:
         traffic_since: when requests first reached it.
         verify_attempts: verifications begun, also by processes that died of them.
         replica_losses: replicas that were lost while they loaded it.
+        watching: whether it is judged after its promotion, if it is stable.
     """
 
     id: str
@@ -62,6 +63,7 @@ class Rollout:
     traffic_since: float | None
     verify_attempts: int
     replica_losses: int
+    watching: bool = False
 
     @classmethod
     def of_row(cls, row: Row[Any]) -> Self:
@@ -100,6 +102,7 @@ class Snapshot:
         known_organs: all that were ever served or staged: a replica of any of them may still hold something.
         retired: (organ, digest) of what was retired; the digest of a whole organ is "".
         ended: (organ, digest) of the rollouts that ended last: requests may still be pinned to them.
+        watched: the stable ones that are judged after their promotion.
     """
 
     sequence: int
@@ -110,6 +113,7 @@ class Snapshot:
     known_organs: tuple[str, ...]
     retired: frozenset[tuple[str, str]]
     ended: frozenset[tuple[str, str]] = frozenset()
+    watched: tuple[Rollout, ...] = ()
 
     def live(self, organ: str) -> LiveOrgan | None:
         """An organ that is served, or none."""
@@ -118,6 +122,13 @@ class Snapshot:
     def candidate(self, organ: str) -> Rollout | None:
         """An organ's rollout in flight, or none."""
         return next((rollout for rollout in self.in_flight if rollout.organ == organ), None)
+
+    def kept(self, organ: str) -> str | None:
+        """The version that an organ's stable one replaced, which stays in memory to go back to; none without one."""
+        live = self.live(organ)
+        if live is None or not live.previous or all(rollout.organ != organ for rollout in self.watched):
+            return None
+        return live.previous[-1]
 
     def earlier(self, organ: str) -> frozenset[str]:
         """The versions that an organ's requests may have begun with, and new ones do not get."""

@@ -1,7 +1,7 @@
 """A whole rollout in a file: what to bring where, in which steps, and when to give up."""
 
 import re
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
@@ -29,6 +29,8 @@ class RolloutFile(BaseModel):
     thresholds: Thresholds | None = None
     # When unset, the controller's own.
     warm_timeout_s: PositiveFloat | None = None
+    # When unset, the controller's own.
+    watch_after_promotion_s: Annotated[float, Field(ge=0)] | None = None
     # Why: it stands in the history.
     reason: Annotated[str, Field(max_length=500)] = ""
     # When a rollout failed or was rolled back and the same file shall be tried again, raise it.
@@ -46,9 +48,22 @@ class RolloutFile(BaseModel):
     def plan(self) -> RolloutPlan:
         """What the rollout does by itself."""
         return RolloutPlan(
-            steps=self.steps, promote=self.promote, thresholds=self.thresholds, warm_timeout_s=self.warm_timeout_s
+            steps=self.steps,
+            promote=self.promote,
+            thresholds=self.thresholds,
+            warm_timeout_s=self.warm_timeout_s,
+            watch_after_promotion_s=self.watch_after_promotion_s,
         )
 
     def identity(self, digest: str) -> str:
         """What tells this file from others: SHA-256 over its contents, with the bundle's digest for its version."""
-        return digest_of({**self.model_dump(mode="json", exclude={"version"}), "digest": digest})
+        contents = self.model_dump(mode="json", exclude={"version"})
+        # These fields came later: unset, they leave a file what it was when it was applied.
+        later: list[tuple[dict[str, Any], str, Any]] = [(contents, "watch_after_promotion_s", None)]
+        later += [(step, "min_successes", None) for step in contents["steps"]]
+        if self.thresholds is not None:
+            later.append((contents["thresholds"], "min_successes", Thresholds().min_successes))
+        for part, name, unset in later:
+            if part[name] == unset:
+                del part[name]
+        return digest_of({**contents, "digest": digest})

@@ -1,6 +1,6 @@
 """The tables of the rollouts' database, as `migrations` leaves them."""
 
-from sqlalchemy import Boolean, Column, Double, Index, Integer, MetaData, String, Table, Text, text
+from sqlalchemy import Boolean, Column, Double, Index, Integer, MetaData, String, Table, Text, false, text
 
 from router.rollouts.states import IN_FLIGHT
 
@@ -53,6 +53,8 @@ rollouts = Table(
     Column("traffic_since", Double, nullable=True),
     Column("verify_attempts", Integer, nullable=False),
     Column("replica_losses", Integer, nullable=False),
+    # Whether it is judged after its promotion.
+    Column("watching", Boolean, nullable=False, server_default=false()),
 )
 
 _IN_FLIGHT = text("state IN ({})".format(", ".join(f"'{state}'" for state in IN_FLIGHT)))

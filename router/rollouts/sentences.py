@@ -26,14 +26,19 @@ def duration_in_words(seconds: float) -> str:
 
 
 def stage_steps(organ: str, is_new: bool, plan: RolloutPlan) -> tuple[str, ...]:
-    """What follows when a rollout is staged."""
+    """What follows when a rollout is staged with a plan in which nothing is left open."""
     steps = ["the bundle is read and verified", f"it is loaded on every replica of {organ}; no request uses it yet"]
+    assert plan.thresholds is not None
     for step in plan.steps:
         verb = "answers" if step.mode == "canary" else "computes, unseen,"
-        steps.append(f"it {verb} {number_in_words(step.percent)} % of the requests for {step.hold_s:g} s")
+        needed = plan.thresholds.min_successes if step.min_successes is None else step.min_successes
+        until = f" and until {needed} of them succeeded" if needed else ""
+        steps.append(f"it {verb} {number_in_words(step.percent)} % of the requests for {step.hold_s:g} s{until}")
     if plan.promote:
         place = "joins the live set" if is_new else "becomes stable"
         steps.append(f"it {place}, unless its thresholds took it back before")
+        if plan.watch_after_promotion_s and not is_new:
+            steps.append(f"for {plan.watch_after_promotion_s:g} s the version before is kept to go back to")
     else:
         steps.append("it then waits for an operator: canary, shadow, promote or rollback")
     return tuple(steps)
@@ -52,7 +57,11 @@ def traffic_steps(target: State, organ: str, percent: float | None, rollout: Rol
         )
     if rollout.incumbent_digest is None:
         return (f"{organ} joins the live set with {candidate}",)
+    before = f"{rollout.incumbent_digest[:12]}…"
+    watch_s = rollout.plan.watch_after_promotion_s
     return (
         f"{candidate} answers all new requests to {organ}; those under way end as they began",
-        f"{rollout.incumbent_digest[:12]}… is unloaded once no request uses it",
+        f"{before} stays loaded for {watch_s:g} s, and comes back by itself if {candidate} fails"
+        if watch_s
+        else f"{before} is unloaded once no request uses it",
     )

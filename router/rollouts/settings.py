@@ -13,9 +13,12 @@ class Thresholds(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    # When a candidate answered fewer requests than this within the window, only its non-finite outputs count.
+    # When a step may end on fewer successful requests of the candidate, lower it; 0 lets time alone end a step.
+    min_successes: Annotated[int, Field(ge=0)] = 20
+    # When latency is noisy, raise it: with fewer requests within the window nothing is said of latency.
     min_requests: PositiveInt = 50
-    # When a larger part of the candidate's requests fails, it is rolled back; 1 switches this off.
+    # When a candidate that fails this often may stay, raise it; 1 switches this off. From the first request on, a
+    # sequential test compares this rate with the usual one: the incumbent's, or an eighth of this where that is less.
     max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.02
     # When more of its outputs are infinite or not a number, it is rolled back, however few requests there were.
     max_nonfinite: Annotated[int, Field(ge=0)] = 0
@@ -23,7 +26,8 @@ class Thresholds(BaseModel):
     max_latency_ratio: PositiveFloat = 1.5
     # When rare slow answers matter more than the usual ones, raise it: the quantile of time per token that is compared.
     latency_quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    # When traffic is thin, lengthen it: only what Routers reported within so many seconds counts.
+    # When traffic is thin, lengthen it: only what Routers reported within so many seconds counts for latency and
+    # outputs that are not finite. Failed requests count since the candidate first had traffic.
     window_s: PositiveFloat = 300.0
 
 
@@ -38,6 +42,8 @@ class Step(BaseModel):
     percent: Percent
     # When the step shall last longer before the next one, raise it (seconds).
     hold_s: Annotated[float, Field(ge=0)]
+    # When unset, the thresholds' own: so many requests of the candidate must succeed before the step ends.
+    min_successes: Annotated[int, Field(ge=0)] | None = None
 
 
 class RolloutPlan(BaseModel):
@@ -53,6 +59,8 @@ class RolloutPlan(BaseModel):
     thresholds: Thresholds | None = None
     # When unset, the controller's own limit at the time of staging (seconds from verified to warm).
     warm_timeout_s: PositiveFloat | None = None
+    # When unset, the controller's own at the time of staging (seconds).
+    watch_after_promotion_s: Annotated[float, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
     def _percentages_rise(self) -> Self:
@@ -69,6 +77,9 @@ class RolloutSettings(BaseModel):
 
     # When a rollout does not bring its own, these decide about automatic rollback.
     thresholds: Thresholds = Thresholds()
+    # When faults show late, lengthen it; 0 switches this off. So many seconds after its promotion a version is still
+    # judged, with the one before kept in memory beside it, and taken back in favour of that one when it fails.
+    watch_after_promotion_s: Annotated[float, Field(ge=0)] = 600.0
     # When bundles are large or storage is slow, raise it: seconds for a candidate to be loaded on every replica.
     warm_timeout_s: PositiveFloat = 600.0
     # When bundles are large, or other programs leave Control's machine no rest, raise it: seconds after which a

@@ -44,6 +44,8 @@ class Action(StrEnum):
     FAIL = "fail"
     ROLL_BACK = "rollback"
     RETIRE = "retire"
+    # Moves nothing: a stable version fails after its promotion, and there is none to go back to.
+    FAILING = "failing"
     # Concern no rollout.
     ADOPT = "adopt"
     RETIRE_ORGAN = "retire_organ"

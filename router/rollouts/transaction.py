@@ -14,6 +14,8 @@ from router.rollouts.records import LiveOrgan, Rollout, Snapshot, live_organ_of_
 from router.rollouts.settings import RolloutPlan
 from router.rollouts.states import IN_FLIGHT, WITH_TRAFFIC, Action, State, next_state
 
+# Who acts where nobody asked.
+CONTROLLER = "controller"
 MAX_REASON = 500
 # A request lasts minutes: what ended before so many other rollouts did is in no request's use.
 MAX_ENDED = 256
@@ -64,6 +66,7 @@ class Transaction:
             known_organs=tuple(sorted(known)),
             retired=frozenset((organ, digest) for organ, digest in retired),
             ended=frozenset((organ, digest) for organ, digest in ended),
+            watched=tuple(rollout for rollout in self.rollouts(states=(State.STABLE,)) if rollout.watching),
         )
 
     def rollouts(
@@ -234,6 +237,8 @@ class Transaction:
             actor=actor,
             reason=reason,
             details={"replaced": live.stable_digest if live else None},
+            # What was brought back is not judged again: a fault that all versions share would go through all of them.
+            watching=not rollout.restores and bool(rollout.plan.watch_after_promotion_s),
         )
         if live is None:
             self._add_live(LiveOrgan(rollout.organ, rollout.digest, ()))
@@ -246,7 +251,8 @@ class Transaction:
             action = Action.ROLL_BACK if rollout.restores else Action.SUPERSEDE
             for former in self.rollouts(organ=rollout.organ, states=(State.STABLE,)):
                 if former.id != rollout.id:
-                    self.move(former, action, actor=actor, reason=f"{rollout.id} took its place")
+                    because = f": {reason}" if rollout.restores and reason else ""
+                    self.move(former, action, actor=actor, reason=f"{rollout.id} took its place{because}")
         self.connection.execute(
             delete(schema.retired).where(schema.retired.c.organ == rollout.organ, schema.retired.c.digest == "")
         )
@@ -270,6 +276,23 @@ class Transaction:
             kept = tuple(previous for previous in live.previous if previous != digest)
             self._set_live(replace(live, previous=kept))
         self._add_retired(organ, digest)
+
+    def end_watch(self, rollout: Rollout) -> None:
+        """Ends the time in which a stable version is judged; not in the history, for nothing changed."""
+        self._update(rollout, watching=False)
+
+    def note_failing(self, rollout: Rollout, reason: str) -> None:
+        """Notes that a stable version fails and stays, because there is none before it; ends its watch."""
+        reason = _one_line(f"it fails, and there is no version before it to go back to: {reason}")
+        self._note(
+            Action.FAILING,
+            actor=CONTROLLER,
+            organ=rollout.organ,
+            digest=rollout.digest,
+            rollout_id=rollout.id,
+            reason=reason,
+        )
+        self._update(rollout, watching=False, reason=reason)
 
     def count_verify_attempt(self, rollout: Rollout) -> None:
         """Notes that a verification begins; not in the history, for nothing changed yet."""

@@ -143,7 +143,7 @@ def running_control(directory: Path, options: ServerOptions | None = None) -> It
     fleet = RegistryFleet(directory / "fleet", registry)
     database = Database(f"sqlite:///{directory}/rollouts.db")
     store = RolloutStore(database)
-    monitor = HealthMonitor(store.clock)
+    monitor = HealthMonitor()
     controller = RolloutController(store, fleet, fleet, QUICK, monitor)
     system = System("", directory, registry, fleet, store, monitor, controller)
     members = []
@@ -176,7 +176,7 @@ def _serving(system: System, options: ServerOptions) -> Iterator[str]:
         policies = PolicyPublisher(system.store, catalogue.version, None)
         await policies.start()
         feed = RolloutFeedService(policies, system.store, system.monitor, system.controller.wake)
-        reader = StateReader(system.store, system.fleet, catalogue.version, status_timeout_s=1.0)
+        reader = StateReader(system.store, system.fleet, catalogue.version, 1.0, system.controller)
         watch = StateWatch(reader, system.store)
         service = ExpertControlService(
             store=system.store,

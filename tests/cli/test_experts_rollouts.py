@@ -251,6 +251,7 @@ steps:
     hold_s: 0
 thresholds:
   min_requests: 10
+  min_successes: 0
 """
 
 

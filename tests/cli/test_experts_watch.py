@@ -15,6 +15,8 @@ from rich.console import Console
 
 from echovlm_ray.cli.rollout_changes import changes
 from echovlm_ray.cli.rollout_tables import state_view
+from echovlm_ray.cli.rollout_wait import has_taken_over
+from echovlm_ray.cli.rollout_words import state_as_dict
 from echovlm_ray.config import TLSSection
 from echovlm_ray.serving.server import ServerOptions
 from protos import control_pb2
@@ -246,3 +248,37 @@ def test_nothing_is_told_twice() -> None:
     told = [list(changes(state(before), state(after), {})) for before, after in ((0.1, 0.11), (0.1, 0.31), (0.9, 1))]
     assert told == [[], ["heart: replica r loads dddddddddddd…: 31%"], ["heart: replica r holds dddddddddddd…, 10 B"]]
     assert list(changes(state(1), state(1), {})) == []
+
+
+def test_what_a_rollout_waits_for_is_told_once_and_shown_always() -> None:
+    def state(waits_for: str) -> control_pb2.ControlState:
+        rollout = control_pb2.Rollout(
+            id="heart-2", organ="heart", version="1.1.0", state="canary", percent=5, waits_for=waits_for
+        )
+        return control_pb2.ControlState(rollouts=[rollout])
+
+    twelve, eleven = "12 more successful requests of 20", "11 more successful requests of 20"
+    assert list(changes(state(""), state(twelve), {})) == [f"heart: 1.1.0 (heart-2) is canary 5 %; waits for {twelve}"]
+    assert list(changes(state(twelve), state(eleven), {})) == []
+    console = Console(width=160)
+    with console.capture() as captured:
+        console.print(state_view(control_pb2.ExpertSet(), state(eleven).rollouts, [], {}))
+    assert f"heart 1.1.0 waits for {eleven}" in captured.get()
+    assert state_as_dict(control_pb2.ExpertSet(), state(eleven).rollouts, [], {})["rollouts"][0]["waits_for"] == eleven
+
+
+def test_a_promotion_is_done_when_no_request_uses_the_version_before() -> None:
+    def state(*shares: control_pb2.ResidentShare) -> control_pb2.ControlState:
+        replica = control_pb2.ReplicaResidents(organ="heart", replica="r", bundles=shares)
+        return control_pb2.ControlState(replicas=[replica])
+
+    rollout = control_pb2.Rollout(organ="heart", state="stable", digest="n", incumbent_digest="o")
+    new, used = (control_pb2.ResidentShare(digest=digest, progress=1) for digest in "no")
+    kept = control_pb2.ResidentShare(digest="o", progress=1, spare=True)
+    assert not has_taken_over(rollout, state(new, used))
+    assert has_taken_over(rollout, state(new, kept))
+    assert has_taken_over(rollout, state(new))
+    console = Console(width=160)
+    with console.capture() as captured:
+        console.print(state_view(control_pb2.ExpertSet(), [], state(new, kept).replicas, {}))
+    assert captured.get().count("kept to go back to") == 1

@@ -41,7 +41,7 @@ ORGANS = ("breast", "heart")
 SECTION = RolloutsSection(
     period_s=0.05,
     take_up_timeout_s=1.0,
-    thresholds=Thresholds(min_requests=5, max_latency_ratio=3),
+    thresholds=Thresholds(min_requests=5, min_successes=0, max_latency_ratio=3),
     max_push_bytes=2**25,
 )
 PATIENCE_S = 60.0
@@ -139,7 +139,7 @@ async def control_system(
         replicas[member.organ] = [ReplicaAddresses(address, "", f"{member.organ}-{address}") for address in addresses]
     router = PinningRouter()
     running: dict[WatcherKind, int] = {}
-    monitor = HealthMonitor(store.clock)
+    monitor = HealthMonitor()
     feeds: list[RolloutFeedService] = []
     async with contextlib.AsyncExitStack() as stack:
         served = await stack.enter_async_context(serving_router(router))
@@ -163,7 +163,8 @@ async def control_system(
         feed = RolloutFeedService(policies, store, monitor, controller.wake)
         feeds.append(feed)
         take_up = TakeUp(policies, feed, lambda: running, section.take_up_timeout_s)
-        reader = StateReader(store, fleet, catalogue.version, section.status_timeout_s, take_up.missing)
+        status_timeout_s = section.status_timeout_s
+        reader = StateReader(store, fleet, catalogue.version, status_timeout_s, controller, take_up.missing)
         watch = StateWatch(reader, store)
         stack.callback(watch.stop)
         pushes = PushReceiver(registry, files.incoming, section.max_push_bytes)

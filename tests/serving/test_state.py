@@ -10,7 +10,7 @@ from router.rollouts.fleet import ReplicaResidents
 from router.rollouts.settings import RolloutPlan
 from router.rollouts.states import Action
 from router.rollouts.store import RolloutStore
-from tests.router.rollouts.support import FolderFleet
+from tests.router.rollouts.support import FolderFleet, controller_of
 
 
 class BusyFleet(FolderFleet):
@@ -48,7 +48,7 @@ def stage(store: RolloutStore, digest: str) -> None:
 
 
 def reader_of(store: RolloutStore, fleet: BusyFleet) -> StateReader:
-    return StateReader(store, fleet, lambda digest: "1.1.0", status_timeout_s=5.0)
+    return StateReader(store, fleet, lambda digest: "1.1.0", 5.0, controller_of(store, fleet))
 
 
 def test_a_load_is_not_seen_before_what_allowed_it(store: RolloutStore, fleet: BusyFleet) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection
 from datetime import datetime
+from functools import partial
 
 from experts.digest import canonical_json
 from experts.manifest import Manifest
@@ -58,9 +59,9 @@ def bundle_to_proto(manifest: Manifest, in_use: Collection[str]) -> control_pb2.
 
 
 def rollout_to_proto(
-    rollout: Rollout, version_of: VersionOf, shadow: ShadowReport | None = None
+    rollout: Rollout, version_of: VersionOf, shadow: ShadowReport | None = None, waits_for: str = ""
 ) -> control_pb2.Rollout:
-    """The message of a rollout, with its shadow's report if there is one."""
+    """The message of a rollout, with its shadow's report if there is one, and what it waits for."""
     message = control_pb2.Rollout(
         id=rollout.id,
         organ=rollout.organ,
@@ -74,6 +75,7 @@ def rollout_to_proto(
         created_at=rollout.created_at,
         state_since=rollout.state_since,
         restores=rollout.restores,
+        waits_for=waits_for,
     )
     if shadow is not None and shadow.requests:
         message.shadow.CopyFrom(
@@ -99,14 +101,19 @@ def expected_of(message: control_pb2.Expected) -> Expectation:
     )
 
 
-def residents_to_proto(view: OrganView) -> list[control_pb2.ReplicaResidents]:
-    """The messages of an organ's replicas; one that does not answer holds nothing."""
+def residents_to_proto(view: OrganView, is_spare: Callable[[str, str], bool]) -> list[control_pb2.ReplicaResidents]:
+    """The messages of an organ's replicas; one that does not answer holds nothing.
+
+    Args:
+        view: the replicas.
+        is_spare: organ and digest → whether that version only stays to go back to.
+    """
     return [
         control_pb2.ReplicaResidents(
             organ=view.organ,
             replica=replica.replica,
             limit_bytes=replica.residents.limit_bytes if replica.residents else 0,
-            bundles=_shares(replica),
+            bundles=_shares(replica, partial(is_spare, view.organ)),
         )
         for replica in view.replicas
     ]
@@ -148,11 +155,11 @@ def entry_to_proto(entry: Entry) -> control_pb2.HistoryEntry:
     )
 
 
-def _shares(replica: ReplicaView) -> list[control_pb2.ResidentShare]:
+def _shares(replica: ReplicaView, is_spare: Callable[[str], bool]) -> list[control_pb2.ResidentShare]:
     if replica.residents is None:
         return []
     held = [
-        control_pb2.ResidentShare(digest=digest, resident_bytes=size, progress=1.0)
+        control_pb2.ResidentShare(digest=digest, resident_bytes=size, progress=1.0, spare=is_spare(digest))
         for digest, size in replica.residents.bytes_by_digest.items()
     ]
     loading = [

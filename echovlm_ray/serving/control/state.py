@@ -13,6 +13,7 @@ from echovlm_ray.serving.control.messages import (
     rollout_to_proto,
 )
 from protos import control_pb2
+from router.rollouts.controller import RolloutController
 from router.rollouts.fleet import Fleet
 from router.rollouts.fleet_view import FleetObserver
 from router.rollouts.shadow import report_of
@@ -35,10 +36,21 @@ class StateReader:
         fleet: Fleet,
         version_of: VersionOf,
         status_timeout_s: float,
+        controller: RolloutController,
         not_taken_up: Callable[[int], Iterable[str]] = lambda sequence: (),
     ) -> None:
-        """Takes where things are, how long a replica may take to answer, and `TakeUp.missing`."""
+        """Asks nothing yet.
+
+        Args:
+            store: the rollouts.
+            fleet: the replicas.
+            version_of: digest → version.
+            status_timeout_s: how long a replica may take to answer.
+            controller: knows what rollouts wait for, and which versions only stay to go back to.
+            not_taken_up: `TakeUp.missing`.
+        """
         self._store = store
+        self._controller = controller
         self._version_of = version_of
         self._not_taken_up = not_taken_up
         self._observer = FleetObserver(fleet, status_timeout_s)
@@ -68,7 +80,12 @@ class StateReader:
             organs = snapshot.known_organs if organ is None else (organ,)
             # The newest one of an organ is the one in flight, if one is.
             rollouts = [
-                rollout_to_proto(rollout, self._version_of, report_of(transaction.connection, rollout.id))
+                rollout_to_proto(
+                    rollout,
+                    self._version_of,
+                    report_of(transaction.connection, rollout.id),
+                    self._controller.waits_for(rollout.id),
+                )
                 for known in organs
                 for rollout in transaction.rollouts(organ=known, limit=1)
             ]
@@ -78,7 +95,9 @@ class StateReader:
             version=snapshot.sequence,
             live=expert_set_to_proto(snapshot.expert_set()),
             rollouts=rollouts,
-            replicas=[message for view in views.values() for message in residents_to_proto(view)],
+            replicas=[
+                message for view in views.values() for message in residents_to_proto(view, self._controller.is_spare)
+            ],
             not_taken_up=self._not_taken_up(snapshot.sequence),
         )
 

@@ -87,7 +87,7 @@ class ControlReplica(Replica):
         endpoints.start()
         registry = open_registry(parsed.experts, served.directory)
         catalogue = Catalogue(registry)
-        monitor = HealthMonitor(store.clock)
+        monitor = HealthMonitor()
         # The feed knows which Routers are connected, and is made of what the fleet is needed for.
         feeds: list[RolloutFeedService] = []
         fleet = _fleet(parsed, endpoints, catalogue, lambda: feeds[0].watching() if feeds else frozenset())
@@ -99,7 +99,8 @@ class ControlReplica(Replica):
         feed = RolloutFeedService(policies, store, monitor, controller.wake)
         feeds.append(feed)
         take_up = TakeUp(policies, feed, lambda: _watchers(endpoints), parsed.rollouts.take_up_timeout_s)
-        reader = StateReader(store, fleet, catalogue.version, parsed.rollouts.status_timeout_s, take_up.missing)
+        status_timeout_s = parsed.rollouts.status_timeout_s
+        reader = StateReader(store, fleet, catalogue.version, status_timeout_s, controller, take_up.missing)
         watch = StateWatch(reader, store)
         metrics = RolloutMetrics(store, catalogue.version)
         pushes = PushReceiver(registry, files.incoming, parsed.rollouts.max_push_bytes)

@@ -110,7 +110,7 @@ def world(database: Database, clock: Clock, tmp_path: Path) -> World:
         member.model_copy(update={"bundle_digest": keys[member.organ]}) for member in set_of(heart="", liver="").members
     )
     store.adopt(set_of(heart="").model_copy(update={"members": members}), actor="start")
-    monitor = HealthMonitor(clock)
+    monitor = HealthMonitor(clock.monotonic)
     controller = controller_of(store, fleet, monitor=monitor)
     operations = RolloutOperations(store, fleet, QUICK)
     return World(store, fleet, monitor, controller, operations, clock, keys["heart"])

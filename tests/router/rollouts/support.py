@@ -14,7 +14,7 @@ from router.rollouts.fleet import ReplicaLostError, ReplicaResidents
 from router.rollouts.fleet_view import OrganView
 from router.rollouts.health import HealthMonitor
 from router.rollouts.history import Entry
-from router.rollouts.settings import RolloutSettings
+from router.rollouts.settings import RolloutSettings, Thresholds
 from router.rollouts.store import RolloutStore
 
 
@@ -29,16 +29,25 @@ def set_of(routing: Routing = "organs", **organs: str) -> ExpertSet:
 
 
 class Clock:
-    """Stands until it is moved."""
+    """Stands until it is moved. Called, it is the wall clock, which can also be set."""
 
     def __init__(self) -> None:
-        self.now = 1_700_000_000.0
+        self.passed = 0.0
+        self.offset = 1_700_000_000.0
 
     def __call__(self) -> float:
-        return self.now
+        return self.offset + self.passed
+
+    def monotonic(self) -> float:
+        return self.passed
 
     def move(self, seconds: float) -> None:
-        self.now += seconds
+        """Lets time pass."""
+        self.passed += seconds
+
+    def set(self, seconds: float) -> None:
+        """Sets the wall clock forward or back; no time passes."""
+        self.offset += seconds
 
 
 class FolderFleet:
@@ -149,7 +158,14 @@ class DigestVerifier:
             raise ValueError("the bundle is not what its digest says")
 
 
-QUICK = RolloutSettings(period_s=0.02, status_timeout_s=0.5, loss_pause_s=0)
+# Steps end and promotions last without any request; what is about evidence has settings of its own.
+QUICK = RolloutSettings(
+    period_s=0.02,
+    status_timeout_s=0.5,
+    loss_pause_s=0,
+    thresholds=Thresholds(min_successes=0),
+    watch_after_promotion_s=0,
+)
 
 
 def controller_of(
@@ -160,7 +176,8 @@ def controller_of(
     verifier: object | None = None,
 ) -> RolloutController:
     judge = verifier or DigestVerifier(fleet)
-    return RolloutController(store, fleet, judge, settings, monitor or HealthMonitor(store.clock))  # type: ignore[arg-type]
+    clock = store.clock.monotonic if isinstance(store.clock, Clock) else time.monotonic
+    return RolloutController(store, fleet, judge, settings, monitor or HealthMonitor(clock))  # type: ignore[arg-type]
 
 
 def reconcile_until(

@@ -118,7 +118,7 @@ class Ward:
 
     def roll_out(self, digest: str, *, trusting: bool = False, plan: RolloutPlan | None = None) -> Rollout:
         verifier = TrustingVerifier() if trusting else BundleVerifier(self.registry)
-        controller = RolloutController(self.store, self.fleet, verifier, QUICK, HealthMonitor(self.store.clock))
+        controller = RolloutController(self.store, self.fleet, verifier, QUICK, HealthMonitor())
         self.operations.stage("heart", digest, actor="ann", plan=plan or RolloutPlan(promote=True))
         deadline = time.monotonic() + 20
         while self.store.snapshot().in_flight:
@@ -252,7 +252,7 @@ def test_a_bundle_that_is_slow_to_warm_is_refused(ward: Ward) -> None:
     ward.fleet.delay_s = 0.4
     rollout = ward.roll_out(ward.push("2.0.0"), plan=RolloutPlan(promote=True, warm_timeout_s=0.15))
     time.sleep(0.4)
-    controller = RolloutController(ward.store, ward.fleet, TrustingVerifier(), QUICK, HealthMonitor(ward.store.clock))
+    controller = RolloutController(ward.store, ward.fleet, TrustingVerifier(), QUICK, HealthMonitor())
     settle(controller)
     check_refused(ward, rollout, "slow to warm")
 
@@ -265,7 +265,7 @@ def test_a_good_bundle_is_promoted_and_the_old_one_unloaded(ward: Ward, monkeypa
     assert rollout.state == State.STABLE
     assert ward.fleet.held() == [[ward.incumbent, digest]] * 2
     monkeypatch.undo()
-    settle(RolloutController(ward.store, ward.fleet, TrustingVerifier(), QUICK, HealthMonitor(time.time)))
+    settle(RolloutController(ward.store, ward.fleet, TrustingVerifier(), QUICK, HealthMonitor()))
     assert ward.fleet.held() == [[digest]] * 2
 
 

@@ -189,7 +189,7 @@ def report(world: World, key: str, requests: int, errors: int = 0, nonfinite: in
 @pytest.mark.parametrize(
     ("observed", "words"),
     [
-        ({"requests": 20, "errors": 5}, "5 of 20 requests failed"),
+        ({"requests": 20, "errors": 10}, "10 of 40 requests failed, 25 %"),
         ({"requests": 2, "nonfinite": 1}, "infinite or not a number"),
         ({"requests": 20, "time_s": 0.05}, "times as much"),
     ],
@@ -215,7 +215,7 @@ def test_a_candidate_over_its_thresholds_goes_back_by_itself(
     world.reach_held(world.v1)
 
 
-def test_old_observations_and_those_of_an_earlier_attempt_do_not_count(world: World) -> None:
+def test_failures_of_an_earlier_attempt_do_not_count_and_slow_ones_of_this_one_do(world: World) -> None:
     key = world.stage(plan=RolloutPlan(thresholds=LIMITS))
     world.reach(State.WARM)
     report(world, key, 20, errors=20)
@@ -223,8 +223,13 @@ def test_old_observations_and_those_of_an_earlier_attempt_do_not_count(world: Wo
     world.operations.canary("heart", 50, actor="ann")
     settle(world.controller, 3)
     assert world.rollout().state == State.CANARY
-    report(world, key, 9, errors=9)
-    world.clock.move(61)
-    report(world, key, 9, errors=9)
-    settle(world.controller, 3)
-    assert world.rollout().state == State.CANARY
+    for _ in range(8):
+        # Far fewer within the window than min_requests.
+        world.clock.move(61)
+        report(world, world.v1, 1)
+        report(world, key, 1, errors=1)
+        settle(world.controller, 2)
+        if world.rollout().state != State.CANARY:
+            break
+    assert world.rollout().state == State.ROLLED_BACK
+    assert world.rollout().reason.startswith("4 of 4 requests failed")

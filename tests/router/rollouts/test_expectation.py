@@ -38,7 +38,7 @@ def test_a_rollback_after_the_controller_was_faster_leaves_the_stable_version_al
             actor="controller",
             reason="3 of 3 requests failed",
         )
-    clock.now += 6
+    clock.move(6)
     asks: list[Callable[[], Outcome]] = [
         lambda: operations.rollback("heart", actor="ann"),
         lambda: operations.rollback("heart", actor="ann", expected=Expectation(nothing_in_flight=True)),
@@ -69,7 +69,7 @@ def test_two_operators_who_roll_back_in_turn_take_back_one_version(
     staged(operations, store, fleet, "v1", State.STABLE)
     key = staged(operations, store, fleet, "v2", State.CANARY)
     assert operations.rollback("heart", actor="ann", reason="strange").changed
-    clock.now += 70
+    clock.move(70)
     with pytest.raises(RolloutStateError, match=r"was rolled back by ann 1 min ago: strange"):
         operations.rollback("heart", actor="bob")
     assert (
@@ -109,7 +109,7 @@ def test_a_candidate_that_was_moved_since_is_not_moved_again(
     staged(operations, store, fleet, "v1", State.CANARY)
     candidate = store.rollouts("heart", limit=1)[0]
     operations.canary("heart", 7, actor="bob")
-    clock.now += 3
+    clock.move(3)
     seen = Expectation(rollout_id=candidate.id, state="canary", percent=5.0)
     moves: list[Callable[[], Outcome]] = [
         lambda: operations.canary("heart", 50, actor="ann", expected=seen),
@@ -158,7 +158,7 @@ def test_an_organ_is_retired_only_while_it_is_as_it_was_seen(
         with pytest.raises(RolloutStateError, match=r"the caller saw heart 1.0.0 as the stable version.*promoted by"):
             ask()
     operations.retire_version("heart", digest("b"), actor="bob", reason="labels")
-    clock.now += 5
+    clock.move(5)
     again = unchanged(store, lambda: operations.retire_version("heart", digest("b"), actor="ann"))
     assert again.steps == ("1.0.0 was retired by bob 5 s ago: labels already; nothing to do",)
     operations.retire_organ("heart", actor="ann", reason="gone")

@@ -1,16 +1,13 @@
 import itertools
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.rollouts.health import MAX_AGE_S, MAX_BUNDLES, HealthMonitor, Observation, reason_to_roll_back
+from router.rollouts.health import MAX_AGE_S, MAX_BUNDLES, MAX_SLICES, SLICE_S, HealthMonitor, Observation, Slice
 from router.rollouts.latency import LatencyHistogram
-from router.rollouts.settings import Thresholds
 from tests.router.rollouts.support import Clock
 
 TIMES = st.lists(st.floats(1e-5, 900), min_size=1, max_size=60)
-LIMITS = Thresholds(min_requests=20, max_error_rate=0.1, max_latency_ratio=1.5)
 
 
 @given(TIMES, st.floats(0.01, 0.99))
@@ -40,40 +37,20 @@ def observed(requests: int, errors: int = 0, nonfinite: int = 0, time_s: float =
     return Observation("heart", "d", requests, errors, nonfinite, latency)
 
 
-@pytest.mark.parametrize(
-    ("candidate", "incumbent", "words"),
-    [
-        (observed(1, nonfinite=1), observed(0), "1 of 1 requests had outputs that are infinite"),
-        (observed(19, errors=19), observed(100), ""),
-        (observed(20, errors=2), observed(100), ""),
-        (observed(20, errors=3), observed(100), "3 of 20 requests failed, 15 %"),
-        (observed(20, time_s=0.014), observed(20), ""),
-        (observed(20, time_s=0.02), observed(20), "2 times as much"),
-        (observed(20, time_s=0.02), observed(19), ""),
-        (observed(20, time_s=0.02), None, ""),
-        (observed(0), observed(0), ""),
-    ],
-)
-def test_thresholds(candidate: Observation, incumbent: Observation | None, words: str) -> None:
-    reason = reason_to_roll_back(LIMITS, candidate, incumbent)
-    assert words in reason
-    assert bool(reason) == bool(words)
-
-
 def test_only_what_was_reported_since_a_time_counts(clock: Clock) -> None:
-    monitor = HealthMonitor(clock)
+    monitor = HealthMonitor(clock.monotonic)
     monitor.record(observed(3))
     clock.move(10)
     monitor.record(observed(4, errors=1))
     monitor.record(Observation("heart", "other", 100))
-    assert monitor.observed("heart", "d", clock() - 5) == observed(4, errors=1)
+    assert monitor.observed("heart", "d", clock.monotonic() - 5) == observed(4, errors=1)
     total = monitor.observed("heart", "d", 0)
     assert (total.requests, total.errors, total.latency.count) == (7, 1, 6)
     assert monitor.observed("liver", "d", 0).requests == 0
 
 
 def test_what_is_kept_is_bounded(clock: Clock) -> None:
-    monitor = HealthMonitor(clock)
+    monitor = HealthMonitor(clock.monotonic)
     monitor.record(observed(1))
     clock.move(MAX_AGE_S + 1)
     monitor.record(observed(1))
@@ -82,3 +59,26 @@ def test_what_is_kept_is_bounded(clock: Clock) -> None:
         monitor.record(Observation("heart", f"bundle {number}", 1))
     assert monitor.observed("heart", "d", 0).requests == 0
     assert monitor.observed("heart", "bundle 0", 0).requests == 1
+
+
+def test_reports_of_one_second_are_kept_as_one(clock: Clock) -> None:
+    monitor = HealthMonitor(clock.monotonic)
+    for _ in range(4):
+        monitor.record(observed(2, errors=1))
+        clock.move(SLICE_S / 2)
+    assert monitor.slices("heart", "d") == [Slice(0.0, observed(4, errors=2)), Slice(SLICE_S, observed(4, errors=2))]
+    for _ in range(MAX_SLICES):
+        clock.move(SLICE_S)
+        monitor.record(observed(1))
+    assert len(monitor.slices("heart", "d")) == MAX_SLICES
+
+
+def test_the_wall_clock_changes_nothing_of_what_is_kept(clock: Clock) -> None:
+    monitor = HealthMonitor(clock.monotonic)
+    monitor.record(observed(1))
+    for step_s in (3600, -7200):
+        clock.set(step_s)
+        clock.move(1)
+        monitor.record(observed(1))
+    assert monitor.observed("heart", "d", 0).requests == 3
+    assert monitor.observed("heart", "d", 1).requests == 2

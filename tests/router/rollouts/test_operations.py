@@ -142,8 +142,9 @@ def test_a_dry_run_touches_nothing_and_says_what_would_happen(
     assert outcome.steps == (
         "the bundle is read and verified",
         "it is loaded on every replica of heart; no request uses it yet",
-        "it answers 5 % of the requests for 60 s",
+        "it answers 5 % of the requests for 60 s and until 20 of them succeeded",
         "it becomes stable, unless its thresholds took it back before",
+        "for 600 s the version before is kept to go back to",
     )
     assert [(m.replica, m.resident_bytes, m.needed_bytes, m.limit_bytes, m.fits) for m in outcome.memory] == [
         ("heart-1", 0, 100, 1000, True),

@@ -63,8 +63,15 @@ def test_any_change_makes_another_file_and_spelling_makes_none() -> None:
         parsed(promote=False).identity(key),
         parsed(thresholds={"min_requests": 101}).identity(key),
         parsed(warm_timeout_s=5).identity(key),
+        parsed(watch_after_promotion_s=5).identity(key),
+        parsed(thresholds={"min_requests": 100, "max_error_rate": 0.01, "min_successes": 5}).identity(key),
+        parsed(steps=[{**step, "min_successes": 5} for step in yaml.safe_load(TEXT)["steps"]]).identity(key),
         parsed(reason="").identity(key),
         parsed(attempt=2).identity(key),
     }
-    assert len(others) == 8
+    assert len(others) == 11
     assert not same & others
+
+
+def test_a_file_that_was_applied_before_fields_were_added_is_still_the_same_one() -> None:
+    assert parsed().identity(digest("x")) == "431bceb234076bcac3400ee507f684595161fe07210af80371f7bd1be159a285"

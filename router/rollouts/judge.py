@@ -1,0 +1,100 @@
+"""When a version must go back, by what Routers saw of it and of the version before it."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+from router.rollouts.health import HealthMonitor, Observation, Slice, total
+from router.rollouts.latency import LatencyHistogram
+from router.rollouts.records import Rollout
+from router.rollouts.sequential import MIN_FAILURES, find_excess
+from router.rollouts.settings import Thresholds
+
+# A quantile counts as larger than another one only beyond so many standard errors of its rank, on both sides.
+STANDARD_ERRORS = 3.0
+
+
+def judge(
+    monitor: HealthMonitor,
+    rollout: Rollout,
+    thresholds: Thresholds,
+    since: float,
+    reference: str | None,
+    elsewhere: Iterable[tuple[str, str]] = (),
+) -> str:
+    """Why a rollout's version must go back, in words; "" if it may stay.
+
+    Args:
+        monitor: what was observed.
+        rollout: the version.
+        thresholds: the limits.
+        since: its requests count from here on, in seconds of the monitor's clock.
+        reference: the version before it; none for a new organ, whose latency has no measure.
+        elsewhere: (organ, digest) of the versions that serve the other organs.
+    """
+    own = monitor.slices(rollout.organ, rollout.digest, since)
+    usual = [] if reference is None else monitor.slices(rollout.organ, reference)
+    recent = max(since, monitor.clock() - thresholds.window_s)
+    candidate = total(rollout.organ, rollout.digest, (each for each in own if each.start >= recent))
+    incumbent = total(rollout.organ, reference or "", (each for each in usual if each.start >= recent))
+    others: list[Slice] = []
+    if sum(each.seen.errors for each in own) >= MIN_FAILURES:
+        found = (monitor.slices(organ, digest, since - thresholds.window_s) for organ, digest in elsewhere)
+        others = sorted((each for slices in found for each in slices), key=lambda each: each.start)
+    return (
+        _not_finite(thresholds, candidate)
+        or _failing(thresholds, own, usual, others)
+        or _slow(thresholds, candidate.latency, incumbent.latency)
+    )
+
+
+def _not_finite(thresholds: Thresholds, candidate: Observation) -> str:
+    if candidate.nonfinite <= thresholds.max_nonfinite:
+        return ""
+    return (
+        f"{candidate.nonfinite} of {candidate.requests} requests had outputs that are infinite or not a number "
+        f"(max_nonfinite {thresholds.max_nonfinite})"
+    )
+
+
+def _failing(
+    thresholds: Thresholds, candidate: Sequence[Slice], reference: Sequence[Slice], elsewhere: Sequence[Slice]
+) -> str:
+    limit = thresholds.max_error_rate
+    excess = find_excess(
+        candidate,
+        reference,
+        elsewhere,
+        limit=limit,
+        window_s=thresholds.window_s,
+        min_requests=thresholds.min_requests,
+    )
+    if excess is None:
+        return ""
+    rate = 100 * excess.failures / excess.requests
+    return (
+        f"{excess.failures} of {excess.requests} requests failed, {rate:.3g} %, where {100 * excess.usual:.2g} % are "
+        f"usual (max_error_rate {100 * limit:.3g} %)"
+    )
+
+
+def _slow(thresholds: Thresholds, candidate: LatencyHistogram, incumbent: LatencyHistogram) -> str:
+    if min(candidate.count, incumbent.count) < thresholds.min_requests:
+        return ""
+    quantile = thresholds.latency_quantile
+    # At least, and at most, as far as chance allows.
+    least, most = _bound(candidate, quantile, -STANDARD_ERRORS), _bound(incumbent, quantile, STANDARD_ERRORS)
+    if least <= thresholds.max_latency_ratio * most:
+        return ""
+    own, usual = _bound(candidate, quantile), _bound(incumbent, quantile)
+    return (
+        f"{1000 * own:.3g} ms per token against the incumbent's {1000 * usual:.3g} ms, {own / usual:.3g} times as "
+        f"much (max_latency_ratio {thresholds.max_latency_ratio:.3g}, quantile {quantile:g})"
+    )
+
+
+def _bound(latency: LatencyHistogram, quantile: float, standard_errors: float = 0.0) -> float:
+    """A quantile of times in seconds, moved by standard errors of its rank, which is binomial."""
+    moved = quantile + standard_errors * math.sqrt(quantile * (1 - quantile) / latency.count)
+    found = latency.quantile(min(max(moved, 0.0), 1.0))
+    assert found is not None
+    return found

@@ -1,0 +1,49 @@
+"""Since when each rollout has been in its state, by a clock that nobody sets."""
+
+from collections.abc import Callable, Hashable, Iterable
+
+from router.rollouts.records import Rollout
+
+
+class Moments:
+    """When this process first saw each rollout in its state, and first with traffic.
+
+    The database has times of day, for people: the wall clock may be set while a rollout waits. Holds and time limits
+    are measured from here instead. After a restart they begin anew, so a restart may lengthen them and never shortens
+    them. Used by one thread.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        """Takes a monotonic clock in seconds."""
+        self._clock = clock
+        self._seen: dict[Hashable, float] = {}
+
+    def note(self, rollouts: Iterable[Rollout]) -> None:
+        """Takes note of all rollouts that anything is still measured of; the others are forgotten."""
+        now = self._clock()
+        keys: set[Hashable] = set()
+        for rollout in rollouts:
+            keys.add(_state_key(rollout))
+            if rollout.traffic_since is not None:
+                keys.add(_traffic_key(rollout))
+        self._seen = {key: self._seen.get(key, now) for key in keys}
+
+    def in_state_s(self, rollout: Rollout) -> float:
+        """Seconds that a rollout has been in its state, and in its step, as far as this process knows."""
+        return self._clock() - self.state_since(rollout)
+
+    def state_since(self, rollout: Rollout) -> float:
+        """When this process first saw a rollout, one of those noted, in its state and step."""
+        return self._seen.get(_state_key(rollout), self._clock())
+
+    def traffic_since(self, rollout: Rollout) -> float:
+        """When this process first saw that a rollout, one of those noted, has had traffic."""
+        return self._seen.get(_traffic_key(rollout), self._clock())
+
+
+def _state_key(rollout: Rollout) -> Hashable:
+    return rollout.id, rollout.state, rollout.state_since, rollout.percent, rollout.next_step
+
+
+def _traffic_key(rollout: Rollout) -> Hashable:
+    return rollout.id, "traffic"

@@ -1,0 +1,34 @@
+"""What an automatic step waits for, and the words for it."""
+
+from collections.abc import Sequence
+
+from router.rollouts.settings import RolloutPlan, Step, Thresholds
+
+
+def current_step(plan: RolloutPlan, next_step: int) -> Step | None:
+    """The step that a rollout is in; none before the first one."""
+    return plan.steps[next_step - 1] if next_step else None
+
+
+def step_waits_for(step: Step, thresholds: Thresholds, in_step_s: float, successes: int) -> list[str]:
+    """What must still come before a step ends, in words; nothing once it may end.
+
+    Args:
+        step: the step.
+        thresholds: the rollout's.
+        in_step_s: seconds since it began.
+        successes: requests of the candidate that succeeded since.
+    """
+    waits = []
+    if in_step_s < step.hold_s:
+        waits.append(f"the step's {step.hold_s:g} s")
+    needed = thresholds.min_successes if step.min_successes is None else step.min_successes
+    if successes < needed:
+        missing = needed - successes
+        waits.append(f"{missing} more successful request{'s' * (missing > 1)} of {needed}")
+    return waits
+
+
+def in_words(waits: Sequence[str]) -> str:
+    """Several things to wait for as one."""
+    return " and ".join(waits)
