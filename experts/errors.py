@@ -1,5 +1,8 @@
 """What can go wrong in an expert group, as types that callers can tell apart."""
 
+# The reason that a replica gives in `google.rpc.ErrorInfo` for a `BundleUnusableError`.
+BUNDLE_UNUSABLE = "BUNDLE_UNUSABLE"
+
 
 class InvalidBundleError(ValueError):
     """A bundle is not what its manifest says, or not what it must be. The text names the file and the reason."""
@@ -21,8 +24,27 @@ class RegistryError(ValueError):
     """A registry's address or its options cannot be used. The text names the address and the reason."""
 
 
+class RegistryAwayError(RuntimeError):
+    """The registry cannot be read now: out of reach, or not permitted. The text names the registry and the reason."""
+
+
 class BundleNotResidentError(LookupError):
     """An exchange asked for a bundle that this replica has not loaded."""
+
+
+class BundleUnusableError(LookupError):
+    """An exchange asked for a bundle that this replica tried to load and could not.
+
+    Attributes:
+        organ: whose experts it has.
+        reason: why, in words for callers: without paths or addresses.
+    """
+
+    def __init__(self, organ: str, digest: str, reason: str) -> None:
+        """Names the bundle and says why it cannot be used."""
+        super().__init__(f"bundle {digest[:100]!r} could not be loaded in the expert group of {organ!r}: {reason}")
+        self.organ = organ
+        self.reason = reason
 
 
 class ExpertCapacityError(RuntimeError):

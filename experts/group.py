@@ -5,14 +5,32 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
 from experts.bundle import Bundle
-from experts.errors import BundleNotResidentError, ExpertCapacityError, InvalidBundleError, InvalidTensorError
+from experts.errors import (
+    BundleNotResidentError,
+    BundleUnusableError,
+    ExpertCapacityError,
+    InvalidBundleError,
+    InvalidTensorError,
+)
 from experts.kernels.base import NO_EXPERT, ExpertKernel, ExpertWeights, PreparedExperts, kernel_in_use
+from experts.load_failure import LoadFailure
 from experts.manifest import Manifest
-from experts.registry import Registry
+
+
+class BundleStore(Protocol):
+    """Where bundles come from: a `Registry`, or `KeptBundles` beside one."""
+
+    def open(self, digest: str) -> Bundle:
+        """The bundle with a digest; raises what `Registry.open` raises."""
+
+
+# More versions than are ever wanted of one organ at a time.
+_MAX_FAILURES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +62,8 @@ class _State:
     loading: dict[str, Future[Resident]] = field(default_factory=dict)
     # Of the loads under way, how far, from 0 to 1.
     progress: dict[str, float] = field(default_factory=dict)
+    # Of the bundles whose last load failed, why.
+    failures: dict[str, LoadFailure] = field(default_factory=dict)
     # Bytes of everything that is resident, being loaded, or being unloaded and not yet gone.
     held_bytes: int = 0
 
@@ -84,7 +104,7 @@ class ExpertGroup:
     def __init__(
         self,
         organ: str,
-        registry: Registry,
+        registry: BundleStore,
         kernel: ExpertKernel,
         *,
         device: torch.device | str,
@@ -142,6 +162,7 @@ class ExpertGroup:
             with self._changed:
                 del self._state.loading[digest]
                 self._state.progress.pop(digest, None)
+                self._note_failure(digest, error)
                 self._changed.notify_all()
             own.set_exception(error)
             raise
@@ -149,6 +170,7 @@ class ExpertGroup:
             del self._state.loading[digest]
             self._state.progress.pop(digest, None)
             self._state.entries[digest] = entry
+            self._state.failures.pop(digest, None)
             self._changed.notify_all()
         own.set_result(entry.resident)
         return entry.resident
@@ -161,6 +183,7 @@ class ExpertGroup:
         """
         with self._changed:
             self._changed.wait_for(lambda: digest not in self._state.loading)
+            self._state.failures.pop(digest, None)
             entry = self._state.entries.pop(digest, None)
             if entry is None:
                 return
@@ -192,6 +215,7 @@ class ExpertGroup:
 
         Raises:
             BundleNotResidentError: the bundle is not loaded.
+            BundleUnusableError: it is not loaded because the last try to load it failed.
             InvalidTensorError: a layer, shape, dtype or expert that does not fit the bundle.
         """
         with self._in_use(digest) as entry:
@@ -212,6 +236,11 @@ class ExpertGroup:
         with self._changed:
             return {digest: self._state.progress.get(digest, 0.0) for digest in self._state.loading}
 
+    def failure(self, digest: str) -> LoadFailure | None:
+        """Why the last load of a bundle failed; None if it did not, or is being tried again."""
+        with self._changed:
+            return None if digest in self._state.loading else self._state.failures.get(digest)
+
     @property
     def max_resident_bytes(self) -> int:
         """What the weights of all versions together may take."""
@@ -228,6 +257,9 @@ class ExpertGroup:
         with self._changed:
             entry = self._state.entries.get(digest)
             if entry is None:
+                failure = self._state.failures.get(digest)
+                if failure is not None and digest not in self._state.loading:
+                    raise BundleUnusableError(self.organ, digest, failure.reason)
                 raise BundleNotResidentError(
                     f"bundle {digest[:100]!r} is not loaded in the expert group of {self.organ!r}; load it first"
                 )
@@ -239,6 +271,13 @@ class ExpertGroup:
                 entry.exchanges -= 1
                 if entry.exchanges == 0:
                     self._changed.notify_all()
+
+    def _note_failure(self, digest: str, error: BaseException) -> None:
+        failures = self._state.failures
+        failures.pop(digest, None)
+        failures[digest] = LoadFailure.of(error)
+        if len(failures) > _MAX_FAILURES:
+            del failures[next(iter(failures))]
 
     def _load(self, digest: str) -> _Entry:
         bundle = self._registry.open(digest)

@@ -91,8 +91,13 @@ class LocalStore:
             return None
 
     def versions(self) -> list[tuple[str, str]]:
-        """The organs and versions that have a folder, whether complete or not."""
-        return [(path.parent.name, path.name) for path in (self._root / "bundles").glob("*/*")]
+        """The organs and versions that have a folder, whether complete or not.
+
+        Raises:
+            PermissionError: a folder may not be read; `Path.glob` would say that there is nothing.
+        """
+        organs = _subfolders(self._root / "bundles")
+        return [(organ.name, version.name) for organ in organs for version in _subfolders(organ)]
 
 
 class RemoteStore:
@@ -197,6 +202,13 @@ class RemoteStore:
 
 def _file_path(entry: FileEntry) -> str:
     return f"files/{entry.sha256}.safetensors"
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    try:
+        return [path for path in folder.iterdir() if path.is_dir()]
+    except FileNotFoundError:
+        return []
 
 
 def _has_size(path: Path, size: int) -> bool:

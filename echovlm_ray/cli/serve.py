@@ -135,7 +135,10 @@ def _print_ready(system: "RunningSystem", config: "Config", console: Console, de
 
     index, expert_set = system.served.index, system.served.expert_set
     gateway = ", ".join(sorted(set(system.gateway_addresses)))
-    organs = ", ".join(f"{organ} {version}" for organ, version in system.served.versions.items())
+    organs = ", ".join(
+        f"{organ} {version or '(version unknown)'}" + (" (NOT SERVING)" if organ in system.unanswered else "")
+        for organ, version in system.served.versions.items()
+    )
     console.print(f"[bold green]Ready[/bold green] after {system.start_s:.0f} s.")
     rows = {
         "gateway": f"{gateway} ({_access(config.gateway)})",
@@ -155,6 +158,10 @@ def _print_ready(system: "RunningSystem", config: "Config", console: Console, de
             "gateway cannot answer: only the router can be called, with token ids."
         )
     command = _command()
+    if system.unanswered:
+        console.print(
+            f"[red]{escape(', '.join(system.unanswered))} cannot be answered now[/red]: `{command} status` says why."
+        )
     server = "" if system.gateway_address == DEFAULT_ADDRESS else f" --server {system.gateway_address}"
     control = "" if system.control_address == DEFAULT_CONTROL else f" --control {system.control_address}"
     console.print("Next, in another shell (any DICOM, still or video of an ultrasound):")

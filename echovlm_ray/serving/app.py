@@ -27,7 +27,7 @@ from echovlm_ray.serving.deployments.settings import (
     deployment_of,
 )
 from echovlm_ray.serving.endpoints import Endpoints
-from echovlm_ray.serving.health import OVERALL
+from echovlm_ray.serving.health import OVERALL, organ_service
 from echovlm_ray.serving.ray_session import joined_ray, local_ray
 from echovlm_ray.serving.served import ServedCheckpoint
 
@@ -59,12 +59,14 @@ class RunningSystem:
         control_address: host:port.
         served: what is served.
         start_s: seconds from the first step to the first moment at which it could answer.
+        unanswered: the organs that cannot be answered at that moment.
     """
 
     gateway_addresses: tuple[str, ...]
     control_address: str
     served: ServedCheckpoint
     start_s: float
+    unanswered: tuple[str, ...] = ()
 
     @property
     def gateway_address(self) -> str:
@@ -117,7 +119,10 @@ def serve_system(
             ready = True
             gateways = tuple(replica.public_address for replica in endpoints.replicas(GATEWAY))
             control = endpoints.replicas(CONTROL)[0].public_address
-            yield RunningSystem(gateways, control, served, time.monotonic() - started_at)
+            start_s = time.monotonic() - started_at
+            gateway = endpoints.of(GATEWAY)[0]
+            unanswered = tuple(organ for organ in served.organs if not _serves(gateway, organ_service(organ)))
+            yield RunningSystem(gateways, control, served, start_s, unanswered)
         finally:
             endpoints.stop()
             if ready and not keep:
@@ -228,10 +233,10 @@ def _all_settled(names: Sequence[str]) -> bool:
     return all(name in applications and applications[name].status == ApplicationStatus.RUNNING for name in names)
 
 
-def _serves(address: str) -> bool:
+def _serves(address: str, service: str = OVERALL) -> bool:
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
-            request = health_pb2.HealthCheckRequest(service=OVERALL)
+            request = health_pb2.HealthCheckRequest(service=service)
             response = health_pb2_grpc.HealthStub(channel).Check(request, timeout=1.0)
         except grpc.RpcError:
             return False

@@ -24,16 +24,20 @@ from echovlm_ray.errors import (
     UnauthenticatedError,
 )
 from experts.errors import (
+    BUNDLE_UNUSABLE,
     BundleNotResidentError,
+    BundleUnusableError,
     ExpertCapacityError,
     InvalidBundleError,
     InvalidTensorError,
+    RegistryAwayError,
     RegistryError,
     UnknownBundleError,
 )
 from router.errors import (
     ExpertsFailedError,
     ExpertsUnavailableError,
+    ExpertsUnusableError,
     InvalidRolloutRequestError,
     RolloutDatabaseError,
     RolloutStateError,
@@ -99,6 +103,22 @@ def _experts_unavailable(error: ExpertsUnavailableError) -> status_pb2.Status:
     return _status(code_pb2.UNAVAILABLE, text, details)
 
 
+def _bundle_unusable(error: BundleUnusableError) -> status_pb2.Status:
+    details = [_error_info(BUNDLE_UNUSABLE, organ=error.organ, why=error.reason)]
+    return _status(code_pb2.FAILED_PRECONDITION, str(error), details)
+
+
+def _experts_unusable(error: ExpertsUnusableError) -> status_pb2.Status:
+    version = error.version or f"{error.digest[:12]}…"
+    text = (
+        f"the experts of {error.organ!r} cannot answer: no replica could load version {version}, because "
+        f"{error.reason}. Sending the request again does not help until an operator has mended it; "
+        "`echoray status` says more"
+    )
+    details = [_error_info("EXPERTS_UNUSABLE", organ=error.organ, version=version, why=error.reason)]
+    return _status(code_pb2.FAILED_PRECONDITION, text, details)
+
+
 def _experts_failed(error: ExpertsFailedError) -> status_pb2.Status:
     text = f"the experts of {error.organ!r} could not compute the request; {INTERNAL_TEXT}"
     return _status(code_pb2.INTERNAL, text, [_error_info("EXPERTS_FAILED", organ=error.organ)])
@@ -152,10 +172,14 @@ _CONVERSIONS: tuple[tuple[type[BaseException], Callable[[Any], status_pb2.Status
     (InvalidRolloutRequestError, _invalid_rollout_request),
     (RolloutDatabaseError, _plain(code_pb2.FAILED_PRECONDITION)),
     (BundleNotResidentError, _plain(code_pb2.FAILED_PRECONDITION)),
+    (BundleUnusableError, _bundle_unusable),
     (InvalidBundleError, _plain(code_pb2.FAILED_PRECONDITION)),
     (RegistryError, _plain(code_pb2.FAILED_PRECONDITION)),
+    # Not UNAVAILABLE: the part that was called is there, and its callers would take it for lost.
+    (RegistryAwayError, _plain(code_pb2.FAILED_PRECONDITION)),
     (ExpertCapacityError, lambda error: _status(code_pb2.RESOURCE_EXHAUSTED, str(error), [_retry_info(RETRY_AFTER_S)])),
     (OverloadedError, _overloaded),
+    (ExpertsUnusableError, _experts_unusable),
     (ExpertsUnavailableError, _experts_unavailable),
     (ExpertsFailedError, _experts_failed),
     (PartUnavailableError, _part_unavailable),

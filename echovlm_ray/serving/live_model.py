@@ -5,16 +5,13 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 
-import grpc
-
 from echovlm_ray.serving.gateway import ModelDescription, OrganDescription
+from echovlm_ray.serving.policy_follower import PolicyFollower
+from experts.errors import InvalidBundleError, RegistryAwayError, UnknownBundleError
 from experts.manifest import Manifest
-from protos import control_pb2, control_pb2_grpc
+from protos import control_pb2
 
 logger = logging.getLogger(__name__)
-
-FIRST_PAUSE_S = 0.2
-LONGEST_PAUSE_S = 5.0
 
 
 class LiveModel:
@@ -24,7 +21,7 @@ class LiveModel:
         self,
         addresses: Callable[[], Sequence[str]],
         description: ModelDescription,
-        find: Callable[[str, str], Manifest],
+        manifest: Callable[[str], Manifest],
         channel_options: Sequence[tuple[str, int | str]] = (),
     ) -> None:
         """Takes its parts.
@@ -32,15 +29,12 @@ class LiveModel:
         Args:
             addresses: where Control's internal server is now; empty while it is away.
             description: of the checkpoint as it is.
-            find: organ and version → manifest; may block, and is called on a thread.
+            manifest: digest → manifest; may block, and is called on a thread.
             channel_options: of the connection.
         """
-        self._addresses = addresses
         self._current = description
-        self._version = 0
-        self._find = find
-        self._options = list(channel_options)
-        self._task: asyncio.Task[None] | None = None
+        self._manifest = manifest
+        self._follower = PolicyFollower(addresses, self._take, channel_options)
 
     def describe(self) -> ModelDescription:
         """What is served at this moment."""
@@ -48,43 +42,37 @@ class LiveModel:
 
     async def start(self) -> None:
         """Begins to follow."""
-        self._task = asyncio.create_task(self._follow())
+        await self._follower.start()
 
     async def stop(self) -> None:
         """Ends."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await self._follower.stop()
 
-    async def _follow(self) -> None:
-        pause = FIRST_PAUSE_S
-        while True:
-            known = self._version
-            for address in self._addresses():
-                try:
-                    await self._watch(address)
-                except grpc.aio.AioRpcError as error:
-                    logger.debug("Control does not answer: %s", error.code())
-                except Exception:
-                    logger.exception("the live experts cannot be described; the description before them stays")
-            pause = FIRST_PAUSE_S if self._version > known else min(2 * pause, LONGEST_PAUSE_S)
-            await asyncio.sleep(pause)
-
-    async def _watch(self, address: str) -> None:
-        async with grpc.aio.insecure_channel(address, options=self._options) as channel:
-            # Without a name, as this is no Router, whose pins Control would ask for.
-            async for policy in control_pb2_grpc.RolloutFeedStub(channel).WatchPolicy(control_pb2.WatchPolicyRequest()):
-                if policy.version > self._version:
-                    organs = await asyncio.to_thread(self._describe, policy)
-                    self._version = policy.version
-                    self._current = dataclasses.replace(
-                        self._current, expert_set_id=policy.stable.id, organs=tuple(organs)
-                    )
+    async def _take(self, policy: control_pb2.TrafficPolicy) -> None:
+        organs = await asyncio.to_thread(self._describe, policy)
+        self._current = dataclasses.replace(self._current, expert_set_id=policy.stable.id, organs=tuple(organs))
 
     def _describe(self, policy: control_pb2.TrafficPolicy) -> list[OrganDescription]:
-        organs = []
-        for member in policy.stable.members:
-            version = policy.versions[member.bundle_digest]
-            num_experts = self._find(member.organ, version).num_experts
-            organs.append(OrganDescription(member.organ, version, member.bundle_digest, num_experts))
-        return organs
+        return [
+            describe_organ(
+                member.organ, member.bundle_digest, self._manifest, policy.versions.get(member.bundle_digest, "")
+            )
+            for member in policy.stable.members
+        ]
+
+
+def describe_organ(organ: str, digest: str, manifest: Callable[[str], Manifest], version: str = "") -> OrganDescription:
+    """What is said of an organ. Of a bundle whose manifest is lost, only what is given: its experts are not counted.
+
+    Args:
+        organ: the organ.
+        digest: its bundle.
+        manifest: digest → manifest.
+        version: of the bundle, if it is known.
+    """
+    try:
+        found = manifest(digest)
+    except (UnknownBundleError, RegistryAwayError, InvalidBundleError) as error:
+        logger.warning("the bundle of %s cannot be described: %s", organ, error)
+        return OrganDescription(organ, version, digest, 0)
+    return OrganDescription(organ, found.version, digest, found.num_experts)

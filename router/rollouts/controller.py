@@ -68,6 +68,10 @@ class RolloutController:
         """What the replicas held at the last pass, by organ, with the loads under way."""
         return self._views
 
+    def load_failures(self) -> Mapping[tuple[str, str], str]:
+        """(replica, digest) → why the last load of that bundle failed there, until one succeeds."""
+        return self._convergence.load_failures()
+
     def start(self) -> None:
         """Reconciles on a thread, after every change and every `period_s`."""
         assert self._thread is None

@@ -13,6 +13,8 @@ from echovlm_ray.serving.control.catalogue import Catalogue
 from echovlm_ray.serving.control.messages import bundle_to_proto, entry_to_proto, outcome_to_proto
 from echovlm_ray.serving.control.push import PushReceiver
 from echovlm_ray.serving.control.state import StateReader, StateWatch
+from experts.errors import RegistryAwayError
+from experts.manifest import Manifest
 from protos import control_pb2, control_pb2_grpc
 from router.errors import RolloutStateError, UnknownOrganError
 from router.rollouts.history import Entry
@@ -196,7 +198,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
         return {live.stable_digest for live in self._store.snapshot().organs}
 
     def _list(self, organ: str | None) -> control_pb2.ListResponse:
-        manifests = self._catalogue.list(organ)
+        manifests, registry_problem = self._registered(organ)
         snapshot = self._store.snapshot()
         if organ is not None and not manifests and organ not in snapshot.known_organs:
             raise UnknownOrganError(f"there is no organ {organ[:64]!r}: there are {', '.join(snapshot.known_organs)}")
@@ -207,7 +209,16 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
             bundles=[bundle_to_proto(manifest, in_use) for manifest in manifests],
             rollouts=state.rollouts,
             replicas=state.replicas,
+            problems=state.problems,
+            registry_problem=registry_problem,
         )
+
+    def _registered(self, organ: str | None) -> tuple[list[Manifest], str]:
+        try:
+            return self._catalogue.list(organ), ""
+        except RegistryAwayError as error:
+            # What is served does not need it.
+            return [], str(error)
 
     def _history(self, request: control_pb2.HistoryRequest) -> control_pb2.HistoryResponse:
         head = self._store.head()

@@ -2,17 +2,19 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 
 from echovlm_ray.serving.control.changes import Changes
 from echovlm_ray.serving.control.messages import (
     VersionOf,
     expert_set_to_proto,
+    problem_to_proto,
     residents_to_proto,
     rollout_to_proto,
 )
 from protos import control_pb2
+from router.rollouts.answering import LoadFailures, organ_problems
 from router.rollouts.fleet import Fleet
 from router.rollouts.fleet_view import FleetObserver
 from router.rollouts.shadow import report_of
@@ -29,9 +31,25 @@ _LOADING = (State.STAGED, State.VERIFIED)
 class StateReader:
     """Reads the database and asks the replicas. Safe from several threads; every method may block."""
 
-    def __init__(self, store: RolloutStore, fleet: Fleet, version_of: VersionOf, status_timeout_s: float) -> None:
-        """Takes where things are, and how long a replica may take to answer."""
+    def __init__(
+        self,
+        store: RolloutStore,
+        fleet: Fleet,
+        version_of: VersionOf,
+        status_timeout_s: float,
+        load_failures: Callable[[], LoadFailures] = dict,
+    ) -> None:
+        """Takes its parts.
+
+        Args:
+            store: what should be.
+            fleet: what is.
+            version_of: digest → version.
+            status_timeout_s: how long a replica may take to answer.
+            load_failures: of the loads that were tried.
+        """
         self._store = store
+        self._load_failures = load_failures
         self._version_of = version_of
         self._observer = FleetObserver(fleet, status_timeout_s)
         # The observer asks a replica once at a time.
@@ -71,6 +89,10 @@ class StateReader:
             live=expert_set_to_proto(snapshot.expert_set()),
             rollouts=rollouts,
             replicas=[message for view in views.values() for message in residents_to_proto(view)],
+            problems=[
+                problem_to_proto(problem, self._version_of)
+                for problem in organ_problems(snapshot, views, self._load_failures())
+            ],
         )
 
 
