@@ -32,7 +32,7 @@ class BundleNotResidentError(LookupError):
     """An exchange asked for a bundle that this replica has not loaded."""
 
 
-class BundleUnusableError(LookupError):
+class BundleUnusableError(BundleNotResidentError):
     """An exchange asked for a bundle that this replica tried to load and could not.
 
     Attributes:

@@ -171,8 +171,8 @@ _CONVERSIONS: tuple[tuple[type[BaseException], Callable[[Any], status_pb2.Status
     (RolloutStateError, _plain(code_pb2.FAILED_PRECONDITION)),
     (InvalidRolloutRequestError, _invalid_rollout_request),
     (RolloutDatabaseError, _plain(code_pb2.FAILED_PRECONDITION)),
-    (BundleNotResidentError, _plain(code_pb2.FAILED_PRECONDITION)),
     (BundleUnusableError, _bundle_unusable),
+    (BundleNotResidentError, _plain(code_pb2.FAILED_PRECONDITION)),
     (InvalidBundleError, _plain(code_pb2.FAILED_PRECONDITION)),
     (RegistryError, _plain(code_pb2.FAILED_PRECONDITION)),
     # Not UNAVAILABLE: the part that was called is there, and its callers would take it for lost.

@@ -102,7 +102,9 @@ def test_no_typed_error_was_forgotten() -> None:
         "InvalidRequestError": ("field", "text"),
         "InvalidRolloutRequestError": ("field", "text"),
         "PartUnavailableError": ("part", "text"),
+        "BundleUnusableError": ("organ", "digest", "text"),
         "ExpertsUnavailableError": ("organ", "text"),
+        "ExpertsUnusableError": ("organ", "digest", "text"),
         "ExpertsFailedError": ("organ", "text"),
     }
     for module in (own_errors, expert_errors, router_errors):
