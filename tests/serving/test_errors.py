@@ -11,7 +11,13 @@ from echovlm_ray.errors import DeadlineError, InvalidRequestError, OverloadedErr
 from echovlm_ray.serving.errors import INTERNAL_TEXT, to_status
 from experts import errors as expert_errors
 from router import errors as router_errors
-from router.errors import ExpertsFailedError, ExpertsUnavailableError, TooManyOrgansError, UnknownOrganError
+from router.errors import (
+    ExpertsFailedError,
+    ExpertsUnavailableError,
+    ExpertsUnusableError,
+    TooManyOrgansError,
+    UnknownOrganError,
+)
 
 T = TypeVar("T", bound=Message)
 
@@ -63,6 +69,20 @@ def test_lost_experts_name_the_organ_and_no_address() -> None:
     assert detail(status, error_details_pb2.RetryInfo).retry_delay.ToMilliseconds() == 500
     assert "heart" in status.message
     assert "127.0.0.1" not in status.message
+
+
+def test_experts_that_cannot_be_loaded_name_organ_version_and_reason() -> None:
+    status = to_status(ExpertsUnusableError("heart", "d" * 64, "the registry does not have the bundle", "2.1.0"))
+    assert status.code == code_pb2.FAILED_PRECONDITION
+    assert all(text in status.message for text in ("'heart'", "2.1.0", "the registry does not have the bundle"))
+    info = error_details_pb2.ErrorInfo()
+    assert any(detail.Unpack(info) for detail in status.details)
+    assert info.reason == "EXPERTS_UNUSABLE"
+    assert dict(info.metadata) == {
+        "organ": "heart",
+        "version": "2.1.0",
+        "why": "the registry does not have the bundle",
+    }
 
 
 def test_failed_experts_name_the_organ_and_no_reason() -> None:
