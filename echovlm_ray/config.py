@@ -57,6 +57,9 @@ class Resources(Section):
     num_cpus: NonNegativeFloat = 0.1
     # When the part shall run on a GPU, set its share of one: 1 for a whole GPU, 0.25 for four replicas on one.
     num_gpus: NonNegativeFloat = 0.0
+    # When the part shall run on certain nodes of a cluster only, name a resource that their `ray start --resources`
+    # gives them, with the amount that a replica takes: {heart-node: 1}.
+    node_resources: dict[str, NonNegativeFloat] = {}
 
 
 class ModelSection(Section):

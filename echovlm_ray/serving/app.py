@@ -170,13 +170,17 @@ def _check_capacity(config: Config, served: ServedCheckpoint, *, may_grow: bool)
         "CPU": sum(part.num_cpus * part.replicas for part in parts) + config.control.num_cpus,
         "GPU": sum(part.num_gpus * part.replicas for part in parts),
     }
+    fields = {kind: f"num_{kind.lower()}s" for kind in needed}
+    for part in parts:
+        for kind, amount in part.node_resources.items():
+            needed[kind] = needed.get(kind, 0.0) + amount * part.replicas
+            fields[kind] = f"node_resources.{kind}"
     there = ray.cluster_resources()
     for kind, amount in needed.items():
         if amount > there.get(kind, 0.0) + 1e-6:
-            field = f"num_{kind.lower()}s"
             text = (
-                f"the configuration reserves {amount:g} {kind}s ({field} of all replicas) and Ray has "
-                f"{there.get(kind, 0.0):g}: lower {field} or replicas"
+                f"the configuration reserves {amount:g} of {kind} ({fields[kind]} of all replicas) and Ray has "
+                f"{there.get(kind, 0.0):g}: lower {fields[kind]} or replicas"
             )
             if not may_grow:
                 raise StartError(text)
