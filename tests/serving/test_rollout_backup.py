@@ -274,7 +274,7 @@ def test_a_full_disk_leaves_no_backup(
             connection.execute("PRAGMA max_page_count = 3")
         return connection  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(rollout_backup.sqlite3, "connect", small)
+    monkeypatch.setattr(sqlite3, "connect", small)
     with pytest.raises(RolloutDatabaseError, match="cannot be copied: database or disk is full"):
         back_up(files, tmp_path / "backup.db")
     assert not list(tmp_path.glob("*backup*"))
