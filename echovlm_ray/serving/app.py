@@ -37,6 +37,8 @@ POLL_S = 0.2
 # Serve's own view of all applications takes its controller tens of milliseconds; addresses arrive by themselves.
 STATUS_PERIOD_S = 2.0
 REMOVE_TIMEOUT_S = 60.0
+# Two of the gateway's looks at the organs, and the answers.
+ORGANS_KNOWN_S = 3.0
 
 # Application → whether it listens.
 Progress = Callable[[Mapping[str, bool]], None]
@@ -120,8 +122,7 @@ def serve_system(
             gateways = tuple(replica.public_address for replica in endpoints.replicas(GATEWAY))
             control = endpoints.replicas(CONTROL)[0].public_address
             start_s = time.monotonic() - started_at
-            gateway = endpoints.of(GATEWAY)[0]
-            unanswered = tuple(organ for organ in served.organs if not _serves(gateway, organ_service(organ)))
+            unanswered = _unanswered(endpoints.of(GATEWAY)[0], served.organs)
             yield RunningSystem(gateways, control, served, start_s, unanswered)
         finally:
             endpoints.stop()
@@ -235,6 +236,17 @@ def _all_settled(names: Sequence[str]) -> bool:
         if name in applications and applications[name].status == ApplicationStatus.DEPLOY_FAILED:
             raise StartError(f"{name} did not start: {brief(applications[name].message)}")
     return all(name in applications and applications[name].status == ApplicationStatus.RUNNING for name in names)
+
+
+def _unanswered(gateway: str, organs: Iterable[str]) -> tuple[str, ...]:
+    """The organs that do not serve; the gateway looks at them about once a second."""
+    deadline = time.monotonic() + ORGANS_KNOWN_S
+    missing = tuple(organs)
+    while missing := tuple(organ for organ in missing if not _serves(gateway, organ_service(organ))):
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(POLL_S)
+    return missing
 
 
 def _serves(address: str, service: str = OVERALL) -> bool:

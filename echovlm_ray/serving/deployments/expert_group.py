@@ -55,8 +55,11 @@ class ExpertGroupReplica(Replica):
         policy = await asyncio.to_thread(_policy, parsed, served)
         wanted = [] if policy is None else wanted_digests(policy, parsed.organ)
 
+        healths: list[OrganHealth] = []
+
         def in_use() -> set[str]:
-            return {*wanted, *(resident.digest for resident in group.resident())}
+            now = healths[0].wanted if healths else wanted
+            return {*now, *(resident.digest for resident in group.resident())}
 
         group = ExpertGroup(
             parsed.organ,
@@ -72,6 +75,7 @@ class ExpertGroupReplica(Replica):
         endpoints = Endpoints({CONTROL: DEPLOYMENTS[CONTROL]})
         endpoints.start()
         health = OrganHealth(group, endpoints.source(CONTROL), self.publish_health, policy, INTERNAL_CHANNEL_OPTIONS)
+        healths.append(health)
         service = ExpertGroupService(group, to_status=to_status, max_queue=parsed.experts.max_queue)
 
         part = Part(
