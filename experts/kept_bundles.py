@@ -245,7 +245,8 @@ class KeptBundles:
         found: list[tuple[float, Path]] = []
         with suppress(FileNotFoundError):
             for folder in self.directory.iterdir():
-                kept = self._kept_manifest(folder.name) if folder.is_dir() else None
+                # A manifest alone is small, and names the version of what was served once.
+                kept = self._kept_manifest(folder.name) if any(folder.glob("*.safetensors")) else None
                 if kept is not None and kept[0].organ == organ and folder.name != coming:
                     with suppress(FileNotFoundError):
                         found.append((folder.stat().st_mtime, folder))

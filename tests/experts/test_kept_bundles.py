@@ -155,6 +155,18 @@ def test_few_versions_are_kept_and_those_in_use_always(
     assert len(found) == KEPT_PER_ORGAN
 
 
+def test_manifests_alone_crowd_out_no_copy(registry: Registry, tmp_path: Path, make_bundle: MakeBundle) -> None:
+    pushed = [registry.push(make_bundle(f"b{seed}", seed=seed, version=f"1.0.{seed}")) for seed in range(6)]
+    kept = KeptBundles(registry, tmp_path / "kept")
+    kept.open(pushed[0].digest)
+    for manifest in pushed[1:5]:
+        kept.manifest(manifest.digest)
+    kept.open(pushed[5].digest)
+    gone(registry)
+    kept.open(pushed[0].digest).verify()
+    assert kept.manifest(pushed[2].digest) == pushed[2]
+
+
 def test_other_organs_copies_are_not_counted(registry: Registry, kept: KeptBundles, make_bundle: MakeBundle) -> None:
     first = registry.push(make_bundle("liver", organ="liver"))
     kept.open(first.digest)
