@@ -59,7 +59,7 @@ class Bundle:
 
         Args:
             manifest: the manifest.
-            locations: where each of the manifest's files lies.
+            locations: where each of the manifest's files lies; those left out are not to be read.
             directory: the bundle's own folder, which must hold nothing else; none where files are stored by digest.
             manifest_bytes: the manifest file, by default as `Manifest.to_json` writes it.
             signature: the signature, if there is one.
@@ -167,7 +167,20 @@ class Bundle:
         """
         if self._directory is not None:
             self._verify_directory(self._directory)
+        self.verify_files(digests=digests, read=read)
+        self._verify_tensors()
+        if finite:
+            self._verify_finite()
+
+    def verify_files(self, *, digests: bool = True, read: Callable[[int], None] = lambda _: None) -> None:
+        """Checks the files that were given alone, whatever else the manifest names; see `verify`.
+
+        Raises:
+            InvalidBundleError: names the file and what is wrong with it.
+        """
         for entry in self.manifest.files:
+            if entry.path not in self._locations:
+                continue
             try:
                 verify_file(self._locations[entry.path], entry, digest=digests, read=read)
             except InvalidBundleError:
@@ -177,15 +190,14 @@ class Bundle:
                 self._locations[entry.path] = fetched
                 # What was mapped is the damaged copy.
                 self.__dict__.pop("_files", None)
-        self._verify_tensors()
-        if finite:
-            self._verify_finite()
+                self.__dict__.pop("_file_by_tensor", None)
 
     @cached_property
     def _files(self) -> dict[str, SafetensorsFile]:
         return {
             entry.path: SafetensorsFile(self._locations[entry.path], display_name=entry.path)
             for entry in self.manifest.files
+            if entry.path in self._locations
         }
 
     @cached_property

@@ -32,8 +32,27 @@ class RegistryFullError(RegistryError):
     """A registry, or the folder for bundles on their way to it, has no room. The text says where to make some."""
 
 
+class RegistryAwayError(RegistryError):
+    """The registry cannot be read now: out of reach, or not permitted. The text names the registry and the reason."""
+
+
 class BundleNotResidentError(LookupError):
     """An exchange asked for a bundle that this replica has not loaded."""
+
+
+class BundleUnusableError(BundleNotResidentError):
+    """An exchange asked for a bundle that this replica tried to load and could not.
+
+    Attributes:
+        organ: whose experts it has.
+        reason: why, in words for callers: without paths or addresses.
+    """
+
+    def __init__(self, organ: str, digest: str, reason: str) -> None:
+        """Names the bundle and says why it cannot be used."""
+        super().__init__(f"bundle {digest[:100]!r} could not be loaded in the expert group of {organ!r}: {reason}")
+        self.organ = organ
+        self.reason = reason
 
 
 class ExpertCapacityError(RuntimeError):

@@ -5,17 +5,29 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
 from experts.bundle import Bundle
 from experts.convert import OtherDtype, check_dtype, convert_experts, dtype_name
-from experts.errors import BundleNotResidentError, ExpertCapacityError, InvalidBundleError
+from experts.errors import BundleNotResidentError, BundleUnusableError, ExpertCapacityError, InvalidBundleError
 from experts.kernels.base import ExpertKernel, PreparedExperts, kernel_in_use
+from experts.load_failure import LoadFailure
 from experts.loaded import LoadedBundle, Resident
 from experts.manifest import Manifest
-from experts.registry import Registry
 from experts.warm_up import warm_up
+
+
+class BundleStore(Protocol):
+    """Where bundles come from: a `Registry`, or `KeptBundles` beside one."""
+
+    def open(self, digest: str) -> Bundle:
+        """The bundle with a digest; raises what `Registry.open` raises."""
+
+
+# More versions than are ever wanted of one organ at a time.
+_MAX_FAILURES = 16
 
 DEFAULT_TOP_K = 2
 
@@ -28,6 +40,8 @@ class _State:
     loading: dict[str, Future[Resident]] = field(default_factory=dict)
     # Of the loads under way, how far, from 0 to 1.
     progress: dict[str, float] = field(default_factory=dict)
+    # Of the bundles whose last load failed, why.
+    failures: dict[str, LoadFailure] = field(default_factory=dict)
     # Bytes of everything that is resident, being loaded, or being unloaded and not yet gone.
     held_bytes: int = 0
 
@@ -68,7 +82,7 @@ class ExpertGroup:
     def __init__(
         self,
         organ: str,
-        registry: Registry,
+        registry: BundleStore,
         kernel: ExpertKernel,
         *,
         device: torch.device | str,
@@ -136,6 +150,7 @@ class ExpertGroup:
             with self._changed:
                 del self._state.loading[digest]
                 self._state.progress.pop(digest, None)
+                self._note_failure(digest, error)
                 self._changed.notify_all()
             own.set_exception(error)
             raise
@@ -143,6 +158,7 @@ class ExpertGroup:
             del self._state.loading[digest]
             self._state.progress.pop(digest, None)
             self._state.entries[digest] = entry
+            self._state.failures.pop(digest, None)
             self._changed.notify_all()
         own.set_result(entry.resident)
         return entry.resident
@@ -155,6 +171,7 @@ class ExpertGroup:
         """
         with self._changed:
             self._changed.wait_for(lambda: digest not in self._state.loading)
+            self._state.failures.pop(digest, None)
             entry = self._state.entries.pop(digest, None)
             if entry is None:
                 return
@@ -186,6 +203,7 @@ class ExpertGroup:
 
         Raises:
             BundleNotResidentError: the bundle is not loaded.
+            BundleUnusableError: it is not loaded because the last try to load it failed.
             InvalidTensorError: a layer, shape, dtype or expert that does not fit the bundle.
         """
         with self._in_use(digest) as entry:
@@ -200,6 +218,11 @@ class ExpertGroup:
         """The loads under way: digest → how far, from 0 to 1."""
         with self._changed:
             return {digest: self._state.progress.get(digest, 0.0) for digest in self._state.loading}
+
+    def failure(self, digest: str) -> LoadFailure | None:
+        """Why the last load of a bundle failed; None if it did not, or is being tried again."""
+        with self._changed:
+            return None if digest in self._state.loading else self._state.failures.get(digest)
 
     @property
     def max_resident_bytes(self) -> int:
@@ -217,6 +240,9 @@ class ExpertGroup:
         with self._changed:
             entry = self._state.entries.get(digest)
             if entry is None:
+                failure = self._state.failures.get(digest)
+                if failure is not None and digest not in self._state.loading:
+                    raise BundleUnusableError(self.organ, digest, failure.reason)
                 raise BundleNotResidentError(
                     f"bundle {digest[:100]!r} is not loaded in the expert group of {self.organ!r}; load it first"
                 )
@@ -228,6 +254,13 @@ class ExpertGroup:
                 entry.exchanges -= 1
                 if entry.exchanges == 0:
                     self._changed.notify_all()
+
+    def _note_failure(self, digest: str, error: BaseException) -> None:
+        failures = self._state.failures
+        failures.pop(digest, None)
+        failures[digest] = LoadFailure.of(error)
+        if len(failures) > _MAX_FAILURES:
+            del failures[next(iter(failures))]
 
     def _load(self, digest: str) -> LoadedBundle:
         bundle = self._registry.open(digest)

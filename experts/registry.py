@@ -12,7 +12,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from fsspec.core import url_to_fs
@@ -20,7 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from experts.bundle import MAX_SIGNATURE_BYTES, SIGNATURE_NAME, Bundle
 from experts.bundle_writer import new_bundle_folder
-from experts.errors import InvalidBundleError, RegistryError, SignatureError, UnknownBundleError
+from experts.errors import InvalidBundleError, RegistryAwayError, RegistryError, SignatureError, UnknownBundleError
 from experts.file_cache import FileCache
 from experts.manifest import MANIFEST_NAME, FileEntry, Manifest, check_organ, check_version, version_key
 from experts.registry_store import LocalStore, RemoteStore
@@ -129,17 +129,16 @@ class Registry:
 
         Raises:
             UnknownBundleError: neither this registry nor a fallback has such a bundle.
+            OSError: no fallback has it, and this registry cannot be read.
             InvalidBundleError: a file is missing or damaged.
             ExpertCapacityError: there is no room for the files of a remote root on this machine.
         """
-        found = self._by_digest(digest)
+        found, away = self._by_digest_or_error(digest)
         if found is None:
             for fallback in self._fallbacks:
                 with suppress(UnknownBundleError):
                     return fallback.open(digest)
-            raise UnknownBundleError(
-                f"the registry {self._roots()} has no bundle with the digest {digest[:100]!r}; push it there first"
-            )
+            raise away or self._unknown(digest)
         manifest, content = found
         return Bundle(
             manifest,
@@ -148,6 +147,21 @@ class Registry:
             signature=self._signature(manifest),
             fetch_again=self._store.fetch_again if isinstance(self._store, RemoteStore) else None,
         )
+
+    def manifest(self, digest: str) -> Manifest:
+        """The manifest of the bundle with a digest.
+
+        Raises:
+            UnknownBundleError: neither this registry nor a fallback has such a bundle.
+            OSError: no fallback has it, and this registry cannot be read.
+        """
+        found, away = self._by_digest_or_error(digest)
+        if found is not None:
+            return found[0]
+        for fallback in self._fallbacks:
+            with suppress(UnknownBundleError):
+                return fallback.manifest(digest)
+        raise away or self._unknown(digest)
 
     def find(self, organ: str, version: str) -> Manifest:
         """The manifest of an organ's version.
@@ -209,19 +223,34 @@ class Registry:
         organs = ", ".join(dict.fromkeys(known.organ for known in self.list(damaged=str)))
         return f"none of it, and bundles of {organs}" if organs else "no bundles at all"
 
+    def _unknown(self, digest: str) -> UnknownBundleError:
+        return UnknownBundleError(
+            f"the registry {self._roots()} has no bundle with the digest {digest[:100]!r}; push it there first"
+        )
+
     def _roots(self) -> str:
         others = "".join(f" (nor {fallback._roots()})" for fallback in self._fallbacks)
         return f"{self.root}{others}"
 
-    def _by_digest(self, digest: str) -> tuple[Manifest, bytes] | None:
+    def _by_digest_or_error(self, digest: str) -> tuple[tuple[Manifest, bytes] | None, OSError | None]:
+        """The bundle if it is found here, or what kept this registry from being read."""
         candidates = [self._seen[digest]] if digest in self._seen else []
-        for organ, version in itertools.chain(candidates, self._versions(None)):
-            # One damaged manifest must not hide the others.
-            with suppress(InvalidBundleError):
-                found = self._read(organ, version)
+        away = None
+        try:
+            for organ, version in itertools.chain(candidates, self._versions(None)):
+                # One manifest that is damaged or may not be read must not hide the others.
+                try:
+                    found = self._read(organ, version)
+                except InvalidBundleError:
+                    continue
+                except OSError as error:
+                    away = error
+                    continue
                 if found is not None and found[0].digest == digest:
-                    return found
-        return None
+                    return found, None
+        except OSError as error:
+            away = error
+        return None, away
 
     def _locate(self, entry: FileEntry) -> Path:
         """Where a file lies; one that a fallback has on this machine need not be fetched, its digest says it all."""
@@ -274,6 +303,27 @@ class Registry:
                 f"the registry {self.root} has {manifest.organ} {manifest.version} with another spelling of "
                 f"{MANIFEST_NAME}, which this signature does not cover; pull it from there and sign that"
             )
+
+
+@contextmanager
+def reading_registry(root: str) -> Iterator[None]:
+    """Turns what the disk or the network says while a registry is read into words that name the registry.
+
+    Raises:
+        RegistryAwayError: it cannot be read.
+    """
+    try:
+        yield
+    except OSError as error:
+        # Local files say what is wrong in `strerror`, object stores in their own words.
+        reason = error.strerror or str(error) or type(error).__name__
+        where = f" ({error.filename})" if error.filename else ""
+        hint = (
+            "; give the user who reads it the right to, or name another one"
+            if isinstance(error, PermissionError)
+            else ""
+        )
+        raise RegistryAwayError(f"the registry {root} cannot be read: {reason}{where}{hint}") from error
 
 
 def _manifest_path(organ: str, version: str) -> str:

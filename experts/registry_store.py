@@ -89,39 +89,18 @@ class LocalStore:
                 return file.read(MAX_MANIFEST_BYTES + 1)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except OSError as error:
-            raise _unreadable(self._root, error) from None
 
     def versions(self) -> list[tuple[str, str]]:
         """The organs and versions that have a folder, whether complete or not.
 
         Raises:
-            RegistryError: it may not be read, or is no folder.
+            RegistryError: it is no folder.
+            PermissionError: a folder may not be read; `Path.glob` would say that there is nothing.
         """
-        try:
-            if self._root.exists() and not self._root.is_dir():
-                raise RegistryError(
-                    f"the registry {self._root} is no folder; name one, or a URL like s3://bucket/experts"
-                )
-            organs = _names(self._root / "bundles")
-            return [(organ, version) for organ in organs for version in _names(self._root / "bundles" / organ)]
-        except OSError as error:
-            raise _unreadable(self._root, error) from None
-
-
-def _names(folder: Path) -> list[str]:
-    """What lies in a folder, in order; nothing if it is none."""
-    try:
-        return sorted(os.listdir(folder))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
-def _unreadable(root: Path, error: OSError) -> RegistryError:
-    return RegistryError(
-        f"the registry {root} cannot be read: {error.strerror or type(error).__name__} ({error.filename}); give the "
-        "user who reads it the right to, or name another one"
-    )
+        if self._root.exists() and not self._root.is_dir():
+            raise RegistryError(f"the registry {self._root} is no folder; name one, or a URL like s3://bucket/experts")
+        organs = _subfolders(self._root / "bundles")
+        return [(organ.name, version.name) for organ in organs for version in _subfolders(organ)]
 
 
 class RemoteStore:
@@ -226,6 +205,13 @@ class RemoteStore:
 
 def _file_path(entry: FileEntry) -> str:
     return f"files/{entry.sha256}.safetensors"
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    try:
+        return [path for path in folder.iterdir() if path.is_dir()]
+    except FileNotFoundError:
+        return []
 
 
 def _has_size(path: Path, size: int) -> bool:

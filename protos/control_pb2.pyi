@@ -235,16 +235,20 @@ class ListRequest(_message.Message):
     def __init__(self, organ: _Optional[str] = ...) -> None: ...
 
 class ListResponse(_message.Message):
-    __slots__ = ("live", "bundles", "rollouts", "replicas")
+    __slots__ = ("live", "bundles", "rollouts", "replicas", "problems", "registry_problem")
     LIVE_FIELD_NUMBER: _ClassVar[int]
     BUNDLES_FIELD_NUMBER: _ClassVar[int]
     ROLLOUTS_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    REGISTRY_PROBLEM_FIELD_NUMBER: _ClassVar[int]
     live: ExpertSet
     bundles: _containers.RepeatedCompositeFieldContainer[BundleInfo]
     rollouts: _containers.RepeatedCompositeFieldContainer[Rollout]
     replicas: _containers.RepeatedCompositeFieldContainer[ReplicaResidents]
-    def __init__(self, live: _Optional[_Union[ExpertSet, _Mapping]] = ..., bundles: _Optional[_Iterable[_Union[BundleInfo, _Mapping]]] = ..., rollouts: _Optional[_Iterable[_Union[Rollout, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaResidents, _Mapping]]] = ...) -> None: ...
+    problems: _containers.RepeatedCompositeFieldContainer[OrganProblem]
+    registry_problem: str
+    def __init__(self, live: _Optional[_Union[ExpertSet, _Mapping]] = ..., bundles: _Optional[_Iterable[_Union[BundleInfo, _Mapping]]] = ..., rollouts: _Optional[_Iterable[_Union[Rollout, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaResidents, _Mapping]]] = ..., problems: _Optional[_Iterable[_Union[OrganProblem, _Mapping]]] = ..., registry_problem: _Optional[str] = ...) -> None: ...
 
 class BundleInfo(_message.Message):
     __slots__ = ("organ", "name", "version", "digest", "description", "num_experts", "size_bytes", "live")
@@ -277,6 +281,30 @@ class ReplicaResidents(_message.Message):
     limit_bytes: int
     bundles: _containers.RepeatedCompositeFieldContainer[ResidentShare]
     def __init__(self, organ: _Optional[str] = ..., replica: _Optional[str] = ..., limit_bytes: _Optional[int] = ..., bundles: _Optional[_Iterable[_Union[ResidentShare, _Mapping]]] = ...) -> None: ...
+
+class OrganProblem(_message.Message):
+    __slots__ = ("organ", "version", "digest", "replicas", "holding", "reasons")
+    ORGAN_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    HOLDING_FIELD_NUMBER: _ClassVar[int]
+    REASONS_FIELD_NUMBER: _ClassVar[int]
+    organ: str
+    version: str
+    digest: str
+    replicas: int
+    holding: int
+    reasons: _containers.RepeatedCompositeFieldContainer[ReplicaProblem]
+    def __init__(self, organ: _Optional[str] = ..., version: _Optional[str] = ..., digest: _Optional[str] = ..., replicas: _Optional[int] = ..., holding: _Optional[int] = ..., reasons: _Optional[_Iterable[_Union[ReplicaProblem, _Mapping]]] = ...) -> None: ...
+
+class ReplicaProblem(_message.Message):
+    __slots__ = ("replica", "text")
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    replica: str
+    text: str
+    def __init__(self, replica: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
 
 class ResidentShare(_message.Message):
     __slots__ = ("digest", "resident_bytes", "progress", "spare")
@@ -341,18 +369,20 @@ class WatchRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ControlState(_message.Message):
-    __slots__ = ("version", "live", "rollouts", "replicas", "not_taken_up")
+    __slots__ = ("version", "live", "rollouts", "replicas", "not_taken_up", "problems")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     LIVE_FIELD_NUMBER: _ClassVar[int]
     ROLLOUTS_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     NOT_TAKEN_UP_FIELD_NUMBER: _ClassVar[int]
+    PROBLEMS_FIELD_NUMBER: _ClassVar[int]
     version: int
     live: ExpertSet
     rollouts: _containers.RepeatedCompositeFieldContainer[Rollout]
     replicas: _containers.RepeatedCompositeFieldContainer[ReplicaResidents]
     not_taken_up: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, version: _Optional[int] = ..., live: _Optional[_Union[ExpertSet, _Mapping]] = ..., rollouts: _Optional[_Iterable[_Union[Rollout, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaResidents, _Mapping]]] = ..., not_taken_up: _Optional[_Iterable[str]] = ...) -> None: ...
+    problems: _containers.RepeatedCompositeFieldContainer[OrganProblem]
+    def __init__(self, version: _Optional[int] = ..., live: _Optional[_Union[ExpertSet, _Mapping]] = ..., rollouts: _Optional[_Iterable[_Union[Rollout, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaResidents, _Mapping]]] = ..., not_taken_up: _Optional[_Iterable[str]] = ..., problems: _Optional[_Iterable[_Union[OrganProblem, _Mapping]]] = ...) -> None: ...
 
 class WatchPolicyRequest(_message.Message):
     __slots__ = ("router", "gateway")

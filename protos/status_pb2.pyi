@@ -1,3 +1,4 @@
+from protos import control_pb2 as _control_pb2
 from protos import expert_pb2 as _expert_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -12,7 +13,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ReplicaDescription(_message.Message):
-    __slots__ = ("application", "deployment", "replica_id", "endpoint", "node", "pid", "device", "resident_bytes", "queue_length", "organ", "bundles")
+    __slots__ = ("application", "deployment", "replica_id", "endpoint", "node", "pid", "device", "resident_bytes", "queue_length", "organ", "bundles", "problem")
     APPLICATION_FIELD_NUMBER: _ClassVar[int]
     DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +25,7 @@ class ReplicaDescription(_message.Message):
     QUEUE_LENGTH_FIELD_NUMBER: _ClassVar[int]
     ORGAN_FIELD_NUMBER: _ClassVar[int]
     BUNDLES_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
     application: str
     deployment: str
     replica_id: str
@@ -35,19 +37,22 @@ class ReplicaDescription(_message.Message):
     queue_length: int
     organ: str
     bundles: _containers.RepeatedCompositeFieldContainer[_expert_pb2.ResidentBundle]
-    def __init__(self, application: _Optional[str] = ..., deployment: _Optional[str] = ..., replica_id: _Optional[str] = ..., endpoint: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., resident_bytes: _Optional[int] = ..., queue_length: _Optional[int] = ..., organ: _Optional[str] = ..., bundles: _Optional[_Iterable[_Union[_expert_pb2.ResidentBundle, _Mapping]]] = ...) -> None: ...
+    problem: str
+    def __init__(self, application: _Optional[str] = ..., deployment: _Optional[str] = ..., replica_id: _Optional[str] = ..., endpoint: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., resident_bytes: _Optional[int] = ..., queue_length: _Optional[int] = ..., organ: _Optional[str] = ..., bundles: _Optional[_Iterable[_Union[_expert_pb2.ResidentBundle, _Mapping]]] = ..., problem: _Optional[str] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("applications", "expert_set_id")
+    __slots__ = ("applications", "expert_set_id", "problems")
     APPLICATIONS_FIELD_NUMBER: _ClassVar[int]
     EXPERT_SET_ID_FIELD_NUMBER: _ClassVar[int]
+    PROBLEMS_FIELD_NUMBER: _ClassVar[int]
     applications: _containers.RepeatedCompositeFieldContainer[ApplicationStatus]
     expert_set_id: str
-    def __init__(self, applications: _Optional[_Iterable[_Union[ApplicationStatus, _Mapping]]] = ..., expert_set_id: _Optional[str] = ...) -> None: ...
+    problems: _containers.RepeatedCompositeFieldContainer[_control_pb2.OrganProblem]
+    def __init__(self, applications: _Optional[_Iterable[_Union[ApplicationStatus, _Mapping]]] = ..., expert_set_id: _Optional[str] = ..., problems: _Optional[_Iterable[_Union[_control_pb2.OrganProblem, _Mapping]]] = ...) -> None: ...
 
 class ApplicationStatus(_message.Message):
     __slots__ = ("name", "status", "message", "replicas")

@@ -42,6 +42,17 @@ class ExpertsUnavailableError(RuntimeError):
         self.retry_after_s = retry_after_s
 
 
+class ExpertsUnusableError(ExpertsUnavailableError):
+    """No replica of an organ could load the version that a request needs, so waiting does not help it."""
+
+    def __init__(self, organ: str, digest: str, reason: str, version: str = "") -> None:
+        """Names the bundle, and its version where it is known; the reason names no place inside the system."""
+        super().__init__(organ, f"no replica could load version {version or digest[:12]}: {reason}")
+        self.digest = digest
+        self.version = version
+        self.reason = reason
+
+
 class ExpertsFailedError(RuntimeError):
     """An organ's experts answered that they cannot compute an exchange; sending it again would not help."""
 

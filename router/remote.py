@@ -6,12 +6,12 @@ import weakref
 from collections.abc import Callable, Sequence
 
 import torch
-from google.rpc import code_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
 
-from experts.errors import InvalidTensorError
+from experts.errors import BUNDLE_UNUSABLE, InvalidTensorError
 from experts.transport.shared_memory import MemoryBudget
 from router.channel import ChannelState, Connect, ReplicaChannel, ReplicaLostError, SentExchange, connect_insecure
-from router.errors import ExpertsFailedError, ExpertsUnavailableError
+from router.errors import ExpertsFailedError, ExpertsUnavailableError, ExpertsUnusableError
 from router.tokens import Tokens
 
 # What a replica may answer while it is overloaded, starting, stopping, or has not loaded the bundle yet.
@@ -29,6 +29,8 @@ PASSING_CODES = frozenset(
 # As much as the longest step of a model of full size takes, there and back, a few times over.
 SHARED_MEMORY_BYTES = 256 * 1024 * 1024
 _LONGEST_WATCH_S = 0.25
+# A replica that could not load a bundle is the last to be asked for it, for so long.
+_LACKING_S = 1.0
 
 
 class RemoteExperts:
@@ -59,6 +61,8 @@ class RemoteExperts:
         self._channels: dict[str, dict[str, ReplicaChannel]] = {}
         # Those that are not used any more, until what they were sent is answered.
         self._retired: list[ReplicaChannel] = []
+        # (address, bundle) → until when the replica is asked last, in `time.monotonic` seconds.
+        self._lacking: dict[tuple[str, str], float] = {}
         self._closing = threading.Event()
         self._watcher: threading.Thread | None = None
 
@@ -118,13 +122,25 @@ class RemoteExperts:
             if channel.state is ChannelState.READY and channel.address not in tried
         ]
         if len(ready) > 1:
-            ready.sort(key=lambda channel: channel.in_flight)
+            now = time.monotonic()
+            digest = tokens.bundle_digest
+            ready.sort(key=lambda channel: (self._lacking.get((channel.address, digest), 0.0) > now, channel.in_flight))
         for channel in ready:
             try:
                 return channel, channel.send(tokens)
             except ReplicaLostError as error:
                 reason = str(error)
         raise self.unavailable(organ) or ExpertsUnavailableError(organ, reason or "every replica was tried")
+
+    def lacks(self, address: str, bundle_digest: str) -> None:
+        """Notes that a replica answered that it could not load a bundle."""
+        now = time.monotonic()
+        self._lacking = {place: until for place, until in self._lacking.items() if until > now}
+        self._lacking[address, bundle_digest] = now + _LACKING_S
+
+    def is_connecting(self, organ: str) -> bool:
+        """Whether another replica of the organ may answer soon."""
+        return any(channel.state is ChannelState.CONNECTING for channel in self._refresh(organ))
 
     def _refresh(self, organ: str) -> list[ReplicaChannel]:
         live = self._addresses(organ)
@@ -182,7 +198,7 @@ class RemoteExchange:
         compute_s: see `Exchange`.
     """
 
-    __slots__ = ("_channel", "_experts", "_organ", "_sent", "_tokens", "_tried", "compute_s", "gather_s")
+    __slots__ = ("_channel", "_experts", "_organ", "_passing", "_sent", "_tokens", "_tried", "compute_s", "gather_s")
 
     def __init__(self, experts: RemoteExperts, organ: str, tokens: Tokens) -> None:
         """Sends the tokens.
@@ -194,6 +210,8 @@ class RemoteExchange:
         self._organ = organ
         self._tokens = tokens
         self._tried: set[str] = set()
+        # Of the replicas that were asked, one that may hold the bundle later.
+        self._passing: ExpertsUnavailableError | None = None
         self.compute_s = 0.0
         self._start()
 
@@ -208,14 +226,30 @@ class RemoteExchange:
             outcome = self._wait()
             if isinstance(outcome, torch.Tensor):
                 return outcome
+            if isinstance(outcome, ExpertsUnusableError):
+                self._experts.lacks(self._channel.address, outcome.digest)
+            elif isinstance(outcome, ExpertsUnavailableError):
+                self._passing = outcome
             try:
                 self._start()
-            except ExpertsUnavailableError:
+            except ExpertsUnavailableError as nobody_else:
                 try:
-                    raise outcome from None
+                    raise self._verdict(outcome, nobody_else) from None
                 finally:
                     # Its traceback holds this frame, which would hold it, and with it the shared memory.
                     del outcome
+                    self._passing = None
+
+    def _verdict(
+        self, last: ExpertsUnavailableError | ExpertsFailedError, nobody_else: ExpertsUnavailableError
+    ) -> ExpertsUnavailableError | ExpertsFailedError:
+        """Waiting is of no use only where every replica there is could not load the bundle."""
+        if isinstance(last, ExpertsUnusableError):
+            if self._passing is not None:
+                return self._passing
+            if self._experts.is_connecting(self._organ):
+                return ExpertsUnavailableError(self._organ, str(nobody_else))
+        return last
 
     def _wait(self) -> torch.Tensor | ExpertsUnavailableError | ExpertsFailedError:
         try:
@@ -223,6 +257,8 @@ class RemoteExchange:
         except ReplicaLostError as error:
             return ExpertsUnavailableError(self._organ, str(error))
         if response.HasField("error"):
+            if (reason := _unusable(response.error)) is not None:
+                return ExpertsUnusableError(self._organ, self._tokens.bundle_digest, reason)
             if response.error.code in PASSING_CODES:
                 return ExpertsUnavailableError(self._organ, response.error.message)
             return ExpertsFailedError(self._organ, response.error.message)
@@ -238,3 +274,12 @@ class RemoteExchange:
                 f"sent {shape} {x_TD.dtype} and got {tuple(output_TD.shape)} {output_TD.dtype} back",
             )
         return output_TD if x_TD.is_cpu else output_TD.to(x_TD.device)
+
+
+def _unusable(status: status_pb2.Status) -> str | None:
+    """Why a replica could not load the bundle that it was asked for, if that is what it says."""
+    info = error_details_pb2.ErrorInfo()
+    for detail in status.details:
+        if detail.Unpack(info) and info.reason == BUNDLE_UNUSABLE:
+            return str(info.metadata.get("why", ""))
+    return None

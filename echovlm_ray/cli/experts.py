@@ -2,6 +2,7 @@
 
 import typer
 
+from echovlm_ray.cli.experts_backup import backup, restore
 from echovlm_ray.cli.experts_bundles import diff, pack, show, sign, verify
 from echovlm_ray.cli.experts_history import history
 from echovlm_ray.cli.experts_registry import list_command, pull, push
@@ -32,3 +33,6 @@ app.command("rollback", rich_help_panel=ROLLOUTS)(rollback)
 app.command("retire", rich_help_panel=ROLLOUTS)(retire)
 app.command("apply", rich_help_panel=ROLLOUTS)(apply)
 app.command("history", rich_help_panel=ROLLOUTS)(history)
+STATE = "State of the rollouts, on the machine of its database"
+app.command("backup", rich_help_panel=STATE)(backup)
+app.command("restore", rich_help_panel=STATE)(restore)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
-Checkpoint = Annotated[Path, typer.Option(help="The split checkpoint for whose backbone it is.")]
+DEFAULT_CHECKPOINT = Path("checkpoints/demo")
 Password = Annotated[
     str | None,
     typer.Option(envvar="ECHORAY_KEY_PASSWORD", help="The private key's password; better in the environment."),
@@ -40,7 +40,12 @@ def pack(
     destination: Annotated[Path, typer.Argument(metavar="DST", help="The bundle's folder to make.")],
     organ: Annotated[str, typer.Option(help="Whose experts these are.")],
     version: Annotated[str | None, typer.Option(help="The semantic version, like 1.1.0.")] = None,
-    checkpoint: Checkpoint = Path("checkpoints/demo"),
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="The split checkpoint for whose backbone it is. [default: SRC, if it is one, else checkpoints/demo]"
+        ),
+    ] = None,
     card: Annotated[
         Path | None, typer.Option(help="A YAML file with any of the manifest's fields; options win over it.")
     ] = None,
@@ -77,19 +82,30 @@ def pack(
     """Packs one organ's experts as a bundle.
 
     SRC is a split checkpoint, a released one whose backbone is the same, or what a training wrote: safetensors with
-    nothing but `model.layers.{i}.moe.experts.{e}.…` and `model.layers.{i}.moe.gate.weight`. What SRC says about itself
-    is taken over; `--card` and the options say the rest. Inputs and outputs of every layer are recorded, for `verify`.
+    nothing but `model.layers.{i}.moe.experts.{e}.…` and `model.layers.{i}.moe.gate.weight`. Such files do not
+    say which backbone they belong to: give its split checkpoint with `--checkpoint`, as for a released one.
+
+    What SRC says about itself is taken over; `--card` and the options say the rest. Inputs and outputs of every layer
+    are recorded, for `verify`.
 
     One tensor at a time is in memory. DST appears only when it is complete.
 
-    Example: `echoray experts pack trained/ breast-1.1.0 --organ breast --version 1.1.0 --card breast.yaml`
+    Example: `echoray experts pack trained/ breast-1.1.0 --organ breast --version 1.1.0 --checkpoint checkpoints/split`
     """
     with clear_errors():
         from echovlm_ray.checkpoint.bundle_card import BundleCard, read_card
+        from echovlm_ray.checkpoint.layout import is_split_folder
         from echovlm_ray.checkpoint.pack import PackOptions
         from echovlm_ray.checkpoint.pack import pack as pack_bundle
         from experts.signing import sign_bundle
 
+        if checkpoint is None:
+            checkpoint = source if is_split_folder(source) else DEFAULT_CHECKPOINT
+            if not is_split_folder(checkpoint):
+                fail(
+                    f"{source} does not say for which backbone it is: give the split checkpoint with --checkpoint",
+                    EXIT_INVALID,
+                )
         said = BundleCard(
             name=name,
             version=version,

@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
+from echovlm_ray.cli.answering import problem_as_dict, problem_in_words
 from echovlm_ray.cli.control import with_control, with_named_control
 from echovlm_ray.cli.experts_targets import (
     DEFAULT_REGISTRY,
@@ -145,9 +147,16 @@ def _list_system(control: ExpertControlClient, organ: str, as_json: bool) -> Non
     versions = versions_of(found.bundles, found.rollouts)
     if as_json:
         state = state_as_dict(found.live, found.rollouts, found.replicas, versions, organ)
+        state["problems"] = [problem_as_dict(problem) for problem in found.problems]
         state["bundles"] = [bundle_as_dict(bundle) for bundle in found.bundles]
+        state["registry_problem"] = found.registry_problem
         say_json(state, indent=2)
         return
     console = console_of()
     console.print(state_view(found.live, found.rollouts, found.replicas, versions, organ))
-    console.print(bundles_view(found.bundles))
+    for problem in found.problems:
+        console.print(problem_in_words(problem), soft_wrap=True)
+    if found.registry_problem:
+        console.print(f"[red]{escape(found.registry_problem)}[/red]", soft_wrap=True)
+    else:
+        console.print(bundles_view(found.bundles))

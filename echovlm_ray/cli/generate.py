@@ -106,7 +106,7 @@ def generate(
         "session_key": session,
     }
     console = console_of(stderr=True)
-    with _failures(console, server), _client(server, token_file, ca, certificate, key, timeout) as client:
+    with _failures(console, server), _client(console, server, token_file, ca, certificate, key, timeout) as client:
         images = _read_stdin(files or [])
         if not images and not prompt.strip():
             raise ValueError("there is nothing to write about: name an image file, or give --prompt")
@@ -128,7 +128,7 @@ def info(
 ) -> None:
     """Shows what a gateway serves: the model, its organs with the versions of their experts, its limits."""
     console = console_of(stderr=True)
-    with _failures(console, server), _client(server, token_file, ca, certificate, key, timeout) as client:
+    with _failures(console, server), _client(console, server, token_file, ca, certificate, key, timeout) as client:
         found = client.model_info()
         if as_json:
             say_json(dataclasses.asdict(found), indent=2)
@@ -137,11 +137,25 @@ def info(
 
 
 def _client(
-    server: str, token_file: Path | None, ca: Path | None, certificate: Path | None, key: Path | None, timeout: float
+    console: Console,
+    server: str,
+    token_file: Path | None,
+    ca: Path | None,
+    certificate: Path | None,
+    key: Path | None,
+    timeout: float,
 ) -> EchoVLMClient:
-    # Whoever waits at a terminal wants to hear at once that there is no server.
+    told: list[EchoVLMError] = []
+
+    def waiting(error: EchoVLMError) -> None:
+        # A server that restarts is waited for; that there may be none is said at once.
+        if not told:
+            told.append(error)
+            console.print(line(_explain(error, server)[0]), style="yellow", soft_wrap=True)
+            console.print(f"Trying again for up to {timeout:g} s (--timeout); Ctrl-C ends it.", style="yellow")
+
     return EchoVLMClient(
-        server, token=token_of(token_file), tls=tls_of(ca, certificate, key), timeout_s=timeout, retry=False
+        server, token=token_of(token_file), tls=tls_of(ca, certificate, key), timeout_s=timeout, waiting=waiting
     )
 
 

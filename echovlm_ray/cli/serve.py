@@ -157,7 +157,10 @@ def _print_ready(system: "RunningSystem", config: "Config", console: Console, de
 
     index, expert_set = system.served.index, system.served.expert_set
     gateway = ", ".join(sorted(set(system.gateway_addresses)))
-    organs = ", ".join(f"{organ} {version}" for organ, version in system.served.versions.items())
+    organs = ", ".join(
+        f"{organ} {version or '(version unknown)'}" + (" (NOT SERVING)" if organ in system.unanswered else "")
+        for organ, version in system.served.versions.items()
+    )
     console.print(styled("Ready", "bold green"), f"after {system.start_s:.0f} s.")
     rows = {
         "gateway": f"{gateway} ({_access(config.gateway)})",
@@ -177,6 +180,10 @@ def _print_ready(system: "RunningSystem", config: "Config", console: Console, de
             "in its backbone/ folder, so the gateway cannot answer: only the router can be called, with token ids.",
         )
     command = _command()
+    if system.unanswered:
+        console.print(
+            styled(f"{', '.join(system.unanswered)} cannot be answered now:", "red"), f"`{command} status` says why."
+        )
     server = "" if system.gateway_address == DEFAULT_ADDRESS else f" --server {system.gateway_address}"
     control = "" if system.control_address == DEFAULT_CONTROL else f" --control {system.control_address}"
     console.print("Next, in another shell (any DICOM, still or video of an ultrasound):")

@@ -1,11 +1,13 @@
 """`echoray status`: what runs where, from Control. Only the client's packages."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import grpc
 import typer
 from rich.text import Text
 
+from echovlm_ray.cli.answering import NO_ANSWER, problem_as_dict, problem_in_words
 from echovlm_ray.cli.control import explain
 from echovlm_ray.cli.credentials import Authority, Certificate, Key, TokenFile, tls_of, token_of
 from echovlm_ray.cli.tables import Listing
@@ -16,6 +18,7 @@ from echovlm_ray.client.errors import EchoVLMError, from_rpc_error
 from protos import status_pb2, status_pb2_grpc
 
 if TYPE_CHECKING:
+    from protos.control_pb2 import OrganProblem
     from protos.expert_pb2 import ResidentBundle
     from protos.status_pb2 import ApplicationStatus, GetStatusResponse, ReplicaDescription
 
@@ -23,6 +26,7 @@ EXIT_FAILED = 1
 EXIT_INVALID = 2
 DEFAULT_CONTROL = "127.0.0.1:50052"
 RUNNING = "RUNNING"
+EXPERT_PREFIX = "expert-"
 MEBIBYTE = 1024 * 1024
 
 
@@ -37,7 +41,10 @@ def status(
 ) -> None:
     """Shows every part: its replicas, their addresses and processes, expert versions, queues and memory.
 
-    Exit status: 0 all is well; 1 some part is not running; 2 wrong options; 3 nothing answers; 5 credentials.
+    Below the table it says which organs cannot be answered, or not by all of their replicas, and why.
+
+    Exit status: 0 all is well; 1 some part is not running or some organ cannot be answered; 2 wrong options; 3 nothing
+    answers; 5 credentials.
 
     Example: `echoray status`
     """
@@ -51,7 +58,8 @@ def status(
         say_json(_as_dict(found), indent=2)
     else:
         _print(found)
-    if any(application.status != RUNNING for application in found.applications):
+    stopped = any(application.status != RUNNING for application in found.applications)
+    if stopped or any(not problem.holding for problem in found.problems):
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -77,6 +85,7 @@ def _ask(control: str, token: str | None, tls: TLS | None, timeout: float) -> "G
 def _as_dict(found: "GetStatusResponse") -> dict[str, Any]:
     return {
         "expert_set_id": found.expert_set_id,
+        "problems": [problem_as_dict(problem) for problem in found.problems],
         "applications": [
             {
                 "name": application.name,
@@ -101,6 +110,7 @@ def _replica_as_dict(replica: "ReplicaDescription") -> dict[str, Any]:
         "resident_bytes": replica.resident_bytes,
         "queue_length": replica.queue_length,
         "organ": replica.organ,
+        "problem": replica.problem,
         "bundles": [
             {
                 "digest": bundle.digest,
@@ -123,18 +133,32 @@ def _print(found: "GetStatusResponse") -> None:
     where = ["endpoint", *(["node"] if len(nodes) > 1 else [])]
     table = Listing("application", "status", *where, *numbers, "experts", right=numbers)
     for application in found.applications:
-        for row in _rows(application, with_node=len(nodes) > 1):
+        for row in _rows(application, found.problems, with_node=len(nodes) > 1):
             table.add_row(*row)
     console.print(table)
     console.print(line(f"expert set {found.expert_set_id[:12]}" + (f" on {min(nodes)}" if len(nodes) == 1 else "")))
     for application in found.applications:
         if application.status != RUNNING and application.message:
             console.print(line(f"{application.name}: {application.message}"), soft_wrap=True)
+        for replica in application.replicas:
+            # What an expert replica lacks is among the organs' problems.
+            if replica.problem and not replica.organ:
+                console.print(line(f"{application.name}: {replica.problem}"), soft_wrap=True)
+    for problem in found.problems:
+        console.print(problem_in_words(problem), soft_wrap=True)
 
 
-def _rows(application: "ApplicationStatus", *, with_node: bool) -> list[list[str | Text]]:
-    style = "green" if application.status == RUNNING else "red"
-    head: list[str | Text] = [name_of(application.name), styled(name_of(application.status), style)]
+def _rows(
+    application: "ApplicationStatus", problems: "Iterable[OrganProblem]", *, with_node: bool
+) -> list[list[str | Text]]:
+    status = application.status
+    if status == RUNNING and any(
+        application.name == f"{EXPERT_PREFIX}{problem.organ}" and not problem.holding for problem in problems
+    ):
+        # Its processes run, and that is all.
+        status = NO_ANSWER
+    style = "green" if status == RUNNING else "red"
+    head: list[str | Text] = [name_of(application.name), styled(name_of(status), style)]
     rows = []
     for replica in application.replicas:
         row = [*head, replica.endpoint, *([replica.node] if with_node else [])]

@@ -1,6 +1,8 @@
 """The client for asyncio: the same calls as `EchoVLMClient`, awaited."""
 
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Self, Unpack
 
@@ -8,8 +10,10 @@ import grpc
 
 from echovlm_ray.client.arguments import timeout
 from echovlm_ray.client.connection import DEFAULT_ADDRESS, TLS, call_metadata, channel_options, check_connection
-from echovlm_ray.client.errors import InternalServerError, from_rpc_error
+from echovlm_ray.client.errors import EchoVLMError, InternalServerError, from_rpc_error
+from echovlm_ray.client.patience import Patience, Waiting
 from echovlm_ray.client.request import GenerateOptions, Image, build_request
+from echovlm_ray.client.synchronous import Metadata, Response
 from echovlm_ray.client.types import Accepted, Answer, Event, ModelInfo, Summary, Text, event_from_proto
 from protos import echovlm_pb2, echovlm_pb2_grpc
 
@@ -23,11 +27,19 @@ class AsyncAnswerStream(AsyncIterator[Event]):
 
     def __init__(
         self,
-        call: "grpc.aio.UnaryStreamCall[echovlm_pb2.GenerateRequest, echovlm_pb2.GenerateEvent]",
+        send: "Callable[[], grpc.aio.UnaryStreamCall[echovlm_pb2.GenerateRequest, echovlm_pb2.GenerateEvent]]",
+        patience: Patience,
+        closed: Callable[[], bool],
         address: str,
         request_id: str,
     ) -> None:
-        self._call = call
+        self._send = send
+        self._patience = patience
+        self._closed = closed
+        self._call = send()
+        self._cancelled = asyncio.Event()
+        # Nothing is sent again from then on.
+        self._begun = False
         self._address = address
         self.request_id = request_id
         self.accepted: Accepted | None = None
@@ -44,7 +56,8 @@ class AsyncAnswerStream(AsyncIterator[Event]):
             try:
                 message = await self._call.read()
             except grpc.RpcError as error:
-                raise from_rpc_error(error, self._address, self.request_id) from None
+                await self._send_again(from_rpc_error(error, self._address, self.request_id))
+                continue
             if message is grpc.aio.EOF:
                 if self.summary is None:
                     raise InternalServerError(
@@ -53,8 +66,13 @@ class AsyncAnswerStream(AsyncIterator[Event]):
                 raise StopAsyncIteration
             event = event_from_proto(message)
             if isinstance(event, Accepted):
+                if self.accepted is not None:
+                    # It was accepted before, by a server that was lost.
+                    continue
                 self.accepted = event
-            elif isinstance(event, Summary):
+            else:
+                self._begun = True
+            if isinstance(event, Summary):
                 self.summary = event
             if event is not None:
                 return event
@@ -67,7 +85,18 @@ class AsyncAnswerStream(AsyncIterator[Event]):
 
     def cancel(self) -> None:
         """Ends the request here and on the server; after its end that does nothing."""
+        self._cancelled.set()
         self._call.cancel()
+
+    async def _send_again(self, failure: EchoVLMError) -> None:
+        if self._begun or self._cancelled.is_set() or self._closed():
+            raise failure
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._patience.pause_after(failure)):
+                await self._cancelled.wait()
+        if self._cancelled.is_set():
+            raise failure
+        self._call = self._send()
 
     async def __aenter__(self) -> Self:
         """The stream itself."""
@@ -97,10 +126,14 @@ class AsyncEchoVLMClient:
         tls: TLS | None = None,
         timeout_s: float | None = 300.0,
         retry: bool = True,
+        waiting: Waiting | None = None,
     ) -> None:
         check_connection(address, token, tls)
         self._timeout_s = timeout("timeout_s", timeout_s)
-        options = channel_options(address, tls, retry=retry)
+        self._retry = retry
+        self._waiting = waiting
+        self._closed = False
+        options = channel_options(address, tls)
         if tls is None:
             self._channel = grpc.aio.insecure_channel(address, options)
         else:
@@ -123,10 +156,7 @@ class AsyncEchoVLMClient:
         """
         request = build_request(images, **options)
         request_id, metadata = call_metadata(self._token, request_id)
-        try:
-            response = await self._stub.Generate(request, timeout=self._timeout(timeout_s), metadata=metadata)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, self._address, request_id) from None
+        response = await self._call(self._stub.Generate, request, timeout_s, request_id, metadata)
         return Answer(response.text, Summary.from_proto(response.summary))
 
     def stream(
@@ -140,8 +170,12 @@ class AsyncEchoVLMClient:
         """The answer while it is written; arguments, events and errors are those of `EchoVLMClient.stream`."""
         request = build_request(images, **options)
         request_id, metadata = call_metadata(self._token, request_id)
-        call = self._stub.GenerateStream(request, timeout=self._timeout(timeout_s), metadata=metadata)
-        return AsyncAnswerStream(call, self._address, request_id)
+        patience = self._patience(timeout_s)
+
+        def send() -> "grpc.aio.UnaryStreamCall[echovlm_pb2.GenerateRequest, echovlm_pb2.GenerateEvent]":
+            return self._stub.GenerateStream(request, timeout=patience.remaining_s(), metadata=metadata)
+
+        return AsyncAnswerStream(send, patience, lambda: self._closed, self._address, request_id)
 
     async def model_info(self, *, timeout_s: float | None = None, request_id: str | None = None) -> ModelInfo:
         """What is served: model, organs with the versions of their experts, limits.
@@ -151,14 +185,12 @@ class AsyncEchoVLMClient:
         """
         request_id, metadata = call_metadata(self._token, request_id)
         request = echovlm_pb2.GetModelInfoRequest()
-        try:
-            message = await self._stub.GetModelInfo(request, timeout=self._timeout(timeout_s), metadata=metadata)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, self._address, request_id) from None
+        message = await self._call(self._stub.GetModelInfo, request, timeout_s, request_id, metadata)
         return ModelInfo.from_proto(message)
 
     async def close(self) -> None:
         """Closes the connection; calls under way are cancelled."""
+        self._closed = True
         await self._channel.close()
 
     async def __aenter__(self) -> Self:
@@ -171,5 +203,24 @@ class AsyncEchoVLMClient:
         """Closes the connection."""
         await self.close()
 
-    def _timeout(self, timeout_s: float | None) -> float | None:
-        return self._timeout_s if timeout_s is None else timeout("timeout_s", timeout_s)
+    async def _call(
+        self,
+        method: "Callable[..., Awaitable[Response]]",
+        request: object,
+        timeout_s: float | None,
+        request_id: str,
+        metadata: Metadata,
+    ) -> "Response":
+        patience = self._patience(timeout_s)
+        while True:
+            try:
+                return await method(request, timeout=patience.remaining_s(), metadata=metadata)
+            except grpc.RpcError as error:
+                failure = from_rpc_error(error, self._address, request_id)
+            if self._closed:
+                raise failure
+            await asyncio.sleep(patience.pause_after(failure))
+
+    def _patience(self, timeout_s: float | None) -> Patience:
+        seconds = self._timeout_s if timeout_s is None else timeout("timeout_s", timeout_s)
+        return Patience(seconds, retry=self._retry, waiting=self._waiting)

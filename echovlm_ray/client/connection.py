@@ -1,6 +1,5 @@
-"""How the client reaches a server: address, encryption, token, retries, the id of a call."""
+"""How the client reaches a server: address, encryption, token, the id of a call."""
 
-import json
 import os
 import re
 import uuid
@@ -17,27 +16,11 @@ REQUEST_ID_KEY = "x-request-id"
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 LOOPBACK = re.compile(r"(127(\.\d{1,3}){3}|localhost|\[::1\])(:\d+)?$|unix:")
 
-# Every method is free of lasting effect, so gRPC may send it again while nothing has come back, not even headers.
-# Five tries (gRPC allows no more) wait about 7 s in all, within which a killed gateway is back.
-RETRIES = {
-    "methodConfig": [
-        {
-            "name": [{"service": "echovlm.v1.EchoVLM"}],
-            "retryPolicy": {
-                "maxAttempts": 5,
-                "initialBackoff": "0.25s",
-                "maxBackoff": "4s",
-                "backoffMultiplier": 3,
-                # A server that stops ends a call that races with it as CANCELLED.
-                "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
-            },
-        }
-    ]
-}
-# gRPC keeps a request for a retry only up to this size, by default 256 KiB; a cine loop has tens of megabytes.
-RETRY_BUFFER_BYTES = 1024**3
 # https://github.com/grpc/grpc/blob/master/doc/naming.md
 OWN_KINDS = frozenset({"unix", "unix-abstract", "dns", "ipv4", "ipv6", "vsock"})
+# After a lost connection gRPC itself waits before it connects again, by default for up to two minutes, and calls fail
+# meanwhile. Sending a call again is done here, in `client.patience`.
+RECONNECT_MS = {"initial": 100, "min": 100, "max": 1000}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +83,12 @@ def _names_a_port(address: str) -> bool:
     return bool(host) and port.isdecimal() and 0 < int(port) < 65536
 
 
-def channel_options(address: str, tls: TLS | None, *, retry: bool) -> list[tuple[str, str | int]]:
-    """Options of a channel, the same for `grpc` and `grpc.aio`; `retry` is the clients' argument."""
+def channel_options(address: str, tls: TLS | None) -> list[tuple[str, str | int]]:
+    """Options of a channel, the same for `grpc` and `grpc.aio`."""
     options: list[tuple[str, str | int]] = [
-        ("grpc.service_config", json.dumps(RETRIES if retry else {})),
-        ("grpc.enable_retries", int(retry)),
-        ("grpc.per_rpc_retry_buffer_size", RETRY_BUFFER_BYTES),
+        (f"grpc.{name}_reconnect_backoff_ms", milliseconds) for name, milliseconds in RECONNECT_MS.items()
     ]
+    options.append(("grpc.enable_retries", 0))
     if LOOPBACK.match(address):
         # A proxy set for this machine cannot reach this machine's own loopback.
         options.append(("grpc.enable_http_proxy", 0))

@@ -68,7 +68,7 @@ class ExpertControlClient:
         check_connection(address, token, tls)
         self._timeout_s = timeout("timeout_s", timeout_s)
         options = [
-            *channel_options(address, tls, retry=False),
+            *channel_options(address, tls),
             ("grpc.max_receive_message_length", MAX_ANSWER_BYTES),
             # Whoever watches wants to see a restarted Control at once.
             ("grpc.max_reconnect_backoff_ms", 1000),

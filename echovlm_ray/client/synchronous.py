@@ -1,17 +1,22 @@
 """The client for ordinary Python."""
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Self, TypeVar, Unpack
 
 import grpc
 
 from echovlm_ray.client.arguments import timeout
 from echovlm_ray.client.connection import DEFAULT_ADDRESS, TLS, call_metadata, channel_options, check_connection
-from echovlm_ray.client.errors import InternalServerError, from_rpc_error
+from echovlm_ray.client.errors import EchoVLMError, InternalServerError, from_rpc_error
+from echovlm_ray.client.patience import Patience, Waiting
 from echovlm_ray.client.request import GenerateOptions, Image, build_request
 from echovlm_ray.client.types import Accepted, Answer, Event, ModelInfo, Summary, Text, event_from_proto
 from protos import echovlm_pb2, echovlm_pb2_grpc
+
+Response = TypeVar("Response")
+Metadata = tuple[tuple[str, str], ...]
 
 
 class AnswerStream(Iterator[Event]):
@@ -20,8 +25,21 @@ class AnswerStream(Iterator[Event]):
     Leaving the `with` block, `cancel()`, or letting go of the stream before its end cancels the request on the server.
     """
 
-    def __init__(self, call: "grpc.CallIterator[echovlm_pb2.GenerateEvent]", address: str, request_id: str) -> None:
-        self._call = call
+    def __init__(
+        self,
+        send: "Callable[[], grpc.CallIterator[echovlm_pb2.GenerateEvent]]",
+        patience: Patience,
+        closed: threading.Event,
+        address: str,
+        request_id: str,
+    ) -> None:
+        self._send = send
+        self._patience = patience
+        self._closed = closed
+        self._call = send()
+        self._cancelled = threading.Event()
+        # Nothing is sent again from then on.
+        self._begun = False
         self._address = address
         self.request_id = request_id
         self.accepted: Accepted | None = None
@@ -44,11 +62,17 @@ class AnswerStream(Iterator[Event]):
                     ) from None
                 raise
             except grpc.RpcError as error:
-                raise from_rpc_error(error, self._address, self.request_id) from None
+                self._send_again(from_rpc_error(error, self._address, self.request_id))
+                continue
             event = event_from_proto(message)
             if isinstance(event, Accepted):
+                if self.accepted is not None:
+                    # It was accepted before, by a server that was lost.
+                    continue
                 self.accepted = event
-            elif isinstance(event, Summary):
+            else:
+                self._begun = True
+            if isinstance(event, Summary):
                 self.summary = event
             if event is not None:
                 return event
@@ -61,7 +85,16 @@ class AnswerStream(Iterator[Event]):
 
     def cancel(self) -> None:
         """Ends the request here and on the server; after its end that does nothing."""
+        self._cancelled.set()
         self._call.cancel()
+
+    def _send_again(self, failure: EchoVLMError) -> None:
+        if self._begun or self._closed.is_set():
+            raise failure
+        _pause(self._patience, failure, self._cancelled)
+        self._call = self._send()
+        if self._cancelled.is_set():
+            self._call.cancel()
 
     def __enter__(self) -> Self:
         """The stream itself."""
@@ -82,13 +115,15 @@ class EchoVLMClient:
         token: for servers with a token file; sent with every call, and never unencrypted to another machine.
         tls: for servers with certificates; `TLS()` trusts what the machine trusts.
         timeout_s: how long a call may take in seconds, unless it says otherwise; None: as long as the server allows.
-        retry: whether a call is sent again that finds no server, or one that is stopping; for about seven seconds.
+        retry: whether a call is sent again that finds no server, or loses it before the first words of the answer; for
+            as long as the call may take.
+        waiting: called with the reason each time before a call waits to be sent again.
 
     Raises:
         ValueError: an address, token or certificate that cannot be used.
 
-    Sending a call again is always safe, since no method has a lasting effect; it is not done once the answer has begun.
-    What is lost behind the gateway, the system itself tries again.
+    Sending a call again is always safe, since no method has a lasting effect; it is not done once the text of the
+    answer has begun, so that nothing is said twice. What is lost behind the gateway, the system itself tries again.
     """
 
     def __init__(
@@ -99,10 +134,15 @@ class EchoVLMClient:
         tls: TLS | None = None,
         timeout_s: float | None = 300.0,
         retry: bool = True,
+        waiting: Waiting | None = None,
     ) -> None:
         check_connection(address, token, tls)
         self._timeout_s = timeout("timeout_s", timeout_s)
-        options = channel_options(address, tls, retry=retry)
+        self._retry = retry
+        self._waiting = waiting
+        # Ends the pauses between tries.
+        self._closed = threading.Event()
+        options = channel_options(address, tls)
         if tls is None:
             self._channel = grpc.insecure_channel(address, options)
         else:
@@ -134,10 +174,7 @@ class EchoVLMClient:
         """
         request = build_request(images, **options)
         request_id, metadata = call_metadata(self._token, request_id)
-        try:
-            response = self._stub.Generate(request, timeout=self._timeout(timeout_s), metadata=metadata)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, self._address, request_id) from None
+        response = self._call(self._stub.Generate, request, timeout_s, request_id, metadata)
         return Answer(response.text, Summary.from_proto(response.summary))
 
     def stream(
@@ -158,8 +195,12 @@ class EchoVLMClient:
         """
         request = build_request(images, **options)
         request_id, metadata = call_metadata(self._token, request_id)
-        call = self._stub.GenerateStream(request, timeout=self._timeout(timeout_s), metadata=metadata)
-        return AnswerStream(call, self._address, request_id)
+        patience = self._patience(timeout_s)
+
+        def send() -> "grpc.CallIterator[echovlm_pb2.GenerateEvent]":
+            return self._stub.GenerateStream(request, timeout=patience.remaining_s(), metadata=metadata)
+
+        return AnswerStream(send, patience, self._closed, self._address, request_id)
 
     def model_info(self, *, timeout_s: float | None = None, request_id: str | None = None) -> ModelInfo:
         """What is served: model, organs with the versions of their experts, limits.
@@ -169,14 +210,12 @@ class EchoVLMClient:
         """
         request_id, metadata = call_metadata(self._token, request_id)
         request = echovlm_pb2.GetModelInfoRequest()
-        try:
-            message = self._stub.GetModelInfo(request, timeout=self._timeout(timeout_s), metadata=metadata)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, self._address, request_id) from None
+        message = self._call(self._stub.GetModelInfo, request, timeout_s, request_id, metadata)
         return ModelInfo.from_proto(message)
 
     def close(self) -> None:
         """Closes the connection; calls under way are cancelled."""
+        self._closed.set()
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -189,5 +228,28 @@ class EchoVLMClient:
         """Closes the connection."""
         self.close()
 
-    def _timeout(self, timeout_s: float | None) -> float | None:
-        return self._timeout_s if timeout_s is None else timeout("timeout_s", timeout_s)
+    def _call(
+        self,
+        method: "Callable[..., Response]",
+        request: object,
+        timeout_s: float | None,
+        request_id: str,
+        metadata: Metadata,
+    ) -> "Response":
+        patience = self._patience(timeout_s)
+        while True:
+            try:
+                return method(request, timeout=patience.remaining_s(), metadata=metadata)
+            except grpc.RpcError as error:
+                failure = from_rpc_error(error, self._address, request_id)
+            _pause(patience, failure, self._closed)
+
+    def _patience(self, timeout_s: float | None) -> Patience:
+        seconds = self._timeout_s if timeout_s is None else timeout("timeout_s", timeout_s)
+        return Patience(seconds, retry=self._retry, waiting=self._waiting)
+
+
+def _pause(patience: Patience, failure: EchoVLMError, stopped: threading.Event) -> None:
+    """Waits before the next try, or raises the failure where there is to be none."""
+    if stopped.is_set() or stopped.wait(patience.pause_after(failure)):
+        raise failure

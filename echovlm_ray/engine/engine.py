@@ -16,7 +16,7 @@ from echovlm_ray.engine.scheduler import Chunk, Scheduler
 from echovlm_ray.engine.sequence import Finish, Sequence, SequenceRequest, Sink, StepOutput
 from echovlm_ray.errors import DeadlineError, ShuttingDownError
 from router.dispatch import Dispatcher
-from router.errors import ExpertsUnavailableError
+from router.errors import ExpertsUnavailableError, ExpertsUnusableError
 
 logger = logging.getLogger(__name__)
 
@@ -282,6 +282,10 @@ class Engine:
         return output
 
     def _fail(self, sequence: Sequence, failure: Exception) -> None:
+        if isinstance(failure, ExpertsUnusableError):
+            logger.warning("a request cannot be answered: %s", failure)
+            self._end(sequence, failure)
+            return
         if isinstance(failure, ExpertsUnavailableError):
             # The step is simply run again: experts are pure, and its cache slots will be written again.
             if not sequence.num_stalls:

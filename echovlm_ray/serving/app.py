@@ -27,7 +27,7 @@ from echovlm_ray.serving.deployments.settings import (
     deployment_of,
 )
 from echovlm_ray.serving.endpoints import Endpoints
-from echovlm_ray.serving.health import OVERALL
+from echovlm_ray.serving.health import OVERALL, organ_service
 from echovlm_ray.serving.ray_session import joined_ray, local_ray
 from echovlm_ray.serving.served import ServedCheckpoint
 
@@ -37,6 +37,8 @@ POLL_S = 0.2
 # Serve's own view of all applications takes its controller tens of milliseconds; addresses arrive by themselves.
 STATUS_PERIOD_S = 2.0
 REMOVE_TIMEOUT_S = 60.0
+# Two of the gateway's looks at the organs, and the answers.
+ORGANS_KNOWN_S = 3.0
 
 # Application → whether it listens.
 Progress = Callable[[Mapping[str, bool]], None]
@@ -59,12 +61,14 @@ class RunningSystem:
         control_address: host:port.
         served: what is served.
         start_s: seconds from the first step to the first moment at which it could answer.
+        unanswered: the organs that cannot be answered at that moment.
     """
 
     gateway_addresses: tuple[str, ...]
     control_address: str
     served: ServedCheckpoint
     start_s: float
+    unanswered: tuple[str, ...] = ()
 
     @property
     def gateway_address(self) -> str:
@@ -117,7 +121,9 @@ def serve_system(
             ready = True
             gateways = tuple(replica.public_address for replica in endpoints.replicas(GATEWAY))
             control = endpoints.replicas(CONTROL)[0].public_address
-            yield RunningSystem(gateways, control, served, time.monotonic() - started_at)
+            start_s = time.monotonic() - started_at
+            unanswered = _unanswered(endpoints.of(GATEWAY)[0], served.organs)
+            yield RunningSystem(gateways, control, served, start_s, unanswered)
         finally:
             endpoints.stop()
             if ready and not keep:
@@ -165,13 +171,17 @@ def _check_capacity(config: Config, served: ServedCheckpoint, *, may_grow: bool)
         "CPU": sum(part.num_cpus * part.replicas for part in parts) + config.control.num_cpus,
         "GPU": sum(part.num_gpus * part.replicas for part in parts),
     }
+    fields = {kind: f"num_{kind.lower()}s" for kind in needed}
+    for part in parts:
+        for kind, amount in part.node_resources.items():
+            needed[kind] = needed.get(kind, 0.0) + amount * part.replicas
+            fields[kind] = f"node_resources.{kind}"
     there = ray.cluster_resources()
     for kind, amount in needed.items():
         if amount > there.get(kind, 0.0) + 1e-6:
-            field = f"num_{kind.lower()}s"
             text = (
-                f"the configuration reserves {amount:g} {kind}s ({field} of all replicas) and Ray has "
-                f"{there.get(kind, 0.0):g}: lower {field} or replicas"
+                f"the configuration reserves {amount:g} of {kind} ({fields[kind]} of all replicas) and Ray has "
+                f"{there.get(kind, 0.0):g}: lower {fields[kind]} or replicas"
             )
             if not may_grow:
                 raise StartError(text)
@@ -228,10 +238,21 @@ def _all_settled(names: Sequence[str]) -> bool:
     return all(name in applications and applications[name].status == ApplicationStatus.RUNNING for name in names)
 
 
-def _serves(address: str) -> bool:
+def _unanswered(gateway: str, organs: Iterable[str]) -> tuple[str, ...]:
+    """The organs that do not serve; the gateway looks at them about once a second."""
+    deadline = time.monotonic() + ORGANS_KNOWN_S
+    missing = tuple(organs)
+    while missing := tuple(organ for organ in missing if not _serves(gateway, organ_service(organ))):
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(POLL_S)
+    return missing
+
+
+def _serves(address: str, service: str = OVERALL) -> bool:
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
-            request = health_pb2.HealthCheckRequest(service=OVERALL)
+            request = health_pb2.HealthCheckRequest(service=service)
             response = health_pb2_grpc.HealthStub(channel).Check(request, timeout=1.0)
         except grpc.RpcError:
             return False

@@ -85,6 +85,7 @@ def _build(name: str, settings: ReplicaSettings) -> Application:
         ray_actor_options={
             "num_cpus": resources.num_cpus,
             "num_gpus": resources.num_gpus,
+            "resources": resources.node_resources,
             "runtime_env": {"env_vars": environment_of(settings)},
         },
         health_check_period_s=options.health_check_period_s,

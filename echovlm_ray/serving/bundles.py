@@ -4,10 +4,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from echovlm_ray.checkpoint.layout import registry_root
-from echovlm_ray.config import ExpertsSection
+from echovlm_ray.config import ExpertsSection, RolloutsSection
+from echovlm_ray.serving.rollout_files import RolloutFiles
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
     from experts.bundle_source import RegistryLocation
+    from experts.kept_bundles import KeptBundles
     from experts.registry import Registry
     from experts.signing import SignaturePolicy
 
@@ -39,6 +43,25 @@ def open_registry(section: ExpertsSection, checkpoint: Path) -> "Registry":
         return registry_location(section, checkpoint).open()
     except RegistryError as error:
         raise RegistryError(f"experts.registry: {error}") from None
+
+
+def open_kept(
+    section: ExpertsSection, checkpoint: Path, in_use: "Callable[[], Collection[str]]" = tuple
+) -> "KeptBundles":
+    """The configured registry with this machine's copies of its bundles; `in_use` says which copies must stay.
+
+    Raises:
+        RegistryError: see `open_registry`.
+    """
+    from experts.kept_bundles import KeptBundles
+
+    folder = section.kept_bundles or RolloutFiles.of(RolloutsSection(), checkpoint).bundles
+    return KeptBundles(
+        open_registry(section, checkpoint),
+        folder,
+        admit=signature_policy(section).admit,
+        in_use=in_use,
+    )
 
 
 def signature_policy(section: ExpertsSection) -> "SignaturePolicy":

@@ -24,10 +24,13 @@ from echovlm_ray.errors import (
     UnauthenticatedError,
 )
 from experts.errors import (
+    BUNDLE_UNUSABLE,
     BundleNotResidentError,
+    BundleUnusableError,
     ExpertCapacityError,
     InvalidBundleError,
     InvalidTensorError,
+    RegistryAwayError,
     RegistryError,
     RegistryFullError,
     UnknownBundleError,
@@ -35,6 +38,7 @@ from experts.errors import (
 from router.errors import (
     ExpertsFailedError,
     ExpertsUnavailableError,
+    ExpertsUnusableError,
     InvalidRolloutRequestError,
     OrganInCanaryError,
     OrganPendingError,
@@ -106,6 +110,22 @@ def _experts_unavailable(error: ExpertsUnavailableError) -> status_pb2.Status:
     text = f"the experts of {error.organ!r} are not available now; sending the request again is safe"
     details = [_retry_info(error.retry_after_s), _error_info("EXPERTS_UNAVAILABLE", organ=error.organ)]
     return _status(code_pb2.UNAVAILABLE, text, details)
+
+
+def _bundle_unusable(error: BundleUnusableError) -> status_pb2.Status:
+    details = [_error_info(BUNDLE_UNUSABLE, organ=error.organ, why=error.reason)]
+    return _status(code_pb2.FAILED_PRECONDITION, str(error), details)
+
+
+def _experts_unusable(error: ExpertsUnusableError) -> status_pb2.Status:
+    version = error.version or f"{error.digest[:12]}…"
+    text = (
+        f"the experts of {error.organ!r} cannot answer: no replica could load version {version}, because "
+        f"{error.reason}. Sending the request again does not help until an operator has mended it; "
+        "`echoray status` says more"
+    )
+    details = [_error_info("EXPERTS_UNUSABLE", organ=error.organ, version=version, why=error.reason)]
+    return _status(code_pb2.FAILED_PRECONDITION, text, details)
 
 
 def _experts_failed(error: ExpertsFailedError) -> status_pb2.Status:
@@ -182,12 +202,16 @@ _CONVERSIONS: tuple[tuple[type[BaseException], Callable[[Any], status_pb2.Status
     (RolloutDatabaseUnavailableError, _unavailable("DATABASE_UNAVAILABLE")),
     (RolloutDatabaseFullError, _disk_full),
     (RolloutDatabaseError, _plain(code_pb2.FAILED_PRECONDITION)),
+    (BundleUnusableError, _bundle_unusable),
     (BundleNotResidentError, _plain(code_pb2.FAILED_PRECONDITION)),
     (InvalidBundleError, _plain(code_pb2.FAILED_PRECONDITION)),
     (RegistryFullError, _disk_full),
     (RegistryError, _plain(code_pb2.FAILED_PRECONDITION)),
+    # Not UNAVAILABLE: the part that was called is there, and its callers would take it for lost.
+    (RegistryAwayError, _plain(code_pb2.FAILED_PRECONDITION)),
     (ExpertCapacityError, lambda error: _status(code_pb2.RESOURCE_EXHAUSTED, str(error), [_retry_info(RETRY_AFTER_S)])),
     (OverloadedError, _overloaded),
+    (ExpertsUnusableError, _experts_unusable),
     (ExpertsUnavailableError, _experts_unavailable),
     (ExpertsFailedError, _experts_failed),
     (PartUnavailableError, _part_unavailable),

@@ -1,7 +1,8 @@
 """What the gateway's health service says of every part of the system, true to the live state.
 
 About every second, and at once when a replica appears or is lost, each part's replicas are asked for their own health;
-a part is SERVING while one of them says so.
+a part is SERVING while one of them says so. A replica of an expert group is asked for its organ's, which serves only
+while the replica holds the version that requests get.
 """
 
 import asyncio
@@ -41,6 +42,7 @@ class HealthMonitor:
         all_organs_needed: bool,
         speaks_text: bool,
         live_parts: Callable[[], Mapping[str, Addresses]] = dict,
+        experts_apart: bool = True,
     ) -> None:
         """Takes what to watch.
 
@@ -51,12 +53,14 @@ class HealthMonitor:
                 whole serves as long as any organ does.
             speaks_text: false where the checkpoint has no tokenizer: then the parts serve, but not the model.
             live_parts: further parts, that come and go while the system runs. One that went does not serve.
+            experts_apart: false where the router computes the experts: then its health is the organs'.
         """
         self._parts = dict(parts)
         self._publish = publish
         self._all_organs_needed = all_organs_needed
         self._speaks_text = speaks_text
         self._live_parts = live_parts
+        self._experts_apart = experts_apart
         self._published: set[str] = set()
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._wake = asyncio.Event()
@@ -96,7 +100,7 @@ class HealthMonitor:
         parts = {**self._parts, **self._live_parts()}
         live = {name: tuple(addresses()) for name, addresses in parts.items()}
         await self._close_all_but({address for addresses in live.values() for address in addresses})
-        states = await asyncio.gather(*[self._any_serves(addresses) for addresses in live.values()])
+        states = await asyncio.gather(*[self._any_serves(name, addresses) for name, addresses in live.items()])
         serving = dict(zip(live, states, strict=True))
         organs = [state for name, state in serving.items() if name.startswith(ORGAN_PREFIX)]
         enough_organs = not organs or (all(organs) if self._all_organs_needed else any(organs))
@@ -107,15 +111,16 @@ class HealthMonitor:
         for name, state in (serving | gone).items():
             await self._publish(name, state)
 
-    async def _any_serves(self, addresses: Sequence[str]) -> bool:
-        return any(await asyncio.gather(*[self._serves(address) for address in addresses]))
+    async def _any_serves(self, name: str, addresses: Sequence[str]) -> bool:
+        asked = name if self._experts_apart and name.startswith(ORGAN_PREFIX) else OVERALL
+        return any(await asyncio.gather(*[self._serves(asked, address) for address in addresses]))
 
-    async def _serves(self, address: str) -> bool:
+    async def _serves(self, service: str, address: str) -> bool:
         channel = self._channels.get(address)
         if channel is None:
             channel = self._channels[address] = grpc.aio.insecure_channel(address, options=INTERNAL_CHANNEL_OPTIONS)
         try:
-            request = health_pb2.HealthCheckRequest()
+            request = health_pb2.HealthCheckRequest(service=service)
             response = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=PROBE_TIMEOUT_S)
         except grpc.aio.AioRpcError:
             return False

@@ -6,17 +6,13 @@ import logging
 import uuid
 from collections.abc import Callable, Sequence
 
-import grpc
-
 from echovlm_ray.serving.gateway import ModelDescription, OrganDescription
+from echovlm_ray.serving.policy_follower import PolicyFollower
+from experts.errors import InvalidBundleError, RegistryAwayError, UnknownBundleError
 from experts.manifest import Manifest
-from protos import control_pb2, control_pb2_grpc
+from protos import control_pb2
 
 logger = logging.getLogger(__name__)
-
-FIRST_PAUSE_S = 0.2
-LONGEST_PAUSE_S = 3.0
-TAKEN_UP_TIMEOUT_S = 5.0
 
 
 class LiveModel:
@@ -26,7 +22,7 @@ class LiveModel:
         self,
         addresses: Callable[[], Sequence[str]],
         description: ModelDescription,
-        find: Callable[[str, str], Manifest],
+        manifest: Callable[[str], Manifest],
         channel_options: Sequence[tuple[str, int | str]] = (),
     ) -> None:
         """Takes its parts.
@@ -34,18 +30,14 @@ class LiveModel:
         Args:
             addresses: where Control's internal server is now; empty while it is away.
             description: of the checkpoint as it is.
-            find: organ and version → manifest; may block, and is called on a thread.
+            manifest: digest → manifest; may block, and is called on a thread.
             channel_options: of the connection.
         """
         # Never used again by another process.
         self.name = f"gateway-{uuid.uuid4().hex}"
-        self._addresses = addresses
         self._current = description
-        # Whether the connection to Control brought a policy.
-        self._heard = False
-        self._find = find
-        self._options = list(channel_options)
-        self._task: asyncio.Task[None] | None = None
+        self._manifest = manifest
+        self._follower = PolicyFollower(addresses, self._take, channel_options, gateway=self.name)
 
     def describe(self) -> ModelDescription:
         """What is served at this moment."""
@@ -53,48 +45,39 @@ class LiveModel:
 
     async def start(self) -> None:
         """Begins to follow."""
-        self._task = asyncio.create_task(self._follow())
+        await self._follower.start()
 
     async def stop(self) -> None:
         """Ends."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await self._follower.stop()
 
-    async def _follow(self) -> None:
-        pause = FIRST_PAUSE_S
-        while True:
-            self._heard = False
-            for address in self._addresses():
-                try:
-                    await self._watch(address)
-                except grpc.aio.AioRpcError as error:
-                    logger.debug("Control does not answer: %s", error.code())
-                except Exception:
-                    logger.exception("the live experts cannot be described; the description before them stays")
-            pause = FIRST_PAUSE_S if self._heard else min(2 * pause, LONGEST_PAUSE_S)
-            await asyncio.sleep(pause)
-
-    async def _watch(self, address: str) -> None:
-        async with grpc.aio.insecure_channel(address, options=self._options) as channel:
-            stub = control_pb2_grpc.RolloutFeedStub(channel)
-            async for policy in stub.WatchPolicy(control_pb2.WatchPolicyRequest(gateway=self.name)):
-                if policy.version > self._current.policy_version:
-                    organs = await asyncio.to_thread(self._describe, policy)
-                    self._current = dataclasses.replace(
-                        self._current,
-                        expert_set_id=policy.stable.id,
-                        organs=tuple(organs),
-                        policy_version=policy.version,
-                    )
-                self._heard = True
-                taken_up = control_pb2.TakenUpRequest(watcher=self.name, policy_version=self._current.policy_version)
-                await stub.TakenUp(taken_up, timeout=TAKEN_UP_TIMEOUT_S)
+    async def _take(self, policy: control_pb2.TrafficPolicy) -> None:
+        organs = await asyncio.to_thread(self._describe, policy)
+        self._current = dataclasses.replace(
+            self._current, expert_set_id=policy.stable.id, organs=tuple(organs), policy_version=policy.version
+        )
 
     def _describe(self, policy: control_pb2.TrafficPolicy) -> list[OrganDescription]:
-        organs = []
-        for member in policy.stable.members:
-            version = policy.versions[member.bundle_digest]
-            num_experts = self._find(member.organ, version).num_experts
-            organs.append(OrganDescription(member.organ, version, member.bundle_digest, num_experts))
-        return organs
+        return [
+            describe_organ(
+                member.organ, member.bundle_digest, self._manifest, policy.versions.get(member.bundle_digest, "")
+            )
+            for member in policy.stable.members
+        ]
+
+
+def describe_organ(organ: str, digest: str, manifest: Callable[[str], Manifest], version: str = "") -> OrganDescription:
+    """What is said of an organ. Of a bundle whose manifest is lost, only what is given: its experts are not counted.
+
+    Args:
+        organ: the organ.
+        digest: its bundle.
+        manifest: digest → manifest.
+        version: of the bundle, if it is known.
+    """
+    try:
+        found = manifest(digest)
+    except (UnknownBundleError, RegistryAwayError, InvalidBundleError) as error:
+        logger.warning("the bundle of %s cannot be described: %s", organ, error)
+        return OrganDescription(organ, version, digest, 0)
+    return OrganDescription(organ, found.version, digest, found.num_experts)

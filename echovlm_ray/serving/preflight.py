@@ -3,6 +3,7 @@
 import logging
 import socket
 import ssl
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from echovlm_ray.config import Config, ControlSection, ExpertsSection, GatewaySe
 from echovlm_ray.serving.auth import BearerTokens
 from echovlm_ray.serving.rollout_files import FOLDER, DatabaseLock, RolloutFiles
 from echovlm_ray.serving.served import ServedCheckpoint, served_checkpoint
+from experts.errors import InvalidBundleError, RegistryAwayError, UnknownBundleError
 from router.errors import RolloutDatabaseError, RolloutStateError
 
 logger = logging.getLogger(__name__)
@@ -26,9 +28,9 @@ def resolve_paths(config: Config) -> Config:
         "model": config.model.model_copy(update={"checkpoint": config.model.checkpoint.expanduser().absolute()}),
         "gateway": _absolute(config.gateway),
         "control": _absolute(config.control),
-        "experts": _absolute_experts(config.experts),
     }
     checkpoint = update["model"].checkpoint
+    update["experts"] = _absolute_experts(config.experts, RolloutFiles.of(config.rollouts, checkpoint).bundles)
     update["rollouts"] = config.rollouts.model_copy(
         update={"database": RolloutFiles.of(config.rollouts, checkpoint).database}
     )
@@ -120,11 +122,15 @@ def _with_live_set(config: Config, served: ServedCheckpoint, *, local: bool) -> 
     own = {entry.bundle_digest for entry in served.index.organs}
     if all(member.bundle_digest in own for member in live.members):
         return replace(served, expert_set=live)
-    from echovlm_ray.serving.bundles import open_registry
+    from echovlm_ray.serving.bundles import open_kept
 
-    versions = {
-        manifest.digest: manifest.version for manifest in open_registry(config.experts, served.directory).list()
-    }
+    bundles = open_kept(config.experts, served.directory)
+    others = [member.bundle_digest for member in live.members if member.bundle_digest not in own]
+    versions = {}
+    for digest in others:
+        # A bundle that neither a copy nor the registry has cannot be answered, and status says so; the others can.
+        with suppress(UnknownBundleError, RegistryAwayError):
+            versions[digest] = bundles.manifest(digest).version
     return replace(served, expert_set=live, other_versions=versions)
 
 
@@ -162,11 +168,16 @@ def _check_bundles(section: ExpertsSection, served: ServedCheckpoint) -> None:
     # The checkpoint's own bundles, by default accepted as they are: no look, which would need torch.
     if section.registry is None and section.signatures == "optional":
         return
-    from echovlm_ray.serving.bundles import open_registry, signature_policy
+    from echovlm_ray.serving.bundles import open_kept, signature_policy
 
-    registry, policy = open_registry(section, served.directory), signature_policy(section)
+    bundles, policy = open_kept(section, served.directory), signature_policy(section)
     for member in served.expert_set.members:
-        policy.admit(registry.open(member.bundle_digest))
+        try:
+            bundle = bundles.look(member.bundle_digest)
+        except (UnknownBundleError, RegistryAwayError, InvalidBundleError) as error:
+            logger.warning("the experts of %s cannot be loaded now: %s", member.organ, error)
+            continue
+        policy.admit(bundle)
 
 
 def _check_credentials(name: str, section: GatewaySection | ControlSection) -> None:
@@ -204,8 +215,9 @@ def _absolute(section: GatewaySection | ControlSection) -> GatewaySection | Cont
     return section.model_copy(update=update)
 
 
-def _absolute_experts(section: ExpertsSection) -> ExpertsSection:
+def _absolute_experts(section: ExpertsSection, kept_bundles: Path) -> ExpertsSection:
     update: dict[str, object] = {"public_keys": tuple(_path(key) for key in section.public_keys)}
+    update["kept_bundles"] = kept_bundles if section.kept_bundles is None else _path(section.kept_bundles)
     if section.registry is not None and "://" not in section.registry:
         update["registry"] = str(_path(Path(section.registry)))
     return section.model_copy(update=update)

@@ -38,12 +38,14 @@ class ReplicaStatusService(status_pb2_grpc.ReplicaStatusServicer):
         endpoint: Callable[[], str],
         queue_length: Callable[[], int],
         bundles: Callable[[], Sequence[expert_pb2.ResidentBundle]] = tuple,
+        problem: Callable[[], str] = str,
     ) -> None:
         """Takes what is fixed, and callables for what changes."""
         self._identity = identity
         self._endpoint = endpoint
         self._queue_length = queue_length
         self._bundles = bundles
+        self._problem = problem
         self._process = psutil.Process()
 
     async def Describe(
@@ -63,4 +65,5 @@ class ReplicaStatusService(status_pb2_grpc.ReplicaStatusServicer):
             queue_length=self._queue_length(),
             organ=identity.organ,
             bundles=self._bundles(),
+            problem=self._problem(),
         )

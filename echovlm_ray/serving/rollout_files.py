@@ -3,6 +3,7 @@
 rollouts.db                    the database, unless it is PostgreSQL
 rollouts.db.policy.json        what Control last told the Routers, for replicas that start while it is away
 rollouts.db.incoming/          bundles that are being pushed
+rollouts.db.bundles/           copies of the bundles in use, unless experts.kept_bundles names another folder
 rollouts.db.lock               held by the one Control that uses the database
 """
 
@@ -61,6 +62,11 @@ class RolloutFiles:
     def incoming(self) -> Path:
         """The folder for bundles that are being pushed."""
         return self.base.with_name(f"{self.base.name}.incoming")
+
+    @property
+    def bundles(self) -> Path:
+        """The folder for copies of bundles."""
+        return self.base.with_name(f"{self.base.name}.bundles")
 
     @property
     def lock(self) -> Path:

@@ -13,6 +13,8 @@ from experts.transport.codec import tensor_from_proto
 from protos import vision_pb2, vision_pb2_grpc
 
 RETRY_INTERVAL_S = 0.2
+# A killed replica is back after a few seconds; a request that waits for longer than this should hear so.
+RETRY_FOR_S = 15.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,7 +44,7 @@ class VisionClient:
     async def encode(self, inputs: Sequence[vision_pb2.VisionInput], deadline: float | None) -> list[EncodedPicture]:
         """The embeddings of the inputs, in order.
 
-        Encoding has no effect but its result, so a lost call is sent again until the deadline.
+        Encoding has no effect but its result, so a lost call is sent again, for `RETRY_FOR_S` or until the deadline.
 
         Args:
             inputs: preprocessed images and videos.
@@ -54,6 +56,7 @@ class VisionClient:
             grpc.aio.AioRpcError: the encoder refused the inputs; `serving.errors` passes its status on.
         """
         request = vision_pb2.EncodeRequest(inputs=inputs)
+        give_up = None if deadline is None else min(deadline, time.monotonic() + RETRY_FOR_S)
         tried: set[str] = set()
         reason = "no replica is running"
         while True:
@@ -75,7 +78,7 @@ class VisionClient:
                     continue
             # Every live replica was tried once: their successors need a moment.
             tried.clear()
-            if deadline is None or time.monotonic() + RETRY_INTERVAL_S >= deadline:
+            if give_up is None or time.monotonic() + RETRY_INTERVAL_S >= give_up:
                 raise PartUnavailableError("the vision encoder", reason)
             await asyncio.sleep(RETRY_INTERVAL_S)
 

@@ -83,6 +83,10 @@ class RolloutController:
         """Whether a version stays in memory only to go back to, as of the last pass: no request uses it."""
         return (organ, digest) in self._convergence.spare
 
+    def load_failures(self) -> Mapping[tuple[str, str], str]:
+        """(replica, digest) → why the last load of that bundle failed there, until one succeeds."""
+        return self._convergence.load_failures()
+
     def start(self) -> None:
         """Reconciles on a thread, after every change and every `period_s`."""
         assert self._thread is None

@@ -48,6 +48,7 @@ class LoadFailure:
 @dataclass(slots=True)
 class _Pause:
     failures: int = 0
+    reason: str = ""
     until: float = 0.0
 
 
@@ -92,6 +93,10 @@ class Convergence:
         """(replica, digest) of the unloads under way."""
         return {(key.replica, key.digest) for key in self._running() if key.kind == "unload"}
 
+    def load_failures(self) -> dict[tuple[str, str], str]:
+        """(replica, digest) → why its last load failed, until one succeeds or the replica is gone."""
+        return {place: pause.reason for place, pause in list(self._pauses.items()) if pause.reason}
+
     def pause_candidate(self, rollout: Rollout, seconds: float) -> None:
         """Starts no load of a candidate for a time: the replica that it may have taken down shall come back first."""
         self._candidate_pauses[rollout.id] = self._clock() + seconds
@@ -112,6 +117,7 @@ class Convergence:
             self._given_up.add((operation.organ, self._kept_before[operation.organ]))
         pause = self._pauses.setdefault(place, _Pause())
         pause.failures += 1
+        pause.reason = words(error) if operation.kind == "load" else ""
         pause.until = self._clock() + min(2.0 ** (pause.failures - 1), LONGEST_PAUSE_S)
         logger.warning(
             "%s of %s… on replica %s of %s failed: %s",

@@ -21,7 +21,7 @@ from tests.checkpoint.support import make_split, state_dict_of
 from tests.experts.bad_bundles import flip_last_byte
 from tests.experts.keys import make_keys
 
-COMMANDS = ("pack", "verify", "sign", "show", "diff", "push", "pull", "list")
+COMMANDS = ("pack", "verify", "sign", "show", "diff", "push", "pull", "list", "backup", "restore")
 CARD = "authors: we\nlicense: MIT\nintended_use: tests\ndescription: trained on nothing\neval_metrics: {bleu1: 0.25}\n"
 Pack = Callable[..., Path]
 
@@ -169,6 +169,21 @@ def test_packing_that_is_stopped_half_way(checkpoint: Path, tmp_path: Path, stop
         assert errors == "error: interrupted; nothing was left behind\n"
         assert list(tmp_path.iterdir()) == []
     done(*command, "--checkpoint", checkpoint)
+
+
+def test_a_split_source_is_its_own_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    text = done("pack", checkpoint, tmp_path / "own", "--organ", "breast", "--version", "3.0.0")
+    assert "Packed breast@3.0.0" in text
+    done("verify", tmp_path / "own", "--checkpoint", checkpoint)
+
+
+def test_a_source_that_says_no_backbone_asks_for_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "trained").mkdir()
+    text = refused("pack", "trained", tmp_path / "b", "--organ", "breast", "--version", "1.0.0", code=2)
+    assert "give the split checkpoint with --checkpoint" in text
 
 
 def test_verify_a_good_bundle(pack: Pack, checkpoint: Path) -> None:

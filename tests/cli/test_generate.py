@@ -129,7 +129,8 @@ def test_each_failure_is_one_line_with_its_exit_status(
     servicer: ScriptedEchoVLM, address: str, image: str, failure: object, exit_code: int, text: str
 ) -> None:
     servicer.failures = [failure] * 9
-    result = run("generate", image, "--server", address)
+    # Too short for a second try.
+    result = run("generate", image, "--server", address, "--timeout", "0.9")
     assert result.exit_code == exit_code
     assert result.stdout == ""
     assert text in result.stderr
@@ -140,9 +141,20 @@ def test_each_failure_is_one_line_with_its_exit_status(
 def test_no_server_says_how_to_start_one(image: str) -> None:
     with serving(ScriptedEchoVLM()) as address:
         pass
-    result = run("generate", image, "--server", address)
+    result = run("generate", image, "--server", address, "--timeout", "1")
     assert result.exit_code == commands.EXIT_UNAVAILABLE
+    assert "Trying again for up to 1 s" in result.stderr
     assert f"no EchoVLM server answers at {address}: start one with `make serve`" in result.stderr
+
+
+def test_a_server_that_restarts_is_waited_for_and_that_is_said_once(
+    servicer: ScriptedEchoVLM, address: str, image: str
+) -> None:
+    servicer.failures = [status(grpc.StatusCode.UNAVAILABLE, "the server stops", retry_info(0.1))] * 3
+    result = run("generate", image, "--server", address)
+    assert (result.exit_code, result.stdout.strip()) == (0, TEXT)
+    assert result.stderr.count("Trying again for up to 300 s (--timeout); Ctrl-C ends it.") == 1
+    assert servicer.calls == 4
 
 
 def test_out_of_time(servicer: ScriptedEchoVLM, address: str, image: str) -> None:

@@ -13,7 +13,7 @@ from echovlm_ray.cli.main import app
 from echovlm_ray.config import TLSSection
 from echovlm_ray.serving.control import STATUS_SERVICE
 from echovlm_ray.serving.server import GrpcServer, ServerOptions
-from protos import expert_pb2, status_pb2, status_pb2_grpc
+from protos import control_pb2, expert_pb2, status_pb2, status_pb2_grpc
 from tests.certificates import write_certificates
 
 DIGEST = "ab" * 32
@@ -121,6 +121,53 @@ def test_a_part_that_is_not_well_is_told_with_the_reason_and_by_the_exit_status(
     assert "DEPLOY_FAILED" in output
     assert "vision: ValueError: no GPU [here]" in output
     assert "silent" in output
+
+
+def unanswered(holding: int) -> control_pb2.OrganProblem:
+    reason = control_pb2.ReplicaProblem(replica="r1", text="the registry [/srv] has no bundle")
+    return control_pb2.OrganProblem(
+        organ="heart", version="2.1.0", digest=DIGEST, replicas=2, holding=holding, reasons=[reason]
+    )
+
+
+def test_an_organ_that_cannot_be_answered_is_told_with_the_reason_and_by_the_exit_status() -> None:
+    response = healthy()
+    response.problems.append(unanswered(holding=0))
+    with control(response) as address:
+        code, output = run("--control", address)
+        assert run("--control", address, "--json")[0] == 1
+    assert code == 1
+    assert "NOT SERVING" in output
+    assert "heart cannot be answered: no replica holds 2.1.0: r1: the registry [/srv] has no bundle" in output
+
+
+def test_an_organ_that_fewer_replicas_answer_is_told_and_all_is_well() -> None:
+    response = healthy()
+    response.problems.append(unanswered(holding=1))
+    with control(response) as address:
+        code, output = run("--control", address)
+        found = json.loads(run("--control", address, "--json")[1])
+    assert (code, "RUNNING" in output) == (0, True)
+    assert "heart is answered by fewer replicas: 1 of 2 replicas hold 2.1.0: r1: the registry" in output
+    assert found["problems"] == [
+        {
+            "organ": "heart",
+            "version": "2.1.0",
+            "digest": DIGEST,
+            "answers": True,
+            "replicas": 2,
+            "holding": 1,
+            "reasons": [{"replica": "r1", "text": "the registry [/srv] has no bundle"}],
+        }
+    ]
+
+
+def test_what_a_router_cannot_take_up_is_told() -> None:
+    response = healthy()
+    router = status_pb2.ReplicaDescription(endpoint="127.0.0.1:4", pid=4, node="node-1", problem="policy 7 cannot be")
+    response.applications.add(name="router", status="RUNNING", replicas=[router])
+    with control(response) as address:
+        assert "router: policy 7 cannot be" in run("--control", address)[1]
 
 
 def test_nothing_there_is_one_clear_line() -> None:

@@ -84,7 +84,7 @@ class ScriptedEchoVLM(echovlm_pb2_grpc.EchoVLMServicer):
                 await asyncio.sleep(self.delay_s)
                 if index == self.wait_after:
                     await asyncio.Event().wait()
-                if index == self.fail_after:
+                if index == self.fail_after and self.failures:
                     await context.abort_with_status(rpc_status.to_status(self.failures.pop(0)))
                 yield echovlm_pb2.GenerateEvent(text=piece)
         # The second where the call is cancelled while a message is being sent.

@@ -3,7 +3,16 @@ import asyncio
 import grpc
 import pytest
 
-from echovlm_ray.client import Accepted, AsyncEchoVLMClient, DeadlineExceededError, InternalServerError, Summary, Text
+from echovlm_ray.client import (
+    Accepted,
+    AsyncAnswerStream,
+    AsyncEchoVLMClient,
+    DeadlineExceededError,
+    InternalServerError,
+    Summary,
+    Text,
+    UnavailableError,
+)
 from tests.client.scripted_server import PIECES, ScriptedEchoVLM, retry_info, status
 
 UNAVAILABLE = status(grpc.StatusCode.UNAVAILABLE, "the experts of 'liver' are away", retry_info(0.1))
@@ -103,3 +112,33 @@ async def test_a_stream_without_an_end_is_an_error(servicer: ScriptedEchoVLM, ad
     async with AsyncEchoVLMClient(address) as client:
         with pytest.raises(InternalServerError, match="without a summary"):
             [event async for event in client.stream(b"x")]
+
+
+async def test_a_stream_that_was_lost_before_its_text_is_sent_again_and_says_nothing_twice(
+    servicer: ScriptedEchoVLM, address: str
+) -> None:
+    servicer.failures = [status(grpc.StatusCode.UNAVAILABLE, "away", retry_info(0.1))] * 2
+    servicer.fail_after = 0
+    async with AsyncEchoVLMClient(address) as client, client.stream(b"x") as stream:
+        events = [event async for event in stream]
+    assert servicer.calls == 3
+    assert [type(event) for event in events] == [Accepted, *[Text] * len(PIECES), Summary]
+
+
+async def test_tries_end_with_the_calls_own_time(servicer: ScriptedEchoVLM, address: str) -> None:
+    servicer.failures = [status(grpc.StatusCode.UNAVAILABLE, "away", retry_info(0.1))] * 100
+    told: list[str] = []
+    async with AsyncEchoVLMClient(address, timeout_s=3.0, waiting=lambda error: told.append(str(error))) as client:
+        with pytest.raises(UnavailableError, match="away"):
+            await client.generate(b"x")
+    assert servicer.calls == len(told) + 1 > 2
+
+
+async def test_cancelling_a_stream_that_waits_ends_it(servicer: ScriptedEchoVLM, address: str) -> None:
+    servicer.failures = [status(grpc.StatusCode.UNAVAILABLE, "away", retry_info(0.1))] * 100
+    streams: list[AsyncAnswerStream] = []
+    async with AsyncEchoVLMClient(address, waiting=lambda error: streams[0].cancel()) as client:
+        streams.append(client.stream(b"x"))
+        with pytest.raises(UnavailableError):
+            await anext(streams[0])
+    assert servicer.calls == 1

@@ -11,6 +11,7 @@ import pytest
 from echovlm_ray.client import (
     TLS,
     Accepted,
+    AnswerStream,
     CallCancelledError,
     DeadlineExceededError,
     EchoVLMClient,
@@ -92,7 +93,7 @@ def test_other_calls_are_sent_again_too(
     assert servicer.calls == 3
 
 
-def test_a_stream_is_not_sent_again_once_something_came_back(servicer: ScriptedEchoVLM, address: str) -> None:
+def test_a_stream_is_not_sent_again_once_its_text_has_begun(servicer: ScriptedEchoVLM, address: str) -> None:
     servicer.failures, servicer.fail_after = [UNAVAILABLE], 1
     with EchoVLMClient(address) as client:
         stream = client.stream(b"x")
@@ -110,11 +111,80 @@ def test_a_call_that_races_with_a_stopping_server_is_sent_again(servicer: Script
     assert servicer.calls == 2
 
 
-def test_tries_end(servicer: ScriptedEchoVLM, address: str) -> None:
-    servicer.failures = [UNAVAILABLE] * 20
-    with EchoVLMClient(address) as client, pytest.raises(UnavailableError, match="liver"):
-        client.generate(b"x")
-    assert servicer.calls == 5
+def test_a_stream_that_was_lost_before_its_text_is_sent_again_and_says_nothing_twice(
+    servicer: ScriptedEchoVLM, address: str
+) -> None:
+    servicer.failures, servicer.fail_after = [UNAVAILABLE, UNAVAILABLE], 0
+    with EchoVLMClient(address) as client, client.stream(b"x") as stream:
+        events = list(stream)
+    assert servicer.calls == 3
+    assert [type(event) for event in events] == [Accepted, *[Text] * len(PIECES), Summary]
+    assert "".join(event.text for event in events if isinstance(event, Text)) == "".join(PIECES)
+
+
+@pytest.mark.parametrize("call", [lambda client: client.generate(b"x"), lambda client: list(client.stream(b"x"))])
+def test_tries_end_with_the_calls_own_time_and_tell_the_reason(
+    servicer: ScriptedEchoVLM, address: str, call: Callable[[EchoVLMClient], object]
+) -> None:
+    servicer.failures = [UNAVAILABLE] * 100
+    told: list[str] = []
+    client = EchoVLMClient(address, timeout_s=3.0, waiting=lambda error: told.append(str(error)))
+    with client, pytest.raises(UnavailableError, match="liver"):
+        call(client)
+    assert servicer.calls == len(told) + 1 > 2
+    assert set(told) == {"the experts of 'liver' are away"}
+
+
+def test_a_server_that_is_away_for_long_is_waited_for_as_long_as_the_caller_waits(servicer: ScriptedEchoVLM) -> None:
+    with serving(servicer) as address:
+        port = int(address.rpartition(":")[2])
+    found: list[str] = []
+    waited = threading.Event()
+    tries: list[float] = []
+
+    def waiting(error: Exception) -> None:
+        tries.append(time.monotonic())
+        if tries[-1] - tries[0] > 8.5:
+            waited.set()
+
+    with EchoVLMClient(f"127.0.0.1:{port}", timeout_s=60, waiting=waiting) as client:
+        caller = threading.Thread(target=lambda: found.append(client.generate(b"x").text))
+        caller.start()
+        # Longer than a gateway that was killed is away.
+        assert waited.wait(30)
+        with serving(servicer, port=port):
+            caller.join(20)
+    assert found == ["".join(PIECES)]
+
+
+def test_closing_the_client_ends_its_waiting(servicer: ScriptedEchoVLM, address: str) -> None:
+    servicer.failures = [UNAVAILABLE] * 100
+    waits = threading.Event()
+    caught: list[Exception] = []
+
+    def call() -> None:
+        try:
+            client.generate(b"x")
+        except UnavailableError as error:
+            caught.append(error)
+
+    client = EchoVLMClient(address, waiting=lambda error: waits.set())
+    caller = threading.Thread(target=call)
+    caller.start()
+    assert waits.wait(10)
+    client.close()
+    caller.join(10)
+    assert len(caught) == 1
+
+
+def test_cancelling_a_stream_that_waits_ends_it(servicer: ScriptedEchoVLM, address: str) -> None:
+    servicer.failures = [UNAVAILABLE] * 100
+    streams: list[AnswerStream] = []
+    with EchoVLMClient(address, waiting=lambda error: streams[0].cancel()) as client:
+        streams.append(client.stream(b"x"))
+        with pytest.raises(UnavailableError):
+            next(streams[0])
+    assert servicer.calls == 1
 
 
 def test_a_caller_may_want_to_hear_at_once(servicer: ScriptedEchoVLM, address: str) -> None:

@@ -18,7 +18,7 @@ from echovlm_ray.engine.scheduler import Chunk
 from echovlm_ray.engine.sequence import Finish, SequenceRequest, StepOutput
 from echovlm_ray.engine.sequence import Sequence as EngineSequence
 from echovlm_ray.errors import DeadlineError, OverloadedError, ShuttingDownError
-from router.errors import ExpertsFailedError, ExpertsUnavailableError
+from router.errors import ExpertsFailedError, ExpertsUnavailableError, ExpertsUnusableError
 from router.local import LocalExperts
 from router.remote import RemoteExperts
 from tests.engines import Answer, engine_request, local_experts, remote_experts, run_together, running_engine, submit
@@ -279,6 +279,22 @@ def test_failures_of_one_organ_leave_the_others_bits_alone(split: SplitGolden, p
         assert patient.last is not None
         assert lost.last is not None
         assert patient.last.routed_pairs == lost.last.routed_pairs
+
+
+def test_experts_that_no_replica_could_load_end_their_requests_at_once(
+    split: SplitGolden, prompt: SequenceRequest
+) -> None:
+    experts = FaultyExperts(local_experts(split)._groups)
+    with running_engine(split, experts) as engine:
+        experts.failure = ExpertsUnavailableError("liver", "gone")
+        waiting = submit(engine, of(prompt, "liver"))
+        assert not waiting.ended.wait(0.3)
+        experts.failure = ExpertsUnusableError("liver", "d" * 64, "the registry does not have the bundle")
+        # Neither has a deadline.
+        for doomed in (waiting, submit(engine, of(prompt, "liver"))):
+            assert isinstance(doomed.wait().error, ExpertsUnusableError)
+        assert submit(engine, of(prompt, "breast")).wait_well()
+        assert engine.free_blocks == 4096 // 16
 
 
 def test_a_bug_in_a_step_ends_its_requests_and_the_engine_lives(split: SplitGolden, prompt: SequenceRequest) -> None:

@@ -11,6 +11,7 @@ import torch
 from experts.bundle import Bundle
 from experts.errors import (
     BundleNotResidentError,
+    BundleUnusableError,
     ExpertCapacityError,
     InvalidBundleError,
     InvalidTensorError,
@@ -394,3 +395,44 @@ def test_a_bundle_that_is_not_admitted_takes_no_memory(registry: Registry, pushe
     )
     admitted.load(pushed.digest)
     assert len(asked) == 2
+
+
+def test_after_a_failed_load_exchanges_say_why_until_one_succeeds(
+    group: ExpertGroup, registry: Registry, make_bundle: MakeBundle, pushed: Manifest
+) -> None:
+    with pytest.raises(BundleNotResidentError):
+        group.forward(pushed.digest, 0, *exchange())
+    (file,) = (path for path in Path(registry.root).glob("files/*") if path.stat().st_size > 10_000)
+    content = file.read_bytes()
+    file.chmod(0o600)
+    file.write_bytes(content[:-8])
+    with pytest.raises(InvalidBundleError):
+        group.load(pushed.digest)
+    with pytest.raises(BundleUnusableError, match="is damaged or does not fit") as caught:
+        group.forward(pushed.digest, 0, *exchange())
+    assert str(registry.root) not in str(caught.value), "callers read it"
+    failure = group.failure(pushed.digest)
+    assert failure is not None
+    assert "the manifest says" in failure.text
+    file.write_bytes(content)
+    group.load(pushed.digest)
+    assert group.failure(pushed.digest) is None
+    group.forward(pushed.digest, 0, *exchange())
+
+
+@pytest.mark.parametrize(
+    ("limit", "digest", "words"),
+    [(10**8, "0" * 64, "the registry does not have the bundle"), (100, None, "leaves no room for it")],
+)
+def test_a_failed_load_is_told_in_words_for_callers(
+    registry: Registry, pushed: Manifest, limit: int, digest: str | None, words: str
+) -> None:
+    group = ExpertGroup("breast", registry, ReferenceKernel(), device="cpu", max_resident_bytes=limit)
+    asked = digest or pushed.digest
+    with pytest.raises((UnknownBundleError, ExpertCapacityError)):
+        group.load(asked)
+    with pytest.raises(BundleUnusableError, match=words):
+        group.forward(asked, 0, *exchange())
+    group.unload(asked)
+    with pytest.raises(BundleNotResidentError):
+        group.forward(asked, 0, *exchange())

@@ -8,12 +8,14 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import grpc
 import pytest
 import torch
-from google.rpc import code_pb2, status_pb2
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.rpc import code_pb2, error_details_pb2, status_pb2
 
+from experts.errors import BUNDLE_UNUSABLE
 from experts.transport.codec import tensor_from_proto, tensor_to_proto
 from protos import expert_pb2, expert_pb2_grpc
 from router.channel import ChannelState, ReplicaChannel, ReplicaLostError
-from router.errors import ExpertsFailedError, ExpertsUnavailableError
+from router.errors import ExpertsFailedError, ExpertsUnavailableError, ExpertsUnusableError
 from router.remote import RemoteExperts
 from router.tokens import Tokens
 
@@ -285,3 +287,61 @@ def test_closing_ends_all_threads(cluster: Cluster) -> None:
     assert threads_of("liver")
     experts.close()
     until(lambda: not threads_of("liver") and not any(t.name == "watch-experts" for t in threading.enumerate()))
+
+
+def unusable() -> status_pb2.Status:
+    detail = AnyMessage()
+    detail.Pack(error_details_pb2.ErrorInfo(reason=BUNDLE_UNUSABLE, metadata={"why": "the bundle is damaged"}))
+    return status_pb2.Status(code=code_pb2.FAILED_PRECONDITION, message="/srv/registry", details=[detail])
+
+
+def test_what_no_replica_could_load_is_not_worth_waiting_for(cluster: Cluster, experts: RemoteExperts) -> None:
+    replicas = [Replica(), Replica()]
+    for replica in replicas:
+        replica.error = unusable()
+        cluster.add(replica)
+    until(lambda: experts.unavailable("liver") is None and not experts.is_connecting("liver"))
+    with pytest.raises(ExpertsUnusableError, match="the bundle is damaged") as caught:
+        send(experts)
+    assert (caught.value.organ, caught.value.digest) == ("liver", "digest")
+    assert "/srv/registry" not in str(caught.value)
+    assert [replica.received for replica in replicas] == [1, 1]
+
+
+@pytest.mark.parametrize("code", [code_pb2.RESOURCE_EXHAUSTED, code_pb2.FAILED_PRECONDITION])
+def test_where_another_replica_may_answer_later_it_is(
+    cluster: Cluster, experts: RemoteExperts, code: "code_pb2.Code.ValueType"
+) -> None:
+    lacking, busy = Replica(), Replica()
+    lacking.error = unusable()
+    busy.error = status_pb2.Status(code=code, message="later")
+    cluster.add(lacking)
+    cluster.add(busy)
+    until(lambda: experts.unavailable("liver") is None and not experts.is_connecting("liver"))
+    for _ in range(3):
+        with pytest.raises(ExpertsUnavailableError) as caught:
+            send(experts)
+        assert not isinstance(caught.value, ExpertsUnusableError)
+
+
+def test_a_replica_that_is_being_connected_is_waited_for(cluster: Cluster, experts: RemoteExperts) -> None:
+    lacking = Replica()
+    lacking.error = unusable()
+    cluster.add(lacking)
+    experts.wait_until_connected(["liver"], 5)
+    # A port where nobody listens yet.
+    cluster.live.append("127.0.0.1:1")
+    with pytest.raises(ExpertsUnavailableError) as caught:
+        send(experts)
+    assert not isinstance(caught.value, ExpertsUnusableError)
+
+
+def test_a_replica_that_lacks_the_bundle_is_asked_last(cluster: Cluster, experts: RemoteExperts) -> None:
+    lacking, holding = Replica(), Replica()
+    lacking.error = unusable()
+    cluster.add(lacking)
+    cluster.add(holding)
+    until(lambda: experts.unavailable("liver") is None and not experts.is_connecting("liver"))
+    for _ in range(20):
+        assert torch.equal(send(experts), X_TD * 2)
+    assert lacking.received <= 2, "every layer paid for a second exchange"

@@ -11,7 +11,13 @@ from echovlm_ray.errors import DeadlineError, InvalidRequestError, OverloadedErr
 from echovlm_ray.serving.errors import INTERNAL_TEXT, to_status
 from experts import errors as expert_errors
 from router import errors as router_errors
-from router.errors import ExpertsFailedError, ExpertsUnavailableError, TooManyOrgansError, UnknownOrganError
+from router.errors import (
+    ExpertsFailedError,
+    ExpertsUnavailableError,
+    ExpertsUnusableError,
+    TooManyOrgansError,
+    UnknownOrganError,
+)
 
 T = TypeVar("T", bound=Message)
 
@@ -65,6 +71,20 @@ def test_lost_experts_name_the_organ_and_no_address() -> None:
     assert "127.0.0.1" not in status.message
 
 
+def test_experts_that_cannot_be_loaded_name_organ_version_and_reason() -> None:
+    status = to_status(ExpertsUnusableError("heart", "d" * 64, "the registry does not have the bundle", "2.1.0"))
+    assert status.code == code_pb2.FAILED_PRECONDITION
+    assert all(text in status.message for text in ("'heart'", "2.1.0", "the registry does not have the bundle"))
+    info = error_details_pb2.ErrorInfo()
+    assert any(detail.Unpack(info) for detail in status.details)
+    assert info.reason == "EXPERTS_UNUSABLE"
+    assert dict(info.metadata) == {
+        "organ": "heart",
+        "version": "2.1.0",
+        "why": "the registry does not have the bundle",
+    }
+
+
 def test_failed_experts_name_the_organ_and_no_reason() -> None:
     status = to_status(ExpertsFailedError("heart", "secret detail"))
     assert status.code == code_pb2.INTERNAL
@@ -108,7 +128,9 @@ def test_no_typed_error_was_forgotten() -> None:
         "InvalidRequestError": ("field", "text"),
         "InvalidRolloutRequestError": ("field", "text"),
         "PartUnavailableError": ("part", "text"),
+        "BundleUnusableError": ("organ", "digest", "text"),
         "ExpertsUnavailableError": ("organ", "text"),
+        "ExpertsUnusableError": ("organ", "digest", "text"),
         "ExpertsFailedError": ("organ", "text"),
         "OrganInCanaryError": ("organ", 5.0),
         "OrganPendingError": (0.5,),

@@ -23,6 +23,7 @@ class Parts:
     async def add(self, name: str) -> GrpcServer:
         server = GrpcServer(ServerOptions())
         await server.start()
+        await server.set_health(name, True)
         self.servers[name].append(server)
         return server
 
@@ -128,6 +129,32 @@ async def test_a_replica_that_says_it_does_not_serve_does_not_count() -> None:
     async with monitored() as (parts, _):
         await parts.servers[health.VISION][0].set_health("", False)
         await parts.until(vision=False, model=False)
+
+
+async def test_an_organ_whose_replica_lacks_its_version_does_not_serve() -> None:
+    async with monitored() as (parts, monitor):
+        (replica,) = parts.servers[organ_service("heart")]
+        await replica.set_health(organ_service("heart"), False)
+        await parts.until(heart=False, breast=True, overall=True)
+        # Another one that holds it is enough.
+        await parts.add(organ_service("heart"))
+        monitor.wake()
+        await parts.until(heart=True)
+
+
+async def test_experts_in_the_router_are_as_well_as_the_router_is() -> None:
+    parts = Parts()
+    for name in (health.ROUTER, health.VISION, health.CONTROL):
+        await parts.add(name)
+    sources = {name: parts.source(name) for name in (health.ROUTER, health.VISION, health.CONTROL)}
+    sources |= {organ_service(organ): parts.source(health.ROUTER) for organ in ORGANS}
+    monitor = HealthMonitor(sources, parts.publish, all_organs_needed=False, speaks_text=True, experts_apart=False)
+    await monitor.start()
+    assert all(parts.published.values())
+    await monitor.stop()
+    for name in sources:
+        for server in parts.servers[name]:
+            await server.stop(0)
 
 
 async def test_a_successor_is_noticed_at_once_when_told_of() -> None:

@@ -16,7 +16,7 @@ async def test_it_follows_the_live_set_and_goes_on_without_control(golden_dir: P
     stable, second = versions.expert_set(), versions.expert_set(liver="2.0.0", lung="1.0.0")
     start = ModelDescription("demo", "1.0.0", "text", stable.backbone_digest, stable.id, (), "breast", ("notice",))
     registry = Registry(versions.split.registry)
-    live = LiveModel(lambda: list(control.addresses), start, registry.find)
+    live = LiveModel(lambda: list(control.addresses), start, registry.manifest)
     await live.start()
     try:
         assert live.describe() is start

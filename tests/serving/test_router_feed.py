@@ -13,7 +13,7 @@ from echovlm_ray.serving.router.admission import UsedBundle
 from echovlm_ray.serving.router.feed import policy_from_proto
 from echovlm_ray.serving.router.outcomes import Outcomes, report_of
 from protos import control_pb2
-from router.errors import ExpertsFailedError, ExpertsUnavailableError
+from router.errors import ExpertsFailedError, ExpertsUnavailableError, ExpertsUnusableError
 from router.expert_set import ExpertSet, ExpertSetMember
 from router.rollouts.traffic import CandidateTraffic, TrafficPolicy
 from tests.serving.rollout_feed import Versions, make_versions, policy_to_proto, until, watching_router
@@ -185,6 +185,14 @@ def test_a_lost_organ_is_no_versions_error_but_a_version_that_is_missing_alone_i
     found = observations(outcomes)
     assert list(found) == ["new"]
     assert found["new"].errors == 1
+
+
+def test_a_version_that_no_replica_could_load_is_its_own_error_and_no_others() -> None:
+    outcomes = Outcomes()
+    error = ExpertsUnusableError("liver", "new", "the bundle is damaged")
+    record(outcomes, [used("liver", "new", candidate=True), used("heart", "h")], error, tokens=0)
+    found = observations(outcomes)
+    assert {digest: each.errors for digest, each in found.items()} == {"new": 1}
 
 
 def test_outcomes_are_bounded_and_the_oldest_go_first() -> None:

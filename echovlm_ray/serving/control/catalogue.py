@@ -4,8 +4,9 @@ import logging
 import threading
 
 from experts.errors import RegistryError, UnknownBundleError
+from experts.kept_bundles import KeptBundles
 from experts.manifest import Manifest
-from experts.registry import Registry
+from experts.registry import Registry, reading_registry
 
 logger = logging.getLogger(__name__)
 
@@ -13,9 +14,10 @@ logger = logging.getLogger(__name__)
 class Catalogue:
     """The manifests of a registry. Bundles never change, so what was read once is kept. Safe from several threads."""
 
-    def __init__(self, registry: Registry) -> None:
-        """Takes the registry; nothing is read yet."""
+    def __init__(self, registry: Registry, kept: KeptBundles | None = None) -> None:
+        """Takes the registry, and the copies that know a bundle while it is away, if there are any; reads nothing."""
         self._registry = registry
+        self._kept = kept
         self._lock = threading.Lock()
         self._manifests: dict[str, Manifest] = {}
 
@@ -23,8 +25,12 @@ class Catalogue:
         """All bundles, or an organ's, by organ and then from the oldest version to the newest; read anew.
 
         One damaged manifest must take neither the others nor Control itself out of service.
+
+        Raises:
+            RegistryAwayError: the registry cannot be read.
         """
-        manifests = self._registry.list(organ, damaged=lambda error: logger.warning("passed over: %s", error))
+        with reading_registry(self._registry.root):
+            manifests = self._registry.list(organ, damaged=lambda error: logger.warning("passed over: %s", error))
         with self._lock:
             self._manifests |= {manifest.digest: manifest for manifest in manifests}
         return manifests
@@ -33,22 +39,20 @@ class Catalogue:
         """The manifest of a bundle.
 
         Raises:
-            UnknownBundleError: the registry does not have it.
+            UnknownBundleError: neither the registry nor a copy has it.
+            RegistryAwayError: no copy has it, and the registry cannot be read.
         """
         with self._lock:
             known = self._manifests.get(digest)
         if known is None:
-            self.list()
+            with reading_registry(self._registry.root):
+                known = (self._kept or self._registry).manifest(digest)
             with self._lock:
-                known = self._manifests.get(digest)
-        if known is None:
-            raise UnknownBundleError(
-                f"the registry {self._registry.root} has no bundle with the digest {digest[:100]!r}; push it first"
-            )
+                self._manifests[digest] = known
         return known
 
     def version(self, digest: str) -> str:
-        """The version of a bundle; "" where the registry does not have it any more, or cannot be read."""
+        """The version of a bundle, whose manifest is kept from then on; "" where nothing knows it any more."""
         try:
             return self.manifest(digest).version
         except (UnknownBundleError, RegistryError):
@@ -60,5 +64,7 @@ class Catalogue:
 
         Raises:
             UnknownBundleError: there is none; the text names the versions that there are.
+            RegistryAwayError: the registry cannot be read.
         """
-        return self._registry.find(organ, version).digest
+        with reading_registry(self._registry.root):
+            return self._registry.find(organ, version).digest

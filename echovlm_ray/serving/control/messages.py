@@ -8,6 +8,7 @@ from experts.digest import canonical_json
 from experts.manifest import Manifest
 from protos import control_pb2
 from router.expert_set import ExpertSet
+from router.rollouts.answering import OrganProblem
 from router.rollouts.expectation import Expectation
 from router.rollouts.fleet_view import OrganView, ReplicaView
 from router.rollouts.history import Entry
@@ -117,6 +118,18 @@ def residents_to_proto(view: OrganView, is_spare: Callable[[str, str], bool]) ->
         )
         for replica in view.replicas
     ]
+
+
+def problem_to_proto(problem: OrganProblem, version_of: VersionOf) -> control_pb2.OrganProblem:
+    """The message of an organ's problem."""
+    return control_pb2.OrganProblem(
+        organ=problem.organ,
+        version=version_of(problem.digest),
+        digest=problem.digest,
+        replicas=problem.replicas,
+        holding=problem.holding,
+        reasons=[control_pb2.ReplicaProblem(replica=replica, text=text) for replica, text in problem.reasons],
+    )
 
 
 def outcome_to_proto(outcome: Outcome, version_of: VersionOf, *, dry_run: bool) -> control_pb2.OperationResponse:

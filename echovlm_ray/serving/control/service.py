@@ -14,6 +14,8 @@ from echovlm_ray.serving.control.messages import bundle_to_proto, entry_to_proto
 from echovlm_ray.serving.control.push import PushReceiver
 from echovlm_ray.serving.control.state import StateReader, StateWatch
 from echovlm_ray.serving.control.take_up import TakeUp
+from experts.errors import RegistryAwayError
+from experts.manifest import Manifest
 from protos import control_pb2, control_pb2_grpc
 from router.errors import RolloutStateError
 from router.rollouts.decisions import check_known
@@ -231,7 +233,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
         return {live.stable_digest for live in self._store.snapshot().organs}
 
     def _list(self, organ: str | None) -> control_pb2.ListResponse:
-        manifests = self._catalogue.list(organ)
+        manifests, registry_problem = self._registered(organ)
         snapshot = self._store.snapshot()
         if organ is not None and not manifests:
             check_known(snapshot, organ)
@@ -242,7 +244,16 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
             bundles=[bundle_to_proto(manifest, in_use) for manifest in manifests],
             rollouts=state.rollouts,
             replicas=state.replicas,
+            problems=state.problems,
+            registry_problem=registry_problem,
         )
+
+    def _registered(self, organ: str | None) -> tuple[list[Manifest], str]:
+        try:
+            return self._catalogue.list(organ), ""
+        except RegistryAwayError as error:
+            # What is served does not need it.
+            return [], str(error)
 
     def _history(self, request: control_pb2.HistoryRequest) -> control_pb2.HistoryResponse:
         if request.organ and not self._catalogue.list(request.organ):

@@ -9,10 +9,12 @@ from echovlm_ray.serving.control.changes import Changes
 from echovlm_ray.serving.control.messages import (
     VersionOf,
     expert_set_to_proto,
+    problem_to_proto,
     residents_to_proto,
     rollout_to_proto,
 )
 from protos import control_pb2
+from router.rollouts.answering import organ_problems
 from router.rollouts.controller import RolloutController
 from router.rollouts.fleet import Fleet
 from router.rollouts.fleet_view import FleetObserver
@@ -99,6 +101,10 @@ class StateReader:
                 message for view in views.values() for message in residents_to_proto(view, self._controller.is_spare)
             ],
             not_taken_up=self._not_taken_up(snapshot.sequence),
+            problems=[
+                problem_to_proto(problem, self._version_of)
+                for problem in organ_problems(snapshot, views, self._controller.load_failures())
+            ],
         )
 
 

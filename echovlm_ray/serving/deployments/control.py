@@ -23,7 +23,7 @@ from echovlm_ray.serving.deployments.settings import (
 from echovlm_ray.serving.endpoints import Endpoints
 from echovlm_ray.serving.rollout_files import SQLITE, DatabaseLock, RolloutFiles
 from echovlm_ray.serving.server import ServerOptions
-from protos import control_pb2_grpc, status_pb2_grpc
+from protos import control_pb2, control_pb2_grpc, status_pb2_grpc
 
 if TYPE_CHECKING:
     from ray.serve.schema import ApplicationStatusOverview
@@ -55,7 +55,7 @@ class ControlReplica(Replica):
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc] # Serve awaits it
         """Takes the fields of `ControlSettings`."""
 
-        from echovlm_ray.serving.bundles import open_registry
+        from echovlm_ray.serving.bundles import open_kept, open_registry
         from echovlm_ray.serving.control import CONTROL_SERVICE, FEED_SERVICE, STATUS_SERVICE
         from echovlm_ray.serving.control.catalogue import Catalogue
         from echovlm_ray.serving.control.feed import RolloutFeedService
@@ -86,7 +86,7 @@ class ControlReplica(Replica):
         endpoints = Endpoints(DEPLOYMENTS | _watched(organs))
         endpoints.start()
         registry = open_registry(parsed.experts, served.directory)
-        catalogue = Catalogue(registry)
+        catalogue = Catalogue(registry, open_kept(parsed.experts, served.directory))
         monitor = HealthMonitor()
         # The feed knows which Routers are connected, and is made of what the fleet is needed for.
         feeds: list[RolloutFeedService] = []
@@ -110,7 +110,11 @@ class ControlReplica(Replica):
             store, operations, catalogue, pushes, reader, watch, take_up, parsed.model.default_organ, threads
         )
         status = SystemStatusService(
-            lambda: _applications(store, remote), endpoints.of, _states, lambda: policies.current.stable.id
+            lambda: _applications(store, remote),
+            endpoints.of,
+            _states,
+            lambda: policies.current.stable.id,
+            lambda: _problems(store, controller, catalogue),
         )
         applications = _organ_applications(parsed, store, controller, endpoints)
         if remote:
@@ -236,6 +240,17 @@ def _applications(store: "RolloutStore", remote: bool) -> list[str]:
     snapshot = store.snapshot()
     organs = dict.fromkeys([live.organ for live in snapshot.organs] + [rollout.organ for rollout in snapshot.in_flight])
     return [*DEPLOYMENTS, *map(expert_application, organs)]
+
+
+def _problems(
+    store: "RolloutStore", controller: "RolloutController", catalogue: "Catalogue"
+) -> "list[control_pb2.OrganProblem]":
+    """What cannot be answered as it should be, as the controller saw it last."""
+    from echovlm_ray.serving.control.messages import problem_to_proto
+    from router.rollouts.answering import organ_problems
+
+    found = organ_problems(store.snapshot(), controller.views, controller.load_failures())
+    return [problem_to_proto(problem, catalogue.version) for problem in found]
 
 
 def _states() -> "Mapping[str, ApplicationState]":

@@ -4,16 +4,21 @@ import asyncio
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from echovlm_ray.serving.deployments.replica import Part, Replica, Service, device_of
 from echovlm_ray.serving.deployments.settings import CONTROL, DEPLOYMENTS, ExpertGroupSettings
+from echovlm_ray.serving.endpoints import Endpoints, addresses_now
 from echovlm_ray.serving.errors import to_status
+from echovlm_ray.serving.known_policy import ask_policy, read_policy, wanted_digests
+from echovlm_ray.serving.server import INTERNAL_CHANNEL_OPTIONS
 from protos import expert_pb2
 
 if TYPE_CHECKING:
     from echovlm_ray.serving.served import ServedCheckpoint
     from experts.group import ExpertGroup
+    from protos import control_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +36,8 @@ class ExpertGroupReplica(Replica):
         """Takes the fields of `ExpertGroupSettings`."""
         import torch
 
-        from echovlm_ray.serving.bundles import open_registry, signature_policy
+        from echovlm_ray.serving.bundles import open_kept, signature_policy
+        from echovlm_ray.serving.organ_health import OrganHealth
         from echovlm_ray.serving.served import expert_exchange, served_checkpoint
         from experts.group import ExpertGroup
         from experts.kernels.registry import get_kernel
@@ -47,9 +53,18 @@ class ExpertGroupReplica(Replica):
         torch.set_num_threads(parsed.model.torch_threads)
         served = served_checkpoint(parsed.model)
         exchange = expert_exchange(parsed.model)
+        policy = await asyncio.to_thread(_policy, parsed, served)
+        wanted = [] if policy is None else wanted_digests(policy, parsed.organ)
+
+        healths: list[OrganHealth] = []
+
+        def in_use() -> set[str]:
+            now = healths[0].wanted if healths else wanted
+            return {*now, *(resident.digest for resident in group.resident())}
+
         group = ExpertGroup(
             parsed.organ,
-            open_registry(parsed.experts, served.directory),
+            open_kept(parsed.experts, served.directory, in_use),
             get_kernel(parsed.experts.kernel),
             device=device,
             dtype=exchange.dtype,
@@ -59,7 +74,11 @@ class ExpertGroupReplica(Replica):
             backbone_digest=served.expert_set.backbone_digest,
             admit=signature_policy(parsed.experts).admit,
         )
-        await asyncio.to_thread(_load, group, parsed, served)
+        await asyncio.to_thread(_load, group, wanted, served)
+        endpoints = Endpoints({CONTROL: DEPLOYMENTS[CONTROL]})
+        endpoints.start()
+        health = OrganHealth(group, endpoints.source(CONTROL), self.publish_health, policy, INTERNAL_CHANNEL_OPTIONS)
+        healths.append(health)
         service = ExpertGroupService(group, to_status=to_status, max_queue=parsed.experts.max_queue)
 
         part = Part(
@@ -70,25 +89,27 @@ class ExpertGroupReplica(Replica):
             bundles=service.resident_bundles,
             work_done=lambda: service.exchanges_received,
             pending=lambda: service.exchanges_in_flight > 0,
-            closing=[service.close],
+            problem=health.problem,
+            closing=[health.stop, endpoints.stop, service.close],
         )
         await self._start(parsed, part)
+        await health.start()
 
 
-def _load(group: "ExpertGroup", settings: ExpertGroupSettings, served: "ServedCheckpoint") -> None:
-    """Loads what Control says, or what it last said; where it never said anything, what the checkpoint came with."""
-    from echovlm_ray.serving.endpoints import addresses_now
-    from echovlm_ray.serving.known_policy import ask_policy, read_policy, wanted_digests
-
+def _policy(settings: ExpertGroupSettings, served: "ServedCheckpoint") -> "control_pb2.TrafficPolicy | None":
+    """What Control says, or what it last said, of this checkpoint; None where it never said anything."""
     control = addresses_now(CONTROL, DEPLOYMENTS[CONTROL], FIND_CONTROL_S)
     policy = ask_policy(control) or read_policy(settings.policy_file)
-    if policy is None or policy.stable.backbone_digest != served.expert_set.backbone_digest:
-        if settings.organ in served.organs:
-            group.load(served.expert_set.bundle_digest(settings.organ))
-        return
-    for digest in wanted_digests(policy, settings.organ):
+    ours = policy is not None and policy.stable.backbone_digest == served.expert_set.backbone_digest
+    return policy if ours else None
+
+
+def _load(group: "ExpertGroup", wanted: Sequence[str], served: "ServedCheckpoint") -> None:
+    """Loads what requests may get; where nothing is known of that, what the checkpoint came with."""
+    own = [served.expert_set.bundle_digest(group.organ)] if group.organ in served.organs else []
+    for digest in wanted or own:
         try:
             group.load(digest)
         except Exception as error:
             # What was left on the disk may be outdated. Control sees what is missing here, tries again, and judges.
-            logger.warning("%s… of %s is not loaded at the start: %s", digest[:12], settings.organ, error)
+            logger.warning("%s… of %s is not loaded at the start: %s", digest[:12], group.organ, error)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from echovlm_ray.serving.live_model import LiveModel
     from echovlm_ray.serving.served import ServedCheckpoint
     from echovlm_ray.vision.decoding.pool import DecoderPool
-    from experts.registry import Registry
+    from experts.kept_bundles import KeptBundles
 
 SERVICE_NAME = echovlm_pb2.DESCRIPTOR.services_by_name["EchoVLM"].full_name
 
@@ -35,7 +35,7 @@ class GatewayReplica(Replica):
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc] # Serve awaits it
         """Takes the fields of `GatewaySettings`."""
         from echovlm_ray.model.processing import EchoVLMProcessor
-        from echovlm_ray.serving.bundles import open_registry
+        from echovlm_ray.serving.bundles import open_kept
         from echovlm_ray.serving.gateway import GatewayService
         from echovlm_ray.serving.live_model import LiveModel
         from echovlm_ray.serving.router_client import RouterClient
@@ -49,9 +49,9 @@ class GatewayReplica(Replica):
         processor = None
         if not served.missing_text_files:
             processor = await asyncio.to_thread(EchoVLMProcessor.from_pretrained, served.directory)
-        registry = await asyncio.to_thread(open_registry, parsed.experts, served.directory)
-        description = await asyncio.to_thread(_describe, parsed, served, registry)
-        live = LiveModel(endpoints.source(CONTROL), description, registry.find, INTERNAL_CHANNEL_OPTIONS)
+        bundles = await asyncio.to_thread(open_kept, parsed.experts, served.directory)
+        description = await asyncio.to_thread(_describe, parsed, served, bundles)
+        live = LiveModel(endpoints.source(CONTROL), description, bundles.manifest, INTERNAL_CHANNEL_OPTIONS)
         router = RouterClient(endpoints.source(ROUTER), INTERNAL_CHANNEL_OPTIONS)
         service = GatewayService(processor, router, live.describe, gateway=section, limits=parsed.router)
         await service.start()
@@ -111,18 +111,17 @@ def _monitor(
         all_organs_needed=served.expert_set.routing == "flat",
         speaks_text=not served.missing_text_files,
         live_parts=organs,
+        experts_apart=settings.router.experts == "remote",
     )
 
 
-def _describe(settings: GatewaySettings, served: "ServedCheckpoint", registry: "Registry") -> "ModelDescription":
+def _describe(settings: GatewaySettings, served: "ServedCheckpoint", bundles: "KeptBundles") -> "ModelDescription":
     from echovlm_ray.checkpoint import demo
-    from echovlm_ray.serving.gateway import ModelDescription, OrganDescription
+    from echovlm_ray.serving.gateway import ModelDescription
+    from echovlm_ray.serving.live_model import describe_organ
 
     index, expert_set = served.index, served.expert_set
-    organs = []
-    for member in expert_set.members:
-        manifest = registry.find(member.organ, served.versions[member.organ])
-        organs.append(OrganDescription(manifest.organ, manifest.version, member.bundle_digest, manifest.num_experts))
+    organs = [describe_organ(member.organ, member.bundle_digest, bundles.manifest) for member in expert_set.members]
     return ModelDescription(
         name=index.name,
         version=index.version,

@@ -41,6 +41,10 @@ def _nothing_pending() -> bool:
     return False
 
 
+def _no_problem() -> str:
+    return ""
+
+
 def _nothing_to_measure() -> None:
     return
 
@@ -54,6 +58,7 @@ class Part:
         healthy: false makes Serve replace the replica.
         work_done: grows with everything the part does; when it rests, free memory goes back to the system.
         pending: whether work is under way that no open call shows, which a stopping replica waits for.
+        problem: why the part cannot do all of its work, for operators; "" if it can.
         measure: brings metrics of the part's own up to date; called with every health check.
     """
 
@@ -65,6 +70,7 @@ class Part:
     healthy: Callable[[], bool] = lambda: True
     work_done: Callable[[], int] = lambda: 0
     pending: Callable[[], bool] = _nothing_pending
+    problem: Callable[[], str] = _no_problem
     measure: Callable[[], None] = _nothing_to_measure
     # Called after the servers have stopped, first to last.
     closing: Sequence[Callable[[], object]] = field(default=())
@@ -104,7 +110,7 @@ class Replica:
         identity = _identity(part)
         self._replica_id = identity.replica_id
         self._metrics = PartMetrics("experts" if part.organ else identity.application, part.organ)
-        status = ReplicaStatusService(identity, self._endpoint, part.queue_length, part.bundles)
+        status = ReplicaStatusService(identity, self._endpoint, part.queue_length, part.bundles, part.problem)
         self._internal.add(status_pb2_grpc.add_ReplicaStatusServicer_to_server, status, SERVICE_NAME)
         await self._internal.start()
 

@@ -1,7 +1,8 @@
 """The router as a Ray Serve deployment."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from echovlm_ray.serving.deployments.replica import Part, Replica, Service, device_of, dtype_of
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from echovlm_ray.serving.metrics import RouterMetrics
     from echovlm_ray.serving.router import ServedModel
     from echovlm_ray.serving.served import ServedCheckpoint
+    from experts.bundle import Bundle
     from experts.registry import Registry
     from router.exchange import ExpertPlacement
     from router.expert_gates import BundleGates
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 # At start, Control's policy is waited for so long; then what it last left in its file serves, and where there is none,
 # the checkpoint's own experts.
 FIRST_POLICY_S = 10.0
+# When a router starts together with Control, it need not wait for it.
+FIND_CONTROL_S = 0.5
 # How long a policy waits for the address of a new organ's replica.
 NEW_ORGAN_S = 3.0
 
@@ -63,7 +67,14 @@ class RouterReplica(Replica):
             watched |= {expert_application(organ): EXPERT_DEPLOYMENT for organ in served.organs}
         endpoints = Endpoints(watched)
         endpoints.start()
-        engine, model, organ_gate = await asyncio.to_thread(build_engine, parsed, served, device, endpoints)
+        first = await asyncio.to_thread(_first_set, parsed, served, endpoints)
+        used: list[ExpertSets] = []
+
+        def in_use() -> Collection[str]:
+            return used[0].pins()[1] if used else {member.bundle_digest for member in first.expert_set.members}
+
+        keeps = in_use if parsed.router.experts == "remote" else None
+        engine, model, organ_gate = await asyncio.to_thread(build_engine, parsed, first, device, endpoints, keeps)
         engine.start()
         vision = VisionClient(endpoints.source(VISION), INTERNAL_CHANNEL_OPTIONS)
         expert_sets = ExpertSets(
@@ -75,6 +86,7 @@ class RouterReplica(Replica):
             forget=engine.forget_bundle,
             prepare=_find_new_organs(endpoints, served.organs),
         )
+        used.append(expert_sets)
         outcomes = Outcomes()
         feed = RolloutFeedClient(endpoints.source(CONTROL), expert_sets, outcomes, INTERNAL_CHANNEL_OPTIONS)
         service = RouterService(engine, model, expert_sets, vision, parsed.router, outcomes)
@@ -83,6 +95,7 @@ class RouterReplica(Replica):
             queue_length=lambda: service.queue_length,
             device=str(device),
             healthy=lambda: engine.alive,
+            problem=lambda: feed.problem,
             measure=lambda: _measure(outcomes.metrics, engine),
             closing=[vision.close, engine.stop, feed.stop, endpoints.stop],
         )
@@ -92,14 +105,26 @@ class RouterReplica(Replica):
 
 
 def build_engine(
-    settings: RouterSettings, served: "ServedCheckpoint", device: "torch.device", endpoints: Endpoints
+    settings: RouterSettings,
+    served: "ServedCheckpoint",
+    device: "torch.device",
+    endpoints: Endpoints,
+    in_use: "Callable[[], Collection[str]] | None" = None,
 ) -> "tuple[Engine, ServedModel, OrganGate]":
-    """Loads the backbone and the gates, and puts the engine together; takes as long as reading the weights."""
+    """Loads the backbone and the gates, and puts the engine together; takes as long as reading the weights.
+
+    Args:
+        settings: the configuration.
+        served: the checkpoint, with the set with which serving starts.
+        device: where the backbone goes.
+        endpoints: where the experts are.
+        in_use: the digests whose copies must stay on this machine; None reads the registry alone and copies nothing.
+    """
     from echovlm_ray.engine.engine import Engine
     from echovlm_ray.engine.runner import ModelRunner
     from echovlm_ray.model.checkpoint import load_backbone
     from echovlm_ray.model.packing import warm_up
-    from echovlm_ray.serving.bundles import open_registry
+    from echovlm_ray.serving.bundles import open_kept, open_registry
     from echovlm_ray.serving.router import ServedModel
     from router.dispatch import Dispatcher
     from router.expert_gates import ExpertGates
@@ -108,7 +133,8 @@ def build_engine(
     backbone = load_backbone(served.directory, dtype=dtype_of(settings), device=device)
     config = backbone.config
     registry = open_registry(settings.experts, served.directory)
-    read_gates = _gate_reader(registry, config.text_config.num_hidden_layers, backbone.dtype, device)
+    open_bundle = registry.open if in_use is None else open_kept(settings.experts, served.directory, in_use).open_gates
+    read_gates = _gate_reader(open_bundle, config.text_config.num_hidden_layers, backbone.dtype, device)
     expert_set = served.expert_set
     gates = {member.bundle_digest: read_gates(member.bundle_digest) for member in expert_set.members}
     top_k = config.text_config.num_experts_per_tok
@@ -148,12 +174,12 @@ def _measure(metrics: "RouterMetrics", engine: "Engine") -> None:
 
 
 def _gate_reader(
-    registry: "Registry", num_layers: int, dtype: "torch.dtype", device: "torch.device"
+    open_bundle: "Callable[[str], Bundle]", num_layers: int, dtype: "torch.dtype", device: "torch.device"
 ) -> "Callable[[str], BundleGates]":
     from router.expert_gates import BundleGates
 
     def read(digest: str) -> BundleGates:
-        return BundleGates.read(registry.open(digest), num_layers=num_layers, dtype=dtype, device=device)
+        return BundleGates.read(open_bundle(digest), num_layers=num_layers, dtype=dtype, device=device)
 
     return read
 
@@ -198,13 +224,33 @@ def _placement(
     return LocalExperts(groups)
 
 
+def _first_set(settings: RouterSettings, served: "ServedCheckpoint", endpoints: Endpoints) -> "ServedCheckpoint":
+    """The checkpoint with the set that Control says is live, if it says so now or has left it in its file.
+
+    What the checkpoint came with may be gone from its registry, and is then not what a router must have to start.
+    """
+    from echovlm_ray.serving.known_policy import ask_policy
+    from echovlm_ray.serving.router.feed import policy_from_proto
+
+    if settings.policy_file is None:
+        return served
+    endpoints.wait_for([CONTROL], FIND_CONTROL_S)
+    asked = ask_policy(endpoints.of(CONTROL))
+    policy = asked if asked is not None and _is_ours(asked, served) else _last_known(settings, served)
+    return served if policy is None else replace(served, expert_set=policy_from_proto(policy).stable)
+
+
 def _last_known(settings: RouterSettings, served: "ServedCheckpoint") -> control_pb2.TrafficPolicy | None:
     """What Control last said, if it was said of this checkpoint."""
     from echovlm_ray.serving.known_policy import read_policy
 
     policy = read_policy(settings.policy_file) if settings.policy_file is not None else None
-    theirs = (policy.stable.backbone_digest, policy.stable.routing) if policy is not None else None
-    return policy if theirs == (served.expert_set.backbone_digest, served.expert_set.routing) else None
+    return policy if policy is not None and _is_ours(policy, served) else None
+
+
+def _is_ours(policy: control_pb2.TrafficPolicy, served: "ServedCheckpoint") -> bool:
+    own = served.expert_set
+    return (policy.stable.backbone_digest, policy.stable.routing) == (own.backbone_digest, own.routing)
 
 
 def _find_new_organs(endpoints: Endpoints, organs: tuple[str, ...]) -> "Callable[[TrafficPolicy], None]":

@@ -65,6 +65,8 @@ class RolloutFeedClient:
         # Control has not heard yet which policy is in force.
         self._unsaid = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        # Why the newest policy is not in force, for operators; "" if it is.
+        self.problem = ""
 
     async def start(
         self,
@@ -180,16 +182,19 @@ class RolloutFeedClient:
             try:
                 if await self._expert_sets.take_up(policy):
                     logger.info("policy %d is in force, expert set %s", policy.version, policy.stable.id[:12])
+                self.problem = ""
                 self._taken_up.set()
                 self._unsaid.set()
                 return
             except UnusablePolicyError as error:
-                logger.error("policy %d is refused, and policy %d stays: %s", policy.version, self._version, error)
+                self.problem = f"policy {policy.version} is refused, and policy {self._version} stays: {error}"
+                logger.error("%s", self.problem)
                 return
             except Exception as error:
-                logger.warning(
-                    "policy %d cannot be taken up yet, and policy %d stays: %s", policy.version, self._version, error
+                self.problem = (
+                    f"policy {policy.version} cannot be taken up yet, and policy {self._version} stays: {error}"
                 )
+                logger.warning("%s", self.problem)
             # A newer policy need not wait for this one.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):

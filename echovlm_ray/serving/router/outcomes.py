@@ -8,6 +8,7 @@ What counts as an error of an organ's experts:
 - They could not be reached (`ExpertsUnavailableError`): a dead replica takes every version with it, and says nothing
   of one of them. It counts only where another version of the organ went on meanwhile, so that this one alone was
   missing.
+- No replica could load them (`ExpertsUnusableError`): that version's, and no other's.
 
 A deadline, a full queue or a caller who left is nobody's error, but how long each token took counts all the same.
 """
@@ -22,7 +23,7 @@ from echovlm_ray.engine.sampler import NonFiniteLogitsError
 from echovlm_ray.serving.metrics import RequestKind, RouterMetrics
 from echovlm_ray.serving.router.admission import UsedBundle
 from protos import control_pb2
-from router.errors import ExpertsFailedError, ExpertsUnavailableError
+from router.errors import ExpertsFailedError, ExpertsUnavailableError, ExpertsUnusableError
 from router.rollouts.shadow import ShadowRecord
 
 logger = logging.getLogger(__name__)
@@ -159,6 +160,8 @@ class Outcomes:
     def _is_error_of(self, bundle: UsedBundle, error: Exception | None, last_progress: float) -> bool:
         if isinstance(error, ExpertsFailedError):
             return error.organ == bundle.organ
+        if isinstance(error, ExpertsUnusableError):
+            return error.digest == bundle.digest
         if isinstance(error, ExpertsUnavailableError) and error.organ == bundle.organ:
             versions = self._progress.get(bundle.organ, {})
             others = [at for digest, at in list(versions.items()) if digest != bundle.digest]

@@ -26,7 +26,7 @@ from echovlm_ray.serving.router.shadow import Shadow, Shadows, drawn_seed
 from echovlm_ray.serving.vision_client import EncodedPicture, VisionClient
 from experts.transport.codec import tensor_to_proto
 from protos import router_pb2, router_pb2_grpc, vision_pb2
-from router.errors import TooManyOrgansError
+from router.errors import ExpertsUnusableError, TooManyOrgansError
 
 # A request that waits for a lost organ ends so much before its deadline that the reason still reaches the caller.
 DEADLINE_MARGIN = 0.1
@@ -112,7 +112,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
                 while not complete:
                     output = await outputs.get()
                     if isinstance(output, Exception):
-                        raise output
+                        raise _with_version(output, experts)
                     completed += 1
                     complete = output.finish is not None
                     if completed == 1 and shadow is not None:
@@ -184,6 +184,14 @@ def _traits(
     pooled = torch.cat([picture.embedding for picture in pictures]).float().mean(0) if pictures else None
     request_id = current_request_id() or request_id_of(context.invocation_metadata() or ())
     return RequestTraits(hints.organs, hints.anatomy_terms, pooled, request_id, session_key, policy_version)
+
+
+def _with_version(error: Exception, experts: PinnedExperts) -> Exception:
+    """The error with the version that callers know; below this only digests are known."""
+    if not isinstance(error, ExpertsUnusableError):
+        return error
+    versions = {used.digest: used.version for used in experts.used}
+    return ExpertsUnusableError(error.organ, error.digest, error.reason, versions.get(error.digest, ""))
 
 
 def _pinned(request: SequenceRequest, admission: Admission) -> SequenceRequest:

@@ -1,0 +1,42 @@
+"""What an operator reads of organs that cannot be answered as they should be. Only the client's packages."""
+
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from echovlm_ray.cli.terminal import line, name_of, styled
+
+if TYPE_CHECKING:
+    from protos.control_pb2 import OrganProblem
+
+# In the place of Ray Serve's word for an application whose replicas run and cannot answer.
+NO_ANSWER = "NOT SERVING"
+DIGEST_LENGTH = 12
+
+
+def problem_in_words(problem: "OrganProblem") -> Text:
+    """One organ's problem: red where no request of it can be answered."""
+    version = problem.version or f"(version unknown) {problem.digest[:DIGEST_LENGTH]}"
+    reasons = "; ".join(
+        f"{reason.replica}: {reason.text}" if reason.replica else reason.text for reason in problem.reasons
+    )
+    if not problem.holding:
+        return styled(f"{name_of(problem.organ)} cannot be answered", "red").append_text(
+            styled(line(f": no replica holds {version}: {reasons}"), "default")
+        )
+    return styled(f"{name_of(problem.organ)} is answered by fewer replicas", "yellow").append_text(
+        styled(line(f": {problem.holding} of {problem.replicas} replicas hold {version}: {reasons}"), "default")
+    )
+
+
+def problem_as_dict(problem: "OrganProblem") -> dict[str, Any]:
+    """The same for programs."""
+    return {
+        "organ": problem.organ,
+        "version": problem.version,
+        "digest": problem.digest,
+        "answers": problem.holding > 0,
+        "replicas": problem.replicas,
+        "holding": problem.holding,
+        "reasons": [{"replica": reason.replica, "text": reason.text} for reason in problem.reasons],
+    }

@@ -1,0 +1,115 @@
+"""`echoray experts backup` and `restore`: the state of the rollouts in one file, and back."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from echovlm_ray.cli.experts_targets import EXIT_INVALID, AsJSON
+from echovlm_ray.cli.work import clear_errors, fail
+
+if TYPE_CHECKING:
+    from echovlm_ray.config import Config
+
+ConfigFile = Annotated[Path | None, typer.Option(help="The YAML file that the system is served with.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="The checkpoint that it serves; wins over the file.")]
+
+
+def backup(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to make; one that exists is never replaced.")],
+    config: ConfigFile = None,
+    checkpoint: Checkpoint = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Copies the rollouts' database into one file, also while a system uses it.
+
+    In it is which versions are live, every rollout, and the history, whose chain of hashes is checked. Copying
+    rollouts.db by other means may leave out what was written last. The bundles are not in it: the registry is a folder
+    of files that never change, which any other backup copies.
+
+    A system on PostgreSQL is backed up with pg_dump.
+
+    Exit status: 0 done; 1 the database is damaged or cannot be copied; 2 wrong options.
+
+    Example: `echoray experts backup rollouts-monday.db --checkpoint checkpoints/demo`
+    """
+    with _failures():
+        from echovlm_ray.serving.rollout_backup import back_up
+        from echovlm_ray.serving.rollout_files import RolloutFiles
+
+        parsed = _load(config, checkpoint)
+        found = back_up(RolloutFiles.of(parsed.rollouts, parsed.model.checkpoint), file.absolute())
+    shown: dict[str, Any] = {"file": str(file), "entries": found.entries, "head": found.head, "bytes": found.size_bytes}
+    if as_json:
+        typer.echo(json.dumps(shown, indent=2))
+        return
+    typer.echo(f"{file} has the whole state, in {found.size_bytes:,} bytes.")
+    typer.echo(f"Its history is intact: {found.entries} entries, head {found.head}")
+
+
+def restore(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What `echoray experts backup` made.")],
+    config: ConfigFile = None,
+    checkpoint: Checkpoint = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Puts a backup in the place of the rollouts' database; the system must be stopped.
+
+    The file is checked first: that it is whole, that its history's chain of hashes holds, and that it belongs to this
+    checkpoint. The database that was there is kept beside it. Bundles that the backup names must be in the registry.
+
+    A system on PostgreSQL is restored with pg_restore.
+
+    Exit status: 0 done; 1 the file is no sound backup, or a system is running; 2 wrong options.
+
+    Example: `echoray experts restore rollouts-monday.db --checkpoint checkpoints/demo`
+    """
+    with _failures():
+        from echovlm_ray.serving.rollout_backup import restore as put_back
+        from echovlm_ray.serving.rollout_files import RolloutFiles
+        from echovlm_ray.serving.served import served_checkpoint
+
+        parsed = _load(config, checkpoint)
+        served = served_checkpoint(parsed.model)
+        files = RolloutFiles.of(parsed.rollouts, parsed.model.checkpoint)
+        found, kept = put_back(file.absolute(), files, served.expert_set)
+    if as_json:
+        shown = {
+            "database": str(found.path),
+            "entries": found.entries,
+            "head": found.head,
+            "kept": None if kept is None else str(kept),
+        }
+        typer.echo(json.dumps(shown, indent=2))
+        return
+    typer.echo(f"{found.path} is what {file} has: {found.entries} entries of history, head {found.head}.")
+    if kept is not None:
+        typer.echo(f"What was there before is kept as {kept}.")
+    typer.echo("Next: echoray serve, and then echoray experts list")
+
+
+def _load(config: Path | None, checkpoint: Path | None) -> "Config":
+    from echovlm_ray.config_file import load_config
+    from echovlm_ray.serving.preflight import resolve_paths
+
+    overrides: dict[str, tuple[Any, str]] = {}
+    if checkpoint is not None:
+        overrides["model.checkpoint"] = (str(checkpoint), "--checkpoint")
+    try:
+        return resolve_paths(load_config(config, overrides))
+    except ValueError as error:
+        fail(str(error), EXIT_INVALID)
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    from router.errors import RolloutDatabaseError, RolloutStateError
+
+    with clear_errors():
+        try:
+            yield
+        except (RolloutDatabaseError, RolloutStateError, ValueError) as error:
+            fail(" ".join(str(error).split()))

@@ -1,0 +1,100 @@
+"""What an expert replica says of its own health: whether it holds the version that its organ's requests get."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+from echovlm_ray.serving.health import organ_service
+from echovlm_ray.serving.known_policy import wanted_digests
+from echovlm_ray.serving.policy_follower import PolicyFollower
+from experts.group import ExpertGroup
+from protos import control_pb2
+
+logger = logging.getLogger(__name__)
+
+PERIOD_S = 0.5
+
+
+class OrganHealth:
+    """Publishes SERVING of the organ's service while the stable version is resident. Belongs to one event loop.
+
+    Of an organ that only a candidate serves yet, the candidate is what counts. Before the first policy is known, any
+    resident version does.
+    """
+
+    def __init__(
+        self,
+        group: ExpertGroup,
+        addresses: Callable[[], Sequence[str]],
+        publish: Callable[[str, bool], Awaitable[None]],
+        policy: control_pb2.TrafficPolicy | None,
+        channel_options: Sequence[tuple[str, int | str]] = (),
+    ) -> None:
+        """Takes its parts.
+
+        Args:
+            group: what is resident, and what could not be loaded.
+            addresses: where Control's internal server is now; empty while it is away.
+            publish: is called with the organ's service and whether it serves.
+            policy: what is known at the start.
+            channel_options: of the connection to Control.
+        """
+        self._group = group
+        self._publish = publish
+        self._policy = policy
+        self._said: bool | None = None
+        self._follower = PolicyFollower(addresses, self._take, channel_options)
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def wanted(self) -> list[str]:
+        """The digests that requests may get, the stable one first; none while nothing is known."""
+        return [] if self._policy is None else wanted_digests(self._policy, self._group.organ)
+
+    @property
+    def serving(self) -> bool:
+        """Whether the organ's requests can be answered here."""
+        resident = {resident.digest for resident in self._group.resident()}
+        wanted = self.wanted
+        return bool(resident) if not wanted else wanted[0] in resident
+
+    def problem(self) -> str:
+        """Why they cannot, for operators; "" if they can."""
+        wanted = self.wanted
+        if self.serving or not wanted:
+            return ""
+        digest = wanted[0]
+        version = self._policy.versions.get(digest, "") if self._policy is not None else ""
+        failure = self._group.failure(digest)
+        reason = failure.text if failure is not None else "it is not loaded yet"
+        return f"does not hold {self._group.organ} {version or digest[:12]}: {reason}"
+
+    async def start(self) -> None:
+        """Begins to publish."""
+        await self._say()
+        await self._follower.start()
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """Ends."""
+        await self._follower.stop()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _take(self, policy: control_pb2.TrafficPolicy) -> None:
+        self._policy = policy
+        await self._say()
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(PERIOD_S)
+            await self._say()
+
+    async def _say(self) -> None:
+        serving = self.serving
+        if serving != self._said:
+            self._said = serving
+            if not serving:
+                logger.warning("this replica %s", self.problem() or "holds nothing")
+            await self._publish(organ_service(self._group.organ), serving)
