@@ -191,16 +191,18 @@ class ListRequest(_message.Message):
     def __init__(self, organ: _Optional[str] = ...) -> None: ...
 
 class ListResponse(_message.Message):
-    __slots__ = ("live", "bundles", "rollouts", "replicas")
+    __slots__ = ("live", "bundles", "rollouts", "replicas", "notices")
     LIVE_FIELD_NUMBER: _ClassVar[int]
     BUNDLES_FIELD_NUMBER: _ClassVar[int]
     ROLLOUTS_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    NOTICES_FIELD_NUMBER: _ClassVar[int]
     live: ExpertSet
     bundles: _containers.RepeatedCompositeFieldContainer[BundleInfo]
     rollouts: _containers.RepeatedCompositeFieldContainer[Rollout]
     replicas: _containers.RepeatedCompositeFieldContainer[ReplicaResidents]
-    def __init__(self, live: _Optional[_Union[ExpertSet, _Mapping]] = ..., bundles: _Optional[_Iterable[_Union[BundleInfo, _Mapping]]] = ..., rollouts: _Optional[_Iterable[_Union[Rollout, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaResidents, _Mapping]]] = ...) -> None: ...
+    notices: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, live: _Optional[_Union[ExpertSet, _Mapping]] = ..., bundles: _Optional[_Iterable[_Union[BundleInfo, _Mapping]]] = ..., rollouts: _Optional[_Iterable[_Union[Rollout, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaResidents, _Mapping]]] = ..., notices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class BundleInfo(_message.Message):
     __slots__ = ("organ", "name", "version", "digest", "description", "num_experts", "size_bytes", "live")
@@ -307,13 +309,19 @@ class ControlState(_message.Message):
     def __init__(self, version: _Optional[int] = ..., live: _Optional[_Union[ExpertSet, _Mapping]] = ..., rollouts: _Optional[_Iterable[_Union[Rollout, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaResidents, _Mapping]]] = ...) -> None: ...
 
 class WatchPolicyRequest(_message.Message):
-    __slots__ = ("router",)
+    __slots__ = ("router", "identity", "policy_version", "policy_digest")
     ROUTER_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
+    POLICY_DIGEST_FIELD_NUMBER: _ClassVar[int]
     router: str
-    def __init__(self, router: _Optional[str] = ...) -> None: ...
+    identity: str
+    policy_version: int
+    policy_digest: str
+    def __init__(self, router: _Optional[str] = ..., identity: _Optional[str] = ..., policy_version: _Optional[int] = ..., policy_digest: _Optional[str] = ...) -> None: ...
 
 class TrafficPolicy(_message.Message):
-    __slots__ = ("version", "stable", "candidates", "versions")
+    __slots__ = ("version", "stable", "candidates", "versions", "identity")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -325,11 +333,13 @@ class TrafficPolicy(_message.Message):
     STABLE_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
     version: int
     stable: ExpertSet
     candidates: _containers.RepeatedCompositeFieldContainer[CandidateTraffic]
     versions: _containers.ScalarMap[str, str]
-    def __init__(self, version: _Optional[int] = ..., stable: _Optional[_Union[ExpertSet, _Mapping]] = ..., candidates: _Optional[_Iterable[_Union[CandidateTraffic, _Mapping]]] = ..., versions: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    identity: str
+    def __init__(self, version: _Optional[int] = ..., stable: _Optional[_Union[ExpertSet, _Mapping]] = ..., candidates: _Optional[_Iterable[_Union[CandidateTraffic, _Mapping]]] = ..., versions: _Optional[_Mapping[str, str]] = ..., identity: _Optional[str] = ...) -> None: ...
 
 class CandidateTraffic(_message.Message):
     __slots__ = ("organ", "digest", "rollout_id", "mode", "percent")

@@ -48,3 +48,8 @@ class InvalidRolloutRequestError(ValueError):
 
 class RolloutDatabaseError(RuntimeError):
     """The rollouts' database cannot be used: another version's, out of reach, or damaged. The text says what to do."""
+
+
+class RolloutDatabaseLostError(RolloutDatabaseError):
+    """The database that was opened is not there any more: deleted, or another one is in its place. Nothing was written.
+    The text says what to do."""

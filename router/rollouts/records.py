@@ -100,6 +100,8 @@ class Snapshot:
         known_organs: all that were ever served or staged: a replica of any of them may still hold something.
         retired: (organ, digest) of what was retired; the digest of a whole organ is "".
         ended: (organ, digest) of the rollouts that ended last: requests may still be pinned to them.
+        identity: of the deployment.
+        policy_offset: what is added to `sequence` to number the policy.
     """
 
     sequence: int
@@ -110,6 +112,8 @@ class Snapshot:
     known_organs: tuple[str, ...]
     retired: frozenset[tuple[str, str]]
     ended: frozenset[tuple[str, str]] = frozenset()
+    identity: str = ""
+    policy_offset: int = 0
 
     def live(self, organ: str) -> LiveOrgan | None:
         """An organ that is served, or none."""
