@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from echovlm_ray.cli.control import with_control, with_named_control
 from echovlm_ray.cli.experts_targets import (
@@ -137,8 +138,11 @@ def _list_system(control: ExpertControlClient, organ: str, as_json: bool) -> Non
     if as_json:
         state = state_as_dict(found.live, found.rollouts, found.replicas, versions, organ)
         state["bundles"] = [bundle_as_dict(bundle) for bundle in found.bundles]
+        state["notices"] = list(found.notices)
         typer.echo(json.dumps(state, indent=2, ensure_ascii=False))
         return
     console = console_of()
+    for notice in found.notices:
+        console.print(f"[red]{escape(notice)}[/red]", soft_wrap=True)
     console.print(state_view(found.live, found.rollouts, found.replicas, versions, organ))
     console.print(bundles_view(found.bundles))

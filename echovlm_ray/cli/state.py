@@ -20,12 +20,18 @@ class LocalSystem:
 
     Attributes:
         created: when its process started; tells it from a later process with the same id.
+        name: of the system; "" is the default one.
+        address: of the Ray cluster that it joined; "" where it has a Ray of its own.
+        gateway: where clients reach it, as far as the configuration says it.
     """
 
     pid: int
     created: float
     checkpoint: str
     control: str
+    name: str = ""
+    address: str = ""
+    gateway: str = ""
 
     @property
     def process(self) -> psutil.Process | None:
@@ -38,9 +44,9 @@ class LocalSystem:
 
 
 @contextmanager
-def announced(checkpoint: str, control: str) -> Iterator[None]:
+def announced(checkpoint: str, control: str, gateway: str, *, name: str = "", address: str = "") -> Iterator[None]:
     """Lets this process be found by `running_systems` while the block lasts."""
-    system = LocalSystem(os.getpid(), psutil.Process().create_time(), checkpoint, control)
+    system = LocalSystem(os.getpid(), psutil.Process().create_time(), checkpoint, control, name, address, gateway)
     path = _folder() / f"{system.pid}.json"
     path.write_text(json.dumps(asdict(system)))
     try:
@@ -62,6 +68,20 @@ def running_systems() -> list[LocalSystem]:
         else:
             systems.append(system)
     return systems
+
+
+def system_named(name: str) -> LocalSystem:
+    """The running system of a name.
+
+    Raises:
+        ValueError: none, or several, have it.
+    """
+    found = [system for system in running_systems() if system.name == name]
+    if len(found) == 1:
+        return found[0]
+    others = ", ".join(sorted({system.name for system in running_systems() if system.name})) or "none has a name"
+    what = "several systems" if found else "no system"
+    raise ValueError(f"{what} of yours on this machine have the name {name!r} ({others}): name its address instead")
 
 
 def _folder() -> Path:

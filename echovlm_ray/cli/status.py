@@ -33,14 +33,18 @@ def status(
     key: Key = None,
     timeout: Annotated[float, typer.Option(min=0.1, help="Give up after this many seconds.")] = 10.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    name: Annotated[
+        str | None, typer.Option(help="The system of this name that you run on this machine, instead of --control.")
+    ] = None,
 ) -> None:
     """Shows every part: its replicas, their addresses and processes, expert versions, queues and memory.
 
-    Exit status: 0 all is well; 1 some part is not running; 2 wrong options; 3 nothing answers; 5 credentials.
+    Exit status: 0 all is well; 1 something is not; 2 wrong options; 3 nothing answers; 5 credentials.
 
     Example: `echoray status`
     """
     try:
+        control = control if name is None else control_of(name)
         found = _ask(control, token_of(token_file), tls_of(ca, certificate, key), timeout)
     except (ValueError, OSError) as error:
         _fail(str(error), EXIT_INVALID)
@@ -50,7 +54,7 @@ def status(
         typer.echo(json.dumps(_as_dict(found), indent=2))
     else:
         _print(found)
-    if any(application.status != RUNNING for application in found.applications):
+    if found.notices or any(application.status != RUNNING for application in found.applications):
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -86,6 +90,8 @@ def _explain(error: grpc.RpcError, control: str) -> tuple[str, int]:
 def _as_dict(found: "GetStatusResponse") -> dict[str, Any]:
     return {
         "expert_set_id": found.expert_set_id,
+        "identity": found.identity,
+        "notices": list(found.notices),
         "applications": [
             {
                 "name": application.name,
@@ -140,9 +146,22 @@ def _print(found: "GetStatusResponse") -> None:
             table.add_row(*row)
     console.print(table)
     console.print(f"expert set {found.expert_set_id[:12]}" + (f" on {min(nodes)}" if len(nodes) == 1 else ""))
+    for notice in found.notices:
+        console.print(f"[red]{escape(notice)}[/red]", soft_wrap=True)
     for application in found.applications:
         if application.status != RUNNING and application.message:
             console.print(f"{application.name}: {escape(application.message)}", soft_wrap=True)
+
+
+def control_of(name: str) -> str:
+    """Where the Control of a system of this user's on this machine listens.
+
+    Raises:
+        ValueError: there is no such system.
+    """
+    from echovlm_ray.cli.state import system_named
+
+    return system_named(name).control
 
 
 def _rows(application: "ApplicationStatus", *, with_node: bool) -> list[list[str]]:

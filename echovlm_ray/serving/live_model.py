@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import grpc
 
 from echovlm_ray.serving.gateway import ModelDescription, OrganDescription
+from echovlm_ray.serving.known_policy import check_identity
 from experts.manifest import Manifest
 from protos import control_pb2, control_pb2_grpc
 
@@ -26,6 +27,7 @@ class LiveModel:
         description: ModelDescription,
         find: Callable[[str, str], Manifest],
         channel_options: Sequence[tuple[str, int | str]] = (),
+        identity: str = "",
     ) -> None:
         """Takes its parts.
 
@@ -34,12 +36,14 @@ class LiveModel:
             description: of the checkpoint as it is.
             find: organ and version → manifest; may block, and is called on a thread.
             channel_options: of the connection.
+            identity: of the deployment; another one's policy is refused. "" accepts all.
         """
         self._addresses = addresses
         self._current = description
         self._version = 0
         self._find = find
         self._options = list(channel_options)
+        self._identity = identity
         self._task: asyncio.Task[None] | None = None
 
     def describe(self) -> ModelDescription:
@@ -73,7 +77,9 @@ class LiveModel:
     async def _watch(self, address: str) -> None:
         async with grpc.aio.insecure_channel(address, options=self._options) as channel:
             # Without a name, as this is no Router, whose pins Control would ask for.
-            async for policy in control_pb2_grpc.RolloutFeedStub(channel).WatchPolicy(control_pb2.WatchPolicyRequest()):
+            request = control_pb2.WatchPolicyRequest(identity=self._identity, policy_version=self._version)
+            async for policy in control_pb2_grpc.RolloutFeedStub(channel).WatchPolicy(request):
+                check_identity(policy, self._identity, "Control")
                 if policy.version > self._version:
                     organs = await asyncio.to_thread(self._describe, policy)
                     self._version = policy.version

@@ -107,6 +107,7 @@ class Database:
             head = head_of(connection)
             if self._file is not None:
                 self._file.check()
+                self._file.check_log()
         self._seen = head
 
     def check(self) -> None:
@@ -117,6 +118,19 @@ class Database:
         """
         with self.read() as connection:
             self._check(connection)
+
+    def take_identity(self, identity: str) -> None:
+        """Gives the database another identity; for one that is made anew whenever its deployment's Control starts."""
+        with self.write() as connection:
+            connection.execute(update(schema.deployment).values(identity=identity))
+        self.identity = identity
+
+    def can_reopen(self) -> bool:
+        """Whether the database that has this name now is a sound one of the same identity; changes nothing in it."""
+        if self._file is None:
+            with self.read() as connection:
+                return bool(connection.execute(text("SELECT identity FROM deployment")).scalar() == self.identity)
+        return self._file.holds(self.identity)
 
     def advance_policies(self, above: int) -> int:
         """Has policies numbered above a number that Routers have seen, as after an older database was restored.
@@ -135,6 +149,7 @@ class Database:
     def _check(self, connection: Connection) -> None:
         if self._file is not None:
             self._file.check()
+            self._file.check_log()
         identity = connection.execute(text("SELECT identity FROM deployment")).scalar()
         if identity != self.identity:
             raise RolloutDatabaseLostError(

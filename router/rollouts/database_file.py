@@ -3,10 +3,12 @@
 import contextlib
 import os
 import secrets
+import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
+from urllib.parse import quote
 
 from router.errors import RolloutDatabaseError, RolloutDatabaseLostError
 
@@ -61,6 +63,30 @@ class DatabaseFile:
                 f"another file was put in the place of the rollouts' database {self.path} while it was in use, so "
                 "nothing can be changed until Control has opened it: what is served stays as it is"
             )
+
+    def check_log(self) -> None:
+        """Checks that the write-ahead log is there, inside a transaction: without it, what is committed would be lost.
+
+        Raises:
+            RolloutDatabaseLostError: it was deleted.
+        """
+        if not self.path.with_name(f"{self.path.name}-wal").exists():
+            raise RolloutDatabaseLostError(
+                f"the write-ahead log of the rollouts' database {self.path} was deleted while it was in use, so "
+                "nothing can be changed until Control has opened the database again"
+            )
+
+    def holds(self, identity: str) -> bool:
+        """Whether the file that has this name now is a sound database of this identity; nothing is written or locked.
+
+        One that is still being copied is not sound yet.
+        """
+        try:
+            with contextlib.closing(sqlite3.connect(f"file:{quote(str(self.path))}?immutable=1", uri=True)) as probe:
+                found = probe.execute("SELECT identity FROM deployment").fetchone()
+                return bool(found == (identity,) and probe.execute("PRAGMA quick_check").fetchone() == ("ok",))
+        except sqlite3.Error:
+            return False
 
 
 def make_database_file(path: Path, make_tables: Callable[[Path], None]) -> None:

@@ -49,6 +49,7 @@ class RolloutFeedService(control_pb2_grpc.RolloutFeedServicer):
         self, request: control_pb2.WatchPolicyRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[control_pb2.TrafficPolicy]:
         """The policy now, and again whenever it changes. Only a Router gives its name; others just ask."""
+        await asyncio.to_thread(self._policies.outrun, request.identity, request.policy_version, request.policy_digest)
         self._routers[request.router] += 1
         try:
             async for policy in self._policies.watch():

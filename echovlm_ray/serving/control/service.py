@@ -1,7 +1,7 @@
 """Control's service for operators."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
@@ -38,6 +38,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
         watch: StateWatch,
         default_organ: str,
         threads: Executor,
+        notices: Callable[[], Sequence[str]] = tuple,
     ) -> None:
         """Takes its parts.
 
@@ -50,6 +51,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
             watch: says so whenever it changes.
             default_organ: what requests use that name none; it cannot be retired.
             threads: where operations are made.
+            notices: what an operator should know beside the state, in words; may block.
         """
         self._store = store
         self._replacing = operations
@@ -59,6 +61,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
         self._watch = watch
         self._default_organ = default_organ
         self._threads = threads
+        self._notices = notices
 
     async def Push(
         self, request_iterator: AsyncIterator[control_pb2.PushRequest], context: grpc.aio.ServicerContext
@@ -207,6 +210,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
             bundles=[bundle_to_proto(manifest, in_use) for manifest in manifests],
             rollouts=state.rollouts,
             replicas=state.replicas,
+            notices=self._notices(),
         )
 
     def _history(self, request: control_pb2.HistoryRequest) -> control_pb2.HistoryResponse:

@@ -34,6 +34,8 @@ class SystemStatusService(status_pb2_grpc.SystemStatusServicer):
         addresses: Callable[[str], Sequence[str]],
         states: Callable[[], Mapping[str, ApplicationState]],
         expert_set_id: Callable[[], str],
+        identity: str = "",
+        notices: Callable[[], Sequence[str]] = tuple,
     ) -> None:
         """Takes what there is to ask.
 
@@ -43,17 +45,23 @@ class SystemStatusService(status_pb2_grpc.SystemStatusServicer):
             addresses: application → its replicas' addresses now.
             states: what Ray Serve says of them; may block, and is called on a thread.
             expert_set_id: of the live set.
+            identity: of the deployment.
+            notices: what is wrong beside the applications, in words; may block, and is called on a thread.
         """
         self._applications = applications
         self._addresses = addresses
         self._states = states
         self._expert_set_id = expert_set_id
+        self._identity = identity
+        self._notices = notices
 
     async def GetStatus(
         self, request: status_pb2.GetStatusRequest, context: grpc.aio.ServicerContext
     ) -> status_pb2.GetStatusResponse:
         """Every application with every replica that runs."""
-        states, names = await asyncio.to_thread(lambda: (self._states(), self._applications()))
+        states, names, notices = await asyncio.to_thread(
+            lambda: (self._states(), self._applications(), self._notices())
+        )
         replicas = await asyncio.gather(*[self._describe(self._addresses(name)) for name in names])
         applications = []
         for name, found in zip(names, replicas, strict=True):
@@ -61,7 +69,9 @@ class SystemStatusService(status_pb2_grpc.SystemStatusServicer):
             applications.append(
                 status_pb2.ApplicationStatus(name=name, status=state.status, message=state.message, replicas=found)
             )
-        return status_pb2.GetStatusResponse(applications=applications, expert_set_id=self._expert_set_id())
+        return status_pb2.GetStatusResponse(
+            applications=applications, expert_set_id=self._expert_set_id(), identity=self._identity, notices=notices
+        )
 
     async def _describe(self, addresses: Sequence[str]) -> list[status_pb2.ReplicaDescription]:
         return list(await asyncio.gather(*[_describe_one(address) for address in addresses]))

@@ -75,10 +75,12 @@ class ExpertGroupReplica(Replica):
 def _load(group: "ExpertGroup", settings: ExpertGroupSettings, served: "ServedCheckpoint") -> None:
     """Loads what Control says, or what it last said; where it never said anything, what the checkpoint came with."""
     from echovlm_ray.serving.endpoints import addresses_now
-    from echovlm_ray.serving.known_policy import ask_policy, read_policy, wanted_digests
+    from echovlm_ray.serving.known_policy import ask_policy, check_identity, read_policy, wanted_digests
 
-    control = addresses_now(CONTROL, DEPLOYMENTS[CONTROL], FIND_CONTROL_S)
+    control = addresses_now(settings.system_id.application(CONTROL), DEPLOYMENTS[CONTROL], FIND_CONTROL_S)
     policy = ask_policy(control) or read_policy(settings.policy_file)
+    if policy is not None:
+        check_identity(policy, settings.identity, f"Control or {settings.policy_file}")
     if policy is None or policy.stable.backbone_digest != served.expert_set.backbone_digest:
         if settings.organ in served.organs:
             group.load(served.expert_set.bundle_digest(settings.organ))

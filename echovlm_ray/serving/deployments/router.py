@@ -61,7 +61,7 @@ class RouterReplica(Replica):
         watched = {name: DEPLOYMENTS[name] for name in (VISION, CONTROL)}
         if parsed.router.experts == "remote":
             watched |= {expert_application(organ): EXPERT_DEPLOYMENT for organ in served.organs}
-        endpoints = Endpoints(watched)
+        endpoints = Endpoints(watched, parsed.system_id)
         endpoints.start()
         engine, model, organ_gate = await asyncio.to_thread(build_engine, parsed, served, device, endpoints)
         engine.start()
@@ -74,6 +74,7 @@ class RouterReplica(Replica):
             read=model.read_gates,
             forget=engine.forget_bundle,
             prepare=_find_new_organs(endpoints, served.organs),
+            identity=parsed.identity,
         )
         outcomes = Outcomes()
         feed = RolloutFeedClient(endpoints.source(CONTROL), expert_sets, outcomes, INTERNAL_CHANNEL_OPTIONS)
@@ -195,10 +196,16 @@ def _placement(
 
 
 def _last_known(settings: RouterSettings, served: "ServedCheckpoint") -> control_pb2.TrafficPolicy | None:
-    """What Control last said, if it was said of this checkpoint."""
-    from echovlm_ray.serving.known_policy import read_policy
+    """What Control last said, if it was said of this checkpoint.
+
+    Raises:
+        ForeignPolicyError: it was another deployment's Control.
+    """
+    from echovlm_ray.serving.known_policy import check_identity, read_policy
 
     policy = read_policy(settings.policy_file) if settings.policy_file is not None else None
+    if policy is not None:
+        check_identity(policy, settings.identity, str(settings.policy_file))
     theirs = (policy.stable.backbone_digest, policy.stable.routing) if policy is not None else None
     return policy if theirs == (served.expert_set.backbone_digest, served.expert_set.routing) else None
 
