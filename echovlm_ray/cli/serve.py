@@ -121,8 +121,12 @@ def _serve(config: "Config", options: _Options, console: Console, supervisor: in
     taken = threading.Event()
 
     def lost(problem: str) -> None:
-        # Whatever waits for Ray now would wait for minutes, so the process ends from this thread.
-        if not request():
+        # Whatever waits for Ray now would wait for minutes, so the process ends from this thread, and what Ray's own
+        # code writes on the standard error meanwhile helps nobody. A service manager may have ended Ray's processes
+        # together with this one; then the wish to stop is about to arrive.
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stderr.fileno())
+        if not request.wait(1.0):
             _say(console, f"[red]error:[/red] {escape(problem)}; everything is taken down.")
         end_family()
         os._exit(0 if request() else EXIT_LOST)
