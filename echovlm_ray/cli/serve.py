@@ -113,6 +113,7 @@ def _serve_below(config: "Config", options: _Options, console: Console, supervis
 
 
 def _serve(config: "Config", options: _Options, console: Console, supervisor: int) -> int:
+    from echovlm_ray.cli.state import ready_at
     from echovlm_ray.cli.supervisor import EXIT_LOST, end_family
 
     request = StopRequest(
@@ -158,6 +159,7 @@ def _serve(config: "Config", options: _Options, console: Console, supervisor: in
         ):
             progress({})
             _print_ready(system, config, console, options)
+            ready_at(os.getppid(), system.control_address, system.gateway_address)
             notify_ready()
             if not options.detach:
                 request.wait()

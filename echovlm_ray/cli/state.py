@@ -22,7 +22,7 @@ class LocalSystem:
         created: when its process started; tells it from a later process with the same id.
         name: of the system; "" is the default one.
         address: of the Ray cluster that it joined; "" where it has a Ray of its own.
-        gateway: where clients reach it, as far as the configuration says it.
+        gateway: where clients reach it. Both addresses are the configured ones until the system is ready.
     """
 
     pid: int
@@ -53,6 +53,14 @@ def announced(checkpoint: str, control: str, gateway: str, *, name: str = "", ad
         yield
     finally:
         path.unlink(missing_ok=True)
+
+
+def ready_at(pid: int, control: str, gateway: str) -> None:
+    """Notes where an announced system listens, which the configuration may leave to the system."""
+    path = _folder() / f"{pid}.json"
+    with suppress(OSError, ValueError):
+        known = json.loads(path.read_text())
+        path.write_text(json.dumps({**known, "control": control, "gateway": gateway}))
 
 
 def running_systems() -> list[LocalSystem]:
