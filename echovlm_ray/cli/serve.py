@@ -58,7 +58,7 @@ def serve(
     Ctrl-C lets running requests finish and takes everything down; a second Ctrl-C does not wait. On a joined cluster
     only what was started here is removed.
 
-    Exit status: 0 stopped; 1 a part failed; 2 the configuration cannot be used; 3 Ray or its cluster was lost, or
+    Exit status: 0 stopped; 1 a part failed; 2 the configuration cannot be used; 3 Ray or its cluster was lost; 4
     another `echoray serve` took over; 130 stopped before it was ready.
 
     Example: `echoray serve --checkpoint checkpoints/demo`
@@ -114,7 +114,7 @@ def _serve_below(config: "Config", options: _Options, console: Console, supervis
 
 def _serve(config: "Config", options: _Options, console: Console, supervisor: int) -> int:
     from echovlm_ray.cli.state import ready_at
-    from echovlm_ray.cli.supervisor import EXIT_LOST, end_family
+    from echovlm_ray.cli.supervisor import EXIT_LOST, EXIT_REPLACED, end_family
 
     request = StopRequest(
         lambda: _say(console, "\nStopping; requests under way may finish. Ctrl-C again to stop at once."), end_family
@@ -132,10 +132,12 @@ def _serve(config: "Config", options: _Options, console: Console, supervisor: in
         end_family()
         os._exit(0 if request() else EXIT_LOST)
 
-    def replaced(by: str) -> None:
-        taken.set()
-        _say(console, f"[yellow]{escape(by)}.[/yellow]")
-        request.ask()
+    def replaced(what: str, by_another: bool) -> None:
+        if by_another:
+            taken.set()
+        if not request():
+            _say(console, f"[yellow]{escape(what)}.[/yellow]")
+            request.ask()
 
     with request.following(supervisor):
         # Everything that needs no Ray is checked before the seconds that loading it takes.
@@ -166,7 +168,7 @@ def _serve(config: "Config", options: _Options, console: Console, supervisor: in
     named = f" --name {options.name}" if options.name else ""
     left = f"Left running; `{_command()} stop --address {options.address}{named}` removes it."
     _say(console, left if options.detach else "Stopped.")
-    return EXIT_LOST if taken.is_set() else 0
+    return EXIT_REPLACED if taken.is_set() else 0
 
 
 def _check(config: "Config", options: _Options) -> None:

@@ -22,6 +22,8 @@ from echovlm_ray.cli.signals import EXIT_KILLED, StopRequest
 # Ray or its cluster was lost while the system ran.
 EXIT_LOST = 3
 EXIT_INVALID = 2
+# Another `echoray serve` has taken the name on the cluster.
+EXIT_REPLACED = 4
 # How long processes may take to end by themselves when nothing can be finished any more.
 END_GRACE_S = 3.0
 FIRST_PAUSE_S = 1.0
@@ -58,7 +60,7 @@ def supervised(work: Callable[[int], int], *, restart: bool, say: Callable[[str]
             writer = -1
             end_family()
             ran_once = ran_once or code == EXIT_LOST
-            if not restart or request() or not ran_once or code in (0, EXIT_INVALID):
+            if not restart or request() or not ran_once or code in (0, EXIT_INVALID, EXIT_REPLACED):
                 return EXIT_KILLED if code < 0 and request() else EXIT_LOST if code < 0 else code
             pause = FIRST_PAUSE_S if time.monotonic() - began > LONGEST_PAUSE_S else min(2 * pause, LONGEST_PAUSE_S)
             say(f"Starting again in {pause:.0f} s.")

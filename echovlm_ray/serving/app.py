@@ -52,6 +52,8 @@ REMOVE_TIMEOUT_S = 60.0
 
 # Application → whether it listens.
 Progress = Callable[[Mapping[str, bool]], None]
+# What happened, and whether another system has the name now.
+Replaced = Callable[[str, bool], None]
 
 
 class StartError(RuntimeError):
@@ -95,7 +97,7 @@ def serve_system(
     progress: Progress = lambda states: None,
     stopping: Callable[[], bool] = lambda: False,
     lost: Callable[[str], None] = logger.error,
-    replaced: Callable[[str], None] = logger.error,
+    replaced: Replaced = lambda what, by_another: logger.error("%s", what),
 ) -> Iterator[RunningSystem]:
     """Runs the whole system while the block lasts.
 
@@ -110,8 +112,8 @@ def serve_system(
         stopping: asked while they start; true gives up, and cleans up.
         lost: called on a thread, with what happened, once Ray has died or does not answer; no call to Ray may return
             any more, so that only the end of the process is left.
-        replaced: called on a thread, with by whom, once another `echoray serve` has taken the name on the cluster, or
-            `echoray stop` has removed the applications; the block should end, and leaves the cluster as it is.
+        replaced: called on a thread, again and again, once another `echoray serve` has taken the name on the cluster,
+            or `echoray stop` has removed the applications; the block should end, and leaves the cluster as it is.
 
     Raises:
         ValueError: the configuration cannot be used; nothing was started.
@@ -198,12 +200,12 @@ def _owned_name(
         raise
 
 
-def _notice_replacement(record: SystemRecord, replaced: Callable[[str], None]) -> None:
+def _notice_replacement(record: SystemRecord, replaced: Replaced) -> None:
     now = record_of(record.name)
     if now is None:
-        replaced(f"{record.system} was removed from the cluster by `echoray stop`")
+        replaced(f"{record.system} was removed from the cluster by `echoray stop`", False)
     elif now.run != record.run:
-        replaced(f"{record.system} was taken over by {now.owner}; it stays as it is")
+        replaced(f"{record.system} was taken over by {now.owner}; it stays as it is", True)
 
 
 def remove_from_cluster(address: str, name: str = "") -> tuple[str, ...]:

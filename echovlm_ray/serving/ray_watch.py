@@ -16,7 +16,8 @@ logger = logging.getLogger(__name__)
 
 LOOK_PERIOD_S = 0.3
 ASK_PERIOD_S = 3.0
-ANSWER_TIMEOUT_S = 15.0
+# Much longer than Ray takes on a machine whose cores are all taken.
+ANSWER_TIMEOUT_S = 30.0
 # The processes without which a local Ray cannot go on.
 ESSENTIAL = ("gcs_server", "raylet")
 

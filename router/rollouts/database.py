@@ -126,11 +126,17 @@ class Database:
         self.identity = identity
 
     def can_reopen(self) -> bool:
-        """Whether the database that has this name now is a sound one of the same identity; changes nothing in it."""
+        """Whether the database that has this name now is a sound one of the same identity; changes nothing in it.
+
+        The write-ahead log of the one that was opened is set aside then: it is none of the other one's.
+        """
         if self._file is None:
             with self.read() as connection:
                 return bool(connection.execute(text("SELECT identity FROM deployment")).scalar() == self.identity)
-        return self._file.holds(self.identity)
+        if not self._file.holds(self.identity):
+            return False
+        self._file.set_log_aside()
+        return True
 
     def advance_policies(self, above: int) -> int:
         """Has policies numbered above a number that Routers have seen, as after an older database was restored.

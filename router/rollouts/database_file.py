@@ -13,13 +13,14 @@ from urllib.parse import quote
 from router.errors import RolloutDatabaseError, RolloutDatabaseLostError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DatabaseFile:
-    """The file that was opened, whatever has its name by now."""
+    """The file that was opened, whatever has its name by now, and its write-ahead log once that was seen."""
 
     path: Path
     device: int
     inode: int
+    log_inode: int | None = None
 
     @classmethod
     def opened(cls, path: Path) -> Self:
@@ -70,11 +71,30 @@ class DatabaseFile:
         Raises:
             RolloutDatabaseLostError: it was deleted.
         """
-        if not self.path.with_name(f"{self.path.name}-wal").exists():
+        try:
+            self.log_inode = self._beside("-wal").stat().st_ino
+        except OSError:
             raise RolloutDatabaseLostError(
                 f"the write-ahead log of the rollouts' database {self.path} was deleted while it was in use, so "
                 "nothing can be changed until Control has opened the database again"
-            )
+            ) from None
+
+    def set_log_aside(self) -> None:
+        """Renames the write-ahead log if another file is in the database's place.
+
+        SQLite would take it for that file's own, and write what the lost database said over it.
+        """
+        log = self._beside("-wal")
+        try:
+            self.check()
+        except RolloutDatabaseLostError:
+            with contextlib.suppress(FileNotFoundError):
+                if log.stat().st_ino == self.log_inode:
+                    log.rename(self._beside(f"-wal.aside-{secrets.token_hex(4)}"))
+                    self._beside("-shm").unlink(missing_ok=True)
+
+    def _beside(self, suffix: str) -> Path:
+        return self.path.with_name(f"{self.path.name}{suffix}")
 
     def holds(self, identity: str) -> bool:
         """Whether the file that has this name now is a sound database of this identity; nothing is written or locked.

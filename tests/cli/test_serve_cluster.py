@@ -129,7 +129,7 @@ def test_systems_share_a_cluster_by_name_only(cluster: str, tmp_path: Path) -> N
 
         # On purpose: the first one says by whom it was replaced, and its end removes nothing.
         other = stack.enter_context(ending(Serving(tmp_path / "b", cluster, "--name", "team-a", "--take-over").ready()))
-        assert first.process.wait(STOP_S) == 3
+        assert first.process.wait(STOP_S) == 4
         assert "was taken over by process" in first.text
         assert other.answers("--name", "team-a")
 
@@ -143,6 +143,6 @@ def test_systems_share_a_cluster_by_name_only(cluster: str, tmp_path: Path) -> N
         )
         assert done.returncode == 0, done
         assert "team-a.gateway" in done.stdout
-        assert other.process.wait(STOP_S) == 3
+        assert other.process.wait(STOP_S) == 0
         assert beside.answers("--name", "")
         assert beside.stop() == 0

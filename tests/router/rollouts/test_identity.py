@@ -187,3 +187,17 @@ def test_only_a_sound_database_of_the_same_identity_can_take_its_place(running: 
     assert running.database.can_reopen()
     with pytest.raises(RolloutDatabaseLostError, match="another file was put in the place"):
         stage(running, "more")
+
+
+def test_the_lost_databases_log_is_not_taken_for_the_backups(running: RolloutStore, path: Path) -> None:
+    backup = path.with_name("backup.db")
+    with sqlite3.connect(path) as source, sqlite3.connect(backup) as target:
+        source.backup(target)
+    stage(running)
+    os.replace(backup, path)
+    assert running.database.can_reopen()
+    again = opened(path, create=False)
+    assert again.head().count == 1
+    assert again.verify_history().intact
+    again.database.close()
+    running.database.close()
