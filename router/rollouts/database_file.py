@@ -102,7 +102,9 @@ class DatabaseFile:
         One that is still being copied is not sound yet.
         """
         try:
-            with contextlib.closing(sqlite3.connect(f"file:{quote(str(self.path))}?immutable=1", uri=True)) as probe:
+            with contextlib.closing(
+                sqlite3.connect(f"file:{quote(str(self.path))}?mode=ro&immutable=1", uri=True)
+            ) as probe:
                 found = probe.execute("SELECT identity FROM deployment").fetchone()
                 return bool(found == (identity,) and probe.execute("PRAGMA quick_check").fetchone() == ("ok",))
         except sqlite3.Error:

@@ -179,6 +179,7 @@ def test_only_a_sound_database_of_the_same_identity_can_take_its_place(running: 
         source.backup(target)
     path.unlink()
     assert not running.database.can_reopen()
+    assert not path.exists()
     path.write_bytes(backup.read_bytes()[: backup.stat().st_size // 2])
     assert not running.database.can_reopen()
     another_deployments(path)
