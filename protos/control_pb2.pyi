@@ -235,20 +235,22 @@ class ListRequest(_message.Message):
     def __init__(self, organ: _Optional[str] = ...) -> None: ...
 
 class ListResponse(_message.Message):
-    __slots__ = ("live", "bundles", "rollouts", "replicas", "problems", "registry_problem")
+    __slots__ = ("live", "bundles", "rollouts", "replicas", "problems", "registry_problem", "notices")
     LIVE_FIELD_NUMBER: _ClassVar[int]
     BUNDLES_FIELD_NUMBER: _ClassVar[int]
     ROLLOUTS_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     PROBLEMS_FIELD_NUMBER: _ClassVar[int]
     REGISTRY_PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    NOTICES_FIELD_NUMBER: _ClassVar[int]
     live: ExpertSet
     bundles: _containers.RepeatedCompositeFieldContainer[BundleInfo]
     rollouts: _containers.RepeatedCompositeFieldContainer[Rollout]
     replicas: _containers.RepeatedCompositeFieldContainer[ReplicaResidents]
     problems: _containers.RepeatedCompositeFieldContainer[OrganProblem]
     registry_problem: str
-    def __init__(self, live: _Optional[_Union[ExpertSet, _Mapping]] = ..., bundles: _Optional[_Iterable[_Union[BundleInfo, _Mapping]]] = ..., rollouts: _Optional[_Iterable[_Union[Rollout, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaResidents, _Mapping]]] = ..., problems: _Optional[_Iterable[_Union[OrganProblem, _Mapping]]] = ..., registry_problem: _Optional[str] = ...) -> None: ...
+    notices: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, live: _Optional[_Union[ExpertSet, _Mapping]] = ..., bundles: _Optional[_Iterable[_Union[BundleInfo, _Mapping]]] = ..., rollouts: _Optional[_Iterable[_Union[Rollout, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaResidents, _Mapping]]] = ..., problems: _Optional[_Iterable[_Union[OrganProblem, _Mapping]]] = ..., registry_problem: _Optional[str] = ..., notices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class BundleInfo(_message.Message):
     __slots__ = ("organ", "name", "version", "digest", "description", "num_experts", "size_bytes", "live")
@@ -385,12 +387,18 @@ class ControlState(_message.Message):
     def __init__(self, version: _Optional[int] = ..., live: _Optional[_Union[ExpertSet, _Mapping]] = ..., rollouts: _Optional[_Iterable[_Union[Rollout, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaResidents, _Mapping]]] = ..., not_taken_up: _Optional[_Iterable[str]] = ..., problems: _Optional[_Iterable[_Union[OrganProblem, _Mapping]]] = ...) -> None: ...
 
 class WatchPolicyRequest(_message.Message):
-    __slots__ = ("router", "gateway")
+    __slots__ = ("router", "gateway", "identity", "policy_version", "policy_digest")
     ROUTER_FIELD_NUMBER: _ClassVar[int]
     GATEWAY_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
+    POLICY_DIGEST_FIELD_NUMBER: _ClassVar[int]
     router: str
     gateway: str
-    def __init__(self, router: _Optional[str] = ..., gateway: _Optional[str] = ...) -> None: ...
+    identity: str
+    policy_version: int
+    policy_digest: str
+    def __init__(self, router: _Optional[str] = ..., gateway: _Optional[str] = ..., identity: _Optional[str] = ..., policy_version: _Optional[int] = ..., policy_digest: _Optional[str] = ...) -> None: ...
 
 class TakenUpRequest(_message.Message):
     __slots__ = ("watcher", "policy_version")
@@ -405,7 +413,7 @@ class TakenUpResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class TrafficPolicy(_message.Message):
-    __slots__ = ("version", "stable", "candidates", "versions")
+    __slots__ = ("version", "stable", "candidates", "versions", "identity")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -417,11 +425,13 @@ class TrafficPolicy(_message.Message):
     STABLE_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
     version: int
     stable: ExpertSet
     candidates: _containers.RepeatedCompositeFieldContainer[CandidateTraffic]
     versions: _containers.ScalarMap[str, str]
-    def __init__(self, version: _Optional[int] = ..., stable: _Optional[_Union[ExpertSet, _Mapping]] = ..., candidates: _Optional[_Iterable[_Union[CandidateTraffic, _Mapping]]] = ..., versions: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    identity: str
+    def __init__(self, version: _Optional[int] = ..., stable: _Optional[_Union[ExpertSet, _Mapping]] = ..., candidates: _Optional[_Iterable[_Union[CandidateTraffic, _Mapping]]] = ..., versions: _Optional[_Mapping[str, str]] = ..., identity: _Optional[str] = ...) -> None: ...
 
 class CandidateTraffic(_message.Message):
     __slots__ = ("organ", "digest", "rollout_id", "mode", "percent")

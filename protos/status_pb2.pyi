@@ -45,14 +45,18 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("applications", "expert_set_id", "problems")
+    __slots__ = ("applications", "expert_set_id", "problems", "identity", "notices")
     APPLICATIONS_FIELD_NUMBER: _ClassVar[int]
     EXPERT_SET_ID_FIELD_NUMBER: _ClassVar[int]
     PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    NOTICES_FIELD_NUMBER: _ClassVar[int]
     applications: _containers.RepeatedCompositeFieldContainer[ApplicationStatus]
     expert_set_id: str
     problems: _containers.RepeatedCompositeFieldContainer[_control_pb2.OrganProblem]
-    def __init__(self, applications: _Optional[_Iterable[_Union[ApplicationStatus, _Mapping]]] = ..., expert_set_id: _Optional[str] = ..., problems: _Optional[_Iterable[_Union[_control_pb2.OrganProblem, _Mapping]]] = ...) -> None: ...
+    identity: str
+    notices: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, applications: _Optional[_Iterable[_Union[ApplicationStatus, _Mapping]]] = ..., expert_set_id: _Optional[str] = ..., problems: _Optional[_Iterable[_Union[_control_pb2.OrganProblem, _Mapping]]] = ..., identity: _Optional[str] = ..., notices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ApplicationStatus(_message.Message):
     __slots__ = ("name", "status", "message", "replicas")

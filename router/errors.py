@@ -90,3 +90,8 @@ class RolloutDatabaseUnavailableError(RolloutDatabaseError):
 
 class RolloutDatabaseFullError(RolloutDatabaseError):
     """The rollouts' database has no room to write; nothing was changed. The text says where to make some."""
+
+
+class RolloutDatabaseLostError(RolloutDatabaseError):
+    """The database that was opened is not there any more: deleted, or another one is in its place. Nothing was written.
+    The text says what to do."""

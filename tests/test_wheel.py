@@ -35,6 +35,6 @@ def test_the_wheel(tmp_path: Path) -> None:
         assert {name for name in names if name.startswith(f"{package}/") and name.endswith(".py")} == sources
     for contract in (ROOT / "protos").glob("*.proto"):
         assert {f"protos/{contract.name}", f"protos/{contract.stem}_pb2.pyi"} <= names
-    for file in (ROOT / "cluster").glob("*.yaml"):
+    for file in (ROOT / "cluster").iterdir():
         assert f"{data}/data/share/echovlm-ray/{file.name}" in names
     assert {f"{info}/licenses/LICENSE", f"{info}/licenses/NOTICE"} <= names

@@ -1,6 +1,5 @@
 """`echoray experts backup` and `restore`: the state of the rollouts in one file, and back."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from echovlm_ray.cli.experts_targets import EXIT_INVALID, AsJSON
+from echovlm_ray.cli.terminal import say, say_json
 from echovlm_ray.cli.work import clear_errors, fail
 
 if TYPE_CHECKING:
@@ -44,10 +44,10 @@ def backup(
         found = back_up(RolloutFiles.of(parsed.rollouts, parsed.model.checkpoint), file.absolute())
     shown: dict[str, Any] = {"file": str(file), "entries": found.entries, "head": found.head, "bytes": found.size_bytes}
     if as_json:
-        typer.echo(json.dumps(shown, indent=2))
+        say_json(shown, indent=2)
         return
-    typer.echo(f"{file} has the whole state, in {found.size_bytes:,} bytes.")
-    typer.echo(f"Its history is intact: {found.entries} entries, head {found.head}")
+    say(f"{file} has the whole state, in {found.size_bytes:,} bytes.")
+    say(f"Its history is intact: {found.entries} entries, head {found.head}")
 
 
 def restore(
@@ -83,12 +83,12 @@ def restore(
             "head": found.head,
             "kept": None if kept is None else str(kept),
         }
-        typer.echo(json.dumps(shown, indent=2))
+        say_json(shown, indent=2)
         return
-    typer.echo(f"{found.path} is what {file} has: {found.entries} entries of history, head {found.head}.")
+    say(f"{found.path} is what {file} has: {found.entries} entries of history, head {found.head}.")
     if kept is not None:
-        typer.echo(f"What was there before is kept as {kept}.")
-    typer.echo("Next: echoray serve, and then echoray experts list")
+        say(f"What was there before is kept as {kept}.")
+    say("Next: echoray serve, and then echoray experts list")
 
 
 def _load(config: Path | None, checkpoint: Path | None) -> "Config":

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from echovlm_ray.cli.answering import problem_as_dict, problem_in_words
 from echovlm_ray.cli.control import with_control, with_named_control
@@ -20,7 +19,7 @@ from echovlm_ray.cli.experts_targets import (
 from echovlm_ray.cli.experts_watch import watch_state
 from echovlm_ray.cli.rollout_tables import bundles_view, state_view
 from echovlm_ray.cli.rollout_words import bundle_as_dict, state_as_dict, versions_of
-from echovlm_ray.cli.terminal import console_of, line, say, say_json
+from echovlm_ray.cli.terminal import console_of, line, say, say_json, styled
 from echovlm_ray.cli.work import byte_progress, clear_errors, fail
 from echovlm_ray.client.control import ExpertControlClient
 
@@ -150,13 +149,16 @@ def _list_system(control: ExpertControlClient, organ: str, as_json: bool) -> Non
         state["problems"] = [problem_as_dict(problem) for problem in found.problems]
         state["bundles"] = [bundle_as_dict(bundle) for bundle in found.bundles]
         state["registry_problem"] = found.registry_problem
+        state["notices"] = list(found.notices)
         say_json(state, indent=2)
         return
     console = console_of()
+    for notice in found.notices:
+        console.print(styled(line(notice), "red"), soft_wrap=True)
     console.print(state_view(found.live, found.rollouts, found.replicas, versions, organ))
     for problem in found.problems:
         console.print(problem_in_words(problem), soft_wrap=True)
     if found.registry_problem:
-        console.print(f"[red]{escape(found.registry_problem)}[/red]", soft_wrap=True)
+        console.print(styled(line(found.registry_problem), "red"), soft_wrap=True)
     else:
         console.print(bundles_view(found.bundles))

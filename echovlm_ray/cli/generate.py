@@ -49,6 +49,9 @@ MAX_DESCRIPTION = 2000
 
 Server = Annotated[str, typer.Option(help="host:port of the gateway.", envvar="ECHORAY_SERVER")]
 Timeout = Annotated[float, typer.Option(min=0.001, callback=finite, help="Give up after this many seconds.")]
+Name = Annotated[
+    str | None, typer.Option(help="The system of this name that you run on this machine, instead of --server.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
 
@@ -84,6 +87,7 @@ def generate(
     key: Key = None,
     timeout: Timeout = 300.0,
     as_json: AsJson = False,
+    name: Name = None,
 ) -> None:
     """Writes about ultrasound images: the answer on stdout as it comes, where it comes from on stderr.
 
@@ -106,6 +110,7 @@ def generate(
         "session_key": session,
     }
     console = console_of(stderr=True)
+    server = _gateway_of(name, server, console)
     with _failures(console, server), _client(console, server, token_file, ca, certificate, key, timeout) as client:
         images = _read_stdin(files or [])
         if not images and not prompt.strip():
@@ -117,6 +122,16 @@ def generate(
                 _print_stream(stream, events, console, len(images))
 
 
+def _gateway_of(name: str | None, server: str, console: Console) -> str:
+    """The address, or that of the system of a name."""
+    with _failures(console, server):
+        if name is None:
+            return server
+        from echovlm_ray.cli.state import system_named
+
+        return system_named(name).gateway
+
+
 def info(
     server: Server = DEFAULT_ADDRESS,
     token_file: TokenFile = None,
@@ -125,9 +140,11 @@ def info(
     key: Key = None,
     timeout: Timeout = 30.0,
     as_json: AsJson = False,
+    name: Name = None,
 ) -> None:
     """Shows what a gateway serves: the model, its organs with the versions of their experts, its limits."""
     console = console_of(stderr=True)
+    server = _gateway_of(name, server, console)
     with _failures(console, server), _client(console, server, token_file, ca, certificate, key, timeout) as client:
         found = client.model_info()
         if as_json:

@@ -1,16 +1,22 @@
 """`echoray serve`: starts the whole system and serves until Ctrl-C."""
 
+import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
+from echovlm_ray.cli.readiness import notify_ready
 from echovlm_ray.cli.signals import EXIT_KILLED, StopRequest
 from echovlm_ray.cli.terminal import MAX_CELL, console_of, line, styled
 from echovlm_ray.client.connection import DEFAULT_ADDRESS
@@ -35,13 +41,26 @@ def serve(
     detach: Annotated[
         bool, typer.Option("--detach", help="With --address: leave the system running on the cluster and return.")
     ] = False,
+    name: Annotated[
+        str, typer.Option(help="Of the system: several run side by side on one cluster by name, e.g. team-a.")
+    ] = "",
+    take_over: Annotated[
+        bool, typer.Option("--take-over", help="Replace another system of this name, or another's database.")
+    ] = False,
+    begin_anew: Annotated[
+        bool, typer.Option("--begin-anew", help="Begin from the checkpoint's experts where the database is missing.")
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start again when Ray dies, after 1 to 60 seconds.")
+    ] = False,
 ) -> None:
     """Starts the gateway, the vision encoder, the router, one expert group per organ and Control, and serves.
 
     Ctrl-C lets running requests finish and takes everything down; a second Ctrl-C does not wait. On a joined cluster
     only what was started here is removed.
 
-    Exit status: 0 stopped; 1 a part failed; 2 the configuration cannot be used; 130 stopped before it was ready.
+    Exit status: 0 stopped; 1 a part failed; 2 the configuration cannot be used; 3 Ray or its cluster was lost; 4
+    another `echoray serve` took over; 130 stopped before it was ready.
 
     Example: `echoray serve --checkpoint checkpoints/demo`
     """
@@ -49,10 +68,24 @@ def serve(
     console.soft_wrap = True
     if detach and address is None:
         _fail("--detach needs --address: a local Ray ends with this command", EXIT_INVALID)
+    if detach and restart:
+        _fail("--restart needs a command that stays: leave --detach away", EXIT_INVALID)
     with _failures():
+        from echovlm_ray.cli.state import announced
+        from echovlm_ray.cli.supervisor import supervised
+        from echovlm_ray.serving.system_id import check_name
+
         parsed = _load(config, checkpoint)
-        with nullcontext() if address else _alone(parsed):
-            _serve(parsed, address, detach, console)
+        options = _Options(address, detach, check_name(name), take_over, begin_anew)
+        where = {"name": name, "address": address or ""}
+        control, gateway = (f"{section.host}:{section.port}" for section in (parsed.control, parsed.gateway))
+        known = nullcontext() if detach else announced(str(parsed.model.checkpoint), control, gateway, **where)
+        # Held here, above the process that serves: it lasts over a restart.
+        with nullcontext() if address else _alone(parsed), known:
+            code = supervised(
+                partial(_serve_below, parsed, options, console), restart=restart, say=partial(_say, console)
+            )
+    raise typer.Exit(code)
 
 
 @contextmanager
@@ -75,6 +108,17 @@ def _alone(config: "Config") -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """What the command line says beside the configuration."""
+
+    address: str | None
+    detach: bool
+    name: str
+    take_over: bool
+    begin_anew: bool
+
+
 def _load(path: Path | None, checkpoint: Path | None) -> "Config":
     from echovlm_ray.config_file import load_config
 
@@ -84,30 +128,85 @@ def _load(path: Path | None, checkpoint: Path | None) -> "Config":
     return load_config(path, overrides)
 
 
-def _serve(config: "Config", address: str | None, detach: bool, console: Console) -> None:
-    # Everything that needs no Ray is checked before the seconds that loading it takes.
-    from echovlm_ray.cli.state import announced
-    from echovlm_ray.serving import preflight
+def _serve_below(config: "Config", options: _Options, console: Console, supervisor: int) -> int:
+    """Serves in a process below the one that the user sees; returns its exit status."""
+    with _failures():
+        return _serve(config, options, console, supervisor)
+    return EXIT_FAILED
 
-    preflight.check(preflight.resolve_paths(config), local=address is None)
+
+def _serve(config: "Config", options: _Options, console: Console, supervisor: int) -> int:
+    from echovlm_ray.cli.state import ready_at
+    from echovlm_ray.cli.supervisor import EXIT_LOST, EXIT_REPLACED, end_family
+
     request = StopRequest(
-        lambda: console.print("\nStopping; requests under way may finish. Ctrl-C again to stop at once."),
-        _kill_children,
+        lambda: _say(console, "\nStopping; requests under way may finish. Ctrl-C again to stop at once."), end_family
     )
-    control = f"{config.control.host}:{config.control.port}"
-    with request.listening(), nullcontext() if address else announced(str(config.model.checkpoint), control):
+    taken = threading.Event()
+
+    def lost(problem: str) -> None:
+        # Whatever waits for Ray now would wait for minutes, so the process ends from this thread, and what Ray's own
+        # code writes on the standard error meanwhile helps nobody. A service manager may have ended Ray's processes
+        # together with this one; then the wish to stop is about to arrive.
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stderr.fileno())
+        if not request.wait(1.0):
+            _say(console, styled("error:", "red"), line(f"{problem}; everything is taken down."))
+        end_family()
+        os._exit(0 if request() else EXIT_LOST)
+
+    def replaced(what: str, by_another: bool) -> None:
+        if by_another:
+            taken.set()
+        if not request():
+            _say(console, styled(line(f"{what}."), "yellow"))
+            request.ask()
+
+    with request.following(supervisor):
+        # Everything that needs no Ray is checked before the seconds that loading it takes.
+        _check(config, options)
         from echovlm_ray.serving.app import serve_system
 
         with (
             _no_exit_from_ray(request),
             _progress(console) as progress,
-            serve_system(config, address=address, keep=detach, progress=progress, stopping=request) as system,
+            serve_system(
+                config,
+                address=options.address,
+                keep=options.detach,
+                name=options.name,
+                take_over=options.take_over,
+                progress=progress,
+                stopping=request,
+                lost=lost,
+                replaced=replaced,
+            ) as system,
         ):
             progress({})
-            _print_ready(system, config, console, detach)
-            if not detach:
+            _print_ready(system, config, console, options)
+            ready_at(os.getppid(), system.control_address, system.gateway_address)
+            notify_ready()
+            if not options.detach:
                 request.wait()
-    console.print(f"Left running; `{_command()} stop --address {address}` removes it." if detach else "Stopped.")
+    named = f" --name {options.name}" if options.name else ""
+    left = f"Left running; `{_command()} stop --address {options.address}{named}` removes it."
+    _say(console, left if options.detach else "Stopped.")
+    return EXIT_REPLACED if taken.is_set() else 0
+
+
+def _check(config: "Config", options: _Options) -> None:
+    from echovlm_ray.serving import preflight
+
+    resolved = preflight.resolve_paths(config)
+    if options.begin_anew:
+        preflight.begin_anew(resolved)
+    preflight.check(resolved, local=options.address is None, take_over=options.take_over)
+
+
+def _say(console: Console, *texts: str | Text) -> None:
+    # The terminal may be gone.
+    with suppress(OSError):
+        console.print(*texts)
 
 
 @contextmanager
@@ -116,7 +215,8 @@ def _no_exit_from_ray(request: StopRequest) -> Iterator[None]:
     try:
         yield
     except SystemExit:
-        if not request():
+        # The wish to stop may still be on its way from the process above.
+        if not request.wait(1.0):
             raise
         raise typer.Exit(EXIT_KILLED) from None
 
@@ -152,7 +252,7 @@ def _progress(console: Console) -> Iterator[Callable[[Mapping[str, bool]], None]
             status.stop()
 
 
-def _print_ready(system: "RunningSystem", config: "Config", console: Console, detach: bool) -> None:
+def _print_ready(system: "RunningSystem", config: "Config", console: Console, options: _Options) -> None:
     from echovlm_ray.serving.ray_session import metrics_addresses
 
     index, expert_set = system.served.index, system.served.expert_set
@@ -166,6 +266,7 @@ def _print_ready(system: "RunningSystem", config: "Config", console: Console, de
         "gateway": f"{gateway} ({_access(config.gateway)})",
         "control": f"{system.control_address} ({_access(config.control)})",
         "metrics": ", ".join(f"http://{found}/metrics" for found in metrics_addresses()) or "none",
+        "deployment": system.served.identity[:12] + (f", {options.name}" if options.name else ""),
         "checkpoint": f"{system.served.directory}: {index.name} {index.version}",
         "experts": f"set {expert_set.id[:12]}, routing {expert_set.routing}",
         "organs": organs,
@@ -189,7 +290,7 @@ def _print_ready(system: "RunningSystem", config: "Config", console: Console, de
     console.print("Next, in another shell (any DICOM, still or video of an ultrasound):")
     console.print(f"  {command} generate IMAGE --task report{server}", style="bold")
     console.print(f"  {command} status{control}", style="bold")
-    if not detach:
+    if not options.detach:
         console.print("Ctrl-C stops it.")
 
 
@@ -210,16 +311,6 @@ def _command() -> str:
         return str(own.relative_to(Path.cwd()))
     except ValueError:
         return str(own)
-
-
-def _kill_children() -> None:
-    import psutil
-
-    for child in psutil.Process().children(recursive=True):
-        try:
-            child.kill()
-        except psutil.NoSuchProcess:
-            continue
 
 
 @contextmanager

@@ -22,12 +22,18 @@ class LocalSystem:
 
     Attributes:
         created: when its process started; tells it from a later process with the same id.
+        name: of the system; "" is the default one.
+        address: of the Ray cluster that it joined; "" where it has a Ray of its own.
+        gateway: where clients reach it. Both addresses are the configured ones until the system is ready.
     """
 
     pid: int
     created: float
     checkpoint: str
     control: str
+    name: str = ""
+    address: str = ""
+    gateway: str = ""
 
     @property
     def process(self) -> psutil.Process | None:
@@ -40,9 +46,9 @@ class LocalSystem:
 
 
 @contextmanager
-def announced(checkpoint: str, control: str) -> Iterator[None]:
+def announced(checkpoint: str, control: str, gateway: str, *, name: str = "", address: str = "") -> Iterator[None]:
     """Lets this process be found by `running_systems` while the block lasts."""
-    system = LocalSystem(os.getpid(), psutil.Process().create_time(), checkpoint, control)
+    system = LocalSystem(os.getpid(), psutil.Process().create_time(), checkpoint, control, name, address, gateway)
     path = _folder() / f"{system.pid}.json"
     path.write_text(json.dumps(asdict(system)))
     try:
@@ -81,6 +87,14 @@ def claimed(resources: Mapping[str, str]) -> Iterator[None]:
         yield
 
 
+def ready_at(pid: int, control: str, gateway: str) -> None:
+    """Notes where an announced system listens, which the configuration may leave to the system."""
+    path = _folder() / f"{pid}.json"
+    with suppress(OSError, ValueError):
+        known = json.loads(path.read_text())
+        path.write_text(json.dumps({**known, "control": control, "gateway": gateway}))
+
+
 def running_systems() -> list[LocalSystem]:
     """The systems that run now; files that a killed one left behind are removed."""
     systems = []
@@ -94,6 +108,20 @@ def running_systems() -> list[LocalSystem]:
         else:
             systems.append(system)
     return systems
+
+
+def system_named(name: str) -> LocalSystem:
+    """The running system of a name.
+
+    Raises:
+        ValueError: none, or several, have it.
+    """
+    found = [system for system in running_systems() if system.name == name]
+    if len(found) == 1:
+        return found[0]
+    others = ", ".join(sorted({system.name for system in running_systems() if system.name})) or "none has a name"
+    what = "several systems" if found else "no system"
+    raise ValueError(f"{what} of yours on this machine have the name {name!r} ({others}): name its address instead")
 
 
 def _folder() -> Path:

@@ -38,6 +38,9 @@ def status(
     key: Key = None,
     timeout: Annotated[float, typer.Option(min=0.1, callback=finite, help="Give up after this many seconds.")] = 10.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    name: Annotated[
+        str | None, typer.Option(help="The system of this name that you run on this machine, instead of --control.")
+    ] = None,
 ) -> None:
     """Shows every part: its replicas, their addresses and processes, expert versions, queues and memory.
 
@@ -49,6 +52,7 @@ def status(
     Example: `echoray status`
     """
     try:
+        control = control if name is None else control_of(name)
         found = _ask(control, token_of(token_file), tls_of(ca, certificate, key), timeout)
     except (ValueError, OSError) as error:
         _fail(str(error), EXIT_INVALID)
@@ -59,7 +63,7 @@ def status(
     else:
         _print(found)
     stopped = any(application.status != RUNNING for application in found.applications)
-    if stopped or any(not problem.holding for problem in found.problems):
+    if found.notices or stopped or any(not problem.holding for problem in found.problems):
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -86,6 +90,8 @@ def _as_dict(found: "GetStatusResponse") -> dict[str, Any]:
     return {
         "expert_set_id": found.expert_set_id,
         "problems": [problem_as_dict(problem) for problem in found.problems],
+        "identity": found.identity,
+        "notices": list(found.notices),
         "applications": [
             {
                 "name": application.name,
@@ -137,6 +143,8 @@ def _print(found: "GetStatusResponse") -> None:
             table.add_row(*row)
     console.print(table)
     console.print(line(f"expert set {found.expert_set_id[:12]}" + (f" on {min(nodes)}" if len(nodes) == 1 else "")))
+    for notice in found.notices:
+        console.print(styled(line(notice), "red"), soft_wrap=True)
     for application in found.applications:
         if application.status != RUNNING and application.message:
             console.print(line(f"{application.name}: {application.message}"), soft_wrap=True)
@@ -146,6 +154,17 @@ def _print(found: "GetStatusResponse") -> None:
                 console.print(line(f"{application.name}: {replica.problem}"), soft_wrap=True)
     for problem in found.problems:
         console.print(problem_in_words(problem), soft_wrap=True)
+
+
+def control_of(name: str) -> str:
+    """Where the Control of a system of this user's on this machine listens.
+
+    Raises:
+        ValueError: there is no such system.
+    """
+    from echovlm_ray.cli.state import system_named
+
+    return system_named(name).control
 
 
 def _rows(

@@ -19,6 +19,9 @@ def stop(
         str | None, typer.Option(help="Remove the system from this Ray cluster instead, e.g. auto.")
     ] = None,
     pid: Annotated[int | None, typer.Option(help="Which `echoray serve`, where there are several.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The system of this name, as `echoray serve --name` gave it.")
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
 ) -> None:
     """Stops the system that `echoray serve` runs on this machine; running requests may finish.
@@ -28,17 +31,26 @@ def stop(
     Example: `echoray stop`
     """
     if address is not None:
-        _stop_on_cluster(address)
+        _stop_on_cluster(address, name or "")
         return
     from echovlm_ray.cli.state import running_systems
 
     found = running_systems()
-    chosen = found if everything else [system for system in found if pid in (None, system.pid)]
+    chosen = [
+        system
+        for system in found
+        if everything or (pid in (None, system.pid) and (name is None or name == system.name))
+    ]
     if not chosen:
-        _fail("no EchoVLM-Ray of yours runs on this machine" + (f" as process {pid}" if pid else ""), EXIT_INVALID)
+        what = (f" as process {pid}" if pid else "") + (f" by the name {name!r}" if name is not None else "")
+        _fail("no EchoVLM-Ray of yours runs on this machine" + what, EXIT_INVALID)
     if len(chosen) > 1 and not everything:
-        lines = [f"  {system.pid}: {system.checkpoint}, control at {system.control}" for system in chosen]
-        _fail("\n".join(["several run; say which with --pid, or --all:", *lines]), EXIT_INVALID)
+        names = [f"{system.name}, " if system.name else "" for system in chosen]
+        lines = [
+            f"  {system.pid}: {called}{system.checkpoint}, control at {system.control}"
+            for called, system in zip(names, chosen, strict=True)
+        ]
+        _fail("\n".join(["several run; say which with --pid or --name, or --all:", *lines]), EXIT_INVALID)
     for system in chosen:
         if (process := system.process) is not None:
             process.terminate()
@@ -51,16 +63,20 @@ def stop(
     say(f"Stopped {', '.join(str(system.pid) for system in chosen)}.")
 
 
-def _stop_on_cluster(address: str) -> None:
-    from echovlm_ray.serving.app import remove_from_cluster
+def _stop_on_cluster(address: str, name: str) -> None:
+    from echovlm_ray.serving.app import names_on_cluster, remove_from_cluster
 
     try:
-        names = remove_from_cluster(address)
+        removed = remove_from_cluster(address, name)
+        others = () if removed else names_on_cluster(address)
     except ConnectionError as error:
         _fail(str(error), EXIT_FAILED)
-    if not names:
-        _fail(f"no EchoVLM-Ray runs on the cluster at {address}", EXIT_INVALID)
-    say(f"Removed {', '.join(names)}.")
+    if not removed:
+        named = [other or "the one without a name" for other in others]
+        there = f"; it runs {', '.join(named)}: say which with --name" if named else ""
+        called = f" by the name {name!r}" if name else ""
+        _fail(f"no EchoVLM-Ray runs{called} on the cluster at {address}{there}", EXIT_INVALID)
+    say(f"Removed {', '.join(removed)}.")
 
 
 def _fail(text: str, code: int) -> NoReturn:

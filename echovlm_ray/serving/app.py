@@ -28,8 +28,20 @@ from echovlm_ray.serving.deployments.settings import (
 )
 from echovlm_ray.serving.endpoints import Endpoints
 from echovlm_ray.serving.health import OVERALL, organ_service
+from echovlm_ray.serving.ownership import (
+    OwnedByAnotherError,
+    SystemRecord,
+    all_records,
+    claim,
+    forget,
+    is_ours,
+    record_of,
+    release,
+)
 from echovlm_ray.serving.ray_session import joined_ray, local_ray
+from echovlm_ray.serving.ray_watch import RayWatch, essential_processes
 from echovlm_ray.serving.served import ServedCheckpoint
+from echovlm_ray.serving.system_id import SystemId
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +54,8 @@ ORGANS_KNOWN_S = 3.0
 
 # Application → whether it listens.
 Progress = Callable[[Mapping[str, bool]], None]
+# What happened, and whether another system has the name now.
+Replaced = Callable[[str, bool], None]
 
 
 class StartError(RuntimeError):
@@ -82,8 +96,12 @@ def serve_system(
     *,
     address: str | None = None,
     keep: bool = False,
+    name: str = "",
+    take_over: bool = False,
     progress: Progress = lambda states: None,
     stopping: Callable[[], bool] = lambda: False,
+    lost: Callable[[str], None] = logger.error,
+    replaced: Replaced = lambda what, by_another: logger.error("%s", what),
 ) -> Iterator[RunningSystem]:
     """Runs the whole system while the block lasts.
 
@@ -92,8 +110,14 @@ def serve_system(
         address: of a Ray cluster to join; by default a local Ray is started, and is gone afterwards. On a joined
             cluster only our own applications are touched.
         keep: leave the applications running on the joined cluster when the block ends.
+        name: of the system on the cluster; several run side by side by name.
+        take_over: replace another system of this name, or another deployment's policy beside the database.
         progress: told again and again which applications listen, while they start.
         stopping: asked while they start; true gives up, and cleans up.
+        lost: called on a thread, with what happened, once Ray has died or does not answer; no call to Ray may return
+            any more, so that only the end of the process is left.
+        replaced: called on a thread, again and again, once another `echoray serve` has taken the name on the cluster,
+            or `echoray stop` has removed the applications; the block should end, and leaves the cluster as it is.
 
     Raises:
         ValueError: the configuration cannot be used; nothing was started.
@@ -103,21 +127,26 @@ def serve_system(
     """
     started_at = time.monotonic()
     config = preflight.resolve_paths(config)
-    served = preflight.check(config, local=address is None)
-    with local_ray(config) if address is None else joined_ray(address):
-        applications = build_applications(config, served.organs, _network(config))
+    served = preflight.check(config, local=address is None, take_over=take_over)
+    system = SystemId(name, served.identity)
+    with (
+        _lasting_ray(config, address, lost) as watch,
+        _owned_name(system, config, attached=not keep, take_over=take_over, cluster=address is not None) as record,
+    ):
+        watch.also_ask(lambda: _notice_replacement(record, replaced))
+        parts = build_applications(config, served.organs, _network(config), system)
         _check_capacity(config, served, may_grow=address is not None)
-        _refuse_namesakes(applications)
-        endpoints = Endpoints({name: deployment_of(name) for name in applications})
+        _refuse_namesakes(system, parts)
+        endpoints = Endpoints({part: deployment_of(part) for part in parts}, system)
         endpoints.start()
         ready = False
         try:
             serve.run_many(
-                [RunTarget(target, name=name, route_prefix=None) for name, target in applications.items()],
+                [RunTarget(target, name=system.application(part), route_prefix=None) for part, target in parts.items()],
                 wait_for_ingress_deployment_creation=False,
                 wait_for_applications_running=False,
             )
-            _wait_until_serving(tuple(applications), endpoints, progress, stopping)
+            _wait_until_serving(system, tuple(parts), endpoints, progress, stopping)
             ready = True
             gateways = tuple(replica.public_address for replica in endpoints.replicas(GATEWAY))
             control = endpoints.replicas(CONTROL)[0].public_address
@@ -125,27 +154,95 @@ def serve_system(
             unanswered = _unanswered(endpoints.of(GATEWAY)[0], served.organs)
             yield RunningSystem(gateways, control, served, start_s, unanswered)
         finally:
+            watch.stop_asking()
             endpoints.stop()
-            if ready and not keep:
-                _finish_requests()
+            mine = is_ours(record)
+            if ready and not keep and mine:
+                _finish_requests(system)
             # A local Ray's processes end with it, and what still starts would only keep them.
-            if address is not None and not (ready and keep):
+            if address is not None and not (ready and keep) and mine:
                 # With the expert groups of organs that appeared since.
-                _remove(_ours() or tuple(applications))
+                _remove(_ours(system) or tuple(map(system.application, parts)))
+                release(record)
 
 
-def remove_from_cluster(address: str) -> tuple[str, ...]:
-    """Removes our applications from a cluster, and returns their names.
+@contextmanager
+def _lasting_ray(config: Config, address: str | None, lost: Callable[[str], None]) -> Iterator[RayWatch]:
+    """A Ray that is watched from its start to its end."""
+    with local_ray(config) if address is None else joined_ray(address):
+        watch = RayWatch(essential_processes() if address is None else {}, lost)
+        watch.start()
+        try:
+            yield watch
+        finally:
+            watch.stop_asking()
+            watch.stop()
+
+
+@contextmanager
+def _owned_name(
+    system: SystemId, config: Config, *, attached: bool, take_over: bool, cluster: bool
+) -> Iterator[SystemRecord]:
+    """The name on the cluster, claimed for this process; what another deployment runs under it is removed first.
+
+    Raises:
+        StartError: it belongs to somebody else.
+    """
+    record = SystemRecord.of_this_process(system, config, attached=attached)
+    try:
+        before = claim(record, deployed=cluster and bool(_ours(system)), take_over=take_over)
+    except OwnedByAnotherError as error:
+        raise StartError(str(error)) from None
+    if before is not None:
+        logger.warning("replacing %s, %s", before.system, before.owner)
+        _finish_requests(system)
+        _remove(_ours(system))
+    try:
+        yield record
+    except BaseException:
+        # It did not start, or Ray is gone with all that is kept there.
+        if not _ours(system):
+            release(record)
+        raise
+
+
+def _notice_replacement(record: SystemRecord, replaced: Replaced) -> None:
+    now = record_of(record.name)
+    if now is None:
+        replaced(f"{record.system} was removed from the cluster by `echoray stop`", False)
+    elif now.run != record.run:
+        replaced(f"{record.system} was taken over by {now.owner}; it stays as it is", True)
+
+
+def remove_from_cluster(address: str, name: str = "") -> tuple[str, ...]:
+    """Removes a system's applications from a cluster, and returns their names.
+
+    Args:
+        address: of the cluster.
+        name: of the system.
 
     Raises:
         ConnectionError: no cluster at the address.
     """
     with joined_ray(address):
-        ours = _ours()
+        system = SystemId(name)
+        ours = _ours(system)
         if ours:
-            _finish_requests()
+            # First, so that the process that runs it touches nothing any more.
+            forget(name)
+            _finish_requests(system)
             _remove(ours)
         return ours
+
+
+def names_on_cluster(address: str) -> tuple[str, ...]:
+    """The names of the systems that a cluster runs.
+
+    Raises:
+        ConnectionError: no cluster at the address.
+    """
+    with joined_ray(address):
+        return tuple(sorted(all_records()))
 
 
 def _network(config: Config) -> Network:
@@ -188,34 +285,43 @@ def _check_capacity(config: Config, served: ServedCheckpoint, *, may_grow: bool)
             logger.warning("%s, or let the cluster grow", text)
 
 
-def _ours() -> tuple[str, ...]:
-    return tuple(name for name, found in serve.status().applications.items() if _is_ours(name, found))
+def _ours(system: SystemId) -> tuple[str, ...]:
+    found = serve.status().applications
+    return tuple(name for name, overview in found.items() if _is_part(system, name, overview))
 
 
-def _is_ours(name: str, found: ApplicationStatusOverview) -> bool:
-    """Whether an application of a cluster is a part of EchoVLM-Ray, by the names of both it and its deployment."""
-    named = name in DEPLOYMENTS or name.startswith(EXPERT_PREFIX)
-    return named and set(found.deployments) <= {deployment_of(name)}
+def _is_part(system: SystemId, name: str, found: ApplicationStatusOverview) -> bool:
+    """Whether an application of a cluster is a part of a system, by the names of both it and its deployment."""
+    part = system.part(name)
+    if part is None:
+        return False
+    named = part in DEPLOYMENTS or part.startswith(EXPERT_PREFIX)
+    return named and set(found.deployments) <= {deployment_of(part)}
 
 
-def _refuse_namesakes(names: Iterable[str]) -> None:
+def _refuse_namesakes(system: SystemId, parts: Iterable[str]) -> None:
     there = serve.status().applications
-    for name in names:
-        if name in there and not _is_ours(name, there[name]):
+    for name in map(system.application, parts):
+        if name in there and not _is_part(system, name, there[name]):
             raise StartError(f"the cluster has an application {name!r} that is not EchoVLM-Ray's: rename or remove it")
 
 
 def _wait_until_serving(
-    names: Sequence[str], endpoints: Endpoints, progress: Progress, stopping: Callable[[], bool]
+    system: SystemId,
+    parts: Sequence[str],
+    endpoints: Endpoints,
+    progress: Progress,
+    stopping: Callable[[], bool],
 ) -> None:
     """Running is not enough: the router must have reached the experts, and the gateway the router."""
     next_status = 0.0
+    names = tuple(map(system.application, parts))
     while True:
         if stopping():
             raise StoppedError("stopped while starting")
-        listening = {name for name in names if endpoints.of(name)}
-        progress({name: name in listening for name in names})
-        all_listen = listening == set(names)
+        listening = {part for part in parts if endpoints.of(part)}
+        progress({part: part in listening for part in parts})
+        all_listen = listening == set(parts)
         if all_listen or time.monotonic() >= next_status:
             # What listens may still be what an update is about to replace; only Serve knows that.
             settled = _all_settled(names)
@@ -259,10 +365,10 @@ def _serves(address: str, service: str = OVERALL) -> bool:
         return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-def _finish_requests() -> None:
+def _finish_requests(system: SystemId) -> None:
     """Ends the gateway, then the router: each finishes what it does while all that it calls is still there."""
-    _remove([GATEWAY])
-    _remove([ROUTER])
+    _remove([system.application(GATEWAY)])
+    _remove([system.application(ROUTER)])
 
 
 def _remove(names: Sequence[str]) -> None:

@@ -30,6 +30,7 @@ from echovlm_ray.serving.deployments.settings import (
     settings_of,
 )
 from echovlm_ray.serving.deployments.vision import VisionReplica
+from echovlm_ray.serving.system_id import DEFAULT_SYSTEM, SystemId
 from experts.digest import digest_of
 
 # A replica whose constructor fails this often is given up, and the reason shown.
@@ -46,21 +47,24 @@ REPLICAS: dict[type[ReplicaSettings], type[Replica]] = {
 }
 
 
-def build_applications(config: Config, organs: tuple[str, ...], network: Network) -> dict[str, Application]:
-    """Name → application, those first that take longest to start.
+def build_applications(
+    config: Config, organs: tuple[str, ...], network: Network, system: SystemId = DEFAULT_SYSTEM
+) -> dict[str, Application]:
+    """Part → application, those first that take longest to start.
 
     Args:
         config: with a checkpoint path that is absolute and can be read on all nodes.
         organs: of the checkpoint.
         network: where the servers between the parts listen.
+        system: that they are the parts of.
     """
-    return {name: _build(name, settings) for name, settings in settings_of(config, organs, network).items()}
+    return {part: _build(part, settings) for part, settings in settings_of(config, organs, network, system).items()}
 
 
-def deploy(name: str, settings: ReplicaSettings) -> None:
+def deploy(part: str, settings: ReplicaSettings) -> None:
     """Declares one application to Serve and returns before it runs; one that is as it shall be stays as it is."""
     serve.run_many(
-        [serve.RunTarget(_build(name, settings), name=name, route_prefix=None)],
+        [serve.RunTarget(_build(part, settings), name=settings.system_id.application(part), route_prefix=None)],
         wait_for_ingress_deployment_creation=False,
         wait_for_applications_running=False,
     )
@@ -76,11 +80,11 @@ def version_of(settings: ReplicaSettings) -> str:
     return digest_of({"package": package, "environment": environment_of(settings), "settings": started_with})
 
 
-def _build(name: str, settings: ReplicaSettings) -> Application:
+def _build(part: str, settings: ReplicaSettings) -> Application:
     options, resources = settings.serve, settings.resources
     undeployed: Deployment = serve.deployment(REPLICAS[type(settings)])  # type: ignore[assignment] # its overloads
     deployment = undeployed.options(
-        name=deployment_of(name),
+        name=deployment_of(part),
         num_replicas=resources.replicas,
         ray_actor_options={
             "num_cpus": resources.num_cpus,

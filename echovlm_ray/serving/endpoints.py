@@ -14,6 +14,7 @@ from typing import Any
 
 from echovlm_ray.serving import serve_api
 from echovlm_ray.serving.serve_api import UnsupportedRayError
+from echovlm_ray.serving.system_id import DEFAULT_SYSTEM, SystemId
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +44,9 @@ class ReplicaAddresses:
 class Endpoints:
     """The live addresses of some deployments. Reading is cheap and allowed from any thread."""
 
-    def __init__(self, deployments: Mapping[str, str]) -> None:
-        """Takes application → name of its deployment; they need not run yet."""
+    def __init__(self, deployments: Mapping[str, str], system: SystemId = DEFAULT_SYSTEM) -> None:
+        """Takes part → name of its deployment, of one system; they need not run yet."""
+        self._system = system
         self._deployments = dict(deployments)
         self._replicas: Mapping[str, tuple[ReplicaAddresses, ...]] = {}
         self._changed: list[Callable[[], None]] = []
@@ -62,7 +64,7 @@ class Endpoints:
             UnsupportedRayError: this Ray keeps its deployments otherwise than the pinned one.
         """
         with self._lock:
-            self._keys = {serve_api.target_key(*names): names[0] for names in self._deployments.items()}
+            self._keys = self._keys_of(self._deployments)
         self._thread.start()
 
     def watch(self, deployments: Mapping[str, str]) -> None:
@@ -77,7 +79,7 @@ class Endpoints:
                 return
             self._deployments |= new
             if self._thread.is_alive():
-                self._keys = self._keys | {serve_api.target_key(*names): names[0] for names in new.items()}
+                self._keys = self._keys | self._keys_of(new)
                 self._watches_others.set()
 
     def stop(self) -> None:
@@ -121,6 +123,12 @@ class Endpoints:
                 return False
             time.sleep(0.05)
         return True
+
+    def _keys_of(self, deployments: Mapping[str, str]) -> dict[Any, str]:
+        return {
+            serve_api.target_key(self._system.application(part), deployment): part
+            for part, deployment in deployments.items()
+        }
 
     def _watch(self) -> None:
         # Below zero means: tell me whatever you have.

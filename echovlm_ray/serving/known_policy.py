@@ -20,6 +20,29 @@ logger = logging.getLogger(__name__)
 ASK_TIMEOUT_S = 2.0
 
 
+class ForeignPolicyError(ValueError):
+    """A policy of another deployment. The text says how to use it on purpose."""
+
+
+def check_identity(policy: control_pb2.TrafficPolicy, identity: str, origin: str) -> None:
+    """Checks that a policy is of this deployment; one without an identity is from before there were any.
+
+    Args:
+        policy: the policy.
+        identity: of this deployment; "" accepts all.
+        origin: where the policy comes from, for the text.
+
+    Raises:
+        ForeignPolicyError: it is of another one.
+    """
+    if identity and policy.identity and policy.identity != identity:
+        raise ForeignPolicyError(
+            f"the policy of {origin} is of the deployment {policy.identity[:12]}…, and this one is {identity[:12]}…: "
+            "give this system its own rollouts.database, or replace the other one on purpose with `echoray serve "
+            "--take-over`"
+        )
+
+
 def write_policy(path: Path, policy: control_pb2.TrafficPolicy) -> None:
     """Replaces the file in one step.
 

@@ -24,6 +24,7 @@ class LiveModel:
         description: ModelDescription,
         manifest: Callable[[str], Manifest],
         channel_options: Sequence[tuple[str, int | str]] = (),
+        identity: str = "",
     ) -> None:
         """Takes its parts.
 
@@ -32,12 +33,13 @@ class LiveModel:
             description: of the checkpoint as it is.
             manifest: digest → manifest; may block, and is called on a thread.
             channel_options: of the connection.
+            identity: of the deployment; another one's policy is refused. "" accepts all.
         """
         # Never used again by another process.
         self.name = f"gateway-{uuid.uuid4().hex}"
         self._current = description
         self._manifest = manifest
-        self._follower = PolicyFollower(addresses, self._take, channel_options, gateway=self.name)
+        self._follower = PolicyFollower(addresses, self._take, channel_options, gateway=self.name, identity=identity)
 
     def describe(self) -> ModelDescription:
         """What is served at this moment."""

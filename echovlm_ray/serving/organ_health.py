@@ -29,6 +29,7 @@ class OrganHealth:
         publish: Callable[[str, bool], Awaitable[None]],
         policy: control_pb2.TrafficPolicy | None,
         channel_options: Sequence[tuple[str, int | str]] = (),
+        identity: str = "",
     ) -> None:
         """Takes its parts.
 
@@ -38,12 +39,13 @@ class OrganHealth:
             publish: is called with the organ's service and whether it serves.
             policy: what is known at the start.
             channel_options: of the connection to Control.
+            identity: of the deployment; another one's policy is refused. "" accepts all.
         """
         self._group = group
         self._publish = publish
         self._policy = policy
         self._said: bool | None = None
-        self._follower = PolicyFollower(addresses, self._take, channel_options)
+        self._follower = PolicyFollower(addresses, self._take, channel_options, identity=identity)
         self._task: asyncio.Task[None] | None = None
 
     @property

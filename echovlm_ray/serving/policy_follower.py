@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import grpc
 
+from echovlm_ray.serving.known_policy import check_identity
 from protos import control_pb2, control_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ class PolicyFollower:
         channel_options: Sequence[tuple[str, int | str]] = (),
         *,
         gateway: str = "",
+        identity: str = "",
     ) -> None:
         """Takes its parts.
 
@@ -36,7 +38,9 @@ class PolicyFollower:
             take: called with each policy; may raise.
             channel_options: of the connection.
             gateway: a gateway's name; Control then waits for it, and hears after each policy that it was taken.
+            identity: of the deployment; another one's policy is refused. "" accepts all.
         """
+        self._identity = identity
         self._gateway = gateway
         # Whether the connection to Control brought a policy.
         self._heard = False
@@ -74,7 +78,11 @@ class PolicyFollower:
         async with grpc.aio.insecure_channel(address, options=self._options) as channel:
             stub = control_pb2_grpc.RolloutFeedStub(channel)
             # Without a Router's name, whose pins Control would ask for.
-            async for policy in stub.WatchPolicy(control_pb2.WatchPolicyRequest(gateway=self._gateway)):
+            request = control_pb2.WatchPolicyRequest(
+                gateway=self._gateway, identity=self._identity, policy_version=self._version
+            )
+            async for policy in stub.WatchPolicy(request):
+                check_identity(policy, self._identity, "Control")
                 if policy.version > self._version:
                     await self._take(policy)
                     self._version = policy.version

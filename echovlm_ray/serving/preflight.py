@@ -6,14 +6,19 @@ import ssl
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from echovlm_ray.config import Config, ControlSection, ExpertsSection, GatewaySection
 from echovlm_ray.serving.auth import BearerTokens
-from echovlm_ray.serving.rollout_files import FOLDER, DatabaseLock, RolloutFiles
+from echovlm_ray.serving.known_policy import ForeignPolicyError, check_identity, read_policy
+from echovlm_ray.serving.rollout_files import FOLDER, SQLITE, DatabaseLock, RolloutFiles
 from echovlm_ray.serving.served import ServedCheckpoint, served_checkpoint
+from experts.digest import digest_of
 from experts.errors import InvalidBundleError, RegistryAwayError, UnknownBundleError
 from router.errors import RolloutDatabaseError, RolloutStateError
+
+if TYPE_CHECKING:
+    from router.rollouts.database import Database
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +42,34 @@ def resolve_paths(config: Config) -> Config:
     return config.model_copy(update=update)
 
 
-def check(config: Config, *, local: bool) -> ServedCheckpoint:
+def begin_anew(config: Config) -> None:
+    """Has the next start make a new database, where the one before is missing; what it left behind is set aside.
+
+    Args:
+        config: with absolute paths.
+
+    Raises:
+        ValueError: there is a database.
+    """
+    files = RolloutFiles.of(config.rollouts, config.model.checkpoint)
+    if config.router.experts == "local":
+        raise ValueError("--begin-anew: with router.experts local no state is kept, so every start begins anew")
+    if not files.is_new and files.database.startswith(SQLITE):
+        raise ValueError(
+            f"--begin-anew: the rollouts' database {files.base} is there; move it away first if what it says is to be "
+            "given up"
+        )
+    for path in files.set_aside():
+        logger.warning("kept as %s", path)
+
+
+def check(config: Config, *, local: bool, take_over: bool = False) -> ServedCheckpoint:
     """Checks the checkpoint, the rollouts' database, certificates, tokens and ports.
 
     Args:
         config: with absolute paths.
         local: whether the servers will run on this machine.
+        take_over: whether a database may take the place of another deployment's, whose policy is beside it.
 
     Returns:
         the checkpoint that will be served, with the experts that the rollouts' database says.
@@ -52,7 +79,11 @@ def check(config: Config, *, local: bool) -> ServedCheckpoint:
     """
     served = served_checkpoint(config.model)
     if config.router.experts == "remote":
-        served = _with_live_set(config, served, local=local)
+        served = _with_live_set(config, served, local=local, take_over=take_over)
+    else:
+        # Nothing is kept, so what is served says who it is.
+        stateless = {"checkpoint": str(served.directory), "backbone": served.expert_set.backbone_digest}
+        served = replace(served, identity=digest_of(stateless)[:32])
     _check_organs(config, served)
     _check_kernel(config.experts.kernel)
     _check_bundles(config.experts, served)
@@ -92,8 +123,10 @@ def check_port(name: str, section: GatewaySection | ControlSection) -> None:
             ) from None
 
 
-def _with_live_set(config: Config, served: ServedCheckpoint, *, local: bool) -> ServedCheckpoint:
-    """The checkpoint with the set of the rollouts' database, if there is one already."""
+def _with_live_set(config: Config, served: ServedCheckpoint, *, local: bool, take_over: bool) -> ServedCheckpoint:
+    """The checkpoint with the identity of the rollouts' database, which is made if there is none, and with its set."""
+    from router.rollouts.store import RolloutStore
+
     files = RolloutFiles.of(config.rollouts, served.directory)
     if served.directory / FOLDER not in files.base.parents:
         logger.info("the rollouts' state is kept in %s", files.base.parent)
@@ -102,13 +135,9 @@ def _with_live_set(config: Config, served: ServedCheckpoint, *, local: bool) -> 
             lock = DatabaseLock(files.lock)
             lock.take(0)
             lock.release()
-        if files.is_new:
-            return served
-        from router.rollouts.database import Database
-        from router.rollouts.store import RolloutStore
-
-        database = Database(files.database)
+        database = _open_database(files, take_over=take_over)
         try:
+            served = replace(served, identity=database.identity)
             store = RolloutStore(database)
             with store.read() as transaction:
                 if not transaction.adopted():
@@ -117,7 +146,7 @@ def _with_live_set(config: Config, served: ServedCheckpoint, *, local: bool) -> 
             live = store.snapshot().expert_set()
         finally:
             database.close()
-    except (RolloutDatabaseError, RolloutStateError) as error:
+    except (RolloutDatabaseError, RolloutStateError, ForeignPolicyError) as error:
         raise ValueError(f"rollouts.database: {error}") from None
     own = {entry.bundle_digest for entry in served.index.organs}
     if all(member.bundle_digest in own for member in live.members):
@@ -132,6 +161,34 @@ def _with_live_set(config: Config, served: ServedCheckpoint, *, local: bool) -> 
         with suppress(UnknownBundleError, RegistryAwayError):
             versions[digest] = bundles.manifest(digest).version
     return replace(served, expert_set=live, other_versions=versions)
+
+
+def _open_database(files: RolloutFiles, *, take_over: bool) -> "Database":
+    """Opens the database, or makes it where there never was one.
+
+    Raises:
+        RolloutDatabaseError: it is missing beside what it left behind, or cannot be opened.
+        ForeignPolicyError: the policy beside it is another deployment's.
+    """
+    from router.rollouts.database import Database
+
+    left = files.left_behind
+    if files.is_new and left:
+        raise RolloutDatabaseError(
+            f"{files.base} is missing, but {left[0].name} beside it says that there was one: restore a backup of it "
+            "(`echoray experts restore`), or start with `echoray serve --begin-anew` to begin from the checkpoint's "
+            "own experts"
+        )
+    database = Database(files.database, create=not files.policy.exists())
+    try:
+        if (policy := read_policy(files.policy)) is not None:
+            check_identity(policy, database.identity, str(files.policy))
+    except ForeignPolicyError:
+        if not take_over:
+            database.close()
+            raise
+        files.set_aside_policy()
+    return database
 
 
 def _check_organs(config: Config, served: ServedCheckpoint) -> None:

@@ -89,7 +89,7 @@ def restore(file: Path, files: RolloutFiles, expert_set: ExpertSet) -> tuple[Bac
 
     Raises:
         RolloutDatabaseError: the file is no sound backup, a system uses the database, or it is PostgreSQL.
-        RolloutStateError: the backup belongs to another backbone or routing.
+        RolloutStateError: the backup belongs to another backbone, routing or deployment.
         OSError: something cannot be read or written.
     """
     target = _database_file(files, 'pg_restore --clean --if-exists --dbname="URL" FILE')
@@ -102,6 +102,7 @@ def restore(file: Path, files: RolloutFiles, expert_set: ExpertSet) -> tuple[Bac
             # What is checked is what is put there, whatever happens to the backup meanwhile.
             _copy(file, partial)
             found = check(partial, str(file))
+            _check_identity(partial, file, target)
             _check_belongs(partial, file, expert_set)
             kept = _keep_aside(target)
             # Replicas that start while Control is away would take it for the newest.
@@ -154,6 +155,26 @@ def _database_file(files: RolloutFiles, other_way: str) -> Path:
             f"the rollouts' database is PostgreSQL, which has tools of its own: use `{other_way}`"
         )
     return files.base
+
+
+def _check_identity(path: Path, file: Path, target: Path) -> None:
+    """Refuses to put one deployment's backup in the place of another one's database."""
+    backed_up, there = _identity_of(path), _identity_of(target) if target.is_file() else None
+    if backed_up and there and backed_up != there:
+        raise RolloutStateError(
+            f"{file} is of the deployment {backed_up[:12]}…, and {target} is of {there[:12]}…: name the system that "
+            f"the backup was made of, or move {target} away to replace it on purpose"
+        )
+
+
+def _identity_of(path: Path) -> str | None:
+    """The deployment that a database names; None where it names none, or cannot be read."""
+    try:
+        with closing(sqlite3.connect(f"file:{_quoted(path)}?mode=ro", uri=True)) as connection:
+            row = connection.execute("SELECT identity FROM deployment").fetchone()
+    except sqlite3.Error:
+        return None
+    return None if row is None else str(row[0])
 
 
 def _check_belongs(path: Path, file: Path, expert_set: ExpertSet) -> None:

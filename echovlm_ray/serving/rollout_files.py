@@ -74,6 +74,20 @@ class RolloutFiles:
         return self.base.with_name(f"{self.base.name}.lock")
 
     @property
+    def left_behind(self) -> tuple[Path, ...]:
+        """What says that there was a database, apart from the database itself: the policy and a write-ahead log."""
+        logs = [self.base.with_name(f"{self.base.name}{suffix}") for suffix in ("-wal", "-shm")]
+        return tuple(path for path in (self.policy, *logs) if path.exists())
+
+    def set_aside(self) -> tuple[Path, ...]:
+        """Renames what a missing database left behind, so that it counts no more; returns the new names."""
+        return tuple(_aside(path) for path in self.left_behind)
+
+    def set_aside_policy(self) -> Path:
+        """Renames the policy of another deployment; returns its new name."""
+        return _aside(self.policy)
+
+    @property
     def is_new(self) -> bool:
         """Whether the database is a file that does not exist yet."""
         return self.database.startswith(SQLITE) and not self.base.exists()
@@ -101,6 +115,10 @@ def holder_of(descriptor: int) -> str:
     """The process that a lock's file names, for a sentence; "" if it names none."""
     content = os.pread(descriptor, 32, 0)
     return f" (process {content.decode()})" if content.isdigit() else ""
+
+
+def _aside(path: Path) -> Path:
+    return path.rename(path.with_name(f"{path.name}.aside-{int(time.time())}"))
 
 
 class DatabaseLock:

@@ -15,6 +15,8 @@ from ray.serve import Deployment
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
+# Where the cluster's key-value store keeps what is ours.
+RECORDS = "echovlm"
 TIMEOUT_S = 60.0
 # The controller itself answers a poll without news after a minute.
 POLL_TIMEOUT_S = 90.0
@@ -94,6 +96,40 @@ def with_version(deployment: Deployment, version: str) -> Deployment:
 def delete_applications(names: Iterable[str]) -> None:
     """Tells Serve to remove applications, and returns at once."""
     ray.get(_controller().delete_apps.remote(list(names)), timeout=TIMEOUT_S)
+
+
+def read_record(key: str) -> bytes | None:
+    """What the cluster keeps under a key; it lasts as long as the cluster."""
+    value: bytes | None = _store()._internal_kv_get(key, namespace=RECORDS)
+    return value
+
+
+def write_record(key: str, value: bytes, *, replace: bool) -> bool:
+    """Keeps something under a key; without `replace`, only if nothing is there.
+
+    Returns:
+        Whether it was written.
+    """
+    there: bool = _store()._internal_kv_put(key, value, overwrite=replace, namespace=RECORDS)
+    return replace or not there
+
+
+def delete_record(key: str) -> None:
+    """Forgets what is kept under a key."""
+    _store()._internal_kv_del(key, namespace=RECORDS)
+
+
+def record_keys() -> list[str]:
+    """All keys under which something is kept."""
+    return [key.decode() for key in _store()._internal_kv_list(b"", namespace=RECORDS)]
+
+
+def _store() -> Any:
+    try:
+        from ray.experimental import internal_kv
+    except ImportError as error:
+        raise _unsupported() from error
+    return internal_kv
 
 
 def _controller() -> "ActorHandle[Any]":

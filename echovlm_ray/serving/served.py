@@ -22,12 +22,14 @@ class ServedCheckpoint:
         index: its contents.
         expert_set: the set with which serving starts.
         other_versions: digest → version of the set's bundles that did not come with the checkpoint.
+        identity: of the deployment that serves it; "" where that is not known.
     """
 
     directory: Path
     index: CheckpointIndex
     expert_set: ExpertSet
     other_versions: Mapping[str, str] = field(default_factory=dict)
+    identity: str = ""
 
     @property
     def organs(self) -> tuple[str, ...]:

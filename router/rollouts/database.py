@@ -1,24 +1,32 @@
 """Opens the rollouts' database: SQLite in a file, or PostgreSQL by URL; brings its tables up to date.
 
 One writer at a time: SQLite by `BEGIN IMMEDIATE`, PostgreSQL by a lock on the history's head row.
+
+SQLite writes to a file that was deleted as if nothing had happened, and all of it is lost with the process. So every
+write checks that the database is still the one that was opened, before its first statement and before its commit.
 """
 
 import sqlite3
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, select, text, update
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
-from router.errors import RolloutDatabaseError
+from router.errors import RolloutDatabaseError, RolloutDatabaseLostError
+from router.rollouts import schema
 from router.rollouts.database_errors import first_line, in_words
+from router.rollouts.database_file import DatabaseFile, make_database_file
+from router.rollouts.history import Head, hash_at, head_of
 
 # Below what operators' commands wait, so that they hear why.
 BUSY_TIMEOUT_S = 10.0
@@ -26,27 +34,43 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 # Any number that no other program uses for the same purpose in the same PostgreSQL database.
 ADVISORY_LOCK = 0x6563686F766C6D
 _IMMEDIATE = "rollouts_immediate"
+# Alembic keeps what it works on in its modules.
+_ALEMBIC = threading.Lock()
 
 
 class Database:
     """A database whose tables are current. Every method may be called from any thread."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, create: bool = True) -> None:
         """Connects, and migrates what is older; two that start at once wait for each other.
 
         Args:
             url: "sqlite:////var/lib/echovlm/rollouts.db" (the folder is made), or "postgresql://user@host/name".
+            create: whether to make the tables where there is no database yet. A file without tables is always refused:
+                it is what is left of a database, not a new one.
 
         Raises:
-            RolloutDatabaseError: out of reach, of a newer version than this code, or a kind that is not supported.
+            RolloutDatabaseError: out of reach, of a newer version than this code, a kind that is not supported, empty,
+                or missing and not to be made.
         """
         parsed = _parse(url)
         self.name = parsed.render_as_string(hide_password=True)
         self._path = Path(str(parsed.database)) if parsed.get_backend_name() == "sqlite" else None
+        self._file: DatabaseFile | None = None
+        self._seen: Head | None = None
         try:
             with self._in_words():
-                self.engine = _sqlite(parsed) if self._path is not None else _postgresql(parsed)
-                self._migrate()
+                if self._path is not None:
+                    if create:
+                        make_database_file(self._path, lambda partial: _make_tables(parsed.set(database=str(partial))))
+                    self._file = DatabaseFile.opened(self._path)
+                    self.engine = _sqlite(parsed, self._file)
+                else:
+                    self.engine = _postgresql(parsed)
+                _migrate(self, create=create and self._file is None)
+                with self.read() as connection:
+                    self.identity = str(connection.execute(text("SELECT identity FROM deployment")).scalar_one())
+                    self._seen = head_of(connection)
         except (DBAPIError, sqlite3.Error) as error:
             raise RolloutDatabaseError(
                 f"the rollouts' database {self.name} cannot be opened: {first_line(error)}; check that it is there, "
@@ -63,8 +87,11 @@ class Database:
         """A transaction that sees one moment of the database, whatever is written meanwhile.
 
         Raises:
+            RolloutDatabaseLostError: the database is not the file that was opened any more.
             RolloutDatabaseError: it is locked, out of reach or damaged; the text says what to do.
         """
+        if self._file is not None:
+            self._file.check()
         options: dict[str, Any] = {} if self.is_sqlite else {"isolation_level": "REPEATABLE READ"}
         with self._in_words(), self.engine.connect().execution_options(**options) as connection, connection.begin():
             yield connection
@@ -74,13 +101,78 @@ class Database:
         """A transaction that excludes every other writer, of this and of other processes; committed at the end.
 
         Raises:
+            RolloutDatabaseLostError: the database is not the one that was opened any more; nothing is written.
             RolloutDatabaseError: it is locked, full, out of reach or damaged; nothing was changed, and the text says
                 what to do.
         """
         with self._in_words(), self._exclusive() as connection:
             # Under READ COMMITTED, all that follows sees what the last writer left.
             connection.execute(text("SELECT id FROM history_head WHERE id = 1" + self._for_update))
+            self._check(connection)
             yield connection
+            head = head_of(connection)
+            if self._file is not None:
+                self._file.check()
+                self._file.check_log()
+        self._seen = head
+
+    def check(self) -> None:
+        """Checks that the database is still the one that was opened, with all that was written to it.
+
+        Raises:
+            RolloutDatabaseLostError: it is not.
+        """
+        with self.read() as connection:
+            self._check(connection)
+
+    def take_identity(self, identity: str) -> None:
+        """Gives the database another identity; for one that is made anew whenever its deployment's Control starts."""
+        with self.write() as connection:
+            connection.execute(update(schema.deployment).values(identity=identity))
+        self.identity = identity
+
+    def can_reopen(self) -> bool:
+        """Whether the database that has this name now is a sound one of the same identity; changes nothing in it.
+
+        The write-ahead log of the one that was opened is set aside then: it is none of the other one's.
+        """
+        if self._file is None:
+            with self.read() as connection:
+                return bool(connection.execute(text("SELECT identity FROM deployment")).scalar() == self.identity)
+        if not self._file.holds(self.identity):
+            return False
+        self._file.set_log_aside()
+        return True
+
+    def advance_policies(self, above: int) -> int:
+        """Has policies numbered above a number that Routers have seen, as after an older database was restored.
+
+        Returns:
+            The number of the policy now.
+        """
+        with self.write() as connection:
+            count = head_of(connection).count
+            offset = int(connection.execute(select(schema.deployment.c.policy_offset)).scalar_one())
+            if count + offset <= above:
+                offset = above + 1 - count
+                connection.execute(update(schema.deployment).values(policy_offset=offset))
+            return count + offset
+
+    def _check(self, connection: Connection) -> None:
+        if self._file is not None:
+            self._file.check()
+            self._file.check_log()
+        identity = connection.execute(text("SELECT identity FROM deployment")).scalar()
+        if identity != self.identity:
+            raise RolloutDatabaseLostError(
+                f"another deployment's database is in the place of {self.name}: bring back this system's own"
+            )
+        seen = self._seen
+        if seen is not None and hash_at(connection, seen.count) != seen.hash:
+            raise RolloutDatabaseLostError(
+                f"the rollouts' database {self.name} was replaced by an older or another state while it was in use: "
+                "restart Control to go on from what it says now"
+            )
 
     def close(self) -> None:
         """Closes the connections."""
@@ -106,22 +198,39 @@ class Database:
         with self.engine.connect().execution_options(**{_IMMEDIATE: True}) as connection, connection.begin():
             yield connection
 
-    def _migrate(self) -> None:
-        config = Config()
-        config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
-        known = [script.revision for script in ScriptDirectory.from_config(config).walk_revisions()]
-        with self._exclusive() as connection:
-            if not self.is_sqlite:
-                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": ADVISORY_LOCK})
-            current = MigrationContext.configure(connection).get_current_revision()
-            if current is not None and current not in known:
-                raise RolloutDatabaseError(
-                    f"the rollouts' database {self.name} has the schema {current!r}, but this version knows only up "
-                    f"to {known[0]!r}: a newer version wrote it. Run that version, or give another database"
-                )
-            if current != known[0]:
-                config.attributes["connection"] = connection
-                command.upgrade(config, "head")
+
+def _migrate(database: Database, *, create: bool) -> None:
+    known = [script.revision for script in ScriptDirectory.from_config(_migrations()).walk_revisions()]
+    with database._exclusive() as connection:
+        if not database.is_sqlite:
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": ADVISORY_LOCK})
+        current = MigrationContext.configure(connection).get_current_revision()
+        if current is None and not create:
+            raise RolloutDatabaseError(
+                f"the rollouts' database {database.name} has none of its tables: restore a backup of it (`echoray "
+                "experts restore`), or remove it and start with `echoray serve --begin-anew` to begin from the "
+                "checkpoint's own experts"
+            )
+        if current is not None and current not in known:
+            raise RolloutDatabaseError(
+                f"the rollouts' database {database.name} has the schema {current!r}, but this version knows only up "
+                f"to {known[0]!r}: a newer version wrote it. Run that version, or give another database"
+            )
+        if current != known[0]:
+            _upgrade(connection)
+
+
+def _upgrade(connection: Connection) -> None:
+    config = _migrations()
+    config.attributes["connection"] = connection
+    with _ALEMBIC:
+        command.upgrade(config, "head")
+
+
+def _migrations() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    return config
 
 
 def _parse(url: str) -> URL:
@@ -145,13 +254,32 @@ def _parse(url: str) -> URL:
     )
 
 
-def _sqlite(url: URL) -> Engine:
-    path = Path(str(url.database))
+def _make_tables(url: URL) -> None:
+    """Makes a whole new database, which nobody else has opened."""
+    engine = _engine_of(url, lambda: sqlite3.connect(str(url.database)))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RolloutDatabaseError(f"the folder of the rollouts' database {path} cannot be made: {error}") from error
-    engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
+        with engine.connect().execution_options(**{_IMMEDIATE: True}) as connection, connection.begin():
+            _upgrade(connection)
+    finally:
+        # The last connection's end puts what was written ahead into the file itself.
+        engine.dispose()
+
+
+def _sqlite(url: URL, file: DatabaseFile) -> Engine:
+    name = f"file:{quote(str(file.path))}?mode=rw"
+
+    def connect() -> sqlite3.Connection:
+        # Neither makes a file where the database was deleted, nor opens one that was put in its place.
+        file.check()
+        return sqlite3.connect(name, uri=True, timeout=BUSY_TIMEOUT_S, check_same_thread=False)
+
+    engine = _engine_of(url, connect)
+    _use_write_ahead_log(engine)
+    return engine
+
+
+def _engine_of(url: URL, connect: Callable[[], sqlite3.Connection]) -> Engine:
+    engine = create_engine(url, creator=connect)
 
     @event.listens_for(engine, "connect")
     def prepare(connection: Any, _: object) -> None:
@@ -164,7 +292,6 @@ def _sqlite(url: URL) -> Engine:
         immediate = connection.get_execution_options().get(_IMMEDIATE, False)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
 
-    _use_write_ahead_log(engine)
     return engine
 
 

@@ -123,6 +123,15 @@ def head_of(connection: Connection) -> Head:
     return Head(0, GENESIS) if row is None else Head(row[0], row[1])
 
 
+def hash_at(connection: Connection, sequence: int) -> str | None:
+    """The hash that the history had when it was so long; none if it is shorter."""
+    head = head_of(connection)
+    if head.count == sequence:
+        return head.hash
+    row = connection.execute(select(schema.history.c.hash).where(schema.history.c.sequence == sequence)).first()
+    return GENESIS if sequence == 0 else None if row is None else str(row[0])
+
+
 def entries(connection: Connection, *, organ: str | None = None, after: int = 0, limit: int = _BATCH) -> list[Entry]:
     """Entries in order, of one organ or of all.
 

@@ -103,6 +103,8 @@ class Snapshot:
         retired: (organ, digest) of what was retired; the digest of a whole organ is "".
         ended: (organ, digest) of the rollouts that ended last: requests may still be pinned to them.
         watched: the stable ones that are judged after their promotion.
+        identity: of the deployment.
+        policy_offset: what is added to `sequence` to number the policy.
     """
 
     sequence: int
@@ -114,6 +116,8 @@ class Snapshot:
     retired: frozenset[tuple[str, str]]
     ended: frozenset[tuple[str, str]] = frozenset()
     watched: tuple[Rollout, ...] = ()
+    identity: str = ""
+    policy_offset: int = 0
 
     def live(self, organ: str) -> LiveOrgan | None:
         """An organ that is served, or none."""

@@ -15,6 +15,18 @@ live_set = Table(
     Column("routing", String(16), nullable=False),
 )
 
+# One row: which deployment this is. Its policies, its replicas and its Control carry the same identity.
+deployment = Table(
+    "deployment",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    # Random, 32 hexadecimal digits, made with the database.
+    Column("identity", String(32), nullable=False),
+    # What is added to the history's length to number policies: above zero after an older database was restored, so that
+    # Routers take up what it says.
+    Column("policy_offset", Integer, nullable=False),
+)
+
 live_organs = Table(
     "live_organs",
     metadata,

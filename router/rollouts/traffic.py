@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from experts.digest import digest_of
 from router.expert_set import ExpertSet, ExpertSetMember
 from router.rollouts.records import Snapshot
 from router.rollouts.settings import Mode
@@ -31,6 +32,7 @@ class TrafficPolicy(BaseModel):
         version: a later policy has a larger number; a Router never goes back.
         stable: the set of everybody who gets no candidate.
         candidates: at most one per organ.
+        identity: of the deployment; a Router takes up no other's. "" where it is not known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,6 +40,7 @@ class TrafficPolicy(BaseModel):
     version: int
     stable: ExpertSet
     candidates: tuple[CandidateTraffic, ...] = ()
+    identity: str = ""
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> Self:
@@ -53,7 +56,12 @@ class TrafficPolicy(BaseModel):
             for rollout in sorted(snapshot.in_flight, key=lambda rollout: rollout.organ)
             if rollout.mode is not None
         )
-        return cls(version=snapshot.sequence, stable=snapshot.expert_set(), candidates=candidates)
+        return cls(
+            version=snapshot.sequence + snapshot.policy_offset,
+            stable=snapshot.expert_set(),
+            candidates=candidates,
+            identity=snapshot.identity,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Only strings, numbers, lists and dicts."""
@@ -73,6 +81,11 @@ class TrafficPolicy(BaseModel):
         """All organs that some request may use: the stable set's, then those that only a candidate has."""
         new = [candidate.organ for candidate in self.candidates if candidate.organ not in self.stable.organs]
         return (*self.stable.organs, *new)
+
+    @property
+    def content_digest(self) -> str:
+        """SHA-256 over all but the number: the same for policies that say the same."""
+        return digest_of(self.model_dump(mode="json", exclude={"version"}))
 
     @property
     def digests(self) -> frozenset[str]:

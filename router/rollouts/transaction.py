@@ -57,6 +57,7 @@ class Transaction:
         retired = self.connection.execute(select(schema.retired.c.organ, schema.retired.c.digest)).all()
         staged = self.connection.execute(select(schema.rollouts.c.organ).distinct()).scalars()
         known = {live.organ for live in organs} | {organ for organ, _ in retired} | set(staged)
+        deployment = self.connection.execute(select(schema.deployment)).one()
         return Snapshot(
             sequence=history.head_of(self.connection).count,
             backbone_digest=row.backbone_digest,
@@ -67,6 +68,8 @@ class Transaction:
             retired=frozenset((organ, digest) for organ, digest in retired),
             ended=frozenset((organ, digest) for organ, digest in ended),
             watched=tuple(rollout for rollout in self.rollouts(states=(State.STABLE,)) if rollout.watching),
+            identity=deployment.identity,
+            policy_offset=deployment.policy_offset,
         )
 
     def rollouts(

@@ -166,6 +166,7 @@ def policy_to_proto(policy: TrafficPolicy, versions: Mapping[str, str] | None = 
         ),
         candidates=[control_pb2.CandidateTraffic(**candidate.model_dump()) for candidate in policy.candidates],
         versions=versions,
+        identity=policy.identity,
     )
 
 

@@ -1,6 +1,7 @@
 """How a change of the rollouts' database becomes a policy: at once, in the file first, and in the end in any case."""
 
 import asyncio
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import pytest
 
 from echovlm_ray.serving.control import policies
 from echovlm_ray.serving.control.policies import PolicyPublisher
-from echovlm_ray.serving.known_policy import read_policy
+from echovlm_ray.serving.known_policy import ForeignPolicyError, read_policy
 from protos import control_pb2
+from router.errors import RolloutStateError
 from router.expert_set import ExpertSet, ExpertSetMember
 from router.rollouts.database import Database
 from router.rollouts.settings import RolloutPlan
@@ -111,3 +113,54 @@ async def test_after_its_end_nothing_is_published(store: RolloutStore, tmp_path:
     publisher.stop()
     await asyncio.to_thread(promote, store)
     assert heart(publisher.current) == heart(read_policy(path)) == "1" * 64
+
+
+async def test_an_older_database_is_published_above_what_its_file_says(store: RolloutStore, tmp_path: Path) -> None:
+    path = tmp_path / "policy.json"
+    older = tmp_path / "older.db"
+    with sqlite3.connect(tmp_path / "rollouts.db") as source, sqlite3.connect(older) as target:
+        source.backup(target)
+    publisher = await published(path, store)
+    await asyncio.to_thread(promote, store)
+    served = publisher.current
+    publisher.stop()
+
+    restored = RolloutStore(Database(f"sqlite:///{older}"))
+    publisher = await published(path, restored)
+    assert heart(publisher.current) == "1" * 64
+    assert publisher.current.version > served.version
+    assert read_policy(path) == publisher.current
+    # Once is enough: the next start publishes the same.
+    version = publisher.current.version
+    publisher.stop()
+    publisher = await published(path, restored)
+    assert publisher.current.version == version
+    publisher.stop()
+    restored.database.close()
+
+
+@pytest.mark.parametrize("ahead", [0, 5])
+async def test_a_router_that_applies_something_else_is_outrun(store: RolloutStore, tmp_path: Path, ahead: int) -> None:
+    publisher = await published(tmp_path / "policy.json", store)
+    current = publisher.current
+    watching = publisher.watch()
+    await anext(watching)
+    await asyncio.to_thread(publisher.outrun, current.identity, current.version, store.policy().content_digest)
+    await asyncio.to_thread(publisher.outrun, "", current.version - 1, "e" * 64)
+    assert publisher.current is current
+    await asyncio.to_thread(publisher.outrun, current.identity, current.version + ahead, "e" * 64)
+    assert (await anext(watching)).version == current.version + ahead + 1
+    publisher.stop()
+
+
+async def test_what_is_of_another_deployment_is_refused(store: RolloutStore, tmp_path: Path) -> None:
+    path = tmp_path / "policy.json"
+    publisher = await published(path, store)
+    with pytest.raises(RolloutStateError, match="serves the deployment"):
+        await asyncio.to_thread(publisher.outrun, "f" * 32, 0, "")
+    publisher.stop()
+    other = RolloutStore(Database(f"sqlite:///{tmp_path}/other.db"))
+    other.adopt(LIVE, actor="start")
+    with pytest.raises(ForeignPolicyError, match="--take-over"):
+        await published(path, other)
+    other.database.close()

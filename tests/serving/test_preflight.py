@@ -7,8 +7,10 @@ import pytest
 from echovlm_ray.config import Config
 from echovlm_ray.serving import preflight
 from echovlm_ray.serving.bundles import open_registry
+from echovlm_ray.serving.known_policy import write_policy
 from echovlm_ray.serving.rollout_files import DatabaseLock, RolloutFiles
 from echovlm_ray.serving.served import served_checkpoint
+from protos import control_pb2
 from router.expert_set import ExpertSet, ExpertSetMember
 from router.rollouts.database import Database
 from router.rollouts.store import RolloutStore
@@ -182,3 +184,52 @@ class TestRollouts:
         assert resolved.rollouts.database == f"sqlite:///{checkpoint.parent}/state/r.db"
         resolved = preflight.resolve_paths(config(Path("demo")))
         assert resolved.rollouts.database == f"sqlite:///{checkpoint}/rollouts/rollouts.db"
+
+
+class TestIdentity:
+    @pytest.fixture
+    def checkpoint(self, tmp_path: Path) -> Path:
+        make_random(tmp_path / "demo")
+        return tmp_path / "demo"
+
+    @pytest.fixture
+    def files(self, checkpoint: Path) -> RolloutFiles:
+        """Of a system that ran, with the policy that its Control left."""
+        identity = preflight.check(config(checkpoint), local=True).identity
+        files = RolloutFiles.of(config(checkpoint).rollouts, checkpoint)
+        write_policy(files.policy, control_pb2.TrafficPolicy(version=7, identity=identity))
+        return files
+
+    def test_the_database_says_it_and_it_stays(self, checkpoint: Path, files: RolloutFiles) -> None:
+        first = preflight.check(config(checkpoint), local=True)
+        assert len(first.identity) == 32
+        assert first == preflight.check(config(checkpoint), local=True)
+        stateless = config(checkpoint, router={"experts": "local"})
+        assert len({first.identity, preflight.check(stateless, local=True).identity}) == 2
+        assert preflight.check(stateless, local=True) == preflight.check(stateless, local=True)
+
+    def test_a_missing_database_is_no_new_one(self, checkpoint: Path, files: RolloutFiles) -> None:
+        before = preflight.check(config(checkpoint), local=True).identity
+        with pytest.raises(ValueError, match=r"--begin-anew: .* is there"):
+            preflight.begin_anew(config(checkpoint))
+        files.base.unlink()
+        with pytest.raises(ValueError, match=r"is missing, but .*policy\.json .*restore .*--begin-anew"):
+            preflight.check(config(checkpoint), local=True)
+        assert not files.base.exists()
+        preflight.begin_anew(config(checkpoint))
+        assert preflight.check(config(checkpoint), local=True).identity != before
+        assert not files.policy.exists()
+        assert list(files.policy.parent.glob("*.policy.json.aside-*"))
+
+    def test_an_empty_database_is_refused(self, checkpoint: Path, files: RolloutFiles) -> None:
+        files.base.write_bytes(b"")
+        with pytest.raises(ValueError, match=r"^rollouts\.database: .*empty file.*restore"):
+            preflight.check(config(checkpoint), local=True)
+
+    def test_another_deployments_database_is_taken_on_purpose_only(self, checkpoint: Path, files: RolloutFiles) -> None:
+        files.base.unlink()
+        Database(files.database).close()
+        with pytest.raises(ValueError, match=r"^rollouts\.database: the policy .*of the deployment .*--take-over"):
+            preflight.check(config(checkpoint), local=True)
+        preflight.check(config(checkpoint), local=True, take_over=True)
+        preflight.check(config(checkpoint), local=True)

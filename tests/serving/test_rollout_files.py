@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from echovlm_ray.config import RolloutsSection
-from echovlm_ray.serving.known_policy import ask_policy, read_policy, wanted_digests, write_policy
+from echovlm_ray.serving.known_policy import (
+    ForeignPolicyError,
+    ask_policy,
+    check_identity,
+    read_policy,
+    wanted_digests,
+    write_policy,
+)
 from echovlm_ray.serving.rollout_files import DatabaseLock, RolloutFiles
 from protos import control_pb2
 from router.errors import RolloutDatabaseError
@@ -100,3 +107,13 @@ def test_a_policy_survives_its_file(tmp_path: Path) -> None:
 def test_a_control_that_is_away_is_not_waited_for() -> None:
     assert ask_policy(["127.0.0.1:1"], timeout_s=5) is None
     assert ask_policy([]) is None
+
+
+def test_a_policy_of_another_deployment_is_refused() -> None:
+    ours, theirs = "a" * 32, "b" * 32
+    check_identity(control_pb2.TrafficPolicy(identity=ours), ours, "the file")
+    # From before there were identities; and where a part does not know its own.
+    check_identity(control_pb2.TrafficPolicy(), ours, "the file")
+    check_identity(control_pb2.TrafficPolicy(identity=theirs), "", "the file")
+    with pytest.raises(ForeignPolicyError, match=r"the file is of the deployment bbbb.*--take-over"):
+        check_identity(control_pb2.TrafficPolicy(identity=theirs), ours, "the file")

@@ -12,6 +12,7 @@ from echovlm_ray.errors import DeadlineError
 from echovlm_ray.serving.router.admission import UsedBundle
 from echovlm_ray.serving.router.feed import policy_from_proto
 from echovlm_ray.serving.router.outcomes import Outcomes, report_of
+from echovlm_ray.serving.router.pinning import UnusablePolicyError
 from protos import control_pb2
 from router.errors import ExpertsFailedError, ExpertsUnavailableError, ExpertsUnusableError
 from router.expert_set import ExpertSet, ExpertSetMember
@@ -82,6 +83,27 @@ async def test_a_smaller_version_is_ignored(versions: Versions) -> None:
         await asyncio.sleep(0.2)
         assert (await router.pins())[0] == 8
         assert (await router.generate().rest()).versions == {"liver": "2.0.0"}
+
+
+async def test_a_policy_of_another_deployment_is_refused_whatever_its_number(versions: Versions) -> None:
+    ours, theirs = "a" * 32, "b" * 32
+    async with watching_router(versions) as router:
+
+        async def say(version: int, liver: str, identity: str) -> None:
+            stable = versions.expert_set(liver=liver)
+            await router.control.servicer.set(TrafficPolicy(version=version, stable=stable, identity=identity))
+
+        await say(1, "2.0.0", ours)
+        await until(lambda: router.parts.expert_sets.policy.version == 1)
+        await say(9, "3.0.0", theirs)
+        await asyncio.sleep(0.2)
+        assert (await router.pins())[0] == 1
+        with pytest.raises(UnusablePolicyError, match="of the deployment bbbb"):
+            await router.parts.expert_sets.take_up(
+                TrafficPolicy(version=1, stable=versions.expert_set(), identity=theirs)
+            )
+        await say(2, "3.0.0", ours)
+        await until(lambda: router.parts.expert_sets.policy.version == 2)
 
 
 @pytest.mark.parametrize("field", ["backbone_digest", "routing"])

@@ -56,7 +56,10 @@ class Watcher:
 
 @asynccontextmanager
 async def watching(system: ControlSystem, kind: str, name: str) -> AsyncIterator[Watcher]:
-    call = system.feed.WatchPolicy(control_pb2.WatchPolicyRequest(**{kind: name}))
+    request = control_pb2.WatchPolicyRequest(router=name if kind == "router" else "")
+    if kind == "gateway":
+        request.gateway = name
+    call = system.feed.WatchPolicy(request)
     watcher = Watcher(system, name, [])
 
     async def follow() -> None:

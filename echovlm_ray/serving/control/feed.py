@@ -77,6 +77,7 @@ class RolloutFeedService(control_pb2_grpc.RolloutFeedServicer):
         self, request: control_pb2.WatchPolicyRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[control_pb2.TrafficPolicy]:
         """The policy now, and again whenever it changes. Routers and gateways give their name; others just ask."""
+        await asyncio.to_thread(self._policies.outrun, request.identity, request.policy_version, request.policy_digest)
         kind: WatcherKind = "router" if request.router else "gateway"
         name = request.router or request.gateway
         watcher = self._watchers.setdefault(name, _Watcher(kind)) if name else _Watcher(kind)

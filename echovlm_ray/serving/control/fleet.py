@@ -124,6 +124,26 @@ class GrpcFleet:
             digests.update(pins.digests)
         return digests
 
+    def policies(self, timeout_s: float = 1.0) -> dict[str, int]:
+        """The number of the policy that each Router applies, by replica; those that do not answer in time are left out.
+
+        Args:
+            timeout_s: for all of them together.
+        """
+        routers = self._routers()
+        try:
+            stubs = [router_pb2_grpc.RouterStub(self._channel(router.address)) for router in routers]
+            calls = [stub.Pins.future(router_pb2.PinsRequest(), timeout=timeout_s) for stub in stubs]
+        except ValueError:
+            return {}
+        versions = {}
+        for router, call in zip(routers, calls, strict=True):
+            try:
+                versions[router.replica] = int(call.result().policy_version)
+            except grpc.RpcError:
+                continue
+        return versions
+
     def close(self) -> None:
         """Closes all channels; calls under way end."""
         with self._lock:

@@ -42,6 +42,7 @@ def policy_to_proto(policy: TrafficPolicy, version_of: VersionOf) -> control_pb2
         stable=expert_set_to_proto(policy.stable),
         candidates=[control_pb2.CandidateTraffic(**candidate.model_dump()) for candidate in policy.candidates],
         versions={digest: version for digest, version in versions.items() if version},
+        identity=policy.identity,
     )
 
 

@@ -8,9 +8,12 @@ from pathlib import Path
 
 from echovlm_ray.serving.control.changes import Changes
 from echovlm_ray.serving.control.messages import VersionOf, policy_to_proto
-from echovlm_ray.serving.known_policy import write_policy
+from echovlm_ray.serving.known_policy import check_identity, read_policy, write_policy
 from protos import control_pb2
+from router.errors import RolloutStateError
+from router.rollouts.records import Snapshot
 from router.rollouts.store import RolloutStore
+from router.rollouts.traffic import TrafficPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +35,9 @@ class PolicyPublisher:
         self._published = Changes()
         self._current: control_pb2.TrafficPolicy | None = None
         self._sequence = 0
+        self._digest = ""
+        # Published again, whatever it says, until its number is above this one.
+        self._seen_elsewhere = 0
         # Held from reading to publishing, so that no policy comes after a newer one.
         self._lock = threading.Lock()
         self._retry: threading.Timer | None = None
@@ -51,13 +57,44 @@ class PolicyPublisher:
     async def start(self) -> None:
         """Publishes the first policy, and from now on every other.
 
+        Its number is above that of the file's policy, unless they say the same: the database may be an older one that
+        was restored.
+
         Raises:
             RolloutStateError: there is no live set yet.
+            ForeignPolicyError: the file is another deployment's.
             OSError: the file cannot be written.
         """
         # First, or what changes while it is published would be missed.
         self._unsubscribe = self._store.subscribe(self._publish_or_retry, first=True)
-        await asyncio.to_thread(self._publish)
+        await asyncio.to_thread(self._begin)
+
+    def outrun(self, identity: str, version: int, digest: str) -> None:
+        """Sees to it that a watcher takes up what the database says, whatever it applies now; blocks, from any thread.
+
+        Args:
+            identity: of the watcher's deployment; "" where it does not know.
+            version: of the policy that it applies; 0 for none.
+            digest: of what that policy says; "" where the watcher does not tell.
+
+        Raises:
+            RolloutStateError: the watcher belongs to another deployment.
+            RolloutDatabaseError: the database cannot be written.
+        """
+        current = self.current
+        if identity and identity != current.identity:
+            raise RolloutStateError(
+                f"this Control serves the deployment {current.identity[:12]}…, not {identity[:12]}…: two systems must "
+                "not share a name on a cluster"
+            )
+        if version > current.version or (version == current.version and digest not in ("", self._digest)):
+            logger.warning(
+                "a Router applies policy %d, which the database does not know: an older state of it was restored. "
+                "What it says now is published with a larger number",
+                version,
+            )
+            self._outrun(version)
+            self._publish()
 
     def stop(self) -> None:
         """Ends."""
@@ -80,6 +117,26 @@ class PolicyPublisher:
                 else:
                     await published.wait()
 
+    def _begin(self) -> None:
+        known = read_policy(self._path) if self._path is not None else None
+        if known is not None:
+            policy, _ = self._of(self._store.snapshot())
+            check_identity(known, policy.identity, str(self._path))
+            differs = _content(known) != _content(policy)
+            if known.version > policy.version or (known.version == policy.version and differs):
+                logger.warning(
+                    "policy %d was published before, and the database only knows %d: an older state of it was restored",
+                    known.version,
+                    policy.version,
+                )
+                self._outrun(known.version)
+        self._publish()
+
+    def _outrun(self, version: int) -> None:
+        self._store.database.advance_policies(version)
+        with self._lock:
+            self._seen_elsewhere = max(self._seen_elsewhere, version)
+
     def _publish_or_retry(self) -> None:
         try:
             self._publish()
@@ -94,16 +151,19 @@ class PolicyPublisher:
     def _publish(self) -> None:
         """Publishes what the database says, unless it is what is published already; from any thread."""
         with self._lock:
-            policy = self._read()
-            if self._current is not None and _content(policy) == _content(self._current):
-                self._sequence = policy.version
+            snapshot = self._store.snapshot()
+            policy, digest = self._of(snapshot)
+            current = self._current
+            if current is not None and current.version > self._seen_elsewhere and _content(policy) == _content(current):
+                self._sequence = snapshot.sequence
                 return
             self._keep(policy)
-            self._current, self._sequence = policy, policy.version
+            self._current, self._digest, self._sequence = policy, digest, snapshot.sequence
         self._published.announce()
 
-    def _read(self) -> control_pb2.TrafficPolicy:
-        return policy_to_proto(self._store.policy(), self._version_of)
+    def _of(self, snapshot: Snapshot) -> tuple[control_pb2.TrafficPolicy, str]:
+        policy = TrafficPolicy.of(snapshot)
+        return policy_to_proto(policy, self._version_of), policy.content_digest
 
     def _keep(self, policy: control_pb2.TrafficPolicy) -> None:
         if self._path is not None:
@@ -115,4 +175,6 @@ def _content(policy: control_pb2.TrafficPolicy) -> control_pb2.TrafficPolicy:
     copy = control_pb2.TrafficPolicy()
     copy.CopyFrom(policy)
     copy.version = 0
+    # A file from before there were identities has none; another one was refused before.
+    copy.identity = ""
     return copy

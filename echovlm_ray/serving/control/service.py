@@ -1,7 +1,7 @@
 """Control's service for operators."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
@@ -43,6 +43,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
         take_up: TakeUp,
         default_organ: str,
         threads: Executor,
+        notices: Callable[[], Sequence[str]] = tuple,
     ) -> None:
         """Takes its parts.
 
@@ -56,6 +57,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
             take_up: says when Routers and gateways apply what was decided.
             default_organ: what requests use that name none; it cannot be retired.
             threads: where operations are made.
+            notices: what an operator should know beside the state, in words; may block.
         """
         self._store = store
         self._replacing = operations
@@ -66,6 +68,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
         self._take_up = take_up
         self._default_organ = default_organ
         self._threads = threads
+        self._notices = notices
 
     async def Push(
         self, request_iterator: AsyncIterator[control_pb2.PushRequest], context: grpc.aio.ServicerContext
@@ -246,6 +249,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
             replicas=state.replicas,
             problems=state.problems,
             registry_problem=registry_problem,
+            notices=self._notices(),
         )
 
     def _registered(self, organ: str | None) -> tuple[list[Manifest], str]:

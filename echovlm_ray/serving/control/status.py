@@ -35,6 +35,8 @@ class SystemStatusService(status_pb2_grpc.SystemStatusServicer):
         states: Callable[[], Mapping[str, ApplicationState]],
         expert_set_id: Callable[[], str],
         problems: Callable[[], Sequence[control_pb2.OrganProblem]] = tuple,
+        identity: str = "",
+        notices: Callable[[], Sequence[str]] = tuple,
     ) -> None:
         """Takes what there is to ask.
 
@@ -45,19 +47,23 @@ class SystemStatusService(status_pb2_grpc.SystemStatusServicer):
             states: what Ray Serve says of them; may block, and is called on a thread.
             expert_set_id: of the live set.
             problems: what cannot be answered as it should be; may block, and is called on a thread.
+            identity: of the deployment.
+            notices: what is wrong beside the applications, in words; may block, and is called on a thread.
         """
         self._applications = applications
         self._addresses = addresses
         self._states = states
         self._expert_set_id = expert_set_id
         self._problems = problems
+        self._identity = identity
+        self._notices = notices
 
     async def GetStatus(
         self, request: status_pb2.GetStatusRequest, context: grpc.aio.ServicerContext
     ) -> status_pb2.GetStatusResponse:
         """Every application with every replica that runs."""
-        states, names, problems = await asyncio.to_thread(
-            lambda: (self._states(), self._applications(), self._problems())
+        states, names, problems, notices = await asyncio.to_thread(
+            lambda: (self._states(), self._applications(), self._problems(), self._notices())
         )
         replicas = await asyncio.gather(*[self._describe(self._addresses(name)) for name in names])
         applications = []
@@ -67,7 +73,11 @@ class SystemStatusService(status_pb2_grpc.SystemStatusServicer):
                 status_pb2.ApplicationStatus(name=name, status=state.status, message=state.message, replicas=found)
             )
         return status_pb2.GetStatusResponse(
-            applications=applications, expert_set_id=self._expert_set_id(), problems=problems
+            applications=applications,
+            expert_set_id=self._expert_set_id(),
+            problems=problems,
+            identity=self._identity,
+            notices=notices,
         )
 
     async def _describe(self, addresses: Sequence[str]) -> list[status_pb2.ReplicaDescription]:

@@ -23,15 +23,18 @@ from echovlm_ray.serving.deployments.settings import (
 from echovlm_ray.serving.endpoints import Endpoints
 from echovlm_ray.serving.rollout_files import SQLITE, DatabaseLock, RolloutFiles
 from echovlm_ray.serving.server import ServerOptions
+from echovlm_ray.serving.system_id import SystemId
 from protos import control_pb2, control_pb2_grpc, status_pb2_grpc
 
 if TYPE_CHECKING:
     from ray.serve.schema import ApplicationStatusOverview
 
     from echovlm_ray.serving.control.catalogue import Catalogue
+    from echovlm_ray.serving.control.database_watch import DatabaseWatch
     from echovlm_ray.serving.control.feed import WatcherKind
     from echovlm_ray.serving.control.fleet import GrpcFleet
     from echovlm_ray.serving.control.organs import OrganApplications
+    from echovlm_ray.serving.control.policies import PolicyPublisher
     from echovlm_ray.serving.control.status import ApplicationState
     from echovlm_ray.serving.control.verifier import SubprocessVerifier
     from echovlm_ray.serving.served import ServedCheckpoint
@@ -58,6 +61,7 @@ class ControlReplica(Replica):
         from echovlm_ray.serving.bundles import open_kept, open_registry
         from echovlm_ray.serving.control import CONTROL_SERVICE, FEED_SERVICE, STATUS_SERVICE
         from echovlm_ray.serving.control.catalogue import Catalogue
+        from echovlm_ray.serving.control.database_watch import DatabaseWatch
         from echovlm_ray.serving.control.feed import RolloutFeedService
         from echovlm_ray.serving.control.operation_threads import operation_threads
         from echovlm_ray.serving.control.policies import PolicyPublisher
@@ -83,7 +87,7 @@ class ControlReplica(Replica):
         store = await asyncio.to_thread(_open_store, state, parsed, served, files)
 
         organs = (await asyncio.to_thread(store.snapshot)).known_organs if remote else ()
-        endpoints = Endpoints(DEPLOYMENTS | _watched(organs))
+        endpoints = Endpoints(DEPLOYMENTS | _watched(organs), parsed.system_id)
         endpoints.start()
         registry = open_registry(parsed.experts, served.directory)
         catalogue = Catalogue(registry, open_kept(parsed.experts, served.directory))
@@ -106,15 +110,19 @@ class ControlReplica(Replica):
         pushes = PushReceiver(registry, files.incoming, parsed.rollouts.max_push_bytes)
         await asyncio.to_thread(pushes.clear)
         operations = RolloutOperations(store, fleet, parsed.rollouts, catalogue.version) if remote else None
+        lost = DatabaseWatch(store.database, self._publish_control)
+        notices = partial(_notices, lost, policies, fleet)
         service = ExpertControlService(
-            store, operations, catalogue, pushes, reader, watch, take_up, parsed.model.default_organ, threads
+            store, operations, catalogue, pushes, reader, watch, take_up, parsed.model.default_organ, threads, notices
         )
         status = SystemStatusService(
-            lambda: _applications(store, remote),
+            lambda: _applications(store, policies, remote),
             endpoints.of,
-            _states,
+            partial(_states, parsed.system_id),
             lambda: policies.current.stable.id,
             lambda: _problems(store, controller, catalogue),
+            store.database.identity,
+            notices,
         )
         applications = _organ_applications(parsed, store, controller, endpoints)
         if remote:
@@ -125,13 +133,14 @@ class ControlReplica(Replica):
         blocking: list[Callable[[], object]] = [threads.shutdown]
         if remote:
             blocking += [applications.stop, controller.stop, verifier.close]
-        closing: list[Callable[[], object]] = [policies.stop, watch.stop, metrics.stop]
+        closing: list[Callable[[], object]] = [lost.stop, policies.stop, watch.stop, metrics.stop]
         closing += [partial(asyncio.to_thread, stop) for stop in blocking]
         section = parsed.control
         part = Part(
             # Operators' calls come over the public server alone, which asks for their token.
             services=[Service(control_pb2_grpc.add_RolloutFeedServicer_to_server, feed, FEED_SERVICE)],
             queue_length=lambda: self._public.active_calls if self._public is not None else 0,
+            healthy=lambda: not lost.must_restart,
             closing=[*closing, endpoints.stop, fleet.close, lambda: asyncio.to_thread(state.close)],
         )
         public = ServerOptions(
@@ -146,12 +155,22 @@ class ControlReplica(Replica):
                 Service(status_pb2_grpc.add_SystemStatusServicer_to_server, status, STATUS_SERVICE),
             ],
         )
+        if remote:
+            await lost.start()
+
+    async def _publish_control(self, serving: bool) -> None:
+        """The gateway asks for the health of the whole server, operators for that of the service."""
+        from echovlm_ray.serving.control import CONTROL_SERVICE
+
+        for service in ("", CONTROL_SERVICE):
+            await self.publish_health(service, serving)
 
 
 def _open_store(
     state: ExitStack, settings: ControlSettings, served: "ServedCheckpoint", files: RolloutFiles
 ) -> "RolloutStore":
     """Opens the database, for this Control alone, and gives it a live set if it has none; `state` closes it."""
+    from router.errors import RolloutDatabaseError
     from router.rollouts.database import Database
     from router.rollouts.store import RolloutStore
 
@@ -164,8 +183,17 @@ def _open_store(
         lock = DatabaseLock(files.lock)
         lock.take(settings.serve.graceful_shutdown_timeout_s + LOCK_EXTRA_S)
         state.callback(lock.release)
-    database = Database(url)
+    # `echoray serve` made it. Where it is missing or empty now, what it said is lost, and nothing may take its place.
+    database = Database(url, create=settings.experts_placement == "local")
     state.callback(database.close)
+    if settings.experts_placement == "local":
+        database.take_identity(settings.identity)
+    elif settings.identity not in ("", database.identity):
+        raise RolloutDatabaseError(
+            f"the rollouts' database {database.name} is of the deployment {database.identity[:12]}…, and this system "
+            f"is {settings.identity[:12]}…: on every node rollouts.database must be the same database; to go on with "
+            "this one, restart with `echoray serve --take-over`"
+        )
     store = RolloutStore(database)
     if not store.adopt(served.expert_set, actor=STARTER) and store.snapshot().expert_set() != served.expert_set:
         logger.info("served is what the rollouts' database %s says, not what the checkpoint came with", database.name)
@@ -213,9 +241,9 @@ def _organ_applications(
     return OrganApplications(
         store,
         lambda: controller.views,
-        _deployed_organs,
+        partial(_deployed_organs, settings.system_id),
         deploy,
-        lambda organ: serve_api.delete_applications([expert_application(organ)]),
+        lambda organ: serve_api.delete_applications([settings.system_id.application(expert_application(organ))]),
         lambda organ: endpoints.watch(_watched([organ])),
     )
 
@@ -233,13 +261,21 @@ def _reachable(endpoints: Endpoints) -> set[str]:
     return {replica.address for replicas in endpoints.all().values() for replica in replicas}
 
 
-def _applications(store: "RolloutStore", remote: bool) -> list[str]:
+def _applications(store: "RolloutStore", policies: "PolicyPublisher", remote: bool) -> list[str]:
     """Those that there should be, in the order in which status shows them."""
+    from router.errors import RolloutDatabaseError
+
     if not remote:
         return list(DEPLOYMENTS)
-    snapshot = store.snapshot()
-    organs = dict.fromkeys([live.organ for live in snapshot.organs] + [rollout.organ for rollout in snapshot.in_flight])
-    return [*DEPLOYMENTS, *map(expert_application, organs)]
+    try:
+        snapshot = store.snapshot()
+        organs = [live.organ for live in snapshot.organs] + [rollout.organ for rollout in snapshot.in_flight]
+    except RolloutDatabaseError:
+        # What is served does not end with the database.
+        current = policies.current
+        organs = [member.organ for member in current.stable.members]
+        organs += [candidate.organ for candidate in current.candidates]
+    return [*DEPLOYMENTS, *map(expert_application, dict.fromkeys(organs))]
 
 
 def _problems(
@@ -247,25 +283,47 @@ def _problems(
 ) -> "list[control_pb2.OrganProblem]":
     """What cannot be answered as it should be, as the controller saw it last."""
     from echovlm_ray.serving.control.messages import problem_to_proto
+    from router.errors import RolloutDatabaseError
     from router.rollouts.answering import organ_problems
 
-    found = organ_problems(store.snapshot(), controller.views, controller.load_failures())
+    try:
+        snapshot = store.snapshot()
+    except RolloutDatabaseError:
+        # That it is lost is a notice of its own.
+        return []
+    found = organ_problems(snapshot, controller.views, controller.load_failures())
     return [problem_to_proto(problem, catalogue.version) for problem in found]
 
 
-def _states() -> "Mapping[str, ApplicationState]":
+def _notices(lost: "DatabaseWatch", policies: "PolicyPublisher", fleet: "GrpcFleet") -> list[str]:
+    """What an operator should know: that the database is gone, and that a Router applies something else."""
+    notices = [lost.problem] if lost.problem else []
+    applied, version = fleet.policies(), policies.current.version
+    notices += [
+        f"router {replica} applies policy {found or 'none'}, and the rollouts' database says policy {version}"
+        for replica, found in sorted(applied.items())
+        if found != version
+    ]
+    return notices
+
+
+def _states(system: SystemId) -> "Mapping[str, ApplicationState]":
+    """Part → what Serve says of it, of one system."""
     from ray import serve
 
     from echovlm_ray.serving.control.status import ApplicationState
 
-    applications = serve.status().applications
-    return {name: ApplicationState(overview.status.value, cause(overview)) for name, overview in applications.items()}
+    return {
+        part: ApplicationState(overview.status.value, cause(overview))
+        for name, overview in serve.status().applications.items()
+        if (part := system.part(name)) is not None
+    }
 
 
-def _deployed_organs() -> set[str]:
+def _deployed_organs(system: SystemId) -> set[str]:
     return {
         name.removeprefix(EXPERT_PREFIX)
-        for name, state in _states().items()
+        for name, state in _states(system).items()
         if name.startswith(EXPERT_PREFIX) and state.status not in ("DELETING", "NOT_STARTED")
     }
 

@@ -11,7 +11,7 @@ from echovlm_ray.serving.deployments.replica import Part, Replica, Service, devi
 from echovlm_ray.serving.deployments.settings import CONTROL, DEPLOYMENTS, ExpertGroupSettings
 from echovlm_ray.serving.endpoints import Endpoints, addresses_now
 from echovlm_ray.serving.errors import to_status
-from echovlm_ray.serving.known_policy import ask_policy, read_policy, wanted_digests
+from echovlm_ray.serving.known_policy import ask_policy, check_identity, read_policy, wanted_digests
 from echovlm_ray.serving.server import INTERNAL_CHANNEL_OPTIONS
 from protos import expert_pb2
 
@@ -75,9 +75,11 @@ class ExpertGroupReplica(Replica):
             admit=signature_policy(parsed.experts).admit,
         )
         await asyncio.to_thread(_load, group, wanted, served)
-        endpoints = Endpoints({CONTROL: DEPLOYMENTS[CONTROL]})
+        endpoints = Endpoints({CONTROL: DEPLOYMENTS[CONTROL]}, parsed.system_id)
         endpoints.start()
-        health = OrganHealth(group, endpoints.source(CONTROL), self.publish_health, policy, INTERNAL_CHANNEL_OPTIONS)
+        health = OrganHealth(
+            group, endpoints.source(CONTROL), self.publish_health, policy, INTERNAL_CHANNEL_OPTIONS, parsed.identity
+        )
         healths.append(health)
         service = ExpertGroupService(group, to_status=to_status, max_queue=parsed.experts.max_queue)
 
@@ -97,9 +99,15 @@ class ExpertGroupReplica(Replica):
 
 
 def _policy(settings: ExpertGroupSettings, served: "ServedCheckpoint") -> "control_pb2.TrafficPolicy | None":
-    """What Control says, or what it last said, of this checkpoint; None where it never said anything."""
-    control = addresses_now(CONTROL, DEPLOYMENTS[CONTROL], FIND_CONTROL_S)
+    """What Control says, or what it last said, of this checkpoint; None where it never said anything.
+
+    Raises:
+        ForeignPolicyError: it is another deployment's.
+    """
+    control = addresses_now(settings.system_id.application(CONTROL), DEPLOYMENTS[CONTROL], FIND_CONTROL_S)
     policy = ask_policy(control) or read_policy(settings.policy_file)
+    if policy is not None:
+        check_identity(policy, settings.identity, f"Control or {settings.policy_file}")
     ours = policy is not None and policy.stable.backbone_digest == served.expert_set.backbone_digest
     return policy if ours else None
 

@@ -44,14 +44,16 @@ class GatewayReplica(Replica):
         parsed = GatewaySettings.model_validate(settings)
         section = parsed.gateway
         served = served_checkpoint(parsed.model)
-        endpoints = Endpoints(deployments_of(served.organs))
+        endpoints = Endpoints(deployments_of(served.organs), parsed.system_id)
         endpoints.start()
         processor = None
         if not served.missing_text_files:
             processor = await asyncio.to_thread(EchoVLMProcessor.from_pretrained, served.directory)
         bundles = await asyncio.to_thread(open_kept, parsed.experts, served.directory)
         description = await asyncio.to_thread(_describe, parsed, served, bundles)
-        live = LiveModel(endpoints.source(CONTROL), description, bundles.manifest, INTERNAL_CHANNEL_OPTIONS)
+        live = LiveModel(
+            endpoints.source(CONTROL), description, bundles.manifest, INTERNAL_CHANNEL_OPTIONS, parsed.identity
+        )
         router = RouterClient(endpoints.source(ROUTER), INTERNAL_CHANNEL_OPTIONS)
         service = GatewayService(processor, router, live.describe, gateway=section, limits=parsed.router)
         await service.start()

@@ -107,7 +107,7 @@ class Replica:
         self._internal = GrpcServer(ServerOptions(host=_host(settings.network)))
         for service in part.services:
             self._internal.add(service.register, service.servicer, service.name)
-        identity = _identity(part)
+        identity = _identity(part, settings)
         self._replica_id = identity.replica_id
         self._metrics = PartMetrics("experts" if part.organ else identity.application, part.organ)
         status = ReplicaStatusService(identity, self._endpoint, part.queue_length, part.bundles, part.problem)
@@ -234,12 +234,12 @@ def _host(network: Network) -> str:
     return str(ray.util.get_node_ip_address())
 
 
-def _identity(part: Part) -> ReplicaIdentity:
+def _identity(part: Part, settings: ReplicaSettings) -> ReplicaIdentity:
     from ray import serve
 
     context = serve.get_replica_context()
     return ReplicaIdentity(
-        application=context.app_name,
+        application=settings.system_id.part(context.app_name) or context.app_name,
         deployment=context.deployment,
         replica_id=context.replica_id.unique_id,
         device=part.device,

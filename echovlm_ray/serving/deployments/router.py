@@ -65,7 +65,7 @@ class RouterReplica(Replica):
         watched = {name: DEPLOYMENTS[name] for name in (VISION, CONTROL)}
         if parsed.router.experts == "remote":
             watched |= {expert_application(organ): EXPERT_DEPLOYMENT for organ in served.organs}
-        endpoints = Endpoints(watched)
+        endpoints = Endpoints(watched, parsed.system_id)
         endpoints.start()
         first = await asyncio.to_thread(_first_set, parsed, served, endpoints)
         used: list[ExpertSets] = []
@@ -85,6 +85,7 @@ class RouterReplica(Replica):
             read=model.read_gates,
             forget=engine.forget_bundle,
             prepare=_find_new_organs(endpoints, served.organs),
+            identity=parsed.identity,
         )
         used.append(expert_sets)
         outcomes = Outcomes()
@@ -241,10 +242,16 @@ def _first_set(settings: RouterSettings, served: "ServedCheckpoint", endpoints: 
 
 
 def _last_known(settings: RouterSettings, served: "ServedCheckpoint") -> control_pb2.TrafficPolicy | None:
-    """What Control last said, if it was said of this checkpoint."""
-    from echovlm_ray.serving.known_policy import read_policy
+    """What Control last said, if it was said of this checkpoint.
+
+    Raises:
+        ForeignPolicyError: it was another deployment's Control.
+    """
+    from echovlm_ray.serving.known_policy import check_identity, read_policy
 
     policy = read_policy(settings.policy_file) if settings.policy_file is not None else None
+    if policy is not None:
+        check_identity(policy, settings.identity, str(settings.policy_file))
     return policy if policy is not None and _is_ours(policy, served) else None
 
 

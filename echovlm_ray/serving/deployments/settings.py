@@ -21,6 +21,7 @@ from echovlm_ray.config import (
     VisionSection,
 )
 from echovlm_ray.serving.rollout_files import RolloutFiles
+from echovlm_ray.serving.system_id import DEFAULT_SYSTEM, SystemId
 
 GATEWAY = "gateway"
 VISION = "vision"
@@ -54,11 +55,20 @@ class ReplicaSettings(Section):
 
     Attributes:
         network: where the servers between the parts listen.
+        system: the system's name on its cluster.
+        identity: of the deployment; what carries another one is refused.
     """
 
     model: ModelSection
     serve: ServeSection
     network: Network
+    system: str = ""
+    identity: str = ""
+
+    @property
+    def system_id(self) -> SystemId:
+        """The system that the replica belongs to."""
+        return SystemId(self.system, self.identity)
 
     @property
     def resources(self) -> Resources:
@@ -145,18 +155,28 @@ class ControlSettings(ReplicaSettings):
             model=self.model,
             serve=self.serve,
             network=self.network,
+            system=self.system,
+            identity=self.identity,
             organ=organ,
             experts=self.experts.model_copy(update=update),
             policy_file=RolloutFiles.of(self.rollouts, self.model.checkpoint).policy,
         )
 
 
-def settings_of(config: Config, organs: tuple[str, ...], network: Network) -> dict[str, ReplicaSettings]:
-    """Application → what its replicas are started with; expert groups only where experts run apart.
+def settings_of(
+    config: Config, organs: tuple[str, ...], network: Network, system: SystemId = DEFAULT_SYSTEM
+) -> dict[str, ReplicaSettings]:
+    """Part → what its replicas are started with; expert groups only where experts run apart.
 
     Those that take longest to start come first: then no core idles while the last of them starts.
     """
-    common: dict[str, Any] = {"model": config.model, "serve": config.serve, "network": network}
+    common: dict[str, Any] = {
+        "model": config.model,
+        "serve": config.serve,
+        "network": network,
+        "system": system.name,
+        "identity": system.identity,
+    }
     policy_file = RolloutFiles.of(config.rollouts, config.model.checkpoint).policy
     settings: dict[str, ReplicaSettings] = {
         ROUTER: RouterSettings(

@@ -145,7 +145,15 @@ class RolloutFeedClient:
 
     async def _watch(self) -> None:
         stub = await self._stub()
-        call = stub.WatchPolicy(control_pb2.WatchPolicyRequest(router=self.name))
+        applied = self._expert_sets.policy
+        call = stub.WatchPolicy(
+            control_pb2.WatchPolicyRequest(
+                router=self.name,
+                identity=applied.identity,
+                policy_version=applied.version,
+                policy_digest=applied.content_digest if applied.version else "",
+            )
+        )
         try:
             async for message in call:
                 self._offer(message)
@@ -166,6 +174,16 @@ class RolloutFeedClient:
             policy = policy_from_proto(message)
         except (ValidationError, ValueError):
             logger.exception("policy %d of Control makes no sense; policy %d stays", message.version, self._version)
+            return
+        own = self._expert_sets.policy.identity
+        if own and policy.identity and policy.identity != own:
+            logger.error(
+                "policy %d of another deployment, %s…, is refused; policy %d of %s… stays",
+                policy.version,
+                policy.identity[:12],
+                self._version,
+                own[:12],
+            )
             return
         if policy.version <= self._version or (self._wanted is not None and policy.version < self._wanted.version):
             logger.debug("policy %d comes after policy %d was taken up", policy.version, self._version)
@@ -263,4 +281,6 @@ def policy_from_proto(message: control_pb2.TrafficPolicy) -> TrafficPolicy:
         }
         for candidate in message.candidates
     ]
-    return TrafficPolicy.model_validate({"version": message.version, "stable": stable, "candidates": candidates})
+    return TrafficPolicy.model_validate(
+        {"version": message.version, "stable": stable, "candidates": candidates, "identity": message.identity}
+    )

@@ -57,6 +57,7 @@ class ExpertSets:
         read: Callable[[str], BundleGates],
         forget: Callable[[str], None],
         prepare: Callable[[TrafficPolicy], None] = lambda policy: None,
+        identity: str = "",
     ) -> None:
         """Begins with the checkpoint's own set for everybody, as policy 0.
 
@@ -68,6 +69,7 @@ class ExpertSets:
             read: reads a bundle by its digest; blocks.
             forget: drops what caches keep of a bundle that is not used any more, by its digest.
             prepare: called with a policy before it is in force; may block until its experts can be reached.
+            identity: of the deployment; "" has the first policy say it.
 
         Raises:
             ValueError: the set's bundles do not fit each other, or it does not have the default organ.
@@ -79,7 +81,7 @@ class ExpertSets:
         self._forget = forget
         self._prepare = prepare
         self._lock = threading.Lock()
-        self._policy = TrafficPolicy(version=0, stable=expert_set)
+        self._policy = TrafficPolicy(version=0, stable=expert_set, identity=identity)
         # The newest one that Control said, taken up or not.
         self._announced = self._policy
         self._gates = dict(gates)
@@ -135,9 +137,14 @@ class ExpertSets:
             False, and nothing changed: this one or a later one is in force.
 
         Raises:
-            UnusablePolicyError: it is for another backbone or another routing.
+            UnusablePolicyError: it is another deployment's, or for another backbone or another routing.
             Exception: one of its bundles cannot be read, or does not fit the others; a later try may succeed.
         """
+        own_identity = self._policy.identity
+        if own_identity and policy.identity and policy.identity != own_identity:
+            raise UnusablePolicyError(
+                f"it is of the deployment {policy.identity[:12]}…, and this router belongs to {own_identity[:12]}…"
+            )
         if policy.version <= self._policy.version:
             return False
         stable = self._policy.stable

@@ -52,6 +52,7 @@ def emptied(url: str) -> str:
         for table in schema.metadata.sorted_tables:
             connection.execute(text(f"DELETE FROM {table.name}"))
         connection.execute(schema.history_head.insert().values(id=1, count=0, hash=GENESIS))
+        connection.execute(schema.deployment.insert().values(id=1, identity="0" * 32, policy_offset=0))
     engine.dispose()
     return url
 

@@ -1,0 +1,132 @@
+"""Runs `echoray serve` in a process of its own, in a session of its own, and waits for it.
+
+A signal to the whole process group, as from a terminal that closes or from a service manager, so reaches this process
+alone: it passes the wish to stop on, and Ray's processes end in order instead of all at once. Whatever ends the process
+in an unexpected way, nothing that it started outlives this one.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+
+import psutil
+import typer
+
+from echovlm_ray.cli.signals import EXIT_KILLED, StopRequest
+
+# Ray or its cluster was lost while the system ran.
+EXIT_LOST = 3
+EXIT_INVALID = 2
+# Another `echoray serve` has taken the name on the cluster.
+EXIT_REPLACED = 4
+# How long processes may take to end by themselves when nothing can be finished any more.
+END_GRACE_S = 3.0
+FIRST_PAUSE_S = 1.0
+LONGEST_PAUSE_S = 60.0
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def supervised(work: Callable[[int], int], *, restart: bool, say: Callable[[str], None]) -> int:
+    """Runs the work until it ends.
+
+    Args:
+        work: runs in the other process; gets a descriptor from which it reads one byte for each wish to stop, and the
+            end of the file when this process has died; returns its exit status.
+        restart: whether to run it anew when it was lost after it had run, with pauses that grow up to a minute.
+        say: tells the user.
+
+    Returns:
+        The exit status.
+    """
+    _adopt_orphans()
+    pause, ran_once = FIRST_PAUSE_S, False
+    writer = -1
+    request = StopRequest(lambda: _tell(writer), _kill_family)
+    with request.listening():
+        while True:
+            reader, writer = os.pipe()
+            began = time.monotonic()
+            child = _fork(work, reader, writer)
+            os.close(reader)
+            if request():
+                _tell(writer)
+            code = _wait(child)
+            os.close(writer)
+            writer = -1
+            end_family()
+            ran_once = ran_once or code == EXIT_LOST
+            if not restart or request() or not ran_once or code in (0, EXIT_INVALID, EXIT_REPLACED):
+                return EXIT_KILLED if code < 0 and request() else EXIT_LOST if code < 0 else code
+            pause = FIRST_PAUSE_S if time.monotonic() - began > LONGEST_PAUSE_S else min(2 * pause, LONGEST_PAUSE_S)
+            say(f"Starting again in {pause:.0f} s.")
+            if request.wait(pause):
+                return 0
+
+
+def end_family() -> None:
+    """Ends all processes that this one started, and those that they did; what does not end by itself is killed."""
+    family = psutil.Process().children(recursive=True)
+    for process in family:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    psutil.wait_procs(family, timeout=END_GRACE_S)
+    _kill_family()
+
+
+def _kill_family() -> None:
+    # More than once: a process may have started another one meanwhile.
+    for _ in range(10):
+        family = psutil.Process().children(recursive=True)
+        if not family:
+            return
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(family, timeout=0.5)
+
+
+def _fork(work: Callable[[int], int], reader: int, writer: int) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        signal.set_wakeup_fd(-1)
+        os.close(writer)
+        os.setsid()
+        code = work(reader)
+    except typer.Exit as exit_:
+        code = exit_.exit_code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        # Not the way of exit(): it would wait for whatever Ray left behind in this process.
+        os._exit(code)
+
+
+def _wait(child: int) -> int:
+    """Waits for the child, and meanwhile takes note of the end of every orphan; the child's exit status."""
+    while True:
+        ended, status = os.wait()
+        if ended == child:
+            return os.waitstatus_to_exitcode(status)
+
+
+def _tell(writer: int) -> None:
+    with suppress(OSError):
+        os.write(writer, b"s")
+
+
+def _adopt_orphans() -> None:
+    """Linux: what loses its parent becomes this process's child, so that it is found and ended."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if sys.platform == "linux" and prctl is not None:
+        prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

@@ -1,0 +1,143 @@
+"""The file of a SQLite database: made whole or not at all, and known again by its device and inode."""
+
+import contextlib
+import os
+import secrets
+import sqlite3
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+from urllib.parse import quote
+
+from router.errors import RolloutDatabaseError, RolloutDatabaseLostError
+
+
+@dataclass(slots=True)
+class DatabaseFile:
+    """The file that was opened, whatever has its name by now, and its write-ahead log once that was seen."""
+
+    path: Path
+    device: int
+    inode: int
+    log_inode: int | None = None
+
+    @classmethod
+    def opened(cls, path: Path) -> Self:
+        """The file that has this name now.
+
+        Raises:
+            RolloutDatabaseError: there is none, or nothing is in it.
+        """
+        try:
+            found = path.stat()
+        except FileNotFoundError:
+            raise RolloutDatabaseError(
+                f"the rollouts' database {path} does not exist: restore a backup of it (`echoray experts restore`), or "
+                "start with `echoray serve --begin-anew` to begin from the checkpoint's own experts"
+            ) from None
+        except OSError as error:
+            raise RolloutDatabaseError(f"the rollouts' database {path} cannot be opened: {error.strerror}") from None
+        if not found.st_size:
+            raise RolloutDatabaseError(
+                f"the rollouts' database {path} is an empty file: what it said is lost. Restore a backup of it "
+                "(`echoray experts restore`), or remove it and start with `echoray serve --begin-anew` to begin from "
+                "the checkpoint's own experts"
+            )
+        return cls(path, found.st_dev, found.st_ino)
+
+    def check(self) -> None:
+        """Checks that the name still means the file that was opened.
+
+        Raises:
+            RolloutDatabaseLostError: it was deleted, or another file is in its place.
+        """
+        try:
+            found = self.path.stat()
+        except OSError:
+            raise RolloutDatabaseLostError(
+                f"the rollouts' database {self.path} was deleted while it was in use, so nothing can be changed: what "
+                "is served stays as it is; restore a backup of it (`echoray experts restore`)"
+            ) from None
+        if (found.st_dev, found.st_ino) != (self.device, self.inode):
+            raise RolloutDatabaseLostError(
+                f"another file was put in the place of the rollouts' database {self.path} while it was in use, so "
+                "nothing can be changed until Control has opened it: what is served stays as it is"
+            )
+
+    def check_log(self) -> None:
+        """Checks that the write-ahead log is there, inside a transaction: without it, what is committed would be lost.
+
+        Raises:
+            RolloutDatabaseLostError: it was deleted.
+        """
+        try:
+            self.log_inode = self._beside("-wal").stat().st_ino
+        except OSError:
+            raise RolloutDatabaseLostError(
+                f"the write-ahead log of the rollouts' database {self.path} was deleted while it was in use, so "
+                "nothing can be changed until Control has opened the database again"
+            ) from None
+
+    def set_log_aside(self) -> None:
+        """Renames the write-ahead log if another file is in the database's place.
+
+        SQLite would take it for that file's own, and write what the lost database said over it.
+        """
+        log = self._beside("-wal")
+        try:
+            self.check()
+        except RolloutDatabaseLostError:
+            with contextlib.suppress(FileNotFoundError):
+                if log.stat().st_ino == self.log_inode:
+                    log.rename(self._beside(f"-wal.aside-{secrets.token_hex(4)}"))
+                    self._beside("-shm").unlink(missing_ok=True)
+
+    def _beside(self, suffix: str) -> Path:
+        return self.path.with_name(f"{self.path.name}{suffix}")
+
+    def holds(self, identity: str) -> bool:
+        """Whether the file that has this name now is a sound database of this identity; nothing is written or locked.
+
+        One that is still being copied is not sound yet.
+        """
+        try:
+            with contextlib.closing(
+                sqlite3.connect(f"file:{quote(str(self.path))}?mode=ro&immutable=1", uri=True)
+            ) as probe:
+                found = probe.execute("SELECT identity FROM deployment").fetchone()
+                return bool(found == (identity,) and probe.execute("PRAGMA quick_check").fetchone() == ("ok",))
+        except sqlite3.Error:
+            return False
+
+
+def make_database_file(path: Path, make_tables: Callable[[Path], None]) -> None:
+    """Makes the file if there is none: it appears with all of its tables, so that an empty one is always a loss.
+
+    Args:
+        path: the file.
+        make_tables: makes the tables in another, new file.
+
+    Raises:
+        RolloutDatabaseError: the folder cannot be made or written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RolloutDatabaseError(f"the folder of the rollouts' database {path} cannot be made: {error}") from error
+    if path.exists():
+        return
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        make_tables(partial)
+        # Two may do this at once: the second finds the first one's file, and uses that.
+        with contextlib.suppress(FileExistsError):
+            os.link(partial, path)
+    except OSError as error:
+        raise RolloutDatabaseError(
+            f"the rollouts' database {path} cannot be made: {error.strerror}; set rollouts.database to a file on a "
+            "local disk in a folder that may be written"
+        ) from None
+    finally:
+        for suffix in ("", "-wal", "-shm"):
+            partial.with_name(partial.name + suffix).unlink(missing_ok=True)
