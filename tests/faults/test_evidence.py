@@ -37,7 +37,7 @@ def test_a_step_waits_for_requests_and_the_version_before_stays_to_go_back_to(
         in_state(control, ORGAN, "stable")
 
         until(lambda: spare(control) == [{first.digest}], "the version before kept")
-        control.rollback(ORGAN, digest=digest, actor=WHO)
+        control.roll_back_stable(ORGAN, digest=digest, actor=WHO)
         in_state(control, ORGAN, "stable")
         until(lambda: ask(system, ORGAN) == before, "the version before")
         events = [entry.event for entry in control.history(ORGAN, last=5).entries]

@@ -118,7 +118,7 @@ def test_an_earlier_version_comes_back_without_traffic(world: World) -> None:
     operations = type(world.operations)(world.store, world.fleet, CAREFUL)
     stage(world)
     promote(world)
-    operations.rollback("heart", actor="ann", reason="no good")
+    operations.roll_back_stable("heart", world.rollout().digest, actor="ann", reason="no good")
     reconcile_until(world.controller, lambda _: world.stable() == world.v1)
     assert world.rollout().reason == "no good"
 
