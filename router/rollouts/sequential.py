@@ -30,8 +30,11 @@ USUAL_PART = 1 / 8
 # Larger rates that are tried, between the limit and this one.
 RATES = 4
 HIGHEST_RATE = 0.9
-# How near in time, in seconds, the reference must fail for its rate of that time to count.
-NEAR_S = (1.0, 10.0)
+# Around a request, in seconds: others that fail within one of these times fail for the same cause. An outage begins
+# and ends, so the seconds before and after are also looked at alone.
+NEAR_S = ((1.0, 1.0), (10.0, 1.0), (1.0, 10.0))
+# A rate that is seen in so few requests may truly be larger by so many standard errors.
+STANDARD_ERRORS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +117,8 @@ class _Counts:
         self._errors = [0, *accumulate(each.seen.errors for each in slices)]
         self._requests = [0, *accumulate(each.seen.requests for each in slices)]
 
-    def near(self, time: float, near_s: float) -> tuple[int, int]:
-        first, last = bisect_left(self._starts, time - near_s), bisect_right(self._starts, time + near_s)
+    def near(self, time: float, before_s: float, after_s: float) -> tuple[int, int]:
+        first, last = bisect_left(self._starts, time - before_s), bisect_right(self._starts, time + after_s)
         return self._errors[last] - self._errors[first], self._requests[last] - self._requests[first]
 
 
@@ -133,16 +136,18 @@ class _UsualRates:
 
     def at(self, time: float) -> float:
         """The largest of: the floor; the reference's rate of late, estimated from above; any rate just then."""
-        errors, requests = self._reference.near(time, self._window_s)
+        errors, requests = self._reference.near(time, self._window_s, self._window_s)
         if requests < self._min_requests:
-            errors, requests = self._reference.near(time, math.inf)
+            errors, requests = self._reference.near(time, math.inf, math.inf)
         found = [self._floor]
         if requests:
             # Half a failure more than was seen (H. Jeffreys): none among few requests does not make the rate 0.
             found.append((errors + 0.5) / (requests + 1))
         for counts in (self._reference, self._elsewhere):
-            for near_s in NEAR_S:
-                errors, requests = counts.near(time, near_s)
+            for before_s, after_s in NEAR_S:
+                errors, requests = counts.near(time, before_s, after_s)
                 if requests:
-                    found.append(errors / requests)
+                    rate = errors / requests
+                    error = math.sqrt(rate * (1 - rate) / requests) if errors >= MIN_FAILURES else 0.0
+                    found.append(rate + STANDARD_ERRORS * error)
         return min(max(found), 1 - 1e-6)
