@@ -146,10 +146,11 @@ async def test_a_whole_rollout_and_back(system: ControlSystem, candidates: dict[
     assert not promoted.candidates
     assert {member.organ: member.bundle_digest for member in promoted.stable.members}["heart"] == pushed.digest
     await system.until("heart", "stable")
-    while await system.residents("heart") != [{pushed.digest}]:
+    # The one before stays to go back to.
+    while await system.residents("heart") != [{old, pushed.digest}]:
         await asyncio.sleep(0.02)
 
-    await system.stub.Rollback(control_pb2.OrganRequest(**named))
+    await system.stub.RollBackStable(control_pb2.RollBackStableRequest(**named))
     back = await policies.read()
     assert back.stable == before
     policies.cancel()

@@ -16,11 +16,12 @@ from ray import serve
 
 from echovlm_ray.checkpoint.layout import ORGANS
 from echovlm_ray.config import Config
-from echovlm_ray.serving import serve_api
+from echovlm_ray.serving import preflight, serve_api
 from echovlm_ray.serving.applications import build_applications
 from echovlm_ray.serving.deployments.settings import CONTROL, DEPLOYMENTS
 from echovlm_ray.serving.endpoints import Endpoints, addresses_now
 from echovlm_ray.serving.ray_session import local_ray
+from echovlm_ray.serving.system_id import SystemId
 from protos import status_pb2, status_pb2_grpc
 from tests.random_checkpoint import make_random
 
@@ -37,7 +38,9 @@ def until(condition: Callable[[], bool], seconds: float) -> float:
 
 
 def deploy(config: Config) -> None:
-    application = build_applications(config, ORGANS, "loopback")[CONTROL]
+    # This makes the database, and says whose it is.
+    system = SystemId("", preflight.check(config, local=False).identity)
+    application = build_applications(config, ORGANS, "loopback", system)[CONTROL]
     serve.run_many([serve.RunTarget(application, name=CONTROL, route_prefix=None)])
 
 

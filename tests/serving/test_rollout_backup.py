@@ -99,8 +99,7 @@ def test_a_backup_of_a_database_in_use_has_all_that_a_copy_of_the_file_lacks(
 ) -> None:
     stage(store, "3" * 64)
     shutil.copyfile(files.base, tmp_path / "copied.db")
-    with pytest.raises(RolloutDatabaseError, match="make backups with `echoray experts backup`"):
-        rollout_backup.check(tmp_path / "copied.db", "the copy")
+    assert rollout_backup.check(tmp_path / "copied.db", "the copy").entries < store.head().count
     found = back_up(files, tmp_path / "backup.db")
     assert (found.entries, found.head) == (store.head().count, store.head().hash)
     assert found.size_bytes == (tmp_path / "backup.db").stat().st_size
@@ -161,7 +160,7 @@ def test_nothing_is_restored_under_a_running_system(files: RolloutFiles, tmp_pat
     before = state_of(files)
     lock = DatabaseLock(files.lock)
     lock.take(0)
-    with pytest.raises(RolloutDatabaseError, match=r"another Control uses the rollouts' database.* stop that system"):
+    with pytest.raises(RolloutDatabaseError, match=r"another Control .*uses the rollouts' database.* stop that system"):
         restore(backup, files, FIRST)
     lock.release()
     assert state_of(files) == before
