@@ -22,9 +22,10 @@ from echovlm_ray.client.bundle_upload import open_upload
 from echovlm_ray.client.connection import TLS, call_metadata, channel_options, check_connection
 from echovlm_ray.client.errors import from_rpc_error
 from protos import control_pb2, control_pb2_grpc
-from protos.control_pb2 import Expected
 
 DEFAULT_CONTROL = "127.0.0.1:50052"
+# What a caller saw before it asked for a change.
+Expected = control_pb2.Expected
 # Registries and histories are long; one answer holds all that was asked for.
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
 

@@ -100,7 +100,7 @@ def test_no_request_begins_with_the_version_before_once_a_change_is_done(
 
     def roll_back() -> None:
         # The controller promotes the version before, once it is loaded again.
-        control.rollback("heart", digest=manifest.digest, actor=WHO)
+        control.roll_back_stable("heart", digest=manifest.digest, actor=WHO)
         until(is_back, "the version before")
 
     check_change(running_system, promote, "1.3.0")

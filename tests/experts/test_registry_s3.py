@@ -165,7 +165,7 @@ RegistryLocation.model_validate_json({location.model_dump_json()!r}).open().push
     assert len(keys_in(server, bucket)) == (1 if stop_at == "put_file" else 2), "killed at another moment than meant"
     registry = location.open()
     assert registry.list() == []
-    with pytest.raises(UnknownBundleError, match="it has none"):
+    with pytest.raises(UnknownBundleError, match="it has no bundles at all"):
         registry.find("breast", "1.0.0")
     manifest = registry.push(directory)
     registry.open(manifest.digest).verify()
