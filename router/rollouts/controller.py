@@ -117,9 +117,10 @@ class RolloutController:
         Raises:
             Exception: the database cannot be used; the next pass tries again.
         """
+        began = self._clock()
         self._take_finished()
         snapshot = self._store.snapshot()
-        self._moments.note((*snapshot.in_flight, *snapshot.watched))
+        self._moments.note((*snapshot.in_flight, *snapshot.watched), began)
         views = self._observer.observe(
             snapshot, snapshot.known_organs, self._convergence.unloading(), recent_s=recent_s
         )
@@ -127,7 +128,7 @@ class RolloutController:
             self._advance(rollout, snapshot, views[rollout.organ])
         self._promoted.step(snapshot)
         snapshot = self._store.snapshot()
-        self._moments.note((*snapshot.in_flight, *snapshot.watched))
+        self._moments.note((*snapshot.in_flight, *snapshot.watched), began)
         self._views = views
         self._waits = {
             rollout.id: self._waits_of(rollout, views.get(rollout.organ))

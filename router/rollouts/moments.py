@@ -18,15 +18,20 @@ class Moments:
         self._clock = clock
         self._seen: dict[Hashable, float] = {}
 
-    def note(self, rollouts: Iterable[Rollout]) -> None:
-        """Takes note of all rollouts that anything is still measured of; the others are forgotten."""
+    def note(self, rollouts: Iterable[Rollout], pass_began: float) -> None:
+        """Takes note of all rollouts that anything is still measured of; the others are forgotten.
+
+        Args:
+            rollouts: as they stand now.
+            pass_began: when the pass began that may have given them traffic: what is reported while it goes on counts.
+        """
         now = self._clock()
-        keys: set[Hashable] = set()
+        seen: dict[Hashable, float] = {}
         for rollout in rollouts:
-            keys.add(_state_key(rollout))
+            seen[_state_key(rollout)] = now
             if rollout.traffic_since is not None:
-                keys.add(_traffic_key(rollout))
-        self._seen = {key: self._seen.get(key, now) for key in keys}
+                seen[_traffic_key(rollout)] = pass_began
+        self._seen = {key: self._seen.get(key, first) for key, first in seen.items()}
 
     def in_state_s(self, rollout: Rollout) -> float:
         """Seconds that a rollout has been in its state, and in its step, as far as this process knows."""
