@@ -57,7 +57,7 @@ class Resources(Section):
     num_cpus: NonNegativeFloat = 0.1
     # When the part shall run on a GPU, set its share of one: 1 for a whole GPU, 0.25 for four replicas on one.
     num_gpus: NonNegativeFloat = 0.0
-    # When the part shall run on certain nodes of a cluster only, name a resource that their `ray start --resources`
+    # When the part must run on certain nodes of a cluster only, name a resource that their `ray start --resources`
     # gives them, with the amount that a replica takes: {heart-node: 1}.
     node_resources: dict[str, NonNegativeFloat] = {}
 
@@ -210,7 +210,7 @@ class ExpertsSection(Section):
     registry_options: dict[str, str | int | bool] = {}
     # When fetched bundles fill the disk of a machine, lower it; the least recently used files go first.
     registry_cache_bytes: PositiveInt = 64 * 1024**3
-    # When the copies of the bundles in use, up to three an organ, shall lie on another disk of each machine, give a
+    # When the copies of the bundles in use, up to three an organ, must lie on another disk of each machine, give a
     # folder; they let replicas and the whole system restart while the registry is away. When unset, it lies beside the
     # rollouts' database.
     kept_bundles: Path | None = None

@@ -146,7 +146,7 @@ def _serve(config: "Config", options: _Options, console: Console, supervisor: in
 
     def lost(problem: str) -> None:
         # Whatever waits for Ray now would wait for minutes, so the process ends from this thread, and what Ray's own
-        # code writes on the standard error meanwhile helps nobody. A service manager may have ended Ray's processes
+        # code writes on the standard error meanwhile does not help. A service manager may have ended Ray's processes
         # together with this one; then the wish to stop is about to arrive.
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stderr.fileno())

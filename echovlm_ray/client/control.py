@@ -48,7 +48,7 @@ class ExpertControlClient:
 
     Every operation takes `actor`, who asks, and `reason`, why; both stand in the history. With `dry_run` it only says
     what would happen. With `expected` it is made only if the organ still stands as the caller saw it, for example
-    `Expected(rollout_id="heart-12", state="canary")`; give it wherever somebody decides from what was shown before.
+    `Expected(rollout_id="heart-12", state="canary")`; give it where a decision was made from what was shown before.
     All of them raise:
 
         NotFoundError: an unknown organ or version; the text names those that there are.

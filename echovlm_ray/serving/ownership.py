@@ -1,7 +1,7 @@
 """Which systems a Ray cluster runs, by name, and who runs each: kept in the cluster's own key-value store.
 
 A name belongs to one system at a time. `echoray serve` claims it before anything is deployed and gives it back when the
-applications are removed. Whoever finds another record than its own under its name has been replaced, and touches
+applications are removed. A system that finds another record than its own under its name has been replaced, and touches
 nothing any more.
 """
 
@@ -149,7 +149,7 @@ def release(record: SystemRecord) -> None:
 
 
 def forget(name: str) -> None:
-    """Gives a name back, whoever has it: its applications were removed."""
+    """Gives a name back, whichever system has it: its applications were removed."""
     serve_api.delete_record(_key(name))
 
 

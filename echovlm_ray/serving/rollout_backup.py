@@ -118,7 +118,7 @@ def restore(file: Path, files: RolloutFiles, expert_set: ExpertSet) -> tuple[Bac
 
 
 def check(path: Path, name: str) -> Backup:
-    """Checks that a file is a whole rollouts' database and that nobody has changed its history.
+    """Checks that a file is a whole rollouts' database and that its history was not changed.
 
     Args:
         path: the file; nothing else may use it.

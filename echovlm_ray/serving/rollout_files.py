@@ -106,7 +106,7 @@ def default_folder(checkpoint: Path) -> Path:
 
 
 def note_holder(descriptor: int) -> None:
-    """Writes this process's id into a lock's file, for whoever does not get it."""
+    """Writes this process's id into a lock's file, for a process that does not get it."""
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, str(os.getpid()).encode(), 0)
 

@@ -255,7 +255,7 @@ def _parse(url: str) -> URL:
 
 
 def _make_tables(url: URL) -> None:
-    """Makes a whole new database, which nobody else has opened."""
+    """Makes a whole new database, which no other process has opened."""
     engine = _engine_of(url, lambda: sqlite3.connect(str(url.database)))
     try:
         with engine.connect().execution_options(**{_IMMEDIATE: True}) as connection, connection.begin():

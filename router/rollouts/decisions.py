@@ -39,7 +39,7 @@ def checked_candidate(
         action: what is asked.
         organ: the organ.
         digest: when given, only if this is the candidate.
-        percent: the part of the requests that it shall get, if the state has one.
+        percent: the part of the requests that it is to get, if the state has one.
         expected: what the caller saw; not compared where all is as asked already.
         names: digest → what people call the version.
 

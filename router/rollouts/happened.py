@@ -7,10 +7,8 @@ from router.rollouts import history
 from router.rollouts.records import Rollout
 from router.rollouts.sentences import duration_in_words, in_words
 from router.rollouts.states import Action
-from router.rollouts.transaction import Transaction
+from router.rollouts.transaction import CONTROLLER, Transaction
 
-# The actor of what nobody asked for.
-CONTROLLER = "controller"
 _VERBS: Mapping[str, str] = {
     Action.STAGE: "was staged",
     Action.VERIFY: "was verified",

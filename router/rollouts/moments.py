@@ -1,4 +1,4 @@
-"""Since when each rollout has been in its state, by a clock that nobody sets."""
+"""Since when each rollout has been in its state, by the monotonic clock."""
 
 from collections.abc import Callable, Hashable, Iterable
 

@@ -135,7 +135,7 @@ class _UsualRates:
         self._min_requests = min_requests
 
     def at(self, time: float) -> float:
-        """The largest of: the floor; the reference's rate of late, estimated from above; any rate just then."""
+        """The largest of: the floor; the reference's recent rate, estimated from above; any rate just then."""
         errors, requests = self._reference.near(time, self._window_s, self._window_s)
         if requests < self._min_requests:
             errors, requests = self._reference.near(time, math.inf, math.inf)

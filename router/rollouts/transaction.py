@@ -14,7 +14,7 @@ from router.rollouts.records import LiveOrgan, Rollout, Snapshot, live_organ_of_
 from router.rollouts.settings import RolloutPlan
 from router.rollouts.states import IN_FLIGHT, WITH_TRAFFIC, Action, State, next_state
 
-# Who acts where nobody asked.
+# The actor of what happened by itself.
 CONTROLLER = "controller"
 MAX_REASON = 500
 # A request lasts minutes: what ended before so many other rollouts did is in no request's use.

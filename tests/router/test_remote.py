@@ -329,7 +329,7 @@ def test_a_replica_that_is_being_connected_is_waited_for(cluster: Cluster, exper
     lacking.error = unusable()
     cluster.add(lacking)
     experts.wait_until_connected(["liver"], 5)
-    # A port where nobody listens yet.
+    # A port on which nothing listens yet.
     cluster.live.append("127.0.0.1:1")
     with pytest.raises(ExpertsUnavailableError) as caught:
         send(experts)

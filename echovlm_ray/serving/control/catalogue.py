@@ -56,7 +56,7 @@ class Catalogue:
         try:
             return self.manifest(digest).version
         except (UnknownBundleError, RegistryError):
-            # A name for people; that the registry is away is told by what needs it.
+            # A name for people; what needs the registry says that it is away.
             return ""
 
     def digest_of(self, organ: str, version: str) -> str:

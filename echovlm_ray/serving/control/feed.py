@@ -43,7 +43,7 @@ class RolloutFeedService(control_pb2_grpc.RolloutFeedServicer):
     """Serves `echovlm.v1.RolloutFeed` to the system's own Routers and gateways. Made on the event loop that serves.
 
     Attributes:
-        taken_up: wakes whoever waits for watchers to come, to go, or to take up a policy.
+        taken_up: wakes what waits for watchers to come, to go, or to take up a policy.
     """
 
     def __init__(

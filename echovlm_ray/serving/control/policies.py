@@ -36,7 +36,7 @@ class PolicyPublisher:
         self._current: control_pb2.TrafficPolicy | None = None
         self._sequence = 0
         self._digest = ""
-        # Published again, whatever it says, until its number is above this one.
+        # Published again, even if it says the same, until its number is above this one.
         self._seen_elsewhere = 0
         # Held from reading to publishing, so that no policy comes after a newer one.
         self._lock = threading.Lock()
@@ -70,7 +70,7 @@ class PolicyPublisher:
         await asyncio.to_thread(self._begin)
 
     def outrun(self, identity: str, version: int, digest: str) -> None:
-        """Sees to it that a watcher takes up what the database says, whatever it applies now; blocks, from any thread.
+        """Makes a watcher take up what the database says, whatever policy it applies now; blocks, from any thread.
 
         Args:
             identity: of the watcher's deployment; "" where it does not know.

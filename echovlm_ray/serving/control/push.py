@@ -129,8 +129,8 @@ class PushReceiver:
         except OSError as error:
             if error.errno in NO_ROOM:
                 raise RegistryFullError(
-                    f"the disk is full: the registry {self._registry.root} takes no further bundle, and nobody sees "
-                    "anything of this one. Make room there, then push again"
+                    f"the disk is full: the registry {self._registry.root} takes no further bundle; no part of this "
+                    "one is visible. Make room there, then push again"
                 ) from None
             raise RegistryError(
                 f"the registry {self._registry.root} cannot be written: {error.strerror or type(error).__name__}; set "
