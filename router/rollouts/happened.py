@@ -16,6 +16,7 @@ _VERBS: Mapping[str, str] = {
     Action.PROMOTE: "was promoted",
     Action.SUPERSEDE: "was superseded",
     Action.FAIL: "failed",
+    Action.FAILING: "was found to fail",
     Action.ROLL_BACK: "was rolled back",
     Action.RETIRE: "was retired",
     Action.RETIRE_ORGAN: "was retired",
