@@ -10,3 +10,10 @@ from tests.cli.control_server import System, running_control
 def system(tmp_path: Path) -> Iterator[System]:
     with running_control(tmp_path) as running:
         yield running
+
+
+@pytest.fixture(autouse=True)
+def no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands print as into a pipe, even where pytest-xdist has told its processes of 80 columns."""
+    for name in ("COLUMNS", "LINES"):
+        monkeypatch.delenv(name, raising=False)
