@@ -65,6 +65,20 @@ class _Document(Document):
         self.lines[path] = origin
 
 
+def load_system_config(path: Path | None, checkpoint: Path | None) -> Config:
+    """The configuration of a system, as commands take it: a file, and a checkpoint that wins over the file's.
+
+    Args:
+        path: the file; None: the defaults.
+        checkpoint: what `--checkpoint` says; None: the file's own.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    overrides = {} if checkpoint is None else {"model.checkpoint": (str(checkpoint), "--checkpoint")}
+    return load_config(path, overrides)
+
+
 def _read(path: Path) -> _Document:
     try:
         read = read_document(path, "sections such as `gateway:`, one a line")

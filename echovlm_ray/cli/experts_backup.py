@@ -92,14 +92,11 @@ def restore(
 
 
 def _load(config: Path | None, checkpoint: Path | None) -> "Config":
-    from echovlm_ray.config_file import load_config
+    from echovlm_ray.config_file import load_system_config
     from echovlm_ray.serving.preflight import resolve_paths
 
-    overrides: dict[str, tuple[Any, str]] = {}
-    if checkpoint is not None:
-        overrides["model.checkpoint"] = (str(checkpoint), "--checkpoint")
     try:
-        return resolve_paths(load_config(config, overrides))
+        return resolve_paths(load_system_config(config, checkpoint))
     except ValueError as error:
         fail(str(error), EXIT_INVALID)
 

@@ -73,9 +73,10 @@ def serve(
     with _failures():
         from echovlm_ray.cli.state import announced
         from echovlm_ray.cli.supervisor import supervised
+        from echovlm_ray.config_file import load_system_config
         from echovlm_ray.serving.system_id import check_name
 
-        parsed = _load(config, checkpoint)
+        parsed = load_system_config(config, checkpoint)
         options = _Options(address, detach, check_name(name), take_over, begin_anew)
         where = {"name": name, "address": address or ""}
         control, gateway = (f"{section.host}:{section.port}" for section in (parsed.control, parsed.gateway))
@@ -117,15 +118,6 @@ class _Options:
     name: str
     take_over: bool
     begin_anew: bool
-
-
-def _load(path: Path | None, checkpoint: Path | None) -> "Config":
-    from echovlm_ray.config_file import load_config
-
-    overrides: dict[str, tuple[Any, str]] = {}
-    if checkpoint is not None:
-        overrides["model.checkpoint"] = (str(checkpoint), "--checkpoint")
-    return load_config(path, overrides)
 
 
 def _serve_below(config: "Config", options: _Options, console: Console, supervisor: int) -> int:

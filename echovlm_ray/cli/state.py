@@ -69,6 +69,8 @@ def claimed(resources: Mapping[str, str]) -> Iterator[None]:
     Raises:
         ValueError: another `echoray serve` of this user has it; the text names that process.
     """
+    from echovlm_ray.serving.rollout_files import holder_of, note_holder
+
     with ExitStack() as held:
         for resource, remedy in resources.items():
             name = hashlib.sha256(resource.encode()).hexdigest()[:16]
@@ -77,13 +79,12 @@ def claimed(resources: Mapping[str, str]) -> Iterator[None]:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                pid = os.pread(descriptor, 32, 0).decode()
+                pid = holder_of(descriptor)
                 raise ValueError(
                     f"another `echoray serve` (process {pid}) is starting or running here with {resource}: "
                     f"`echoray stop --pid {pid}` ends it; or {remedy}"
                 ) from None
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+            note_holder(descriptor)
         yield
 
 

@@ -112,9 +112,9 @@ def note_holder(descriptor: int) -> None:
 
 
 def holder_of(descriptor: int) -> str:
-    """The process that a lock's file names, for a sentence; "" if it names none."""
+    """The process that a lock's file names; "" if it names none."""
     content = os.pread(descriptor, 32, 0)
-    return f" (process {content.decode()})" if content.isdigit() else ""
+    return content.decode() if content.isdigit() else ""
 
 
 def _aside(path: Path) -> Path:
@@ -156,9 +156,10 @@ class DatabaseLock:
                     time.sleep(LOCK_POLL_S)
                     continue
                 holder = holder_of(descriptor)
+                named = f" (process {holder})" if holder else ""
                 os.close(descriptor)
                 raise RolloutDatabaseError(
-                    f"another Control{holder} uses the rollouts' database beside {self._path}: stop that system "
+                    f"another Control{named} uses the rollouts' database beside {self._path}: stop that system "
                     "(`echoray stop`), or set rollouts.database to another file"
                 ) from None
             except OSError:

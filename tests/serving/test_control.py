@@ -391,3 +391,18 @@ async def test_status_gathers_what_every_replica_says_of_itself() -> None:
     assert answering.resident_bytes > 10 * 2**20
     assert list(answering.bundles) == [bundle]
     assert (not_answering.endpoint, not_answering.pid) == (silent.address, 0)
+
+
+async def test_the_history_of_what_is_served_needs_no_registry(
+    system: ControlSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object, **__: object) -> None:
+        raise OSError(5, "away")
+
+    monkeypatch.setattr(type(system.registry), "list", away)
+    history = await system.stub.History(control_pb2.HistoryRequest(organ="heart"))
+    assert not history.faults
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await system.stub.History(control_pb2.HistoryRequest(organ="spleen"))
+    assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+    assert "there are breast, heart" in str(caught.value.details())

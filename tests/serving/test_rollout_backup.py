@@ -166,6 +166,18 @@ def test_nothing_is_restored_under_a_running_system(files: RolloutFiles, tmp_pat
     assert state_of(files) == before
 
 
+def test_a_backup_does_not_take_the_place_of_another_deployments_database(files: RolloutFiles, tmp_path: Path) -> None:
+    backup = backup_of(files, tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    backup_of(files_in(other), other)
+    before = state_of(files_in(other))
+    with pytest.raises(RolloutStateError, match=r"backup.db is of the deployment .*, and .*other/rollouts.db is of"):
+        restore(backup, files_in(other), FIRST)
+    assert state_of(files_in(other)) == before
+    assert not list(other.glob("*before-restore*"))
+
+
 def no_database(path: Path) -> None:
     path.write_bytes(b"not a database, but long enough to be one" * 200)
 

@@ -259,9 +259,15 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
             # What is served does not need it.
             return [], str(error)
 
+    def _check_organ(self, organ: str) -> None:
+        """Refuses an organ that nothing knows; the registry is asked only of one that was never served or staged."""
+        snapshot = self._store.snapshot()
+        if organ not in snapshot.known_organs and not self._registered(organ)[0]:
+            check_known(snapshot, organ)
+
     def _history(self, request: control_pb2.HistoryRequest) -> control_pb2.HistoryResponse:
-        if request.organ and not self._catalogue.list(request.organ):
-            check_known(self._store.snapshot(), request.organ)
+        if request.organ:
+            self._check_organ(request.organ)
         head = self._store.head()
         entries: list[Entry] = []
         noted = not request.noted_hash

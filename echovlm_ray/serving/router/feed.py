@@ -13,6 +13,8 @@ from typing import Any
 import grpc
 from pydantic import ValidationError
 
+from echovlm_ray.serving.known_policy import ForeignPolicyError, check_identity
+from echovlm_ray.serving.policy_follower import TAKEN_UP_TIMEOUT_S
 from echovlm_ray.serving.router.outcomes import Outcomes, report_of
 from echovlm_ray.serving.router.pinning import ExpertSets, UnusablePolicyError
 from protos import control_pb2, control_pb2_grpc
@@ -27,7 +29,6 @@ REPORT_PERIOD_S = 1.0
 REPORT_TIMEOUT_S = 5.0
 # What is left to report when the router stops gets one try.
 LAST_REPORT_S = 1.0
-TAKEN_UP_TIMEOUT_S = 5.0
 
 
 class RolloutFeedClient:
@@ -175,15 +176,10 @@ class RolloutFeedClient:
         except (ValidationError, ValueError):
             logger.exception("policy %d of Control makes no sense; policy %d stays", message.version, self._version)
             return
-        own = self._expert_sets.policy.identity
-        if own and policy.identity and policy.identity != own:
-            logger.error(
-                "policy %d of another deployment, %s…, is refused; policy %d of %s… stays",
-                policy.version,
-                policy.identity[:12],
-                self._version,
-                own[:12],
-            )
+        try:
+            check_identity(message, self._expert_sets.policy.identity, "Control")
+        except ForeignPolicyError as error:
+            logger.error("policy %d is refused, and policy %d stays: %s", policy.version, self._version, error)
             return
         if policy.version <= self._version or (self._wanted is not None and policy.version < self._wanted.version):
             logger.debug("policy %d comes after policy %d was taken up", policy.version, self._version)
