@@ -11,8 +11,9 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
+from experts.invisible import INVISIBLE
+
 _CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-_INVISIBLE = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0")
 
 
 def check_line(text: str) -> str:
@@ -40,7 +41,7 @@ def quoted(text: str, limit: int = 200) -> str:
 
 def _check(text: str, allowed: str) -> str:
     for place, letter in enumerate(text):
-        if letter not in allowed and (unicodedata.category(letter) in _CATEGORIES or letter in _INVISIBLE):
+        if letter not in allowed and (unicodedata.category(letter) in _CATEGORIES or letter in INVISIBLE):
             name = unicodedata.name(letter, "control character")
             raise ValueError(
                 f"has the character U+{ord(letter):04X} ({name}) at place {place + 1}, which is not shown and could "

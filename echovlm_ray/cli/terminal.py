@@ -6,13 +6,14 @@ the cursor, colour, hide or reorder text is shown as its escape, for example \\x
 
 import json
 import os
-import re
 import unicodedata
 from typing import Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
+
+from experts.invisible import INVISIBLE
 
 # A pipe has no width to fit into, and a reason that is cut off is of no use.
 PIPE_WIDTH = 200
@@ -22,13 +23,11 @@ MAX_NAME = 60
 MAX_CELL = 600
 # A path has at most 4096; what is longer than people read ends in an ellipsis.
 MAX_LINE = 1000
-# Letters and marks that draw nothing, so that two names which differ look the same.
-_INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\uffa0]")
 
 
 def is_safe(letter: str) -> bool:
     """Whether a character draws itself and nothing else; spaces of all widths do, line ends and tabs do not."""
-    return (letter.isprintable() or unicodedata.category(letter) == "Zs") and not _INVISIBLE.match(letter)
+    return (letter.isprintable() or unicodedata.category(letter) == "Zs") and letter not in INVISIBLE
 
 
 def visible(text: str) -> str:
