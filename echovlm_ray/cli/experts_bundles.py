@@ -94,18 +94,10 @@ def pack(
     """
     with clear_errors():
         from echovlm_ray.checkpoint.bundle_card import BundleCard, read_card
-        from echovlm_ray.checkpoint.layout import is_split_folder
         from echovlm_ray.checkpoint.pack import PackOptions
         from echovlm_ray.checkpoint.pack import pack as pack_bundle
         from experts.signing import sign_bundle
 
-        if checkpoint is None:
-            checkpoint = source if is_split_folder(source) else DEFAULT_CHECKPOINT
-            if not is_split_folder(checkpoint):
-                fail(
-                    f"{source} does not say for which backbone it is: give the split checkpoint with --checkpoint",
-                    EXIT_INVALID,
-                )
         said = BundleCard(
             name=name,
             version=version,
@@ -125,7 +117,7 @@ def pack(
         said = _with_changelog(said, changelog)
         options = PackOptions(
             organ=organ,
-            checkpoint=checkpoint,
+            checkpoint=_checkpoint_for(source) if checkpoint is None else checkpoint,
             from_organ=from_organ,
             experts=None if experts is None else _indices(experts),
             dtype=_dtype(dtype),  # type: ignore[arg-type]
@@ -293,6 +285,18 @@ def _backbone(checkpoint: Path) -> "BackboneSizes":
     return BackboneSizes(
         digest=opened.index.backbone_digest, num_layers=shape.num_hidden_layers, hidden_size=shape.hidden_size
     )
+
+
+def _checkpoint_for(source: Path) -> Path:
+    """The split checkpoint for whose backbone a SRC is, where none is named."""
+    from echovlm_ray.checkpoint.layout import is_split_folder
+
+    found = next((folder for folder in (source, DEFAULT_CHECKPOINT) if is_split_folder(folder)), None)
+    if found is None:
+        fail(
+            f"{source} does not say for which backbone it is: give the split checkpoint with --checkpoint", EXIT_INVALID
+        )
+    return found
 
 
 def _backbone_dtype(checkpoint: Path | None) -> str | None:
