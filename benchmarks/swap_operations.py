@@ -45,7 +45,9 @@ class Swap:
         ended: when the replica held what was live afterwards, and nothing else.
         phases: "verify", "load", "canary" and "switch" → beginning and end, as far as there were any.
         decided: when `promote`, or the `rollback` of a stable version, was sent. None where a candidate was taken back.
-        served_s: from then to the moment when the router was asked and gave a new request to the new version.
+        returned: when that command returned.
+        replaced: the version that was live before.
+        served_s: from `decided` to the moment when the router was asked and gave a new request to the new version.
         prepared: whether the new version was resident when it was decided.
     """
 
@@ -54,6 +56,8 @@ class Swap:
     ended: float = 0.0
     phases: dict[str, tuple[float, float]] = field(default_factory=dict)
     decided: float | None = None
+    returned: float | None = None
+    replaced: str = ""
     served_s: float | None = None
     prepared: bool = True
 
@@ -247,6 +251,7 @@ class Swapper:
         self._turn += 1
         live, live_set = self._watch.live, self._router.expert_set()
         swap = Swap(kind, time.monotonic(), prepared=kind != "roll back")
+        swap.replaced = next(version for version, digest in self._versions.items() if digest == live)
         digest = ""
         if swap.prepared:
             digest = self._candidate(live)
@@ -267,6 +272,7 @@ class Swapper:
                 self._control.promote(self._organ, digest=digest, actor=ACTOR)
             else:
                 self._control.roll_back_stable(self._organ, digest=live, actor=ACTOR)
+            swap.returned = time.monotonic()
             self._ask_until_served(session, live_set, swap)
             self._watch.wait(lambda: self._watch.live != live, "another version is live")
         swap.ended = self._experts.wait_until_alone(self._watch.live)

@@ -15,6 +15,7 @@ from benchmarks.swap_streams import Heard
 from benchmarks.timings import nearest_rank
 
 TARGET_GAP_RATIO, TARGET_PROMOTE_RATIO, TARGET_GROWTH = 1.2, 1.5, 0.05
+TARGET_LAST_OLD_S = 0.25
 # The memory of this part of the swaps, at the beginning and at the end, is left out and compared with the rest.
 WARM_UP_PART = 0.1
 MIB = 1024 * 1024
@@ -31,6 +32,7 @@ class Findings:
     """One run.
 
     Attributes:
+        organ: whose experts are swapped.
         heard: all answers under load.
         failures: of requests under load.
         alone: organ, version, prompt → the answer when nobody else asks.
@@ -41,6 +43,7 @@ class Findings:
         read_s: how long it takes to read and checksum it, measured before every swap, under the same load.
     """
 
+    organ: str
     heard: Sequence[Heard]
     failures: Sequence[str]
     alone: Mapping[tuple[str, str, str], str]
@@ -116,6 +119,37 @@ class Findings:
         """From the decision until requests got the new version, where it was, or was not, resident already."""
         return [swap.served_s for swap in self.swaps if swap.served_s is not None and swap.prepared == prepared]
 
+    @cached_property
+    def last_old_s(self) -> list[float]:
+        """For each promotion: from the command to the last request that began and got the version before."""
+        return [
+            max((began - swap.decided for began in self._on_replaced(swap)), default=0.0)
+            for swap in self.swaps
+            if swap.prepared and swap.decided is not None
+        ]
+
+    @cached_property
+    def old_after_return(self) -> int:
+        """Requests that began after a promotion's command had returned, and got the version before."""
+        return sum(
+            began > swap.returned
+            for swap in self.swaps
+            if swap.prepared and swap.returned is not None
+            for began in self._on_replaced(swap)
+        )
+
+    def _on_replaced(self, swap: Swap) -> list[float]:
+        """When requests began that got the version before a swap, from its decision to the next swap."""
+        assert swap.decided is not None
+        following = min((other.began for other in self.swaps if other.began > swap.began), default=float("inf"))
+        return [
+            heard.began
+            for heard in self.heard
+            if heard.version == swap.replaced
+            and heard.asked.organ == self.organ
+            and swap.decided < heard.began < following
+        ]
+
     def growth(self, part: str) -> float:
         """Resident memory at the end ÷ after the warm-up, less 1: medians over a tenth of the swaps each."""
         samples = self.memory[part]
@@ -149,6 +183,8 @@ class Findings:
             "gap_p99_ratio": self.gap_ratio,
             "bundle_bytes": self.bundle_bytes,
             "read_and_checksum_s": list(self.read_s),
+            "last_request_on_the_version_before_s": self.last_old_s,
+            "requests_on_the_version_before_after_promote_returned": self.old_after_return,
             "served_after_promote_s": self.served_s(prepared=True),
             "served_after_rollback_s": self.served_s(prepared=False),
             "phases": {
@@ -195,6 +231,11 @@ def table(found: Findings) -> list[str]:
                 # It does not depend on a bundle's size, and reading does.
                 least_mib = median / read_ms * found.bundle_bytes / MIB / TARGET_PROMOTE_RATIO
                 rows.append(("bundles from which on the median meets that, MiB", f"{least_mib:.0f}", ""))
+    if found.last_old_s:
+        text = "`promote` until the last request that began on the version before, s, worst"
+        rows.append((text, f"{max(found.last_old_s):.2f}", f"≤ {TARGET_LAST_OLD_S}"))
+        text = "requests that began on the version before after `promote` had returned"
+        rows.append((text, str(found.old_after_return), "0"))
     for phase, (seconds, gaps) in found.phases.items():
         value = f"{statistics.median(seconds):.2f}; {nearest_rank(gaps, 99):.1f}"
         rows.append((f"{PHASES[phase]}: s, median; p99 of the pauses meanwhile, ms", value, ""))

@@ -97,7 +97,7 @@ def measure(options: argparse.Namespace, checkpoint: Path, work: Path, console: 
                     time.sleep((pause - began) * options.quiet)
                     quiet.append((pause, time.monotonic()))
     bundle_bytes = sum(entry.size for entry in source.manifest.files)
-    return Findings(streams.heard, streams.failures, alone, swaps, quiet, memory, bundle_bytes, read_s)
+    return Findings(options.organ, streams.heard, streams.failures, alone, swaps, quiet, memory, bundle_bytes, read_s)
 
 
 def push_versions(control: ExpertControlClient, source: Bundle, work: Path) -> dict[str, str]:

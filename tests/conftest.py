@@ -14,10 +14,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # Tests that start Ray or a whole system. They run one after another, in one process: they share a system and its ports,
 # and some count what is left running.
 SYSTEMS = (
-    "tests/cli",
+    "tests/cli/test_evaluation.py",
+    "tests/cli/test_serve.py",
     "tests/clients_node",
     "tests/end_to_end",
-    "tests/serving",
+    "tests/serving/test_applications.py",
+    "tests/serving/test_endpoints.py",
+    "tests/serving/test_metrics.py",
+    "tests/serving/test_niceness.py",
     "tests/test_docs.py",
     "tests/training/test_workers.py",
 )

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,10 @@ def heard(began: float, pause: float, *, version: str = "1.0.0", text: str = "ab
 
 @pytest.fixture
 def found() -> Findings:
-    swap = Swap("promote", 10.0, 12.0, {"verify": (10.0, 11.0), "switch": (11.0, 12.0)}, 11.0, 0.03)
+    phases = {"verify": (10.0, 11.0), "switch": (11.0, 12.0)}
+    swap = Swap("promote", 10.0, 12.0, phases, decided=11.0, returned=11.3, replaced="1.0.0", served_s=0.03)
     return Findings(
+        organ="heart",
         heard=[heard(1.0, 0.1), heard(10.1, 0.2), heard(13.0, 0.1, version="2.0.0", text="xyz")],
         failures=["heart: it broke"],
         alone={("heart", "1.0.0", "?"): "abc", ("heart", "2.0.0", "?"): "other"},
@@ -41,6 +44,14 @@ def test_pauses_are_told_apart_by_whether_a_swap_went_on(found: Findings) -> Non
     assert found.gaps_without_ms == pytest.approx([100.0] * 3)
     assert found.gaps_during_ms == pytest.approx([200.0] * 3)
     assert found.gap_ratio == pytest.approx(2.0)
+
+
+def test_requests_on_the_version_before_are_counted_from_the_decision_and_from_the_return(found: Findings) -> None:
+    assert (found.last_old_s, found.old_after_return) == ([0.0], 0)
+    late = replace(found, heard=[*found.heard, heard(11.2, 0.1), heard(11.4, 0.1), heard(11.5, 0.1, version="2.0.0")])
+    assert late.last_old_s == pytest.approx([0.4])
+    assert late.old_after_return == 1
+    assert replace(late, organ="liver").old_after_return == 0
 
 
 def test_memory_is_compared_with_what_it_was_after_the_warm_up(found: Findings) -> None:
