@@ -15,7 +15,7 @@ INSTALL_TORCH = $(call INSTALL,$(1)) --only-binary :all: --requirement requireme
 SOURCES := jieba,rouge-score
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test demo-model faults-check benchmarks-check client-check benchmarks check lock licences protos triton-check gpu-packages gpu-check structures clean
+.PHONY: help serve test demo-swap demo-model faults-check benchmarks-check client-check benchmarks check lock licences protos triton-check gpu-packages gpu-check structures clean
 
 help:  ## Lists the targets.
 	@sed -n 's/^\([a-z][a-z-]*\):.*##  *\(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 26
@@ -31,6 +31,9 @@ test: $(VENV)/.dev  ## Installs what the tests need and runs all checks and test
 
 faults-check: $(VENV)/.dev  ## Kills processes at every stage of a rollout, and tries every kind of bad bundle; takes eight minutes.
 	$(BIN)/python -m pytest tests/faults --every-stage
+
+demo-swap: $(VENV)/.dev  ## Replaces the demo's breast experts under load and shows what that changes; takes two minutes.
+	@exec $(BIN)/python -m benchmarks.demo_swap
 
 demo-model: $(VENV)/.dev  ## Trains the demo model again, an hour on two cores, and puts it where `make serve` takes it from.
 	$(BIN)/echoray train demo build/demo-model

@@ -138,14 +138,22 @@ class RolloutController:
         return views
 
     def _run(self, unsubscribe: Any) -> None:
+        logged = ""
         while not self._stopping.is_set():
             self._wake.clear()
             try:
                 # A rollout wakes this many times a second; the other organs' replicas have requests to answer.
                 self.reconcile_once(recent_s=self._settings.period_s)
-            except Exception:
-                logger.exception("a pass over the rollouts failed; the next one tries again")
+            except Exception as error:
+                # The same failure is logged once, not on every pass for as long as it lasts.
+                if (failure := repr(error)) != logged:
+                    logger.exception("a pass over the rollouts failed; the next one tries again")
+                logged = failure
                 self._stopping.wait(self._settings.period_s)
+            else:
+                if logged:
+                    logger.info("passes over the rollouts succeed again")
+                logged = ""
             self._wake.wait(self._settings.period_s)
         unsubscribe()
 
