@@ -64,11 +64,16 @@ def run_cells(work: Path, scale: Scale, seeds: Sequence[int], names: Sequence[st
             held_out_reports = Reports(pools[1], start, tower, work / "held-out.safetensors")
             gated = gated_organs(train, held_out_reports)
             for variant, seed in missing:
+                if _path(work, variant, seed).is_file():
+                    # Another process has done it meanwhile.
+                    bar.advance(task, scale.steps)
+                    continue
                 bar.update(task, description=f"seed {seed}: {variant.name}")
                 cell = run_cell(
                     variant, seed, scale, train, held_out_reports, gated, work, lambda count: bar.advance(task, count)
                 )
                 _write(_path(work, variant, seed), cell)
+                bar.console.print(f"seed {seed}, {variant.name}: held-out loss {cell.answer_loss:.4f}")
     return [Cell.model_validate_json(_path(work, variant, seed).read_bytes()) for variant in variants for seed in seeds]
 
 

@@ -82,10 +82,10 @@ def _setting(scale: Scale, seeds: Sequence[int], gate_right: float) -> list[str]
         f"- **Data**: {scale.pictures} phantoms of {', '.join(scale.organs)} (seed {TRAINING_SEED}, all their "
         f"classes) with English reports to learn from, {scale.held_out} of seed {HELD_OUT_SEED} to be asked about. "
         "Phantoms are synthetic: nothing here is about patients.",
-        f"- **Same for all variants**: {scale.steps} steps of {scale.batch} examples, the same examples in the same "
-        f"order, AdamW with a cosine from {scale.learning_rate:g}, words that the picture decides weighted × "
-        f"{scale.emphasis:g}, load balancing {scale.balancing:g} where there are experts. All start from random "
-        "weights.",
+        f"- **Same for all variants**: {scale.layers} layers, {scale.steps} steps of {scale.batch} examples, the same "
+        f"examples in the same order, AdamW with a cosine from {scale.learning_rate:g}, words that the picture decides "
+        f"weighted × {scale.emphasis:g}, load balancing {scale.balancing:g} where there are experts. All start from "
+        "random weights.",
         f"- **Vision tower**: one was warmed up by finding heads ({scale.look_steps} steps of 32) before "
         "any language model saw it; it is frozen, and all variants and seeds have it. Without a warm-up a language "
         "model of this size learns the wording and ignores the picture.",

@@ -161,7 +161,9 @@ class _Nothing(nn.Module):
         return x_TD.new_zeros(len(x_TD), self._width or x_TD.shape[1])
 
 
-def build(variant: Variant, start: Path, tower: Path, *, organs: int, seed: int) -> EchoVLMForConditionalGeneration:
+def build(
+    variant: Variant, start: Path, tower: Path, *, organs: int, layers: int, seed: int
+) -> EchoVLMForConditionalGeneration:
     """A variant with random weights, the given vision tower, and everything but the tower ready to learn.
 
     Args:
@@ -169,9 +171,10 @@ def build(variant: Variant, start: Path, tower: Path, *, organs: int, seed: int)
         start: the folder with the configuration, see `echovlm_ray.training.small_start`.
         tower: the checkpoint whose vision tower is taken, and frozen.
         organs: how many organs there are.
+        layers: of the language model.
         seed: of the random weights.
     """
-    sizes: dict[str, Any] = _sizes(variant, start, organs)
+    sizes: dict[str, Any] = _sizes(variant, start, organs) | {"num_hidden_layers": layers}
     config: EchoVLMConfig = EchoVLMConfig.from_pretrained(start, **sizes)
     torch.manual_seed(seed)
     model: EchoVLMForConditionalGeneration = EchoVLMForConditionalGeneration._from_config(config, dtype=torch.float32)
