@@ -38,6 +38,7 @@ class Variant:
         shared: whether there is a shared expert.
         by_organ: whether each organ has experts and gate rows of its own.
         as_large: whether the dense MLP is widened to the parameters of the MoE.
+        groups: whether there are as many routed experts as with `by_organ`.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Variant:
     shared: bool = True
     by_organ: bool = False
     as_large: bool = False
+    groups: bool = False
 
 
 VARIANTS = (
@@ -55,8 +57,8 @@ VARIANTS = (
     Variant(MOE, "EchoVLM's MoE: 4 experts, top-2, shared"),
     Variant("top-1", "MoE, top-1", top_k=1),
     Variant("no-shared", "MoE without the shared expert", shared=False),
-    Variant("by-organ", "MoE, organ-gated: 4 experts for each organ", by_organ=True),
-    Variant("ungated-large", "MoE, ungated, as many experts as organ-gated"),
+    Variant("by-organ", "MoE, organ-gated: 4 experts for each organ", by_organ=True, groups=True),
+    Variant("ungated-large", "MoE, ungated, as many experts as organ-gated", groups=True),
 )
 
 
@@ -192,8 +194,7 @@ def _sizes(variant: Variant, start: Path, organs: int) -> dict[str, int]:
     plain = EchoVLMConfig.from_pretrained(start).text_config
     if variant.as_large:
         return {"num_experts": 1, "num_experts_per_tok": 1, "intermediate_size": _as_large(plain)}
-    many = variant.by_organ or variant.name == "ungated-large"
-    experts = variant.experts * organs if many else max(variant.experts, 1)
+    experts = variant.experts * organs if variant.groups else max(variant.experts, 1)
     return {"num_experts": experts, "num_experts_per_tok": min(variant.top_k, experts)}
 
 

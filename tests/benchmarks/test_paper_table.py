@@ -136,7 +136,7 @@ def test_without_the_shared_expert_it_adds_nothing(finished: Path) -> None:
         (0.1, 2.0, (1.0, 0.5), "better"),
         (-2.0, -0.1, (-1.0, -0.5), "worse"),
         (0.1, 2.0, (3.0, -0.5), "the seeds disagree"),
-        (-0.1, 2.0, (1.0, 0.5), "no difference that these records can tell"),
+        (-0.1, 2.0, (1.0, 0.5), "no difference shown"),
     ],
 )
 def test_verdicts(low: float, high: float, seeds: tuple[float, ...], verdict: str) -> None:
