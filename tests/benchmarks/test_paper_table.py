@@ -10,6 +10,7 @@ import torch
 from transformers import Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLConfig
 
+from benchmarks import paper_table
 from benchmarks.paper_table_scores import Gain
 from benchmarks.paper_table_variants import VARIANTS, OrganGate, build, size_of
 from echovlm_ray.model.configuration import EchoVLMConfig
@@ -37,6 +38,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr
     (folder / "stdout").write_text(done.stdout)
     return folder
+
+
+def test_the_options_name_every_variant() -> None:
+    assert tuple(BY_NAME) == paper_table.VARIANTS
 
 
 def built(folder: Path, name: str) -> EchoVLMForConditionalGeneration:
