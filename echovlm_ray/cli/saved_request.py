@@ -19,7 +19,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from echovlm_ray.client.request import GenerateOptions, Image, Language, Task
 from echovlm_ray.client.types import Summary
 
-FORMAT = "echoray-request"
 # A gateway takes less in one request, and base64 makes a third more of it.
 MAX_FILE_BYTES = 1024**3
 MAX_TOKENS = 2**20
@@ -90,7 +89,7 @@ class SavedAnswer(_Strict):
 class SavedRequest(_Strict):
     """A request that was answered."""
 
-    format: Literal["echoray-request"] = FORMAT
+    format: Literal["echoray-request"] = "echoray-request"
     version: Literal[1] = 1
     task: Task
     language: Language

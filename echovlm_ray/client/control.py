@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 
 import grpc
 
-from echovlm_ray.client.arguments import message, timeout
+from echovlm_ray.client.arguments import message, text, texts, timeout
 from echovlm_ray.client.bundle_upload import open_upload
 from echovlm_ray.client.connection import TLS, call_metadata, channel_options, check_connection
 from echovlm_ray.client.errors import from_rpc_error
@@ -309,12 +309,13 @@ class ExpertControlClient:
             versions: bundle digest → version, as the answer said it; for texts.
         """
         request_id, metadata = call_metadata(self._token, None)
-        request = message(
-            control_pb2.ReplayRequest,
-            expert_set_id=expert_set_id,
-            organs=list(organs),
-            backbone_digest=backbone_digest,
-            versions=dict(versions or {}),
+        request = control_pb2.ReplayRequest(
+            expert_set_id=text("expert_set_id", expert_set_id),
+            organs=texts("organs", organs),
+            backbone_digest=text("backbone_digest", backbone_digest),
+            versions={
+                text("versions", digest): text("versions", version) for digest, version in (versions or {}).items()
+            },
         )
         return HeldSet(self._stub.Replay(request, metadata=metadata), self.address, request_id)
 

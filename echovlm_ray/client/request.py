@@ -104,6 +104,8 @@ def build_request(
         raise invalid("prompt", f"is empty, and the task {task!r} asks nothing without it: give a prompt")
     if max_new_tokens is not None and integer("max_new_tokens", max_new_tokens, 0, MAX_UINT32) == 0:
         raise invalid("max_new_tokens", "is 0; ask for at least one token, or leave it out for the server's default")
+    if not isinstance(for_replay, bool):
+        raise invalid("for_replay", f"is a {type(for_replay).__name__}; give True or False")
     sampling = router_pb2.Sampling(
         temperature=number("sampling.temperature", temperature, 0, MAX_FLOAT32),
         top_k=integer("top_k", top_k, 0, MAX_UINT32),
@@ -123,7 +125,7 @@ def build_request(
         stop=texts("stop", stop),
         session_key=text("session_key", session_key),
         expert_set_id=text("expert_set_id", expert_set_id),
-        for_replay=bool(for_replay),
+        for_replay=for_replay,
         prompt_digest=text("prompt_digest", prompt_digest),
     )
 
