@@ -34,6 +34,18 @@ class TextUnavailableError(RuntimeError):
     """The checkpoint has no tokenizer or no image processor, so the router can be called, but not the gateway."""
 
 
+class PromptChangedError(ValueError):
+    """A request no longer becomes the same prompt tokens as when it was answered first."""
+
+    def __init__(self) -> None:
+        """Says what may have changed."""
+        super().__init__(
+            "the request becomes another prompt than when it was answered: the prompt template, the tokenizer or the "
+            "scaling of images was changed since. Serve with the version of EchoVLM-Ray, the backbone and "
+            "gateway.max_visual_tokens of that time to compute the answer again"
+        )
+
+
 class UnauthenticatedError(RuntimeError):
     """The call carries no valid credentials."""
 

@@ -1,4 +1,5 @@
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
@@ -492,3 +493,48 @@ class ShadowObservation(_message.Message):
 class ReportResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class ReplayRequest(_message.Message):
+    __slots__ = ("expert_set_id", "organs", "backbone_digest", "versions")
+    class VersionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    EXPERT_SET_ID_FIELD_NUMBER: _ClassVar[int]
+    ORGANS_FIELD_NUMBER: _ClassVar[int]
+    BACKBONE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    expert_set_id: str
+    organs: _containers.RepeatedScalarFieldContainer[str]
+    backbone_digest: str
+    versions: _containers.ScalarMap[str, str]
+    def __init__(self, expert_set_id: _Optional[str] = ..., organs: _Optional[_Iterable[str]] = ..., backbone_digest: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class ReplayState(_message.Message):
+    __slots__ = ("phase",)
+    class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        PHASE_UNSPECIFIED: _ClassVar[ReplayState.Phase]
+        PHASE_PREPARING: _ClassVar[ReplayState.Phase]
+        PHASE_READY: _ClassVar[ReplayState.Phase]
+    PHASE_UNSPECIFIED: ReplayState.Phase
+    PHASE_PREPARING: ReplayState.Phase
+    PHASE_READY: ReplayState.Phase
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    phase: ReplayState.Phase
+    def __init__(self, phase: _Optional[_Union[ReplayState.Phase, str]] = ...) -> None: ...
+
+class ReplayedRequest(_message.Message):
+    __slots__ = ("expert_set_id",)
+    EXPERT_SET_ID_FIELD_NUMBER: _ClassVar[int]
+    expert_set_id: str
+    def __init__(self, expert_set_id: _Optional[str] = ...) -> None: ...
+
+class ReplayedResponse(_message.Message):
+    __slots__ = ("expert_set",)
+    EXPERT_SET_FIELD_NUMBER: _ClassVar[int]
+    expert_set: ExpertSet
+    def __init__(self, expert_set: _Optional[_Union[ExpertSet, _Mapping]] = ...) -> None: ...

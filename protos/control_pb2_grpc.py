@@ -97,6 +97,11 @@ class ExpertControlStub(object):
                 request_serializer=protos_dot_control__pb2.WatchRequest.SerializeToString,
                 response_deserializer=protos_dot_control__pb2.ControlState.FromString,
                 _registered_method=True)
+        self.Replay = channel.unary_stream(
+                '/echovlm.v1.ExpertControl/Replay',
+                request_serializer=protos_dot_control__pb2.ReplayRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.ReplayState.FromString,
+                _registered_method=True)
 
 
 class ExpertControlServicer(object):
@@ -191,6 +196,17 @@ class ExpertControlServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Replay(self, request, context):
+        """Makes a past expert set answer again, beside the live one, for as long as the call lasts: until the caller ends it,
+        or for rollouts.max_replay_s. The last message before that says that requests may name the set. Changes nothing of
+        what other requests get. NOT_FOUND: this deployment never served the set. FAILED_PRECONDITION: a bundle of it is
+        gone, damaged or not admitted, or it is of another backbone. RESOURCE_EXHAUSTED: there is no room beside the live
+        set, or too many wait already.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ExpertControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -253,6 +269,11 @@ def add_ExpertControlServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=protos_dot_control__pb2.WatchRequest.FromString,
                     response_serializer=protos_dot_control__pb2.ControlState.SerializeToString,
+            ),
+            'Replay': grpc.unary_stream_rpc_method_handler(
+                    servicer.Replay,
+                    request_deserializer=protos_dot_control__pb2.ReplayRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.ReplayState.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -592,6 +613,33 @@ class ExpertControl(object):
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def Replay(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/echovlm.v1.ExpertControl/Replay',
+            protos_dot_control__pb2.ReplayRequest.SerializeToString,
+            protos_dot_control__pb2.ReplayState.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class RolloutFeedStub(object):
     """For the system's own Routers and gateways.
@@ -617,6 +665,11 @@ class RolloutFeedStub(object):
                 '/echovlm.v1.RolloutFeed/Report',
                 request_serializer=protos_dot_control__pb2.ReportRequest.SerializeToString,
                 response_deserializer=protos_dot_control__pb2.ReportResponse.FromString,
+                _registered_method=True)
+        self.Replayed = channel.unary_unary(
+                '/echovlm.v1.RolloutFeed/Replayed',
+                request_serializer=protos_dot_control__pb2.ReplayedRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.ReplayedResponse.FromString,
                 _registered_method=True)
 
 
@@ -645,6 +698,13 @@ class RolloutFeedServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Replayed(self, request, context):
+        """A set that is not in the policy, while somebody replays an answer of it; otherwise NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RolloutFeedServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -662,6 +722,11 @@ def add_RolloutFeedServicer_to_server(servicer, server):
                     servicer.Report,
                     request_deserializer=protos_dot_control__pb2.ReportRequest.FromString,
                     response_serializer=protos_dot_control__pb2.ReportResponse.SerializeToString,
+            ),
+            'Replayed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Replayed,
+                    request_deserializer=protos_dot_control__pb2.ReplayedRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.ReplayedResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -746,6 +811,33 @@ class RolloutFeed(object):
             '/echovlm.v1.RolloutFeed/Report',
             protos_dot_control__pb2.ReportRequest.SerializeToString,
             protos_dot_control__pb2.ReportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Replayed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/echovlm.v1.RolloutFeed/Replayed',
+            protos_dot_control__pb2.ReplayedRequest.SerializeToString,
+            protos_dot_control__pb2.ReplayedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos import router_pb2 as protos_dot_router__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/echovlm.proto\x12\nechovlm.v1\x1a\x13protos/router.proto\"\x1c\n\tImageFile\x12\x0f\n\x07\x63ontent\x18\x01 \x01(\x0c\"\x83\x02\n\x0fGenerateRequest\x12\x1e\n\x04task\x18\x01 \x01(\x0e\x32\x10.echovlm.v1.Task\x12&\n\x08language\x18\x02 \x01(\x0e\x32\x14.echovlm.v1.Language\x12\x0e\n\x06prompt\x18\x03 \x01(\t\x12%\n\x06images\x18\x04 \x03(\x0b\x32\x15.echovlm.v1.ImageFile\x12\x0e\n\x06organs\x18\x05 \x03(\t\x12&\n\x08sampling\x18\x06 \x01(\x0b\x32\x14.echovlm.v1.Sampling\x12\x16\n\x0emax_new_tokens\x18\x07 \x01(\r\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x13\n\x0bsession_key\x18\t \x01(\t\"N\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12,\n\x07summary\x18\x02 \x01(\x0b\x32\x1b.echovlm.v1.GenerateSummary\"\x89\x01\n\rGenerateEvent\x12/\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1b.echovlm.v1.RequestAcceptedH\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12.\n\x07summary\x18\x03 \x01(\x0b\x32\x1b.echovlm.v1.GenerateSummaryH\x00\x42\x07\n\x05\x65vent\"O\n\x0fRequestAccepted\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rvisual_tokens\x18\x02 \x01(\r\x12\x0e\n\x06\x66rames\x18\x03 \x03(\r\"\xc5\x01\n\x0fGenerateSummary\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12/\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x18.echovlm.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x04 \x01(\r\x12*\n\nprovenance\x18\x05 \x01(\x0b\x32\x16.echovlm.v1.Provenance\x12\x0f\n\x07notices\x18\x06 \x03(\t\"\x15\n\x13GetModelInfoRequest\"\xd1\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x17\n\x0f\x62\x61\x63kbone_digest\x18\x03 \x01(\t\x12\x15\n\rexpert_set_id\x18\x04 \x01(\t\x12%\n\x06organs\x18\x05 \x03(\x0b\x32\x15.echovlm.v1.OrganInfo\x12\"\n\x06limits\x18\x06 \x01(\x0b\x32\x12.echovlm.v1.Limits\x12\x15\n\rdefault_organ\x18\x07 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x08 \x01(\t\"^\n\tOrganInfo\x12\r\n\x05organ\x18\x01 \x01(\t\x12\x16\n\x0e\x62undle_version\x18\x02 \x01(\t\x12\x15\n\rbundle_digest\x18\x03 \x01(\t\x12\x13\n\x0bnum_experts\x18\x04 \x01(\r\"\x96\x01\n\x06Limits\x12\x12\n\nmax_images\x18\x01 \x01(\r\x12\x17\n\x0fmax_image_bytes\x18\x02 \x01(\x04\x12\x18\n\x10max_image_pixels\x18\x03 \x01(\x04\x12\x12\n\nmax_frames\x18\x04 \x01(\r\x12\x19\n\x11max_prompt_tokens\x18\x05 \x01(\r\x12\x16\n\x0emax_new_tokens\x18\x06 \x01(\r*\x89\x01\n\x04Task\x12\x14\n\x10TASK_UNSPECIFIED\x10\x00\x12\x0f\n\x0bTASK_REPORT\x10\x01\x12\x11\n\rTASK_FINDINGS\x10\x02\x12\x13\n\x0fTASK_IMPRESSION\x10\x03\x12\x12\n\x0eTASK_DIAGNOSIS\x10\x04\x12\x10\n\x0cTASK_CAPTION\x10\x05\x12\x0c\n\x08TASK_VQA\x10\x06*P\n\x08Language\x12\x18\n\x14LANGUAGE_UNSPECIFIED\x10\x00\x12\x14\n\x10LANGUAGE_ENGLISH\x10\x01\x12\x14\n\x10LANGUAGE_CHINESE\x10\x02\x32\xe4\x01\n\x07\x45\x63hoVLM\x12\x45\n\x08Generate\x12\x1b.echovlm.v1.GenerateRequest\x1a\x1c.echovlm.v1.GenerateResponse\x12J\n\x0eGenerateStream\x12\x1b.echovlm.v1.GenerateRequest\x1a\x19.echovlm.v1.GenerateEvent0\x01\x12\x46\n\x0cGetModelInfo\x12\x1f.echovlm.v1.GetModelInfoRequest\x1a\x15.echovlm.v1.ModelInfoB@\n\nechovlm.v1B\x0c\x45\x63hovlmProtoP\x01Z\x15\x65\x63hovlm-ray/echovlmv1\xaa\x02\nEchovlm.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/echovlm.proto\x12\nechovlm.v1\x1a\x13protos/router.proto\"\x1c\n\tImageFile\x12\x0f\n\x07\x63ontent\x18\x01 \x01(\x0c\"\xc5\x02\n\x0fGenerateRequest\x12\x1e\n\x04task\x18\x01 \x01(\x0e\x32\x10.echovlm.v1.Task\x12&\n\x08language\x18\x02 \x01(\x0e\x32\x14.echovlm.v1.Language\x12\x0e\n\x06prompt\x18\x03 \x01(\t\x12%\n\x06images\x18\x04 \x03(\x0b\x32\x15.echovlm.v1.ImageFile\x12\x0e\n\x06organs\x18\x05 \x03(\t\x12&\n\x08sampling\x18\x06 \x01(\x0b\x32\x14.echovlm.v1.Sampling\x12\x16\n\x0emax_new_tokens\x18\x07 \x01(\r\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x13\n\x0bsession_key\x18\t \x01(\t\x12\x15\n\rexpert_set_id\x18\n \x01(\t\x12\x12\n\nfor_replay\x18\x0b \x01(\x08\x12\x15\n\rprompt_digest\x18\x0c \x01(\t\"N\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12,\n\x07summary\x18\x02 \x01(\x0b\x32\x1b.echovlm.v1.GenerateSummary\"\x89\x01\n\rGenerateEvent\x12/\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1b.echovlm.v1.RequestAcceptedH\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12.\n\x07summary\x18\x03 \x01(\x0b\x32\x1b.echovlm.v1.GenerateSummaryH\x00\x42\x07\n\x05\x65vent\"O\n\x0fRequestAccepted\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rvisual_tokens\x18\x02 \x01(\r\x12\x0e\n\x06\x66rames\x18\x03 \x03(\r\"\xef\x01\n\x0fGenerateSummary\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12/\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x18.echovlm.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x04 \x01(\r\x12*\n\nprovenance\x18\x05 \x01(\x0b\x32\x16.echovlm.v1.Provenance\x12\x0f\n\x07notices\x18\x06 \x03(\t\x12\x11\n\ttoken_ids\x18\x07 \x03(\r\x12\x15\n\rprompt_digest\x18\x08 \x01(\t\"\x15\n\x13GetModelInfoRequest\"\xd1\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x17\n\x0f\x62\x61\x63kbone_digest\x18\x03 \x01(\t\x12\x15\n\rexpert_set_id\x18\x04 \x01(\t\x12%\n\x06organs\x18\x05 \x03(\x0b\x32\x15.echovlm.v1.OrganInfo\x12\"\n\x06limits\x18\x06 \x01(\x0b\x32\x12.echovlm.v1.Limits\x12\x15\n\rdefault_organ\x18\x07 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x08 \x01(\t\"^\n\tOrganInfo\x12\r\n\x05organ\x18\x01 \x01(\t\x12\x16\n\x0e\x62undle_version\x18\x02 \x01(\t\x12\x15\n\rbundle_digest\x18\x03 \x01(\t\x12\x13\n\x0bnum_experts\x18\x04 \x01(\r\"\x96\x01\n\x06Limits\x12\x12\n\nmax_images\x18\x01 \x01(\r\x12\x17\n\x0fmax_image_bytes\x18\x02 \x01(\x04\x12\x18\n\x10max_image_pixels\x18\x03 \x01(\x04\x12\x12\n\nmax_frames\x18\x04 \x01(\r\x12\x19\n\x11max_prompt_tokens\x18\x05 \x01(\r\x12\x16\n\x0emax_new_tokens\x18\x06 \x01(\r*\x89\x01\n\x04Task\x12\x14\n\x10TASK_UNSPECIFIED\x10\x00\x12\x0f\n\x0bTASK_REPORT\x10\x01\x12\x11\n\rTASK_FINDINGS\x10\x02\x12\x13\n\x0fTASK_IMPRESSION\x10\x03\x12\x12\n\x0eTASK_DIAGNOSIS\x10\x04\x12\x10\n\x0cTASK_CAPTION\x10\x05\x12\x0c\n\x08TASK_VQA\x10\x06*P\n\x08Language\x12\x18\n\x14LANGUAGE_UNSPECIFIED\x10\x00\x12\x14\n\x10LANGUAGE_ENGLISH\x10\x01\x12\x14\n\x10LANGUAGE_CHINESE\x10\x02\x32\xe4\x01\n\x07\x45\x63hoVLM\x12\x45\n\x08Generate\x12\x1b.echovlm.v1.GenerateRequest\x1a\x1c.echovlm.v1.GenerateResponse\x12J\n\x0eGenerateStream\x12\x1b.echovlm.v1.GenerateRequest\x1a\x19.echovlm.v1.GenerateEvent0\x01\x12\x46\n\x0cGetModelInfo\x12\x1f.echovlm.v1.GetModelInfoRequest\x1a\x15.echovlm.v1.ModelInfoB@\n\nechovlm.v1B\x0c\x45\x63hovlmProtoP\x01Z\x15\x65\x63hovlm-ray/echovlmv1\xaa\x02\nEchovlm.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,30 +33,30 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.echovlm_pb2', _globa
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\nechovlm.v1B\014EchovlmProtoP\001Z\025echovlm-ray/echovlmv1\252\002\nEchovlm.V1'
-  _globals['_TASK']._serialized_start=1335
-  _globals['_TASK']._serialized_end=1472
-  _globals['_LANGUAGE']._serialized_start=1474
-  _globals['_LANGUAGE']._serialized_end=1554
+  _globals['_TASK']._serialized_start=1443
+  _globals['_TASK']._serialized_end=1580
+  _globals['_LANGUAGE']._serialized_start=1582
+  _globals['_LANGUAGE']._serialized_end=1662
   _globals['_IMAGEFILE']._serialized_start=57
   _globals['_IMAGEFILE']._serialized_end=85
   _globals['_GENERATEREQUEST']._serialized_start=88
-  _globals['_GENERATEREQUEST']._serialized_end=347
-  _globals['_GENERATERESPONSE']._serialized_start=349
-  _globals['_GENERATERESPONSE']._serialized_end=427
-  _globals['_GENERATEEVENT']._serialized_start=430
-  _globals['_GENERATEEVENT']._serialized_end=567
-  _globals['_REQUESTACCEPTED']._serialized_start=569
-  _globals['_REQUESTACCEPTED']._serialized_end=648
-  _globals['_GENERATESUMMARY']._serialized_start=651
-  _globals['_GENERATESUMMARY']._serialized_end=848
-  _globals['_GETMODELINFOREQUEST']._serialized_start=850
-  _globals['_GETMODELINFOREQUEST']._serialized_end=871
-  _globals['_MODELINFO']._serialized_start=874
-  _globals['_MODELINFO']._serialized_end=1083
-  _globals['_ORGANINFO']._serialized_start=1085
-  _globals['_ORGANINFO']._serialized_end=1179
-  _globals['_LIMITS']._serialized_start=1182
-  _globals['_LIMITS']._serialized_end=1332
-  _globals['_ECHOVLM']._serialized_start=1557
-  _globals['_ECHOVLM']._serialized_end=1785
+  _globals['_GENERATEREQUEST']._serialized_end=413
+  _globals['_GENERATERESPONSE']._serialized_start=415
+  _globals['_GENERATERESPONSE']._serialized_end=493
+  _globals['_GENERATEEVENT']._serialized_start=496
+  _globals['_GENERATEEVENT']._serialized_end=633
+  _globals['_REQUESTACCEPTED']._serialized_start=635
+  _globals['_REQUESTACCEPTED']._serialized_end=714
+  _globals['_GENERATESUMMARY']._serialized_start=717
+  _globals['_GENERATESUMMARY']._serialized_end=956
+  _globals['_GETMODELINFOREQUEST']._serialized_start=958
+  _globals['_GETMODELINFOREQUEST']._serialized_end=979
+  _globals['_MODELINFO']._serialized_start=982
+  _globals['_MODELINFO']._serialized_end=1191
+  _globals['_ORGANINFO']._serialized_start=1193
+  _globals['_ORGANINFO']._serialized_end=1287
+  _globals['_LIMITS']._serialized_start=1290
+  _globals['_LIMITS']._serialized_end=1440
+  _globals['_ECHOVLM']._serialized_start=1665
+  _globals['_ECHOVLM']._serialized_end=1893
 # @@protoc_insertion_point(module_scope)

@@ -41,7 +41,7 @@ class ImageFile(_message.Message):
     def __init__(self, content: _Optional[bytes] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("task", "language", "prompt", "images", "organs", "sampling", "max_new_tokens", "stop", "session_key")
+    __slots__ = ("task", "language", "prompt", "images", "organs", "sampling", "max_new_tokens", "stop", "session_key", "expert_set_id", "for_replay", "prompt_digest")
     TASK_FIELD_NUMBER: _ClassVar[int]
     LANGUAGE_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -51,6 +51,9 @@ class GenerateRequest(_message.Message):
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     SESSION_KEY_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_SET_ID_FIELD_NUMBER: _ClassVar[int]
+    FOR_REPLAY_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     task: Task
     language: Language
     prompt: str
@@ -60,7 +63,10 @@ class GenerateRequest(_message.Message):
     max_new_tokens: int
     stop: _containers.RepeatedScalarFieldContainer[str]
     session_key: str
-    def __init__(self, task: _Optional[_Union[Task, str]] = ..., language: _Optional[_Union[Language, str]] = ..., prompt: _Optional[str] = ..., images: _Optional[_Iterable[_Union[ImageFile, _Mapping]]] = ..., organs: _Optional[_Iterable[str]] = ..., sampling: _Optional[_Union[_router_pb2.Sampling, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., session_key: _Optional[str] = ...) -> None: ...
+    expert_set_id: str
+    for_replay: bool
+    prompt_digest: str
+    def __init__(self, task: _Optional[_Union[Task, str]] = ..., language: _Optional[_Union[Language, str]] = ..., prompt: _Optional[str] = ..., images: _Optional[_Iterable[_Union[ImageFile, _Mapping]]] = ..., organs: _Optional[_Iterable[str]] = ..., sampling: _Optional[_Union[_router_pb2.Sampling, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., session_key: _Optional[str] = ..., expert_set_id: _Optional[str] = ..., for_replay: bool = ..., prompt_digest: _Optional[str] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("text", "summary")
@@ -91,20 +97,24 @@ class RequestAccepted(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., visual_tokens: _Optional[int] = ..., frames: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class GenerateSummary(_message.Message):
-    __slots__ = ("request_id", "finish_reason", "prompt_tokens", "completion_tokens", "provenance", "notices")
+    __slots__ = ("request_id", "finish_reason", "prompt_tokens", "completion_tokens", "provenance", "notices", "token_ids", "prompt_digest")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROVENANCE_FIELD_NUMBER: _ClassVar[int]
     NOTICES_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     finish_reason: _router_pb2.FinishReason
     prompt_tokens: int
     completion_tokens: int
     provenance: _router_pb2.Provenance
     notices: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, request_id: _Optional[str] = ..., finish_reason: _Optional[_Union[_router_pb2.FinishReason, str]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., provenance: _Optional[_Union[_router_pb2.Provenance, _Mapping]] = ..., notices: _Optional[_Iterable[str]] = ...) -> None: ...
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    prompt_digest: str
+    def __init__(self, request_id: _Optional[str] = ..., finish_reason: _Optional[_Union[_router_pb2.FinishReason, str]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., provenance: _Optional[_Union[_router_pb2.Provenance, _Mapping]] = ..., notices: _Optional[_Iterable[str]] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_digest: _Optional[str] = ...) -> None: ...
 
 class GetModelInfoRequest(_message.Message):
     __slots__ = ()

@@ -70,6 +70,40 @@ class UnknownRolloutError(LookupError):
     """There is no such rollout or version. The text names what there is."""
 
 
+class UnknownExpertSetError(LookupError):
+    """No request of this deployment ever got this expert set."""
+
+    def __init__(self, expert_set_id: str) -> None:
+        """Names the set."""
+        super().__init__(
+            f"this deployment never served the expert set {expert_set_id[:64]!r}: check the id, and that this is the "
+            "system that gave the answer. Sets that were replaced before the system kept their composition are not "
+            "known either"
+        )
+
+
+class ExpertSetNotServedError(ValueError):
+    """A request named an expert set that no request gets now. The text says how to bring it back."""
+
+    def __init__(self, expert_set_id: str) -> None:
+        """Names the set."""
+        super().__init__(
+            f"the expert set {expert_set_id[:12]}… is not among those that are served now: to compute a past answer "
+            "again, save its request with `echoray generate --save-request` and use `echoray experts replay`"
+        )
+
+
+class ReplayRefusedError(ValueError):
+    """A past expert set cannot answer again. The text names the organ, the version and the reason."""
+
+    def __init__(self, organ: str, version: str, reason: str) -> None:
+        """Says which bundle of the set cannot be used, and why."""
+        super().__init__(f"the answer cannot be computed again: {organ} {version} {reason}")
+        self.organ = organ
+        self.version = version
+        self.reason = reason
+
+
 class InvalidRolloutRequestError(ValueError):
     """What was asked of a rollout makes no sense in itself, for example a percentage of 300."""
 

@@ -6,6 +6,7 @@ from echovlm_ray.cli.experts_backup import backup, restore
 from echovlm_ray.cli.experts_bundles import diff, pack, show, sign, verify
 from echovlm_ray.cli.experts_history import history
 from echovlm_ray.cli.experts_registry import list_command, pull, push
+from echovlm_ray.cli.experts_replay import replay
 from echovlm_ray.cli.experts_rollouts import apply, canary, promote, retire, rollback, shadow, stage
 from echovlm_ray.cli.experts_watch import watch
 
@@ -33,6 +34,7 @@ app.command("rollback", rich_help_panel=ROLLOUTS)(rollback)
 app.command("retire", rich_help_panel=ROLLOUTS)(retire)
 app.command("apply", rich_help_panel=ROLLOUTS)(apply)
 app.command("history", rich_help_panel=ROLLOUTS)(history)
+app.command("replay", rich_help_panel=ROLLOUTS)(replay)
 STATE = "State of the rollouts, on the machine of its database"
 app.command("backup", rich_help_panel=STATE)(backup)
 app.command("restore", rich_help_panel=STATE)(restore)

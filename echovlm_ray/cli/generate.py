@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import secrets
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from rich.status import Status
 
 from echovlm_ray.cli.credentials import Authority, Certificate, Key, TokenFile, tls_of, token_of
 from echovlm_ray.cli.interruptible import interruptible
+from echovlm_ray.cli.saved_request import check_place, saved_request, write_request
 from echovlm_ray.cli.tables import Listing
 from echovlm_ray.cli.terminal import console_of, line, name_of, say_json, styled, visible
 from echovlm_ray.cli.work import finite
@@ -37,7 +39,7 @@ from echovlm_ray.client import (
     UnavailableError,
 )
 from echovlm_ray.client.connection import DEFAULT_ADDRESS
-from echovlm_ray.client.request import GenerateOptions, Image, Language, Task
+from echovlm_ray.client.request import GenerateOptions, Image, Language, Task, read_images
 
 EXIT_FAILED = 1
 EXIT_INVALID = 2
@@ -80,6 +82,12 @@ def generate(
     session: Annotated[
         str, typer.Option(help="Requests of one session get the same experts while a version is tried on some of them.")
     ] = "",
+    expert_set: Annotated[
+        str, typer.Option(help="Have the expert set of this id answer, if it is served now; see `experts replay`.")
+    ] = "",
+    save_request: Annotated[
+        Path | None, typer.Option(help="Write what `experts replay` needs to this new file: request and tokens.")
+    ] = None,
     server: Server = DEFAULT_ADDRESS,
     token_file: TokenFile = None,
     ca: Authority = None,
@@ -108,23 +116,35 @@ def generate(
         "max_new_tokens": max_new_tokens,
         "stop": stop or [],
         "session_key": session,
+        "expert_set_id": expert_set,
+        "for_replay": save_request is not None,
     }
+    if save_request is not None and temperature > 0 and seed is None:
+        # Otherwise nobody could say what the same answer is.
+        options["seed"] = secrets.randbits(64)
     console = console_of(stderr=True)
     server = _gateway_of(name, server, console)
-    with _failures(console, server), _client(console, server, token_file, ca, certificate, key, timeout) as client:
+    with failures(console, server), _client(console, server, token_file, ca, certificate, key, timeout) as client:
         images = _read_stdin(files or [])
         if not images and not prompt.strip():
             raise ValueError("there is nothing to write about: name an image file, or give --prompt")
-        with client.stream(images, **options) as stream, interruptible(stream) as events:
+        if save_request is not None:
+            check_place(save_request)
+        # Read once: what is saved is what was sent.
+        contents = images if save_request is None else read_images(images)
+        with client.stream(contents, **options) as stream, interruptible(stream) as events:
             if as_json:
                 _print_json(stream, events)
             else:
                 _print_stream(stream, events, console, len(images))
+        if save_request is not None and stream.summary is not None:
+            record = saved_request(options, images, read_images(contents), stream.summary, save_request.parent)
+            write_request(save_request, record)
 
 
 def _gateway_of(name: str | None, server: str, console: Console) -> str:
     """The address, or that of the system of a name."""
-    with _failures(console, server):
+    with failures(console, server):
         if name is None:
             return server
         from echovlm_ray.cli.state import system_named
@@ -145,7 +165,7 @@ def info(
     """Shows what a gateway serves: the model, its organs with the versions of their experts, its limits."""
     console = console_of(stderr=True)
     server = _gateway_of(name, server, console)
-    with _failures(console, server), _client(console, server, token_file, ca, certificate, key, timeout) as client:
+    with failures(console, server), _client(console, server, token_file, ca, certificate, key, timeout) as client:
         found = client.model_info()
         if as_json:
             say_json(dataclasses.asdict(found), indent=2)
@@ -261,7 +281,7 @@ def _print_info(found: ModelInfo, console: Console) -> None:
 
 
 @contextmanager
-def _failures(console: Console, server: str) -> Iterator[None]:
+def failures(console: Console, server: str) -> Iterator[None]:
     """One line and one exit code for each way to fail; the request is cancelled by the stream's own block."""
     try:
         yield

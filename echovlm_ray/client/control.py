@@ -10,17 +10,18 @@
 Messages are those of protos/control.proto; what can go wrong is an `EchoVLMError`, as with the other clients.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import grpc
 
-from echovlm_ray.client.arguments import message, timeout
+from echovlm_ray.client.arguments import message, text, texts, timeout
 from echovlm_ray.client.bundle_upload import open_upload
 from echovlm_ray.client.connection import TLS, call_metadata, channel_options, check_connection
 from echovlm_ray.client.errors import from_rpc_error
+from echovlm_ray.client.held_set import HeldSet
 from protos import control_pb2, control_pb2_grpc
 
 DEFAULT_CONTROL = "127.0.0.1:50052"
@@ -290,6 +291,33 @@ class ExpertControlClient:
             raise from_rpc_error(error, self.address, request_id, service="Control") from None
         finally:
             call.cancel()
+
+    def replay(
+        self,
+        expert_set_id: str,
+        *,
+        organs: Sequence[str] = (),
+        backbone_digest: str = "",
+        versions: Mapping[str, str] | None = None,
+    ) -> HeldSet:
+        """Makes a past expert set answer until the `with` block of what comes back ends.
+
+        Args:
+            expert_set_id: as the answer's provenance has it.
+            organs: the organs that the answer used; empty loads all of the set.
+            backbone_digest: of the answer; another one is refused.
+            versions: bundle digest → version, as the answer said it; for texts.
+        """
+        request_id, metadata = call_metadata(self._token, None)
+        request = control_pb2.ReplayRequest(
+            expert_set_id=text("expert_set_id", expert_set_id),
+            organs=texts("organs", organs),
+            backbone_digest=text("backbone_digest", backbone_digest),
+            versions={
+                text("versions", digest): text("versions", version) for digest, version in (versions or {}).items()
+            },
+        )
+        return HeldSet(self._stub.Replay(request, metadata=metadata), self.address, request_id)
 
     def close(self) -> None:
         """Closes the connection; calls under way are cancelled."""

@@ -63,6 +63,12 @@ class GenerateOptions(TypedDict, total=False):
     # While a new version of an organ's experts answers a part of the requests, all with the same key get the same
     # experts: a key for a patient's visit, that tells nobody who it is. Empty: every request for itself.
     session_key: str
+    # The id of the expert set that shall answer, as an answer's provenance has it; empty: the one that is served.
+    expert_set_id: str
+    # Whether the summary shall say the answer's tokens and the prompt's digest, by which a replay is compared.
+    for_replay: bool
+    # The prompt's digest as an earlier answer had it: refused if the request becomes another prompt now.
+    prompt_digest: str
 
 
 def build_request(
@@ -80,6 +86,9 @@ def build_request(
     max_new_tokens: int | None = None,
     stop: Sequence[str] = (),
     session_key: str = "",
+    expert_set_id: str = "",
+    for_replay: bool = False,
+    prompt_digest: str = "",
 ) -> echovlm_pb2.GenerateRequest:
     """The message of one request; options are those of `GenerateOptions`.
 
@@ -95,6 +104,8 @@ def build_request(
         raise invalid("prompt", f"is empty, and the task {task!r} asks nothing without it: give a prompt")
     if max_new_tokens is not None and integer("max_new_tokens", max_new_tokens, 0, MAX_UINT32) == 0:
         raise invalid("max_new_tokens", "is 0; ask for at least one token, or leave it out for the server's default")
+    if not isinstance(for_replay, bool):
+        raise invalid("for_replay", f"is a {type(for_replay).__name__}; give True or False")
     sampling = router_pb2.Sampling(
         temperature=number("sampling.temperature", temperature, 0, MAX_FLOAT32),
         top_k=integer("top_k", top_k, 0, MAX_UINT32),
@@ -113,6 +124,9 @@ def build_request(
         max_new_tokens=max_new_tokens or 0,
         stop=texts("stop", stop),
         session_key=text("session_key", session_key),
+        expert_set_id=text("expert_set_id", expert_set_id),
+        for_replay=for_replay,
+        prompt_digest=text("prompt_digest", prompt_digest),
     )
 
 

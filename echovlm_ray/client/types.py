@@ -93,6 +93,8 @@ class Summary:
         completion_tokens: tokens that the model made.
         provenance: which experts, of which version.
         notices: what the caller should know, for example that the organ was not known and the default was used.
+        token_ids: the answer's tokens, of a request with `for_replay`.
+        prompt_digest: SHA-256 of the prompt's tokens, of such a request.
     """
 
     request_id: str
@@ -101,6 +103,8 @@ class Summary:
     completion_tokens: int
     provenance: Provenance
     notices: tuple[str, ...]
+    token_ids: tuple[int, ...] = ()
+    prompt_digest: str = ""
 
     @classmethod
     def from_proto(cls, message: echovlm_pb2.GenerateSummary) -> Self:
@@ -112,6 +116,8 @@ class Summary:
             completion_tokens=message.completion_tokens,
             provenance=Provenance.from_proto(message.provenance),
             notices=tuple(message.notices),
+            token_ids=tuple(message.token_ids),
+            prompt_digest=message.prompt_digest,
         )
 
 

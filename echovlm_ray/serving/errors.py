@@ -19,6 +19,7 @@ from echovlm_ray.errors import (
     InvalidRequestError,
     OverloadedError,
     PartUnavailableError,
+    PromptChangedError,
     ShuttingDownError,
     TextUnavailableError,
     UnauthenticatedError,
@@ -36,17 +37,20 @@ from experts.errors import (
     UnknownBundleError,
 )
 from router.errors import (
+    ExpertSetNotServedError,
     ExpertsFailedError,
     ExpertsUnavailableError,
     ExpertsUnusableError,
     InvalidRolloutRequestError,
     OrganInCanaryError,
     OrganPendingError,
+    ReplayRefusedError,
     RolloutDatabaseError,
     RolloutDatabaseFullError,
     RolloutDatabaseUnavailableError,
     RolloutStateError,
     TooManyOrgansError,
+    UnknownExpertSetError,
     UnknownOrganError,
     UnknownRolloutError,
 )
@@ -142,6 +146,19 @@ def _organ_in_canary(error: OrganInCanaryError) -> status_pb2.Status:
     return _status(code_pb2.FAILED_PRECONDITION, str(error), details)
 
 
+def _expert_set_not_served(error: ExpertSetNotServedError) -> status_pb2.Status:
+    return _status(code_pb2.FAILED_PRECONDITION, str(error), [_error_info("EXPERT_SET_NOT_SERVED")])
+
+
+def _replay_refused(error: ReplayRefusedError) -> status_pb2.Status:
+    details = [_error_info("REPLAY_REFUSED", organ=error.organ, version=error.version, why=error.reason)]
+    return _status(code_pb2.FAILED_PRECONDITION, str(error), details)
+
+
+def _prompt_changed(error: PromptChangedError) -> status_pb2.Status:
+    return _status(code_pb2.FAILED_PRECONDITION, str(error), [_error_info("PROMPT_CHANGED")])
+
+
 def _part_unavailable(error: PartUnavailableError) -> status_pb2.Status:
     details = [_retry_info(error.retry_after_s), _error_info("PART_UNAVAILABLE", part=error.part)]
     return _status(code_pb2.UNAVAILABLE, str(error), details)
@@ -195,6 +212,10 @@ _CONVERSIONS: tuple[tuple[type[BaseException], Callable[[Any], status_pb2.Status
     (UnknownOrganError, _plain(code_pb2.NOT_FOUND)),
     (OrganPendingError, _organ_pending),
     (OrganInCanaryError, _organ_in_canary),
+    (UnknownExpertSetError, _plain(code_pb2.NOT_FOUND)),
+    (ExpertSetNotServedError, _expert_set_not_served),
+    (ReplayRefusedError, _replay_refused),
+    (PromptChangedError, _prompt_changed),
     (UnknownBundleError, _plain(code_pb2.NOT_FOUND)),
     (UnknownRolloutError, _plain(code_pb2.NOT_FOUND)),
     (RolloutStateError, _plain(code_pb2.FAILED_PRECONDITION)),

@@ -15,6 +15,7 @@ from echovlm_ray.config import GatewaySection, RouterSection
 from echovlm_ray.errors import DeadlineError, InvalidRequestError, OverloadedError, TextUnavailableError
 from echovlm_ray.model.processing import EchoVLMProcessor, VisionPatches
 from echovlm_ray.prompts import Medium, build_messages
+from echovlm_ray.serving.prompt_identity import check_prompt, prompt_digest
 from echovlm_ray.serving.request_checks import CheckedRequest, check_request
 from echovlm_ray.serving.request_id import current_request_id, request_id_of
 from echovlm_ray.serving.router_client import RouterClient
@@ -259,6 +260,7 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
         media: list[Medium] = ["video" if item.is_video else "image" for item in vision]
         messages = build_messages(checked.task, checked.language, checked.prompt, media)
         input_ids = self._text_processor().encode_chat(messages, vision)
+        check_prompt(input_ids, checked.prompt_digest)
         visual_tokens = sum(item.num_tokens for item in vision)
         if len(input_ids) > self._limits.max_prompt_tokens:
             raise InvalidRequestError(
@@ -276,6 +278,7 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
             max_new_tokens=checked.max_new_tokens,
             session_key=checked.session_key,
             policy_version=self._describe().policy_version,
+            expert_set_id=checked.expert_set_id,
         )
         accepted = echovlm_pb2.RequestAccepted(
             prompt_tokens=len(input_ids),
@@ -292,11 +295,15 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
     ) -> AsyncGenerator[echovlm_pb2.GenerateEvent, None]:
         """Turns the router's tokens into text events, then sends the summary."""
         summary = echovlm_pb2.GenerateSummary(request_id=request_id, prompt_tokens=prepared.accepted.prompt_tokens)
+        if checked.for_replay:
+            summary.prompt_digest = prompt_digest(prepared.router_request.input_ids)
         characters, stop = Detokenizer(self._text_processor().decode), StopStrings(checked.stop)
         messages = self._router.generate(prepared.router_request, deadline=deadline, request_id=request_id)
         async with aclosing(messages):
             async for message in messages:
                 summary.completion_tokens += len(message.token_ids)
+                if checked.for_replay:
+                    summary.token_ids.extend(message.token_ids)
                 if message.HasField("provenance"):
                     summary.provenance.CopyFrom(message.provenance)
                 if message.HasField("summary"):

@@ -30,6 +30,7 @@ ENDLESS = frozenset(
         "/grpc.health.v1.Health/Watch",
         "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
         "/echovlm.v1.ExpertControl/Watch",
+        "/echovlm.v1.ExpertControl/Replay",
         "/echovlm.v1.RolloutFeed/WatchPolicy",
         "/echovlm.v1.ExpertGroup/Forward",
     }

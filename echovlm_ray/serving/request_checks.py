@@ -1,6 +1,7 @@
 """What a `GenerateRequest` must be, checked field by field before anything is decoded."""
 
 import math
+import re
 from dataclasses import dataclass
 
 from echovlm_ray.config import GatewaySection, RouterSection
@@ -31,6 +32,9 @@ MAX_SESSION_KEY_CHARACTERS = 256
 PROMPT_CHARACTERS_PER_TOKEN = 32
 
 
+_SHA_256 = re.compile(r"[0-9a-f]{64}")
+
+
 @dataclass(frozen=True, slots=True)
 class CheckedRequest:
     """What is asked, in the terms of `echovlm_ray.prompts`, defaults filled in."""
@@ -42,6 +46,9 @@ class CheckedRequest:
     max_new_tokens: int
     stop: tuple[str, ...]
     session_key: str
+    expert_set_id: str
+    prompt_digest: str
+    for_replay: bool
 
 
 def check_request(
@@ -66,6 +73,9 @@ def check_request(
     _check_strings(request)
     check_sampling(request.sampling)
     check_session_key(request.session_key)
+    check_expert_set_id(request.expert_set_id, may_be_empty=True)
+    if request.prompt_digest and not _SHA_256.fullmatch(request.prompt_digest):
+        raise InvalidRequestError("prompt_digest", "must be 64 lower-case hexadecimal digits, as an answer has it")
     if request.max_new_tokens > router.max_new_tokens:
         raise InvalidRequestError(
             "max_new_tokens",
@@ -80,6 +90,9 @@ def check_request(
         max_new_tokens=request.max_new_tokens or gateway.default_new_tokens,
         stop=tuple(request.stop),
         session_key=request.session_key,
+        expert_set_id=request.expert_set_id,
+        prompt_digest=request.prompt_digest,
+        for_replay=request.for_replay,
     )
 
 
@@ -107,6 +120,20 @@ def check_session_key(session_key: str) -> None:
         raise InvalidRequestError(
             "session_key",
             f"has {len(session_key)} characters; at most {MAX_SESSION_KEY_CHARACTERS} are allowed: send a digest of it",
+        )
+
+
+def check_expert_set_id(expert_set_id: str, *, may_be_empty: bool = False) -> None:
+    """Refuses what cannot be a set's id.
+
+    Raises:
+        InvalidRequestError: it is not the 64 hexadecimal digits of a SHA-256.
+    """
+    if may_be_empty and not expert_set_id:
+        return
+    if not _SHA_256.fullmatch(expert_set_id):
+        raise InvalidRequestError(
+            "expert_set_id", "must be 64 lower-case hexadecimal digits: the whole id, as `generate --json` shows it"
         )
 
 

@@ -18,6 +18,7 @@ from router.rollouts.fleet import Fleet, ReplicaLostError, Verifier
 from router.rollouts.fleet_view import FleetObserver, OrganView
 from router.rollouts.health import HealthMonitor
 from router.rollouts.judge import judge
+from router.rollouts.leases import Leases
 from router.rollouts.moments import Moments
 from router.rollouts.outcome import listed, words
 from router.rollouts.promoted import PromotionWatch, other_versions, watch_s
@@ -49,8 +50,9 @@ class RolloutController:
         verifier: Verifier,
         settings: RolloutSettings,
         monitor: HealthMonitor,
+        leases: Leases | None = None,
     ) -> None:
-        """Takes all that it works with; starts nothing."""
+        """Takes all that it works with; starts nothing. Without `leases`, no past set is ever held."""
         self._store = store
         self._fleet = fleet
         self._verifier = verifier
@@ -64,7 +66,8 @@ class RolloutController:
         self._thread: threading.Thread | None = None
         self._calls = Background(settings.max_operations, self.wake)
         self._observer = FleetObserver(fleet, settings.status_timeout_s)
-        self._convergence = Convergence(fleet, self._calls, self._moments, self._clock, settings.warm_timeout_s)
+        leased = (leases or Leases()).digests
+        self._convergence = Convergence(fleet, self._calls, self._moments, self._clock, settings.warm_timeout_s, leased)
         self._promoted = PromotionWatch(store, monitor, self._moments, settings)
         self._waits: Mapping[str, str] = {}
         self._verifying_since: dict[str, float] = {}
@@ -82,6 +85,10 @@ class RolloutController:
     def is_spare(self, organ: str, digest: str) -> bool:
         """Whether a version stays in memory only to go back to, as of the last pass: no request uses it."""
         return (organ, digest) in self._convergence.spare
+
+    def unloading(self) -> set[tuple[str, str]]:
+        """(replica, digest) of the unloads under way; from any thread."""
+        return self._convergence.unloading()
 
     def load_failures(self) -> Mapping[tuple[str, str], str]:
         """(replica, digest) → why the last load of that bundle failed there, until one succeeds."""

@@ -62,6 +62,7 @@ class Convergence:
         moments: Moments,
         clock: Callable[[], float],
         default_timeout_s: float,
+        leased: Callable[[str], Collection[str]] = lambda organ: (),
     ) -> None:
         """Starts nothing.
 
@@ -71,12 +72,14 @@ class Convergence:
             moments: since when rollouts are in their states, by the clock.
             clock: monotonic, in seconds.
             default_timeout_s: how long a load may take.
+            leased: organ → the bundles that replays hold; they are not unloaded, and are loaded elsewhere.
         """
         self._fleet = fleet
         self._operations = operations
         self._moments = moments
         self._clock = clock
         self._default_timeout_s = default_timeout_s
+        self._leased = leased
         self._draining: dict[Operation, bool] = {}
         self._pauses: dict[tuple[str, str], _Pause] = {}
         self._candidate_pauses: dict[str, float] = {}
@@ -134,7 +137,9 @@ class Convergence:
         self._forget_gone(snapshot, views)
         self._choose_kept(snapshot)
         extra = {
-            (organ, view.replica): sorted(set(view.residents.bytes_by_digest) - self._needed(snapshot, organ))
+            (organ, view.replica): sorted(
+                set(view.residents.bytes_by_digest) - self._needed(snapshot, organ) - set(self._leased(organ))
+            )
             for organ, organ_view in views.items()
             for view in organ_view.replicas
             if view.residents is not None
@@ -202,7 +207,9 @@ class Convergence:
                 return
             if replica.residents is None or replica.holds(candidate.digest) or replica.replica in unloading:
                 continue
-            draining = bool(extra[view.organ, replica.replica]) or replica.holds(self._kept_before.get(view.organ, ""))
+            # What replays hold goes, too: a candidate waits for it, and does not fail of it.
+            passing = {self._kept_before.get(view.organ, ""), *self._leased(view.organ)}
+            draining = bool(extra[view.organ, replica.replica]) or any(map(replica.holds, passing))
             if self._load(view.organ, replica, candidate.digest, self._time_left(candidate), draining):
                 running.add(replica.replica)
 

@@ -91,6 +91,19 @@ retired = Table(
     Column("retired_at", Double, nullable=False),
 )
 
+# Every set that some request may have got.
+expert_sets = Table(
+    "expert_sets",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("backbone_digest", String(128), nullable=False),
+    Column("routing", String(16), nullable=False),
+    # [organ, bundle digest] of each member in the set's order, as a JSON array.
+    Column("members", Text, nullable=False),
+    # Seconds since 1970.
+    Column("first_given_at", Double, nullable=False),
+)
+
 shadow_reports = Table(
     "shadow_reports",
     metadata,

@@ -100,5 +100,10 @@ class RolloutSettings(BaseModel):
     take_up_timeout_s: PositiveFloat = 5.0
     # When many replicas shall load at the same time, raise it: verifications, loads and unloads under way together.
     max_operations: PositiveInt = 32
+    # When more people compute past answers again at one time, raise it: replays that are held or wait, together.
+    max_replays: PositiveInt = 16
+    # When a replayed answer takes long to load and to compute, raise it: seconds after which a replay lets go of its
+    # experts in any case.
+    max_replay_s: PositiveFloat = 600.0
     # When a rolled-back stable version shall give way to older ones, this many of them are remembered per organ.
     max_previous: PositiveInt = 10

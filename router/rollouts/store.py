@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from router.errors import RolloutStateError
 from router.expert_set import ExpertSet
-from router.rollouts import history, shadow
+from router.rollouts import history, past_sets, shadow
 from router.rollouts.database import Database
 from router.rollouts.history import Entry, Head, Verification
 from router.rollouts.records import Rollout, Snapshot
@@ -40,6 +40,8 @@ class RolloutStore:
         with self.database.write() as connection:
             transaction = Transaction(connection, self.clock())
             yield transaction
+            if transaction.changed:
+                _remember_sets(transaction)
         if transaction.changed:
             with self._lock:
                 subscribers = list(self._subscribers)
@@ -78,6 +80,8 @@ class RolloutStore:
             if not transaction.adopted():
                 transaction.adopt(expert_set, actor)
                 return True
+            # A database from before sets were kept.
+            _remember_sets(transaction)
         self.check_belongs_to(expert_set)
         return False
 
@@ -104,6 +108,15 @@ class RolloutStore:
         """
         with self.read() as transaction:
             return transaction.snapshot()
+
+    def expert_set(self, expert_set_id: str) -> ExpertSet:
+        """A set that some request may have got, now or at any time before.
+
+        Raises:
+            UnknownExpertSetError: no request of this deployment ever got it.
+        """
+        with self.read() as transaction:
+            return past_sets.find(transaction.connection, expert_set_id)
 
     def policy(self) -> TrafficPolicy:
         """What Routers shall apply now.
@@ -164,3 +177,8 @@ class RolloutStore:
         with self.read() as transaction:
             transaction.rollout(rollout_id)
             return shadow.report_of(transaction.connection, rollout_id)
+
+
+def _remember_sets(transaction: Transaction) -> None:
+    if transaction.adopted():
+        past_sets.remember(transaction.connection, TrafficPolicy.of(transaction.snapshot()), transaction.now)

@@ -1,8 +1,9 @@
 """Which requests a candidate gets: sticky, uniform, and decided by every Router alike."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, combinations, islice
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -11,6 +12,9 @@ from experts.digest import digest_of
 from router.expert_set import ExpertSet, ExpertSetMember
 from router.rollouts.records import Snapshot
 from router.rollouts.settings import Mode
+
+# Ten canaries at one time; of more, the sets with most candidates are left out.
+MAX_GIVEN_SETS = 1024
 
 
 class CandidateTraffic(BaseModel):
@@ -135,6 +139,16 @@ def assign(
     expert_set = with_candidates(policy.stable, [candidate for candidate in chosen if candidate.mode == "canary"])
     shadows = [candidate for candidate in chosen if candidate.mode == "shadow"]
     return Assignment(expert_set, with_candidates(expert_set, shadows) if shadows else None)
+
+
+def given_sets(policy: TrafficPolicy) -> Iterator[ExpertSet]:
+    """The sets that requests may get under a policy: the stable one, then those with one canary, with two, and so on.
+
+    At most `MAX_GIVEN_SETS`.
+    """
+    canaries = [candidate for candidate in policy.candidates if candidate.mode == "canary"]
+    chosen = chain.from_iterable(combinations(canaries, count) for count in range(len(canaries) + 1))
+    return (with_candidates(policy.stable, candidates) for candidates in islice(chosen, MAX_GIVEN_SETS))
 
 
 def with_candidates(expert_set: ExpertSet, candidates: Iterable[CandidateTraffic]) -> ExpertSet:

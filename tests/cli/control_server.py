@@ -16,6 +16,8 @@ from echovlm_ray.serving.control.feed import RolloutFeedService
 from echovlm_ray.serving.control.operation_threads import operation_threads
 from echovlm_ray.serving.control.policies import PolicyPublisher
 from echovlm_ray.serving.control.push import PushReceiver
+from echovlm_ray.serving.control.replay_check import ReplayCheck
+from echovlm_ray.serving.control.replays import Replays
 from echovlm_ray.serving.control.service import ExpertControlService
 from echovlm_ray.serving.control.state import StateReader, StateWatch
 from echovlm_ray.serving.control.take_up import TakeUp
@@ -25,14 +27,17 @@ from experts.bundle_writer import write_bundle
 from experts.errors import ExpertCapacityError
 from experts.manifest import BundleDescription
 from experts.registry import Registry
+from experts.signing import SignaturePolicy
 from protos import control_pb2_grpc
 from router.expert_set import ExpertSet, ExpertSetMember
 from router.rollouts.controller import RolloutController
 from router.rollouts.database import Database
 from router.rollouts.fleet import ReplicaResidents
 from router.rollouts.health import HealthMonitor
+from router.rollouts.leases import Leases
 from router.rollouts.operations import RolloutOperations
 from router.rollouts.records import Rollout
+from router.rollouts.settings import RolloutSettings
 from router.rollouts.store import RolloutStore
 from tests.router.rollouts.support import QUICK, FolderFleet
 
@@ -110,6 +115,8 @@ class System:
     store: RolloutStore
     monitor: HealthMonitor
     controller: RolloutController
+    leases: Leases
+    settings: RolloutSettings = QUICK
     digests: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def add(self, organ: str, version: str, *, damaged: bool = False) -> str:
@@ -137,15 +144,18 @@ class System:
 
 
 @contextmanager
-def running_control(directory: Path, options: ServerOptions | None = None) -> Iterator[System]:
+def running_control(
+    directory: Path, options: ServerOptions | None = None, replay_settings: RolloutSettings = QUICK
+) -> Iterator[System]:
     """Breast and heart are served with version 1.0.0, by two replicas each; heart 1.1.0 is in the registry."""
     registry = Registry(directory / "registry")
     fleet = RegistryFleet(directory / "fleet", registry)
     database = Database(f"sqlite:///{directory}/rollouts.db")
     store = RolloutStore(database)
     monitor = HealthMonitor()
-    controller = RolloutController(store, fleet, fleet, QUICK, monitor)
-    system = System("", directory, registry, fleet, store, monitor, controller)
+    leases = Leases()
+    controller = RolloutController(store, fleet, fleet, QUICK, monitor, leases)
+    system = System("", directory, registry, fleet, store, monitor, controller, leases, replay_settings)
     members = []
     for organ in ORGANS:
         key = system.add(organ, "1.0.0")
@@ -171,13 +181,15 @@ def _serving(system: System, options: ServerOptions) -> Iterator[str]:
     thread.start()
     threads = operation_threads()
 
-    async def start() -> tuple[GrpcServer, StateWatch]:
+    async def start() -> tuple[GrpcServer, StateWatch, Replays]:
         catalogue = Catalogue(system.registry)
         policies = PolicyPublisher(system.store, catalogue.version, None)
         await policies.start()
         feed = RolloutFeedService(policies, system.store, system.monitor, system.controller.wake)
         reader = StateReader(system.store, system.fleet, catalogue.version, 1.0, system.controller)
         watch = StateWatch(reader, system.store)
+        check = ReplayCheck(system.registry, SignaturePolicy().admit, catalogue.version)
+        replays = Replays(system.store, system.fleet, system.leases, system.controller, check, system.settings)
         service = ExpertControlService(
             store=system.store,
             operations=RolloutOperations(system.store, system.fleet, QUICK, catalogue.version),
@@ -188,17 +200,19 @@ def _serving(system: System, options: ServerOptions) -> Iterator[str]:
             take_up=TakeUp(policies, feed, dict, timeout_s=1.0),
             default_organ="breast",
             threads=threads,
+            replays=replays,
         )
         server = GrpcServer(options)
         server.add(control_pb2_grpc.add_ExpertControlServicer_to_server, service, CONTROL_SERVICE)
         await server.start()
-        return server, watch
+        return server, watch, replays
 
-    server, watch = asyncio.run_coroutine_threadsafe(start(), loop).result(20)
+    server, watch, replays = asyncio.run_coroutine_threadsafe(start(), loop).result(20)
     try:
         yield server.address
     finally:
         watch.stop()
+        replays.close()
         asyncio.run_coroutine_threadsafe(server.stop(0), loop).result(20)
         loop.call_soon_threadsafe(loop.stop)
         thread.join()

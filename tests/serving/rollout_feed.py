@@ -13,11 +13,13 @@ import torch
 from echovlm_ray.config import RouterSection
 from echovlm_ray.engine.engine import Engine
 from echovlm_ray.engine.sequence import SequenceRequest
+from echovlm_ray.serving.control.messages import expert_set_to_proto
 from echovlm_ray.serving.interceptor import CallInterceptor
 from echovlm_ray.serving.request_id import REQUEST_ID_KEY
 from echovlm_ray.serving.router.feed import RolloutFeedClient
 from echovlm_ray.serving.vision_client import VisionClient
 from protos import control_pb2, control_pb2_grpc, router_pb2, router_pb2_grpc
+from router.errors import UnknownExpertSetError
 from router.exchange import ExpertPlacement
 from router.expert_gates import ExpertGates
 from router.expert_set import ExpertSet, ExpertSetMember
@@ -108,6 +110,8 @@ class SmallControl(control_pb2_grpc.RolloutFeedServicer):
         self.taken_up: dict[str, int] = {}
         # Bundle digest → version.
         self.versions: dict[str, str] = {}
+        # What is held for replays, by id.
+        self.replayed: dict[str, ExpertSet] = {}
         self.changed = asyncio.Condition()
 
     async def set(self, policy: TrafficPolicy) -> None:
@@ -132,6 +136,11 @@ class SmallControl(control_pb2_grpc.RolloutFeedServicer):
     async def Report(self, request: Any, context: Any) -> control_pb2.ReportResponse:
         self.reports.append(request)
         return control_pb2.ReportResponse()
+
+    async def Replayed(self, request: Any, context: Any) -> control_pb2.ReplayedResponse:
+        if request.expert_set_id not in self.replayed:
+            raise UnknownExpertSetError(request.expert_set_id)
+        return control_pb2.ReplayedResponse(expert_set=expert_set_to_proto(self.replayed[request.expert_set_id]))
 
     def observed(self, digest: str) -> control_pb2.Observation:
         """All reports of a bundle together."""
@@ -297,10 +306,16 @@ async def watching_router(
         max_queue=limits.max_queue,
     ) as engine:
         vision = VisionClient(list, [])
-        parts = router_parts(engine, versions.split, vision, limits, end_token_ids=frozenset({995}))
+        feeds: list[RolloutFeedClient] = []
+
+        async def replayed(expert_set_id: str) -> ExpertSet | None:
+            return await feeds[0].replayed(expert_set_id)
+
+        parts = router_parts(engine, versions.split, vision, limits, end_token_ids=frozenset({995}), replayed=replayed)
         feed = RolloutFeedClient(
             lambda: list(control.addresses), parts.expert_sets, parts.outcomes, report_period_s=0.05
         )
+        feeds.append(feed)
         await feed.start(0.0 if left is None else 0.5, lambda: left)
         server = grpc.aio.server(interceptors=[CallInterceptor()])
         router_pb2_grpc.add_RouterServicer_to_server(parts.service, server)

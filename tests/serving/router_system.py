@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,6 +50,7 @@ def router_parts(
     *,
     end_token_ids: frozenset[int],
     default_organ: str = "breast",
+    replayed: Any = None,
 ) -> RouterParts:
     model = served_model(split, end_token_ids)
     expert_sets = ExpertSets(
@@ -60,4 +62,6 @@ def router_parts(
         forget=engine.forget_bundle,
     )
     outcomes = Outcomes()
-    return RouterParts(RouterService(engine, model, expert_sets, vision, limits, outcomes), expert_sets, outcomes)
+    more = () if replayed is None else (replayed,)
+    service = RouterService(engine, model, expert_sets, vision, limits, outcomes, *more)
+    return RouterParts(service, expert_sets, outcomes)

@@ -134,6 +134,8 @@ def test_no_typed_error_was_forgotten() -> None:
         "ExpertsFailedError": ("organ", "text"),
         "OrganInCanaryError": ("organ", 5.0),
         "OrganPendingError": (0.5,),
+        "PromptChangedError": (),
+        "ReplayRefusedError": ("organ", "1.0.0", "text"),
     }
     for module in (own_errors, expert_errors, router_errors):
         for name, kind in vars(module).items():

@@ -140,6 +140,36 @@ async def test_a_stop_string_ends_the_answer_and_keeps_its_provenance(system: Ga
     assert response.summary.provenance.organs[0].bundle_version
 
 
+async def test_a_request_for_replay_says_its_tokens_and_its_prompt(system: GatewaySystem) -> None:
+    fields: dict[str, Any] = {"max_new_tokens": 20, "sampling": router_pb2.Sampling(temperature=1, seed=7)}
+    first = await system.stub.Generate(request(png(), for_replay=True, **fields), timeout=60)
+    assert len(first.summary.token_ids) == first.summary.completion_tokens > 1
+    pinned = {"expert_set_id": first.summary.provenance.expert_set_id, "prompt_digest": first.summary.prompt_digest}
+    again = await system.stub.Generate(request(png(), for_replay=True, **pinned, **fields), timeout=60)
+    assert again.summary.token_ids == first.summary.token_ids
+    assert again.summary.prompt_digest == first.summary.prompt_digest
+    plain = await system.stub.Generate(request(png(), **fields), timeout=60)
+    assert not plain.summary.token_ids
+    assert not plain.summary.prompt_digest
+
+
+async def test_another_prompt_than_before_is_refused(system: GatewaySystem) -> None:
+    first = await system.stub.Generate(request(png(), for_replay=True, max_new_tokens=2), timeout=60)
+    for other in (request(png(), prompt="More."), request(png(), language=echovlm_pb2.LANGUAGE_CHINESE)):
+        other.prompt_digest = first.summary.prompt_digest
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await system.stub.Generate(other, timeout=60)
+        assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+        assert "prompt template" in caught.value.details()
+
+
+async def test_a_set_that_is_not_served_names_the_way_to_it(system: GatewaySystem) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stream(system, request(png(), expert_set_id="f" * 64))
+    assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    assert "echoray experts replay" in caught.value.details()
+
+
 async def test_dicom_anatomy_reaches_the_organ_gate(system: GatewaySystem) -> None:
     from pydicom import dcmread
 
@@ -181,6 +211,8 @@ BAD = [
     (request(png(), organs=[""]), "organs[0]", "0 characters"),
     (request(png(), organs=["liver"] * 17), "organs", "at most 16"),
     (request(png(), session_key="k" * 257), "session_key", "257 characters"),
+    (request(png(), expert_set_id="F" * 64), "expert_set_id", "64 lower-case"),
+    (request(png(), prompt_digest="x"), "prompt_digest", "64 lower-case"),
     (request(png(), organs=["liver", "heart", "breast"]), "organs", ""),
     (request(png(), sampling={"temperature": -1}), "sampling.temperature", "positive"),
     (request(png(), sampling={"temperature": float("nan")}), "sampling.temperature", "positive"),

@@ -10,9 +10,11 @@ import grpc
 
 from echovlm_ray.errors import InvalidRequestError
 from echovlm_ray.serving.control.changes import Changes
+from echovlm_ray.serving.control.messages import expert_set_to_proto
 from echovlm_ray.serving.control.policies import PolicyPublisher
 from protos import control_pb2, control_pb2_grpc
-from router.errors import UnknownRolloutError
+from router.errors import UnknownExpertSetError, UnknownRolloutError
+from router.expert_set import ExpertSet
 from router.rollouts.health import HealthMonitor, Observation
 from router.rollouts.latency import LatencyHistogram
 from router.rollouts.shadow import ShadowRecord
@@ -47,7 +49,12 @@ class RolloutFeedService(control_pb2_grpc.RolloutFeedServicer):
     """
 
     def __init__(
-        self, policies: PolicyPublisher, store: RolloutStore, monitor: HealthMonitor, wake: Callable[[], None]
+        self,
+        policies: PolicyPublisher,
+        store: RolloutStore,
+        monitor: HealthMonitor,
+        wake: Callable[[], None],
+        replayed: Callable[[str], ExpertSet | None] = lambda expert_set_id: None,
     ) -> None:
         """Takes its parts.
 
@@ -56,11 +63,13 @@ class RolloutFeedService(control_pb2_grpc.RolloutFeedServicer):
             store: keeps what shadows said.
             monitor: judges versions by what Routers saw of them.
             wake: called after every report, for it may end a candidate.
+            replayed: id → the expert set, while it is held for a replay.
         """
         self._policies = policies
         self._store = store
         self._monitor = monitor
         self._wake = wake
+        self._replayed = replayed
         self._watchers: dict[str, _Watcher] = {}
         self.taken_up = Changes()
 
@@ -113,6 +122,15 @@ class RolloutFeedService(control_pb2_grpc.RolloutFeedServicer):
             await asyncio.to_thread(self._record_shadows, list(request.shadows))
         self._wake()
         return control_pb2.ReportResponse()
+
+    async def Replayed(
+        self, request: control_pb2.ReplayedRequest, context: grpc.aio.ServicerContext
+    ) -> control_pb2.ReplayedResponse:
+        """What a set consists of that a request named and that is not in the policy, while it is held."""
+        expert_set = self._replayed(request.expert_set_id)
+        if expert_set is None:
+            raise UnknownExpertSetError(request.expert_set_id)
+        return control_pb2.ReplayedResponse(expert_set=expert_set_to_proto(expert_set))
 
     def _record_shadows(self, shadows: list[control_pb2.ShadowObservation]) -> None:
         records: dict[str, list[ShadowRecord]] = {}

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -12,6 +13,7 @@ from echovlm_ray.errors import InvalidRequestError
 from echovlm_ray.serving.control.catalogue import Catalogue
 from echovlm_ray.serving.control.messages import bundle_to_proto, entry_to_proto, expected_of, outcome_to_proto
 from echovlm_ray.serving.control.push import PushReceiver
+from echovlm_ray.serving.control.replays import Replays
 from echovlm_ray.serving.control.state import StateReader, StateWatch
 from echovlm_ray.serving.control.take_up import TakeUp
 from experts.errors import RegistryAwayError
@@ -44,6 +46,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
         default_organ: str,
         threads: Executor,
         notices: Callable[[], Sequence[str]] = tuple,
+        replays: Replays | None = None,
     ) -> None:
         """Takes its parts.
 
@@ -58,6 +61,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
             default_organ: what requests use that name none; it cannot be retired.
             threads: where operations are made.
             notices: what an operator should know beside the state, in words; may block.
+            replays: makes past sets answer; None where experts cannot be replaced.
         """
         self._store = store
         self._replacing = operations
@@ -69,6 +73,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
         self._default_organ = default_organ
         self._threads = threads
         self._notices = notices
+        self._replays = replays
 
     async def Push(
         self, request_iterator: AsyncIterator[control_pb2.PushRequest], context: grpc.aio.ServicerContext
@@ -195,13 +200,20 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
         async for state in self._watch.watch():
             yield state
 
+    async def Replay(
+        self, request: control_pb2.ReplayRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[control_pb2.ReplayState]:
+        """Makes a past set answer for as long as the caller stays."""
+        if self._replays is None:
+            raise _local_experts()
+        async with aclosing(self._replays.hold(request)) as states:
+            async for state in states:
+                yield state
+
     @property
     def _operations(self) -> RolloutOperations:
         if self._replacing is None:
-            raise RolloutStateError(
-                'the experts run in the router\'s own process (router.experts is "local"), where they cannot be '
-                'replaced: set it to "remote"'
-            )
+            raise _local_experts()
         return self._replacing
 
     async def _answer(
@@ -286,6 +298,13 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
         return control_pb2.HistoryResponse(
             entries=map(entry_to_proto, entries), length=head.count, head_hash=head.hash, faults=faults
         )
+
+
+def _local_experts() -> RolloutStateError:
+    return RolloutStateError(
+        'the experts run in the router\'s own process (router.experts is "local"), where they cannot be replaced: set '
+        'it to "remote"'
+    )
 
 
 def _traffic(request: control_pb2.TrafficRequest) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class ControlReplica(Replica):
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc] # Serve awaits it
         """Takes the fields of `ControlSettings`."""
 
-        from echovlm_ray.serving.bundles import open_kept, open_registry
+        from echovlm_ray.serving.bundles import open_kept, open_registry, signature_policy
         from echovlm_ray.serving.control import CONTROL_SERVICE, FEED_SERVICE, STATUS_SERVICE
         from echovlm_ray.serving.control.catalogue import Catalogue
         from echovlm_ray.serving.control.database_watch import DatabaseWatch
@@ -66,6 +66,8 @@ class ControlReplica(Replica):
         from echovlm_ray.serving.control.operation_threads import operation_threads
         from echovlm_ray.serving.control.policies import PolicyPublisher
         from echovlm_ray.serving.control.push import PushReceiver
+        from echovlm_ray.serving.control.replay_check import ReplayCheck
+        from echovlm_ray.serving.control.replays import Replays
         from echovlm_ray.serving.control.rollout_metrics import RolloutMetrics
         from echovlm_ray.serving.control.service import ExpertControlService
         from echovlm_ray.serving.control.state import StateReader, StateWatch
@@ -74,6 +76,7 @@ class ControlReplica(Replica):
         from echovlm_ray.serving.served import served_checkpoint
         from router.rollouts.controller import RolloutController
         from router.rollouts.health import HealthMonitor
+        from router.rollouts.leases import Leases
         from router.rollouts.operations import RolloutOperations
 
         parsed = ControlSettings.model_validate(settings)
@@ -97,10 +100,11 @@ class ControlReplica(Replica):
         fleet = _fleet(parsed, endpoints, catalogue, lambda: feeds[0].watching() if feeds else frozenset())
         endpoints.on_change(lambda: fleet.keep_only(_reachable(endpoints)))
         verifier = _verifier(parsed, store, catalogue)
-        controller = RolloutController(store, fleet, verifier, parsed.rollouts, monitor)
+        leases = Leases()
+        controller = RolloutController(store, fleet, verifier, parsed.rollouts, monitor, leases)
         policies = PolicyPublisher(store, catalogue.version, files.policy if remote else None)
         await policies.start()
-        feed = RolloutFeedService(policies, store, monitor, controller.wake)
+        feed = RolloutFeedService(policies, store, monitor, controller.wake, leases.ready_set)
         feeds.append(feed)
         take_up = TakeUp(policies, feed, lambda: _watchers(endpoints), parsed.rollouts.take_up_timeout_s)
         status_timeout_s = parsed.rollouts.status_timeout_s
@@ -112,8 +116,20 @@ class ControlReplica(Replica):
         operations = RolloutOperations(store, fleet, parsed.rollouts, catalogue.version) if remote else None
         lost = DatabaseWatch(store.database, self._publish_control)
         notices = partial(_notices, lost, policies, fleet)
+        check = ReplayCheck(registry, signature_policy(parsed.experts).admit, catalogue.version)
+        replays = Replays(store, fleet, leases, controller, check, parsed.rollouts)
         service = ExpertControlService(
-            store, operations, catalogue, pushes, reader, watch, take_up, parsed.model.default_organ, threads, notices
+            store,
+            operations,
+            catalogue,
+            pushes,
+            reader,
+            watch,
+            take_up,
+            parsed.model.default_organ,
+            threads,
+            notices,
+            replays if remote else None,
         )
         status = SystemStatusService(
             lambda: _applications(store, policies, remote),
@@ -133,7 +149,7 @@ class ControlReplica(Replica):
         blocking: list[Callable[[], object]] = [threads.shutdown]
         if remote:
             blocking += [applications.stop, controller.stop, verifier.close]
-        closing: list[Callable[[], object]] = [lost.stop, policies.stop, watch.stop, metrics.stop]
+        closing: list[Callable[[], object]] = [lost.stop, policies.stop, watch.stop, metrics.stop, replays.close]
         closing += [partial(asyncio.to_thread, stop) for stop in blocking]
         section = parsed.control
         part = Part(

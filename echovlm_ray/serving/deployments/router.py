@@ -90,7 +90,7 @@ class RouterReplica(Replica):
         used.append(expert_sets)
         outcomes = Outcomes()
         feed = RolloutFeedClient(endpoints.source(CONTROL), expert_sets, outcomes, INTERNAL_CHANNEL_OPTIONS)
-        service = RouterService(engine, model, expert_sets, vision, parsed.router, outcomes)
+        service = RouterService(engine, model, expert_sets, vision, parsed.router, outcomes, feed.replayed)
         part = Part(
             services=[Service(router_pb2_grpc.add_RouterServicer_to_server, service, SERVICE_NAME)],
             queue_length=lambda: service.queue_length,

@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 from pydantic import ValidationError
 
+from echovlm_ray.errors import PartUnavailableError
 from echovlm_ray.serving.known_policy import ForeignPolicyError, check_identity
 from echovlm_ray.serving.policy_follower import TAKEN_UP_TIMEOUT_S
 from echovlm_ray.serving.router.outcomes import Outcomes, report_of
@@ -108,6 +109,24 @@ class RolloutFeedClient:
                 await self._send_reports()
         if self._channel is not None:
             await self._channel.close()
+
+    async def replayed(self, expert_set_id: str) -> ExpertSet | None:
+        """A set that is not in the policy, if Control has replicas hold it for a replay.
+
+        Raises:
+            PartUnavailableError: Control does not answer, and only it knows.
+        """
+        try:
+            stub = await self._stub()
+            request = control_pb2.ReplayedRequest(expert_set_id=expert_set_id)
+            answer = await stub.Replayed(request, timeout=REPORT_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            if error.code() in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNIMPLEMENTED):
+                return None
+            raise PartUnavailableError("Control", "it does not answer") from None
+        except _ControlAwayError:
+            raise PartUnavailableError("Control", "it does not run now") from None
+        return _set_from_proto(answer.expert_set)
 
     async def _for_ever(self, step: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Takes a step again and again; after one that raised soon, with a pause that grows from time to time."""
@@ -256,17 +275,7 @@ def policy_from_proto(message: control_pb2.TrafficPolicy) -> TrafficPolicy:
     Raises:
         ValueError: it is none, or its set is not the one that its id names.
     """
-    stable = ExpertSet.model_validate(
-        {
-            "backbone_digest": message.stable.backbone_digest,
-            "routing": message.stable.routing,
-            "members": [
-                {"organ": member.organ, "bundle_digest": member.bundle_digest} for member in message.stable.members
-            ],
-        }
-    )
-    if message.stable.id and message.stable.id != stable.id:
-        raise ValueError(f"the expert set {message.stable.id} has the contents of {stable.id}")
+    stable = _set_from_proto(message.stable)
     candidates = [
         {
             "organ": candidate.organ,
@@ -280,3 +289,13 @@ def policy_from_proto(message: control_pb2.TrafficPolicy) -> TrafficPolicy:
     return TrafficPolicy.model_validate(
         {"version": message.version, "stable": stable, "candidates": candidates, "identity": message.identity}
     )
+
+
+def _set_from_proto(message: control_pb2.ExpertSet) -> ExpertSet:
+    members = [{"organ": member.organ, "bundle_digest": member.bundle_digest} for member in message.members]
+    expert_set = ExpertSet.model_validate(
+        {"backbone_digest": message.backbone_digest, "routing": message.routing, "members": members}
+    )
+    if message.id and message.id != expert_set.id:
+        raise ValueError(f"the expert set {message.id} has the contents of {expert_set.id}")
+    return expert_set

@@ -17,7 +17,7 @@ from router.errors import OrganInCanaryError, OrganPendingError, TooManyOrgansEr
 from router.expert_gates import BundleGates, ExpertGates
 from router.expert_set import ExpertSet
 from router.organ_gate import OrganChoice, OrganGate
-from router.rollouts.traffic import CandidateTraffic, TrafficPolicy, assign, with_candidates
+from router.rollouts.traffic import CandidateTraffic, TrafficPolicy, assign, given_sets, with_candidates
 
 # Sets without a run that are kept because the next request may get them, besides the stable one.
 MAX_IDLE_SETS = 16
@@ -84,6 +84,8 @@ class ExpertSets:
         self._policy = TrafficPolicy(version=0, stable=expert_set, identity=identity)
         # The newest one that Control said, taken up or not.
         self._announced = self._policy
+        # What requests may get now, by id.
+        self._given = {expert_set.id: expert_set}
         self._gates = dict(gates)
         self._sets: dict[str, _KnownSet] = {}
         self._organ_gates: dict[str, OrganGate] = {}
@@ -122,6 +124,41 @@ class ExpertSets:
                 shadow = self._hold(assigned.shadow_set, assigned.shadow_choice)
             return Admission(experts, shadow)
 
+    def admit_to(self, traits: RequestTraits, expert_set_id: str) -> Admission | None:
+        """Pins a request to a set that the policy gives, or that a run under way has; None if it is another one.
+
+        Raises what `route` raises.
+        """
+        with self._lock:
+            known = self._sets.get(expert_set_id)
+            expert_set = self._given.get(expert_set_id) if known is None else known.expert_set
+            return None if expert_set is None else self._admit_to(traits, expert_set)
+
+    async def admit_replayed(self, traits: RequestTraits, expert_set: ExpertSet) -> Admission:
+        """Pins a request to a set that replicas hold for a replay. Nothing is kept of it when its last run has ended.
+
+        Raises:
+            UnusablePolicyError: it is for another backbone or another routing.
+            Exception: what `route` raises, or one of its bundles cannot be read.
+        """
+        self._check_kind(expert_set)
+        digests = {member.bundle_digest for member in expert_set.members}
+        while True:
+            read, gates = await asyncio.to_thread(self._read_set, expert_set)
+            dropped: list[str] = []
+            try:
+                with self._lock:
+                    # Meanwhile the last run may have ended of a set that had one of its bundles.
+                    if digests <= {*read, *self._gates}:
+                        self._gates.update(read)
+                        self._add(expert_set, gates)
+                        try:
+                            return self._admit_to(traits, expert_set)
+                        finally:
+                            dropped = self._drop_unused()
+            finally:
+                self._forget_all(dropped)
+
     def announce(self, policy: TrafficPolicy) -> None:
         """Says that Control has a policy, which `take_up` will be given soon."""
         with self._lock:
@@ -147,13 +184,12 @@ class ExpertSets:
             )
         if policy.version <= self._policy.version:
             return False
-        stable = self._policy.stable
-        for field in ("backbone_digest", "routing"):
-            given, own = getattr(policy.stable, field), getattr(stable, field)
-            if given != own:
-                with self._lock:
-                    self._announced = self._policy
-                raise UnusablePolicyError(f"it has the {field} {given!r}, and this router serves {own!r}")
+        try:
+            self._check_kind(policy.stable)
+        except UnusablePolicyError:
+            with self._lock:
+                self._announced = self._policy
+            raise
         while True:
             read, stable_gates = await asyncio.to_thread(self._read_all, policy)
             with self._lock:
@@ -163,6 +199,20 @@ class ExpertSets:
                     break
         self._forget_all(dropped)
         return True
+
+    def _check_kind(self, expert_set: ExpertSet) -> None:
+        for field in ("backbone_digest", "routing"):
+            given, own = getattr(expert_set, field), getattr(self._policy.stable, field)
+            if given != own:
+                raise UnusablePolicyError(f"it has the {field} {given!r}, and this router serves {own!r}")
+
+    def _read_set(self, expert_set: ExpertSet) -> tuple[dict[str, BundleGates], ExpertGates]:
+        """What is missing of a set, and the gates of the whole."""
+        with self._lock:
+            known = dict(self._gates)
+        digests = sorted({member.bundle_digest for member in expert_set.members} - set(known))
+        missing = {digest: self._read(digest) for digest in digests}
+        return missing, ExpertGates.of(expert_set, known | missing)
 
     def _read_all(self, policy: TrafficPolicy) -> tuple[dict[str, BundleGates], ExpertGates]:
         """What is missing, checked together with what is there; and the stable set's gates."""
@@ -180,6 +230,7 @@ class ExpertSets:
     ) -> list[str]:
         self._gates.update(read)
         self._policy = policy
+        self._given = {expert_set.id: expert_set for expert_set in given_sets(policy)}
         self._organ_gates.clear()
         self._add(policy.stable, stable_gates)
         return self._drop_unused()
@@ -228,6 +279,9 @@ class ExpertSets:
             profiles = [self._gates[member.bundle_digest].profile for member in expert_set.members]
             gate = self._organ_gates[expert_set.id] = self._organ_gate.with_profiles(profiles)
         return gate.choose(traits.organs, traits.anatomy_terms, traits.pooled_D, expert_set)
+
+    def _admit_to(self, traits: RequestTraits, expert_set: ExpertSet) -> Admission:
+        return Admission(self._hold(expert_set, self._choose(expert_set, traits)), None)
 
     def _hold(self, expert_set: ExpertSet, choice: OrganChoice) -> PinnedExperts:
         known = self._add(expert_set)

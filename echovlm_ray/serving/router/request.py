@@ -10,7 +10,7 @@ from echovlm_ray.engine.sequence import SamplingParams, SequenceRequest, VisionD
 from echovlm_ray.errors import InvalidRequestError
 from echovlm_ray.model.configuration import EchoVLMConfig
 from echovlm_ray.model.positions import PlaceholderMismatchError, mrope_positions
-from echovlm_ray.serving.request_checks import check_sampling, check_session_key
+from echovlm_ray.serving.request_checks import check_expert_set_id, check_sampling, check_session_key
 from echovlm_ray.serving.vision_client import EncodedPicture
 from protos import router_pb2, vision_pb2
 from router.expert_gates import BundleGates
@@ -75,6 +75,7 @@ class RequestReader:
 
         check_sampling(request.sampling)
         check_session_key(request.session_key)
+        check_expert_set_id(request.expert_set_id, may_be_empty=True)
         self.check_vision(request.vision_inputs)
         for kind, (name, token_id) in self._placeholders().items():
             found = sum(1 for token in request.input_ids if token == token_id)

@@ -3,7 +3,7 @@
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import grpc
 import torch
@@ -16,7 +16,7 @@ from echovlm_ray.errors import InvalidRequestError, OverloadedError
 from echovlm_ray.serving.mailbox import Mailbox
 from echovlm_ray.serving.request_checks import check_session_key
 from echovlm_ray.serving.request_id import current_request_id, request_id_of
-from echovlm_ray.serving.router.admission import Admission, PinnedExperts, RequestTraits
+from echovlm_ray.serving.router.admission import Admission, PinnedExperts, RequestTraits, UsedBundle
 from echovlm_ray.serving.router.outcomes import Outcomes
 from echovlm_ray.serving.router.pinning import ExpertSets
 from echovlm_ray.serving.router.provenance import provenance_of
@@ -26,13 +26,18 @@ from echovlm_ray.serving.router.shadow import Shadow, Shadows, drawn_seed
 from echovlm_ray.serving.vision_client import EncodedPicture, VisionClient
 from experts.transport.codec import tensor_to_proto
 from protos import router_pb2, router_pb2_grpc, vision_pb2
-from router.errors import ExpertsUnusableError, TooManyOrgansError
+from router.errors import ExpertSetNotServedError, ExpertsUnusableError, TooManyOrgansError
+from router.expert_set import ExpertSet
 
 # A request that waits for a lost organ ends so much before its deadline that the reason still reaches the caller.
 DEADLINE_MARGIN = 0.1
 LONGEST_MARGIN_S = 0.2
 
 FINISH_REASONS = {Finish.STOP: router_pb2.FINISH_REASON_STOP, Finish.LENGTH: router_pb2.FINISH_REASON_LENGTH}
+
+
+async def _nothing_replayed(expert_set_id: str) -> None:
+    return None
 
 
 class RouterService(router_pb2_grpc.RouterServicer):
@@ -46,6 +51,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
         vision: VisionClient,
         limits: RouterSection,
         outcomes: Outcomes,
+        replayed: Callable[[str], Awaitable[ExpertSet | None]] = _nothing_replayed,
     ) -> None:
         """Takes its parts.
 
@@ -56,6 +62,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
             vision: encodes their images.
             limits: of a request.
             outcomes: where it is noted what became of them.
+            replayed: id → the expert set, if Control has replicas hold it for a replay.
         """
         self._engine = engine
         self._reader = RequestReader(model, limits)
@@ -63,6 +70,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
         self._vision = vision
         self._limits = limits
         self._outcomes = outcomes
+        self._replayed = replayed
         self._shadows = Shadows(engine, outcomes, limits.max_batch_size)
         self._mailbox: Mailbox[StepOutput | Exception] | None = None
 
@@ -100,14 +108,16 @@ class RouterService(router_pb2_grpc.RouterServicer):
         pictures = await self._encode(request.vision_inputs, deadline)
         unpinned = self._reader.sequence_request(request, pictures, deadline)
         traits = _traits(request.organ_hints, pictures, request.session_key, context, request.policy_version)
-        admission = self._admit(traits)
+        admission = await self._admit(traits, request.expert_set_id)
         experts = admission.experts
         pinned = _pinned(unpinned, admission)
         shadow = None if admission.shadow is None else self._shadows.prepare(admission.shadow, pinned)
         completed, complete = 0, False
         try:
             outputs: asyncio.Queue[StepOutput | Exception] = asyncio.Queue()
-            sequence = await self._submit(pinned, experts, outputs, shadow)
+            # What a caller chose by itself is no evidence about a version.
+            judged = () if request.expert_set_id else experts.used
+            sequence = await self._submit(pinned, experts, judged, outputs, shadow)
             try:
                 while not complete:
                     output = await outputs.get()
@@ -128,6 +138,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
         self,
         request: SequenceRequest,
         experts: PinnedExperts,
+        judged: tuple[UsedBundle, ...],
         outputs: "asyncio.Queue[StepOutput | Exception]",
         shadow: Shadow | None,
     ) -> EngineSequence:
@@ -139,7 +150,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
             if shadow is not None:
                 shadow.incumbent_ended(run)
 
-        run = Run(experts, experts.used, self._outcomes, sink=self._mailbox.sink(outputs), ended=ended)
+        run = Run(experts, judged, self._outcomes, sink=self._mailbox.sink(outputs), ended=ended)
         try:
             self._shadows.make_way(len(request.input_ids) + request.max_new_tokens)
             try:
@@ -152,9 +163,16 @@ class RouterService(router_pb2_grpc.RouterServicer):
             run.drop()
             raise
 
-    def _admit(self, traits: RequestTraits) -> Admission:
+    async def _admit(self, traits: RequestTraits, expert_set_id: str) -> Admission:
         try:
-            return self._expert_sets.admit(traits)
+            if not expert_set_id:
+                return self._expert_sets.admit(traits)
+            if (admission := self._expert_sets.admit_to(traits, expert_set_id)) is not None:
+                return admission
+            expert_set = await self._replayed(expert_set_id)
+            if expert_set is None:
+                raise ExpertSetNotServedError(expert_set_id)
+            return await self._expert_sets.admit_replayed(traits, expert_set)
         except TooManyOrgansError as error:
             raise InvalidRequestError("organs", str(error)) from error
 

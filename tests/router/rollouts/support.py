@@ -14,6 +14,7 @@ from router.rollouts.fleet import ReplicaLostError, ReplicaResidents
 from router.rollouts.fleet_view import OrganView
 from router.rollouts.health import HealthMonitor
 from router.rollouts.history import Entry
+from router.rollouts.leases import Leases
 from router.rollouts.settings import RolloutSettings, Thresholds
 from router.rollouts.store import RolloutStore
 
@@ -174,10 +175,11 @@ def controller_of(
     settings: RolloutSettings = QUICK,
     monitor: HealthMonitor | None = None,
     verifier: object | None = None,
+    leases: Leases | None = None,
 ) -> RolloutController:
     judge = verifier or DigestVerifier(fleet)
     clock = store.clock.monotonic if isinstance(store.clock, Clock) else time.monotonic
-    return RolloutController(store, fleet, judge, settings, monitor or HealthMonitor(clock))  # type: ignore[arg-type]
+    return RolloutController(store, fleet, judge, settings, monitor or HealthMonitor(clock), leases)  # type: ignore[arg-type]
 
 
 def reconcile_until(

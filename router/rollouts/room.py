@@ -1,0 +1,72 @@
+"""Whether replicas have room for a past version beside what the rollouts need, which never goes for it."""
+
+from collections.abc import Iterable
+
+from experts.errors import ExpertCapacityError, UnknownBundleError
+from router.expert_set import ExpertSetMember
+from router.rollouts.fleet import Fleet, ReplicaResidents
+from router.rollouts.records import Snapshot
+from router.rollouts.states import RESIDENT
+
+
+def missing_on(fleet: Fleet, members: Iterable[ExpertSetMember]) -> list[tuple[str, ExpertSetMember]]:
+    """(replica, member) of the bundles that a replica of their organ does not hold. Raises what `Fleet` raises."""
+    return [
+        (replica, member)
+        for member in members
+        for replica in fleet.replicas(member.organ)
+        if member.bundle_digest not in fleet.resident(replica, member.organ).bytes_by_digest
+    ]
+
+
+def waits_for_room(fleet: Fleet, snapshot: Snapshot, missing: Iterable[tuple[str, ExpertSetMember]]) -> str:
+    """What must go before past versions can be loaded, in words; "" where there is room now.
+
+    Args:
+        fleet: the replicas.
+        snapshot: what the rollouts need: the stable version, the one before while that is kept to go back to, and a
+            candidate, which has its room reserved before it is loaded.
+        missing: (replica, past version that it shall load).
+
+    Raises:
+        ExpertCapacityError: there is no room even when nothing else is held; the text names the limit.
+        Exception: see `Fleet`.
+    """
+    for replica, member in missing:
+        organ, residents = member.organ, fleet.resident(replica, member.organ)
+        needed = fleet.load_bytes(organ, member.bundle_digest)
+        staying = _staying(fleet, snapshot, organ, residents)
+        held = {digest: fleet.load_bytes(organ, digest) for digest in residents.loading}
+        held.update(residents.bytes_by_digest)
+        passing = sum(size for digest, size in held.items() if digest not in {*staying, member.bundle_digest})
+        limit = residents.limit_bytes
+        if sum(staying.values()) + needed > limit:
+            raise ExpertCapacityError(
+                f"replica {replica} of {organ!r} has no room for a past version: it needs {needed} bytes, what is "
+                f"served and kept takes {sum(staying.values())}, and the limit is {limit} "
+                "(experts.max_resident_bytes): raise it, or wait until the rollout under way has ended"
+            )
+        if sum(staying.values()) + passing + needed > limit:
+            return (
+                f"replica {replica} of {organ!r} holds {passing} bytes for other replays or requests under way, and "
+                f"{needed} more are above the limit of {limit} bytes (experts.max_resident_bytes)"
+            )
+    return ""
+
+
+def _staying(fleet: Fleet, snapshot: Snapshot, organ: str, residents: ReplicaResidents) -> dict[str, int]:
+    """Digest → bytes of what a replica holds, or is going to hold, for the rollouts."""
+    live, candidate, kept = snapshot.live(organ), snapshot.candidate(organ), snapshot.kept(organ)
+    wanted = [live.stable_digest] if live is not None else []
+    if candidate is not None and candidate.state in RESIDENT:
+        wanted.append(candidate.digest)
+    if kept is not None and kept in residents.bytes_by_digest:
+        wanted.append(kept)
+    sizes = {}
+    for digest in wanted:
+        try:
+            sizes[digest] = residents.bytes_by_digest.get(digest) or fleet.load_bytes(organ, digest)
+        except UnknownBundleError:
+            # It cannot be loaded either, which its own rollout says.
+            continue
+    return sizes
