@@ -182,10 +182,10 @@ BAD = [
     (request(png(), organs=["liver"] * 17), "organs", "at most 16"),
     (request(png(), session_key="k" * 257), "session_key", "257 characters"),
     (request(png(), organs=["liver", "heart", "breast"]), "organs", ""),
-    (request(png(), sampling={"temperature": -1}), "sampling.temperature", "positive"),
-    (request(png(), sampling={"temperature": float("nan")}), "sampling.temperature", "positive"),
-    (request(png(), sampling={"top_p": 1.5}), "sampling.top_p", "from 0 to 1"),
-    (request(png(), sampling={"repetition_penalty": -2}), "sampling.repetition_penalty", "positive"),
+    (request(png(), sampling={"temperature": -1}), "sampling.temperature", "0 (greedy) or from 0.01 to 100"),
+    (request(png(), sampling={"temperature": float("nan")}), "sampling.temperature", "from 0.01 to 100"),
+    (request(png(), sampling={"top_p": 1.5}), "sampling.top_p", "from 0.0001 to 1"),
+    (request(png(), sampling={"repetition_penalty": 1e-40}), "sampling.repetition_penalty", "from 0.01 to 100"),
 ]
 
 
