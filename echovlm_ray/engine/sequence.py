@@ -1,5 +1,6 @@
 """One request inside the engine."""
 
+import copy
 import math
 import time
 from collections import Counter
@@ -135,8 +136,10 @@ class Sequence:
     cancelled: bool = False
     # Called once when the engine has let go of it, however it ended.
     gone: Callable[[], None] | None = None
-    # Set while the experts it needs do not answer; how often in a row they did not, and when they are asked again.
+    # Set while the experts it needs do not answer; from when on and how often in a row they did not, and when they are
+    # asked again.
     stalled_by: ExpertsUnavailableError | None = None
+    stalled_at: float = 0.0
     num_stalls: int = 0
     retry_at: float = 0.0
 
@@ -182,9 +185,20 @@ class Sequence:
     def stall(self, error: ExpertsUnavailableError, now: float) -> None:
         """Notes that its experts do not answer; they are asked again after a pause that grows from try to try."""
         pause = min(FIRST_RETRY_S * 2**self.num_stalls, LONGEST_RETRY_S)
+        if self.stalled_by is None:
+            self.stalled_at = now
         self.stalled_by = error
         self.num_stalls = min(self.num_stalls + 1, 16)
         self.retry_at = now + pause
+
+    def lost(self) -> ExpertsUnavailableError | None:
+        """Why it cannot go on, and since when, for a sequence that ends while it is stalled."""
+        if self.stalled_by is None:
+            return None
+        # Others that are stalled have the same one.
+        error = copy.copy(self.stalled_by)
+        error.since = self.stalled_at
+        return error
 
     def resume(self) -> None:
         """Notes that its experts answered."""
