@@ -46,6 +46,7 @@ class ExpertsUnavailableError(RuntimeError):
         """Names the organ, says why, and how long to wait before another try."""
         super().__init__(f"the experts of {organ!r} are not available: {reason}")
         self.organ = organ
+        self.reason = reason
         self.retry_after_s = retry_after_s
 
 

@@ -1,6 +1,5 @@
 """One request inside the engine."""
 
-import copy
 import math
 import time
 from collections import Counter
@@ -71,6 +70,7 @@ class SequenceRequest:
         vision_digests: what the embeddings are of; blocks from a picture on that none tells of are not reused.
         expert_set_id: the set that the request is pinned to.
         shares: organ and π; empty for flat sets.
+        cache_salt: blocks are shared only with requests of the same one.
         deadline: in `time.monotonic` seconds; None: only the engine's own limit of a request's time holds.
     """
 
@@ -87,6 +87,7 @@ class SequenceRequest:
     stop_token_ids: frozenset[int] = frozenset()
     return_logits: bool = False
     deadline: float | None = None
+    cache_salt: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,8 +196,8 @@ class Sequence:
         """Why it cannot go on, and since when, for a sequence that ends while it is stalled."""
         if self.stalled_by is None:
             return None
-        # Others that are stalled have the same one.
-        error = copy.copy(self.stalled_by)
+        # One of its own: others that are stalled have the same.
+        error = ExpertsUnavailableError(self.stalled_by.organ, self.stalled_by.reason, self.stalled_by.retry_after_s)
         error.since = self.stalled_at
         return error
 

@@ -1,5 +1,8 @@
 """What happens around every call of every server: its id, its credentials, its errors, and whether it is let in.
 
+All handlers are given to gRPC as ones that take a stream of bytes: then nothing of a call's message is received before
+its credentials were checked and it has its place. `serving.incoming` reads, inflates and parses the messages.
+
 A servicer raises and is done; here the exception becomes a status (`serving.errors`). An exception that nobody expected
 is logged with its place in the code but without its text, which may hold a patient's data.
 """
@@ -8,16 +11,27 @@ import asyncio
 import logging
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    aclosing,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from typing import Any
 
 import grpc
 from google.rpc import code_pb2
 from grpc_status import rpc_status
 
-from echovlm_ray.errors import ShuttingDownError
+from echovlm_ray.errors import DeadlineError, ShuttingDownError
 from echovlm_ray.serving.auth import BearerTokens
+from echovlm_ray.serving.caller import caller_of, set_caller
 from echovlm_ray.serving.errors import to_status
+from echovlm_ray.serving.incoming import Incoming
+from echovlm_ray.serving.received_bytes import Receipt, current_receipt, set_receipt
 from echovlm_ray.serving.request_id import REQUEST_ID_KEY, request_id_of, set_request_id
 
 logger = logging.getLogger(__name__)
@@ -29,25 +43,86 @@ ENDLESS = frozenset(
     {
         "/grpc.health.v1.Health/Watch",
         "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
         "/echovlm.v1.ExpertControl/Watch",
         "/echovlm.v1.RolloutFeed/WatchPolicy",
         "/echovlm.v1.ExpertGroup/Forward",
     }
 )
 
+# Of one message, where nothing else is said.
+MAX_PARSED_BYTES = 256 * 1024 * 1024
+# A caller that takes in nothing of an answer for so long is not waited for.
+STALLED_WRITE_S = 20.0
+# A servicer that looks at the deadline itself says more about it.
+DEADLINE_SLACK_S = 0.25
+LATE = "the deadline passed before the answer was complete"
+
 Behaviour = Callable[[Any, grpc.aio.ServicerContext], Any]
+# The place that a call of a method takes, by the method's full name; entering it raises where there is none.
+Admit = Callable[[str], AbstractContextManager[None]]
+
+
+class _Call:
+    """One call under way.
+
+    Attributes:
+        limit: when it must have ended, writing its answer included.
+        writing: a write that the caller has not taken in; nothing else can be sent meanwhile.
+    """
+
+    def __init__(self, limit: asyncio.Timeout) -> None:
+        self.limit = limit
+        self.writing: asyncio.Task[None] | None = None
+
+    async def write(self, context: grpc.aio.ServicerContext, response: Any) -> None:
+        """Writes a message. When the call's time is over the write goes on by itself: it cannot be taken back."""
+        loop = asyncio.get_running_loop()
+        self.writing = loop.create_task(context.write(response))
+        stall = loop.call_later(STALLED_WRITE_S, self._end_now)
+        try:
+            await asyncio.shield(self.writing)
+        finally:
+            stall.cancel()
+
+    def _end_now(self) -> None:
+        if not self.limit.expired():
+            self.limit.reschedule(asyncio.get_running_loop().time())
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Wraps every handler of a server, and knows how many calls are under way."""
 
-    def __init__(self, tokens: BearerTokens | None = None) -> None:
-        """With `tokens`, all calls but health checks must carry one."""
+    def __init__(
+        self,
+        tokens: BearerTokens | None = None,
+        incoming: Incoming | None = None,
+        *,
+        call_limit_s: float | None = None,
+        certificates: bool = False,
+    ) -> None:
+        """Takes what all calls have in common.
+
+        Args:
+            tokens: when given, all calls but health checks must carry one.
+            incoming: takes in the messages.
+            call_limit_s: of a call that says no deadline and ends by itself; None for no limit.
+            certificates: whether clients show who they are by one.
+        """
         self._tokens = tokens
+        self._incoming = incoming if incoming is not None else Incoming(MAX_PARSED_BYTES)
+        self._call_limit_s = call_limit_s
+        self._certificates = certificates
+        self._places: dict[str, Admit] = {}
+        self._wrapped: dict[str, grpc.RpcMethodHandler] = {}
         self._active = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
+
+    def limit(self, service_name: str, admit: Admit) -> None:
+        """Has every call of a service take its place before its message is read, and leave it when it has ended."""
+        self._places[service_name] = admit
 
     @property
     def active_calls(self) -> int:
@@ -72,57 +147,102 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         if handler is None:
             return None
         method = handler_call_details.method
-        if handler.request_streaming and handler.response_streaming:
-            behaviour, make = handler.stream_stream, grpc.stream_stream_rpc_method_handler
-        elif handler.request_streaming:
-            behaviour, make = handler.stream_unary, grpc.stream_unary_rpc_method_handler
-        elif handler.response_streaming:
-            behaviour, make = handler.unary_stream, grpc.unary_stream_rpc_method_handler
-        else:
-            behaviour, make = handler.unary_unary, grpc.unary_unary_rpc_method_handler
-        wrap = self._streaming if handler.response_streaming else self._single
-        return make(wrap(method, behaviour), handler.request_deserializer, handler.response_serializer)
+        wrapped = self._wrapped.get(method)
+        if wrapped is None:
+            wrapped = self._wrapped[method] = self._wrap(method, handler)
+        return wrapped
 
-    def _single(self, method: str, behaviour: Behaviour) -> Behaviour:
-        async def handle(request: Any, context: grpc.aio.ServicerContext) -> Any:
+    def _wrap(self, method: str, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+        behaviour = handler.stream_stream or handler.stream_unary or handler.unary_stream or handler.unary_unary
+        taken = self._taking(behaviour, handler)
+        if handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(
+                self._streaming(method, taken), None, handler.response_serializer
+            )
+        return grpc.stream_unary_rpc_method_handler(self._single(method, taken), None, handler.response_serializer)
+
+    def _taking(
+        self, behaviour: Behaviour, handler: grpc.RpcMethodHandler
+    ) -> Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]:
+        """What begins the behaviour once its message has come."""
+        parse, incoming = handler.request_deserializer, self._incoming
+
+        async def one(requests: Any, context: grpc.aio.ServicerContext) -> Any:
+            # Not kept in a variable, so that a behaviour that is done with its message frees its memory.
+            return behaviour(await incoming.one(context, parse), context)
+
+        async def several(requests: Any, context: grpc.aio.ServicerContext) -> Any:
+            return behaviour(requests if parse is None else incoming.each(context, parse), context)
+
+        return several if handler.request_streaming else one
+
+    def _single(self, method: str, begin: Callable[..., Awaitable[Any]]) -> Behaviour:
+        async def handle(requests: Any, context: grpc.aio.ServicerContext) -> Any:
             async with self._call(method, context):
-                return await behaviour(request, context)
+                return await (await begin(requests, context))
 
         return handle
 
-    def _streaming(self, method: str, behaviour: Behaviour) -> Behaviour:
-        async def handle(request: Any, context: grpc.aio.ServicerContext) -> None:
-            async with self._call(method, context):
-                responses = behaviour(request, context)
+    def _streaming(self, method: str, begin: Callable[..., Awaitable[Any]]) -> Behaviour:
+        endless = method in ENDLESS
+
+        async def handle(requests: Any, context: grpc.aio.ServicerContext) -> None:
+            async with self._call(method, context) as call:
+                responses = await begin(requests, context)
                 if not hasattr(responses, "__aiter__"):
                     await responses
                     return
                 async with aclosing(responses):
                     async for response in responses:
-                        await context.write(response)
+                        if endless:
+                            await context.write(response)
+                        else:
+                            await call.write(context, response)
 
         return handle
 
     @asynccontextmanager
-    async def _call(self, method: str, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+    async def _call(self, method: str, context: grpc.aio.ServicerContext) -> AsyncIterator[_Call]:
         metadata = list(context.invocation_metadata() or ())
         request_id = request_id_of(metadata)
         echo = ((REQUEST_ID_KEY, request_id),)
         set_request_id(request_id)
         context.set_trailing_metadata(echo)
+        call = _Call(asyncio.timeout(self._seconds(method, context)))
         try:
-            self._admit(method, metadata)
-            await context.send_initial_metadata(echo)
-            with self._counted(method):
-                yield
+            with ExitStack() as held:
+                self._admit(method, metadata)
+                held.enter_context(self._place(method))
+                set_caller(caller_of(metadata, context.peer_identities() if self._certificates else None))
+                set_receipt(Receipt())
+                held.callback(lambda: current_receipt().release())
+                await context.send_initial_metadata(echo)
+                held.enter_context(self._counted(method))
+                async with call.limit:
+                    yield call
         except grpc.aio.AbortError:
             raise
         except Exception as error:
-            status = to_status(error)
+            late = isinstance(error, TimeoutError) and call.limit.expired()
+            status = to_status(DeadlineError(LATE) if late else error)
             if status.code == code_pb2.INTERNAL:
                 logger.error("%s failed, request id %s\n%s", method, request_id, trace_without_text(error))
+            if call.writing is not None and not call.writing.done():
+                # The place is free already; the status can follow only what the caller has yet to take in.
+                with suppress(Exception):
+                    await call.writing
             converted = rpc_status.to_status(status)
             await context.abort(converted.code, converted.details, (*converted.trailing_metadata, *echo))
+
+    def _seconds(self, method: str, context: grpc.aio.ServicerContext) -> float | None:
+        if self._call_limit_s is None or method in ENDLESS:
+            return None
+        remaining: float | None = context.time_remaining()
+        return (self._call_limit_s if remaining is None else max(0.0, remaining)) + DEADLINE_SLACK_S
+
+    def _place(self, method: str) -> AbstractContextManager[None]:
+        admit = self._places.get(method.rpartition("/")[0].lstrip("/"))
+        return nullcontext() if admit is None else admit(method)
 
     def _admit(self, method: str, metadata: list[tuple[str, str | bytes]]) -> None:
         if method.startswith(HEALTH):

@@ -12,11 +12,17 @@ from protos import router_pb2
 REFUSED = [1e-45, 1e-40, 1.2e-38, 1e-5, 0.00999, 100.01, 1e30, 3.4e38, math.inf, math.nan, -1e-45, -1.0]
 
 
+def sampling_of(field: str, value: float) -> router_pb2.Sampling:
+    sampling = router_pb2.Sampling()
+    setattr(sampling, field, value)
+    return sampling
+
+
 @pytest.mark.parametrize("field", ["temperature", "repetition_penalty"])
 @pytest.mark.parametrize("value", REFUSED)
 def test_numbers_that_could_overflow_are_refused_with_their_range(field: str, value: float) -> None:
     with pytest.raises(InvalidRequestError, match=f"sampling.{field}: must be 0 .*from 0.01 to 100"):
-        check_sampling(router_pb2.Sampling(**{field: value}))
+        check_sampling(sampling_of(field, value))
 
 
 @pytest.mark.parametrize("value", [1e-45, 9e-5, 1.001, math.inf, math.nan, -0.5])

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experts.errors import InvalidTensorError
+from experts.transport import wire
 from experts.transport.codec import tensor_from_proto, tensor_to_proto
 from experts.transport.wire import MAX_HEAD_BYTES, parse, tensor_of, with_tensor
 from protos import expert_pb2, tensor_pb2
