@@ -13,7 +13,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from echovlm_ray.errors import DeadlineError, InvalidRequestError, MessageTooLargeError
-from echovlm_ray.serving.received_bytes import ReceivedBytes, set_receipt
+from echovlm_ray.serving.received_bytes import ReceivedBytes
 
 # How gzip begins (RFC 1952, 2.3.1). No protobuf message begins so: it would be a field of wire type 7.
 GZIP_MAGIC = b"\x1f\x8b"
@@ -62,7 +62,7 @@ class Incoming:
             raise InvalidRequestError("request", "did not come: the call ended without a message")
         raw = await self._inflated(raw)
         if self._received is not None:
-            set_receipt(self._received.hold(len(raw)))
+            self._received.hold(len(raw))
         return _parsed(raw, parse)
 
     async def each(self, context: "grpc.aio.ServicerContext[Any, Any]", parse: Parse) -> AsyncIterator[Any]:

@@ -6,9 +6,8 @@ read. When a message has come, its own length counts until the call ends or says
 """
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from contextvars import ContextVar
+from types import TracebackType
 
 from echovlm_ray.errors import DeadlineError, OverloadedError
 
@@ -18,11 +17,15 @@ ARRIVE_WITHIN_BUSY_S = 10.0
 
 
 class Receipt:
-    """The bytes of one call's messages, counted until `release`."""
+    """The bytes of one call's message, counted from `ReceivedBytes.hold` until `release`."""
 
-    def __init__(self, received: "ReceivedBytes | None" = None, nbytes: int = 0) -> None:
-        self._received = received
-        self._nbytes = nbytes
+    def __init__(self) -> None:
+        self._received: ReceivedBytes | None = None
+        self._nbytes = 0
+
+    def fill(self, received: "ReceivedBytes", nbytes: int) -> None:
+        """Called when they are counted."""
+        self._received, self._nbytes = received, nbytes
 
     def release(self) -> None:
         """Says that the messages are not in memory any more; harmless when repeated."""
@@ -39,9 +42,40 @@ def current_receipt() -> Receipt:
     return _current.get()
 
 
-def set_receipt(receipt: Receipt) -> None:
-    """Makes it that of the call that the current task serves."""
+def new_receipt() -> Receipt:
+    """Gives the call that the current task serves one of its own."""
+    receipt = Receipt()
     _current.set(receipt)
+    return receipt
+
+
+class _Arrival:
+    """One message that is being read."""
+
+    def __init__(self, received: "ReceivedBytes") -> None:
+        self._received = received
+
+    async def __aenter__(self) -> None:
+        await self._received.take_place()
+        now = asyncio.get_running_loop().time()
+        self._busy_at = now + ARRIVE_WITHIN_BUSY_S
+        self._limit = asyncio.timeout_at(now + ARRIVE_WITHIN_S)
+        await self._limit.__aenter__()
+        self._received.begin(self._limit, self._busy_at)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._received.end(self._limit)
+        try:
+            await self._limit.__aexit__(kind, error, trace)
+        except TimeoutError:
+            if self._limit.when() == self._busy_at:
+                raise OverloadedError(
+                    f"the request did not arrive within {ARRIVE_WITHIN_BUSY_S:g} seconds, while others waited to be "
+                    "received: send it again"
+                ) from None
+            raise DeadlineError(f"the request did not arrive within {ARRIVE_WITHIN_S:g} seconds") from None
 
 
 class ReceivedBytes:
@@ -61,14 +95,17 @@ class ReceivedBytes:
         # Of each message that is arriving: its time limit, and when it must give way while others wait.
         self._arriving: dict[asyncio.Timeout, float] = {}
 
-    @asynccontextmanager
-    async def arriving(self) -> AsyncIterator[None]:
+    def arriving(self) -> "_Arrival":
         """To be held while one message is read; waits for a place.
 
         Raises:
             OverloadedError: it took too long while others waited.
             DeadlineError: it took too long.
         """
+        return _Arrival(self)
+
+    async def take_place(self) -> None:
+        """Waits for a place, and has those that have one hurry."""
         if self._places.locked():
             self._hurry()
         self._waiting += 1
@@ -76,29 +113,20 @@ class ReceivedBytes:
             await self._places.acquire()
         finally:
             self._waiting -= 1
-        limit = asyncio.timeout(ARRIVE_WITHIN_S)
-        try:
-            async with limit:
-                busy_at = asyncio.get_running_loop().time() + ARRIVE_WITHIN_BUSY_S
-                self._arriving[limit] = busy_at
-                if self._waiting:
-                    self._hurry()
-                yield
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            if limit.when() == busy_at:
-                raise OverloadedError(
-                    f"the request did not arrive within {ARRIVE_WITHIN_BUSY_S:g} seconds, while others waited to be "
-                    "received: send it again"
-                ) from None
-            raise DeadlineError(f"the request did not arrive within {ARRIVE_WITHIN_S:g} seconds") from None
-        finally:
-            self._arriving.pop(limit, None)
-            self._places.release()
 
-    def hold(self, nbytes: int) -> Receipt:
-        """Counts a message that has come.
+    def begin(self, limit: asyncio.Timeout, busy_at: float) -> None:
+        """Notes a message that is arriving, and when its time is over while others wait."""
+        self._arriving[limit] = busy_at
+        if self._waiting:
+            self._hurry()
+
+    def end(self, limit: asyncio.Timeout) -> None:
+        """Gives a place back."""
+        self._arriving.pop(limit, None)
+        self._places.release()
+
+    def hold(self, nbytes: int) -> None:
+        """Counts a message that has come, on the receipt of the call that is being served.
 
         Raises:
             OverloadedError: there are too many others.
@@ -110,7 +138,7 @@ class ReceivedBytes:
                 "little later"
             )
         self.held_bytes += nbytes
-        return Receipt(self, nbytes)
+        current_receipt().fill(self, nbytes)
 
     def _hurry(self) -> None:
         for limit, busy_at in self._arriving.items():

@@ -18,7 +18,7 @@ from echovlm_ray.errors import InvalidRequestError, MessageTooLargeError, Overlo
 from echovlm_ray.serving import interceptor, received_bytes
 from echovlm_ray.serving.caller import caller_of, current_caller
 from echovlm_ray.serving.incoming import MAX_FIELDS, has_fields_beyond, inflate
-from echovlm_ray.serving.received_bytes import ReceivedBytes, current_receipt
+from echovlm_ray.serving.received_bytes import ReceivedBytes, current_receipt, new_receipt
 from echovlm_ray.serving.server import GrpcServer, ServerOptions
 from protos import echovlm_pb2, echovlm_pb2_grpc
 
@@ -215,7 +215,9 @@ async def test_messages_arrive_in_places_and_a_slow_one_gives_way(monkeypatch: p
 
 async def test_the_bytes_of_all_messages_that_have_come_are_bounded() -> None:
     received = ReceivedBytes(10, 200)
-    first = received.hold(60)
+    first = new_receipt()
+    received.hold(60)
+    new_receipt()
     with pytest.raises(OverloadedError, match="of 60 bytes are under way, and with this one's 41"):
         received.hold(41)
     received.hold(40)
@@ -223,6 +225,7 @@ async def test_the_bytes_of_all_messages_that_have_come_are_bounded() -> None:
     first.release()
     assert received.held_bytes == 40
     current_receipt().release()
+    assert received.held_bytes == 0
 
 
 async def test_a_call_gives_its_bytes_back_when_it_ends() -> None:
@@ -251,6 +254,9 @@ async def test_a_client_that_reads_nothing_keeps_its_place_no_longer_than_its_de
                 await asyncio.sleep(0.01)
             while model.taken:
                 await asyncio.sleep(0.01)
+        received = server._interceptor._incoming._received
+        assert received is not None
+        assert received.held_bytes == 0
         async with grpc.aio.insecure_channel(server.address) as channel:
             assert await method(channel)(prompt("abc"))
         # Who begins to read after all is told.
