@@ -248,6 +248,24 @@ async def test_the_session_key_reaches_the_router(checkpoint: Path, processor: E
     assert [each.session_key for each in router.requests] == ["visit 7", ""]
 
 
+@pytest.mark.parametrize(("share", "kinds"), [("token", 2), ("all", 1)])
+async def test_a_token_has_caches_of_its_own_unless_they_are_shared(
+    checkpoint: Path, processor: EchoVLMProcessor, tmp_path: Path, share: str, kinds: int
+) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.write_text("one\ntwo\n")
+    tokens.chmod(0o600)
+    section = SECTION.model_copy(update={"token_file": tokens, "share_caches": share})
+    async with scripted(checkpoint, processor, [last()], section) as (system, router):
+        for token in ("one", "two", "one"):
+            await stream(system, request(png()), metadata=(("authorization", f"Bearer {token}"),))
+    first, second, again = [each.cache_salt for each in router.requests]
+    assert first == again
+    assert len({first, second}) == kinds
+    assert b"one" not in first
+    assert bool(first) == (share == "token")
+
+
 async def test_characters_are_never_cut_in_half(checkpoint: Path, processor: EchoVLMProcessor) -> None:
     script = tokens(processor, "肝内回声均匀 🫀 ok")
     assert len(script) > 10
