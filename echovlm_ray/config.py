@@ -135,6 +135,15 @@ class GatewaySection(Section):
     default_new_tokens: PositiveInt = 256
     # When a call carries no deadline, this one, in seconds.
     default_deadline_s: PositiveFloat = 300.0
+    # When all files of a request together have more bytes, it is refused before it is read.
+    max_request_bytes: PositiveInt = 64 * 1024 * 1024
+    # When many large requests come at once and are refused although there is memory, raise it: half of it holds
+    # requests that are arriving, each counted as max_request_bytes, and half those that are being decoded.
+    max_received_bytes: PositiveInt = 1024 * 1024 * 1024
+    # When callers trust each other with what they ask, set "all": then prompts and images that begin alike are computed
+    # once for all of them. "token" does so for each token, so that the time to the first word tells no caller what
+    # another one asked. Where callers show no credentials they share in either case.
+    share_caches: Literal["token", "all"] = "token"
     decoders: DecodersSection = DecodersSection()
     resources: Resources = Resources()
 
@@ -240,6 +249,8 @@ class ControlSection(Section):
     tls: TLSSection | None = None
     # When set, a call must carry "authorization: Bearer <token>" with one of the lines of this file.
     token_file: Path | None = None
+    # When pushes over a slow line are cut off, raise it: seconds without a further piece of the bundle.
+    push_idle_s: PositiveFloat = 30.0
     # When Ray refuses to place Control, lower it. There is one replica, always: it is the only writer of what is live.
     num_cpus: NonNegativeFloat = 0.1
     # When rollouts must go on however busy the machine is, lower it (0 to 19, as of the command nice): where cores are
@@ -372,13 +383,20 @@ class Config(Section):
                 "gateway.max_frames",
                 "gateway.max_visual_tokens",
             )
-        if gateway.max_images * gateway.max_image_bytes > MAX_REQUEST_BYTES:
+        if not gateway.max_image_bytes <= gateway.max_request_bytes <= MAX_REQUEST_BYTES:
             raise ContradictionError(
-                f"gateway.max_images ({gateway.max_images}) files of gateway.max_image_bytes "
-                f"({gateway.max_image_bytes}) are more than the {MAX_REQUEST_BYTES} bytes that a gRPC message holds: "
-                "lower one",
+                f"gateway.max_request_bytes ({gateway.max_request_bytes}) must hold one file of "
+                f"gateway.max_image_bytes ({gateway.max_image_bytes}), and be at most the {MAX_REQUEST_BYTES} bytes "
+                "that a gRPC message holds: change one",
                 "gateway.max_image_bytes",
-                "gateway.max_images",
+                "gateway.max_request_bytes",
+            )
+        if gateway.max_received_bytes < 2 * gateway.max_request_bytes:
+            raise ContradictionError(
+                f"gateway.max_received_bytes ({gateway.max_received_bytes}) must hold two requests of "
+                f"gateway.max_request_bytes ({gateway.max_request_bytes}): raise the first or lower the second",
+                "gateway.max_received_bytes",
+                "gateway.max_request_bytes",
             )
 
     def _check_listeners(self) -> None:

@@ -11,6 +11,14 @@ class InvalidRequestError(ValueError):
         self.description = description
 
 
+class MessageTooLargeError(ValueError):
+    """A message is longer than a server takes. The text names the limit."""
+
+
+class UnknownServiceError(LookupError):
+    """Nothing is known of the health of a service of that name."""
+
+
 class OverloadedError(RuntimeError):
     """A queue is full. The text names the limit; the caller may come back after `retry_after_s`."""
 

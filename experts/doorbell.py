@@ -20,10 +20,15 @@ from protos import expert_pb2
 logger = logging.getLogger(__name__)
 
 FORWARD = "/echovlm.v1.ExpertGroup/Forward"
-_MAX_MESSAGE_BYTES = 512 * 1024 * 1024
+# The tensors lie in shared memory; what does not fit there travels in the messages of this socket too.
+_MAX_MESSAGE_BYTES = 256 * 1024 * 1024
+# Without memory to share a stream says nothing but that it has some.
+_MAX_ATTACH_BYTES = 1024
 _OPTIONS = (
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    # No message is compressed, so none can become larger than it came.
+    ("grpc.compression_enabled_algorithms_bitset", 1),
 )
 
 
@@ -93,6 +98,9 @@ class _Caller:
 
     def received(self, message: bytes) -> None:
         """An exchange, or memory to share; see `StreamHandler`."""
+        if self._memory is None and len(message) > _MAX_ATTACH_BYTES:
+            self._stream.end(grpc.StatusCode.INVALID_ARGUMENT, "the first message of a stream must have attach alone")
+            return
         try:
             request, data = wire.parse(expert_pb2.ForwardRequest, message)
         except wire.DecodeError:

@@ -33,12 +33,20 @@ class TooManyOrgansError(ValueError):
 
 
 class ExpertsUnavailableError(RuntimeError):
-    """No replica of an organ's expert group answers now; sending again later is safe."""
+    """No replica of an organ's expert group answers now; sending again later is safe.
+
+    Attributes:
+        since: from when on no replica answered the request that ended by it, in `time.monotonic` seconds; 0 where it
+            did not wait.
+    """
+
+    since = 0.0
 
     def __init__(self, organ: str, reason: str, retry_after_s: float = 1.0) -> None:
         """Names the organ, says why, and how long to wait before another try."""
         super().__init__(f"the experts of {organ!r} are not available: {reason}")
         self.organ = organ
+        self.reason = reason
         self.retry_after_s = retry_after_s
 
 

@@ -87,7 +87,8 @@ def test_all_errors_are_told_at_once_in_the_order_of_the_file(tmp_path: Path) ->
         ("gateway:\n  max_visual_tokens: 256\n", 2, ("router.max_prompt_tokens", "gateway.max_visual_tokens")),
         ("vision:\n  max_batch_patches: 3135\n", 2, ("vision.max_batch_patches", "gateway.max_frames")),
         ("vision:\n  max_queue: 7\n", 2, ("vision.max_queue", "gateway.max_images")),
-        ("gateway:\n  max_image_bytes: 300000000\n", 2, ("gateway.max_image_bytes", "gateway.max_images")),
+        ("gateway:\n  max_image_bytes: 300000000\n", 2, ("gateway.max_image_bytes", "gateway.max_request_bytes")),
+        ("gateway:\n  max_received_bytes: 1000\n", 2, ("gateway.max_received_bytes", "gateway.max_request_bytes")),
         (
             "gateway:\n  max_images: 20\nrouter:\n  max_prompt_tokens: 30000\n",
             2,

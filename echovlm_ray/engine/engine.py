@@ -198,15 +198,16 @@ class Engine:
         if now >= self._next_deadline:
             self._drop_expired(now)
         for sequence in self._scheduler.overflow():
-            assert sequence.stalled_by is not None
-            self._end(sequence, sequence.stalled_by)
+            lost = sequence.lost()
+            assert lost is not None
+            self._end(sequence, lost)
 
     def _drop_expired(self, now: float) -> None:
         self._next_deadline = math.inf
         for sequence in (*self._scheduler.running, *self._scheduler.waiting):
             if sequence.deadline <= now:
                 late = DeadlineError("the deadline passed before the answer was complete")
-                self._end(sequence, sequence.stalled_by or late)
+                self._end(sequence, sequence.lost() or late)
             else:
                 self._next_deadline = min(self._next_deadline, sequence.deadline)
 

@@ -2,7 +2,8 @@
 
 The keys form a chain, as in vLLM's automatic prefix caching: each takes in the key before it, and so everything that
 the block's keys and values were computed from. Equal keys mean equal tokens at equal positions, the same pictures by
-content and encoder, and the same shares of the same organs, computed by the same bundles. Sets that differ in other
+content and encoder, and the same shares of the same organs, computed by the same bundles, and the same salt: a caller
+finds only what callers of its own salt left behind. Sets that differ in other
 organs share their blocks: so the replacement of one organ's experts costs the others' prompts nothing.
 """
 
@@ -61,7 +62,7 @@ class PrefixKeys:
     def _root(self) -> bytes:
         # The sum over the organs runs in the set's order, so the order of the shares makes no difference.
         experts = [(member.organ, member.bundle_digest) for member in self._experts]
-        return json.dumps([experts, sorted(self._request.shares)]).encode()
+        return json.dumps([experts, sorted(self._request.shares), self._request.cache_salt.hex()]).encode()
 
     def _positions(self, start: int) -> bytes:
         request = self._request

@@ -20,28 +20,33 @@ class NonFiniteLogitsError(ArithmeticError):
 def next_tokens(rows: Sequences[tuple[Sequence, torch.Tensor]]) -> list[int | Exception]:
     """The next token of every sequence of a step, or why it has none; one sequence's trouble is no other's.
 
-    Draws happen on the CPU, so that a seed gives the same tokens on every device; the greedy rows wait for the device
-    once, all together.
+    Draws happen on the CPU, so that a seed gives the same tokens on every device; what is the most likely token is
+    asked of the device once for all rows.
 
     Args:
         rows: each sequence, with its sampling parameters, tokens so far and random generator, and its logits_V: one
             row over the vocabulary.
     """
     chosen: list[int | Exception] = [NonFiniteLogitsError()] * len(rows)
-    greedy: dict[int, torch.Tensor] = {}
-    for index, (sequence, logits_V) in enumerate(rows):
+    penalized: dict[int, torch.Tensor] = {}
+    # The model's own logits, before anything that the caller asked for: only they say something of the experts.
+    for index, (value, token_id) in enumerate(_highest([logits_V for _, logits_V in rows])):
+        # The largest value is NaN as soon as any is.
+        if not math.isfinite(value):
+            continue
+        sequence, logits_V = rows[index]
         sampling = sequence.request.sampling
         try:
-            if sampling.temperature == 0:
-                greedy[index] = _penalize(logits_V, sequence.token_ids, sampling.repetition_penalty)
-            else:
+            if sampling.temperature > 0:
                 chosen[index] = _draw(sequence, logits_V)
+            elif sampling.repetition_penalty == 1.0:
+                chosen[index] = token_id
+            else:
+                penalized[index] = _penalize(logits_V, sequence.token_ids, sampling.repetition_penalty)
         except Exception as error:
             chosen[index] = error
-    for index, (value, token_id) in zip(greedy, _highest(list(greedy.values())), strict=True):
-        # The largest value is NaN as soon as any is.
-        if math.isfinite(value):
-            chosen[index] = token_id
+    for index, (_, token_id) in zip(penalized, _highest(list(penalized.values())), strict=True):
+        chosen[index] = token_id
     return chosen
 
 
@@ -102,7 +107,10 @@ def _penalize(logits_V: torch.Tensor, token_ids: Sequences[int], penalty: float)
     # A token that occurs twice is written twice, with the same value.
     seen = torch.tensor(token_ids, device=logits_V.device)
     score = logits_V[seen]
-    return logits_V.index_copy(0, seen, torch.where(score < 0, score * penalty, score / penalty))
+    largest = torch.finfo(score.dtype).max
+    # Bounded, so that finite logits stay finite whatever the penalty is.
+    score = torch.where(score < 0, score * penalty, score / penalty).clamp(-largest, largest)
+    return logits_V.index_copy(0, seen, score)
 
 
 def _nucleus(logits_V: torch.Tensor, top_p: float) -> torch.Tensor:

@@ -70,6 +70,7 @@ class SequenceRequest:
         vision_digests: what the embeddings are of; blocks from a picture on that none tells of are not reused.
         expert_set_id: the set that the request is pinned to.
         shares: organ and π; empty for flat sets.
+        cache_salt: blocks are shared only with requests of the same one.
         deadline: in `time.monotonic` seconds; None: only the engine's own limit of a request's time holds.
     """
 
@@ -86,6 +87,7 @@ class SequenceRequest:
     stop_token_ids: frozenset[int] = frozenset()
     return_logits: bool = False
     deadline: float | None = None
+    cache_salt: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +137,10 @@ class Sequence:
     cancelled: bool = False
     # Called once when the engine has let go of it, however it ended.
     gone: Callable[[], None] | None = None
-    # Set while the experts it needs do not answer; how often in a row they did not, and when they are asked again.
+    # Set while the experts it needs do not answer; from when on and how often in a row they did not, and when they are
+    # asked again.
     stalled_by: ExpertsUnavailableError | None = None
+    stalled_at: float = 0.0
     num_stalls: int = 0
     retry_at: float = 0.0
 
@@ -182,9 +186,20 @@ class Sequence:
     def stall(self, error: ExpertsUnavailableError, now: float) -> None:
         """Notes that its experts do not answer; they are asked again after a pause that grows from try to try."""
         pause = min(FIRST_RETRY_S * 2**self.num_stalls, LONGEST_RETRY_S)
+        if self.stalled_by is None:
+            self.stalled_at = now
         self.stalled_by = error
         self.num_stalls = min(self.num_stalls + 1, 16)
         self.retry_at = now + pause
+
+    def lost(self) -> ExpertsUnavailableError | None:
+        """Why it cannot go on, and since when, for a sequence that ends while it is stalled."""
+        if self.stalled_by is None:
+            return None
+        # One of its own: others that are stalled have the same.
+        error = ExpertsUnavailableError(self.stalled_by.organ, self.stalled_by.reason, self.stalled_by.retry_after_s)
+        error.since = self.stalled_at
+        return error
 
     def resume(self) -> None:
         """Notes that its experts answered."""

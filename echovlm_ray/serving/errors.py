@@ -17,12 +17,14 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from echovlm_ray.errors import (
     DeadlineError,
     InvalidRequestError,
+    MessageTooLargeError,
     OverloadedError,
     PartUnavailableError,
     PromptChangedError,
     ShuttingDownError,
     TextUnavailableError,
     UnauthenticatedError,
+    UnknownServiceError,
 )
 from experts.errors import (
     BUNDLE_UNUSABLE,
@@ -207,9 +209,11 @@ def _status_of_inner_call(error: grpc.aio.AioRpcError) -> status_pb2.Status:
 # Asked from top to bottom; the first type that fits decides.
 _CONVERSIONS: tuple[tuple[type[BaseException], Callable[[Any], status_pb2.Status]], ...] = (
     (InvalidRequestError, _invalid_request),
+    (MessageTooLargeError, _plain(code_pb2.RESOURCE_EXHAUSTED)),
     (InvalidTensorError, _plain(code_pb2.INVALID_ARGUMENT)),
     (TooManyOrgansError, _too_many_organs),
     (UnknownOrganError, _plain(code_pb2.NOT_FOUND)),
+    (UnknownServiceError, _plain(code_pb2.NOT_FOUND)),
     (OrganPendingError, _organ_pending),
     (OrganInCanaryError, _organ_in_canary),
     (UnknownExpertSetError, _plain(code_pb2.NOT_FOUND)),

@@ -5,7 +5,7 @@ import functools
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager
+from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,10 +15,13 @@ from echovlm_ray.config import GatewaySection, RouterSection
 from echovlm_ray.errors import DeadlineError, InvalidRequestError, OverloadedError, TextUnavailableError
 from echovlm_ray.model.processing import EchoVLMProcessor, VisionPatches
 from echovlm_ray.prompts import Medium, build_messages
+from echovlm_ray.serving.caller import current_caller
 from echovlm_ray.serving.prompt_identity import check_prompt, prompt_digest
+from echovlm_ray.serving.received_bytes import current_receipt
 from echovlm_ray.serving.request_checks import CheckedRequest, check_request
 from echovlm_ray.serving.request_id import current_request_id, request_id_of
 from echovlm_ray.serving.router_client import RouterClient
+from echovlm_ray.serving.server import MESSAGE_SLACK_BYTES, ServerOptions
 from echovlm_ray.serving.text_stream import Detokenizer, StopStrings
 from echovlm_ray.vision.decoding.pool import DecoderPool
 from echovlm_ray.vision.decoding.settings import DecoderSettings
@@ -27,6 +30,8 @@ from protos import echovlm_pb2, echovlm_pb2_grpc, router_pb2, tensor_pb2, vision
 
 # Text and pictures have threads of their own, so that no text waits for a picture.
 TEXT_THREADS = 2
+# The methods that take a place among `gateway.max_requests`.
+GENERATING = ("Generate", "GenerateStream")
 NOT_A_DEVICE = "EchoVLM-Ray is not a medical device: nothing it writes is a diagnosis."
 
 T = TypeVar("T")
@@ -70,6 +75,20 @@ class _Prepared:
     router_request: router_pb2.RouterGenerateRequest
     accepted: echovlm_pb2.RequestAccepted
     notices: tuple[str, ...]
+
+
+def server_options(gateway: GatewaySection) -> ServerOptions:
+    """What the server listens on that clients call, and its limits."""
+    return ServerOptions(
+        gateway.host,
+        gateway.port,
+        gateway.tls,
+        gateway.token_file,
+        max_receive_bytes=gateway.max_request_bytes + MESSAGE_SLACK_BYTES,
+        max_received_bytes=gateway.max_received_bytes,
+        idle_s=gateway.default_deadline_s,
+        call_limit_s=gateway.default_deadline_s,
+    )
 
 
 class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
@@ -135,7 +154,9 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
         """The whole answer at once."""
         response = echovlm_pb2.GenerateResponse()
         pieces = []
-        async with aclosing(self._answer(request, context)) as events:
+        answer = self._answer(_Files(request), context)
+        del request
+        async with aclosing(answer) as events:
             async for event in events:
                 if event.WhichOneof("event") == "text":
                     pieces.append(event.text)
@@ -148,7 +169,9 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
         self, request: echovlm_pb2.GenerateRequest, context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> AsyncGenerator[echovlm_pb2.GenerateEvent, None]:
         """The answer while it is written; a caller that leaves ends it everywhere."""
-        async with aclosing(self._answer(request, context)) as events:
+        answer = self._answer(_Files(request), context)
+        del request
+        async with aclosing(answer) as events:
             async for event in events:
                 yield event
 
@@ -184,18 +207,17 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
         )
 
     async def _answer(
-        self, request: echovlm_pb2.GenerateRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+        self, files: "_Files", context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> AsyncGenerator[echovlm_pb2.GenerateEvent, None]:
         self._text_processor()
-        with self._slot():
-            deadline = time.monotonic() + self._seconds_left(context)
-            request_id = current_request_id() or request_id_of(context.invocation_metadata() or ())
-            checked = check_request(request, self._gateway, self._limits)
-            prepared = await self._prepare(request, checked, deadline, request_id)
-            yield echovlm_pb2.GenerateEvent(accepted=prepared.accepted)
-            async with aclosing(self._write(prepared, checked, deadline, request_id)) as events:
-                async for event in events:
-                    yield event
+        deadline = time.monotonic() + self._seconds_left(context)
+        request_id = current_request_id() or request_id_of(context.invocation_metadata() or ())
+        checked = check_request(files.request, self._gateway, self._limits)
+        prepared = await self._prepare(files, checked, deadline, request_id)
+        yield echovlm_pb2.GenerateEvent(accepted=prepared.accepted)
+        async with aclosing(self._write(prepared, checked, deadline, request_id)) as events:
+            async for event in events:
+                yield event
 
     def _text_processor(self) -> EchoVLMProcessor:
         if self._processor is None:
@@ -204,6 +226,10 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
                 "ids, at the router: copy those files into its backbone/ folder and serve again"
             )
         return self._processor
+
+    def admit(self, method: str) -> AbstractContextManager[None]:
+        """The place of a call of a method, to be taken before its message is read; see `serving.interceptor`."""
+        return self._slot() if method.rpartition("/")[2] in GENERATING else nullcontext()
 
     @contextmanager
     def _slot(self) -> Iterator[None]:
@@ -218,21 +244,28 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
         finally:
             self._under_way -= 1
 
+    def _salt(self) -> bytes:
+        return current_caller() if self._gateway.share_caches == "token" else b""
+
     def _seconds_left(self, context: "grpc.aio.ServicerContext[Any, Any]") -> float:
         remaining: float | None = context.time_remaining()
         return self._gateway.default_deadline_s if remaining is None else remaining
 
-    async def _prepare(
-        self, request: echovlm_pb2.GenerateRequest, checked: CheckedRequest, deadline: float, request_id: str
-    ) -> _Prepared:
-        """Decodes and cuts up the images one after the other, so that no caller takes all decoders; then the prompt."""
+    async def _prepare(self, files: "_Files", checked: CheckedRequest, deadline: float, request_id: str) -> _Prepared:
+        """Decodes and cuts up the images one after the other, so that no caller takes all decoders; then the prompt.
+
+        Then nothing needs the request any more.
+        """
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                 images = []
-                for index, file in enumerate(request.images):
+                for index in range(len(files.request.images)):
                     field = f"images[{index}].content"
-                    images.append(await self._load_image(file.content, field, request_id))
-                return await self._on(self._text_threads, self._build, checked, request.sampling, images)
+                    images.append(await self._load_image(files.request.images[index].content, field, request_id))
+                sampling = router_pb2.Sampling()
+                sampling.CopyFrom(files.request.sampling)
+                files.forget()
+                return await self._on(self._text_threads, self._build, checked, sampling, images, self._salt())
         except TimeoutError:
             raise DeadlineError("the deadline passed while the images were decoded") from None
 
@@ -255,6 +288,7 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
         checked: CheckedRequest,
         sampling: router_pb2.Sampling,
         images: Sequence["_LoadedImage"],
+        cache_salt: bytes,
     ) -> _Prepared:
         vision = [image.patches for image in images]
         media: list[Medium] = ["video" if item.is_video else "image" for item in vision]
@@ -279,6 +313,7 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
             session_key=checked.session_key,
             policy_version=self._describe().policy_version,
             expert_set_id=checked.expert_set_id,
+            cache_salt=cache_salt,
         )
         accepted = echovlm_pb2.RequestAccepted(
             prompt_tokens=len(input_ids),
@@ -329,6 +364,18 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
                 "name it in `organs`."
             )
         return [*notices, *model.notices, NOT_A_DEVICE]
+
+
+class _Files:
+    """A caller's request, for as long as its files are needed: protobuf frees nothing of a message before all of it."""
+
+    def __init__(self, request: echovlm_pb2.GenerateRequest) -> None:
+        self.request = request
+
+    def forget(self) -> None:
+        """Frees it, for all but whoever else holds it."""
+        self.request = echovlm_pb2.GenerateRequest()
+        current_receipt().release()
 
 
 @dataclass(frozen=True, slots=True)

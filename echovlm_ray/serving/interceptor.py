@@ -1,5 +1,8 @@
 """What happens around every call of every server: its id, its credentials, its errors, and whether it is let in.
 
+All handlers are given to gRPC as ones that take a stream of bytes: then nothing of a call's message is received before
+its credentials were checked and it has its place. `serving.incoming` reads, inflates and parses the messages.
+
 A servicer raises and is done; here the exception becomes a status (`serving.errors`). An exception that nobody expected
 is logged with its place in the code but without its text, which may hold a patient's data.
 """
@@ -8,17 +11,29 @@ import asyncio
 import logging
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    aclosing,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+)
+from math import inf
+from types import TracebackType
 from typing import Any
 
 import grpc
 from google.rpc import code_pb2
 from grpc_status import rpc_status
 
-from echovlm_ray.errors import ShuttingDownError
+from echovlm_ray.errors import DeadlineError, ShuttingDownError
 from echovlm_ray.serving.auth import BearerTokens
+from echovlm_ray.serving.caller import caller_of, set_caller
 from echovlm_ray.serving.errors import to_status
-from echovlm_ray.serving.request_id import REQUEST_ID_KEY, request_id_of, set_request_id
+from echovlm_ray.serving.incoming import Incoming
+from echovlm_ray.serving.received_bytes import new_receipt
+from echovlm_ray.serving.request_id import REQUEST_ID_KEY, current_request_id, request_id_of, set_request_id
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +44,7 @@ ENDLESS = frozenset(
     {
         "/grpc.health.v1.Health/Watch",
         "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
         "/echovlm.v1.ExpertControl/Watch",
         "/echovlm.v1.ExpertControl/Replay",
         "/echovlm.v1.RolloutFeed/WatchPolicy",
@@ -36,19 +52,109 @@ ENDLESS = frozenset(
     }
 )
 
+# Of one message, where nothing else is said.
+MAX_PARSED_BYTES = 256 * 1024 * 1024
+# A caller that takes in nothing of an answer for so long is not waited for.
+STALLED_WRITE_S = 20.0
+# A servicer that looks at the deadline itself says more about it.
+DEADLINE_SLACK_S = 0.25
+LATE = "the deadline passed before the answer was complete"
+
 Behaviour = Callable[[Any, grpc.aio.ServicerContext], Any]
+# The place that a call of a method takes, by the method's full name; entering it raises where there is none.
+Admit = Callable[[str], AbstractContextManager[None]]
+
+
+class _Call:
+    """One call under way, which must have ended within a limit, writing its answer included."""
+
+    def __init__(self, seconds: float | None, held: ExitStack) -> None:
+        """Takes how long it may last, None for ever, and what it gives back when it has ended."""
+        self._loop = asyncio.get_running_loop()
+        self._ends_at = None if seconds is None else self._loop.time() + seconds
+        self._held = held
+        self._limit = asyncio.timeout(None)
+        self._writes_since: float | None = None
+        self._late = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def __aenter__(self) -> "_Call":
+        await self._limit.__aenter__()
+        if self._ends_at is not None:
+            self._look()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        try:
+            await self._limit.__aexit__(kind, error, trace)
+        except TimeoutError:
+            raise DeadlineError(LATE) from None
+
+    async def write(self, context: grpc.aio.ServicerContext, response: Any) -> None:
+        """Writes a message.
+
+        gRPC cannot take a write back, and sends nothing else meanwhile. So when the time is over during one, the call
+        gives back what it holds, and only then waits for the caller to read.
+
+        Raises:
+            DeadlineError: the time is over.
+        """
+        self._writes_since = self._loop.time()
+        await context.write(response)
+        self._writes_since = None
+        if self._late:
+            raise DeadlineError(LATE)
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        assert self._ends_at is not None
+        stalled_at = inf if self._writes_since is None else self._writes_since + STALLED_WRITE_S
+        if now < min(self._ends_at, stalled_at):
+            self._timer = self._loop.call_at(min(self._ends_at, stalled_at, now + STALLED_WRITE_S / 2), self._look)
+        elif self._writes_since is None:
+            self._limit.reschedule(now)
+        else:
+            self._late = True
+            self._held.close()
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Wraps every handler of a server, and knows how many calls are under way."""
 
-    def __init__(self, tokens: BearerTokens | None = None) -> None:
-        """With `tokens`, all calls but health checks must carry one."""
+    def __init__(
+        self,
+        tokens: BearerTokens | None = None,
+        incoming: Incoming | None = None,
+        *,
+        call_limit_s: float | None = None,
+        certificates: bool = False,
+    ) -> None:
+        """Takes what all calls have in common.
+
+        Args:
+            tokens: when given, all calls but health checks must carry one.
+            incoming: takes in the messages.
+            call_limit_s: of a call that says no deadline and ends by itself; None for no limit.
+            certificates: whether clients show who they are by one.
+        """
         self._tokens = tokens
+        self._incoming = incoming if incoming is not None else Incoming(MAX_PARSED_BYTES)
+        self._call_limit_s = call_limit_s
+        self._certificates = certificates
+        self._places: dict[str, Admit] = {}
+        self._wrapped: dict[str, grpc.RpcMethodHandler] = {}
         self._active = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
+
+    def limit(self, service_name: str, admit: Admit) -> None:
+        """Has every call of a service take its place before its message is read, and leave it when it has ended."""
+        self._places[service_name] = admit
 
     @property
     def active_calls(self) -> int:
@@ -73,49 +179,82 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         if handler is None:
             return None
         method = handler_call_details.method
-        if handler.request_streaming and handler.response_streaming:
-            behaviour, make = handler.stream_stream, grpc.stream_stream_rpc_method_handler
-        elif handler.request_streaming:
-            behaviour, make = handler.stream_unary, grpc.stream_unary_rpc_method_handler
-        elif handler.response_streaming:
-            behaviour, make = handler.unary_stream, grpc.unary_stream_rpc_method_handler
-        else:
-            behaviour, make = handler.unary_unary, grpc.unary_unary_rpc_method_handler
-        wrap = self._streaming if handler.response_streaming else self._single
-        return make(wrap(method, behaviour), handler.request_deserializer, handler.response_serializer)
+        wrapped = self._wrapped.get(method)
+        if wrapped is None:
+            wrapped = self._wrapped[method] = self._wrap(method, handler)
+        return wrapped
 
-    def _single(self, method: str, behaviour: Behaviour) -> Behaviour:
-        async def handle(request: Any, context: grpc.aio.ServicerContext) -> Any:
+    def _wrap(self, method: str, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+        behaviour = handler.stream_stream or handler.stream_unary or handler.unary_stream or handler.unary_unary
+        taken = self._taking(behaviour, handler)
+        if handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(
+                self._streaming(method, taken), None, handler.response_serializer
+            )
+        return grpc.stream_unary_rpc_method_handler(self._single(method, taken), None, handler.response_serializer)
+
+    def _taking(
+        self, behaviour: Behaviour, handler: grpc.RpcMethodHandler
+    ) -> Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]:
+        """What begins the behaviour once its message has come."""
+        parse, incoming = handler.request_deserializer, self._incoming
+
+        async def one(requests: Any, context: grpc.aio.ServicerContext) -> Any:
+            # Sent while the message is read: one after the other takes a fifth of a short call longer.
+            greeting = asyncio.get_running_loop().create_task(_greet(context))
+            try:
+                # Not kept in a variable, so that a behaviour that is done with its message frees its memory.
+                return behaviour(await incoming.one(context, parse), context)
+            finally:
+                await greeting
+
+        async def several(requests: Any, context: grpc.aio.ServicerContext) -> Any:
+            await _greet(context)
+            return behaviour(requests if parse is None else incoming.each(context, parse), context)
+
+        return several if handler.request_streaming else one
+
+    def _single(self, method: str, begin: Callable[..., Awaitable[Any]]) -> Behaviour:
+        async def handle(requests: Any, context: grpc.aio.ServicerContext) -> Any:
             async with self._call(method, context):
-                return await behaviour(request, context)
+                return await (await begin(requests, context))
 
         return handle
 
-    def _streaming(self, method: str, behaviour: Behaviour) -> Behaviour:
-        async def handle(request: Any, context: grpc.aio.ServicerContext) -> None:
-            async with self._call(method, context):
-                responses = behaviour(request, context)
+    def _streaming(self, method: str, begin: Callable[..., Awaitable[Any]]) -> Behaviour:
+        endless = method in ENDLESS
+
+        async def handle(requests: Any, context: grpc.aio.ServicerContext) -> None:
+            async with self._call(method, context) as call:
+                responses = await begin(requests, context)
                 if not hasattr(responses, "__aiter__"):
                     await responses
                     return
                 async with aclosing(responses):
                     async for response in responses:
-                        await context.write(response)
+                        if endless:
+                            await context.write(response)
+                        else:
+                            await call.write(context, response)
 
         return handle
 
     @asynccontextmanager
-    async def _call(self, method: str, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+    async def _call(self, method: str, context: grpc.aio.ServicerContext) -> AsyncIterator[_Call]:
         metadata = list(context.invocation_metadata() or ())
         request_id = request_id_of(metadata)
         echo = ((REQUEST_ID_KEY, request_id),)
         set_request_id(request_id)
         context.set_trailing_metadata(echo)
         try:
-            self._admit(method, metadata)
-            await context.send_initial_metadata(echo)
-            with self._counted(method):
-                yield
+            with ExitStack() as held:
+                self._admit(method, metadata)
+                held.enter_context(self._place(method))
+                set_caller(caller_of(metadata, context.peer_identities() if self._certificates else None))
+                held.callback(new_receipt().release)
+                held.enter_context(self._counted(method))
+                async with _Call(self._seconds(method, context), held) as call:
+                    yield call
         except grpc.aio.AbortError:
             raise
         except Exception as error:
@@ -124,6 +263,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 logger.error("%s failed, request id %s\n%s", method, request_id, trace_without_text(error))
             converted = rpc_status.to_status(status)
             await context.abort(converted.code, converted.details, (*converted.trailing_metadata, *echo))
+
+    def _seconds(self, method: str, context: grpc.aio.ServicerContext) -> float | None:
+        if self._call_limit_s is None or method in ENDLESS:
+            return None
+        remaining: float | None = context.time_remaining()
+        return (self._call_limit_s if remaining is None else max(0.0, remaining)) + DEADLINE_SLACK_S
+
+    def _place(self, method: str) -> AbstractContextManager[None]:
+        admit = self._places.get(method.rpartition("/")[0].lstrip("/"))
+        return nullcontext() if admit is None else admit(method)
 
     def _admit(self, method: str, metadata: list[tuple[str, str | bytes]]) -> None:
         if method.startswith(HEALTH):
@@ -146,6 +295,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             self._active -= 1
             if not self._active:
                 self._idle.set()
+
+
+async def _greet(context: grpc.aio.ServicerContext) -> None:
+    await context.send_initial_metadata(((REQUEST_ID_KEY, current_request_id()),))
 
 
 def trace_without_text(error: BaseException) -> str:

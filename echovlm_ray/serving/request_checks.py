@@ -1,12 +1,12 @@
 """What a `GenerateRequest` must be, checked field by field before anything is decoded."""
 
-import math
 import re
 from dataclasses import dataclass
 
 from echovlm_ray.config import GatewaySection, RouterSection
 from echovlm_ray.errors import InvalidRequestError
 from echovlm_ray.prompts import NEEDS_IMAGE, NEEDS_PROMPT, Language, Task
+from echovlm_ray.sampling_ranges import REPETITION_PENALTIES, TEMPERATURES, TOP_P, in_range, words
 from protos import echovlm_pb2, router_pb2
 
 TASK_NAMES: dict[int, Task] = {
@@ -97,17 +97,20 @@ def check_request(
 
 
 def check_sampling(sampling: router_pb2.Sampling) -> None:
-    """Checks the numbers of a sampling request.
+    """Checks the numbers of a sampling request; what passes cannot overflow in float32, alone or together.
 
     Raises:
-        InvalidRequestError: one is negative, not finite or out of range.
+        InvalidRequestError: one is not in its range; the text names the range.
     """
-    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
-        raise InvalidRequestError("sampling.temperature", "must be 0 (greedy) or a positive number")
-    if not 0 <= sampling.top_p <= 1:
-        raise InvalidRequestError("sampling.top_p", "must be from 0 to 1; 0 and 1 keep all tokens")
-    if not (math.isfinite(sampling.repetition_penalty) and sampling.repetition_penalty >= 0):
-        raise InvalidRequestError("sampling.repetition_penalty", "must be a positive number; 0 and 1 change nothing")
+    temperature, penalty = sampling.temperature, sampling.repetition_penalty
+    if not (temperature == 0 or in_range(temperature, TEMPERATURES)):
+        raise InvalidRequestError("sampling.temperature", f"must be 0 (greedy) or {words(TEMPERATURES)}")
+    if not (sampling.top_p == 0 or in_range(sampling.top_p, TOP_P)):
+        raise InvalidRequestError("sampling.top_p", f"must be 0 or {words(TOP_P)}; 0 and 1 keep all tokens")
+    if not (penalty == 0 or in_range(penalty, REPETITION_PENALTIES)):
+        raise InvalidRequestError(
+            "sampling.repetition_penalty", f"must be 0 or {words(REPETITION_PENALTIES)}; 0 and 1 change nothing"
+        )
 
 
 def check_session_key(session_key: str) -> None:

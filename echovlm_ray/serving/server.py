@@ -8,11 +8,14 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from echovlm_ray.config import TLSSection
 from echovlm_ray.serving.auth import BearerTokens
-from echovlm_ray.serving.interceptor import CallInterceptor
+from echovlm_ray.serving.health_servicer import HealthServicer
+from echovlm_ray.serving.incoming import SERVER_OPTIONS, Incoming
+from echovlm_ray.serving.interceptor import Admit, CallInterceptor
+from echovlm_ray.serving.received_bytes import ReceivedBytes
+from echovlm_ray.serving.reflection import add_reflection
 
 # Between the parts: the patches of a whole prompt of images in float32, or the logits that a test asks for.
 INTERNAL_MESSAGE_BYTES = 256 * 1024 * 1024
@@ -23,6 +26,10 @@ MAX_MESSAGE_BYTES = 2**31 - 1
 KEEPALIVE_MS = 20_000
 # After the last call has ended, for its status to reach the caller.
 LAST_WORDS_S = 0.2
+# Calls that came and were not looked at yet. Above its default of 1000, gRPC would end some CANCELLED, without a word.
+MAX_PENDING_CALLS = 100_000
+# Of one connection; the client's gRPC keeps what is more until others have ended.
+MAX_CALLS_PER_CONNECTION = 1000
 # Channels between the parts.
 INTERNAL_CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", INTERNAL_MESSAGE_BYTES),
@@ -44,6 +51,9 @@ class ServerOptions:
         host: an address of this machine.
         port: 0 lets the system choose one.
         max_receive_bytes: a longer request is refused with `RESOURCE_EXHAUSTED`.
+        max_received_bytes: of all requests in memory together; None for no limit.
+        idle_s: a stream of requests that sends nothing for so long ends; None has it wait.
+        call_limit_s: of a call that says no deadline, writing its answer included; None for no limit.
     """
 
     host: str = "127.0.0.1"
@@ -52,6 +62,9 @@ class ServerOptions:
     token_file: Path | None = None
     max_receive_bytes: int = INTERNAL_MESSAGE_BYTES
     max_send_bytes: int = INTERNAL_MESSAGE_BYTES
+    max_received_bytes: int | None = None
+    idle_s: float | None = None
+    call_limit_s: float | None = None
 
 
 class GrpcServer:
@@ -66,7 +79,12 @@ class GrpcServer:
         tokens = BearerTokens(options.token_file) if options.token_file else None
         self._options = options
         self._credentials = server_credentials(options.tls) if options.tls else None
-        self._interceptor = CallInterceptor(tokens)
+        self._interceptor = CallInterceptor(
+            tokens,
+            _incoming(options),
+            call_limit_s=options.call_limit_s,
+            certificates=options.tls is not None and options.tls.client_authority is not None,
+        )
         self._server = grpc.aio.server(
             interceptors=[self._interceptor],
             options=[
@@ -77,11 +95,15 @@ class GrpcServer:
                 ("grpc.keepalive_time_ms", KEEPALIVE_MS),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_MS // 4),
+                ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+                ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
+                ("grpc.max_concurrent_streams", MAX_CALLS_PER_CONNECTION),
+                *SERVER_OPTIONS,
             ],
         )
-        self.health = health.aio.HealthServicer()
+        self.health = HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
-        self._service_names = [health.SERVICE_NAME, reflection.SERVICE_NAME]
+        self._service_names = [health.SERVICE_NAME]
         self._port = 0
 
     @property
@@ -94,14 +116,17 @@ class GrpcServer:
         """Calls under way, without those that never end by themselves."""
         return self._interceptor.active_calls
 
-    def add(self, register: Register, servicer: object, service_name: str) -> None:
+    def add(self, register: Register, servicer: object, service_name: str, admit: Admit | None = None) -> None:
         """Adds a servicer.
 
         Args:
             register: the generated `add_…Servicer_to_server`.
             servicer: what serves it.
             service_name: its full name, for reflection.
+            admit: gives each of its calls a place before the message is read, or raises; None gives one to all.
         """
+        if admit is not None:
+            self._interceptor.limit(service_name, admit)
         register(servicer, self._server)
         self._service_names.append(service_name)
 
@@ -111,7 +136,7 @@ class GrpcServer:
         Raises:
             ValueError: the address cannot be listened on.
         """
-        reflection.enable_server_reflection(self._service_names, self._server)
+        add_reflection(self._service_names, self._server)
         wanted = f"{self._options.host}:{self._options.port}"
         try:
             if self._credentials is None:
@@ -148,6 +173,13 @@ class GrpcServer:
         except TimeoutError:
             pass
         await self._server.stop(LAST_WORDS_S)
+
+
+def _incoming(options: ServerOptions) -> Incoming:
+    received = None
+    if options.max_received_bytes is not None:
+        received = ReceivedBytes(options.max_receive_bytes, options.max_received_bytes)
+    return Incoming(options.max_receive_bytes, received, options.idle_s)
 
 
 def server_credentials(tls: TLSSection) -> grpc.ServerCredentials:

@@ -41,7 +41,9 @@ class VisionClient:
         self._in_flight: dict[str, int] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
-    async def encode(self, inputs: Sequence[vision_pb2.VisionInput], deadline: float | None) -> list[EncodedPicture]:
+    async def encode(
+        self, inputs: Sequence[vision_pb2.VisionInput], deadline: float | None, cache_salt: bytes = b""
+    ) -> list[EncodedPicture]:
         """The embeddings of the inputs, in order.
 
         Encoding has no effect but its result, so a lost call is sent again, for `RETRY_FOR_S` or until the deadline.
@@ -49,13 +51,14 @@ class VisionClient:
         Args:
             inputs: preprocessed images and videos.
             deadline: in `time.monotonic` seconds, or None.
+            cache_salt: embeddings are shared only with requests of the same one.
 
         Raises:
             PartUnavailableError: no encoder answered; without a deadline after one failed try.
             DeadlineError: the encoder was reached but did not finish in time.
             grpc.aio.AioRpcError: the encoder refused the inputs; `serving.errors` passes its status on.
         """
-        request = vision_pb2.EncodeRequest(inputs=inputs)
+        request = vision_pb2.EncodeRequest(inputs=inputs, cache_salt=cache_salt)
         give_up = None if deadline is None else min(deadline, time.monotonic() + RETRY_FOR_S)
         tried: set[str] = set()
         reason = "no replica is running"

@@ -21,10 +21,15 @@ from experts.digest import digest_of
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncoderInput:
-    """One image or video: its patch grid (time, height, width), and float32 patches, one row each."""
+    """One image or video: its patch grid (time, height, width), and float32 patches, one row each.
+
+    Attributes:
+        salt: it shares an embedding only with inputs of the same one.
+    """
 
     grid: tuple[int, int, int]
     patches: torch.Tensor
+    salt: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,7 +37,7 @@ class EncodedInput:
     """An input's embedding, merged patches × hidden size, on the CPU.
 
     Attributes:
-        content_digest: SHA-256 over the encoder's digest, the grid and the patches.
+        content_digest: SHA-256 over the encoder's digest, the salt, the grid and the patches.
         cached: whether nothing had to be computed for it.
     """
 
@@ -56,8 +61,9 @@ def encoder_digest(backbone_digest: str, dtype: torch.dtype) -> str:
 
 
 def content_digest(encoder: str, item: EncoderInput) -> str:
-    """What an embedding is kept under: SHA-256 over the encoder's digest, the grid and the patches' bytes."""
+    """What an embedding is kept under: SHA-256 over the encoder's digest, the salt, the grid and the patches."""
     digest = hashlib.sha256(encoder.encode())
+    digest.update(struct.pack("<I", len(item.salt)) + item.salt)
     digest.update(struct.pack("<3I", *item.grid))
     digest.update(item.patches.contiguous().numpy().data)
     return digest.hexdigest()

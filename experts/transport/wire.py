@@ -26,6 +26,12 @@ _TAG = b"\x7a"
 _LENGTH_DELIMITED = 2
 # Looking a small message over takes longer than copying it.
 _SMALL = 16 * 1024
+# What a message may hold beside the data of its field 15: experts and weights of two million pairs of a token and an
+# expert. A few bytes of that can stand for many in memory, so it is bounded before protobuf parses it.
+MAX_HEAD_BYTES = 16 * 1024 * 1024
+# Its fields, each of which comes once; and the type and shape of the tensor in field 15.
+_MAX_FIELDS = 64
+_MAX_TENSOR_HEAD_BYTES = 1024
 
 with warnings.catch_warnings():
     # torch warns once, here, that it shares memory which is read-only: see `tensor_from_octets`.
@@ -81,20 +87,25 @@ def forward_request(
 def parse(message_type: type[Message], message: bytes) -> tuple[Message, memoryview | None]:
     """Parses a message, leaving out the data of its field 15 where that can be done.
 
+    Hostile bytes cost no more time than a sound message of their length, and little more memory: a few fields are
+    looked at here, and protobuf is given no more than `MAX_HEAD_BYTES`.
+
     Returns:
         the message; and the data that it lacks, as a view of the argument, or None where the message is whole.
 
     Raises:
-        DecodeError: it is no such message.
+        DecodeError: it is no such message, or has more than `MAX_HEAD_BYTES` beside a last field 15 with its data last.
     """
     start = _large_field(message, 0, len(message)) if len(message) > _SMALL else None
-    if start is not None:
+    if start is not None and start[0] <= MAX_HEAD_BYTES:
         data = _large_field(message, start[1], len(message))
-        if data is not None:
+        if data is not None and data[0] - start[1] <= _MAX_TENSOR_HEAD_BYTES:
             head = message_type.FromString(message[: start[0]])
             field = head.hidden_states if isinstance(head, expert_pb2.ForwardRequest) else head.output
             field.MergeFromString(message[start[1] : data[0]])
             return head, memoryview(message)[data[1] :]
+    if len(message) > MAX_HEAD_BYTES:
+        raise DecodeError("a large message must end with its tensor, and the tensor with its data")
     return message_type.FromString(message), None
 
 
@@ -110,7 +121,9 @@ def tensor_of(field: tensor_pb2.Tensor, data: memoryview | None, name: str) -> t
 def _large_field(message: bytes, at: int, end: int) -> tuple[int, int] | None:
     """Where field 15 starts, and where its content does; None unless it is the last field and reaches to the end."""
     try:
-        while at < end:
+        for _ in range(_MAX_FIELDS):
+            if at >= end:
+                return None
             start = at
             tag, at = _read_varint(message, at)
             kind = tag & 7

@@ -1,9 +1,10 @@
 """When a version must go back, by what Routers saw of it and of the version before it."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
-from router.rollouts.health import HealthMonitor, Observation, Slice, total
+from router.rollouts.health import SLICE_S, HealthMonitor, Observation, Slice, total
 from router.rollouts.latency import LatencyHistogram
 from router.rollouts.records import Rollout
 from router.rollouts.sequential import MIN_FAILURES, find_excess
@@ -11,6 +12,8 @@ from router.rollouts.settings import Thresholds
 
 # A quantile counts as larger than another one only beyond so many standard errors of its rank, on both sides.
 STANDARD_ERRORS = 3.0
+# Times are compared of requests that ended within so many seconds of each other: two slices.
+BESIDE_S = 2 * SLICE_S
 
 
 def judge(
@@ -34,8 +37,11 @@ def judge(
     own = monitor.slices(rollout.organ, rollout.digest, since)
     usual = [] if reference is None else monitor.slices(rollout.organ, reference)
     recent = max(since, monitor.clock() - thresholds.window_s)
-    candidate = total(rollout.organ, rollout.digest, (each for each in own if each.start >= recent))
-    incumbent = total(rollout.organ, reference or "", (each for each in usual if each.start >= recent))
+    own_recent = [each for each in own if each.start >= recent]
+    usual_recent = [each for each in usual if each.start >= recent]
+    candidate = total(rollout.organ, rollout.digest, own_recent)
+    candidate_beside = total(rollout.organ, rollout.digest, _beside(own_recent, usual_recent))
+    incumbent_beside = total(rollout.organ, reference or "", _beside(usual_recent, own_recent))
     others: list[Slice] = []
     if sum(each.seen.errors for each in own) >= MIN_FAILURES:
         found = (monitor.slices(organ, digest, since - thresholds.window_s) for organ, digest in elsewhere)
@@ -43,8 +49,19 @@ def judge(
     return (
         _not_finite(thresholds, candidate)
         or _failing(thresholds, own, usual, others)
-        or _slow(thresholds, candidate.latency, incumbent.latency)
+        or _slow(thresholds, candidate_beside.latency, incumbent_beside.latency)
     )
+
+
+def _beside(slices: Sequence[Slice], others: Sequence[Slice]) -> list[Slice]:
+    """The slices near whose time the other version has times too.
+
+    A burst of requests that all get one version, by their session's key for instance, slows that version's tokens. Held
+    against another hour's it would look like the version's fault; what runs at the same time is slowed alike.
+    """
+    starts = [each.start for each in others if each.seen.latency.count]
+    places = ((each, bisect_left(starts, each.start - BESIDE_S)) for each in slices)
+    return [each for each, place in places if place < len(starts) and starts[place] <= each.start + BESIDE_S]
 
 
 def _not_finite(thresholds: Thresholds, candidate: Observation) -> str:

@@ -271,6 +271,7 @@ def test_failures_of_one_organ_leave_the_others_bits_alone(split: SplitGolden, p
         error = late.wait().error
         assert isinstance(error, ExpertsUnavailableError)
         assert error.organ == "liver"
+        assert 0 <= time.monotonic() - error.since < 30
         assert not patient.ended.is_set()
         experts.failure = None
         assert patient.wait_well().token_ids == lost.token_ids

@@ -58,6 +58,7 @@ def moved(token: int, axis: int) -> torch.Tensor:
         (replace(request(), max_new_tokens=3, stop_token_ids=frozenset({1})), 3),
         (replace(request(), shares=(("liver", 0.75), ("breast", 0.25))), 3),
         (replace(request(), shares=(("breast", 0.75), ("liver", 0.25))), 0),
+        (replace(request(), cache_salt=b"another caller"), 0),
         (replace(request(), shares=(("breast", 1.0),)), 0),
         (replace(request(), shares=()), 0),
         (replace(request(), input_ids=(1, *request().input_ids[1:])), 0),

@@ -145,6 +145,28 @@ def test_logits_that_are_no_numbers_are_an_error(temperature: float, value: floa
         next_token(sequence(SamplingParams(temperature=temperature), [0]), torch.tensor([1.0, value, 2.0]))
 
 
+@given(
+    logits=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=4, max_size=4),
+    temperature=st.just(0.0) | st.floats(2.0**-149, 2.0**127, width=32),
+    top_k=st.integers(0, 5),
+    top_p=st.floats(2.0**-149, 1, width=32),
+    penalty=st.floats(2.0**-149, 2.0**127, width=32),
+)
+@example(logits=[9.0, -9.0, 1.0, 0.0], temperature=0.0, top_k=0, top_p=1.0, penalty=1e-40)
+@example(logits=[9.0, -9.0, 1.0, 0.0], temperature=1.0, top_k=0, top_p=1.0, penalty=3e38)
+def test_finite_logits_give_a_token_whatever_a_caller_asks_for(
+    logits: list[float], temperature: float, top_k: int, top_p: float, penalty: float
+) -> None:
+    sampling = SamplingParams(temperature, top_k, top_p, penalty)
+    assert 0 <= next_token(sequence(sampling, [0, 1, 1]), torch.tensor(logits)) < 4
+
+
+def test_a_penalty_hides_no_bad_logit_of_the_model() -> None:
+    own = sequence(SamplingParams(repetition_penalty=100.0), [1])
+    with pytest.raises(NonFiniteLogitsError):
+        next_token(own, torch.tensor([1.0, math.inf, 2.0]))
+
+
 def test_a_step_chooses_for_each_sequence_as_if_it_were_alone() -> None:
     generator = torch.Generator().manual_seed(2)
     kinds = [

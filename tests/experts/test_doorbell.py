@@ -254,6 +254,16 @@ def test_who_shows_no_memory_of_this_user_is_not_served(service: ExpertGroupServ
     assert service.exchanges_received == 0
 
 
+@pytest.mark.parametrize("message", [bytes(5_000_000), b"\x08\x01" * 2_500_000], ids=["zeros", "fields"])
+def test_a_large_first_message_ends_its_stream_unread(service: ExpertGroupService, message: bytes) -> None:
+    caller = Caller(service, attach=False)
+    caller.call.send(message)
+    with pytest.raises(StreamEndedError, match="INVALID_ARGUMENT: the first message of a stream must have attach"):
+        caller.read()
+    assert service.exchanges_received == 0
+    Caller(service)
+
+
 def test_a_full_queue_refuses_and_disturbs_nothing(group: ExpertGroup, kernel: WatchedKernel, pushed: Manifest) -> None:
     service = ExpertGroupService(group, to_status=to_status, max_queue=2, workers=1, inline_multiply_adds=0)
     caller = Caller(service)

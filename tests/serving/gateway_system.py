@@ -1,5 +1,6 @@
 """A gateway over a real router, engine, experts and vision encoder on the demo checkpoint, without Ray."""
 
+import dataclasses
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -14,7 +15,8 @@ from echovlm_ray.checkpoint.layout import CheckpointIndex, backbone_directory, r
 from echovlm_ray.config import GatewaySection, RouterSection
 from echovlm_ray.model.checkpoint import load_vision_tower
 from echovlm_ray.model.processing import EchoVLMProcessor
-from echovlm_ray.serving.gateway import GatewayService, ModelDescription, OrganDescription
+from echovlm_ray.serving.gateway import GatewayService, ModelDescription, OrganDescription, server_options
+from echovlm_ray.serving.interceptor import Admit
 from echovlm_ray.serving.router_client import RouterClient
 from echovlm_ray.serving.server import GrpcServer, ServerOptions
 from echovlm_ray.serving.vision_client import VisionClient
@@ -33,6 +35,7 @@ class GatewaySystem:
     stub: Any
     service: GatewayService
     processor: EchoVLMProcessor | None
+    address: str
 
 
 def description(index: CheckpointIndex) -> ModelDescription:
@@ -49,9 +52,11 @@ def description(index: CheckpointIndex) -> ModelDescription:
 
 
 @asynccontextmanager
-async def served(register: Any, servicer: object, name: str) -> AsyncIterator[str]:
-    server = GrpcServer(ServerOptions())
-    server.add(register, servicer, name)
+async def served(
+    register: Any, servicer: object, name: str, admit: Admit | None = None, options: ServerOptions | None = None
+) -> AsyncIterator[str]:
+    server = GrpcServer(options or ServerOptions())
+    server.add(register, servicer, name, admit)
     await server.start()
     try:
         yield server.address
@@ -73,10 +78,16 @@ async def gateway(
     service = GatewayService(processor, client, lambda: model, gateway=section, limits=limits)
     await service.start()
     async with (
-        served(echovlm_pb2_grpc.add_EchoVLMServicer_to_server, service, "echovlm.v1.EchoVLM") as address,
+        served(
+            echovlm_pb2_grpc.add_EchoVLMServicer_to_server,
+            service,
+            "echovlm.v1.EchoVLM",
+            service.admit,
+            dataclasses.replace(server_options(section), port=0),
+        ) as address,
         grpc.aio.insecure_channel(address) as channel,
     ):
-        yield GatewaySystem(echovlm_pb2_grpc.EchoVLMStub(channel), service, processor)
+        yield GatewaySystem(echovlm_pb2_grpc.EchoVLMStub(channel), service, processor, address)
     await client.close()
     await service.close()
 

@@ -214,10 +214,10 @@ BAD = [
     (request(png(), expert_set_id="F" * 64), "expert_set_id", "64 lower-case"),
     (request(png(), prompt_digest="x"), "prompt_digest", "64 lower-case"),
     (request(png(), organs=["liver", "heart", "breast"]), "organs", ""),
-    (request(png(), sampling={"temperature": -1}), "sampling.temperature", "positive"),
-    (request(png(), sampling={"temperature": float("nan")}), "sampling.temperature", "positive"),
-    (request(png(), sampling={"top_p": 1.5}), "sampling.top_p", "from 0 to 1"),
-    (request(png(), sampling={"repetition_penalty": -2}), "sampling.repetition_penalty", "positive"),
+    (request(png(), sampling={"temperature": -1}), "sampling.temperature", "0 (greedy) or from 0.01 to 100"),
+    (request(png(), sampling={"temperature": float("nan")}), "sampling.temperature", "from 0.01 to 100"),
+    (request(png(), sampling={"top_p": 1.5}), "sampling.top_p", "from 0.0001 to 1"),
+    (request(png(), sampling={"repetition_penalty": 1e-40}), "sampling.repetition_penalty", "from 0.01 to 100"),
 ]
 
 
@@ -278,6 +278,24 @@ async def test_the_session_key_reaches_the_router(checkpoint: Path, processor: E
         await stream(system, request(png(), session_key="visit 7"))
         await stream(system, request(png()))
     assert [each.session_key for each in router.requests] == ["visit 7", ""]
+
+
+@pytest.mark.parametrize(("share", "kinds"), [("token", 2), ("all", 1)])
+async def test_a_token_has_caches_of_its_own_unless_they_are_shared(
+    checkpoint: Path, processor: EchoVLMProcessor, tmp_path: Path, share: str, kinds: int
+) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.write_text("one\ntwo\n")
+    tokens.chmod(0o600)
+    section = SECTION.model_copy(update={"token_file": tokens, "share_caches": share})
+    async with scripted(checkpoint, processor, [last()], section) as (system, router):
+        for token in ("one", "two", "one"):
+            await stream(system, request(png()), metadata=(("authorization", f"Bearer {token}"),))
+    first, second, again = [each.cache_salt for each in router.requests]
+    assert first == again
+    assert len({first, second}) == kinds
+    assert b"one" not in first
+    assert bool(first) == (share == "token")
 
 
 async def test_characters_are_never_cut_in_half(checkpoint: Path, processor: EchoVLMProcessor) -> None:

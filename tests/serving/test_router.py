@@ -177,6 +177,7 @@ async def code_of(served: Served, request: router_pb2.RouterGenerateRequest, tim
         ({"sampling": router_pb2.Sampling(temperature=float("nan"))}, "sampling.temperature"),
         ({"sampling": router_pb2.Sampling(top_p=1.5)}, "sampling.top_p"),
         ({"sampling": router_pb2.Sampling(repetition_penalty=-2)}, "sampling.repetition_penalty"),
+        ({"sampling": router_pb2.Sampling(repetition_penalty=1e-38)}, "sampling.repetition_penalty.*from 0.01 to 100"),
         ({"organ_hints": router_pb2.OrganHints(organs=["breast", "liver", "heart"])}, "organs: 3 organs are named"),
     ],
 )

@@ -209,6 +209,19 @@ def test_a_lost_organ_is_no_versions_error_but_a_version_that_is_missing_alone_i
     assert found["new"].errors == 1
 
 
+def test_a_request_that_waited_long_and_was_stalled_shortly_at_its_deadline_says_nothing() -> None:
+    outcomes = Outcomes()
+    lost = ExpertsUnavailableError("liver", "gone")
+    # It came at 100, waited in the queue, and its caller's deadline was just when a replica did not answer.
+    lost.since = 109.5
+    outcomes.note_token([used("liver", "old")], 109.6)
+    record(outcomes, [used("liver", "new")], lost, tokens=0)
+    assert not observations(outcomes)
+    outcomes.note_token([used("liver", "old")], 111.0)
+    record(outcomes, [used("liver", "new")], lost, tokens=0)
+    assert observations(outcomes)["new"].errors == 1
+
+
 def test_a_version_that_no_replica_could_load_is_its_own_error_and_no_others() -> None:
     outcomes = Outcomes()
     error = ExpertsUnusableError("liver", "new", "the bundle is damaged")

@@ -270,7 +270,12 @@ async def list_services(channel: grpc.aio.Channel) -> set[str]:
 async def test_reflection_names_all_services() -> None:
     async with connected(Control()) as channel:
         names = await list_services(channel)
-    assert names == {SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+    assert names == {
+        SERVICE,
+        "grpc.health.v1.Health",
+        "grpc.reflection.v1.ServerReflection",
+        "grpc.reflection.v1alpha.ServerReflection",
+    }
 
 
 async def test_health_is_checked_and_watched() -> None:

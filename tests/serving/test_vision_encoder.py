@@ -115,8 +115,9 @@ def test_digests_tell_encoder_grid_and_content_apart() -> None:
         content_digest("b", same),
         content_digest("a", EncoderInput((1, 6, 4), same.patches)),
         content_digest("a", changed),
+        content_digest("a", EncoderInput(same.grid, same.patches, b"another caller")),
     }
-    assert len(digests) == 4
+    assert len(digests) == 5
     assert content_digest("a", same) == content_digest("a", EncoderInput(same.grid, same.patches.clone()))
 
 

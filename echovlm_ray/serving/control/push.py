@@ -5,12 +5,14 @@ import errno
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from echovlm_ray.errors import InvalidRequestError, OverloadedError
+from echovlm_ray.serving.caller import current_caller
 from experts.bundle import MAX_SIGNATURE_BYTES, SIGNATURE_NAME
 from experts.errors import InvalidBundleError, RegistryError, RegistryFullError
 from experts.manifest import MANIFEST_NAME, FileEntry, Manifest
@@ -19,7 +21,9 @@ from protos import control_pb2
 
 # The manifest of one layer per file still fits.
 MAX_FILES = 1000
-MAX_PUSHES = 2
+# At the same time: of one operator, and of all.
+MAX_PUSHES_OF_ONE = 4
+MAX_PUSHES = 16
 RETRY_AFTER_S = 5.0
 DRAIN_S = 1.0
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -33,7 +37,7 @@ class PushReceiver:
         self._registry = registry
         self._incoming = incoming
         self._max_bytes = max_bytes
-        self._pushes = 0
+        self._pushes: Counter[bytes] = Counter()
 
     def clear(self) -> None:
         """Throws away what pushes left behind that ended with their process; for before the first push."""
@@ -51,9 +55,15 @@ class PushReceiver:
             OverloadedError: others are being pushed.
             RegistryError: nothing can be written here or there.
         """
-        if self._pushes >= MAX_PUSHES:
+        operator = current_caller()
+        if self._pushes[operator] >= MAX_PUSHES_OF_ONE:
+            raise OverloadedError(
+                f"{MAX_PUSHES_OF_ONE} bundles are being pushed with these credentials already; push it later",
+                RETRY_AFTER_S,
+            )
+        if self._pushes.total() >= MAX_PUSHES:
             raise OverloadedError(f"{MAX_PUSHES} bundles are being pushed already; push it later", RETRY_AFTER_S)
-        self._pushes += 1
+        self._pushes[operator] += 1
         try:
             with self._folder() as folder:
                 try:
@@ -65,7 +75,7 @@ class PushReceiver:
             await _drain(requests)
             raise
         finally:
-            self._pushes -= 1
+            self._pushes -= Counter([operator])
 
     @contextmanager
     def _folder(self) -> Iterator[Path]:

@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 MAX_MESSAGE = 500
 # The largest message is a manifest.
 MAX_RECEIVE_BYTES = 8 * 1024 * 1024
+MAX_RECEIVED_BYTES = 64 * MAX_RECEIVE_BYTES
 # What a Control before this one may take to end, beyond the grace time of its calls.
 LOCK_EXTRA_S = 10.0
 STARTER = "start"
@@ -160,7 +161,13 @@ class ControlReplica(Replica):
             closing=[*closing, endpoints.stop, fleet.close, lambda: asyncio.to_thread(state.close)],
         )
         public = ServerOptions(
-            section.host, section.port, section.tls, section.token_file, max_receive_bytes=MAX_RECEIVE_BYTES
+            section.host,
+            section.port,
+            section.tls,
+            section.token_file,
+            max_receive_bytes=MAX_RECEIVE_BYTES,
+            max_received_bytes=MAX_RECEIVED_BYTES,
+            idle_s=section.push_idle_s,
         )
         await self._start(
             parsed,

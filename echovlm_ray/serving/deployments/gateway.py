@@ -15,7 +15,7 @@ from echovlm_ray.serving.deployments.settings import (
 )
 from echovlm_ray.serving.endpoints import Endpoints
 from echovlm_ray.serving.metrics import DecodingMetrics
-from echovlm_ray.serving.server import INTERNAL_CHANNEL_OPTIONS, MESSAGE_SLACK_BYTES, ServerOptions
+from echovlm_ray.serving.server import INTERNAL_CHANNEL_OPTIONS
 from protos import echovlm_pb2, echovlm_pb2_grpc
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class GatewayReplica(Replica):
         """Takes the fields of `GatewaySettings`."""
         from echovlm_ray.model.processing import EchoVLMProcessor
         from echovlm_ray.serving.bundles import open_kept
-        from echovlm_ray.serving.gateway import GatewayService
+        from echovlm_ray.serving.gateway import GatewayService, server_options
         from echovlm_ray.serving.live_model import LiveModel
         from echovlm_ray.serving.router_client import RouterClient
         from echovlm_ray.serving.served import served_checkpoint
@@ -57,13 +57,7 @@ class GatewayReplica(Replica):
         router = RouterClient(endpoints.source(ROUTER), INTERNAL_CHANNEL_OPTIONS)
         service = GatewayService(processor, router, live.describe, gateway=section, limits=parsed.router)
         await service.start()
-        public = ServerOptions(
-            section.host,
-            section.port,
-            section.tls,
-            section.token_file,
-            max_receive_bytes=section.max_images * section.max_image_bytes + MESSAGE_SLACK_BYTES,
-        )
+        public = server_options(section)
         monitor = _monitor(self, parsed, served, endpoints, live)
         decoding = DecodingMetrics()
         part = Part(
@@ -72,7 +66,7 @@ class GatewayReplica(Replica):
             measure=lambda: _measure(decoding, service.decoders),
             closing=[monitor.stop, live.stop, router.close, service.close, endpoints.stop],
         )
-        clients = Service(echovlm_pb2_grpc.add_EchoVLMServicer_to_server, service, SERVICE_NAME)
+        clients = Service(echovlm_pb2_grpc.add_EchoVLMServicer_to_server, service, SERVICE_NAME, service.admit)
         await self._start(parsed, part, public, [clients])
         await live.start()
         endpoints.on_change(monitor.wake)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from echovlm_ray.serving.deployments.settings import ExpertGroupSettings, Network, ReplicaSettings, RouterSettings
 from echovlm_ray.serving.endpoints import ADDRESS_KEY, PUBLIC_ADDRESS_KEY, REPLICA_KEY
+from echovlm_ray.serving.interceptor import Admit
 from echovlm_ray.serving.metrics import PartMetrics
 from echovlm_ray.serving.replica_status import SERVICE_NAME, ReplicaIdentity, ReplicaStatusService
 from echovlm_ray.serving.server import GrpcServer, Register, ServerOptions
@@ -30,11 +31,12 @@ STOP_RESERVE_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A servicer, the generated function that adds it to a server, and its full name."""
+    """A servicer, the generated function that adds it to a server, its full name, and what gives its calls a place."""
 
     register: Register
     servicer: object
     name: str
+    admit: Admit | None = None
 
 
 def _nothing_pending() -> bool:
@@ -102,7 +104,7 @@ class Replica:
         if public is not None:
             self._public = GrpcServer(public)
             for service in public_services:
-                self._public.add(service.register, service.servicer, service.name)
+                self._public.add(service.register, service.servicer, service.name, service.admit)
             await self._public.start()
         self._internal = GrpcServer(ServerOptions(host=_host(settings.network)))
         for service in part.services:

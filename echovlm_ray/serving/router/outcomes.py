@@ -6,8 +6,8 @@ What counts as an error of an organ's experts:
 - The logits were infinite or not a number: the request's candidates did it, for the incumbents served all the others;
   without a candidate, every organ that it used is named.
 - They could not be reached (`ExpertsUnavailableError`): a dead replica takes every version with it, and says nothing
-  of one of them. It counts only where another version of the organ went on meanwhile, so that this one alone was
-  missing.
+  of one of them. It counts only where another version of the organ went on while the request was kept waiting, so
+  that this one alone was missing; not while it waited for a place, or a caller's short deadline could bring it about.
 - No replica could load them (`ExpertsUnusableError`): that version's, and no other's.
 
 A deadline, a full queue or a caller who left is nobody's error, but how long each token took counts all the same.
@@ -165,7 +165,7 @@ class Outcomes:
         if isinstance(error, ExpertsUnavailableError) and error.organ == bundle.organ:
             versions = self._progress.get(bundle.organ, {})
             others = [at for digest, at in list(versions.items()) if digest != bundle.digest]
-            return max(others, default=-1.0) > last_progress + ALONE_S
+            return max(others, default=-1.0) > max(last_progress, error.since) + ALONE_S
         return False
 
 

@@ -16,6 +16,8 @@ from protos import router_pb2, vision_pb2
 from router.expert_gates import BundleGates
 from router.expert_set import ExpertSet
 
+MAX_CACHE_SALT_BYTES = 64
+
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
@@ -73,6 +75,10 @@ class RequestReader:
                 f"{limits.max_logits_bytes} (router.max_logits_bytes): send a shorter prompt",
             )
 
+        if len(request.cache_salt) > MAX_CACHE_SALT_BYTES:
+            raise InvalidRequestError(
+                "cache_salt", f"has {len(request.cache_salt)} bytes; at most {MAX_CACHE_SALT_BYTES} are allowed"
+            )
         check_sampling(request.sampling)
         check_session_key(request.session_key)
         check_expert_set_id(request.expert_set_id, may_be_empty=True)
@@ -155,6 +161,7 @@ class RequestReader:
             stop_token_ids=stop_token_ids,
             return_logits=request.return_logits,
             deadline=deadline,
+            cache_salt=request.cache_salt,
         )
 
     def place_vision(

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import pytest
 import torch
 from google.protobuf.message import DecodeError
@@ -5,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experts.errors import InvalidTensorError
+from experts.transport import wire
 from experts.transport.codec import tensor_from_proto, tensor_to_proto
-from experts.transport.wire import parse, tensor_of, with_tensor
+from experts.transport.wire import MAX_HEAD_BYTES, parse, tensor_of, with_tensor
 from protos import expert_pb2, tensor_pb2
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -103,3 +106,38 @@ def test_damaged_messages_are_refused_or_read_as_protobuf_reads_them(
     if data is not None:
         found.hidden_states.data = bytes(data)
     assert found == expected
+
+
+LARGE = 2 * MAX_HEAD_BYTES
+# Field 4, a Tensor, whose field 2 is a packed shape: each byte of it stands for eight in memory.
+SHAPE = b"\x12" + wire._varint(LARGE) + bytes(LARGE)
+HOSTILE = {
+    "zeros": bytes(LARGE),
+    "small fields without end": b"\x08\x01" * (LARGE // 2),
+    "unknown fields without end": b"\xf8\x07\x01" * (LARGE // 3),
+    "a shape without end": b"\x22" + wire._varint(len(SHAPE)) + SHAPE,
+    "a shape without end in the tensor": b"\x7a" + wire._varint(len(SHAPE) + 2) + SHAPE + b"\x7a\x00",
+    "small fields in the tensor": b"\x7a" + wire._varint(LARGE) + b"\x08\x01" * (LARGE // 2),
+    "a long head": b"\x12" + wire._varint(LARGE) + bytes(LARGE) + b"\x7a\x02\x7a\x00",
+}
+
+
+@pytest.mark.parametrize("message", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_messages_are_refused_before_they_cost_time_or_memory(
+    message: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    plain = wire._read_varint
+
+    def counted(message: bytes, at: int) -> tuple[int, int]:
+        read.append(at)
+        return plain(message, at)
+
+    monkeypatch.setattr(wire, "_read_varint", counted)
+    tracemalloc.start()
+    with pytest.raises(DecodeError, match="must end with its tensor"):
+        parse(expert_pb2.ForwardRequest, message)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(read) < 1000
+    assert peak < 1_000_000

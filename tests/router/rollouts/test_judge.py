@@ -65,3 +65,25 @@ def test_noise_is_not_slowness_and_slowness_is_found_in_noise(world: World) -> N
     # Of as many a plain ratio of medians takes back several.
     assert reasons(1.0, 1000) == 0
     assert reasons(5.0, 50) >= 45
+
+
+def test_a_burst_for_one_version_alone_does_not_make_it_slow(world: World) -> None:
+    clock = Clock()
+    monitor = HealthMonitor(clock.monotonic)
+    world.stage()
+    rollout = dataclasses.replace(world.rollout(), digest="d")
+
+    def ran(digest: str, count: int, time_s: float) -> None:
+        latency = LatencyHistogram.of([time_s] * count)
+        monitor.record(Observation("heart", digest, count, latency=latency))
+
+    for _ in range(5):
+        # Somebody's sessions all get the candidate; the incumbent has requests at quiet times only.
+        ran("d", 60, 0.5)
+        clock.passed += 10
+        ran("i", 60, 0.01)
+        clock.passed += 10
+    assert not judge(monitor, rollout, LIMITS, 0.0, "i")
+    ran("i", 30, 0.01)
+    ran("d", 30, 0.5)
+    assert "times as much" in judge(monitor, rollout, LIMITS, 0.0, "i")

@@ -1,0 +1,88 @@
+"""The standard health service: Check, Watch and List.
+
+grpcio's own holds a lock while it writes to a watcher, so one that does not read would keep every state from changing.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from echovlm_ray.errors import OverloadedError, UnknownServiceError
+
+MAX_WATCHERS = 1000
+
+Status = health_pb2.HealthCheckResponse
+
+
+class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
+    """What is said of each service. Belongs to one event loop."""
+
+    def __init__(self) -> None:
+        self._statuses: dict[str, int] = {"": Status.SERVING}
+        self._ending = False
+        self._watchers = 0
+        # Replaced with every change; those who watch wait for it.
+        self._changed = asyncio.Event()
+
+    async def set(self, service: str, status: int) -> None:
+        """Says so of a service from now on; after `enter_graceful_shutdown` nothing changes any more."""
+        if not self._ending and self._statuses.get(service) != status:
+            self._statuses[service] = status
+            self._announce()
+
+    async def enter_graceful_shutdown(self) -> None:
+        """Says of all services, for good, that they do not serve."""
+        self._ending = True
+        self._statuses = dict.fromkeys(self._statuses, Status.NOT_SERVING)
+        self._announce()
+
+    async def Check(
+        self, request: health_pb2.HealthCheckRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> health_pb2.HealthCheckResponse:
+        """The state of one service.
+
+        Raises:
+            UnknownServiceError: nothing is said of it.
+        """
+        status = self._statuses.get(request.service)
+        if status is None:
+            raise UnknownServiceError("nothing is known of the health of a service of this name; List names all")
+        return Status(status=status)
+
+    async def List(
+        self, request: health_pb2.HealthListRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> health_pb2.HealthListResponse:
+        """The states of all services."""
+        return health_pb2.HealthListResponse(
+            statuses={service: Status(status=status) for service, status in self._statuses.items()}
+        )
+
+    async def Watch(
+        self, request: health_pb2.HealthCheckRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
+        """The state of one service now and whenever it changes; of one that is not known, that it is not.
+
+        Raises:
+            OverloadedError: too many watch.
+        """
+        if self._watchers >= MAX_WATCHERS:
+            raise OverloadedError(f"{MAX_WATCHERS} callers watch the health of services, and that is the limit")
+        self._watchers += 1
+        last = None
+        try:
+            while True:
+                changed = self._changed
+                status = self._statuses.get(request.service, Status.SERVICE_UNKNOWN)
+                if status != last:
+                    last = status
+                    yield Status(status=status)
+                await changed.wait()
+        finally:
+            self._watchers -= 1
+
+    def _announce(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
