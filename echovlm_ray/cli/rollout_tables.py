@@ -132,7 +132,7 @@ def _replicas(replicas: Iterable["ReplicaResidents"], versions: Versions) -> Lis
                 bar = ProgressBar(total=1.0, completed=share.progress, width=BAR_WIDTH)
                 table.add_row(*row, f"loading {share.progress:.0%}", bar)
             else:
-                kept = "[dim]kept to go back to[/dim]" if share.spare else ""
+                kept = styled("kept to go back to", "dim") if share.spare else ""
                 table.add_row(*row, size_in_words(share.resident_bytes), kept)
             head = ["", "", ""]
         if not replica.bundles:

@@ -20,7 +20,8 @@ LOOPBACK = re.compile(r"(127(\.\d{1,3}){3}|localhost|\[::1\])(:\d+)?$|unix:")
 OWN_KINDS = frozenset({"unix", "unix-abstract", "dns", "ipv4", "ipv6", "vsock"})
 # After a lost connection gRPC itself waits before it connects again, by default for up to two minutes, and calls fail
 # meanwhile. Sending a call again is done here, in `client.patience`.
-RECONNECT_MS = {"initial": 100, "min": 100, "max": 1000}
+# "min" is also the time that one attempt to connect may take: a busy server may need long for its first bytes.
+RECONNECT_MS = {"initial": 100, "min": 5000, "max": 1000}
 
 
 @dataclass(frozen=True, slots=True)
