@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 
 from echovlm_ray.errors import DeadlineError, InvalidRequestError, MessageTooLargeError
 from echovlm_ray.serving.received_bytes import ReceivedBytes
+from experts.transport.fields import next_field
 
 # How gzip begins (RFC 1952, 2.3.1). No protobuf message begins so: it would be a field of wire type 7.
 GZIP_MAGIC = b"\x1f\x8b"
@@ -118,33 +119,10 @@ def has_fields_beyond(raw: bytes, limit: int) -> bool:
         for _ in range(limit):
             if at >= len(raw):
                 return at > len(raw)
-            tag, at = _varint(raw, at)
-            kind = tag & 7
-            if kind == 0:
-                _, at = _varint(raw, at)
-            elif kind == 1:
-                at += 8
-            elif kind == 2:
-                length, at = _varint(raw, at)
-                at += length
-            elif kind == 5:
-                at += 4
-            else:
-                return True
+            _, _, at = next_field(raw, at)
     except IndexError:
         return True
     return at != len(raw)
-
-
-def _varint(raw: bytes, at: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        octet = raw[at]
-        at += 1
-        value |= (octet & 0x7F) << shift
-        if octet < 0x80:
-            return value, at
-    raise IndexError(at)
 
 
 def _parsed(raw: bytes, parse: Parse) -> Any:

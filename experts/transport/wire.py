@@ -19,11 +19,11 @@ from experts.transport.codec import (
     tensor_from_proto,
     tensor_to_proto,
 )
+from experts.transport.fields import next_field
 from protos import expert_pb2, tensor_pb2
 
 # Field 15 with a length, in ForwardRequest, ForwardResponse and Tensor alike.
 _TAG = b"\x7a"
-_LENGTH_DELIMITED = 2
 # Looking a small message over takes longer than copying it.
 _SMALL = 16 * 1024
 # What a message may hold beside the data of its field 15: experts and weights of two million pairs of a token and an
@@ -125,37 +125,12 @@ def _large_field(message: bytes, at: int, end: int) -> tuple[int, int] | None:
             if at >= end:
                 return None
             start = at
-            tag, at = _read_varint(message, at)
-            kind = tag & 7
-            if kind == 0:
-                _, at = _read_varint(message, at)
-            elif kind == 1:
-                at += 8
-            elif kind == 5:
-                at += 4
-            elif kind == _LENGTH_DELIMITED:
-                length, at = _read_varint(message, at)
-                if tag == _TAG[0]:
-                    return (start, at) if at + length == end else None
-                at += length
-            else:
-                return None
+            tag, content, at = next_field(message, start)
+            if tag == _TAG[0]:
+                return (start, content) if at == end else None
     except IndexError:
         return None
     return None
-
-
-def _read_varint(message: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        octet = message[at]
-        at += 1
-        value |= (octet & 0x7F) << shift
-        if octet < 0x80:
-            return value, at
-        shift += 7
-        if shift >= 70:
-            raise IndexError(at)
 
 
 def _varint(value: int) -> bytes:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experts.errors import InvalidTensorError
-from experts.transport import wire
+from experts.transport import fields, wire
 from experts.transport.codec import tensor_from_proto, tensor_to_proto
 from experts.transport.wire import MAX_HEAD_BYTES, parse, tensor_of, with_tensor
 from protos import expert_pb2, tensor_pb2
@@ -127,13 +127,13 @@ def test_hostile_messages_are_refused_before_they_cost_time_or_memory(
     message: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = []
-    plain = wire._read_varint
+    plain = fields.read_varint
 
     def counted(message: bytes, at: int) -> tuple[int, int]:
         read.append(at)
         return plain(message, at)
 
-    monkeypatch.setattr(wire, "_read_varint", counted)
+    monkeypatch.setattr(fields, "read_varint", counted)
     tracemalloc.start()
     with pytest.raises(DecodeError, match="must end with its tensor"):
         parse(expert_pb2.ForwardRequest, message)
