@@ -1,6 +1,6 @@
 """The numbers of a sampling request: from where to where they may be.
 
-Beyond these ranges a number changes nothing that anybody would notice, and far beyond them the arithmetic in float32
+Beyond these ranges a number changes nothing noticeable, and far beyond them the arithmetic in float32
 overflows.
 """
 

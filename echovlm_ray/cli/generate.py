@@ -120,7 +120,7 @@ def generate(
         "for_replay": save_request is not None,
     }
     if save_request is not None and temperature > 0 and seed is None:
-        # Otherwise nobody could say what the same answer is.
+        # Without a seed the answer could not come again.
         options["seed"] = secrets.randbits(64)
     console = console_of(stderr=True)
     server = _gateway_of(name, server, console)

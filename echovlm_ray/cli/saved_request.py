@@ -263,7 +263,7 @@ def _beside(folder: Path, name: str, path: str) -> bytes:
 
 def _read(path: Path, limit: int, what: str) -> bytes:
     try:
-        # What is no file at all, for example a pipe that nobody writes to, must not be waited for.
+        # What is no file at all, for example a pipe without a writer, must not be waited for.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as file:
             found = os.fstat(descriptor)

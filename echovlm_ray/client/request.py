@@ -63,9 +63,9 @@ class GenerateOptions(TypedDict, total=False):
     # While a new version of an organ's experts answers a part of the requests, all with the same key get the same
     # experts: a key for a patient's visit, that tells nobody who it is. Empty: every request for itself.
     session_key: str
-    # The id of the expert set that shall answer, as an answer's provenance has it; empty: the one that is served.
+    # The id of the expert set to answer with, as an answer's provenance has it; empty: the one that is served.
     expert_set_id: str
-    # Whether the summary shall say the answer's tokens and the prompt's digest, by which a replay is compared.
+    # Whether the summary has the answer's tokens and the prompt's digest, by which a replay is compared.
     for_replay: bool
     # The prompt's digest as an earlier answer had it: refused if the request becomes another prompt now.
     prompt_digest: str

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from contextvars import ContextVar
 
 AUTHORIZATION = "authorization"
-# Of this process alone: what is made with it means nothing to anybody else, and nothing after a restart.
+# Of this process alone: what is made with it means nothing to other processes, or after a restart.
 _SECRET = secrets.token_bytes(32)
 _current: ContextVar[bytes] = ContextVar("caller", default=b"")
 
@@ -23,7 +23,7 @@ def set_caller(caller: bytes) -> None:
 
 
 def caller_of(metadata: Iterable[tuple[str, str | bytes]], peer_identities: Iterable[bytes] | None) -> bytes:
-    """The identity of whoever sent a call, its credentials having been checked.
+    """The identity of a call's sender, its credentials having been checked.
 
     Args:
         metadata: with the token, if there is one.

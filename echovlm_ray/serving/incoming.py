@@ -113,7 +113,7 @@ def inflate(raw: bytes, max_bytes: int) -> bytes:
 
 
 def has_fields_beyond(raw: bytes, limit: int) -> bool:
-    """Whether a serialised message has more than so many fields, or none that can be told apart."""
+    """Whether a serialised message has more than so many fields, or is malformed."""
     at = 0
     try:
         for _ in range(limit):

@@ -26,7 +26,7 @@ def waits_for_room(fleet: Fleet, snapshot: Snapshot, missing: Iterable[tuple[str
         fleet: the replicas.
         snapshot: what the rollouts need: the stable version, the one before while that is kept to go back to, and a
             candidate, which has its room reserved before it is loaded.
-        missing: (replica, past version that it shall load).
+        missing: (replica, past version that it is to load).
 
     Raises:
         ExpertCapacityError: there is no room even when nothing else is held; the text names the limit.
