@@ -67,7 +67,7 @@ def test_what_is_written_reads_back(record: Path) -> None:
     assert [image.path for image in request.images] == ["images/scan.png", None]
     options = request.options()
     for name in ("task", "language", "prompt", "temperature", "top_k", "top_p", "repetition_penalty", "seed"):
-        assert options[name] == OPTIONS[name]  # type: ignore[literal-required]
+        assert options[name] == OPTIONS[name]
     assert (options["organs"], options["stop"]) == (("breast",), ("END",))
     # The server's default may be another one tomorrow.
     assert options["max_new_tokens"] == 3
