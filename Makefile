@@ -11,6 +11,8 @@ INSTALL = $(1) -m pip install --quiet --disable-pip-version-check --no-deps --re
 INSTALL_TORCH = $(call INSTALL,$(1)) --only-binary :all: --requirement requirements/torch-cpu.txt 2>/dev/null || \
 	$(call INSTALL,$(1)) --only-binary :all: --requirement requirements/torch-cuda.txt
 
+# Installed again when they change, which compiles them.
+CPU_KERNELS := $(wildcard experts/kernels/cpu/*.c experts/kernels/cpu/*.h)
 # Of these there are no wheels.
 SOURCES := jieba,rouge-score
 
@@ -87,11 +89,13 @@ $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and none was found; name one: make PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.serve: pyproject.toml $(wildcard requirements/torch-*.txt) requirements/serve.txt | $(VENV)/bin/python
+$(VENV)/.serve: pyproject.toml $(CPU_KERNELS) $(wildcard requirements/torch-*.txt) requirements/serve.txt | $(VENV)/bin/python
 	@echo "Installing (about a minute, more on a slow network) …"
 	$(call INSTALL_TORCH,$(BIN)/python)
 	$(call INSTALL,$(BIN)/python) --only-binary :all: --requirement requirements/serve.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@ls experts/kernels/cpu/_kernels*.so >/dev/null 2>&1 || \
+		echo "Without a C compiler that works here, oneDNN computes on the CPU, which is slower: see docs/kernels.md." >&2
 	@touch $@
 
 $(VENV)/.dev: requirements/dev.txt $(VENV)/.serve

@@ -1,7 +1,7 @@
 """Starts checks of bundles by forking itself: `python -m experts.check_fork_server FD`.
 
 Importing torch takes seconds of a core, more than checking a small bundle. This process pays for it once, and for what
-else most checks import and compile. `experts.isolated_check` talks to it, see `start_check`.
+else most checks import. `experts.isolated_check` talks to it, see `start_check`.
 """
 
 import importlib
@@ -13,12 +13,12 @@ from collections.abc import Sequence
 
 from experts import bundle_check
 from experts.fork_server import ForkServer, serve
-from experts.kernels import cpu_packed
 
 NUM_DESCRIPTORS = 4
 # What the registry and the kernel `auto` import only when they are asked for.
 _PRELOADED = (
     "experts.kernels.auto",
+    "experts.kernels.cpu_packed",
     "experts.kernels.reference",
     "fsspec.implementations.local",
 )
@@ -45,7 +45,6 @@ def main() -> int:
     connection = socket.socket(fileno=int(sys.argv[1]))
     for module in _PRELOADED:
         importlib.import_module(module)
-    cpu_packed.compile_ahead()
     serve(connection, NUM_DESCRIPTORS, _check)
     return 0
 

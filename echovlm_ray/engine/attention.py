@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLAttention, rotate_half
 
+from echovlm_ray.engine.compiled import CompiledDecodes, CompiledTokens
 from echovlm_ray.engine.concatenate import concatenated
 from echovlm_ray.engine.kv_cache import BLOCK_SIZE, KVCache
-from experts.kernels.compiled import Array, Ints
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,21 +75,6 @@ class DecodeGroup:
     mask_B11K: torch.Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class CompiledDecodes:
-    """One token each of several sequences, for `echovlm_ray.engine.compiled.attend_decoding`.
-
-    Attributes:
-        rows_B: the step's rows.
-        block_tables_BN: filled up with zeros.
-        lengths_B: tokens of each sequence.
-    """
-
-    rows_B: Ints
-    block_tables_BN: Ints
-    lengths_B: Ints
-
-
 @dataclass(slots=True)
 class AttentionStep:
     """What the attention of one step needs beside queries, keys and values.
@@ -99,8 +84,8 @@ class AttentionStep:
         new_slots: where the step's tokens are stored.
         prefills: sequences of which several tokens attend together.
         decodes: tokens that attend by themselves, where torch's operators compute them.
-        compiled_decodes: the same, where compiled functions do.
-        rotation: cosine and sine of every token for compiled functions, noted by the first layer.
+        compiled_decodes: the same, where the C library does.
+        compiled_tokens: all tokens for the C library, described by the first layer.
     """
 
     cache: KVCache
@@ -108,7 +93,7 @@ class AttentionStep:
     prefills: tuple[Prefill, ...]
     decodes: tuple[DecodeGroup, ...]
     compiled_decodes: CompiledDecodes | None
-    rotation: tuple[Array, Array] | None = None
+    compiled_tokens: CompiledTokens | None = None
 
     @classmethod
     def plan(cls, cache: KVCache, spans: Sequences[SequenceSpan]) -> "AttentionStep":
@@ -190,8 +175,9 @@ def _compiled_decodes(spans: list[SequenceSpan]) -> CompiledDecodes:
     block_tables_BN = np.zeros((len(spans), max((len(span.block_table) for span in spans), default=0)), dtype=np.int64)
     for table_N, span in zip(block_tables_BN, spans, strict=True):
         table_N[: len(span.block_table)] = span.block_table
-    rows_B = np.array([span.row for span in spans], dtype=np.int64)
-    return CompiledDecodes(rows_B, block_tables_BN, np.array([span.end for span in spans], dtype=np.int64))
+    rows_B = torch.tensor([span.row for span in spans], dtype=torch.int64)
+    lengths_B = torch.tensor([span.end for span in spans], dtype=torch.int64)
+    return CompiledDecodes(rows_B, torch.from_numpy(block_tables_BN), lengths_B)
 
 
 class PagedSelfAttention(nn.Module):

@@ -4,7 +4,6 @@ import numpy as np
 import torch
 
 from echovlm_ray.engine.block_pool import BLOCK_SIZE, BlockPool
-from experts.kernels.compiled import Array, as_array
 
 __all__ = ["BLOCK_SIZE", "BlockPool", "KVCache"]
 
@@ -34,7 +33,7 @@ class KVCache:
             head_dim: of the model.
             dtype: of keys and values.
             device: of keys and values.
-            compiled: whether `echovlm_ray.engine.compiled` reads and writes it; see its `pays`.
+            compiled: whether `echovlm_ray.engine.compiled` reads and writes it; see its `use_compiled`.
         """
         shape = (num_layers, num_blocks * BLOCK_SIZE, num_key_value_heads, head_dim)
         # Written, not only asked for: else the system hands out the pages one by one under load, and whether there are
@@ -43,15 +42,7 @@ class KVCache:
         self.value_LSHD = torch.empty(shape, dtype=dtype, device=device).zero_()
         self.dtype = dtype
         self.device = device
-        # Each layer's keys and values for compiled functions; none where torch's operators are used.
-        self.arrays_L: list[tuple[Array, Array]] = []
-        if compiled:
-            self.arrays_L = list(zip(as_array(self.key_LSHD), as_array(self.value_LSHD), strict=True))
-
-    @property
-    def compiled(self) -> bool:
-        """Whether compiled functions work on it."""
-        return bool(self.arrays_L)
+        self.compiled = compiled
 
     @staticmethod
     def slots(block_table: list[int], start: int, end: int) -> torch.Tensor:

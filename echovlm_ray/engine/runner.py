@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from echovlm_ray.engine.compiled import pays, prepare
+from echovlm_ray.engine.compiled import use_compiled
 from echovlm_ray.engine.fused_layers import fuse_layers
 from echovlm_ray.engine.kv_cache import BLOCK_SIZE, BlockPool, KVCache
 from echovlm_ray.engine.scheduler import Chunk
@@ -57,8 +57,8 @@ class ModelRunner:
             dispatcher: computes the experts.
             kv_cache_tokens: how many tokens the cache holds.
             packed_linears: False leaves the linear layers as they are, to compare.
-            compiled: False leaves the small arithmetic to torch's operators, to compare; they also do it where it does
-                not pay to compile, see `echovlm_ray.engine.compiled.pays`.
+            compiled: False leaves the small arithmetic to torch's operators, to compare; they also do it where the C
+                library does not, see `echovlm_ray.engine.compiled.use_compiled`.
             micro_batches: 2 computes a step in two halves, so that the experts of one work during the attention of
                 the other. It pays where an exchange takes longer than the dense MLP and the shared expert.
 
@@ -70,9 +70,7 @@ class ModelRunner:
             raise ValueError("the checkpoint has use_sliding_window: true; the engine serves full attention only")
         # Asked first: a packed layer has no weights that torch could see.
         dtype, self.device = model.dtype, model.device
-        compiled = compiled and pays(dtype, self.device)
-        if compiled:
-            prepare(dtype)
+        compiled = compiled and use_compiled(dtype, self.device)
         fuse_layers(model.model.language_model, compiled=compiled)
         if packed_linears:
             pack_linears(model)

@@ -5,7 +5,7 @@ import logging
 import torch
 from torch import nn
 
-from experts.kernels.compiled import Ints
+from experts.kernels.cpu.library import PackedMatrix
 from experts.kernels.packed_linear import WARM_UP_ROWS, PackedLinear, packing_available
 
 logger = logging.getLogger(__name__)
@@ -72,9 +72,9 @@ def warm_up(model: nn.Module, max_head_rows: int) -> int:
     return sum(packed.warm_up(max_rows) for packed, max_rows in shapes.values())
 
 
-def compiled_products(*linears: nn.Module) -> tuple[Ints, ...] | None:
-    """Describes packed layers to compiled functions; None where those cannot compute all of them."""
-    described = [linear.packed.compiled for linear in linears if isinstance(linear, PackedLinearLayer)]
+def packed_matrices(*linears: nn.Module) -> tuple[PackedMatrix, ...] | None:
+    """Packed layers as the C library takes them; None where it cannot multiply with all of them."""
+    described = [linear.packed.matrix for linear in linears if isinstance(linear, PackedLinearLayer)]
     found = tuple(each for each in described if each is not None)
     return found if len(found) == len(linears) else None
 

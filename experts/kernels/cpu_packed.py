@@ -7,25 +7,16 @@ The result of a token has the same bits whatever the other tokens of the call. R
 import itertools
 import logging
 
-import numpy as np
 import torch
 
-from experts.kernels import avx512_product
 from experts.kernels.base import ExpertWeights, PreparedExperts
-from experts.kernels.compiled import Array, Ints, as_array
-from experts.kernels.expert_arithmetic import add_pairs, compute_experts, gather_pairs, prepare
+from experts.kernels.cpu.functions import PackedExpertMatrices, compute_experts
+from experts.kernels.cpu.library import cpu_library
 from experts.kernels.packed_linear import PackedLinear, unavailable_reason
 from experts.kernels.reference import ReferenceExperts
 from experts.kernels.silu_multiply import silu_and_multiply
 
 _LOG = logging.getLogger(__name__)
-
-
-def compile_ahead() -> None:
-    """Compiles what loading weights would compile, for a process that forks: computes nothing, so no thread starts."""
-    for dtype in (torch.float32, torch.bfloat16):
-        avx512_product.unavailable_reason(dtype)
-        prepare(dtype)
 
 
 class PackedExperts:
@@ -45,7 +36,8 @@ class PackedExperts:
             gate_up_2FD[self._inner_size :] = weights.up_EFD[expert].detach()
             self._gate_up.append(PackedLinear(gate_up_2FD))
             self._down.append(PackedLinear(weights.down_EDF[expert]))
-        self._gate_up_EI, self._down_EI = _described(self._gate_up), _described(self._down)
+        self._library = cpu_library()
+        self._matrices = _matrices(self._gate_up, self._down, self._inner_size)
 
     @property
     def nbytes(self) -> int:
@@ -65,38 +57,44 @@ class PackedExperts:
         assert expert_index_TK.shape[0] == x_TD.shape[0]
         x_TD, weight_TK = x_TD.detach().contiguous(), weight_TK.detach().contiguous()
         index_TK = expert_index_TK.long().contiguous()
+        if self._library is None or self._matrices is None:
+            return self._compute(x_TD, index_TK, weight_TK)
         sum_TD = torch.empty_like(x_TD)
-        arrays = index_TK.numpy(), as_array(x_TD), as_array(weight_TK), as_array(sum_TD)
-        if self._gate_up_EI is not None and self._down_EI is not None:
-            index, x, weight, output = arrays
-            compute_experts(index, x, weight, self._gate_up_EI, self._down_EI, self._inner_size, output)
-        else:
-            self._compute(x_TD, *arrays)
+        compute_experts(self._library, self._matrices, index_TK, x_TD, weight_TK, sum_TD)
         return sum_TD
 
-    def _compute(self, x_TD: torch.Tensor, index_TK: Ints, x: Array, weight_TK: Array, sum_TD: Array) -> None:
-        """As `compute_experts`: product by product, each on as many threads as torch was given."""
-        starts_E = np.empty(len(self._down) + 1, dtype=np.int64)
-        pair_P = np.empty(index_TK.size, dtype=np.int64)
-        x_PD = x_TD.new_empty((index_TK.size, x_TD.shape[1]))
-        gather_pairs(index_TK, x, starts_E, pair_P, as_array(x_PD))
-        starts: list[int] = starts_E.tolist()
+    def _compute(self, x_TD: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
+        """With torch's operators and product by product, each on as many threads as torch was given."""
+        num_experts = len(self._down)
+        if index_TK.numel() and int(index_TK.max()) >= num_experts:
+            raise IndexError("an expert's index is too large")
+        # The pairs by expert, those of one expert by token; first those without an expert.
+        expert_P, pair_P = index_TK.flatten().sort(stable=True)
+        starts = torch.searchsorted(expert_P, torch.arange(num_experts + 1)).tolist()
         used = [(expert, *bounds) for expert, bounds in enumerate(itertools.pairwise(starts)) if bounds[0] < bounds[1]]
+        x_PD = x_TD.index_select(0, pair_P // index_TK.shape[1])
         projected_PF = x_PD.new_empty((len(pair_P), 2 * self._inner_size))
         for expert, start, end in used:
             self._gate_up[expert].product_into(x_PD, projected_PF, start, end)
-        gate_PF, up_PF = projected_PF[: starts[-1]].chunk(2, dim=1)
-        inner_PF = silu_and_multiply(gate_PF, up_PF)
-        output_PD = torch.empty_like(x_PD)
+        gate_PF, up_PF = projected_PF[starts[0] :].chunk(2, dim=1)
+        inner_PF = x_PD.new_empty((len(pair_P), self._inner_size))
+        inner_PF[starts[0] :] = silu_and_multiply(gate_PF, up_PF)
         for expert, start, end in used:
-            self._down[expert].product_into(inner_PF, output_PD, start, end)
-        add_pairs(as_array(output_PD), pair_P, starts[-1], weight_TK, sum_TD)
+            self._down[expert].product_into(inner_PF, x_PD, start, end)
+        pair_P, output_PD = pair_P[starts[0] :], x_PD[starts[0] :]
+        weighted_PD = output_PD * weight_TK.flatten()[pair_P, None]
+        total_TD = torch.zeros(x_TD.shape, dtype=torch.float32)
+        total_TD.index_add_(0, pair_P // index_TK.shape[1], weighted_PD.float())
+        return total_TD.to(x_TD.dtype)
 
 
-def _described(linears: list[PackedLinear]) -> Ints | None:
-    """Their descriptions for compiled functions, one below the other; None where not all have one."""
-    described = [linear.compiled for linear in linears if linear.compiled is not None]
-    return np.stack(described) if len(described) == len(linears) else None
+def _matrices(gate_up: list[PackedLinear], down: list[PackedLinear], inner_size: int) -> PackedExpertMatrices | None:
+    """For the C library; None where it cannot multiply with all of them."""
+    gate_up_E = [linear.matrix for linear in gate_up if linear.matrix is not None]
+    down_E = [linear.matrix for linear in down if linear.matrix is not None]
+    if len(gate_up_E) < len(gate_up) or len(down_E) < len(down):
+        return None
+    return PackedExpertMatrices(gate_up_E, down_E, inner_size)
 
 
 class PlainExperts(ReferenceExperts):
@@ -128,5 +126,4 @@ class CpuPackedKernel:
         if reason is not None:
             _LOG.warning("the expert kernel cpu_packed computes with plain weights in %s: %s", weights.dtype, reason)
             return PlainExperts(weights)
-        prepare(weights.dtype)
         return PackedExperts(weights)

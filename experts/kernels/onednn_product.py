@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from experts.kernels.compiled import Ints
+from experts.kernels.cpu.library import PackedMatrix
 
 # The number of rows that oneDNN is told to lay the weights out for. Any number of rows may come later.
 _EXPECTED_ROWS = 16
@@ -28,7 +28,7 @@ class OneDnnWeights:
 
     __slots__ = ("_bias_O", "_linear", "_packed", "nbytes")
 
-    compiled: Ints | None = None
+    matrix: PackedMatrix | None = None
 
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
         """Copies the weights.

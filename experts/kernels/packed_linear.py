@@ -2,8 +2,8 @@
 
 Stock `torch.nn.functional.linear` lays the weights out again in every call, or reads them as they lie. Laid out once,
 a call takes half the time or less, and a row's result no longer depends on how many rows there are. There are two
-layouts: one for processors with AVX-512 (`experts.kernels.avx512_code`) where torch has one thread, as served, and
-oneDNN's for all else, which divides a product among threads. Both are tried before they are relied on.
+layouts: that of the C library (`experts.kernels.cpu`) where torch has one thread, as served, and oneDNN's for all else,
+which divides a product among threads. Both are tried before they are relied on.
 """
 
 import functools
@@ -13,9 +13,10 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from experts.kernels import avx512_product, onednn_product
-from experts.kernels.avx512_product import Avx512Weights
-from experts.kernels.compiled import Ints
+from experts.kernels import onednn_product
+from experts.kernels.cpu import panel_weights
+from experts.kernels.cpu.library import PackedMatrix, cpu_library
+from experts.kernels.cpu.panel_weights import PanelWeights
 from experts.kernels.onednn_product import OneDnnWeights
 
 _LOG = logging.getLogger(__name__)
@@ -30,12 +31,11 @@ class PackedWeights(Protocol):
 
     Attributes:
         nbytes: bytes of weights and bias with the layout's padding.
-        compiled: describes it for `experts.kernels.compiled_product.multiply`, as long as it lives; None where compiled
-            functions cannot use it.
+        matrix: describes it for the C library's functions, as long as it lives; None where they cannot use it.
     """
 
     nbytes: int
-    compiled: Ints | None
+    matrix: PackedMatrix | None
 
     def warm_up_sizes(self, max_rows: int) -> list[int]:
         """The numbers of rows, up to this one, for which code is compiled when they are first computed."""
@@ -112,9 +112,9 @@ class PackedLinear:
         return self._dtype
 
     @property
-    def compiled(self) -> Ints | None:
-        """See `PackedWeights.compiled`."""
-        return self._weights.compiled
+    def matrix(self) -> PackedMatrix | None:
+        """See `PackedWeights.matrix`."""
+        return self._weights.matrix
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's outputs.
@@ -163,14 +163,25 @@ def unavailable_reason(dtype: torch.dtype) -> str | None:
     return layout if isinstance(layout, str) else None
 
 
+def products_in_words(dtype: torch.dtype) -> str:
+    """What multiplies packed weights of a dtype here, and why it is not the C library, for status."""
+    threads = torch.get_num_threads()
+    layout = _layout(dtype, threads)
+    if layout is PanelWeights:
+        library = cpu_library()
+        assert library is not None
+        return f"the C library ({library.variant})"
+    if layout is OneDnnWeights:
+        return f"oneDNN; {_panels_refused(dtype, threads)}"
+    return f"torch; {layout}"
+
+
 @functools.cache
-def _layout(dtype: torch.dtype, threads: int) -> type[Avx512Weights] | type[OneDnnWeights] | str:
+def _layout(dtype: torch.dtype, threads: int) -> type[PanelWeights] | type[OneDnnWeights] | str:
     """The layout for weights of a dtype, or why there is none."""
-    reason: str | None = f"torch has {threads} threads, among which oneDNN divides a product"
-    if threads == 1:
-        reason = avx512_product.unavailable_reason(dtype) or _wrong(Avx512Weights, dtype)
+    reason = _panels_refused(dtype, threads)
     if reason is None:
-        return Avx512Weights
+        return PanelWeights
     _LOG.info("weights in %s are laid out for oneDNN, if at all: %s", dtype, reason)
     reason = onednn_product.unavailable_reason(dtype) or _wrong(OneDnnWeights, dtype)
     if reason is None:
@@ -179,7 +190,14 @@ def _layout(dtype: torch.dtype, threads: int) -> type[Avx512Weights] | type[OneD
     return reason
 
 
-def _wrong(layout: type[Avx512Weights] | type[OneDnnWeights], dtype: torch.dtype) -> str | None:
+def _panels_refused(dtype: torch.dtype, threads: int) -> str | None:
+    """Why weights are not laid out for the C library."""
+    if threads != 1:
+        return f"torch has {threads} threads, among which oneDNN divides a product"
+    return panel_weights.unavailable_reason(dtype) or _wrong(PanelWeights, dtype)
+
+
+def _wrong(layout: type[PanelWeights] | type[OneDnnWeights], dtype: torch.dtype) -> str | None:
     """What a trial product finds wrong."""
     generator = torch.Generator().manual_seed(0)
     weight_OI = torch.randn((48, 32), generator=generator).to(dtype)

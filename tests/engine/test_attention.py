@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echovlm_ray.engine.attention import AttentionStep, SequenceSpan, _attend, attend_prefills, padded_context
-from echovlm_ray.engine.compiled import attend_decoding
+from echovlm_ray.engine.compiled import CompiledLayerAttention, CompiledTokens, Norm
 from echovlm_ray.engine.kv_cache import BLOCK_SIZE, KVCache
-from experts.kernels.compiled import as_array
+from experts.kernels.cpu.library import VARIANTS
+from tests.cpu_variants import choose_variant
 
 HEADS, KEY_VALUE_HEADS, HEAD_DIM = 6, 2, 16
 
@@ -48,12 +49,22 @@ def attend(cache: KVCache, spans: list[SequenceSpan], query_THD: torch.Tensor) -
     scaling = HEAD_DIM**-0.5
     if not cache.compiled:
         return _attend(step, 0, query_THD, scaling)
-    decodes = step.compiled_decodes
-    assert decodes is not None
+    assert step.compiled_decodes is not None
+    # Nothing is rotated or stored, and nothing normalized.
+    unused = query_THD.new_zeros(0)
+    layer = CompiledLayerAttention(
+        query_heads=HEADS,
+        scaling=scaling,
+        block_size=BLOCK_SIZE,
+        keys_SHD=cache.key_LSHD[0],
+        values_SHD=cache.value_LSHD[0],
+        before=Norm(unused, 1e-6),
+        after=Norm(unused, 1e-6),
+        qkv=None,
+        output=None,
+    )
     output_THD = torch.full_like(query_THD, torch.nan)
-    if len(decodes.rows_B):
-        sequences = decodes.rows_B, decodes.block_tables_BN, decodes.lengths_B
-        attend_decoding(as_array(query_THD), *sequences, *cache.arrays_L[0], scaling, BLOCK_SIZE, as_array(output_THD))
+    layer.attend_decoding(CompiledTokens(unused, unused, step.new_slots, step.compiled_decodes), query_THD, output_THD)
     attend_prefills(step, 0, query_THD, scaling, output_THD)
     return output_THD
 
@@ -119,8 +130,12 @@ def test_what_others_left_in_the_cache_does_no_harm(compiled: bool) -> None:
     assert torch.equal(attend(cache, spans, query_THD), before)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_as_with_the_operators_of_torch(dtype: torch.dtype) -> None:
+def test_compiled_as_with_the_operators_of_torch(
+    dtype: torch.dtype, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose_variant(monkeypatch, variant)
     spans = spans_of([(40, 1), (97, 1), (3, 5), (0, 1)])
     query_THD = torch.randn(8, HEADS, HEAD_DIM).to(dtype)
     found, expected = (attend(filled_cache(compiled=each, dtype=dtype), spans, query_THD) for each in (True, False))

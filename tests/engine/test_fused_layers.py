@@ -22,6 +22,8 @@ from echovlm_ray.engine.sequence import SequenceRequest
 from echovlm_ray.engine.step_batch import split_chunks
 from echovlm_ray.model.checkpoint import load_backbone
 from echovlm_ray.model.packing import pack_linears
+from experts.kernels.cpu.library import VARIANTS
+from tests.cpu_variants import choose_variant
 from tests.engines import engine_request, local_experts, remote_experts, run_together, running_engine
 from tests.expert_servers import server_thread
 from tests.golden_cases import golden_rows
@@ -57,10 +59,14 @@ def test_beside_experts_as_the_layer_itself(
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_as_with_torchs_operators(split_base: SplitGolden, dtype: torch.dtype, packed: bool) -> None:
+def test_attention_as_with_torchs_operators(
+    split_base: SplitGolden, dtype: torch.dtype, packed: bool, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two sequences begin, the first goes on, and a third begins beside it."""
+    choose_variant(monkeypatch, variant)
     model = load_backbone(split_base.backbone, dtype=dtype).model.language_model
     config = model.config
     hidden_states = torch.randn(1, 60, config.hidden_size, generator=torch.Generator().manual_seed(0)).to(dtype)

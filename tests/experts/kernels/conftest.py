@@ -1,4 +1,4 @@
-"""As served: one torch thread. And the layouts of packed weights."""
+"""As served: one torch thread. And the layouts of packed weights, with every variant of the C library."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from experts.kernels import avx512_product, onednn_product, packed_linear
-from experts.kernels.avx512_product import Avx512Weights
+from experts.kernels import onednn_product, packed_linear
+from experts.kernels.cpu.library import VARIANTS
+from experts.kernels.cpu.panel_weights import PanelWeights
 from experts.kernels.onednn_product import OneDnnWeights
-
-LAYOUTS = {"avx512": (Avx512Weights, avx512_product), "onednn": (OneDnnWeights, onednn_product)}
+from tests.cpu_variants import choose_variant
 
 
 @pytest.fixture(autouse=True)
@@ -21,12 +21,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=LAYOUTS)
+@pytest.fixture(params=[*VARIANTS, "onednn"])
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Every layout that this machine can compute with, whether it is the one that would be chosen or not."""
-    weights, module = LAYOUTS[request.param]
-    for dtype in (torch.float32, torch.bfloat16):
-        if reason := module.unavailable_reason(dtype):
-            pytest.skip(f"{request.param}, {dtype}: {reason}")
+    if request.param == "onednn":
+        for dtype in (torch.float32, torch.bfloat16):
+            if reason := onednn_product.unavailable_reason(dtype):
+                pytest.skip(f"{request.param}, {dtype}: {reason}")
+        weights: Any = OneDnnWeights
+    else:
+        choose_variant(monkeypatch, request.param)
+        weights = PanelWeights
     monkeypatch.setattr(packed_linear, "_layout", lambda *_: weights)
     return weights

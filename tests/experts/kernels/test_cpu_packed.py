@@ -178,7 +178,7 @@ def test_other_devices_are_refused() -> None:
 
 
 def test_an_expert_without_tokens_costs_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Product by product, as where compiled functions cannot multiply.
+    # Product by product, as where the C library does not multiply.
     monkeypatch.setattr(packed_linear, "_layout", lambda *_: OneDnnWeights)
     prepared = PackedExperts(make_weights(4, 16, 16, torch.float32))
     x_TD, index_TK, weight_TK = make_exchange(Case("two", hidden=16, inner=16, tokens=100), torch.float32)
@@ -204,7 +204,7 @@ def test_an_expert_without_tokens_costs_no_product(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-def test_an_expert_that_is_not_there_is_refused(dtype: torch.dtype) -> None:
+def test_an_expert_that_is_not_there_is_refused(layout: Any, dtype: torch.dtype) -> None:
     """Indices become addresses."""
     prepared = CpuPackedKernel().load(make_weights(4, 16, 16, torch.float32))
     index_TK = torch.tensor([[0, 4]], dtype=dtype)

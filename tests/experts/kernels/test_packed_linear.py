@@ -1,6 +1,7 @@
 import concurrent.futures
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experts.kernels import avx512_code, avx512_product, onednn_product, packed_linear
-from experts.kernels.avx512_product import Avx512Weights
+from experts.kernels import onednn_product, packed_linear
+from experts.kernels.cpu import library, panel_weights
+from experts.kernels.cpu.library import ENVIRONMENT, NONE, cpu_library
+from experts.kernels.cpu.panel_weights import PanelWeights
 from experts.kernels.onednn_product import MAX_ROWS, OneDnnWeights, padded_rows
-from experts.kernels.packed_linear import PackedLinear, packing_available, unavailable_reason
+from experts.kernels.packed_linear import PackedLinear, packing_available, products_in_words, unavailable_reason
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
@@ -152,7 +155,7 @@ def test_the_number_of_threads_changes_no_bit_of_a_large_product(layout: Any, dt
 def test_padding_is_accounted_for(layout: Any) -> None:
     """An odd number of outputs is laid out in whole blocks, and that memory is real."""
     assert PackedLinear(random(33, 70, dtype=torch.float32)).nbytes > 33 * 70 * 4
-    bias_bytes = 5632 * 4 if layout is Avx512Weights else 0
+    bias_bytes = 5632 * 4 if layout is PanelWeights else 0
     assert PackedLinear(random(5632, 64, dtype=torch.float32)).nbytes == 5632 * 64 * 4 + bias_bytes
 
 
@@ -190,18 +193,14 @@ def _missing(*_: Any) -> torch.Tensor:
     raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_reorder_linear_weight'")
 
 
-def _uncompilable(dtype: torch.dtype) -> Any:
-    raise RuntimeError("expected instruction opcode")
-
-
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Nothing is known yet of what works here, and nothing that is found out is remembered."""
-    for cached in (packed_linear._layout, avx512_product.unavailable_reason):
+    for cached in (packed_linear._layout, library._load):
         cached.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
-    for cached in (packed_linear._layout, avx512_product.unavailable_reason):
+    for cached in (packed_linear._layout, library._load):
         cached.cache_clear()
 
 
@@ -217,57 +216,87 @@ def _break_onednn(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
 def test_operators_that_do_not_work_are_found_out(
     how: str, fresh: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fresh.setattr(avx512_product, "missing_instructions", lambda dtype: "the processor lacks avx512f")
+    fresh.setenv(ENVIRONMENT, NONE)
     _break_onednn(fresh, how)
     with caplog.at_level(logging.WARNING):
         assert not packing_available(torch.float32)
         assert not packing_available(torch.float32)
-    assert len(caplog.records) == 1, "told once"
+    assert sum("weights in" in record.message for record in caplog.records) == 1, "told once"
     assert how in caplog.text
+
+
+def _of_another_version(self: Any, path: Path, variant: str | None) -> None:
+    raise ValueError("it was built from another version (0) of its source")
 
 
 @pytest.mark.parametrize(
     ("module", "name", "broken", "reason"),
     [
-        (avx512_product, "missing_instructions", lambda dtype: "the processor lacks avx512f", "lacks avx512f"),
-        (avx512_product, "compiled_product", _uncompilable, "expected instruction opcode"),
-        (Avx512Weights, "product", lambda self, x_TI: torch.zeros(3, 48), "was wrong by"),
+        (library, "_FILE", Path("not/built.so"), "was not built"),
+        (library, "_FILE", Path(__file__), "cannot be loaded"),
+        (library.CpuLibrary, "__init__", _of_another_version, "another version"),
+        (PanelWeights, "product", lambda self, x_TI: torch.zeros(3, 48), "was wrong by"),
     ],
 )
-def test_onednn_takes_over_where_the_own_code_does_not_work(
+def test_onednn_takes_over_where_the_c_library_does_not_work(
     module: Any, name: str, broken: Any, reason: str, fresh: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fresh.setattr(avx512_code, "_NEEDED", {torch.float32: ()})
     fresh.setattr(module, name, broken)
     with caplog.at_level(logging.INFO):
         linear = PackedLinear(random(20, 30, dtype=torch.float32))
     assert isinstance(linear._weights, OneDnnWeights)
     assert reason in caplog.text
+    assert reason in products_in_words(torch.float32)
+    assert products_in_words(torch.float32).startswith("oneDNN; ")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_own_code_is_for_one_thread(
+def test_the_c_library_is_for_one_thread(
     dtype: torch.dtype, fresh: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if reason := avx512_product.unavailable_reason(dtype):
+    if reason := panel_weights.unavailable_reason(dtype):
         pytest.skip(reason)
     weight_OI = random(20, 30, dtype=dtype)
-    assert isinstance(PackedLinear(weight_OI)._weights, Avx512Weights)
+    assert isinstance(PackedLinear(weight_OI)._weights, PanelWeights)
     fresh.setattr(torch, "get_num_threads", lambda: 3)
     with caplog.at_level(logging.INFO):
         assert isinstance(PackedLinear(weight_OI)._weights, OneDnnWeights)
     assert "torch has 3 threads" in caplog.text
+    assert "torch has 3 threads" in products_in_words(dtype)
 
 
-def test_processors_are_judged_by_their_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    features = dict.fromkeys(("avx512f", "avx512bw", "avx512vl"), True)
-    monkeypatch.setattr("llvmlite.binding.get_host_cpu_features", lambda: features)
-    assert avx512_code.missing_instructions(torch.float32) is None
-    assert avx512_code.missing_instructions(torch.bfloat16) == "the processor lacks avx512bf16"
-    features["avx512bf16"] = True
-    assert avx512_code.missing_instructions(torch.bfloat16) is None
-    features["amx-bf16"] = True
-    assert "AMX" in str(avx512_code.missing_instructions(torch.bfloat16))
-    features["avx512vl"] = False
-    assert avx512_code.missing_instructions(torch.float32) == "the processor lacks avx512vl"
-    assert "no such code for torch.float16" in str(avx512_code.missing_instructions(torch.float16))
+@pytest.mark.usefixtures("fresh")
+def test_processors_are_judged_by_their_instructions(fresh: pytest.MonkeyPatch) -> None:
+    found = cpu_library()
+    assert found is not None
+    fresh.setattr(found, "variant", "avx2")
+    fresh.setattr(found, "has_matrix_instructions", False)
+    assert panel_weights.unavailable_reason(torch.float32) is None
+    assert panel_weights.unavailable_reason(torch.bfloat16) is None
+    assert "no product for torch.float16" in str(panel_weights.unavailable_reason(torch.float16))
+    fresh.setattr(found, "has_matrix_instructions", True)
+    assert panel_weights.unavailable_reason(torch.float32) is None
+    assert "AMX" in str(panel_weights.unavailable_reason(torch.bfloat16))
+    fresh.setattr(found, "variant", "plain")
+    assert "neither AVX2 nor AVX-512" in str(panel_weights.unavailable_reason(torch.float32))
+    fresh.setattr(onednn_product, "unavailable_reason", lambda dtype: "torch was built without oneDNN")
+    assert panel_weights.unavailable_reason(torch.float32) is None
+    assert panel_weights.unavailable_reason(torch.bfloat16) is None
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_variant_that_is_named_is_taken_or_refused(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setenv(ENVIRONMENT, "plain")
+    assert products_in_words(torch.bfloat16) == "the C library (plain)"
+    fresh.setenv(ENVIRONMENT, NONE)
+    assert cpu_library() is None
+    fresh.setenv(ENVIRONMENT, "sse9")
+    with pytest.raises(ValueError, match=r"is 'sse9'; it may be avx512_bf16, avx512, avx2, plain, none"):
+        cpu_library()
+    fresh.setenv(ENVIRONMENT, "avx2")
+    fresh.setattr(library, "VARIANTS", ("plain", "avx3"))
+    with pytest.raises(ValueError, match="may be plain, avx3"):
+        cpu_library()
+    fresh.setenv(ENVIRONMENT, "avx3")
+    with pytest.raises(ValueError, match="this processor runs plain"):
+        cpu_library()

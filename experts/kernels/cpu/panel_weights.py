@@ -1,28 +1,26 @@
-"""Weights in the layout of `experts.kernels.avx512_code`, and their product with any number of rows."""
+"""Weights in the layout that the C library reads, which `product.h` describes, and their products."""
 
+import ctypes
 import functools
 
 import torch
 import torch.nn.functional as F
 
-from experts.kernels.avx512_code import (
-    PANEL,
-    address_of,
-    compiled_product,
-    inputs_of_step,
-    missing_instructions,
-)
-from experts.kernels.compiled_product import describe
+from experts.kernels import onednn_product
+from experts.kernels.cpu import library
+from experts.kernels.cpu.library import PackedMatrix, cpu_library, dtype_code
+
+# Outputs of a panel: as in `product.h`.
+PANEL = 32
 
 
-class Avx512Weights:
+class PanelWeights:
     """Implements `experts.kernels.packed_linear.PackedWeights`, on one thread.
 
     A row's bits depend on nothing but the row.
 
     Attributes:
-        compiled: describes it for `experts.kernels.compiled_product.multiply`, as long as it lives. None for a number
-            of inputs that needs padding.
+        matrix: describes it for the C library, as long as it lives. None for a number of inputs that needs padding.
         nbytes: see `PackedWeights`.
     """
 
@@ -30,11 +28,10 @@ class Avx512Weights:
         "_bias_O",
         "_compute",
         "_element_size",
-        "_in_features",
+        "_matrix",
         "_out_features",
-        "_steps",
         "_weights",
-        "compiled",
+        "matrix",
         "nbytes",
     )
 
@@ -45,36 +42,29 @@ class Avx512Weights:
             weight_OI: outputs × inputs, of a dtype for which `unavailable_reason` knows none.
             bias_O: outputs.
         """
+        code = cpu_library()
+        assert code is not None
         dtype = weight_OI.dtype
-        self._out_features, self._in_features = weight_OI.shape
-        unit = inputs_of_step(dtype)
-        self._steps = -(-self._in_features // unit)
+        self._out_features, in_features = weight_OI.shape
+        # One step of a panel takes two inputs in bfloat16.
+        unit = 2 if dtype == torch.bfloat16 else 1
+        steps = -(-in_features // unit)
         panels = -(-self._out_features // PANEL)
         # Both float32 and a pair of bfloat16 are moved as 32 bits.
-        self._weights = torch.zeros(panels, self._steps, PANEL, dtype=torch.int32)
-        assert self._weights.data_ptr() % 64 == 0
+        self._weights = torch.zeros(panels, steps, PANEL, dtype=torch.int32)
         rows_OS = _as_steps(weight_OI.detach(), unit)
         whole = self._out_features // PANEL
         split = whole * PANEL
-        self._weights[:whole].copy_(rows_OS[:split].view(whole, PANEL, self._steps).transpose(1, 2))
+        self._weights[:whole].copy_(rows_OS[:split].view(whole, PANEL, steps).transpose(1, 2))
         if split < self._out_features:
             self._weights[whole, :, : self._out_features - split] = rows_OS[split:].T
         self._bias_O = torch.zeros(panels * PANEL)
         if bias_O is not None:
             self._bias_O[: self._out_features] = bias_O.detach()
         self._element_size = weight_OI.element_size()
-        code = compiled_product(dtype)
-        weights, bias = self._weights.data_ptr(), self._bias_O.data_ptr()
-        self.compiled = None
-        if self._steps * unit == self._in_features:
-            self.compiled = describe(
-                function=address_of(code),
-                weights=weights,
-                steps=self._steps,
-                bias=bias,
-                outputs=self._out_features,
-            )
-        self._compute = functools.partial(code, weights, self._steps, bias, self._out_features)
+        self._matrix = PackedMatrix(self._weights.data_ptr(), self._bias_O.data_ptr(), steps, self._out_features)
+        self.matrix = self._matrix if steps * unit == in_features else None
+        self._compute = functools.partial(code.product, dtype_code(dtype), ctypes.addressof(self._matrix))
         self.nbytes = self._weights.nbytes + self._bias_O.nbytes
 
     def warm_up_sizes(self, max_rows: int) -> list[int]:
@@ -90,7 +80,7 @@ class Avx512Weights:
 
     def product_into(self, x_TI: torch.Tensor, output_TO: torch.Tensor, first: int, end: int) -> None:
         """See `PackedWeights`."""
-        if self.compiled is None:
+        if self.matrix is None:
             x_TI = F.pad(x_TI, (0, 1))
         elif x_TI.stride(1) != 1:
             x_TI = x_TI.contiguous()
@@ -105,16 +95,18 @@ class Avx512Weights:
         )
 
 
-@functools.cache
 def unavailable_reason(dtype: torch.dtype) -> str | None:
     """Why weights of a dtype are not laid out like this here, in words for a log; None where they are."""
-    reason = missing_instructions(dtype)
-    if reason is not None:
-        return reason
-    try:
-        compiled_product(dtype)
-    except RuntimeError as error:
-        return f"LLVM does not compile the code: {error}"
+    code = cpu_library()
+    if code is None:
+        return f"there is no C library: {library.unavailable_reason()}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"the C library has no product for {dtype}"
+    if not code.named and onednn_product.unavailable_reason(dtype) is None:
+        if code.variant == "plain":
+            return "the processor has neither AVX2 nor AVX-512, and oneDNN multiplies faster than plain C"
+        if dtype == torch.bfloat16 and code.has_matrix_instructions:
+            return "the processor multiplies whole matrices of bfloat16 (AMX), which oneDNN uses"
     return None
 
 
