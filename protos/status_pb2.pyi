@@ -13,7 +13,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ReplicaDescription(_message.Message):
-    __slots__ = ("application", "deployment", "replica_id", "endpoint", "node", "pid", "device", "resident_bytes", "queue_length", "organ", "bundles", "problem")
+    __slots__ = ("application", "deployment", "replica_id", "endpoint", "node", "pid", "device", "resident_bytes", "queue_length", "organ", "bundles", "problem", "arithmetic")
     APPLICATION_FIELD_NUMBER: _ClassVar[int]
     DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
@@ -26,6 +26,7 @@ class ReplicaDescription(_message.Message):
     ORGAN_FIELD_NUMBER: _ClassVar[int]
     BUNDLES_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    ARITHMETIC_FIELD_NUMBER: _ClassVar[int]
     application: str
     deployment: str
     replica_id: str
@@ -38,7 +39,8 @@ class ReplicaDescription(_message.Message):
     organ: str
     bundles: _containers.RepeatedCompositeFieldContainer[_expert_pb2.ResidentBundle]
     problem: str
-    def __init__(self, application: _Optional[str] = ..., deployment: _Optional[str] = ..., replica_id: _Optional[str] = ..., endpoint: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., resident_bytes: _Optional[int] = ..., queue_length: _Optional[int] = ..., organ: _Optional[str] = ..., bundles: _Optional[_Iterable[_Union[_expert_pb2.ResidentBundle, _Mapping]]] = ..., problem: _Optional[str] = ...) -> None: ...
+    arithmetic: str
+    def __init__(self, application: _Optional[str] = ..., deployment: _Optional[str] = ..., replica_id: _Optional[str] = ..., endpoint: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., resident_bytes: _Optional[int] = ..., queue_length: _Optional[int] = ..., organ: _Optional[str] = ..., bundles: _Optional[_Iterable[_Union[_expert_pb2.ResidentBundle, _Mapping]]] = ..., problem: _Optional[str] = ..., arithmetic: _Optional[str] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()

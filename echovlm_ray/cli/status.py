@@ -117,6 +117,7 @@ def _replica_as_dict(replica: "ReplicaDescription") -> dict[str, Any]:
         "queue_length": replica.queue_length,
         "organ": replica.organ,
         "problem": replica.problem,
+        "arithmetic": replica.arithmetic,
         "bundles": [
             {
                 "digest": bundle.digest,
@@ -143,6 +144,8 @@ def _print(found: "GetStatusResponse") -> None:
             table.add_row(*row)
     console.print(table)
     console.print(line(f"expert set {found.expert_set_id[:12]}" + (f" on {min(nodes)}" if len(nodes) == 1 else "")))
+    for text in _arithmetic(found):
+        console.print(line(text), soft_wrap=True)
     for notice in found.notices:
         console.print(styled(line(notice), "red"), soft_wrap=True)
     for application in found.applications:
@@ -154,6 +157,19 @@ def _print(found: "GetStatusResponse") -> None:
                 console.print(line(f"{application.name}: {replica.problem}"), soft_wrap=True)
     for problem in found.problems:
         console.print(problem_in_words(problem), soft_wrap=True)
+
+
+def _arithmetic(found: "GetStatusResponse") -> list[str]:
+    """What multiplies on the CPU, each way with those that compute in it, unless all do alike."""
+    applications: dict[str, list[str]] = {}
+    for application in found.applications:
+        for replica in application.replicas:
+            if replica.arithmetic:
+                names = applications.setdefault(replica.arithmetic, [])
+                names += [application.name] * (application.name not in names)
+    if len(applications) == 1:
+        return [f"products on the CPU by {arithmetic}" for arithmetic in applications]
+    return [f"products on the CPU of {', '.join(names)} by {text}" for text, names in applications.items()]
 
 
 def control_of(name: str) -> str:

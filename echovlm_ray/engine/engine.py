@@ -87,6 +87,11 @@ class Engine:
         return len(self._scheduler.waiting) + len(self._scheduler.running)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """In which it computes."""
+        return self._runner.cache.dtype
+
+    @property
     def num_blocks(self) -> int:
         """Cache blocks in all."""
         return self._scheduler.pool.num_blocks

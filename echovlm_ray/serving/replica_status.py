@@ -20,6 +20,7 @@ class ReplicaIdentity:
     Attributes:
         device: "cpu" or "cuda:0".
         organ: of an expert group; otherwise "".
+        arithmetic: what multiplies on the CPU, and why not the C library; "" where nothing does.
     """
 
     application: str
@@ -27,6 +28,7 @@ class ReplicaIdentity:
     replica_id: str
     device: str = "cpu"
     organ: str = ""
+    arithmetic: str = ""
 
 
 class ReplicaStatusService(status_pb2_grpc.ReplicaStatusServicer):
@@ -66,4 +68,5 @@ class ReplicaStatusService(status_pb2_grpc.ReplicaStatusServicer):
             organ=identity.organ,
             bundles=self._bundles(),
             problem=self._problem(),
+            arithmetic=identity.arithmetic,
         )

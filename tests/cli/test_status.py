@@ -170,6 +170,20 @@ def test_what_a_router_cannot_take_up_is_told() -> None:
         assert "router: policy 7 cannot be" in run("--control", address)[1]
 
 
+def test_what_multiplies_is_told() -> None:
+    response = healthy()
+    response.applications[0].replicas[0].arithmetic = response.applications[0].replicas[1].arithmetic = "the C library"
+    with control(response) as address:
+        assert "products on the CPU by the C library\n" in run("--control", address)[1]
+        assert json.loads(run("--control", address, "--json")[1])["applications"][0]["replicas"][0]["arithmetic"]
+    router = status_pb2.ReplicaDescription(pid=4, arithmetic="oneDNN; there is no C library")
+    response.applications.add(name="router", status="RUNNING", replicas=[router])
+    with control(response) as address:
+        output = run("--control", address)[1]
+    assert "products on the CPU of expert-heart by the C library" in output
+    assert "products on the CPU of router by oneDNN; there is no C library" in output
+
+
 def test_nothing_there_is_one_clear_line() -> None:
     code, output = run("--control", "127.0.0.1:1", "--timeout", "2")
     assert code == 3

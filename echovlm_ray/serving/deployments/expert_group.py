@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from echovlm_ray.serving.deployments.replica import Part, Replica, Service, device_of
+from echovlm_ray.serving.deployments.replica import Part, Replica, Service, arithmetic_of, device_of
 from echovlm_ray.serving.deployments.settings import CONTROL, DEPLOYMENTS, ExpertGroupSettings
 from echovlm_ray.serving.endpoints import Endpoints, addresses_now
 from echovlm_ray.serving.errors import to_status
@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 SERVICE_NAME = expert_pb2.DESCRIPTOR.services_by_name["ExpertGroup"].full_name
 # Python's own is 0.005: so long an exchange would wait for every step of a load in another thread, layer after layer.
 SWITCH_INTERVAL_S = 0.0005
+# Those that compute products of packed weights; another says by its name what computes.
+_PACKED_KERNELS = ("auto", "cpu_packed")
 # Whoever starts together with Control need not wait for it.
 FIND_CONTROL_S = 0.5
 
@@ -87,6 +89,7 @@ class ExpertGroupReplica(Replica):
             services=[Service(add_expert_group_to_server, service, SERVICE_NAME)],
             queue_length=lambda: service.exchanges_in_flight,
             device=str(device),
+            arithmetic=arithmetic_of(exchange.dtype, device) if parsed.experts.kernel in _PACKED_KERNELS else "",
             organ=parsed.organ,
             bundles=service.resident_bundles,
             work_done=lambda: service.exchanges_received,

@@ -57,6 +57,7 @@ class Part:
 
     Attributes:
         queue_length: requests waiting or under way.
+        arithmetic: see `arithmetic_of`.
         healthy: false makes Serve replace the replica.
         work_done: grows with everything the part does; when it rests, free memory goes back to the system.
         pending: whether work is under way that no open call shows, which a stopping replica waits for.
@@ -68,6 +69,7 @@ class Part:
     queue_length: Callable[[], int]
     device: str = "cpu"
     organ: str = ""
+    arithmetic: str = ""
     bundles: Callable[[], Sequence[expert_pb2.ResidentBundle]] = tuple
     healthy: Callable[[], bool] = lambda: True
     work_done: Callable[[], int] = lambda: 0
@@ -198,6 +200,13 @@ def dtype_of(settings: ReplicaSettings) -> "torch.dtype | None":
     return {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[settings.model.dtype]
 
 
+def arithmetic_of(dtype: "torch.dtype", device: "torch.device") -> str:
+    """What multiplies packed weights on the CPU, and why not the C library, for status; "" on a GPU."""
+    from experts.kernels.packed_linear import products_in_words
+
+    return products_in_words(dtype) if device.type == "cpu" else ""
+
+
 def environment_of(settings: ReplicaSettings) -> dict[str, str]:
     """The environment variables of a replica's process."""
     environment = {
@@ -246,4 +255,5 @@ def _identity(part: Part, settings: ReplicaSettings) -> ReplicaIdentity:
         replica_id=context.replica_id.unique_id,
         device=part.device,
         organ=part.organ,
+        arithmetic=part.arithmetic,
     )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from echovlm_ray.serving.deployments.replica import Part, Replica, Service, device_of, dtype_of
+from echovlm_ray.serving.deployments.replica import Part, Replica, Service, arithmetic_of, device_of, dtype_of
 from echovlm_ray.serving.deployments.settings import (
     CONTROL,
     DEPLOYMENTS,
@@ -95,6 +95,7 @@ class RouterReplica(Replica):
             services=[Service(router_pb2_grpc.add_RouterServicer_to_server, service, SERVICE_NAME)],
             queue_length=lambda: service.queue_length,
             device=str(device),
+            arithmetic=arithmetic_of(engine.dtype, device),
             healthy=lambda: engine.alive,
             problem=lambda: feed.problem,
             measure=lambda: _measure(outcomes.metrics, engine),

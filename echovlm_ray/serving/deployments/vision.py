@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any
 
-from echovlm_ray.serving.deployments.replica import Part, Replica, Service, device_of, dtype_of
+from echovlm_ray.serving.deployments.replica import Part, Replica, Service, arithmetic_of, device_of, dtype_of
 from echovlm_ray.serving.deployments.settings import VisionSettings
 from protos import vision_pb2, vision_pb2_grpc
 
@@ -27,9 +27,10 @@ class VisionReplica(Replica):
         served = served_checkpoint(parsed.model)
         device = device_of(parsed)
         tower = await asyncio.to_thread(load_vision_tower, served.directory, dtype=dtype_of(parsed), device=device)
+        dtype = next(tower.parameters()).dtype
         encoder = VisionEncoder(
             tower,
-            encoder_digest(served.index.backbone_digest, next(tower.parameters()).dtype),
+            encoder_digest(served.index.backbone_digest, dtype),
             cache_bytes=parsed.vision.cache_bytes,
             max_batch_patches=parsed.vision.max_batch_patches,
             max_queue=parsed.vision.max_queue,
@@ -39,6 +40,7 @@ class VisionReplica(Replica):
             services=[Service(vision_pb2_grpc.add_VisionEncoderServicer_to_server, service, SERVICE_NAME)],
             queue_length=lambda: service.queue_length,
             device=str(device),
+            arithmetic=arithmetic_of(dtype, device),
             closing=[encoder.close],
         )
         await self._start(parsed, part)
