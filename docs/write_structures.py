@@ -32,7 +32,7 @@ def modules() -> list[Path]:
         path.relative_to(ROOT)
         for package in TITLES
         for path in sorted((ROOT / package).rglob("*"))
-        if path.suffix in (".py", ".proto", ".yaml")
+        if path.suffix in (".py", ".proto", ".yaml", ".c", ".h")
         and not re.search(r"_pb2(_grpc)?\.py$", path.name)
         and (path.name != "__init__.py" or path.read_text().strip())
     ]
@@ -52,6 +52,9 @@ def page() -> str:
 def _first_sentence(path: Path) -> str:
     if path.suffix == ".py":
         text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    elif path.suffix in (".c", ".h"):
+        comment = re.match(r"/\*(.*?)\*/", path.read_text(), re.DOTALL)
+        text = re.sub(r"^ \* ?", "", comment.group(1), flags=re.MULTILINE) if comment else ""
     else:
         comment = re.match(r"(?:(?://|#).*\n)+", path.read_text())
         text = re.sub(r"^(?://|#) ?", "", comment.group(0), flags=re.MULTILINE) if comment else ""

@@ -1,15 +1,22 @@
-"""What the wheel has: our packages with their types, the contracts, the configuration files, and nothing else."""
+"""What the wheel has: our packages with their types, the contracts, the configuration files, and nothing else.
 
+And the C library, if there is a compiler.
+"""
+
+import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"protos", "experts", "router", "echovlm_ray"}
 
 
-def test_the_wheel(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiler", ["cc", "false"])
+def test_the_wheel(compiler: str, tmp_path: Path) -> None:
     # From a copy, so that setuptools leaves nothing here.
     source = tmp_path / "source"
     tracked = subprocess.run(
@@ -22,7 +29,8 @@ def test_the_wheel(tmp_path: Path) -> None:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes((ROOT / name).read_bytes())
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    built = subprocess.run([*pip, "--no-build-isolation", "-w", tmp_path, source], capture_output=True, text=True)
+    arguments = [*pip, "--no-build-isolation", "-w", tmp_path, source]
+    built = subprocess.run(arguments, capture_output=True, text=True, env=os.environ | {"CC": compiler})
     assert built.returncode == 0, built.stderr
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
         names = set(archive.namelist())
@@ -33,6 +41,7 @@ def test_the_wheel(tmp_path: Path) -> None:
         sources = {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py")}
         sources -= {name for name in sources if name.startswith("echovlm_ray/client/distribution/")}
         assert {name for name in names if name.startswith(f"{package}/") and name.endswith(".py")} == sources
+    assert any("/cpu/_kernels." in name for name in names) == (compiler == "cc")
     for contract in (ROOT / "protos").glob("*.proto"):
         assert {f"protos/{contract.name}", f"protos/{contract.stem}_pb2.pyi"} <= names
     for file in (ROOT / "cluster").iterdir():

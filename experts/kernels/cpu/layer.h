@@ -209,7 +209,7 @@ FUNCTION int64_t NAME(attend_decoding)(const AttentionLayer *layer, const StepTo
 {
     int64_t longest = 0, group = layer->query_heads / layer->kv_heads, width = round_up(layer->head_dim, LANES);
     for (int64_t b = 0; b < step->sequences; b++)
-        longest = smaller(-longest, -step->lengths_B[b]) * -1;
+        longest = step->lengths_B[b] > longest ? step->lengths_B[b] : longest;
     if (longest == 0)
         return OK;
     int64_t floats = (2 * group + layer->block_size) * width + group * round_up(longest, LANES);

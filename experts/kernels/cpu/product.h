@@ -50,8 +50,10 @@ INLINE void NAME(product_tile)(const int rows, Dtype dtype, const char *weights,
             weight[v] = NAME(load)(here, v * LANES, LANES, FLOAT32);
 #pragma GCC unroll 16
         for (int row = 0; row < rows; row++) {
-            /* One float32, or a pair of bfloat16. */
-            vec input = NAME(all)(((const float *)(x + row * x_stride))[step]);
+            /* One float32, or a pair of bfloat16, in all lanes. */
+            float pair;
+            memcpy(&pair, x + row * x_stride + step * sizeof pair, sizeof pair);
+            vec input = NAME(all)(pair);
 #pragma GCC unroll 16
             for (int v = 0; v < VECTORS; v++)
                 sums[row][v] = NAME(add_products)(dtype, input, weight[v], sums[row][v]);
