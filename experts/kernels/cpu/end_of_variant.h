@@ -3,7 +3,7 @@
 #undef TARGET
 #undef LANES
 #undef TILE_ROWS
-#undef BFLOAT16_PRODUCTS
+#undef BFLOAT16_INSTRUCTIONS
 #undef vec
 #undef ivec
 #undef uvec

@@ -135,12 +135,12 @@ static inline char *at_mutable(void *x, int64_t i, Dtype dtype) { return (char *
 #include "layer.h"
 #include "end_of_variant.h"
 
-/* As avx512, with an instruction that multiplies pairs of bfloat16. */
+/* As avx512, with instructions that multiply pairs of bfloat16 and that round to bfloat16. */
 #define VARIANT avx512_bf16
 #define TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
 #define LANES 16
 #define TILE_ROWS 11
-#define BFLOAT16_PRODUCTS
+#define BFLOAT16_INSTRUCTIONS
 #include "vectors.h"
 #include "product.h"
 #include "experts.h"

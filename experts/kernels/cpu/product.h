@@ -20,7 +20,7 @@ INLINE vec NAME(add_products)(Dtype dtype, vec input, vec weight, vec sum)
 {
     if (dtype == FLOAT32)
         return NAME(multiply_add)(input, weight, sum);
-#ifdef BFLOAT16_PRODUCTS
+#ifdef BFLOAT16_INSTRUCTIONS
     return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)input, (__m512bh)weight);
 #else
     /* The lower half of 32 bits, moved up, is the float32 of the first bfloat16; the upper half is that of the second. */
@@ -29,9 +29,9 @@ INLINE vec NAME(add_products)(Dtype dtype, vec input, vec weight, vec sum)
 #endif
 }
 
-/* Writes rows × PANEL sums. `rows` is a constant, so that all loops over it are unrolled and the sums are registers. */
+/* Writes rows × PANEL sums, `result_stride` float32 from row to row. `rows` is a constant, so that all loops over it are unrolled and the sums are registers. */
 INLINE void NAME(product_tile)(const int rows, Dtype dtype, const char *weights, const float *bias, int64_t steps,
-                               const char *x, int64_t x_stride, float *result)
+                               const char *x, int64_t x_stride, float *result, int64_t result_stride)
 {
     enum { VECTORS = PANEL / LANES };
     vec sums[TILE_ROWS][VECTORS];
@@ -63,16 +63,16 @@ INLINE void NAME(product_tile)(const int rows, Dtype dtype, const char *weights,
     for (int row = 0; row < rows; row++)
 #pragma GCC unroll 16
         for (int v = 0; v < VECTORS; v++)
-            NAME(store)(result, row * PANEL + v * LANES, LANES, FLOAT32, sums[row][v]);
+            NAME(store)(result, row * result_stride + v * LANES, LANES, FLOAT32, sums[row][v]);
 }
 
 /* One panel with a tile of rows. */
 INLINE void NAME(product_tile_of)(int64_t rows, Dtype dtype, const char *weights, const float *bias, int64_t steps,
-                                  const char *x, int64_t x_stride, float *result)
+                                  const char *x, int64_t x_stride, float *result, int64_t result_stride)
 {
 #define TILE(count)                                                                                                    \
     case count:                                                                                                        \
-        NAME(product_tile)(count, dtype, weights, bias, steps, x, x_stride, result);                                   \
+        NAME(product_tile)(count, dtype, weights, bias, steps, x, x_stride, result, result_stride);                    \
         break;
     switch (rows) {
         TILE(1)
@@ -95,13 +95,16 @@ INLINE void NAME(product_panels)(Dtype dtype, const PackedMatrix *matrix, const 
     const char *weights = matrix->weights;
     float result[TILE_ROWS * PANEL];
     for (int64_t column = 0; column < matrix->outputs; column += PANEL) {
+        int direct = dtype == FLOAT32 && column + PANEL <= matrix->outputs;
         for (int64_t first = 0; first < rows; first += tile_rows) {
             int64_t count = smaller(tile_rows, rows - first);
+            char *tile_output = output + first * output_stride;
             NAME(product_tile_of)(count, dtype, weights, matrix->bias + column, matrix->steps, x + first * x_stride,
-                                  x_stride, result);
-            for (int64_t row = 0; row < count; row++)
+                                  x_stride, direct ? (float *)tile_output + column : result,
+                                  direct ? output_stride / 4 : PANEL);
+            for (int64_t row = 0; row < count && !direct; row++)
                 for (int64_t i = column; i < smaller(column + PANEL, matrix->outputs); i += LANES)
-                    NAME(store)(output + (first + row) * output_stride, i, matrix->outputs - i, dtype,
+                    NAME(store)(tile_output + row * output_stride, i, matrix->outputs - i, dtype,
                                 NAME(load)(result, row * PANEL + i - column, LANES, FLOAT32));
         }
         weights += matrix->steps * STEP_BYTES;

@@ -61,37 +61,72 @@ INLINE float NAME(largest_lane)(vec x)
     return largest;
 }
 
-/* The bits of the nearest bfloat16, of two equally near ones the even, in the upper half; NaN stays NaN. */
-INLINE uvec NAME(nearest_bfloat16)(vec x)
+/* 16-bit integers as 32-bit ones, and back: compilers do not find the instructions by themselves. */
+INLINE uvec NAME(widen)(hvec x)
 {
-    uvec bits = (uvec)x;
-    uvec nearest = bits + 0x7FFF + (bits >> 16 & 1);
-    return (uvec)NAME(select)(x == x, (vec)nearest, (vec)((uvec){0} + 0x7FC00000u)) & 0xFFFF0000u;
+#if LANES == 16
+    return (uvec)_mm512_cvtepu16_epi32((__m256i)x);
+#elif LANES == 8
+    return (uvec)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+    return __builtin_convertvector(x, uvec);
+#endif
 }
 
-/* As an element of this dtype holds it. */
-INLINE vec NAME(rounded)(vec x, Dtype dtype) { return dtype == BFLOAT16 ? (vec)NAME(nearest_bfloat16)(x) : x; }
+INLINE hvec NAME(narrow)(uvec x)
+{
+#if LANES == 16
+    return (hvec)_mm512_cvtepi32_epi16((__m512i)x);
+#elif LANES == 8
+    __m256i pairs = _mm256_packus_epi32((__m256i)x, (__m256i)x);
+    return (hvec)_mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08));
+#else
+    return __builtin_convertvector(x, hvec);
+#endif
+}
 
-INLINE float NAME(rounded_scalar)(float x, Dtype dtype) { return NAME(rounded)(NAME(all)(x), dtype)[0]; }
+/* The nearest bfloat16, of two equally near ones the even; NaN stays NaN. The instruction takes subnormal numbers for 0. */
+INLINE hvec NAME(to_bfloat16)(vec x)
+{
+#ifdef BFLOAT16_INSTRUCTIONS
+    return (hvec)_mm512_cvtneps_pbh((__m512)x);
+#else
+    uvec bits = (uvec)x;
+    uvec nearest = bits + 0x7FFF + (bits >> 16 & 1);
+    return NAME(narrow)((uvec)NAME(select)(x == x, (vec)nearest, (vec)((uvec){0} + 0x7FC00000u)) >> 16);
+#endif
+}
+
+INLINE vec NAME(from_bfloat16)(hvec x) { return (vec)(NAME(widen)(x) << 16); }
+
+/* As an element of this dtype holds it. */
+INLINE vec NAME(rounded)(vec x, Dtype dtype)
+{
+    return dtype == BFLOAT16 ? NAME(from_bfloat16)(NAME(to_bfloat16)(x)) : x;
+}
 
 /* A row's elements from `i` on, `left` of which are there; lanes beyond them are 0. */
 INLINE vec NAME(load)(const void *row, int64_t i, int64_t left, Dtype dtype)
 {
     const char *from = at(row, i, dtype);
     if (dtype == FLOAT32) {
-        vec x = {0};
-        if (left >= LANES)
+        if (left >= LANES) {
+            vec x;
             memcpy(&x, from, sizeof x);
-        else
-            memcpy(&x, from, left * 4);
-        return x;
+            return x;
+        }
+        vec part = {0};
+        memcpy(&part, from, left * 4);
+        return part;
     }
-    hvec bits = {0};
-    if (left >= LANES)
+    if (left >= LANES) {
+        hvec bits;
         memcpy(&bits, from, sizeof bits);
-    else
-        memcpy(&bits, from, left * 2);
-    return (vec)(__builtin_convertvector(bits, uvec) << 16);
+        return NAME(from_bfloat16)(bits);
+    }
+    hvec part = {0};
+    memcpy(&part, from, left * 2);
+    return NAME(from_bfloat16)(part);
 }
 
 /* Writes at most `left` elements from `i` on. */
@@ -99,17 +134,21 @@ INLINE void NAME(store)(void *row, int64_t i, int64_t left, Dtype dtype, vec x)
 {
     char *to = at_mutable(row, i, dtype);
     if (dtype == FLOAT32) {
-        if (left >= LANES)
+        if (left >= LANES) {
             memcpy(to, &x, sizeof x);
-        else
-            memcpy(to, &x, left * 4);
+        } else {
+            vec part = x;
+            memcpy(to, &part, left * 4);
+        }
         return;
     }
-    hvec bits = __builtin_convertvector(NAME(nearest_bfloat16)(x) >> 16, hvec);
-    if (left >= LANES)
+    hvec bits = NAME(to_bfloat16)(x);
+    if (left >= LANES) {
         memcpy(to, &bits, sizeof bits);
-    else
-        memcpy(to, &bits, left * 2);
+    } else {
+        hvec part = bits;
+        memcpy(to, &part, left * 2);
+    }
 }
 
 INLINE float NAME(load_scalar)(const void *row, int64_t i, Dtype dtype) { return NAME(load)(row, i, 1, dtype)[0]; }
