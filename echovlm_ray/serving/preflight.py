@@ -1,6 +1,7 @@
 """What is checked before anything starts, so that a mistake is told at once and in words."""
 
 import logging
+import os
 import socket
 import ssl
 from contextlib import suppress
@@ -86,6 +87,7 @@ def check(config: Config, *, local: bool, take_over: bool = False) -> ServedChec
         served = replace(served, identity=digest_of(stateless)[:32])
     _check_organs(config, served)
     _check_kernel(config.experts.kernel)
+    _check_cpu_variant()
     _check_bundles(config.experts, served)
     for name, section in (("gateway", config.gateway), ("control", config.control)):
         _check_credentials(name, section)
@@ -216,6 +218,14 @@ def _check_kernel(name: str) -> None:
         get_kernel(name)
     except ValueError as error:
         raise ValueError(f"experts.kernel: {error}") from None
+
+
+def _check_cpu_variant() -> None:
+    # What is not set needs no look, and a look needs torch.
+    if "ECHORAY_CPU_VARIANT" in os.environ:
+        from experts.kernels.cpu.library import cpu_library
+
+        cpu_library()
 
 
 def _check_bundles(section: ExpertsSection, served: ServedCheckpoint) -> None:

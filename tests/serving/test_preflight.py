@@ -70,6 +70,12 @@ def test_what_does_not_fit_names_the_field_and_what_there_is(
         preflight.check(config(checkpoint, **sections), local=True)
 
 
+def test_a_variant_of_the_c_library_that_there_is_not(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ECHORAY_CPU_VARIANT", "sse9")
+    with pytest.raises(ValueError, match="ECHORAY_CPU_VARIANT is 'sse9'; it may be avx512_bf16"):
+        preflight.check(config(checkpoint), local=True)
+
+
 def test_a_key_of_another_certificate_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     write_certificates(tmp_path)
     tls = {"certificate": tmp_path / "server.pem", "key": tmp_path / "client.key"}

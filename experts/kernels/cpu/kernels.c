@@ -1,6 +1,6 @@
 /* The arithmetic of inference on a CPU: packed products, and everything between them.
  *
- * The files that are included here are compiled once for each variant of the instruction set. `vectors.h` has what
+ * The files that `variant.h` includes are compiled once for each variant of the instruction set. `vectors.h` has what
  * differs between variants; the others are written in its terms. `library.py` loads the shared library, asks for
  * `best_variant`, and takes the functions by their names, such as `avx2_swiglu`.
  *
@@ -107,11 +107,7 @@ static inline char *at_mutable(void *x, int64_t i, Dtype dtype) { return (char *
 #define TARGET
 #define LANES 4
 #define TILE_ROWS 1
-#include "vectors.h"
-#include "product.h"
-#include "experts.h"
-#include "layer.h"
-#include "end_of_variant.h"
+#include "variant.h"
 
 #if defined(__x86_64__)
 
@@ -119,21 +115,13 @@ static inline char *at_mutable(void *x, int64_t i, Dtype dtype) { return (char *
 #define TARGET __attribute__((target("avx2,fma")))
 #define LANES 8
 #define TILE_ROWS 3
-#include "vectors.h"
-#include "product.h"
-#include "experts.h"
-#include "layer.h"
-#include "end_of_variant.h"
+#include "variant.h"
 
 #define VARIANT avx512
 #define TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")))
 #define LANES 16
 #define TILE_ROWS 11
-#include "vectors.h"
-#include "product.h"
-#include "experts.h"
-#include "layer.h"
-#include "end_of_variant.h"
+#include "variant.h"
 
 /* As avx512, with instructions that multiply pairs of bfloat16 and that round to bfloat16. */
 #define VARIANT avx512_bf16
@@ -141,11 +129,7 @@ static inline char *at_mutable(void *x, int64_t i, Dtype dtype) { return (char *
 #define LANES 16
 #define TILE_ROWS 11
 #define BFLOAT16_INSTRUCTIONS
-#include "vectors.h"
-#include "product.h"
-#include "experts.h"
-#include "layer.h"
-#include "end_of_variant.h"
+#include "variant.h"
 
 #endif
 

@@ -117,7 +117,9 @@ class CpuLibrary:
         """
         library: Any = ctypes.CDLL(str(path))
         if (version := int(library.interface_version())) != _INTERFACE_VERSION:
-            raise ValueError(f"it was built from another version ({version}) of its source; install the package again")
+            raise ValueError(
+                f"the library was built from another version ({version}) of its source; install the package again"
+            )
         supported = [name for name in VARIANTS if library.variant_supported(name.encode())]
         if variant is not None and variant not in supported:
             raise ValueError(f"{ENVIRONMENT} is {variant!r}; this processor runs {', '.join(supported)}")
