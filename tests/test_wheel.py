@@ -29,8 +29,10 @@ def test_the_wheel(compiler: str, tmp_path: Path) -> None:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes((ROOT / name).read_bytes())
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    arguments = [*pip, "--no-build-isolation", "-w", tmp_path, source]
-    built = subprocess.run(arguments, capture_output=True, text=True, env=os.environ | {"CC": compiler})
+    environment = os.environ | {"CC": compiler}
+    built = subprocess.run(
+        [*pip, "--no-build-isolation", "-w", tmp_path, source], capture_output=True, text=True, env=environment
+    )
     assert built.returncode == 0, built.stderr
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
         names = set(archive.namelist())
