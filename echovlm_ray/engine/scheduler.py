@@ -1,11 +1,12 @@
 """Decides which sequences take part in the next step."""
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from echovlm_ray.engine.block_pool import BLOCK_SIZE, BlockContents, BlockPool
+from echovlm_ray.engine.fairness import ServiceCounters
 from echovlm_ray.engine.sequence import Sequence
 from echovlm_ray.errors import OverloadedError
 from router.errors import ExpertsUnavailableError
@@ -35,6 +36,10 @@ class Scheduler:
     ones as it grows. When none is free then, the sequence that was admitted last gives its blocks and goes back to the
     front of the queue, so the oldest always advances and everything ends.
 
+    With several callers, this holds for the sequences of each. Among callers, the one that was served least is first:
+    to be admitted, for which a caller with more sequences in the batch or more blocks is preempted, and in prefill, of
+    which a step computes that of one caller only, so that short prompts are not computed beside long ones of others.
+
     A sequence whose experts do not answer is stalled: it counts for nothing in the batch, and gives its blocks before
     any other does, so that a lost organ does not keep the other organs' requests waiting. Tokens whose blocks were
     given are computed again.
@@ -57,6 +62,7 @@ class Scheduler:
         self.max_queue = max_queue
         self.max_prefill_tokens = max_prefill_tokens
         self.prefix_reuse = prefix_reuse
+        self._callers = ServiceCounters()
         # In the order of arrival; those that were preempted are the oldest, and in front.
         self.waiting: deque[Sequence] = deque()
         # In the order of admission, which is that of arrival; stalled ones included.
@@ -79,6 +85,7 @@ class Scheduler:
                 f"{self.pool.num_blocks * BLOCK_SIZE} (router.kv_cache_tokens)"
             )
         self.waiting.append(sequence)
+        self._callers.join(sequence.request.caller)
 
     def finish(self, sequence: Sequence) -> bool:
         """Removes a sequence and frees its blocks; False, and nothing done, when it is already gone."""
@@ -89,14 +96,18 @@ class Scheduler:
         else:
             return False
         self._give_blocks(sequence)
+        self._callers.leave(sequence.request.caller)
         return True
 
     def schedule(self) -> list[Chunk]:
-        """The chunks of the next step, in the order in which the sequences came."""
+        """The chunks of the next step: of the caller that was served least first, each caller's in order of arrival."""
         now = time.monotonic()
         ready = self._ready(self.running, now)
         self._admit(ready, now)
+        if self._callers.num_active > 1:
+            ready.sort(key=lambda sequence: self._callers.priority(sequence.request.caller))
         budget = self.max_prefill_tokens
+        prefilling: bytes | None = None
         chunks: list[Chunk] = []
         for sequence in ready:
             if len(chunks) == self.max_batch_size:
@@ -105,14 +116,20 @@ class Scheduler:
             if not sequence.block_table:
                 continue
             end = len(sequence.token_ids)
+            caller = sequence.request.caller
             if sequence.num_pending > 1:
+                if prefilling not in (None, caller):
+                    continue
                 end = self._cut(sequence, budget)
             count = end - sequence.num_computed
-            if not count or not self._grow(sequence, end, ready):
+            if not count or not self._grow(sequence, end, ready, chunks):
                 continue
             if count > 1:
                 budget -= count
+                prefilling = caller
             chunks.append(Chunk(sequence, sequence.num_computed, end))
+        for chunk in chunks:
+            self._callers.charge(chunk.sequence.request.caller, chunk.end - chunk.start)
         return chunks
 
     def _cut(self, sequence: Sequence, budget: int) -> int:
@@ -169,13 +186,57 @@ class Scheduler:
         for sequence in ready:
             if not sequence.block_table and not self._take_blocks(sequence, ready):
                 return
-        while self.waiting and len(ready) < self.max_batch_size:
-            sequence = self.waiting[0]
+        while self.waiting:
+            sequence = self._next_waiting()
+            if len(ready) >= self.max_batch_size and not self._make_place(sequence, ready):
+                return
             if self._ready([sequence], now):
-                if not self._take_blocks(sequence, ready):
-                    return
+                while not self._take_blocks(sequence, ready):
+                    if not self._make_blocks(sequence, ready):
+                        return
                 ready.append(sequence)
-            self.running.append(self.waiting.popleft())
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+
+    def _next_waiting(self) -> Sequence:
+        if self._callers.num_active == 1:
+            return self.waiting[0]
+        # The first one of each caller is its oldest.
+        return min(self.waiting, key=lambda sequence: self._callers.priority(sequence.request.caller))
+
+    def _make_place(self, sequence: Sequence, ready: list[Sequence]) -> bool:
+        """Preempts a sequence of the caller with the most in the batch, if it then still has as many as this one's."""
+        if self._callers.num_active == 1 or self.unavailable(sequence) is not None:
+            return False
+        places = Counter(other.request.caller for other in ready)
+        return self._preempt_for(sequence, ready, places, places[sequence.request.caller] + 2)
+
+    def _make_blocks(self, sequence: Sequence, ready: list[Sequence]) -> bool:
+        """Preempts a sequence of the caller with the most blocks, if that is more than an equal share of all."""
+        if self._callers.num_active == 1:
+            return False
+        share = self.pool.num_blocks // self._callers.num_active
+        blocks: Counter[bytes] = Counter()
+        for other in self.running:
+            blocks[other.request.caller] += len(other.block_table)
+        if blocks[sequence.request.caller] + BlockPool.blocks_for(len(sequence.token_ids)) > share:
+            return False
+        return self._preempt_for(sequence, ready, blocks, share + 1)
+
+    def _preempt_for(self, sequence: Sequence, ready: list[Sequence], held: Counter[bytes], least: int) -> bool:
+        """Preempts the latest sequence of the caller that holds most, unless it is this one's or below `least`.
+
+        Never a caller's only one: what it computed would be lost again and again.
+        """
+        caller = max((other.request.caller for other in ready), key=lambda other: held[other], default=None)
+        if caller is None or caller == sequence.request.caller or held[caller] < least:
+            return False
+        own = [other for other in ready if other.request.caller == caller]
+        if len(own) == 1:
+            return False
+        self._preempt(own[-1])
+        ready.remove(own[-1])
+        return True
 
     def _take_blocks(self, sequence: Sequence, ready: list[Sequence]) -> bool:
         """Blocks for all tokens that a sequence has, those of a known beginning among them, or False."""
@@ -209,13 +270,14 @@ class Scheduler:
         full = (len(sequence.token_ids) - 1) // BLOCK_SIZE
         return self.pool.find(sequence.prefix.first(full, sequence.token_ids))
 
-    def _grow(self, sequence: Sequence, num_tokens: int, ready: list[Sequence]) -> bool:
+    def _grow(self, sequence: Sequence, num_tokens: int, ready: list[Sequence], chunks: list[Chunk]) -> bool:
         """Sees to blocks for a running sequence's tokens; False when it had to give its own instead."""
         while (missing := BlockPool.blocks_for(num_tokens) - len(sequence.block_table)) > 0:
             if (blocks := self.pool.allocate(missing)) is not None:
                 sequence.block_table += blocks
                 return True
-            holders = [holder for holder in self.running if holder.block_table]
+            taking_part = [chunk.sequence for chunk in chunks]
+            holders = [holder for holder in self.running if holder.block_table and holder not in taking_part]
             stalled = [holder for holder in holders if holder not in ready]
             if stalled:
                 self._give_blocks(stalled[-1])

@@ -244,9 +244,6 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
         finally:
             self._under_way -= 1
 
-    def _salt(self) -> bytes:
-        return current_caller() if self._gateway.share_caches == "token" else b""
-
     def _seconds_left(self, context: "grpc.aio.ServicerContext[Any, Any]") -> float:
         remaining: float | None = context.time_remaining()
         return self._gateway.default_deadline_s if remaining is None else remaining
@@ -265,7 +262,8 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
                 sampling = router_pb2.Sampling()
                 sampling.CopyFrom(files.request.sampling)
                 files.forget()
-                return await self._on(self._text_threads, self._build, checked, sampling, images, self._salt())
+                caller = current_caller()
+                return await self._on(self._text_threads, self._build, checked, sampling, images, caller)
         except TimeoutError:
             raise DeadlineError("the deadline passed while the images were decoded") from None
 
@@ -275,7 +273,7 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
 
     async def _load_image(self, content: bytes, field: str, request_id: str) -> "_LoadedImage":
         assert self._decoders is not None
-        decoded = await self._decoders.decode(content, field=field, request_id=request_id)
+        decoded = await self._decoders.decode(content, field=field, request_id=request_id, caller=current_caller())
         return await self._on(self._picture_threads, self._cut, decoded)
 
     def _cut(self, decoded: DecodedImage) -> "_LoadedImage":
@@ -288,7 +286,7 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
         checked: CheckedRequest,
         sampling: router_pb2.Sampling,
         images: Sequence["_LoadedImage"],
-        cache_salt: bytes,
+        caller: bytes,
     ) -> _Prepared:
         vision = [image.patches for image in images]
         media: list[Medium] = ["video" if item.is_video else "image" for item in vision]
@@ -313,7 +311,8 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
             session_key=checked.session_key,
             policy_version=self._describe().policy_version,
             expert_set_id=checked.expert_set_id,
-            cache_salt=cache_salt,
+            cache_salt=caller if self._gateway.share_caches == "token" else b"",
+            caller=caller,
         )
         accepted = echovlm_pb2.RequestAccepted(
             prompt_tokens=len(input_ids),

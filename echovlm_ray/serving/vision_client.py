@@ -42,7 +42,11 @@ class VisionClient:
         self._closing: set[asyncio.Task[None]] = set()
 
     async def encode(
-        self, inputs: Sequence[vision_pb2.VisionInput], deadline: float | None, cache_salt: bytes = b""
+        self,
+        inputs: Sequence[vision_pb2.VisionInput],
+        deadline: float | None,
+        cache_salt: bytes = b"",
+        caller: bytes = b"",
     ) -> list[EncodedPicture]:
         """The embeddings of the inputs, in order.
 
@@ -52,13 +56,14 @@ class VisionClient:
             inputs: preprocessed images and videos.
             deadline: in `time.monotonic` seconds, or None.
             cache_salt: embeddings are shared only with requests of the same one.
+            caller: callers share the encoder equally.
 
         Raises:
             PartUnavailableError: no encoder answered; without a deadline after one failed try.
             DeadlineError: the encoder was reached but did not finish in time.
             grpc.aio.AioRpcError: the encoder refused the inputs; `serving.errors` passes its status on.
         """
-        request = vision_pb2.EncodeRequest(inputs=inputs, cache_salt=cache_salt)
+        request = vision_pb2.EncodeRequest(inputs=inputs, cache_salt=cache_salt, caller=caller)
         give_up = None if deadline is None else min(deadline, time.monotonic() + RETRY_FOR_S)
         tried: set[str] = set()
         reason = "no replica is running"

@@ -26,7 +26,9 @@ def start(request: SequenceRequest) -> Sequence:
     return Sequence.start(request, lambda output: None, experts)
 
 
-def sequence(num_prompt: int, max_new_tokens: int, organ: str = "breast", first_token: int = 0) -> Sequence:
+def sequence(
+    num_prompt: int, max_new_tokens: int, organ: str = "breast", first_token: int = 0, caller: bytes = b""
+) -> Sequence:
     request = SequenceRequest(
         input_ids=tuple(range(first_token, first_token + num_prompt)),
         position_ids_3T=torch.zeros(3, num_prompt, dtype=torch.int64),
@@ -34,6 +36,7 @@ def sequence(num_prompt: int, max_new_tokens: int, organ: str = "breast", first_
         expert_set_id="set",
         shares=((organ, 1.0),),
         max_new_tokens=max_new_tokens,
+        caller=caller,
     )
     return start(request)
 
@@ -115,7 +118,12 @@ def check(planned: Scheduler) -> None:
 
 actions = st.one_of(
     st.tuples(
-        st.just("add"), st.integers(1, 100), st.integers(1, 40), st.sampled_from(ORGANS), st.sampled_from([0, 16])
+        st.just("add"),
+        st.integers(1, 100),
+        st.integers(1, 40),
+        st.sampled_from(ORGANS),
+        st.sampled_from([0, 16]),
+        st.sampled_from([b"", b"", b"a", b"b"]),
     ),
     st.tuples(st.just("cancel"), st.integers(0, 50)),
     st.tuples(st.just("step")),

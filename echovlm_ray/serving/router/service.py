@@ -105,7 +105,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
         """Streams the tokens of one request; leaving the stream cancels it at the engine's next step."""
         self._reader.check(request)
         deadline = self._deadline(context)
-        pictures = await self._encode(request.vision_inputs, deadline, request.cache_salt)
+        pictures = await self._encode(request.vision_inputs, deadline, request.cache_salt, request.caller)
         unpinned = self._reader.sequence_request(request, pictures, deadline)
         traits = _traits(request.organ_hints, pictures, request.session_key, context, request.policy_version)
         admission = await self._admit(traits, request.expert_set_id)
@@ -182,11 +182,11 @@ class RouterService(router_pb2_grpc.RouterServicer):
         return time.monotonic() + seconds - min(seconds * DEADLINE_MARGIN, LONGEST_MARGIN_S)
 
     async def _encode(
-        self, inputs: Sequence[vision_pb2.VisionInput], deadline: float, cache_salt: bytes = b""
+        self, inputs: Sequence[vision_pb2.VisionInput], deadline: float, cache_salt: bytes = b"", caller: bytes = b""
     ) -> list[EncodedPicture]:
         if not inputs:
             return []
-        pictures = await self._vision.encode(inputs, deadline, cache_salt)
+        pictures = await self._vision.encode(inputs, deadline, cache_salt, caller)
         expected = self._reader.expected_embeddings(inputs)
         found = [tuple(picture.embedding.shape) for picture in pictures]
         if found != expected:
