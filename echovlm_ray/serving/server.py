@@ -1,7 +1,7 @@
 """The one gRPC server of every replica: `grpc.aio` with health, reflection, TLS, tokens, limits and an orderly end."""
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,27 +11,17 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from echovlm_ray.config import TLSSection
+from echovlm_ray.hosts import host_port
 from echovlm_ray.serving.auth import BearerTokens
 from echovlm_ray.serving.interceptor import CallInterceptor
+from experts.transport.inner_channel import INNER_MESSAGE_BYTES, KEEPALIVE_MS
 
-# Between the parts: the patches of a whole prompt of images in float32, or the logits that a test asks for.
-INTERNAL_MESSAGE_BYTES = 256 * 1024 * 1024
 # What a message holds beside its payload.
 MESSAGE_SLACK_BYTES = 1024 * 1024
 # The largest length that gRPC can be told.
 MAX_MESSAGE_BYTES = 2**31 - 1
-KEEPALIVE_MS = 20_000
 # After the last call has ended, for its status to reach the caller.
 LAST_WORDS_S = 0.2
-# Channels between the parts.
-INTERNAL_CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_receive_message_length", INTERNAL_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", INTERNAL_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
-    # A replica that was killed and came back must be reached at once, not after gRPC's usual two minutes.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-)
 
 Register = Callable[[Any, grpc.aio.Server], None]
 
@@ -50,15 +40,19 @@ class ServerOptions:
     port: int = 0
     tls: TLSSection | None = None
     token_file: Path | None = None
-    max_receive_bytes: int = INTERNAL_MESSAGE_BYTES
-    max_send_bytes: int = INTERNAL_MESSAGE_BYTES
+    max_receive_bytes: int = INNER_MESSAGE_BYTES
+    max_send_bytes: int = INNER_MESSAGE_BYTES
 
 
 class GrpcServer:
     """A server that is not started yet; add servicers, then `await start()`. Belongs to one event loop."""
 
-    def __init__(self, options: ServerOptions) -> None:
+    def __init__(self, options: ServerOptions, *, first: Sequence[grpc.aio.ServerInterceptor] = ()) -> None:
         """Reads certificates and tokens.
+
+        Args:
+            options: what it listens on, and whom it lets in.
+            first: called around every call before anything else.
 
         Raises:
             ValueError: a certificate or token file cannot be used.
@@ -68,7 +62,7 @@ class GrpcServer:
         self._credentials = server_credentials(options.tls) if options.tls else None
         self._interceptor = CallInterceptor(tokens)
         self._server = grpc.aio.server(
-            interceptors=[self._interceptor],
+            interceptors=[*first, self._interceptor],
             options=[
                 ("grpc.max_receive_message_length", min(options.max_receive_bytes, MAX_MESSAGE_BYTES)),
                 ("grpc.max_send_message_length", min(options.max_send_bytes, MAX_MESSAGE_BYTES)),
@@ -87,7 +81,7 @@ class GrpcServer:
     @property
     def address(self) -> str:
         """host:port, once started."""
-        return f"{self._options.host}:{self._port}"
+        return host_port(self._options.host, self._port)
 
     @property
     def active_calls(self) -> int:
@@ -112,7 +106,7 @@ class GrpcServer:
             ValueError: the address cannot be listened on.
         """
         reflection.enable_server_reflection(self._service_names, self._server)
-        wanted = f"{self._options.host}:{self._options.port}"
+        wanted = host_port(self._options.host, self._options.port)
         try:
             if self._credentials is None:
                 self._port = self._server.add_insecure_port(wanted)
