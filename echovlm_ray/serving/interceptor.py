@@ -8,7 +8,7 @@ import asyncio
 import logging
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager, nullcontext
 from typing import Any
 
 import grpc
@@ -111,10 +111,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         set_request_id(request_id)
         context.set_trailing_metadata(echo)
         try:
-            self._admit(method, metadata)
+            admitted = self._admit(method, metadata)
             await context.send_initial_metadata(echo)
-            with self._counted(method):
-                yield
+            async with admitted:
+                with self._counted(method):
+                    yield
         except grpc.aio.AbortError:
             raise
         except Exception as error:
@@ -124,13 +125,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             converted = rpc_status.to_status(status)
             await context.abort(converted.code, converted.details, (*converted.trailing_metadata, *echo))
 
-    def _admit(self, method: str, metadata: list[tuple[str, str | bytes]]) -> None:
+    def _admit(self, method: str, metadata: list[tuple[str, str | bytes]]) -> AbstractAsyncContextManager[None]:
+        """Lets the call pass, or raises; it must stay inside what is returned, which ends it with its token."""
         if method.startswith(HEALTH):
-            return
-        if self._tokens is not None:
-            self._tokens.check(metadata)
+            return nullcontext()
+        digest = None if self._tokens is None else self._tokens.check(metadata)
         if self._draining:
             raise ShuttingDownError("this replica is shutting down; send the request again, another one will answer")
+        return nullcontext() if self._tokens is None or digest is None else self._tokens.while_valid(digest)
 
     @contextmanager
     def _counted(self, method: str) -> Iterator[None]:

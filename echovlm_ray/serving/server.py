@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection
 from echovlm_ray.config import TLSSection
 from echovlm_ray.hosts import host_port
 from echovlm_ray.serving.auth import BearerTokens
+from echovlm_ray.serving.certificates import CertificateFiles
 from echovlm_ray.serving.interceptor import CallInterceptor
 from experts.transport.inner_channel import INNER_MESSAGE_BYTES, KEEPALIVE_MS
 
@@ -59,7 +60,7 @@ class GrpcServer:
         """
         tokens = BearerTokens(options.token_file) if options.token_file else None
         self._options = options
-        self._credentials = server_credentials(options.tls) if options.tls else None
+        self._credentials = CertificateFiles(options.tls).credentials() if options.tls else None
         self._interceptor = CallInterceptor(tokens)
         self._server = grpc.aio.server(
             interceptors=[*first, self._interceptor],
@@ -142,23 +143,3 @@ class GrpcServer:
         except TimeoutError:
             pass
         await self._server.stop(LAST_WORDS_S)
-
-
-def server_credentials(tls: TLSSection) -> grpc.ServerCredentials:
-    """The credentials of a TLS server.
-
-    Raises:
-        ValueError: a file cannot be read; the text names it.
-    """
-    certificate, key = _read(tls.certificate, "tls.certificate"), _read(tls.key, "tls.key")
-    authority = None if tls.client_authority is None else _read(tls.client_authority, "tls.client_authority")
-    return grpc.ssl_server_credentials(
-        [(key, certificate)], root_certificates=authority, require_client_auth=authority is not None
-    )
-
-
-def _read(path: Path, field: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{field} {path} cannot be read: {error.strerror}") from None
