@@ -56,7 +56,7 @@ def write_policy(path: Path, policy: control_pb2.TrafficPolicy) -> None:
         partial.write(text + "\n")
         partial.flush()
         os.fsync(partial.fileno())
-    Path(partial.name).chmod(0o644)
+    Path(partial.name).chmod(0o600)
     Path(partial.name).replace(path)
 
 

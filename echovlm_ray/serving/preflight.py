@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echovlm_ray.config import Config, ControlSection, ExpertsSection, GatewaySection
+from echovlm_ray.hosts import host_port
 from echovlm_ray.serving.auth import BearerTokens
 from echovlm_ray.serving.certificates import CertificateFiles
 from echovlm_ray.serving.known_policy import ForeignPolicyError, check_identity, read_policy
@@ -118,8 +119,8 @@ def check_port(name: str, section: GatewaySection | ControlSection) -> None:
             probe.listen(1)
         except OSError as error:
             raise PortTakenError(
-                f"{name} cannot listen on {section.host}:{section.port}: {error.strerror}. If another EchoVLM-Ray runs "
-                f"here, `echoray stop` ends it; otherwise set {name}.port to another port, or to 0 for any free one"
+                f"{name} cannot listen on {host_port(section.host, section.port)}: {error.strerror}. If another "
+                f"EchoVLM-Ray runs here, `echoray stop` ends it; otherwise set {name}.port to another port, or to 0 for any free one"
             ) from None
 
 

@@ -141,8 +141,8 @@ class DatabaseLock:
         """
         deadline = time.monotonic() + timeout_s
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise RolloutDatabaseError(
                 f"{self._path} cannot be made: {error.strerror}; set rollouts.database to a file in a folder that may "

@@ -24,6 +24,9 @@ MAX_MESSAGE_BYTES = 2**31 - 1
 # After the last call has ended, for its status to reach the caller.
 LAST_WORDS_S = 0.2
 
+# A client that is idle may ask so often whether the server is there; one that asks more often is cut off.
+MIN_PING_MS = 5_000
+
 Register = Callable[[Any, grpc.aio.Server], None]
 
 
@@ -71,7 +74,7 @@ class GrpcServer:
                 ("grpc.so_reuseport", int(options.port != 0)),
                 ("grpc.keepalive_time_ms", KEEPALIVE_MS),
                 ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_MS // 4),
+                ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_MS),
             ],
         )
         self.health = health.aio.HealthServicer()
