@@ -1,6 +1,7 @@
 """Holds the shape of the repository: which package may import which, and what a light process must not load."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -72,8 +73,8 @@ def test_channels_are_opened_in_two_places_only() -> None:
     opening = re.compile(r"grpc\.(aio\.)?(in)?secure_channel\b")
     found = {
         str(path.relative_to(ROOT))
-        for package in PACKAGES
-        for path in (ROOT / package).rglob("*.py")
+        for package in LAYERS
+        for path in sources(package)
         if opening.search(path.read_text())
     }
     assert found == {"experts/transport/inner_channel.py", "echovlm_ray/client/connection.py"}
