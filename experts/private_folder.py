@@ -44,6 +44,25 @@ def runtime_folder() -> Path:
     return private_folder(base if base and os.access(base, os.W_OK | os.X_OK) else None)
 
 
+def user_folder(variable: str, under_home: str) -> Path:
+    """Where this user keeps things of a kind, as the XDG base directory specification has it.
+
+    Args:
+        variable: names the folder if it is set, for example XDG_CACHE_HOME.
+        under_home: where it is otherwise, for example .cache. A user id without a home, or whose home it may not
+            write, as in containers, has it in `private_folder` instead.
+    """
+    if base := os.environ.get(variable):
+        return Path(base)
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return private_folder() / under_home
+    there = home / under_home
+    nearest = next(path for path in (there, *there.parents) if path.exists())
+    return there if os.access(nearest, os.W_OK | os.X_OK) else private_folder() / under_home
+
+
 def is_private(path: Path) -> bool:
     """Whether a path is a folder, no link, of this user, that no other user may enter."""
     try:

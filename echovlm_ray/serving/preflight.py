@@ -120,8 +120,8 @@ def check_port(name: str, section: GatewaySection | ControlSection) -> None:
         except OSError as error:
             raise PortTakenError(
                 f"{name} cannot listen on {host_port(section.host, section.port)}: {error.strerror}. If another "
-                f"EchoVLM-Ray runs here, `echoray stop` ends it; otherwise set {name}.port to another port, or to 0 for "
-                "any free one"
+                f"EchoVLM-Ray runs here, `echoray stop` ends it; otherwise set {name}.port to another port, or to 0 "
+                "for any free one"
             ) from None
 
 

@@ -17,6 +17,7 @@ from typing import Self
 from urllib.parse import urlsplit
 
 from echovlm_ray.config import RolloutsSection
+from experts.private_folder import user_folder
 from router.errors import RolloutDatabaseError
 
 SQLITE = "sqlite:///"
@@ -98,8 +99,7 @@ def default_folder(checkpoint: Path) -> Path:
     folder = checkpoint / FOLDER
     if os.access(folder if folder.exists() else checkpoint, os.W_OK):
         return folder
-    base = os.environ.get("XDG_STATE_HOME")
-    state = Path(base) if base else Path.home() / ".local" / "state"
+    state = user_folder("XDG_STATE_HOME", ".local/state")
     # Checkpoints of the same name in different places are different ones.
     place = hashlib.sha256(str(checkpoint.absolute()).encode()).hexdigest()[:12]
     return state / "echovlm-ray" / f"{checkpoint.name}-{place}"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from experts import private_folder as module
-from experts.private_folder import is_private, private_folder, runtime_folder
+from experts.private_folder import is_private, private_folder, runtime_folder, user_folder
 
 NAME = f"echoray-{os.getuid()}"
 
@@ -67,3 +67,30 @@ def test_where_nothing_can_be_made_the_text_says_what_to_set(tmp_path: Path, mon
     monkeypatch.setattr(module, "_FALLBACKS", ())
     with pytest.raises(ValueError, match=r"no folder of yours can be made in .*set TMPDIR"):
         private_folder(str(tmp_path / "absent"))
+
+
+class TestUserFolder:
+    def test_the_variable_wins(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        assert user_folder("XDG_CACHE_HOME", ".cache") == tmp_path
+
+    def test_it_is_in_the_home(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert user_folder("XDG_CACHE_HOME", ".cache") == tmp_path / ".cache"
+
+    def test_a_user_without_a_home_has_one_all_the_same(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def no_home() -> Path:
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(Path, "home", no_home)
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        assert user_folder("XDG_CACHE_HOME", ".cache") == tmp_path / NAME / ".cache"
+
+    def test_and_so_has_one_whose_home_cannot_be_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setenv("HOME", "/proc")
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        monkeypatch.setattr(os, "access", lambda path, mode: str(path) != "/proc")
+        assert user_folder("XDG_CACHE_HOME", ".cache") == tmp_path / NAME / ".cache"
