@@ -1,5 +1,7 @@
 import os
 import stat
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,14 +13,13 @@ LONGEST_SOCKET = "session_2026-11-30_04-37-08_550449_4194304/sockets/plasma_stor
 
 
 @pytest.fixture(autouse=True)
-def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "r"
-    folder.mkdir(mode=0o1777)
-    # Short enough, whatever pytest calls its own folder.
-    monkeypatch.setattr("experts.private_folder._FALLBACKS", (str(folder), "/tmp"))
-    monkeypatch.setattr("tempfile.tempdir", str(folder))
-    monkeypatch.delenv("RAY_TMPDIR", raising=False)
-    return folder
+def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # pytest's own folders have too long names for sockets.
+    with tempfile.TemporaryDirectory(prefix="e", dir="/tmp") as folder:
+        monkeypatch.setattr("experts.private_folder._FALLBACKS", (folder,))
+        monkeypatch.setattr("tempfile.tempdir", folder)
+        monkeypatch.delenv("RAY_TMPDIR", raising=False)
+        yield
 
 
 def test_no_other_user_may_enter_and_it_is_gone_afterwards() -> None:

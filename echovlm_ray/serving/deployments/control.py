@@ -96,7 +96,10 @@ class ControlReplica(Replica):
         # The feed knows which Routers are connected, and is made of what the fleet is needed for.
         feeds: list[RolloutFeedService] = []
         channels = self._channels_of(parsed)
-        watching = lambda: feeds[0].watching() if feeds else frozenset()  # noqa: E731
+
+        def watching() -> frozenset[str]:
+            return feeds[0].watching() if feeds else frozenset()
+
         fleet = _fleet(parsed, endpoints, catalogue, watching, channels)
         endpoints.on_change(lambda: fleet.keep_only(_reachable(endpoints)))
         verifier = _verifier(parsed, store, catalogue)
