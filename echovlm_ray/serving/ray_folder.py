@@ -18,8 +18,8 @@ from experts.private_folder import MAX_SOCKET_PATH, private_folder
 logger = logging.getLogger(__name__)
 
 _PREFIX = "ray-"
-# What Ray adds: /session_2026-11-30_04-37-08_550449_4194304/sockets/plasma_store.1, with some room.
-_RAY_ADDS = 72
+# What Ray adds: /session_2026-11-30_04-37-08_550449_4194304/sockets/plasma_store.1
+_RAY_ADDS = 66
 # Of systems that were killed or lost their Ray, so many are kept for whoever looks for the reason.
 _KEPT = 3
 

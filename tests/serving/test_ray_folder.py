@@ -60,3 +60,11 @@ def test_a_folder_with_too_long_a_name_is_left_for_a_short_one(tmp_path: Path, m
     monkeypatch.setenv("RAY_TMPDIR", str(long))
     with ray_folder() as folder:
         assert len(os.fsencode(folder / LONGEST_SOCKET)) <= MAX_SOCKET_PATH
+
+
+def test_a_user_id_of_ten_digits_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/tmp")
+    monkeypatch.setattr("os.getuid", lambda: 4294967294)
+    with ray_folder() as folder:
+        assert len(os.fsencode(folder / LONGEST_SOCKET)) <= MAX_SOCKET_PATH
+    folder.parent.rmdir()
