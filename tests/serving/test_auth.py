@@ -52,6 +52,7 @@ def test_contents_of_the_same_size_and_time_are_seen(path: Path) -> None:
         lambda path: path.chmod(0o644),
         lambda path: path.chmod(0o640),
         lambda path: (path.unlink(), path.mkdir()),
+        lambda path: (path.unlink(), os.mkfifo(path, 0o600)),
     ],
 )
 def test_while_the_file_cannot_be_used_no_token_is_good(path: Path, spoil: Callable[[Path], object]) -> None:
@@ -61,17 +62,25 @@ def test_while_the_file_cannot_be_used_no_token_is_good(path: Path, spoil: Calla
     assert not passes(tokens, "first")
     if path.is_dir():
         path.rmdir()
+    path.unlink(missing_ok=True)
     path.touch()
     path.chmod(0o600)
     path.write_text("first\n")
     assert passes(tokens, "first")
 
 
-@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o444])
-def test_a_file_that_others_can_read_is_refused_with_what_to_type(path: Path, mode: int) -> None:
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o444, 0o620, 0o602])
+def test_a_file_that_others_can_read_or_write_is_refused_with_what_to_type(path: Path, mode: int) -> None:
     path.chmod(mode)
-    with pytest.raises(ValueError, match=f"can be read by other users of this machine: chmod 600 {path}"):
+    with pytest.raises(ValueError, match=f"can be read or written by other users: chmod 600 {path}"):
         BearerTokens(path)
+
+
+def test_a_file_longer_than_one_read_is_taken_whole(path: Path) -> None:
+    path.write_text("".join(f"token-{number}\n" for number in range(20_000)))
+    tokens = BearerTokens(path)
+    assert passes(tokens, "token-0")
+    assert passes(tokens, "token-19999")
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o400])
