@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from echovlm_ray.hosts import is_loopback
 from router.rollouts.settings import RolloutSettings
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -29,8 +30,6 @@ TEXT_TOKENS = 512
 # What a message between two parts of the system holds, and one to the gateway, each with room for what is around.
 MAX_INTERNAL_BYTES = 255 * 1024 * 1024
 MAX_REQUEST_BYTES = 2**31 - 2 * 1024 * 1024
-
-LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 class ContradictionError(ValueError):
@@ -401,11 +400,21 @@ class Config(Section):
 
     def _check_listeners(self) -> None:
         for name, server in (("gateway", self.gateway), ("control", self.control)):
-            if server.tls is None and server.host not in LOOPBACK_HOSTS:
+            if is_loopback(server.host):
+                continue
+            if server.tls is None:
                 raise ContradictionError(
                     f"{name}.host is {server.host!r}, which other machines can reach, but {name}.tls is not set: "
                     "configure certificates, or listen on 127.0.0.1",
                     f"{name}.host",
+                    f"{name}.tls",
+                )
+            if server.token_file is None and server.tls.client_authority is None:
+                raise ContradictionError(
+                    f"{name}.host is {server.host!r}, which other machines can reach, and nothing says who may call: "
+                    f"set {name}.token_file or {name}.tls.client_authority, or listen on 127.0.0.1",
+                    f"{name}.host",
+                    f"{name}.token_file",
                     f"{name}.tls",
                 )
         if self.gateway.port and self.gateway.port == self.control.port:

@@ -50,6 +50,9 @@ def serve(
     begin_anew: Annotated[
         bool, typer.Option("--begin-anew", help="Begin from the checkpoint's experts where the database is missing.")
     ] = False,
+    insecure_ray: Annotated[
+        bool, typer.Option("--insecure-ray", help="Start although RAY_AUTH_MODE turns Ray's own token off.")
+    ] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Start again when Ray dies, after 1 to 60 seconds.")
     ] = False,
@@ -74,12 +77,15 @@ def serve(
         from echovlm_ray.cli.state import announced
         from echovlm_ray.cli.supervisor import supervised
         from echovlm_ray.config_file import load_system_config
+        from echovlm_ray.hosts import host_port
+        from echovlm_ray.serving.ray_auth import check_ray_auth
         from echovlm_ray.serving.system_id import check_name
 
+        check_ray_auth(insecure=insecure_ray)
         parsed = load_system_config(config, checkpoint)
         options = _Options(address, detach, check_name(name), take_over, begin_anew)
         where = {"name": name, "address": address or ""}
-        control, gateway = (f"{section.host}:{section.port}" for section in (parsed.control, parsed.gateway))
+        control, gateway = (host_port(section.host, section.port) for section in (parsed.control, parsed.gateway))
         known = nullcontext() if detach else announced(str(parsed.model.checkpoint), control, gateway, **where)
         # Held here, above the process that serves: it lasts over a restart.
         with nullcontext() if address else _alone(parsed), known:
@@ -154,6 +160,8 @@ def _serve(config: "Config", options: _Options, console: Console, supervisor: in
             _say(console, styled(line(f"{what}."), "yellow"))
             request.ask()
 
+    # What this process and Ray's make, files and logs, is for this user alone.
+    os.umask(0o077)
     with request.following(supervisor):
         # Everything that needs no Ray is checked before the seconds that loading it takes.
         _check(config, options)
@@ -245,8 +253,10 @@ def _progress(console: Console) -> Iterator[Callable[[Mapping[str, bool]], None]
 
 
 def _print_ready(system: "RunningSystem", config: "Config", console: Console, options: _Options) -> None:
+    from echovlm_ray.serving.ray_folder import logs_of_this_process
     from echovlm_ray.serving.ray_session import metrics_addresses
 
+    logs = logs_of_this_process()
     index, expert_set = system.served.index, system.served.expert_set
     gateway = ", ".join(sorted(set(system.gateway_addresses)))
     organs = ", ".join(
@@ -257,6 +267,7 @@ def _print_ready(system: "RunningSystem", config: "Config", console: Console, op
     rows = {
         "gateway": f"{gateway} ({_access(config.gateway)})",
         "control": f"{system.control_address} ({_access(config.control)})",
+        **({"logs": str(logs)} if logs is not None else {}),
         "metrics": ", ".join(f"http://{found}/metrics" for found in metrics_addresses()) or "none",
         "deployment": system.served.identity[:12] + (f", {options.name}" if options.name else ""),
         "checkpoint": f"{system.served.directory}: {index.name} {index.version}",

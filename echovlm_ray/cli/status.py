@@ -13,7 +13,7 @@ from echovlm_ray.cli.credentials import Authority, Certificate, Key, TokenFile, 
 from echovlm_ray.cli.tables import Listing
 from echovlm_ray.cli.terminal import console_of, line, name_of, say_json, styled
 from echovlm_ray.cli.work import finite
-from echovlm_ray.client.connection import LOOPBACK, TLS, call_metadata, check_connection
+from echovlm_ray.client.connection import TLS, call_metadata, check_connection, open_channel
 from echovlm_ray.client.errors import EchoVLMError, from_rpc_error
 from protos import status_pb2, status_pb2_grpc
 
@@ -69,12 +69,7 @@ def status(
 
 def _ask(control: str, token: str | None, tls: TLS | None, timeout: float) -> "GetStatusResponse":
     check_connection(control, token, tls)
-    options = [("grpc.enable_http_proxy", 0)] if LOOPBACK.match(control) else []
-    if tls is None:
-        channel = grpc.insecure_channel(control, options=options)
-    else:
-        channel = grpc.secure_channel(control, tls.credentials(), options=options)
-    with channel:
+    with open_channel(control, tls) as channel:
         request_id, metadata = call_metadata(token, None)
         stub = status_pb2_grpc.SystemStatusStub(channel)
         try:

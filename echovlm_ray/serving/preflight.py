@@ -2,14 +2,15 @@
 
 import logging
 import socket
-import ssl
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echovlm_ray.config import Config, ControlSection, ExpertsSection, GatewaySection
+from echovlm_ray.hosts import host_port
 from echovlm_ray.serving.auth import BearerTokens
+from echovlm_ray.serving.certificates import CertificateFiles
 from echovlm_ray.serving.known_policy import ForeignPolicyError, check_identity, read_policy
 from echovlm_ray.serving.rollout_files import FOLDER, SQLITE, DatabaseLock, RolloutFiles
 from echovlm_ray.serving.served import ServedCheckpoint, served_checkpoint
@@ -118,8 +119,9 @@ def check_port(name: str, section: GatewaySection | ControlSection) -> None:
             probe.listen(1)
         except OSError as error:
             raise PortTakenError(
-                f"{name} cannot listen on {section.host}:{section.port}: {error.strerror}. If another EchoVLM-Ray runs "
-                f"here, `echoray stop` ends it; otherwise set {name}.port to another port, or to 0 for any free one"
+                f"{name} cannot listen on {host_port(section.host, section.port)}: {error.strerror}. If another "
+                f"EchoVLM-Ray runs here, `echoray stop` ends it; otherwise set {name}.port to another port, or to 0 "
+                "for any free one"
             ) from None
 
 
@@ -243,22 +245,8 @@ def _check_credentials(name: str, section: GatewaySection | ControlSection) -> N
             BearerTokens(section.token_file)
         except ValueError as error:
             raise ValueError(f"{name}.{error}") from None
-    tls = section.tls
-    if tls is None:
-        return
-    for field, path in (("certificate", tls.certificate), ("key", tls.key), ("client_authority", tls.client_authority)):
-        if path is not None and not path.is_file():
-            raise ValueError(f"{name}.tls.{field} {path} is no file: give the PEM file's path")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        # A key that is encrypted would ask for its password on the terminal.
-        context.load_cert_chain(tls.certificate, tls.key, password=lambda: b"")
-    except (ssl.SSLError, OSError, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise ValueError(
-            f"{name}.tls.certificate {tls.certificate} and {name}.tls.key {tls.key} cannot be used together: {reason}; "
-            "both must be PEM and belong together, and the key must have no password"
-        ) from None
+    if section.tls is not None:
+        CertificateFiles(section.tls, f"{name}.tls")
 
 
 def _absolute(section: GatewaySection | ControlSection) -> GatewaySection | ControlSection:

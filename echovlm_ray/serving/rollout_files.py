@@ -17,6 +17,7 @@ from typing import Self
 from urllib.parse import urlsplit
 
 from echovlm_ray.config import RolloutsSection
+from experts.private_folder import user_folder
 from router.errors import RolloutDatabaseError
 
 SQLITE = "sqlite:///"
@@ -98,8 +99,7 @@ def default_folder(checkpoint: Path) -> Path:
     folder = checkpoint / FOLDER
     if os.access(folder if folder.exists() else checkpoint, os.W_OK):
         return folder
-    base = os.environ.get("XDG_STATE_HOME")
-    state = Path(base) if base else Path.home() / ".local" / "state"
+    state = user_folder("XDG_STATE_HOME", ".local/state")
     # Checkpoints of the same name in different places are different ones.
     place = hashlib.sha256(str(checkpoint.absolute()).encode()).hexdigest()[:12]
     return state / "echovlm-ray" / f"{checkpoint.name}-{place}"
@@ -141,8 +141,8 @@ class DatabaseLock:
         """
         deadline = time.monotonic() + timeout_s
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise RolloutDatabaseError(
                 f"{self._path} cannot be made: {error.strerror}; set rollouts.database to a file in a folder that may "

@@ -10,6 +10,7 @@ import torch
 
 from echovlm_ray.errors import DeadlineError, PartUnavailableError
 from experts.transport.codec import tensor_from_proto
+from experts.transport.inner_channel import InnerChannels
 from protos import vision_pb2, vision_pb2_grpc
 
 RETRY_INTERVAL_S = 0.2
@@ -33,10 +34,10 @@ class EncodedPicture:
 class VisionClient:
     """Encodes through whichever vision encoder replica is least busy; tries another when one is lost."""
 
-    def __init__(self, addresses: Callable[[], Sequence[str]], channel_options: Sequence[tuple[str, int]]) -> None:
-        """`addresses` gives the live replicas at any time."""
+    def __init__(self, addresses: Callable[[], Sequence[str]], channels: InnerChannels) -> None:
+        """`addresses` gives the live replicas at any time, and `channels` connects to them."""
         self._addresses = addresses
-        self._options = list(channel_options)
+        self._connections = channels
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._in_flight: dict[str, int] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -101,7 +102,7 @@ class VisionClient:
     ) -> vision_pb2.EncodeResponse:
         channel = self._channels.get(address)
         if channel is None:
-            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=self._options)
+            channel = self._channels[address] = self._connections.asynchronous(address)
         timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
         self._in_flight[address] = self._in_flight.get(address, 0) + 1
         try:

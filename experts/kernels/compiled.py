@@ -9,8 +9,6 @@ so its bits do not depend on the others. bfloat16 goes in and out as the uint16 
 import functools
 import hashlib
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +20,8 @@ import numpy.typing as npt
 import torch
 from filelock import FileLock
 from numba.extending import overload
+
+from experts.private_folder import private_folder
 
 _LOG = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ _EXP_0 = np.float32(5.0000001201e-1)
 @contextmanager
 def one_process_at_a_time() -> Iterator[None]:
     """For what compiles: of several processes that start together one does it, and the others find what it kept."""
-    with FileLock(Path(tempfile.gettempdir()) / f"echovlm-compile-{os.getuid()}.lock"):
+    with FileLock(private_folder() / "compile.lock"):
         yield
 
 

@@ -31,6 +31,9 @@ class DatabaseFile:
         """
         try:
             found = path.stat()
+            if found.st_mode & 0o077 and found.st_uid == os.geteuid():
+                # From before it was made for its user alone, or from a copy.
+                path.chmod(0o600)
         except FileNotFoundError:
             raise RolloutDatabaseError(
                 f"the rollouts' database {path} does not exist: restore a backup of it (`echoray experts restore`), or "
@@ -122,13 +125,15 @@ def make_database_file(path: Path, make_tables: Callable[[Path], None]) -> None:
         RolloutDatabaseError: the folder cannot be made or written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise RolloutDatabaseError(f"the folder of the rollouts' database {path} cannot be made: {error}") from error
     if path.exists():
         return
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
+        # The write-ahead log gets the same mode from SQLite.
+        os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         make_tables(partial)
         # Two may do this at once: the second finds the first one's file, and uses that.
         with contextlib.suppress(FileExistsError):

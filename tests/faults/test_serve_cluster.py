@@ -72,6 +72,8 @@ class Serving:
         command: list[str | Path] = [
             ECHORAY,
             "serve",
+            # The cluster of these tests has no token.
+            "--insecure-ray",
             "--address",
             address,
             "--config",

@@ -16,7 +16,9 @@ from echovlm_ray.serving.server import GrpcServer, ServerOptions
 from experts.bundle import Bundle
 from experts.manifest import MANIFEST_NAME, Manifest
 from experts.registry import Registry
-from protos import control_pb2, expert_pb2, status_pb2, status_pb2_grpc
+from experts.transport.inner_channel import PLAIN_CHANNELS, InnerChannels
+from experts.transport.secret import SystemSecret
+from protos import control_pb2, control_pb2_grpc, expert_pb2, status_pb2, status_pb2_grpc
 from tests.changed_bundles import changed_bundle, not_a_number
 from tests.expert_servers import server_thread
 from tests.random_checkpoint import make_random
@@ -198,7 +200,9 @@ async def test_weights_that_are_no_numbers_end_failed_and_the_incumbent_stays(
     ]
 
 
-async def test_what_routers_report_takes_a_candidate_back(system: ControlSystem, candidates: dict[str, Path]) -> None:
+async def test_what_routers_report_takes_a_candidate_back_and_what_strangers_do_counts_nothing(
+    system: ControlSystem, candidates: dict[str, Path]
+) -> None:
     pushed = await push(system, candidates["good"])
     await system.stub.Stage(control_pb2.StageRequest(organ="heart", digest=pushed.digest, **WHO))
     await system.until("heart", "warm")
@@ -214,6 +218,15 @@ async def test_what_routers_report_takes_a_candidate_back(system: ControlSystem,
     assert report.latency_ratio == pytest.approx(2.0)
     await system.stub.Canary(control_pb2.TrafficRequest(organ="heart", percent=10, **WHO))
     bad = control_pb2.Observation(organ="heart", digest=pushed.digest, requests=1, errors=1, nonfinite=1)
+    forged = control_pb2.ReportRequest(router="r", observations=[bad], shadows=[compared])
+    for stranger in (PLAIN_CHANNELS, InnerChannels(SystemSecret.random())):
+        async with stranger.asynchronous(system.feed_address) as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await control_pb2_grpc.RolloutFeedStub(channel).Report(forged, timeout=10)
+        assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+    assert not system.monitor.slices("heart", pushed.digest)
+    rollout = await system.rollout("heart")
+    assert (rollout.state, rollout.shadow.requests) == ("canary", 1)
     await system.feed.Report(control_pb2.ReportRequest(router="r", observations=[bad]))
     while (rollout := await system.rollout("heart")).state == "canary":
         await asyncio.sleep(0.02)

@@ -16,6 +16,7 @@ from echovlm_ray.serving.known_policy import (
     write_policy,
 )
 from echovlm_ray.serving.rollout_files import DatabaseLock, RolloutFiles
+from experts.transport.inner_channel import PLAIN_CHANNELS
 from protos import control_pb2
 from router.errors import RolloutDatabaseError
 
@@ -105,8 +106,8 @@ def test_a_policy_survives_its_file(tmp_path: Path) -> None:
 
 
 def test_a_control_that_is_away_is_not_waited_for() -> None:
-    assert ask_policy(["127.0.0.1:1"], timeout_s=5) is None
-    assert ask_policy([]) is None
+    assert ask_policy(["127.0.0.1:1"], PLAIN_CHANNELS, timeout_s=5) is None
+    assert ask_policy([], PLAIN_CHANNELS) is None
 
 
 def test_a_policy_of_another_deployment_is_refused() -> None:

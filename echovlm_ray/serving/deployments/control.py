@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from echovlm_ray.serving.control.status import ApplicationState
     from echovlm_ray.serving.control.verifier import SubprocessVerifier
     from echovlm_ray.serving.served import ServedCheckpoint
+    from experts.transport.inner_channel import InnerChannels
     from router.rollouts.controller import RolloutController
     from router.rollouts.store import RolloutStore
 
@@ -98,7 +99,12 @@ class ControlReplica(Replica):
         monitor = HealthMonitor()
         # The feed knows which Routers are connected, and is made of what the fleet is needed for.
         feeds: list[RolloutFeedService] = []
-        fleet = _fleet(parsed, endpoints, catalogue, lambda: feeds[0].watching() if feeds else frozenset())
+        channels = self._channels_of(parsed)
+
+        def watching() -> frozenset[str]:
+            return feeds[0].watching() if feeds else frozenset()
+
+        fleet = _fleet(parsed, endpoints, catalogue, watching, channels)
         endpoints.on_change(lambda: fleet.keep_only(_reachable(endpoints)))
         verifier = _verifier(parsed, store, catalogue)
         leases = Leases()
@@ -140,6 +146,7 @@ class ControlReplica(Replica):
             lambda: _problems(store, controller, catalogue),
             store.database.identity,
             notices,
+            channels,
         )
         applications = _organ_applications(parsed, store, controller, endpoints)
         if remote:
@@ -224,7 +231,11 @@ def _open_store(
 
 
 def _fleet(
-    settings: ControlSettings, endpoints: Endpoints, catalogue: "Catalogue", watching: Callable[[], frozenset[str]]
+    settings: ControlSettings,
+    endpoints: Endpoints,
+    catalogue: "Catalogue",
+    watching: Callable[[], frozenset[str]],
+    channels: "InnerChannels",
 ) -> "GrpcFleet":
     from echovlm_ray.serving.control.fleet import GrpcFleet
     from echovlm_ray.serving.served import expert_exchange
@@ -235,6 +246,7 @@ def _fleet(
         watching=watching,
         manifest=catalogue.manifest,
         element_bytes=expert_exchange(settings.model).dtype.itemsize,
+        channels=channels,
     )
 
 

@@ -137,7 +137,7 @@ def test_sqlite_is_durable_and_writes_ahead(tmp_path: Path) -> None:
         ("mysql://host/name", "'mysql'.*SQLite.*PostgreSQL"),
         ("rollouts.db", "is no URL"),
         ("postgresql://me:secret@/none?host=/nowhere", "cannot be reached: connection"),
-        ("sqlite:////proc/rollouts.db", "cannot be reached: unable to open database file"),
+        ("sqlite:////proc/rollouts.db", "cannot be made: .*set rollouts.database to a file"),
     ],
 )
 def test_a_database_that_cannot_be_is_told_in_words(url: str, words: str) -> None:
