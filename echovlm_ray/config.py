@@ -103,6 +103,19 @@ class DecodersSection(Section):
     max_memory_bytes: Annotated[int, Field(ge=64 * 1024 * 1024)] = 1024 * 1024 * 1024
 
 
+class QuotaSection(Section):
+    """What one caller may take of each gateway replica; what is not set is not limited but as it says."""
+
+    # When one caller shall have fewer requests under way at once, give a number; when unset, all of
+    # gateway.max_requests but a sixteenth, so that the others always find a place.
+    concurrent: PositiveInt | None = None
+    # When one caller shall send fewer requests, give how many a minute; those that it saved up are at most that many.
+    requests_per_minute: PositiveInt | None = None
+    # When one caller shall compute less, give how many tokens a minute, prompts and answers together. A request is let
+    # in while there are any left; what it takes beyond them is owed.
+    tokens_per_minute: PositiveInt | None = None
+
+
 class GatewaySection(Section):
     """The public gRPC server: what it listens on, and the limits of a request."""
 
@@ -143,6 +156,11 @@ class GatewaySection(Section):
     # once for all of them. "token" does so for each token, so that the time to the first word tells no caller what
     # another one asked. Where callers show no credentials they share in either case.
     share_caches: Literal["token", "all"] = "token"
+    # When callers shall be limited, give what each may take: a caller is a token, or a client certificate.
+    quota: QuotaSection = QuotaSection()
+    # When some callers may take more or less than that, name them: as the token file does behind the token, or as the
+    # certificate does.
+    quotas: dict[str, QuotaSection] = {}
     decoders: DecodersSection = DecodersSection()
     resources: Resources = Resources()
 
@@ -315,6 +333,7 @@ class Config(Section):
         self._check_tokens()
         self._check_pictures()
         self._check_listeners()
+        self._check_quotas()
         self._check_devices()
         self._check_signatures()
         self._check_dtypes()
@@ -422,6 +441,17 @@ class Config(Section):
                 f"gateway.port and control.port are both {self.gateway.port}: change one",
                 "control.port",
                 "gateway.port",
+            )
+
+    def _check_quotas(self) -> None:
+        gateway = self.gateway
+        known = gateway.token_file is not None or (gateway.tls is not None and gateway.tls.client_authority is not None)
+        if not known and (gateway.quota != QuotaSection() or gateway.quotas):
+            raise ContradictionError(
+                "gateway.quota and gateway.quotas go by callers, but callers show no credentials: set "
+                "gateway.token_file or gateway.tls.client_authority",
+                "gateway.quota",
+                "gateway.token_file",
             )
 
     def _check_signatures(self) -> None:

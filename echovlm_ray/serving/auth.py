@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from echovlm_ray.errors import UnauthenticatedError
+from echovlm_ray.serving.caller import KnownToken
 from echovlm_ray.serving.private_file import read_private
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,8 @@ REVOKED = "the bearer token of this call was revoked"
 class BearerTokens:
     """The tokens of a file, one a line; blank lines and lines that start with # do not count.
 
+    A token may be followed by a name, with a space between: quotas go by it, and tokens of one name are one caller's.
+
     The file is read with every call, so that its tokens are those of this moment. While it is missing, or holds what
     cannot be read, no token is good. Belongs to one event loop.
     """
@@ -37,16 +40,21 @@ class BearerTokens:
         """
         self._path = path
         self._content: bytes | None = None
-        self._digests: tuple[bytes, ...] = ()
+        self._known: tuple[KnownToken, ...] = ()
         # Of every call under way: its token's digest, and what ends it.
         self._calls: set[tuple[bytes, End]] = set()
         self._watcher: asyncio.Task[None] | None = None
         self._take(read_private(path, "token_file"))
-        if not self._digests:
+        if not self._known:
             raise ValueError(f"token_file {path} holds no token: write one into it, one a line")
 
-    def check(self, metadata: Iterable[tuple[str, str | bytes]]) -> bytes:
-        """Lets a call pass that carries one of the tokens, and returns the token's digest.
+    @property
+    def names(self) -> frozenset[str]:
+        """That the file gives its tokens."""
+        return frozenset(token.name for token in self._known if token.name)
+
+    def check(self, metadata: Iterable[tuple[str, str | bytes]]) -> KnownToken:
+        """Lets a call pass that carries one of the tokens, and returns which.
 
         Raises:
             UnauthenticatedError: it carries none, or another one.
@@ -55,8 +63,8 @@ class BearerTokens:
             if key == "authorization" and isinstance(value, str) and value.lower().startswith(SCHEME):
                 digest = _digest(value[len(SCHEME) :].strip())
                 self._read_again()
-                if self._knows(digest):
-                    return digest
+                if (known := self._find(digest)) is not None:
+                    return known
                 raise UnauthenticatedError("the bearer token is not one that this server knows")
         raise UnauthenticatedError('the call carries no token: send the metadata "authorization: Bearer <token>"')
 
@@ -65,7 +73,7 @@ class BearerTokens:
         """While a call runs: ends it, about a second later, when the token that `check` let pass is revoked.
 
         Args:
-            digest: what `check` returned.
+            digest: of what `check` returned.
             end: called with the error that the call ends with; the call then leaves the block.
         """
         call = (digest, end)
@@ -83,12 +91,13 @@ class BearerTokens:
             await asyncio.sleep(REVOKED_AFTER_S)
             self._read_again()
             for digest, end in list(self._calls):
-                if not self._knows(digest):
+                if self._find(digest) is None:
                     end(UnauthenticatedError(REVOKED))
 
-    def _knows(self, digest: bytes) -> bool:
+    def _find(self, digest: bytes) -> KnownToken | None:
         # No early exit: how long a check takes must not tell which token was nearly right.
-        return bool(sum(hmac.compare_digest(digest, known) for known in self._digests))
+        found = [known for known in self._known if hmac.compare_digest(digest, known.digest)]
+        return found[0] if found else None
 
     def _read_again(self) -> None:
         try:
@@ -98,7 +107,7 @@ class BearerTokens:
         except ValueError as error:
             if self._content is not None:
                 logger.error("%s; until it is mended, every token is refused", error)
-            self._content, self._digests = None, ()
+            self._content, self._known = None, ()
 
     def _take(self, content: bytes) -> None:
         try:
@@ -106,7 +115,12 @@ class BearerTokens:
         except UnicodeDecodeError:
             raise ValueError(f"token_file {self._path} is not UTF-8 text: write it anew, one token a line") from None
         self._content = content
-        self._digests = tuple(_digest(line) for line in lines if line and not line.startswith("#"))
+        self._known = tuple(_token(line) for line in lines if line and not line.startswith("#"))
+
+
+def _token(line: str) -> KnownToken:
+    token, *name = line.split(maxsplit=1)
+    return KnownToken(_digest(token), "".join(name))
 
 
 def _digest(token: str) -> bytes:

@@ -29,7 +29,7 @@ from grpc_status import rpc_status
 
 from echovlm_ray.errors import DeadlineError, ShuttingDownError
 from echovlm_ray.serving.auth import BearerTokens
-from echovlm_ray.serving.caller import caller_of, set_caller
+from echovlm_ray.serving.caller import KnownToken, caller_of, set_caller
 from echovlm_ray.serving.errors import to_status
 from echovlm_ray.serving.incoming import Incoming
 from echovlm_ray.serving.received_bytes import new_receipt
@@ -251,14 +251,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         context.set_trailing_metadata(echo)
         try:
             with ExitStack() as held:
-                digest = self._admit(method, metadata)
+                token = self._admit(method, metadata)
+                set_caller(caller_of(token, context.peer_identities() if self._certificates else None))
                 held.enter_context(self._place(method))
-                set_caller(caller_of(metadata, context.peer_identities() if self._certificates else None))
                 held.callback(new_receipt().release)
                 held.enter_context(self._counted(method))
                 async with _Call(self._seconds(method, context), held) as call:
-                    if self._tokens is not None and digest is not None:
-                        held.enter_context(self._tokens.watched(digest, call.end))
+                    if self._tokens is not None and token is not None:
+                        held.enter_context(self._tokens.watched(token.digest, call.end))
                     yield call
         except grpc.aio.AbortError:
             raise
@@ -279,14 +279,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         admit = self._places.get(method.rpartition("/")[0].lstrip("/"))
         return nullcontext() if admit is None else admit(method)
 
-    def _admit(self, method: str, metadata: list[tuple[str, str | bytes]]) -> bytes | None:
-        """Lets the call pass, or raises. Returns the digest of the token that it must end with, if there is one."""
+    def _admit(self, method: str, metadata: list[tuple[str, str | bytes]]) -> KnownToken | None:
+        """Lets the call pass, or raises. Returns the token that it must end with, if there is one."""
         if method.startswith(HEALTH):
             return None
-        digest = None if self._tokens is None else self._tokens.check(metadata)
+        token = None if self._tokens is None else self._tokens.check(metadata)
         if self._draining:
             raise ShuttingDownError("this replica is shutting down; send the request again, another one will answer")
-        return digest
+        return token
 
     @contextmanager
     def _counted(self, method: str) -> Iterator[None]:

@@ -242,11 +242,22 @@ def _check_bundles(section: ExpertsSection, served: ServedCheckpoint) -> None:
 def _check_credentials(name: str, section: GatewaySection | ControlSection) -> None:
     if section.token_file is not None:
         try:
-            BearerTokens(section.token_file)
+            tokens = BearerTokens(section.token_file)
         except ValueError as error:
             raise ValueError(f"{name}.{error}") from None
+        if isinstance(section, GatewaySection):
+            _check_quota_names(section, tokens.names)
     if section.tls is not None:
         CertificateFiles(section.tls, f"{name}.tls")
+
+
+def _check_quota_names(section: GatewaySection, names: frozenset[str]) -> None:
+    unknown = sorted(section.quotas.keys() - names)
+    if unknown and (section.tls is None or section.tls.client_authority is None):
+        raise ValueError(
+            f"gateway.quotas names {', '.join(unknown)}, but no token of {section.token_file} has that name: write it "
+            "behind the token, with a space between"
+        )
 
 
 def _absolute(section: GatewaySection | ControlSection) -> GatewaySection | ControlSection:

@@ -98,7 +98,7 @@ def test_a_file_that_is_no_text_is_refused_at_start(path: Path) -> None:
 async def test_a_call_ends_with_its_token_and_others_go_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auth, "REVOKED_AFTER_S", 0.05)
     tokens = BearerTokens(path)
-    first, second = tokens.check(header("first")), tokens.check(header("second"))
+    first, second = (tokens.check(header(token)).digest for token in ("first", "second"))
     ends: dict[bytes, list[Exception]] = {first: [], second: []}
     with tokens.watched(first, ends[first].append), tokens.watched(second, ends[second].append):
         await asyncio.sleep(0.2)
@@ -107,3 +107,11 @@ async def test_a_call_ends_with_its_token_and_others_go_on(path: Path, monkeypat
         await asyncio.sleep(0.2)
     assert str(ends[first][0]) == auth.REVOKED
     assert ends[second] == []
+
+
+def test_a_token_may_have_a_name(path: Path) -> None:
+    path.write_text("first\nsecond  ward 7\n\tthird\tward 7 \n")
+    tokens = BearerTokens(path)
+    assert [tokens.check(header(token)).name for token in ("first", "second", "third")] == ["", "ward 7", "ward 7"]
+    assert tokens.names == {"ward 7"}
+    assert not passes(tokens, "second  ward 7")

@@ -16,7 +16,7 @@ from grpc_status import rpc_status
 
 from echovlm_ray.errors import InvalidRequestError, MessageTooLargeError, OverloadedError
 from echovlm_ray.serving import auth, interceptor, received_bytes
-from echovlm_ray.serving.caller import caller_of, current_caller
+from echovlm_ray.serving.caller import Caller, KnownToken, caller_of, current_caller
 from echovlm_ray.serving.incoming import MAX_FIELDS, has_fields_beyond, inflate
 from echovlm_ray.serving.received_bytes import ReceivedBytes, current_receipt, new_receipt
 from echovlm_ray.serving.server import GrpcServer, ServerOptions
@@ -34,7 +34,7 @@ class Model(echovlm_pb2_grpc.EchoVLMServicer):
     def __init__(self) -> None:
         self.places = 2
         self.taken = 0
-        self.callers: list[bytes] = []
+        self.callers: list[Caller] = []
         self.seen: list[int] = []
 
     @contextmanager
@@ -341,6 +341,23 @@ async def test_callers_are_told_apart_by_their_tokens(tokens: Path) -> None:
             await method(channel)(prompt("abc"), metadata=bearer(token))
     first, second, again = model.callers
     assert first == again != second
-    assert len(first) == len(second) == 32
-    assert caller_of([("x-request-id", "7")], None) == b""
-    assert caller_of([], [b"a", b"b"]) != caller_of([], [b"ab"])
+    assert len(first.id) == len(second.id) == 32
+
+
+async def test_a_token_that_is_not_checked_makes_no_caller() -> None:
+    model = Model()
+    async with serving(model) as server, grpc.aio.insecure_channel(server.address) as channel:
+        for token in ("one", "two"):
+            await method(channel)(prompt("abc"), metadata=bearer(token))
+    assert model.callers == [Caller(), Caller()]
+
+
+def test_what_makes_a_caller() -> None:
+    one, two = KnownToken(b"1" * 32), KnownToken(b"2" * 32)
+    assert caller_of(one, None) == caller_of(one, None) != caller_of(two, None)
+    assert caller_of(None, None) == Caller()
+    assert caller_of(None, [b"a", b"b"]).id != caller_of(None, [b"ab"]).id
+    assert caller_of(None, [b"ward"]).name == "ward"
+    # Tokens of one name are one caller's, so that it can replace one by another.
+    assert caller_of(KnownToken(b"1" * 32, "ward"), None) == caller_of(KnownToken(b"2" * 32, "ward"), None)
+    assert caller_of(KnownToken(b"1" * 32, "ward"), None) != caller_of(None, [b"ward"])

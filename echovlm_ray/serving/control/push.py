@@ -55,7 +55,7 @@ class PushReceiver:
             OverloadedError: others are being pushed.
             RegistryError: nothing can be written here or there.
         """
-        operator = current_caller()
+        operator = current_caller().id
         if self._pushes[operator] >= MAX_PUSHES_OF_ONE:
             raise OverloadedError(
                 f"{MAX_PUSHES_OF_ONE} bundles are being pushed with these credentials already; push it later",
