@@ -7,53 +7,36 @@ own token, which shares its place. Writes `benchmarks/results/fairness.md`.
 """
 
 import argparse
-import multiprocessing
-import random
 import secrets
 import statistics
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.flood import Counts, Flood, flooded
 from benchmarks.machine import describe
 from benchmarks.swaps import copied
 from benchmarks.systems.protocol import MeasuredSystem, SystemFailedError, exit_on_sigterm
 from benchmarks.terminal import progress_of_parts, show_result
-from echovlm_ray.checkpoint.demo_text import ENGLISH
 from echovlm_ray.client import EchoVLMClient, EchoVLMError, Text
 from echovlm_ray.data.phantom.corpus import png_bytes
 from echovlm_ray.data.phantom.phantom import phantoms
 
 RESULT = Path(__file__).resolve().parent / "results" / "fairness.md"
 TIMEOUT_S = 300.0
-SETTLE_S = 3.0
 TARGET = 2.0
 SITUATIONS = ("alone", "other caller's flood", "own flood")
 
 
-@dataclass(frozen=True, slots=True)
-class Flood:
-    """Requests of one caller, kept under way all the time.
-
-    Attributes:
-        at_once: how many.
-        words: of each prompt; no two begin alike.
-    """
-
-    at_once: int
-    words: int
-    new_tokens: int
-
-
 @dataclass
 class Measured:
-    """Seconds to the first piece of each answer, by situation and kind of question."""
+    """Seconds to the first piece of each answer, by situation and kind of question; and what the floods came to."""
 
+    floods: Counts = field(default_factory=Counts)
     seconds: dict[tuple[str, str], list[float]] = field(default_factory=dict)
 
     def median(self, situation: str, kind: str) -> float:
@@ -63,48 +46,6 @@ class Measured:
     def ratio(self, situation: str, kind: str) -> float:
         """How many times as long as alone, by the medians."""
         return self.median(situation, kind) / self.median("alone", kind)
-
-
-def _ask_always(address: str, token: str, flood: Flood, seed: int) -> None:
-    """One of the flood's callers; ends with its process."""
-    numbers = random.Random(seed)
-    words = ENGLISH.split()
-    with EchoVLMClient(address, token=token) as client:
-        while True:
-            prompt = " ".join(numbers.choices(words, k=flood.words))
-            try:
-                for _ in client.stream(
-                    prompt=prompt, task="free", max_new_tokens=flood.new_tokens, timeout_s=TIMEOUT_S
-                ):
-                    pass
-            except EchoVLMError:
-                time.sleep(0.2)
-
-
-def _flood(address: str, token: str, flood: Flood) -> None:
-    threads = [
-        threading.Thread(target=_ask_always, args=(address, token, flood, index), daemon=True)
-        for index in range(flood.at_once)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
-@contextmanager
-def flooded(address: str, token: str, flood: Flood) -> Iterator[None]:
-    """Keeps a flood under way for the block, from a process of its own."""
-    process = multiprocessing.get_context("spawn").Process(target=_flood, args=(address, token, flood), daemon=True)
-    process.start()
-    try:
-        time.sleep(SETTLE_S)
-        yield
-    finally:
-        process.kill()
-        process.join()
-        # What it asked is cancelled, and the system idle again.
-        time.sleep(1.0)
 
 
 def first_piece_s(client: EchoVLMClient, picture: bytes | None) -> float:
@@ -143,7 +84,8 @@ def measure(
                 progress.update(task, description=situation)
                 with ExitStack() as turn:
                     if situation != "alone":
-                        turn.enter_context(flooded(address, own if situation == "own flood" else other, flood))
+                        token = own if situation == "own flood" else other
+                        turn.enter_context(flooded(address, token, flood, measured.floods))
                     for _ in range(questions):
                         for kind, picture in (("text", None), ("picture", pictures.pop())):
                             seconds = first_piece_s(client, picture)
@@ -161,7 +103,9 @@ def report(measured: Measured, flood: Flood) -> str:
         "",
         f"The flood: {flood.at_once} requests of one caller always under way, each of {flood.words} words and "
         f"{flood.new_tokens} new tokens, from a process of its own on the same machine. Another caller asks short "
-        "questions one after the other; the time to the first piece of each answer, in milliseconds.",
+        "questions one after the other; the time to the first piece of each answer, in milliseconds. "
+        f"{measured.floods.answered} requests of the floods were answered, {measured.floods.failed} failed or were "
+        "refused.",
         "",
         "| question | situation | asked | median | p90 | ÷ alone |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -206,7 +150,7 @@ def main() -> None:
             measured = measure(
                 address, tokens, flood, rounds=options.rounds, questions=options.questions, console=console
             )
-    except (SystemFailedError, EchoVLMError) as error:
+    except (SystemFailedError, EchoVLMError, RuntimeError) as error:
         raise SystemExit(f"error: {error}") from None
     text = report(measured, flood)
     RESULT.write_text(text)
