@@ -11,7 +11,7 @@ from cryptography.x509.oid import NameOID
 
 
 def write_certificates(directory: Path, *, starts_in: float = -300.0, lasts: float = 3600.0) -> None:
-    """Writes ca.pem, other.pem, and server.{pem,key}, client.{pem,key} signed by ca; the server is 127.0.0.1.
+    """Writes ca.pem, other.pem, and server.{pem,key}, client.{pem,key} signed by ca; the server is on loopback.
 
     Args:
         directory: where they go.
@@ -34,7 +34,7 @@ def _write(
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"test {name}")])
     issuer, issuer_key = signer or (subject, key)
     now = datetime.datetime.now(datetime.UTC)
-    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    hosts = [x509.IPAddress(ipaddress.ip_address(host)) for host in ("127.0.0.1", "::1")]
     certificate = (
         x509.CertificateBuilder()
         .subject_name(subject)
@@ -44,7 +44,7 @@ def _write(
         .not_valid_before(now + datetime.timedelta(seconds=starts_in))
         .not_valid_after(now + datetime.timedelta(seconds=lasts))
         .add_extension(x509.BasicConstraints(ca=signer is None, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost"), *hosts]), critical=False)
         .sign(issuer_key, hashes.SHA256())
     )
     (directory / f"{name}.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
