@@ -32,6 +32,8 @@ from router.errors import ExpertsUnusableError, TooManyOrgansError
 DEADLINE_MARGIN = 0.1
 LONGEST_MARGIN_S = 0.2
 
+NO_ROOM = "requests of callers need the room: an evaluation asks again later"
+
 FINISH_REASONS = {Finish.STOP: router_pb2.FINISH_REASON_STOP, Finish.LENGTH: router_pb2.FINISH_REASON_LENGTH}
 
 
@@ -100,14 +102,18 @@ class RouterService(router_pb2_grpc.RouterServicer):
         pictures = await self._encode(request.vision_inputs, deadline)
         unpinned = self._reader.sequence_request(request, pictures, deadline)
         traits = _traits(request.organ_hints, pictures, request.session_key, context, request.policy_version)
-        admission = self._admit(traits)
+        evaluated = request.evaluated_bundle
+        admission = self._admit(traits, evaluated)
         experts = admission.experts
         pinned = _pinned(unpinned, admission)
         shadow = None if admission.shadow is None else self._shadows.prepare(admission.shadow, pinned)
         completed, complete = 0, False
         try:
             outputs: asyncio.Queue[StepOutput | Exception] = asyncio.Queue()
-            sequence = await self._submit(pinned, experts, outputs, shadow)
+            if evaluated:
+                sequence = self._submit_evaluation(pinned, experts, outputs)
+            else:
+                sequence = await self._submit(pinned, experts, outputs, shadow)
             try:
                 while not complete:
                     output = await outputs.get()
@@ -115,6 +121,8 @@ class RouterService(router_pb2_grpc.RouterServicer):
                         raise _with_version(output, experts)
                     completed += 1
                     complete = output.finish is not None
+                    if evaluated and not complete and self._shadows.is_in_the_way():
+                        raise OverloadedError(NO_ROOM)
                     if completed == 1 and shadow is not None:
                         shadow.begin()
                     yield _response(request, output, completed, experts)
@@ -124,6 +132,25 @@ class RouterService(router_pb2_grpc.RouterServicer):
             if shadow is not None:
                 shadow.leave(complete)
 
+    def _submit_evaluation(
+        self, request: SequenceRequest, experts: PinnedExperts, outputs: "asyncio.Queue[StepOutput | Exception]"
+    ) -> EngineSequence:
+        """Runs a request that answers no caller, where callers leave room; says nothing of its experts' traffic."""
+        run = Run(experts, (), self._outcomes, sink=self._opened_mailbox().sink(outputs))
+        try:
+            if not self._shadows.has_room(len(request.input_ids) + request.max_new_tokens):
+                raise OverloadedError(NO_ROOM)
+            return self._engine.submit(request, run.sink, run.gone)
+        except BaseException:
+            run.drop()
+            raise
+
+    def _opened_mailbox(self) -> "Mailbox[StepOutput | Exception]":
+        if self._mailbox is None:
+            self._mailbox = Mailbox(asyncio.get_running_loop())
+            self._engine.told = self._mailbox.wake
+        return self._mailbox
+
     async def _submit(
         self,
         request: SequenceRequest,
@@ -131,15 +158,13 @@ class RouterService(router_pb2_grpc.RouterServicer):
         outputs: "asyncio.Queue[StepOutput | Exception]",
         shadow: Shadow | None,
     ) -> EngineSequence:
-        if self._mailbox is None:
-            self._mailbox = Mailbox(asyncio.get_running_loop())
-            self._engine.told = self._mailbox.wake
+        mailbox = self._opened_mailbox()
 
         def ended() -> None:
             if shadow is not None:
                 shadow.incumbent_ended(run)
 
-        run = Run(experts, experts.used, self._outcomes, sink=self._mailbox.sink(outputs), ended=ended)
+        run = Run(experts, experts.used, self._outcomes, sink=mailbox.sink(outputs), ended=ended)
         try:
             self._shadows.make_way(len(request.input_ids) + request.max_new_tokens)
             try:
@@ -152,8 +177,10 @@ class RouterService(router_pb2_grpc.RouterServicer):
             run.drop()
             raise
 
-    def _admit(self, traits: RequestTraits) -> Admission:
+    def _admit(self, traits: RequestTraits, evaluated: str = "") -> Admission:
         try:
+            if evaluated:
+                return Admission(self._expert_sets.admit_evaluation(traits, evaluated), None)
             return self._expert_sets.admit(traits)
         except TooManyOrgansError as error:
             raise InvalidRequestError("organs", str(error)) from error
