@@ -73,7 +73,7 @@ def refusal(rollout: Rollout, standing: GateStanding, action: Action) -> str:
     if standing.failed:
         return (
             f"{rollout.subject} did not pass its gates, so {action} is refused: {standing.figures}; roll it back, or "
-            "override with a reason"
+            "override it, which needs a reason"
         )
     then = ""
     if rollout.automatic:
