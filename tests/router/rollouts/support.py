@@ -12,6 +12,7 @@ from router.expert_set import ExpertSet, ExpertSetMember, Routing
 from router.rollouts.controller import RolloutController
 from router.rollouts.fleet import ReplicaLostError, ReplicaResidents
 from router.rollouts.fleet_view import OrganView
+from router.rollouts.gates import Evaluator
 from router.rollouts.health import HealthMonitor
 from router.rollouts.history import Entry
 from router.rollouts.settings import RolloutSettings, Thresholds
@@ -174,10 +175,12 @@ def controller_of(
     settings: RolloutSettings = QUICK,
     monitor: HealthMonitor | None = None,
     verifier: object | None = None,
+    evaluator: Evaluator | None = None,
 ) -> RolloutController:
     judge = verifier or DigestVerifier(fleet)
     clock = store.clock.monotonic if isinstance(store.clock, Clock) else time.monotonic
-    return RolloutController(store, fleet, judge, settings, monitor or HealthMonitor(clock))  # type: ignore[arg-type]
+    watched = monitor or HealthMonitor(clock)
+    return RolloutController(store, fleet, judge, settings, watched, evaluator)  # type: ignore[arg-type]
 
 
 def reconcile_until(
