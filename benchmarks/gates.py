@@ -1,8 +1,8 @@
 """What gates let through: `python -m benchmarks.gates`.
 
 Evaluates candidates of the demo model against its stable versions, on phantoms of unseen seeds, as Control does it:
-the questions go through the router's service, pinned to one version. Worse candidates are trained too short from
-weights without knowledge, trained with shuffled labels, and another organ's experts under this organ's name. Equal
+the questions go through the router's service, pinned to one version. The questions name no organ, as callers
+do. Worse candidates are trained too short from weights without knowledge, trained with shuffled labels, and another organ's experts under this organ's name. Equal
 ones have the same weights under a new version; and, because those answer alike in every token, answers that are as
 good but differ are simulated: two draws of the measured record scores. Writes `benchmarks/results/gates.md`.
 """
@@ -133,6 +133,7 @@ def _candidates(checkpoint: Path, folder: Path, count: int, steps: int) -> dict[
             10 * steps,
         ),
     }
+    # In the demo all organs have the same experts, and differ in the prototypes by which their pictures are known.
     relabelled = folder / "relabelled"
     write_bundle(relabelled, _describe(other, ORGAN, "1.0.5"), other.tensor)
     made[f"the experts of {OTHER}, relabelled"] = relabelled

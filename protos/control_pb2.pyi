@@ -225,7 +225,7 @@ class Rollout(_message.Message):
     def __init__(self, id: _Optional[str] = ..., organ: _Optional[str] = ..., version: _Optional[str] = ..., digest: _Optional[str] = ..., incumbent_digest: _Optional[str] = ..., state: _Optional[str] = ..., percent: _Optional[float] = ..., reason: _Optional[str] = ..., actor: _Optional[str] = ..., created_at: _Optional[float] = ..., state_since: _Optional[float] = ..., shadow: _Optional[_Union[ShadowReport, _Mapping]] = ..., restores: bool = ..., waits_for: _Optional[str] = ..., gates: _Optional[_Iterable[_Union[Gate, _Mapping]]] = ...) -> None: ...
 
 class Gate(_message.Message):
-    __slots__ = ("dataset", "dataset_digest", "metric", "organ", "at_least", "not_below_incumbent_by", "state", "answered", "questions", "evaluation")
+    __slots__ = ("dataset", "dataset_digest", "metric", "organ", "at_least", "not_below_incumbent_by", "state", "answered", "questions", "evaluation", "organs")
     DATASET_FIELD_NUMBER: _ClassVar[int]
     DATASET_DIGEST_FIELD_NUMBER: _ClassVar[int]
     METRIC_FIELD_NUMBER: _ClassVar[int]
@@ -236,6 +236,7 @@ class Gate(_message.Message):
     ANSWERED_FIELD_NUMBER: _ClassVar[int]
     QUESTIONS_FIELD_NUMBER: _ClassVar[int]
     EVALUATION_FIELD_NUMBER: _ClassVar[int]
+    ORGANS_FIELD_NUMBER: _ClassVar[int]
     dataset: str
     dataset_digest: str
     metric: str
@@ -246,7 +247,8 @@ class Gate(_message.Message):
     answered: int
     questions: int
     evaluation: Evaluation
-    def __init__(self, dataset: _Optional[str] = ..., dataset_digest: _Optional[str] = ..., metric: _Optional[str] = ..., organ: _Optional[str] = ..., at_least: _Optional[float] = ..., not_below_incumbent_by: _Optional[float] = ..., state: _Optional[str] = ..., answered: _Optional[int] = ..., questions: _Optional[int] = ..., evaluation: _Optional[_Union[Evaluation, _Mapping]] = ...) -> None: ...
+    organs: str
+    def __init__(self, dataset: _Optional[str] = ..., dataset_digest: _Optional[str] = ..., metric: _Optional[str] = ..., organ: _Optional[str] = ..., at_least: _Optional[float] = ..., not_below_incumbent_by: _Optional[float] = ..., state: _Optional[str] = ..., answered: _Optional[int] = ..., questions: _Optional[int] = ..., evaluation: _Optional[_Union[Evaluation, _Mapping]] = ..., organs: _Optional[str] = ...) -> None: ...
 
 class Evaluation(_message.Message):
     __slots__ = ("rollout_id", "organ", "version", "digest", "dataset", "dataset_digest", "metric", "passed", "text", "records", "value", "low", "high", "incumbent_digest", "incumbent_value", "difference", "difference_low", "difference_high", "evaluated_at")

@@ -62,6 +62,7 @@ def gate_as_dict(gate: "Gate") -> dict[str, Any]:
         "dataset_digest": gate.dataset_digest,
         "metric": gate.metric,
         "organ": gate.organ,
+        "organs": gate.organs,
         "at_least": gate.at_least if gate.HasField("at_least") else None,
         "not_below_incumbent_by": gate.not_below_incumbent_by if gate.HasField("not_below_incumbent_by") else None,
         "state": gate.state,

@@ -12,7 +12,7 @@ Two rules, both on the records of the gate's dataset:
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Protocol, Self
+from typing import Annotated, Literal, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
@@ -37,6 +37,9 @@ class Gate(BaseModel):
     at_least: Share | None = None
     # When the candidate must not be worse than the stable version, the margin that it may lose.
     not_below_incumbent_by: Share | None = None
+    # When the organ's pictures cannot be told from others, or callers always name it, "given" names it with every
+    # question. "found" lets the routers find it, as `echoray eval` does: an answer by other experts counts as none.
+    organs: Literal["found", "given"] = "found"
     # When the records and images must be known ones, their digest; otherwise it is fixed when the gate is declared.
     dataset_digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
 

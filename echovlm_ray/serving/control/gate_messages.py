@@ -74,6 +74,7 @@ def _gate(
         dataset_digest=gate.dataset_digest or "",
         metric=gate.metric,
         organ=gate.organ,
+        organs=gate.organs,
         at_least=gate.at_least,
         not_below_incumbent_by=gate.not_below_incumbent_by,
         state="open" if found is None else "passed" if found.passed else "failed",

@@ -11,7 +11,7 @@ from echovlm_ray.client import AsyncEchoVLMClient, EchoVLMError
 from echovlm_ray.config import GatewaySection, RouterSection
 from echovlm_ray.data.media import UnusableImageError
 from echovlm_ray.errors import PartUnavailableError
-from echovlm_ray.evaluation.answers import AnswerLog
+from echovlm_ray.evaluation.answers import Answer, AnswerLog
 from echovlm_ray.evaluation.asking import Asking, Outcome, ServiceLostError, Work, ask_all
 from echovlm_ray.evaluation.settings import AskSettings, Patience
 from echovlm_ray.model.processing import EchoVLMProcessor
@@ -22,7 +22,7 @@ from echovlm_ray.serving.gateway import ModelDescription
 from echovlm_ray.serving.served import ServedCheckpoint
 from echovlm_ray.serving.server import INTERNAL_CHANNEL_OPTIONS
 from echovlm_ray.vision.images import ImageLimits
-from router.rollouts.gates import EvaluationInterruptedError, GateRun, UnusableGateError
+from router.rollouts.gates import EvaluationInterruptedError, Gate, GateRun, UnusableGateError
 
 # A report of the demo's model has some hundred tokens.
 MAX_NEW_TOKENS = 256
@@ -89,7 +89,7 @@ class Questioner:
             said = outcome.answers["model"]
             if refused := next((answer.refused for answer in said.values() if answer.refused), ""):
                 raise UnusableGateError(f"the service refuses a question of the dataset: {refused}")
-            found.append([said[item.index].text for item in dataset.items])
+            found.append(_texts(run.gate, [said[item.index] for item in dataset.items]))
         return found
 
     async def _ask(
@@ -103,7 +103,7 @@ class Questioner:
         total: int,
     ) -> Outcome:
         router = PinnedRouterClient(self.routers, INTERNAL_CHANNEL_OPTIONS, digest, pace)
-        asking = AskSettings(max_new_tokens=min(MAX_NEW_TOKENS, self.limits.max_new_tokens), organs="given")
+        asking = AskSettings(max_new_tokens=min(MAX_NEW_TOKENS, self.limits.max_new_tokens), organs=run.gate.organs)
         answered = before
 
         def advance(count: int) -> None:
@@ -139,6 +139,21 @@ class Questioner:
             (),
             self.default_organ,
         )
+
+
+def _texts(gate: Gate, answers: Sequence[Answer]) -> list[str]:
+    """The answers' texts; an empty one where experts of another organ answered.
+
+    Raises:
+        UnusableGateError: nothing tells the organ of any question.
+    """
+    own = [gate.organ in answer.organs for answer in answers]
+    if not any(own) and all(answer.organ_source == "default" for answer in answers):
+        raise UnusableGateError(
+            f"nothing tells that the questions are about {gate.organ!r}, so other experts answered all of them: set "
+            "`organs: given`, or give the bundle a prototype"
+        )
+    return [answer.text if answered else "" for answer, answered in zip(answers, own, strict=True)]
 
 
 async def _cancellable(asked: Coroutine[Any, Any, T], run: GateRun) -> T:
