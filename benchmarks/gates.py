@@ -1,10 +1,10 @@
 """What gates let through: `python -m benchmarks.gates`.
 
-Evaluates candidates of the demo model against its stable versions, on phantoms of unseen seeds, as Control does it:
-the questions go through the router's service, pinned to one version. The questions name no organ, as callers
-do. Worse candidates are trained too short from weights without knowledge, trained with shuffled labels, and another organ's experts under this organ's name. Equal
-ones have the same weights under a new version; and, because those answer alike in every token, answers that are as
-good but differ are simulated: two draws of the measured record scores. Writes `benchmarks/results/gates.md`.
+Evaluates candidates of the demo model against its stable versions, on phantoms of unseen seeds, as Control does it: the
+questions go through the router's service, pinned to one version, and name no organ. Worse candidates are trained too
+short from weights without knowledge, trained with shuffled labels, and another organ's experts under this organ's name.
+The equal one has the same weights under a new version, and answers alike in every token. Versions that are as good and
+answer differently are simulated. Writes `benchmarks/results/gates.md`.
 """
 
 import argparse
