@@ -10,6 +10,9 @@ from echovlm_ray.engine.sequence import Sequence
 from echovlm_ray.errors import OverloadedError
 from router.errors import ExpertsUnavailableError
 
+# Of the prompts of background requests in a step with others: it then takes little longer than without.
+BACKGROUND_PREFILL_TOKENS = BLOCK_SIZE
+
 # Says, without waiting, why a sequence's experts cannot be reached now, or None.
 Unavailable = Callable[[Sequence], ExpertsUnavailableError | None]
 
@@ -33,7 +36,9 @@ class Scheduler:
 
     First come, first served: a sequence is admitted when the cache has blocks for the tokens it has, and gets further
     ones as it grows. When none is free then, the sequence that was admitted last gives its blocks and goes back to the
-    front of the queue, so the oldest always advances and everything ends.
+    front of the queue, so the oldest always advances and everything ends. A sequence in the background comes after all
+    others: it is the last in a step, of which its prompt gets a small piece only, the first to give its blocks, and goes
+    back to the end of the queue.
 
     A sequence whose experts do not answer is stalled: it counts for nothing in the batch, and gives its blocks before
     any other does, so that a lost organ does not keep the other organs' requests waiting. Tokens whose blocks were
@@ -92,13 +97,15 @@ class Scheduler:
         return True
 
     def schedule(self) -> list[Chunk]:
-        """The chunks of the next step, in the order in which the sequences came."""
+        """The chunks of the next step, in the order in which the sequences came, those in the background last."""
         now = time.monotonic()
         ready = self._ready(self.running, now)
         self._admit(ready, now)
         budget = self.max_prefill_tokens
         chunks: list[Chunk] = []
-        for sequence in ready:
+        for sequence in sorted(ready, key=_in_background):
+            if sequence.request.background and chunks and not chunks[-1].sequence.request.background:
+                budget = min(budget, BACKGROUND_PREFILL_TOKENS)
             if len(chunks) == self.max_batch_size:
                 break
             # Without blocks it waits for some, or was just preempted by an older one.
@@ -215,7 +222,7 @@ class Scheduler:
             if (blocks := self.pool.allocate(missing)) is not None:
                 sequence.block_table += blocks
                 return True
-            holders = [holder for holder in self.running if holder.block_table]
+            holders = sorted((holder for holder in self.running if holder.block_table), key=_in_background)
             stalled = [holder for holder in holders if holder not in ready]
             if stalled:
                 self._give_blocks(stalled[-1])
@@ -228,9 +235,16 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._give_blocks(sequence)
         self.running.remove(sequence)
-        self.waiting.appendleft(sequence)
+        if sequence.request.background:
+            self.waiting.append(sequence)
+        else:
+            self.waiting.appendleft(sequence)
         self.preemptions += 1
 
     def _give_blocks(self, sequence: Sequence) -> None:
         self.pool.release(sequence.block_table)
         sequence.forget_computed()
+
+
+def _in_background(sequence: Sequence) -> bool:
+    return sequence.request.background

@@ -154,7 +154,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
         try:
             if not self._shadows.has_room(len(request.input_ids) + request.max_new_tokens):
                 raise OverloadedError(NO_ROOM)
-            return self._engine.submit(request, run.sink, run.gone)
+            return self._engine.submit(dataclasses.replace(request, background=True), run.sink, run.gone)
         except BaseException:
             run.drop()
             raise
