@@ -103,7 +103,7 @@ class Gating:
         self._digest = digest
         gate = {"dataset": str(dataset), "metric": "attribute_f1", "organ": ORGAN, "at_least": 0.0}
         gate |= {"organs": "given", "not_below_incumbent_by": 0.01}
-        self._file = json.dumps({"organ": ORGAN, "digest": digest, "gates": [gate]})
+        self._gates = json.dumps([gate])
 
     @property
     def answered(self) -> int:
@@ -111,9 +111,10 @@ class Gating:
         return self._rollout().gates[0].answered
 
     def begin(self) -> None:
-        """Returns when the first question is being asked."""
-        self._control.apply(self._file, actor=ACTOR)
-        self._watch.wait(self._is_asking, "the evaluation is under way")
+        """Returns when the evaluation is about to begin."""
+        self._control.stage(ORGAN, digest=self._digest, actor=ACTOR)
+        self._watch.wait(self._is_warm, "the candidate is warm")
+        self._control.promote(ORGAN, digest=self._digest, actor=ACTOR, gates_json=self._gates)
 
     def end(self) -> None:
         """Takes the candidate back, and returns when nothing is left of it."""
@@ -124,7 +125,7 @@ class Gating:
         found = [rollout for rollout in self._control.list(ORGAN).rollouts if rollout.organ == ORGAN]
         return max(found, key=lambda rollout: rollout.created_at)
 
-    def _is_asking(self) -> bool:
+    def _is_warm(self) -> bool:
         rollout = self._watch.rollout
         return rollout is not None and rollout.digest == self._digest and rollout.state == "warm"
 
