@@ -127,9 +127,16 @@ class ExpertControlClient:
         reason: str = "",
         expected: Expected | None = None,
         dry_run: bool = False,
+        gates_json: str = "",
+        override: bool = False,
     ) -> control_pb2.OperationResponse:
-        """Has the candidate answer a part of the requests."""
+        """Has the candidate answer a part of the requests.
+
+        With `gates_json`, a JSON array of what a rollout file has under `gates`, it does so by itself once it has
+        passed them. With `override` it does although it has not passed its gates; that needs a reason.
+        """
         request = _traffic(organ, percent, digest, actor, reason, expected, dry_run)
+        request.gates_json, request.override = gates_json, override
         return self._call(self._stub.Canary, control_pb2.OperationResponse, request)
 
     def shadow(
@@ -156,8 +163,10 @@ class ExpertControlClient:
         reason: str = "",
         expected: Expected | None = None,
         dry_run: bool = False,
+        gates_json: str = "",
+        override: bool = False,
     ) -> control_pb2.OperationResponse:
-        """Makes the candidate the organ's version for all new requests."""
+        """Makes the candidate the organ's version for all new requests. Gates and override are those of `canary`."""
         request = message(
             control_pb2.OrganRequest,
             organ=organ,
@@ -166,6 +175,8 @@ class ExpertControlClient:
             reason=reason,
             expected=expected,
             dry_run=dry_run,
+            gates_json=gates_json,
+            override=override,
         )
         return self._call(self._stub.Promote, control_pb2.OperationResponse, request)
 

@@ -11,6 +11,9 @@ from echovlm_ray.engine.sequence import Sequence
 from echovlm_ray.errors import OverloadedError
 from router.errors import ExpertsUnavailableError
 
+# Of the prompts of background requests in a step with others: it then takes little longer than without.
+BACKGROUND_PREFILL_TOKENS = BLOCK_SIZE
+
 # Says, without waiting, why a sequence's experts cannot be reached now, or None.
 Unavailable = Callable[[Sequence], ExpertsUnavailableError | None]
 
@@ -34,7 +37,9 @@ class Scheduler:
 
     First come, first served: a sequence is admitted when the cache has blocks for the tokens it has, and gets further
     ones as it grows. When none is free then, the sequence that was admitted last gives its blocks and goes back to the
-    front of the queue, so the oldest always advances and everything ends.
+    front of the queue, so the oldest always advances and everything ends. Sequences in the background come after all
+    others: they are the last in a step, of which their prompts get a small piece only, the first to be preempted, and
+    go back to the end of the queue.
 
     With several callers, this holds for the sequences of each. Among callers, the one that was served least is first:
     to be admitted, for which a caller with more sequences in the batch or more blocks is preempted, and in prefill, of
@@ -85,7 +90,8 @@ class Scheduler:
                 f"{self.pool.num_blocks * BLOCK_SIZE} (router.kv_cache_tokens)"
             )
         self.waiting.append(sequence)
-        self._callers.join(sequence.request.caller)
+        if not sequence.request.background:
+            self._callers.join(sequence.request.caller)
 
     def finish(self, sequence: Sequence) -> bool:
         """Removes a sequence and frees its blocks; False, and nothing done, when it is already gone."""
@@ -96,7 +102,8 @@ class Scheduler:
         else:
             return False
         self._give_blocks(sequence)
-        self._callers.leave(sequence.request.caller)
+        if not sequence.request.background:
+            self._callers.leave(sequence.request.caller)
         return True
 
     def schedule(self) -> list[Chunk]:
@@ -104,12 +111,13 @@ class Scheduler:
         now = time.monotonic()
         ready = self._ready(self.running, now)
         self._admit(ready, now)
-        if self._callers.num_active > 1:
-            ready.sort(key=lambda sequence: self._callers.priority(sequence.request.caller))
+        ready.sort(key=self._order)
         budget = self.max_prefill_tokens
         prefilling: bytes | None = None
         chunks: list[Chunk] = []
         for sequence in ready:
+            if sequence.request.background and chunks and not chunks[-1].sequence.request.background:
+                budget = min(budget, BACKGROUND_PREFILL_TOKENS)
             if len(chunks) == self.max_batch_size:
                 break
             # Without blocks it waits for some, or was just preempted by an older one.
@@ -129,7 +137,8 @@ class Scheduler:
                 prefilling = caller
             chunks.append(Chunk(sequence, sequence.num_computed, end))
         for chunk in chunks:
-            self._callers.charge(chunk.sequence.request.caller, chunk.end - chunk.start)
+            if not chunk.sequence.request.background:
+                self._callers.charge(chunk.sequence.request.caller, chunk.end - chunk.start)
         return chunks
 
     def _cut(self, sequence: Sequence, budget: int) -> int:
@@ -187,7 +196,7 @@ class Scheduler:
             if not sequence.block_table and not self._take_blocks(sequence, ready):
                 return
         while self.waiting:
-            sequence = self._next_waiting()
+            sequence = min(self.waiting, key=self._order)
             if len(ready) >= self.max_batch_size and not self._make_place(sequence, ready):
                 return
             if self._ready([sequence], now):
@@ -198,44 +207,46 @@ class Scheduler:
             self.waiting.remove(sequence)
             self.running.append(sequence)
 
-    def _next_waiting(self) -> Sequence:
-        if self._callers.num_active == 1:
-            return self.waiting[0]
-        # The first one of each caller is its oldest.
-        return min(self.waiting, key=lambda sequence: self._callers.priority(sequence.request.caller))
+    def _order(self, sequence: Sequence) -> tuple[bool, float, int]:
+        """Sorts sequences by whose turn it is; those of one caller stay in their order."""
+        if sequence.request.background:
+            return True, 0.0, 0
+        return False, *self._callers.priority(sequence.request.caller)
 
     def _make_place(self, sequence: Sequence, ready: list[Sequence]) -> bool:
         """Preempts a sequence of the caller with the most in the batch, if it then still has as many as this one's."""
-        if self._callers.num_active == 1 or self.unavailable(sequence) is not None:
+        if self.unavailable(sequence) is not None:
             return False
-        places = Counter(other.request.caller for other in ready)
-        return self._preempt_for(sequence, ready, places, places[sequence.request.caller] + 2)
+        places = Counter(_owner(other) for other in ready)
+        return self._preempt_for(sequence, ready, places, places[_owner(sequence)] + 2)
 
     def _make_blocks(self, sequence: Sequence, ready: list[Sequence]) -> bool:
         """Preempts a sequence of the caller with the most blocks, if that is more than an equal share of all."""
-        if self._callers.num_active == 1:
-            return False
-        share = self.pool.num_blocks // self._callers.num_active
-        blocks: Counter[bytes] = Counter()
+        share = self.pool.num_blocks // max(1, self._callers.num_active)
+        blocks: Counter[bytes | None] = Counter()
         for other in self.running:
-            blocks[other.request.caller] += len(other.block_table)
-        if blocks[sequence.request.caller] + BlockPool.blocks_for(len(sequence.token_ids)) > share:
+            blocks[_owner(other)] += len(other.block_table)
+        if blocks[_owner(sequence)] + BlockPool.blocks_for(len(sequence.token_ids)) > share:
             return False
         return self._preempt_for(sequence, ready, blocks, share + 1)
 
-    def _preempt_for(self, sequence: Sequence, ready: list[Sequence], held: Counter[bytes], least: int) -> bool:
-        """Preempts the latest sequence of the caller that holds most, unless it is this one's or below `least`.
+    def _preempt_for(self, sequence: Sequence, ready: list[Sequence], held: Counter[bytes | None], least: int) -> bool:
+        """Preempts the latest in the background, or else of the caller that holds most if it is at least so much.
 
         Never a caller's only one: what it computed would be lost again and again.
         """
-        caller = max((other.request.caller for other in ready), key=lambda other: held[other], default=None)
-        if caller is None or caller == sequence.request.caller or held[caller] < least:
+        if sequence.request.background:
             return False
-        own = [other for other in ready if other.request.caller == caller]
-        if len(own) == 1:
-            return False
-        self._preempt(own[-1])
-        ready.remove(own[-1])
+        latest = ready[::-1]
+        victim = next((other for other in latest if other.request.background), None)
+        if victim is None:
+            caller = max((_owner(other) for other in ready), key=lambda other: held[other], default=None)
+            own = [other for other in latest if _owner(other) == caller]
+            if len(own) < 2 or caller == _owner(sequence) or held[caller] < least:
+                return False
+            victim = own[0]
+        self._preempt(victim)
+        ready.remove(victim)
         return True
 
     def _take_blocks(self, sequence: Sequence, ready: list[Sequence]) -> bool:
@@ -278,6 +289,7 @@ class Scheduler:
                 return True
             taking_part = [chunk.sequence for chunk in chunks]
             holders = [holder for holder in self.running if holder.block_table and holder not in taking_part]
+            holders.sort(key=_in_background)
             stalled = [holder for holder in holders if holder not in ready]
             if stalled:
                 self._give_blocks(stalled[-1])
@@ -290,9 +302,20 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._give_blocks(sequence)
         self.running.remove(sequence)
-        self.waiting.appendleft(sequence)
+        if sequence.request.background:
+            self.waiting.append(sequence)
+        else:
+            self.waiting.appendleft(sequence)
         self.preemptions += 1
 
     def _give_blocks(self, sequence: Sequence) -> None:
         self.pool.release(sequence.block_table)
         sequence.forget_computed()
+
+
+def _owner(sequence: Sequence) -> bytes | None:
+    return None if sequence.request.background else sequence.request.caller
+
+
+def _in_background(sequence: Sequence) -> bool:
+    return sequence.request.background

@@ -4,6 +4,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
+from router.rollouts.gates import Gate
+
 Mode = Literal["canary", "shadow"]
 Percent = Annotated[float, Field(gt=0, le=100)]
 
@@ -53,6 +55,8 @@ class RolloutPlan(BaseModel):
 
     # When empty, an operator decides about traffic; otherwise these are taken one after another.
     steps: tuple[Step, ...] = ()
+    # When not empty, the candidate must pass these evaluations before the first step, and before it becomes stable.
+    gates: tuple[Gate, ...] = ()
     # When true, the candidate becomes stable after the last step without being asked.
     promote: bool = False
     # When unset, the controller's own thresholds at the time of staging.
@@ -105,5 +109,10 @@ class RolloutSettings(BaseModel):
     # When a replayed answer takes long to load and to compute, raise it: seconds after which a replay lets go of its
     # experts in any case.
     max_replay_s: PositiveFloat = 600.0
+    # When gates take too long and requests leave room, raise it: questions that an evaluation asks per second at most,
+    # one at a time, and only while no request waits for a place in the batch.
+    gate_questions_per_s: PositiveFloat = 2.0
+    # When a gate's dataset is larger, raise it: records of the gate's organ that are asked at most.
+    max_gate_records: PositiveInt = 2000
     # When a rolled-back stable version shall give way to older ones, this many of them are remembered per organ.
     max_previous: PositiveInt = 10

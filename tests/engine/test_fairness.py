@@ -164,3 +164,17 @@ def test_counters_end_with_their_callers(script: list[tuple[bytes, bool]]) -> No
         counters.leave(caller)
     assert not counters.num_active
     assert not counters._served
+
+
+def test_background_sequences_make_room_first() -> None:
+    planned = scheduler(200, batch=4, queue=80, prefill=64, prefix_reuse=False)
+    background = [sequence(40, 40, first_token=1000 * index, background=True) for index in range(4)]
+    for each in background:
+        planned.add(each)
+    for _ in range(8):
+        step(planned)
+    assert all(each.num_generated for each in background)
+    planned.add(prompt(OTHER, 20))
+    assert step(planned)[0] == (OTHER, 20)
+    assert planned.waiting[-1] is background[-1]
+    assert planned.preemptions == 1

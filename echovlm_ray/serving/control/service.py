@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import grpc
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 
 from echovlm_ray.errors import InvalidRequestError
 from echovlm_ray.serving.control.catalogue import Catalogue
+from echovlm_ray.serving.control.gate_messages import evaluation_to_proto, gates_of
 from echovlm_ray.serving.control.messages import bundle_to_proto, entry_to_proto, expected_of, outcome_to_proto
 from echovlm_ray.serving.control.push import PushReceiver
 from echovlm_ray.serving.control.replays import Replays
@@ -21,6 +23,7 @@ from experts.manifest import Manifest
 from protos import control_pb2, control_pb2_grpc
 from router.errors import RolloutStateError
 from router.rollouts.decisions import check_known
+from router.rollouts.evaluations import Evaluation, evaluations_of
 from router.rollouts.history import Entry
 from router.rollouts.operations import RolloutOperations
 from router.rollouts.outcome import Outcome
@@ -102,7 +105,9 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
         self, request: control_pb2.TrafficRequest, context: grpc.aio.ServicerContext
     ) -> control_pb2.OperationResponse:
         """Has the candidate answer a part of the requests."""
-        return await self._answer(lambda: self._operations.canary(**_traffic(request)), dry_run=request.dry_run)
+        return await self._answer(
+            partial(self._operations.canary, **_traffic(request), **_gated(request)), dry_run=request.dry_run
+        )
 
     async def Shadow(
         self, request: control_pb2.TrafficRequest, context: grpc.aio.ServicerContext
@@ -114,7 +119,9 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
         self, request: control_pb2.OrganRequest, context: grpc.aio.ServicerContext
     ) -> control_pb2.OperationResponse:
         """Makes the candidate stable."""
-        return await self._answer(lambda: self._operations.promote(**_organ(request)), dry_run=request.dry_run)
+        return await self._answer(
+            partial(self._operations.promote, **_organ(request), **_gated(request)), dry_run=request.dry_run
+        )
 
     async def Rollback(
         self, request: control_pb2.OrganRequest, context: grpc.aio.ServicerContext
@@ -262,7 +269,13 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
             problems=state.problems,
             registry_problem=registry_problem,
             notices=self._notices(),
+            evaluations=[evaluation_to_proto(found, self._catalogue.version) for found in self._evaluations(organ)],
         )
+
+    def _evaluations(self, organ: str | None) -> list[Evaluation]:
+        with self._store.read() as transaction:
+            organs = transaction.snapshot().known_organs if organ is None else (organ,)
+            return evaluations_of(transaction.connection, organs)
 
     def _registered(self, organ: str | None) -> tuple[list[Manifest], str]:
         try:
@@ -309,6 +322,10 @@ def _local_experts() -> RolloutStateError:
 
 def _traffic(request: control_pb2.TrafficRequest) -> dict[str, Any]:
     return {**_organ(request), "percent": request.percent}
+
+
+def _gated(request: control_pb2.OrganRequest | control_pb2.TrafficRequest) -> dict[str, Any]:
+    return {"gates": gates_of(request.gates_json), "override": request.override}
 
 
 def _organ(request: control_pb2.OrganRequest | control_pb2.TrafficRequest) -> dict[str, Any]:

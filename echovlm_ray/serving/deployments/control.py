@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from echovlm_ray.serving.control.policies import PolicyPublisher
     from echovlm_ray.serving.control.status import ApplicationState
     from echovlm_ray.serving.control.verifier import SubprocessVerifier
+    from echovlm_ray.serving.gates.evaluator import GateEvaluator
     from echovlm_ray.serving.served import ServedCheckpoint
     from experts.transport.inner_channel import InnerChannels
     from router.rollouts.controller import RolloutController
@@ -108,7 +109,8 @@ class ControlReplica(Replica):
         endpoints.on_change(lambda: fleet.keep_only(_reachable(endpoints)))
         verifier = _verifier(parsed, store, catalogue)
         leases = Leases()
-        controller = RolloutController(store, fleet, verifier, parsed.rollouts, monitor, leases)
+        evaluator = await asyncio.to_thread(_evaluator, parsed, served, endpoints, channels) if remote else None
+        controller = RolloutController(store, fleet, verifier, parsed.rollouts, monitor, leases, evaluator)
         policies = PolicyPublisher(store, catalogue.version, files.policy if remote else None)
         await policies.start()
         feed = RolloutFeedService(policies, store, monitor, controller.wake, leases.ready_set)
@@ -120,7 +122,9 @@ class ControlReplica(Replica):
         metrics = RolloutMetrics(store, catalogue.version)
         pushes = PushReceiver(registry, files.incoming, parsed.rollouts.max_push_bytes)
         await asyncio.to_thread(pushes.clear)
-        operations = RolloutOperations(store, fleet, parsed.rollouts, catalogue.version) if remote else None
+        operations = None
+        if remote:
+            operations = RolloutOperations(store, fleet, parsed.rollouts, catalogue.version, evaluator)
         lost = DatabaseWatch(store.database, self._publish_control)
         notices = partial(_notices, lost, policies, fleet)
         check = ReplayCheck(registry, signature_policy(parsed.experts).admit, catalogue.version)
@@ -258,6 +262,22 @@ def _verifier(settings: ControlSettings, store: "RolloutStore", catalogue: "Cata
         settings.experts,
         settings.rollouts,
         lambda: catalogue.manifest(store.snapshot().organs[0].stable_digest),
+    )
+
+
+def _evaluator(
+    settings: ControlSettings, served: "ServedCheckpoint", endpoints: Endpoints, channels: "InnerChannels"
+) -> "GateEvaluator":
+    from echovlm_ray.serving.gates.evaluator import GateEvaluator
+
+    return GateEvaluator(
+        served,
+        endpoints.source(ROUTER),
+        channels,
+        settings.rollouts,
+        settings.gateway,
+        settings.router,
+        settings.model.default_organ,
     )
 
 

@@ -43,7 +43,7 @@ def test_a_newer_schema_is_refused_in_words(make_empty_url: Callable[[], str]) -
     with database.write() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     database.close()
-    with pytest.raises(RolloutDatabaseError, match=r"schema '9999'.*knows only up to '0004'.*newer version"):
+    with pytest.raises(RolloutDatabaseError, match=r"schema '9999'.*knows only up to '0005'.*newer version"):
         Database(url)
 
 
