@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -74,6 +74,8 @@ def measure(
     count = rounds * questions * len(SITUATIONS) + 1
     pictures = [png_bytes(phantom.image) for phantom in phantoms(20, range(count))]
     own, other = tokens
+    # Of one caller's places, the question needs one.
+    own_flood = replace(flood, at_once=flood.at_once - 1)
     with ExitStack() as stack:
         client = stack.enter_context(EchoVLMClient(address, token=own))
         progress = stack.enter_context(progress_of_parts(console))
@@ -84,8 +86,8 @@ def measure(
                 progress.update(task, description=situation)
                 with ExitStack() as turn:
                     if situation != "alone":
-                        token = own if situation == "own flood" else other
-                        turn.enter_context(flooded(address, token, flood, measured.floods))
+                        token, offered = (own, own_flood) if situation == "own flood" else (other, flood)
+                        turn.enter_context(flooded(address, token, offered, measured.floods))
                     for _ in range(questions):
                         for kind, picture in (("text", None), ("picture", pictures.pop())):
                             seconds = first_piece_s(client, picture)
