@@ -37,8 +37,8 @@ class Scheduler:
     First come, first served: a sequence is admitted when the cache has blocks for the tokens it has, and gets further
     ones as it grows. When none is free then, the sequence that was admitted last gives its blocks and goes back to the
     front of the queue, so the oldest always advances and everything ends. A sequence in the background comes after all
-    others: it is the last in a step, of which its prompt gets a small piece only, the first to give its blocks, and goes
-    back to the end of the queue.
+    others: its prompt is computed in small pieces beside them, it is the first to give its blocks, and it goes back to
+    the end of the queue.
 
     A sequence whose experts do not answer is stalled: it counts for nothing in the batch, and gives its blocks before
     any other does, so that a lost organ does not keep the other organs' requests waiting. Tokens whose blocks were
