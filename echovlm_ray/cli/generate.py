@@ -112,26 +112,22 @@ def generate(
         "top_k": top_k,
         "top_p": top_p,
         "repetition_penalty": repetition_penalty,
-        "seed": seed,
+        # Without a seed, the saved answer could not come again.
+        "seed": secrets.randbits(64) if save_request and temperature > 0 and seed is None else seed,
         "max_new_tokens": max_new_tokens,
         "stop": stop or [],
         "session_key": session,
         "expert_set_id": expert_set,
         "for_replay": save_request is not None,
     }
-    if save_request is not None and temperature > 0 and seed is None:
-        # Without a seed the answer could not come again.
-        options["seed"] = secrets.randbits(64)
     console = console_of(stderr=True)
     server = _gateway_of(name, server, console)
     with failures(console, server), _client(console, server, token_file, ca, certificate, key, timeout) as client:
         images = _read_stdin(files or [])
         if not images and not prompt.strip():
             raise ValueError("there is nothing to write about: name an image file, or give --prompt")
-        if save_request is not None:
-            check_place(save_request)
         # Read once: what is saved is what was sent.
-        contents = images if save_request is None else read_images(images)
+        contents = images if save_request is None else _contents(images, save_request)
         with client.stream(contents, **options) as stream, interruptible(stream) as events:
             if as_json:
                 _print_json(stream, events)
@@ -140,6 +136,11 @@ def generate(
         if save_request is not None and stream.summary is not None:
             record = saved_request(options, images, read_images(contents), stream.summary, save_request.parent)
             write_request(save_request, record)
+
+
+def _contents(images: Sequence[Image], save_request: Path) -> list[Image]:
+    check_place(save_request)
+    return [*read_images(images)]
 
 
 def _gateway_of(name: str | None, server: str, console: Console) -> str:

@@ -72,7 +72,7 @@ class Convergence:
             moments: since when rollouts are in their states, by the clock.
             clock: monotonic, in seconds.
             default_timeout_s: how long a load may take.
-            leased: organ → the bundles that replays hold; they are not unloaded, and are loaded elsewhere.
+            leased: organ → the bundles that replays hold; they are not unloaded here, nor loaded.
         """
         self._fleet = fleet
         self._operations = operations

@@ -21,8 +21,11 @@ from echovlm_ray.client.errors import (
     NotFoundError,
     OverloadedError,
 )
+from echovlm_ray.serving.control.replay_check import ReplayCheck
 from experts.errors import InvalidBundleError
+from experts.signing import SignaturePolicy
 from protos import echovlm_pb2
+from router.errors import ReplayRefusedError
 from tests.cli.control_server import System, running_control
 from tests.client.scripted_server import ScriptedEchoVLM, serving
 from tests.router.rollouts.support import QUICK
@@ -131,6 +134,15 @@ def test_a_damaged_bundle_is_named(system: System, control: ExpertControlClient)
     assert "heart 1.0.0" in text
     assert "SHA-256" in text
     holds(system, "1.1.0")
+
+
+def test_a_signature_that_does_not_hold_any_more_is_named(system: System) -> None:
+    admit = SignaturePolicy(signatures="required").admit
+    check = ReplayCheck(system.registry, admit, lambda digest: "1.0.0")
+    live = system.store.policy().stable
+    with pytest.raises(ReplayRefusedError, match=r"breast 1\.0\.0 .*signatures are required"):
+        check.check(live, ["breast"], serving=[], versions={})
+    check.check(live, ["breast"], serving=[member.bundle_digest for member in live.members], versions={})
 
 
 def test_a_load_that_fails_leaves_nothing(
