@@ -184,7 +184,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--breasts", type=int, default=24, help=f"pictures of {ORGAN}'s other classes (default: %(default)s)"
     )
     parser.add_argument("--others", type=int, default=72, help="pictures of the other organs (default: %(default)s)")
-    parser.add_argument("--gate", type=int, default=30, help="pictures of the gate's dataset (default: %(default)s)")
+    parser.add_argument("--gate", type=int, default=16, help="pictures of the gate's dataset (default: %(default)s)")
     parser.add_argument("--callers", type=int, default=4, help="that ask without pause (default: %(default)s)")
     options = parser.parse_args(arguments)
     for name in ("cysts", "breasts", "others", "gate", "callers"):

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -148,6 +148,13 @@ def report_load(address: str, load: Load, callers: int) -> Iterator[None]:
     load.answers, load.failures = heard.answers, heard.failures
 
 
+# Name → what asks until the block ends, and then gives the load its answers.
+LOADS: dict[str, Callable[[str, Load, int], AbstractContextManager[None]]] = {
+    "text": text_load,
+    "reports": report_load,
+}
+
+
 def measure(options: argparse.Namespace, work: Path, console: Console) -> list[Load]:
     """Serves, and measures both loads."""
     checkpoint = work / "checkpoint"
@@ -163,10 +170,9 @@ def measure(options: argparse.Namespace, work: Path, console: Console) -> list[L
         ready = system.wait_until_ready()
         with ExpertControlClient(ready["control"]) as control, ControlWatch(control, ORGAN) as watch:
             gating = Gating(control, watch, control.push(work / "equal").digest, work / "gate" / "records.json")
-            kinds: dict[str, Callable[[str, Load, int], object]] = {"text": text_load, "reports": report_load}
             for name in options.loads:
                 load = Load(name)
-                with kinds[name](ready["address"], load, options.callers):  # type: ignore[attr-defined]
+                with LOADS[name](ready["address"], load, options.callers):
                     time.sleep(options.settle)
                     for number in range(options.rounds):
                         console.print(f"{name}, round {number + 1} of {options.rounds}")
@@ -212,7 +218,7 @@ def main() -> None:
     parser.add_argument("--settle", type=float, default=5.0, help="seconds before the first (default: %(default)s)")
     parser.add_argument("--skip", type=float, default=2.0, help="seconds after the loading that are left out")
     parser.add_argument("--records", type=int, default=400, help="of the gate (default: %(default)s)")
-    parser.add_argument("--loads", nargs="+", choices=("text", "reports"), default=["text", "reports"])
+    parser.add_argument("--loads", nargs="+", choices=tuple(LOADS), default=list(LOADS))
     parser.add_argument("--output", type=Path, default=RESULTS, help="file of the result (default: %(default)s)")
     options = parser.parse_args()
     exit_on_sigterm()

@@ -226,6 +226,7 @@ def _page(rows: list[Row], records: int, simulations: Mapping[tuple[int, float],
         "| --- | --- | --- |",
     ]
     lines += [f"| {count} | {loss:g} | {part:.1%} |" for (count, loss), part in simulations.items()]
+    lines += ["", "What evaluations cost those who ask meanwhile: [gate_cost.md](gate_cost.md)."]
     return "\n".join([*lines, ""])
 
 

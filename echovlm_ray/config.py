@@ -204,9 +204,6 @@ class RouterSection(Section):
     max_logits_bytes: PositiveInt = 64 * 1024 * 1024
     # When a request runs longer than this, in seconds, it ends, whatever deadline its caller gave.
     max_request_s: PositiveFloat = 3600.0
-    # When gates must end sooner although callers are served, lower it: seconds between two questions of an evaluation
-    # while there are callers. Each holds up the tokens of all others for a moment.
-    evaluation_interval_s: Annotated[float, Field(ge=0)] = 8.0
     # When an exchange with an expert replica takes longer, the replica counts as lost and its requests are retried.
     exchange_timeout_s: PositiveFloat = 10.0
     # When expert replicas on the router's machine shall have more tokens in memory that they share with it, raise it

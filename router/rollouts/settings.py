@@ -111,7 +111,7 @@ class RolloutSettings(BaseModel):
     max_replay_s: PositiveFloat = 600.0
     # When gates take too long and requests leave room, raise it: questions that an evaluation asks per second at most,
     # one at a time, and only while no request waits for a place in the batch.
-    gate_questions_per_s: PositiveFloat = 2.0
+    gate_questions_per_s: PositiveFloat = 1.0
     # When a gate's dataset is larger, raise it: records of the gate's organ that are asked at most.
     max_gate_records: PositiveInt = 2000
     # When a rolled-back stable version shall give way to older ones, this many of them are remembered per organ.

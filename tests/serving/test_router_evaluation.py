@@ -25,7 +25,7 @@ def reference(versions: Versions) -> Iterator[Alone]:
 @pytest.mark.parametrize("version", ["1.0.0", "2.0.0"])
 async def test_the_version_that_is_named_answers(versions: Versions, reference: Alone, version: str, mode: str) -> None:
     percent = 0 if mode == "shadow" else 50
-    async with watching_router(versions, limits=RouterSection(evaluation_interval_s=0)) as router:
+    async with watching_router(versions) as router:
         await router.policy(versions.expert_set(), [versions.candidate("liver", "2.0.0", mode, percent)])
         digest = versions.digests["liver", version]
         for _ in range(4):
@@ -40,26 +40,6 @@ async def test_the_version_that_is_named_answers(versions: Versions, reference: 
         assert not router.control.servicer.shadows
 
 
-async def test_with_callers_an_evaluation_has_a_turn_at_intervals_only(versions: Versions) -> None:
-    digest = versions.digests["liver", "1.0.0"]
-    async with watching_router(versions, limits=RouterSection(evaluation_interval_s=600)) as router:
-        await router.policy(versions.expert_set())
-        for _ in range(3):
-            await router.generate(tokens=4, evaluated_bundle=digest).rest()
-        await router.generate(("heart",), tokens=4).rest()
-        # The caller has left, and the next one may be about to come.
-        with pytest.raises(grpc.aio.AioRpcError) as raised:
-            await router.generate(evaluated_bundle=digest).rest()
-        assert raised.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-    async with watching_router(versions, limits=RouterSection(evaluation_interval_s=600)) as router:
-        await router.policy(versions.expert_set())
-        caller = await router.generate(("heart",), tokens=1000).first()
-        await router.generate(tokens=4, evaluated_bundle=digest).rest()
-        with pytest.raises(grpc.aio.AioRpcError):
-            await router.generate(evaluated_bundle=digest).rest()
-        caller.call.cancel()
-
-
 async def test_a_version_that_the_policy_lacks_is_asked_for_again_later(versions: Versions) -> None:
     async with watching_router(versions) as router:
         await router.policy(versions.expert_set())
@@ -70,11 +50,10 @@ async def test_a_version_that_the_policy_lacks_is_asked_for_again_later(versions
 
 async def test_an_evaluation_leaves_the_batch_to_callers(versions: Versions, reference: Alone) -> None:
     digest = versions.digests["liver", "1.0.0"]
-    async with watching_router(
-        versions, limits=RouterSection(max_batch_size=2, max_queue=8, evaluation_interval_s=0)
-    ) as router:
+    async with watching_router(versions, limits=RouterSection(max_batch_size=2, max_queue=8)) as router:
         await router.policy(versions.expert_set())
         evaluation = await router.generate(tokens=1000, evaluated_bundle=digest).first()
+        assert [sequence.request.background for sequence in router.engine._scheduler.running] == [True]
         callers = [await router.generate(("heart",), tokens=200).first()]
         waiting = router.generate(("heart",), tokens=30)
         with pytest.raises(grpc.aio.AioRpcError) as raised:

@@ -17,7 +17,6 @@ from echovlm_ray.serving.mailbox import Mailbox
 from echovlm_ray.serving.request_checks import check_session_key
 from echovlm_ray.serving.request_id import current_request_id, request_id_of
 from echovlm_ray.serving.router.admission import Admission, PinnedExperts, RequestTraits, UsedBundle
-from echovlm_ray.serving.router.evaluations import NO_ROOM, EvaluationTurns
 from echovlm_ray.serving.router.outcomes import Outcomes
 from echovlm_ray.serving.router.pinning import ExpertSets
 from echovlm_ray.serving.router.provenance import provenance_of
@@ -33,6 +32,8 @@ from router.expert_set import ExpertSet
 # A request that waits for a lost organ ends so much before its deadline that the reason still reaches the caller.
 DEADLINE_MARGIN = 0.1
 LONGEST_MARGIN_S = 0.2
+
+NO_ROOM = "requests of callers need the room: an evaluation asks again later"
 
 FINISH_REASONS = {Finish.STOP: router_pb2.FINISH_REASON_STOP, Finish.LENGTH: router_pb2.FINISH_REASON_LENGTH}
 
@@ -73,7 +74,6 @@ class RouterService(router_pb2_grpc.RouterServicer):
         self._outcomes = outcomes
         self._replayed = replayed
         self._shadows = Shadows(engine, outcomes, limits.max_batch_size)
-        self._turns = EvaluationTurns(limits.evaluation_interval_s, lambda: self.queue_length)
         self._mailbox: Mailbox[StepOutput | Exception] | None = None
 
     @property
@@ -107,10 +107,9 @@ class RouterService(router_pb2_grpc.RouterServicer):
         """Streams the tokens of one request; leaving the stream cancels it at the engine's next step."""
         self._reader.check(request)
         evaluated = request.evaluated_bundle
-        if evaluated:
-            self._turns.take()
-        else:
-            self._turns.caller_came()
+        # Before its pictures are encoded too.
+        if evaluated and not self._shadows.has_room(0):
+            raise OverloadedError(NO_ROOM)
         deadline = self._deadline(context)
         pictures = await self._encode(request.vision_inputs, deadline, request.cache_salt, request.caller)
         unpinned = self._reader.sequence_request(request, pictures, deadline)
