@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import grpc
@@ -35,6 +35,7 @@ from protos import echovlm_pb2, echovlm_pb2_grpc
 RESULT = Path(__file__).resolve().parent / "results" / "call_costs.md"
 CALLS, WARM_UP = 1000, 200
 STREAMS, MESSAGES = 8, 500
+PROMPT_TOKENS, WARM_UP_TOKENS = 32, 16
 KINDS = ("bare", "ours")
 MAX_CALL_RATIO, MIN_DECODE_RATIO = 1.5, 0.98
 MAX_BATCH_SIZE = 32
@@ -46,7 +47,7 @@ Costs = tuple[float, float]
 @contextmanager
 def server(kind: str, token_file: Path) -> Iterator[str]:
     """The address of a server in a process of its own, with a gateway's environment; see `call_costs_peers`."""
-    environment = os.environ | environment_of(settings_of(Config(), [], network="loopback")[GATEWAY])
+    environment = os.environ | environment_of(settings_of(Config(), (), network="loopback")[GATEWAY])
     command = [sys.executable, "-m", "benchmarks.call_costs_peers", kind, str(token_file)]
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -108,26 +109,33 @@ def decode_rates(
     found = {name: {count: list[float]() for count in streams} for name in checkouts}
     arguments = ["-m", "benchmarks.systems.served", "--checkpoint", str(checkpoint.split.absolute())]
     arguments += ["--threads", "1", "--max-batch-size", str(MAX_BATCH_SIZE)]
-    for run in range(runs):
-        for name in checkouts if run % 2 else reversed(checkouts):
-            root = checkouts[name]
+
+    def rate(system: MeasuredSystem, count: int, tokens: int, seed: str) -> float:
+        workload = random_workload(
+            count,
+            prompt_tokens=PROMPT_TOKENS,
+            new_tokens=tokens,
+            vocab_size=checkpoint.config["vocab_size"],
+            organs=checkpoint.organs[:1],
+            seed=f"{seed}, {count} streams",
+        )
+        return system.run(workload).decode_tokens_per_s
+
+    with ExitStack() as stack:
+        systems = {}
+        for name, root in checkouts.items():
             # Ray's workers find the packages by it too.
             environment = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-            with MeasuredSystem(arguments, environment, root=root) as system:
-                system.wait_until_ready()
+            systems[name] = stack.enter_context(MeasuredSystem(arguments, environment, root=root))
+            systems[name].wait_until_ready()
+            for count in streams:
+                rate(systems[name], count, WARM_UP_TOKENS, "warm-up")
+        for run in range(runs):
+            # There and back again, so that a machine that slows down favours nobody.
+            for name in checkouts if run % 2 else reversed(checkouts):
                 for count in streams:
-                    for seed, tokens in ((f"warm-up {run}", 16), (f"run {run}", new_tokens)):
-                        workload = random_workload(
-                            count,
-                            prompt_tokens=32,
-                            new_tokens=tokens,
-                            vocab_size=checkpoint.config["vocab_size"],
-                            organs=checkpoint.organs[:1],
-                            seed=f"{seed}, {count} streams",
-                        )
-                        rate = system.run(workload).decode_tokens_per_s
-                    found[name][count].append(rate)
-            advance()
+                    found[name][count].append(rate(systems[name], count, new_tokens, f"run {run}"))
+                advance()
     return found
 
 
@@ -174,19 +182,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--before", type=Path, help="another checkout, to compare tokens a second with")
-    parser.add_argument("--runs", type=int, default=5, help="of everything (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=5, help="of the calls (default: %(default)s)")
+    parser.add_argument("--decode-runs", type=int, default=12, help="of the decoding (default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=96, help="of each stream (default: %(default)s)")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8], help="at once (default: 1 8)")
     options = parser.parse_args()
     exit_on_sigterm()
     console = Console()
     lines = ["# What checking every call costs", "", describe(), ""]
-    lines.append(f"{options.runs} runs, both sides in turn within each; medians. Ratios are taken within each run.")
+    lines.append("Both sides in turn within each run; medians of the runs. Ratios are taken within each run.")
     try:
         with progress_of_parts(console) as progress:
             task = progress.add_task("calls", total=2 * options.runs)
             calls = call_costs(options.runs, lambda: progress.advance(task))
-        lines += ["", "A call with its token, limits and request id, over one that nothing is checked of:", ""]
+        title = "A call with its token, limits and request id, over one that nothing is checked of"
+        lines += ["", f"{title} ({options.runs} runs):", ""]
         lines += call_table(calls)
         if options.before is not None:
             checkpoint = checkpoint_with_progress(
@@ -194,17 +204,18 @@ def main() -> None:
             )
             checkouts = {revision(root): root for root in (options.before.absolute(), ROOT)}
             with progress_of_parts(console) as progress:
-                task = progress.add_task("decoding", total=2 * options.runs)
+                task = progress.add_task("decoding", total=2 * options.decode_runs)
                 rates = decode_rates(
                     checkouts,
                     checkpoint,
                     tuple(options.streams),
-                    options.runs,
+                    options.decode_runs,
                     options.new_tokens,
                     lambda: progress.advance(task),
                 )
             title = "Decoding of two commits, the second with the system's secret in every call between the parts"
-            lines += ["", f"{title} ({checkpoint.name.replace('_', ' ')}, {checkpoint.dtype}):", ""]
+            model = f"{checkpoint.name.replace('_', ' ')}, {checkpoint.dtype}"
+            lines += ["", f"{title} ({model}, {options.decode_runs} runs, both systems up):", ""]
             lines += decode_table(rates, *checkouts)
     except SystemFailedError as error:
         sys.exit(f"a measured system failed:\n{error}")

@@ -49,6 +49,7 @@ def announced(checkpoint: str, control: str, gateway: str, *, name: str = "", ad
     """Lets this process be found by `running_systems` while the block lasts."""
     system = LocalSystem(os.getpid(), psutil.Process().create_time(), checkpoint, control, name, address, gateway)
     path = _folder() / f"{system.pid}.json"
+    path.touch(0o600)
     path.write_text(json.dumps(asdict(system)))
     try:
         yield

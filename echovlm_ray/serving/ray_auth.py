@@ -1,6 +1,9 @@
 """Whether Ray's own ports ask for a token: what arrives at some of them is unpickled, and so runs."""
 
 import os
+from pathlib import Path
+
+from echovlm_ray.serving.private_file import read_private
 
 MODE = "RAY_AUTH_MODE"
 _TOKEN = "token"
@@ -13,7 +16,7 @@ def check_ray_auth(*, insecure: bool) -> None:
         insecure: start all the same (`--insecure-ray`).
 
     Raises:
-        ValueError: `RAY_AUTH_MODE` is set to anything but token, or the token is empty.
+        ValueError: `RAY_AUTH_MODE` is set to anything but token, or the token is empty, or others can read its file.
     """
     mode = os.environ.get(MODE)
     if insecure:
@@ -25,4 +28,7 @@ def check_ray_auth(*, insecure: bool) -> None:
         )
     if os.environ.get("RAY_AUTH_TOKEN", _TOKEN).strip() == "":
         raise ValueError("RAY_AUTH_TOKEN is empty: unset it, and a random token is made")
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if path and not read_private(Path(path), "RAY_AUTH_TOKEN_PATH").strip():
+        raise ValueError(f"RAY_AUTH_TOKEN_PATH {path} is empty: unset it, and a random token is made")
     os.environ[MODE] = _TOKEN

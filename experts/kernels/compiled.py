@@ -52,7 +52,7 @@ _EXP_0 = np.float32(5.0000001201e-1)
 @contextmanager
 def one_process_at_a_time() -> Iterator[None]:
     """For what compiles: of several processes that start together one does it, and the others find what it kept."""
-    with FileLock(private_folder() / "compile.lock"):
+    with FileLock(private_folder() / "compile.lock", mode=0o600):
         yield
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from echovlm_ray.hosts import is_loopback
 from echovlm_ray.serving.system_secret import secret_file
-from experts.private_folder import runtime_folder
+from experts.private_folder import private_folder, runtime_folder
 from protos import control_pb2, control_pb2_grpc, expert_pb2, expert_pb2_grpc, router_pb2, router_pb2_grpc
 from tests.running_system import RunningSystem
 
@@ -45,18 +45,39 @@ def test_everything_listens_on_loopback_but_one_port_of_serve_in_each_replica(ru
     assert open_to_others == sorted(replicas)
 
 
-def test_no_file_can_be_read_by_another_user(running_system: RunningSystem) -> None:
+def documented_modes() -> dict[str, int]:
+    """Name → mode, of the table of files."""
+    _, _, rest = OPERATING.read_text().partition("\n## Files\n")
+    table, _, _ = rest.partition("\n## ")
+    modes: dict[str, int] = {}
+    for row in re.findall(r"^\| (.+?) \| (0\d+) \|", table, re.MULTILINE):
+        modes |= {name: int(row[1], 8) for name in re.findall(r"`([^`]+)`", row[0])}
+    return modes
+
+
+def test_every_file_has_the_mode_of_the_page(running_system: RunningSystem) -> None:
     rollouts = running_system.checkpoint / "rollouts"
     (logs,) = re.findall(r"logs +(/\S+)", running_system.log.read_text())
-    secret = secret_file(running_system.status()["identity"])
-    for folder in (runtime_folder(), Path(logs).parents[2]):
-        assert folder.stat().st_mode & 0o777 == 0o700, folder
-    files = [secret, *(path for path in rollouts.rglob("*") if path.is_file())]
-    assert {"rollouts.db", "rollouts.db.policy.json", "rollouts.db.lock"} <= {path.name for path in files}
-    open_to_others = [path for path in files if path.stat().st_mode & 0o077]
-    assert not open_to_others
+    pid = str(running_system.process.pid)
+    found = {
+        "/tmp/echoray-<uid>/": private_folder(),
+        "ray-<pid>": Path(logs).parents[1],
+        "sockets/": private_folder() / "sockets",
+        "compile.lock": private_folder() / "compile.lock",
+        "<pid>.json": runtime_folder() / f"{pid}.json",
+        "secret-<identity>": secret_file(running_system.status()["identity"]),
+        **{f"{path.name}{'/' if path.is_dir() else ''}": path for path in rollouts.iterdir()},
+    }
+    (found["*.claim"],) = [path for path in runtime_folder().glob("*.claim") if path.read_text().strip() == pid][:1]
+    documented = documented_modes()
+    assert {name: oct(path.stat().st_mode & 0o777) for name, path in found.items()} == {
+        name: oct(documented[name]) for name in found
+    }
+    # What may not be there at this moment.
+    assert documented.keys() - found.keys() <= {"rollouts.db-wal", "rollouts.db-shm", "rollouts.db.incoming/"}
     # Ray gives its own folders 0777; the one above them is closed.
-    assert not [path for path in Path(logs).rglob("*") if path.is_file() and path.stat().st_mode & 0o077]
+    inside = [path for folder in (rollouts, Path(logs)) for path in folder.rglob("*") if path.is_file()]
+    assert not [path for path in inside if path.stat().st_mode & 0o077]
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can act as another user")
@@ -108,12 +129,11 @@ def test_the_parts_serve_no_stranger(running_system: RunningSystem) -> None:
             with pytest.raises(grpc.RpcError) as refused:
                 call()
             codes.append(refused.value.code())
+        # What operators reach has none of the parts' own methods.
+        with grpc.insecure_channel(running_system.control_address) as public:
+            with pytest.raises(grpc.RpcError) as absent:
+                control_pb2_grpc.RolloutFeedStub(public).Report(control_pb2.ReportRequest(), timeout=9)
+            assert absent.value.code() == grpc.StatusCode.UNIMPLEMENTED
     # Of Ray's own ports some have no such method.
     assert set(codes) <= {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED}
     assert codes.count(grpc.StatusCode.UNAUTHENTICATED) >= 4
-
-
-def test_the_page_lists_them() -> None:
-    page = OPERATING.read_text()
-    for name in ("secret-<identity>", "rollouts.db", "rollouts.db.policy.json", "rollouts.db.lock", "ray-<pid>"):
-        assert f"`{name}`" in page, name

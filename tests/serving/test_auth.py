@@ -42,6 +42,11 @@ def test_contents_of_the_same_size_and_time_are_seen(path: Path) -> None:
     assert not passes(tokens, "first")
 
 
+def _make_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path, 0o600)
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -52,7 +57,7 @@ def test_contents_of_the_same_size_and_time_are_seen(path: Path) -> None:
         lambda path: path.chmod(0o644),
         lambda path: path.chmod(0o640),
         lambda path: (path.unlink(), path.mkdir()),
-        lambda path: (path.unlink(), os.mkfifo(path, 0o600)),
+        _make_pipe,
     ],
 )
 def test_while_the_file_cannot_be_used_no_token_is_good(path: Path, spoil: Callable[[Path], object]) -> None:

@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 
@@ -28,3 +29,28 @@ def test_an_empty_token_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", " ")
     with pytest.raises(ValueError, match="RAY_AUTH_TOKEN is empty"):
         check_ray_auth(insecure=False)
+
+
+@pytest.mark.parametrize(
+    ("mode", "content", "problem"),
+    [
+        (0o644, "x" * 64, "chmod 600"),
+        (0o620, "x" * 64, "chmod 600"),
+        (0o600, "\n", "is empty"),
+        (None, "", "cannot be read"),
+    ],
+)
+def test_a_file_of_the_token_that_gives_no_protection_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: int | None, content: str, problem: str
+) -> None:
+    path = tmp_path / "token"
+    if mode is not None:
+        path.write_text(content)
+        path.chmod(mode)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
+    with pytest.raises(ValueError, match=f"RAY_AUTH_TOKEN_PATH.*{problem}"):
+        check_ray_auth(insecure=False)
+    path.write_text("x" * 64)
+    path.chmod(0o600)
+    check_ray_auth(insecure=False)

@@ -80,7 +80,7 @@ class PushReceiver:
     @contextmanager
     def _folder(self) -> Iterator[Path]:
         try:
-            self._incoming.mkdir(parents=True, exist_ok=True)
+            self._incoming.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder = Path(tempfile.mkdtemp(dir=self._incoming))
         except OSError as error:
             raise _cannot_write(self._incoming, error) from None
