@@ -21,6 +21,7 @@ from echovlm_ray.training.kept_examples import KeptExamples, keep, pooled_mean
 from echovlm_ray.training.objective import TrainingObjective
 from echovlm_ray.training.recipe import Recipe
 from echovlm_ray.training.run import CACHE_NAME, Run, draw_phantoms, stage_folder, train_stages
+from echovlm_ray.training.run_lock import hold_run
 from echovlm_ray.training.stage import MODEL_NAME, RESULT_NAME, StageJob, open_encoded
 from echovlm_ray.training.start import organ_bundle
 from echovlm_ray.training.validation import ValidationResult, validate
@@ -80,9 +81,16 @@ def train_expert(
 
     Raises:
         TrainingInterrupted: Ctrl-C; the state was saved.
-        TrainingError: it cannot go on, or its pictures are missing.
+        TrainingError: it cannot go on, its pictures are missing, or another process trains it.
     """
     require_experts_only(recipe)
+    with hold_run(folder):
+        return _train_expert(folder, run, recipe, workers, device, threads, quiet)
+
+
+def _train_expert(
+    folder: Path, run: Run, recipe: Recipe, workers: int, device: str, threads: int | None, quiet: bool
+) -> tuple[Path, Manifest]:
     assert run.start.organ is not None
     assert run.version is not None
     organ, bundle = run.start.organ, folder / f"{run.start.organ}-{run.version}"

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -133,6 +134,39 @@ def test_a_run_that_was_killed_in_a_stage_of_adapters_ends_in_the_same_bytes(
     code, _, errors = train("--resume", killed)
     assert code == 0, errors
     assert weights(killed) == weights(whole)
+
+
+def test_a_run_is_trained_by_one_process_at_a_time_and_a_kill_frees_it(
+    uninterrupted: Path, start: Path, records: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    # A process that reads examples outlives the one that trains for a moment, and must not hold the run.
+    data = {"max_tokens": 512, "max_visual_tokens": 16, "workers": 1}
+    process = train_apart(tmp_path / "errors", *new_run(folder, start, records, data=data))
+    wait_for(folder, "checkpoint-*[0-9]", process, 1)
+    assert process.pid is not None
+    # Not one moment later: the run is short.
+    os.kill(process.pid, signal.SIGSTOP)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    code, _, errors = train("--resume", folder)
+    assert code == 1
+    said = " ".join(errors.split())
+    assert f"is being trained by process {process.pid} on {socket.gethostname()}: wait until" in said
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    process.kill()
+    process.join()
+    code, _, errors = train("--resume", folder)
+    assert code == 0, errors
+    assert weights(folder) == weights(uninterrupted)
+
+
+def test_a_folder_that_holds_something_else_is_left_as_it_is(start: Path, records: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "notes").touch()
+    code, _, errors = train(*new_run(folder, start, records))
+    assert (code, "is not empty: give another folder" in " ".join(errors.split())) == (1, True)
+    assert [path.name for path in folder.iterdir()] == ["notes"]
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(uninterrupted: Path, start: Path, records: Path, tmp_path: Path) -> None:
