@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from echovlm_ray.data.media import ImageRoot
     from echovlm_ray.data.record import Record
     from echovlm_ray.data.splitting import Grouping
+    from echovlm_ray.vision.images import ImageLimits
+    from echovlm_ray.vision.scaling import Scaling
 
 EXIT_FINDINGS = 1
 EXIT_USAGE = 2
@@ -53,29 +55,38 @@ def check_command(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Also count tokens, with this checkpoint's tokenizer and image processor.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="With --checkpoint: the most tokens of a record.")] = 4096,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --checkpoint: the most tokens of a record. [default: what recipes have, 2048]"),
+    ] = None,
     names: Names = False,
     as_json: AsJson = False,
 ) -> None:
     """Checks records and their images, and names the line of everything that is wrong.
 
-    Finds broken JSON, wrong types, missing or unreadable images, marks that do not match the images, empty answers,
-    duplicate ids, paths that leave the image folder, records that are too long, and, given several files (the sides
-    of a split), patients and images that occur in more than one.
+    Finds broken JSON, wrong types, missing, unreadable or truncated images, such as are too large or too long and
+    narrow for training, marks that do not match the images, empty answers, duplicate ids, paths that leave the image
+    folder, records that are too long, and, given several files (the sides of a split), patients and images that occur
+    in more than one.
 
-    The exit status is 0 when all is well, 1 when something was found, 2 when a command line or a file cannot be used.
+    The exit status is 0 when all is well, 1 when something was found in the records, 2 when an option or a whole file
+    cannot be used.
 
     Example: `echoray data check train.jsonl test.jsonl --images pictures/`
 
     Example: `echoray data check BUSI.json --no-images --json`
     """
     with usable():
+        from echovlm_ray.data.check import UNREADABLE
+
         options = _options(images, no_images, patient_pattern, names, checkpoint, max_tokens)
         report = _run_check(files, options)
     if as_json:
         say_json(report.model_dump_json(indent=2))
     else:
         _print_report(report, findings=True)
+    if UNREADABLE in report.found:
+        raise typer.Exit(EXIT_USAGE)
     if report.found:
         raise typer.Exit(EXIT_FINDINGS)
 
@@ -95,14 +106,18 @@ def stats_command(
     Example: `echoray data stats train.jsonl`
     """
     with usable():
-        report = _run_check(files, _options(images, not with_images, patient_pattern, False, None, 1))
+        from echovlm_ray.data.check import UNREADABLE
+
+        report = _run_check(files, _options(images, not with_images, patient_pattern, False, None, None))
     if as_json:
         say_json(report.counts.model_dump_json(indent=2))
     else:
         _print_report(report, findings=False)
-    unread = report.found.get("unreadable file", 0) + report.found.get("broken JSON", 0)
+    unread = report.found.get(UNREADABLE, 0) + report.found.get("broken JSON", 0)
     if unread:
         say(f"{unread} could not be read: see `echoray data check`", err=True)
+    if UNREADABLE in report.found:
+        raise typer.Exit(EXIT_USAGE)
 
 
 def split_command(
@@ -265,28 +280,43 @@ def _grouping(by: str, pattern: str | None) -> "Grouping":
 
 
 def _options(
-    images: Path | None, no_images: bool, pattern: str | None, names: bool, checkpoint: Path | None, max_tokens: int
+    images: Path | None,
+    no_images: bool,
+    pattern: str | None,
+    names: bool,
+    checkpoint: Path | None,
+    max_tokens: int | None,
 ) -> "CheckOptions":
     from echovlm_ray.config import GatewaySection
     from echovlm_ray.data.check import CheckOptions
     from echovlm_ray.data.media import ImageRoot
+    from echovlm_ray.training.recipe import DataSection
     from echovlm_ray.vision.images import ImageLimits
+    from echovlm_ray.vision.scaling import usual_scaling
 
     gateway = GatewaySection()
     limits = ImageLimits(gateway.max_image_bytes, gateway.max_image_pixels, gateway.max_frames, gateway.crop_to_regions)
     if no_images and checkpoint is not None:
         raise ValueError("--checkpoint counts the tokens of images too: leave out --no-images")
+    training = DataSection()
+    scaling, num_tokens = usual_scaling(training.max_visual_tokens), None
+    if checkpoint is not None:
+        scaling, num_tokens = _reading_of(checkpoint, limits, training.max_visual_tokens)
     return CheckOptions(
         root=None if no_images else lambda file: ImageRoot(images or file.parent),
         limits=limits,
+        scaling=scaling,
         grouping=_grouping("patient", pattern),
-        num_tokens=None if checkpoint is None else _token_counter(checkpoint, limits, gateway.max_visual_tokens),
-        max_tokens=max_tokens,
+        num_tokens=num_tokens,
+        max_tokens=training.max_tokens if max_tokens is None else max_tokens,
         show_names=names,
     )
 
 
-def _token_counter(checkpoint: Path, limits: Any, max_visual_tokens: int) -> "Callable[[Record, ImageRoot], int]":
+def _reading_of(
+    checkpoint: Path, limits: "ImageLimits", max_visual_tokens: int
+) -> "tuple[Scaling, Callable[[Record, ImageRoot], int]]":
+    """How a checkpoint scales pictures, and how many tokens it makes of a record."""
     from echovlm_ray.checkpoint.layout import backbone_directory, is_split_folder
     from echovlm_ray.model.configuration import EchoVLMConfig
     from echovlm_ray.model.processing import EchoVLMProcessor
@@ -302,7 +332,7 @@ def _token_counter(checkpoint: Path, limits: Any, max_visual_tokens: int) -> "Ca
     def count(record: "Record", root: "ImageRoot") -> int:
         return len(encoder.encode(example_of(record, root, limits)))
 
-    return count
+    return processor.scaling(max_visual_tokens), count
 
 
 def _run_check(files: list[Path], options: "CheckOptions") -> "CheckReport":
