@@ -1,4 +1,4 @@
-"""Makes a folder in one step: it appears whole under its name, or not at all."""
+"""Makes a folder in one step: it appears whole under its name, or not at all. Nothing that is there is replaced."""
 
 import os
 import shutil
@@ -21,6 +21,16 @@ def require_vacant(destination: Path) -> None:
             raise InvalidCheckpointError(f"{destination} is not empty; give a new folder, or remove it first")
     elif destination.exists() or destination.is_symlink():
         raise InvalidCheckpointError(f"{destination} exists and is not a folder; give a new folder")
+
+
+def require_vacant_file(destination: Path) -> None:
+    """Checks that a file can be made here: nothing has the name.
+
+    Raises:
+        InvalidCheckpointError: something has.
+    """
+    if destination.exists() or destination.is_symlink():
+        raise InvalidCheckpointError(f"{destination} exists; give a new name, or remove it first")
 
 
 def require_space(destination: Path, nbytes: int) -> None:

@@ -132,7 +132,7 @@ def split_command(
     """Divides a dataset so that no patient is on two sides. The same seed and records give the same sides.
 
     The order of the records in the file makes no difference. Each side becomes a JSON Lines file; its records are those
-    of the file, unchanged.
+    of the file, unchanged. DIR must not exist, or be empty: two divisions in one folder could mix.
 
     Example: `echoray data split all.jsonl parts/ --fractions train=0.9,test=0.1 --seed 7`
 
@@ -141,15 +141,16 @@ def split_command(
     if by not in ("patient", "id"):
         fail(f"--by {by!r} is neither patient nor id", code=EXIT_USAGE)
     with usable():
+        from echovlm_ray.checkpoint.atomic import new_folder
         from echovlm_ray.data.dataset import RecordDataset
         from echovlm_ray.data.splitting import parse_fractions, split_records
 
         parts = parse_fractions(fractions)
         with RecordDataset(file) as dataset:
             divided = split_records(dataset, _grouping(by, patient_pattern), parts, seed)
-            directory.mkdir(parents=True, exist_ok=True)
-            for side, indices in divided.items():
-                _write_lines(directory / f"{side}.jsonl", (_raw(dataset, index) for index in indices))
+            with new_folder(directory) as partial:
+                for side, indices in divided.items():
+                    _write_lines(partial / f"{side}.jsonl", (_raw(dataset, index) for index in indices))
     counts = {side: len(indices) for side, indices in divided.items()}
     if as_json:
         say_json({"by": by, "seed": seed, "records": counts})
@@ -159,7 +160,9 @@ def split_command(
 
 def convert_command(
     file: File,
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="The file to write; .json or .jsonl.")],
+    destination: Annotated[
+        Path, typer.Argument(metavar="DST", help="The file to write, which does not exist; .json or .jsonl.")
+    ],
     to: Annotated[str, typer.Option(help="published, swift (messages of ms-swift), or openai (chat).")] = "swift",
     images: Images = None,
     embed: Annotated[
@@ -193,11 +196,11 @@ def convert_command(
         fail(f"--task must be one of {', '.join(TASKS)}", code=EXIT_USAGE)
     given = {"organ": organ, "task": task, "language": language}
     with usable():
+        from echovlm_ray.checkpoint.atomic import require_vacant_file
         from echovlm_ray.data.dataset import RecordDataset
 
         with RecordDataset(file) as dataset:
-            if destination.exists() and destination.samefile(file):
-                raise ValueError(f"{destination} is the file that is read: give another name")
+            require_vacant_file(destination)
             records = _converted(dataset, to, images or file.parent, embed, extract_to, given)
             count = _write_lines(destination, records, as_array=destination.suffix == ".json")
     say(f"{count} records in {destination}, in the form {to}.")

@@ -179,7 +179,9 @@ def compare_command(
 def export_command(
     dataset: Dataset,
     evaluation: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a finished evaluation.")],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write to.")],
+    destination: Annotated[
+        Path, typer.Argument(metavar="DST", help="The folder to write to; it must not exist, or be empty.")
+    ],
     name: Annotated[str, typer.Option(help="What the kit calls the dataset.")] = "echovlm",
     model: Annotated[str | None, typer.Option(help="What the kit calls the model. [default: the model's own]")] = None,
     limit: Limit = None,
