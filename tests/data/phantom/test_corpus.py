@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from pydicom import dcmread
 
-from echovlm_ray.data.phantom.catalogue import all_classes, select_classes
 from echovlm_ray.checkpoint.layout import InvalidCheckpointError
+from echovlm_ray.data.phantom.catalogue import all_classes, select_classes
 from echovlm_ray.data.phantom.corpus import Corpus, png_bytes, sample, write_corpus
 from echovlm_ray.data.phantom.dicom_file import dicom_bytes
 from echovlm_ray.data.phantom.parsing import parse, parse_diagnosis
