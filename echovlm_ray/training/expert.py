@@ -97,7 +97,7 @@ def _train_expert(
     base = organ_bundle(run.start.folder, organ, run.start.version).manifest
     if threads is not None:
         torch.set_num_threads(threads)
-    train, held_out = _keep_examples(folder, run, recipe, quiet)
+    train, held_out, division = _keep_examples(folder, run, recipe, quiet)
     if held_out is not None and not (folder / BASE_NAME).is_file():
         before = _measure(run, recipe, held_out)
         (folder / BASE_NAME).write_text(json.dumps(_metrics("before", before), indent=2) + "\n", encoding="utf-8")
@@ -106,7 +106,7 @@ def _train_expert(
     if prototype is not None:
         save_file({PROTOTYPE_TENSOR: prototype}, folder / PROTOTYPE_NAME)
     said = BundleCard() if run.card is None else read_card(run.card)
-    card = said.over(_card(folder, run, recipe, base, train))
+    card = said.over(_card(folder, run, recipe, base, train, division))
     if not bundle.exists():
         options = PackOptions(
             organ=organ,
@@ -116,12 +116,18 @@ def _train_expert(
         )
         pack(experts, bundle, card, options)
     manifest = Manifest.from_json((bundle / "manifest.json").read_bytes(), str(bundle))
-    (folder / CARD_NAME).write_text(model_card(manifest, recipe), encoding="utf-8")
+    (folder / CARD_NAME).write_text(model_card(manifest, recipe, division), encoding="utf-8")
     return bundle, manifest
 
 
-def model_card(manifest: Manifest, recipe: Recipe) -> str:
-    """The bundle's model card, Markdown, after Mitchell et al. (arXiv 1810.03993)."""
+def model_card(manifest: Manifest, recipe: Recipe, division: str) -> str:
+    """The bundle's model card, Markdown, after Mitchell et al. (arXiv 1810.03993).
+
+    Args:
+        manifest: the bundle's.
+        recipe: what it was trained by.
+        division: how the records were divided into trained on and measured on.
+    """
     stage = recipe.stages[0]
     metrics = "\n".join(f"| {name} | {value:.4g} |" for name, value in sorted(manifest.eval_metrics.items()))
     changes = "\n".join(f"- {version}: {text}" for version, text in manifest.changelog.items())
@@ -148,7 +154,7 @@ The whole recipe is `recipe.yaml` beside this file; curves and log lie in the st
 
 ## Metrics
 
-On records that were not trained on; `before` is the version that training started from.
+On records that were not trained on; `before` is the version that training started from. {division}
 
 | measure | value |
 | --- | --- |
@@ -163,7 +169,9 @@ Loss and accuracy of tokens say how well the wording is predicted, not whether a
 """
 
 
-def _keep_examples(folder: Path, run: Run, recipe: Recipe, quiet: bool) -> tuple[KeptExamples, KeptExamples | None]:
+def _keep_examples(
+    folder: Path, run: Run, recipe: Recipe, quiet: bool
+) -> tuple[KeptExamples, KeptExamples | None, str]:
     job = StageJob(
         folder=folder,
         model=folder / MODEL_NAME,
@@ -173,7 +181,7 @@ def _keep_examples(folder: Path, run: Run, recipe: Recipe, quiet: bool) -> tuple
         files=run.files,
         phantoms=draw_phantoms(folder, recipe, quiet=quiet),
     )
-    fresh = open_encoded(job, EchoVLMConfig.from_pretrained(backbone_directory(run.start.folder)))
+    *fresh, division = open_encoded(job, EchoVLMConfig.from_pretrained(backbone_directory(run.start.folder)))
     tower = load_vision_tower(run.start.folder, dtype=torch.float32)
     kept: list[KeptExamples | None] = []
     console = Console(stderr=True)
@@ -196,7 +204,7 @@ def _keep_examples(folder: Path, run: Run, recipe: Recipe, quiet: bool) -> tuple
         kept.append(KeptExamples(source, folder / CACHE_NAME / name))
     train, held_out = kept
     assert train is not None
-    return train, held_out
+    return train, held_out, division
 
 
 def _measure(run: Run, recipe: Recipe, held_out: KeptExamples) -> ValidationResult:
@@ -209,7 +217,7 @@ def _measure(run: Run, recipe: Recipe, held_out: KeptExamples) -> ValidationResu
     )
 
 
-def _card(folder: Path, run: Run, recipe: Recipe, base: Manifest, train: KeptExamples) -> BundleCard:
+def _card(folder: Path, run: Run, recipe: Recipe, base: Manifest, train: KeptExamples, division: str) -> BundleCard:
     assert run.version is not None
     examples = pictures = tokens = 0
     for index in range(len(train)):
@@ -232,7 +240,7 @@ def _card(folder: Path, run: Run, recipe: Recipe, base: Manifest, train: KeptExa
         changelog={**base.changelog, run.version: f"Trained from {base.version} on {examples} records."},
         training_data=(
             f"{examples} records, {pictures} of them with pictures, {tokens} tokens of answers; "
-            f"{result['steps']:.0f} steps of {recipe.stages[0].batch_size} records."
+            f"{result['steps']:.0f} steps of {recipe.stages[0].batch_size} records. {division}"
         ),
         eval_metrics=metrics,
         references=base.references,

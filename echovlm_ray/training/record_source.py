@@ -22,6 +22,7 @@ from echovlm_ray.data.record import (
     mark_media,
     media_paths,
 )
+from echovlm_ray.data.splitting import Grouping
 from echovlm_ray.prompts import MediumPart, Message, TextPart
 from echovlm_ray.training.emphasis import emphasised
 from echovlm_ray.training.examples import Example, ExampleError
@@ -32,6 +33,9 @@ _ROLES: Mapping[Role, Literal["system", "user", "assistant"]] = {
     "human": "user",
     "gpt": "assistant",
 }
+
+
+PATIENT = "patient"
 
 
 class RecordSource:
@@ -71,6 +75,17 @@ class RecordSource:
     def place(self, index: int) -> str:
         """See `ExampleSource.place`."""
         return self._dataset.place(index)
+
+    def group(self, index: int) -> tuple[str, str]:
+        """What a record must stay together with: `PATIENT` and its patient, else "id" and its id.
+
+        A record that cannot be read stands for itself.
+        """
+        record, _ = self._dataset.read(index)
+        if record is None:
+            return "index", str(index)
+        patient = Grouping("patient").key(record)
+        return ("id", record.id) if patient is None else (PATIENT, patient)
 
     def example(self, index: int, epoch: int) -> Example:
         """See `ExampleSource.example`; nothing is drawn at random."""

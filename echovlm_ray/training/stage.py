@@ -90,7 +90,7 @@ def train_stage(job: StageJob) -> None:
     if recipe.activation_checkpointing:
         # The reentrant kind runs the layers without gradients first, and the gates' logits would come out without any.
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    train, held_out = open_encoded(job, model.config)
+    train, held_out, _ = open_encoded(job, model.config)
     steps = stage.steps or math.ceil(stage.epochs * len(train) / stage.batch_size)
     stream = ExampleStream(
         train,
@@ -141,8 +141,10 @@ def train_stage(job: StageJob) -> None:
     trainer.end()
 
 
-def open_encoded(job: StageJob, config: EchoVLMConfig) -> tuple[EncodedSource, EncodedSource | None]:
-    """What is trained on, and what is measured on, if anything; embeddings are taken where they were kept.
+def open_encoded(job: StageJob, config: EchoVLMConfig) -> tuple[EncodedSource, EncodedSource | None, str]:
+    """What is trained on, what is measured on, if anything, and how they were divided.
+
+    Embeddings are taken where they were kept.
 
     Raises:
         ExampleError: a file cannot be read.
@@ -157,13 +159,13 @@ def open_encoded(job: StageJob, config: EchoVLMConfig) -> tuple[EncodedSource, E
     )
     sources = open_sources(job.files, data, seed=job.recipe.seed, phantoms=job.phantoms)
     opened: list[EncodedSource | None] = []
-    for name, source in zip(("train", "validation"), sources, strict=True):
+    for name, source in (("train", sources.train), ("validation", sources.held_out)):
         fresh = None if source is None else FreshlyEncoded(source, encoder)
         kept = fresh is not None and job.cache is not None
         opened.append(KeptExamples(fresh, job.cache / name) if kept and fresh and job.cache else fresh)
     train, held_out = opened
     assert train is not None
-    return train, held_out
+    return train, held_out, sources.division
 
 
 def _run(job: StageJob, trainer: EchoVLMTrainer, interruption: Interruption, bar: ProgressBar) -> None:

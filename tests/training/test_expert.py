@@ -98,6 +98,9 @@ def test_the_bundle_is_whole_and_passes_its_own_test(trained: Path) -> None:
     assert metrics["answer_loss"] < metrics["before_answer_loss"]
     assert metrics["tokens"] > 0
     card = (trained / "run" / "MODEL_CARD.md").read_text()
+    division = "3 of 12 records were kept back, divided by id, so images of one patient can be on both sides."
+    assert division in manifest.training_data
+    assert f"`before` is the version that training started from. {division}" in card
     assert manifest.digest in card
     assert "not a medical device" in card
 
@@ -117,7 +120,7 @@ def test_the_prototype_is_the_direction_of_the_pooled_features(trained: Path, st
     prototype = Bundle.open(trained / "run" / "breast-1.1.0").prototype()
     assert prototype is not None
     files = DataFiles(train=(trained / "records" / "train.json",))
-    learnt, _ = open_sources(files, DataSection(validation_share=0.25), seed=0)
+    learnt, *_ = open_sources(files, DataSection(validation_share=0.25), seed=0)
     encoder, pooled = encoder_of(start), []
     for index in range(len(learnt)):
         for item in encoder.encode(learnt.example(index, 0)).vision:
