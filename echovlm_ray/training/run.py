@@ -18,6 +18,7 @@ from echovlm_ray.training.run_lock import LOCK_NAME, hold_run
 from echovlm_ray.training.sources import DataFiles
 from echovlm_ray.training.stage import HEADS_NAME, MODEL_NAME, StageJob, train_stage
 from echovlm_ray.training.start import Start
+from echovlm_ray.training.tracker import require_tracker
 
 RUN_NAME = "run.json"
 RECIPE_NAME = "recipe.yaml"
@@ -43,8 +44,10 @@ def begin_run(folder: Path, run: Run, recipe: Recipe) -> None:
     """Makes a run's folder.
 
     Raises:
-        TrainingError: it holds something already, or another process begins a run in it.
+        TrainingError: it holds something already, another process begins a run in it, or the recipe's tracker is not
+            installed.
     """
+    require_tracker(recipe.tracker)
     _require_empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with hold_run(folder):
@@ -112,6 +115,7 @@ def train_stages(
         TrainingInterrupted: Ctrl-C; the state was saved.
         TrainingError: it cannot go on, or another process trains it.
     """
+    require_tracker(recipe.tracker)
     with hold_run(folder):
         return _train_stages(folder, run, recipe, workers, device, threads, quiet, train)
 

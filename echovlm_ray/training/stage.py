@@ -28,6 +28,7 @@ from echovlm_ray.training.sources import DataFiles, open_sources
 from echovlm_ray.training.start import Start, save_experts, save_model
 from echovlm_ray.training.state import last_checkpoint, remove_unfinished, step_of
 from echovlm_ray.training.stream import ExampleStream
+from echovlm_ray.training.tracker import tracker_failure
 from echovlm_ray.training.trainer import Checkpointing, EchoVLMTrainer, FiniteGradients, Interruption
 from echovlm_ray.training.validation import Validation, ValidationResult, validate
 
@@ -181,6 +182,8 @@ def _run(job: StageJob, trainer: EchoVLMTrainer, interruption: Interruption, bar
             f"the records of that step. {_how_to_go_on(job)}"
         ) from None
     except Exception as error:
+        if (tracker := tracker_failure(error, job.recipe.tracker)) is not None:
+            raise TrainingError(f"{tracker}; {_kept(job)}. {_how_to_go_on(job)}") from None
         # Whatever the writer of one of its files raised: a checkpoint that is not whole was being written.
         if trainer.args.world_size > 1 or not remove_unfinished(job.folder):
             raise
