@@ -80,6 +80,7 @@ def train_stage(job: StageJob) -> None:
         TrainingError: it cannot go on (a record is missing, the loss is not a number, the disk is full); the text says
             what was kept.
     """
+    require_divisible(job)
     recipe, stage = job.recipe, job.recipe.stages[job.number]
     if job.threads is not None:
         torch.set_num_threads(job.threads)
@@ -255,10 +256,27 @@ def micro_batches(job: StageJob) -> int:
     return share
 
 
+def require_divisible(job: StageJob) -> None:
+    """Checks that weights can be divided among the workers, where the recipe asks for it.
+
+    Raises:
+        TrainingError: they cannot: accelerate divides them among GPUs alone, and leaves them whole without a word.
+    """
+    if job.recipe.shard and (job.workers == 1 or _on_cpu(job)):
+        raise TrainingError(
+            "shard divides the model among several GPUs: give --workers 2 or more and --device cuda, or set shard to "
+            "false"
+        )
+
+
+def _on_cpu(job: StageJob) -> bool:
+    return job.device == "cpu" or (job.device == "auto" and not torch.cuda.is_available())
+
+
 def _arguments(job: StageJob, steps: int) -> TrainingArguments:
     recipe, stage = job.recipe, job.recipe.stages[job.number]
     schedules = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-    on_cpu = job.device == "cpu" or (job.device == "auto" and not torch.cuda.is_available())
+    on_cpu = _on_cpu(job)
     several: dict[str, Any] = {}
     if job.workers > 1:
         several = {"ddp_find_unused_parameters": False, "ddp_backend": "gloo" if on_cpu else "nccl"}

@@ -17,8 +17,8 @@ def require_tracker(tracker: str) -> None:
     packages = _PACKAGES.get(tracker, ())
     if packages and not any(find_spec(package) for package in packages):
         raise TrainingError(
-            f"the recipe's tracker is {tracker}, which is not installed: `pip install {packages[0]}`, or set tracker to "
-            "none; log and curves are made in any case"
+            f"the recipe's tracker is {tracker}, which is not installed: `pip install {packages[0]}`, or set tracker "
+            "to none; log and curves are made in any case"
         )
 
 

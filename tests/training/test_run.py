@@ -286,6 +286,12 @@ def test_what_cannot_be_begun_or_resumed_is_refused(
         assert "Traceback" not in errors
 
 
+def test_a_model_that_would_not_be_divided_is_refused(start: Path, records: Path, tmp_path: Path) -> None:
+    code, _, errors = train(*new_run(tmp_path / "run", start, records, shard=True))
+    assert code == 1
+    assert "shard divides the model among several GPUs" in " ".join(errors.split())
+
+
 def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
     for step in (2, 10, 20):
         folder = tmp_path / f"checkpoint-{step}"
