@@ -179,6 +179,7 @@ def convert_command(
 
     `published`: id, image, conversations of system, human and gpt, as EchoVLM's authors publish them. `swift`: messages
     with `<image>` marks, and images. `openai`: messages whose images are parts. There and back gives the same records.
+    An image that is named by an address (http:, file:) is refused: only files below the image folder are ever read.
 
     Example: `echoray data convert BUSI.json busi.jsonl --to swift --organ breast`
 
@@ -224,7 +225,7 @@ def _converted(
 ) -> Iterator[dict[str, Any]]:
     from dataclasses import replace
 
-    from echovlm_ray.data.convert import extract_embedded, to_form
+    from echovlm_ray.data.convert import extract_embedded, require_paths, to_form
     from echovlm_ray.data.media import ImageRoot
 
     images = ImageRoot(root) if embed else None
@@ -234,7 +235,9 @@ def _converted(
             name: value for name, value in given.items() if value is not None and getattr(record, name) is None
         }
         try:
-            yield to_form(extract_embedded(replace(record, **fill), extract_to), to, images)
+            found = extract_embedded(replace(record, **fill), extract_to)
+            require_paths(found)
+            yield to_form(found, to, images)
         except ValueError as error:
             raise ValueError(f"{dataset.place(index)}: {error}") from None
 

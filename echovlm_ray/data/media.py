@@ -43,7 +43,7 @@ class ImageRoot:
             UnusableImageError: the path is absolute, climbs out of the root, follows a link out of it, is a URL, or
                 leads to no regular file.
         """
-        if path.startswith(("http:", "https:", "data:")):
+        if path.lower().startswith(("http:", "https:", "file:", "ftp:", "s3:", "data:")):
             raise UnusableImageError("not a path", "is a URL; only files below the image root are read")
         pure = PurePosixPath(path)
         foreign = PureWindowsPath(path)

@@ -39,6 +39,19 @@ def next_version(version: str) -> str:
     return f"{major}.{minor + 1}.0"
 
 
+def require_later(version: str, base: str) -> None:
+    """Checks that a new bundle's version comes after that of the one it starts from.
+
+    Raises:
+        TrainingError: it does not.
+    """
+    if version_key(version) <= version_key(base):
+        raise TrainingError(
+            f"version {version} does not come after {base}, which training starts from: give a later one, like "
+            f"{next_version(base)}, or leave --version out"
+        )
+
+
 def require_experts_only(recipe: Recipe) -> None:
     """Checks that a recipe changes nothing that a bundle does not carry.
 

@@ -101,6 +101,18 @@ def open_sources(files: DataFiles, data: DataSection, *, seed: int, phantoms: Pa
     return _divided(train, validation_share, seed)
 
 
+def require_files(files: DataFiles, data: DataSection, *, seed: int) -> None:
+    """Checks before a run begins that its files of records can be read and divided.
+
+    Raises:
+        ExampleError: see `open_sources`.
+    """
+    if data.phantoms is None:
+        open_sources(files, data, seed=seed)
+    elif files.validation:
+        RecordSource(files.validation, files.images)
+
+
 def _given(train: ExampleSource, files: DataFiles) -> Sources:
     held_out = RecordSource(files.validation, files.images)
     return Sources(train, held_out, f"{len(held_out)} records of files of their own were measured on.")

@@ -161,6 +161,18 @@ def test_convert_there_and_back(folder: Path) -> None:
         assert back.read_text() == path.read_text()
 
 
+@pytest.mark.parametrize("address", ["http://there/a.png", "file:///etc/a.png", "HTTPS://there/a.png", "s3://bucket/a"])
+def test_an_address_is_refused_by_every_command(folder: Path, address: str) -> None:
+    path = write_lines(folder / "all.jsonl", [record("one"), record("two", image=[address])])
+    for form in ("published", "swift", "openai"):
+        result = data("convert", path, folder / "out.jsonl", "--to", form)
+        assert result.exit_code == 2
+        assert "line 2: image 1 is named by an address" in result.stderr
+        assert "there" not in result.stderr
+        assert not (folder / "out.jsonl").exists()
+    assert data("check", path).exit_code == 1
+
+
 def test_convert_fills_in_what_records_do_not_name(folder: Path) -> None:
     path = write_lines(folder / "all.jsonl", [record("one"), record("two", organ="heart")])
     data("convert", path, folder / "out.jsonl", "--to", "published", "--organ", "liver", "--language", "en")

@@ -194,11 +194,21 @@ def test_what_cannot_be_trained_is_refused(trained: Path, start: Path, tmp_path:
     flat = split_checkpoint(tmp_path, start, "flat")
     common = ["--data", records, "--output", tmp_path / "run"]
     for arguments, code, problem in (
-        (["--organ", "breast", "--checkpoint", flat], 1, "one organ's cannot be trained alone"),
-        (["--organ", "heart", "--checkpoint", trained / "split"], 1, "has no organ 'heart'"),
-        (["--organ", "breast", "--checkpoint", trained / "split", "--recipe", "paper"], 1, "trains more than gates"),
+        (["--organ", "breast", "--checkpoint", flat], 2, "one organ's cannot be trained alone"),
+        (["--organ", "heart", "--checkpoint", trained / "split"], 2, "has no organ 'heart'"),
+        (["--organ", "breast", "--checkpoint", trained / "split", "--recipe", "paper"], 2, "trains more than gates"),
         (["--organ", "breast", "--checkpoint", trained / "split", "--version", "two"], 2, "no semantic version"),
-        (["--organ", "breast", "--checkpoint", trained / "split", "--base", "9.9.9"], 1, "9.9.9"),
+        (
+            ["--organ", "breast", "--checkpoint", trained / "split", "--version", "1.0.0"],
+            2,
+            "give a later one, like 1.1.0",
+        ),
+        (
+            ["--organ", "breast", "--checkpoint", trained / "split", "--version", "0.9.0"],
+            2,
+            "does not come after 1.0.0",
+        ),
+        (["--organ", "breast", "--checkpoint", trained / "split", "--base", "9.9.9"], 2, "9.9.9"),
         (["--organ", "breast"], 2, "needs --organ and --checkpoint"),
     ):
         done = train_expert(*common, *arguments)

@@ -165,7 +165,7 @@ def test_a_folder_that_holds_something_else_is_left_as_it_is(start: Path, record
     folder.mkdir()
     (folder / "notes").touch()
     code, _, errors = train(*new_run(folder, start, records))
-    assert (code, "is not empty: give another folder" in " ".join(errors.split())) == (1, True)
+    assert (code, "is not empty: give another folder" in " ".join(errors.split())) == (2, True)
     assert [path.name for path in folder.iterdir()] == ["notes"]
 
 
@@ -265,13 +265,13 @@ def test_what_cannot_be_begun_or_resumed_is_refused(
 ) -> None:
     for arguments, code, problem in (
         (["--data", records], 2, "needs --output, and --data or a recipe"),
-        (["--resume", tmp_path], 1, f"has no {RUN_NAME}"),
+        (["--resume", tmp_path], 2, f"has no {RUN_NAME}"),
         (["--resume", uninterrupted, "--data", records], 2, "leave --data, --output and --set out"),
-        (["--from", start, "--fresh", "--data", records, "--output", uninterrupted], 1, "go on with it by --resume"),
-        (["--from", tmp_path, "--data", records, "--output", tmp_path / "a"], 1, "no config.json"),
+        (["--from", start, "--fresh", "--data", records, "--output", uninterrupted], 2, "go on with it by --resume"),
+        (["--from", tmp_path, "--data", records, "--output", tmp_path / "a"], 2, "no config.json"),
         (
             ["--data", tmp_path / "absent.json", "--from", start, "--fresh", "--output", tmp_path / "b"],
-            1,
+            2,
             "No such file",
         ),
         (
@@ -284,6 +284,8 @@ def test_what_cannot_be_begun_or_resumed_is_refused(
         found, _, errors = train(*arguments)
         assert (found, problem in " ".join(errors.split())) == (code, True), errors
         assert "Traceback" not in errors
+    # What cannot be used begins no run, so the mended command can be given again.
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_that_would_not_be_divided_is_refused(start: Path, records: Path, tmp_path: Path) -> None:

@@ -64,6 +64,6 @@ def test_a_tracker_that_is_not_installed_is_named_before_a_run_begins(
     start: Path, records: Path, tmp_path: Path
 ) -> None:
     code, _, errors = train(*new_run(tmp_path / "run", start, records, stages=[STAGE], tracker="mlflow"))
-    assert code == 1
+    assert code == 2
     assert "`pip install mlflow`, or set tracker to none" in " ".join(errors.split())
     assert not (tmp_path / "run").exists()
