@@ -50,6 +50,21 @@ def require_space(destination: Path, nbytes: int) -> None:
 
 
 @contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Puts a file's name into an error that has none: what fails in the middle of writing, as on a full disk.
+
+    Raises:
+        OSError: the one that was raised, with a name.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def new_folder(destination: Path) -> Iterator[Path]:
     """A folder to fill; it becomes `destination` when the block ends well, and is removed when it raises.
 

@@ -254,11 +254,13 @@ def _write_lines(path: Path, records: Iterator[dict[str, Any]], *, as_array: boo
     import os
     import tempfile
 
+    from echovlm_ray.checkpoint.atomic import naming_file
+
     count = 0
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        with naming_file(path), os.fdopen(descriptor, "w", encoding="utf-8") as file:
             for record in records:
                 lead = ("[\n" if not count else ",\n") if as_array else ""
                 file.write(lead + json.dumps(record, ensure_ascii=False) + ("" if as_array else "\n"))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from echovlm_ray.checkpoint.atomic import new_folder
+from echovlm_ray.checkpoint.atomic import naming_file, new_folder
 from echovlm_ray.data.phantom.catalogue import find_class
 from echovlm_ray.data.record import InvalidDataError
 from echovlm_ray.evaluation.items import TEXT_TASKS, Item
@@ -103,11 +103,11 @@ def _write(
     references = directory / "references" / f"{task}_{dataset}.tsv"
     references.parent.mkdir(parents=True, exist_ok=True)
     predictions = folder / PREDICTIONS_FILE
-    with predictions.open("w", encoding="utf-8") as file:
+    with naming_file(predictions), predictions.open("w", encoding="utf-8") as file:
         for item, answer, _ in rows:
             line = {"id": item.id, "response": answer, "model": model, "question": item.request.prompt}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    with references.open("w", encoding="utf-8", newline="") as file:
+    with naming_file(references), references.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
         writer.writerow(["index", "anatomy_location", column])
         for number, (item, _, truth) in enumerate(rows):

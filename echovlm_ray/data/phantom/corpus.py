@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from echovlm_ray.checkpoint.atomic import require_vacant
+from echovlm_ray.checkpoint.atomic import naming_file, require_vacant
 from echovlm_ray.data.phantom.dicom_file import dicom_bytes
 from echovlm_ray.data.phantom.phantom import NOTICE, ImageArray, Phantom, attributes_at, cine_frames, phantom
 from echovlm_ray.data.phantom.records import PhantomTask, Record, records
@@ -98,7 +98,7 @@ def write_corpus(
     separator = "[\n"
     # The records appear under their name when all of them are there.
     unfinished = directory / f"{RECORDS_FILE}.part"
-    with unfinished.open("w", encoding="utf-8") as file:
+    with naming_file(unfinished), unfinished.open("w", encoding="utf-8") as file:
         for found in _written(directory, corpus, workers):
             counts[f"{found[0]['organ']}/{found[0]['attributes']['class']}"] += 1
             for record in found:
