@@ -1,4 +1,4 @@
-"""Makes a folder in one step: it appears whole under its name, or not at all."""
+"""Makes a folder in one step: it appears whole under its name, or not at all. Nothing that is there is replaced."""
 
 import os
 import shutil
@@ -23,6 +23,16 @@ def require_vacant(destination: Path) -> None:
         raise InvalidCheckpointError(f"{destination} exists and is not a folder; give a new folder")
 
 
+def require_vacant_file(destination: Path) -> None:
+    """Checks that a file can be made here: nothing has the name.
+
+    Raises:
+        InvalidCheckpointError: something has.
+    """
+    if destination.exists() or destination.is_symlink():
+        raise InvalidCheckpointError(f"{destination} exists; give a new name, or remove it first")
+
+
 def require_space(destination: Path, nbytes: int) -> None:
     """Checks that the disk has room before hours are spent on filling it.
 
@@ -37,6 +47,21 @@ def require_space(destination: Path, nbytes: int) -> None:
         raise InvalidCheckpointError(
             f"{destination}: {nbytes / 1e9:,.1f} GB are needed and {free / 1e9:,.1f} GB are free; choose another disk"
         )
+
+
+@contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Puts a file's name into an error that has none: what fails in the middle of writing, as on a full disk.
+
+    Raises:
+        OSError: the one that was raised, with a name.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 @contextmanager

@@ -39,7 +39,14 @@ def load_recipe(name: str, settings: list[str] | None = None) -> Recipe:
     try:
         return Recipe.model_validate(document.values)
     except ValidationError as error:
-        problems = {_problem(document, detail): None for detail in error.errors(include_url=False)}
+        details = error.errors(include_url=False)
+        # A list whose only item is wrong counts as empty too, which is not what has to be mended.
+        places = [detail["loc"] for detail in details]
+        problems = {
+            _problem(document, detail): None
+            for detail, place in zip(details, places, strict=True)
+            if not any(other[: len(place)] == place and other != place for other in places)
+        }
         raise DocumentError(sorted(problems, key=lambda problem: document.order(problem.where))) from None
 
 
