@@ -21,6 +21,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 ECHORAY = Path(sys.executable).with_name("echoray")
 START_SECONDS = 180
 STOP_SECONDS = 60
+# The files beside the rollouts' database that are there only while it is in use.
+PASSING = ("-wal", "-shm", ".incoming", ".lock")
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def running(checkpoint: Path, directory: Path, **overrides: dict[str, Any]) -> I
         yield system
     finally:
         leftover = stop(process)
+    leftover += [path.name for path in (checkpoint / "rollouts").glob("*") if path.name.endswith(PASSING)]
     assert not leftover, f"left behind after Ctrl-C: {leftover}"
 
 

@@ -131,9 +131,16 @@ def _serve(config: "Config", options: _Options, console: Console, supervisor: in
     from echovlm_ray.cli.state import ready_at
     from echovlm_ray.cli.supervisor import EXIT_LOST, EXIT_REPLACED, end_family
 
-    request = StopRequest(
-        lambda: _say(console, "\nStopping; requests under way may finish. Ctrl-C again to stop at once."), end_family
-    )
+    deployed = threading.Event()
+
+    def stop() -> None:
+        _say(console, "\nStopping; requests under way may finish. Ctrl-C again to stop at once.")
+        if options.address is None and not deployed.is_set():
+            # Nothing runs yet that must end in order, and Ray's own start cannot be interrupted.
+            end_family()
+            os._exit(EXIT_KILLED)
+
+    request = StopRequest(stop, end_family)
     taken = threading.Event()
 
     def lost(problem: str) -> None:
@@ -161,7 +168,7 @@ def _serve(config: "Config", options: _Options, console: Console, supervisor: in
 
         with (
             _no_exit_from_ray(request),
-            _progress(console) as progress,
+            _progress(console, deployed) as progress,
             serve_system(
                 config,
                 address=options.address,
@@ -214,8 +221,11 @@ def _no_exit_from_ray(request: StopRequest) -> Iterator[None]:
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[Callable[[Mapping[str, bool]], None]]:
-    """Shows which parts are up: on a terminal in one line that changes, otherwise a line for each part."""
+def _progress(console: Console, deployed: threading.Event) -> Iterator[Callable[[Mapping[str, bool]], None]]:
+    """Shows which parts are up: on a terminal in one line that changes, otherwise a line for each part.
+
+    The event is set once there are parts.
+    """
     started = time.monotonic()
     seen: set[str] = set()
     status = console.status("Starting Ray …") if console.is_terminal else None
@@ -225,6 +235,7 @@ def _progress(console: Console) -> Iterator[Callable[[Mapping[str, bool]], None]
         console.print("Starting Ray …")
 
     def show(states: Mapping[str, bool]) -> None:
+        deployed.set()
         up = {name for name, listening in states.items() if listening}
         waiting = [name for name in states if name not in up]
         if status is None:

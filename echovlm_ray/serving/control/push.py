@@ -88,6 +88,9 @@ class PushReceiver:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            # With the last push; making it and the folder in it is one step of the event loop.
+            with suppress(OSError):
+                self._incoming.rmdir()
 
     async def _fill(self, folder: Path, requests: AsyncIterator[control_pb2.PushRequest]) -> None:
         manifest: Manifest | None = None
