@@ -90,6 +90,11 @@ class LocalStore:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
+    @property
+    def exists(self) -> bool:
+        """Whether there is such a folder."""
+        return self._root.exists()
+
     def versions(self) -> list[tuple[str, str]]:
         """The organs and versions that have a folder, whether complete or not.
 
