@@ -133,8 +133,8 @@ def system_named(name: str) -> LocalSystem:
     if len(found) == 1:
         return found[0]
     others = ", ".join(sorted({system.name for system in running_systems() if system.name})) or "none has a name"
-    what = "several systems" if found else "no system"
-    raise ValueError(f"{what} of yours on this machine have the name {name!r} ({others}): name its address instead")
+    what = "several systems of yours on this machine have" if found else "no system of yours on this machine has"
+    raise ValueError(f"{what} the name {name!r} ({others}): name its address instead")
 
 
 def _remove_folder_if_empty() -> None:

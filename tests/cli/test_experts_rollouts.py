@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from echovlm_ray.cli.experts import app
 from echovlm_ray.cli.rollout_words import size_in_words
+from echovlm_ray.cli.state import announced
 from router.rollouts.health import Observation
 from tests.cli.calls import done, done_json, invoke, refused
 from tests.cli.control_server import System, make_bundle
@@ -363,3 +366,22 @@ def test_a_damaged_bundle_is_refused_by_control(system: System, tmp_path: Path) 
     flip_last_byte(bundle)
     assert "experts.safetensors" in refused(system, "push", bundle, code=1)
     assert system.registry.list("lung") == []
+
+
+def test_a_system_is_found_by_its_name(system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("ECHORAY_CONTROL", "127.0.0.1:1")
+    bundle = tmp_path / "breast-7.0.0"
+    make_bundle(bundle, "breast", "7.0.0")
+    with announced("checkpoint", system.address, "127.0.0.1:1", name="team-a"):
+        for arguments in (
+            ["push", str(bundle)],
+            ["stage", "breast", "7.0.0", "--dry-run"],
+            ["list", "--organ", "breast"],
+            ["history"],
+        ):
+            result = CliRunner().invoke(app, [*arguments, "--name", "team-a"])
+            assert result.exit_code == 0, result.output
+        result = CliRunner().invoke(app, ["promote", "heart", "--name", "team-b"])
+    assert result.exit_code == 2
+    assert "no system of yours on this machine has the name 'team-b' (team-a)" in result.stderr
