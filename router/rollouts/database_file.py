@@ -57,7 +57,8 @@ class DatabaseFile:
         except OSError:
             raise RolloutDatabaseLostError(
                 f"the rollouts' database {self.path} was deleted while it was in use, so nothing can be changed: what "
-                "is served stays as it is; restore a backup of it (`echoray experts restore`)"
+                "is served stays as it is; copy a backup of it there, or stop the system and put one back with `echoray "
+                "experts restore`"
             ) from None
         if (found.st_dev, found.st_ino) != (self.device, self.inode):
             raise RolloutDatabaseLostError(
