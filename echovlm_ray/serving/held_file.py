@@ -43,8 +43,10 @@ def hold(path: Path, mode: int) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The one before may have removed the file between the two calls; a lock on that one keeps nobody out.
             if _has_name(descriptor, path):
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+                # On a full disk the file stays without it, and is held all the same.
+                with suppress(OSError):
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
                 return descriptor
         except BlockingIOError:
             content = os.pread(descriptor, 32, 0)

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from echovlm_ray.config import RolloutsSection
 from echovlm_ray.serving.held_file import HeldError, give_back, hold
+from experts.full_disk import NO_ROOM
 from router.errors import RolloutDatabaseError
 
 SQLITE = "sqlite:///"
@@ -142,10 +143,12 @@ class DatabaseLock:
                     "(`echoray stop`), or set rollouts.database to another file"
                 ) from None
             except OSError as error:
-                raise RolloutDatabaseError(
-                    f"{self._path} cannot be made: {error.strerror}; set rollouts.database to a file in a folder that "
-                    "may be written"
-                ) from None
+                remedy = (
+                    "make room there"
+                    if error.errno in NO_ROOM
+                    else "set rollouts.database to a file in a folder that may be written"
+                )
+                raise RolloutDatabaseError(f"{self._path} cannot be made: {error.strerror}; {remedy}") from None
 
     def release(self) -> None:
         """Gives it back, and removes its file; harmless when repeated."""
