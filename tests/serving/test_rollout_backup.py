@@ -286,7 +286,7 @@ def test_a_full_disk_leaves_no_backup(
         return connection  # type: ignore[no-any-return]
 
     monkeypatch.setattr(sqlite3, "connect", small)
-    with pytest.raises(RolloutDatabaseError, match="cannot be copied to .*: database or disk is full"):
+    with pytest.raises(RolloutDatabaseError, match=r"cannot be copied to .*: database or disk is full"):
         back_up(files, tmp_path / "backup.db")
     assert not list(tmp_path.glob("*backup*"))
     assert not list(tmp_path.glob(".*partial*"))
