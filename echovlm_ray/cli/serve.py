@@ -84,7 +84,10 @@ def serve(
         # Held here, above the process that serves: it lasts over a restart.
         with nullcontext() if address else _alone(parsed), known:
             code = supervised(
-                partial(_serve_below, parsed, options, console), restart=restart, say=partial(_say, console)
+                partial(_serve_below, parsed, options, console),
+                restart=restart,
+                say=partial(_say, console),
+                leave=partial(_show_cursor, console),
             )
     raise typer.Exit(code)
 
@@ -206,6 +209,12 @@ def _say(console: Console, *texts: str | Text) -> None:
     # The terminal may be gone.
     with suppress(OSError):
         console.print(*texts)
+
+
+def _show_cursor(console: Console) -> None:
+    """A process that ends at once leaves the terminal as its progress had it."""
+    with suppress(OSError):
+        console.show_cursor()
 
 
 @contextmanager
