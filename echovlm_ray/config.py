@@ -44,7 +44,7 @@ class ContradictionError(ValueError):
 class Section(BaseModel):
     """Base of every section: frozen, and a field that does not exist is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Resources(Section):

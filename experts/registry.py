@@ -210,6 +210,16 @@ class Registry:
                 manifests[known_organ, version] = found[0]
         return sorted(manifests.values(), key=lambda manifest: (manifest.organ, version_key(manifest.version)))
 
+    def check_exists(self) -> None:
+        """Checks that there is a registry, for those to whom an empty one would say that bundles were never there.
+
+        Raises:
+            FileNotFoundError: it is a folder that does not exist, and so are its fallbacks.
+        """
+        stores = [registry._store for registry in (self, *self._fallbacks)]
+        if not any(isinstance(store, RemoteStore) or store.exists for store in stores):
+            raise FileNotFoundError(2, "the folder does not exist")
+
     def is_signed(self, manifest: Manifest) -> bool:
         """Whether a bundle of this registry or a fallback has a signature, good or not."""
         return self._signature(manifest) is not None or any(

@@ -23,6 +23,8 @@ from echovlm_ray.serving.system_secret import channels_to
 ECHORAY = Path(sys.executable).with_name("echoray")
 START_SECONDS = 180
 STOP_SECONDS = 60
+# The files beside the rollouts' database that are there only while it is in use.
+PASSING = ("-wal", "-shm", ".incoming", ".lock")
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ def running(checkpoint: Path, directory: Path, **overrides: dict[str, Any]) -> I
         yield system
     finally:
         leftover = stop(process)
+    leftover += [path.name for path in (checkpoint / "rollouts").glob("*") if path.name.endswith(PASSING)]
     assert not leftover, f"left behind after Ctrl-C: {leftover}"
 
 

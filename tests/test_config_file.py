@@ -64,6 +64,11 @@ def test_what_a_file_says_counts_and_the_rest_keeps_its_default(tmp_path: Path) 
         ("gateway:\n  tls:\n    key: a\n", "2: gateway.tls.certificate is missing: add it, or leave its section out"),
         ("model:\n  dtype: float64\n", "2: model.dtype is 'float64'; it must be 'auto', 'float32' or 'bfloat16'"),
         ("router:\n  max_queue: 0\n", "2: router.max_queue is 0; it must be greater than or equal to 1"),
+        ("rollouts:\n  status_timeout_s: .inf\n", "2: rollouts.status_timeout_s is inf; it must be a finite number"),
+        (
+            "rollouts:\n  thresholds:\n    max_latency_ratio: .nan\n",
+            "3: rollouts.thresholds.max_latency_ratio is nan; it must be a finite number",
+        ),
         ("control:\n  port: 70000\n", "2: control.port is 70000; it must be less than or equal to 65535"),
     ],
 )

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from echovlm_ray.checkpoint.layout import InvalidCheckpointError
+from experts.full_disk import full_disk_named
 
 
 def require_vacant(destination: Path) -> None:
@@ -78,7 +79,8 @@ def new_folder(destination: Path) -> Iterator[Path]:
     destination.absolute().parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=destination.absolute().parent))
     try:
-        yield partial
+        with full_disk_named(destination.absolute().parent):
+            yield partial
         # mkdtemp makes it private; a checkpoint is as readable as any folder that the user makes.
         mask = os.umask(0)
         os.umask(mask)

@@ -91,4 +91,4 @@ def _first_reason(error: ValidationError) -> str:
     field = quoted(".".join(map(str, first["loc"])))
     if first["type"] == "extra_forbidden":
         return f"{field}: is no field of a card; there are {', '.join(BundleCard.model_fields)}"
-    return f"{field}: {first['msg']}"
+    return f"{field}: {first['msg'].removeprefix('Value error, ')}"

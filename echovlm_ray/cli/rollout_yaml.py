@@ -70,6 +70,8 @@ def _problem(document: Document, detail: "ErrorDetails") -> Problem:
         return Problem(document.where(path), f"{field} is unknown; {_suggestion(path)}")
     if detail["type"] == "missing":
         return Problem(document.where(path), f"{field} is missing: add it")
+    if detail["type"] == "string_pattern_mismatch":
+        message = f"of the form {detail['ctx']['pattern']}"
     return Problem(document.where(path), f"{field} is {detail['input']!r}; it must be {message}")
 
 

@@ -90,7 +90,10 @@ def serve(
         # Held here, above the process that serves: it lasts over a restart.
         with nullcontext() if address else _alone(parsed), known:
             code = supervised(
-                partial(_serve_below, parsed, options, console), restart=restart, say=partial(_say, console)
+                partial(_serve_below, parsed, options, console),
+                restart=restart,
+                say=partial(_say, console),
+                leave=partial(_show_cursor, console),
             )
     raise typer.Exit(code)
 
@@ -137,9 +140,16 @@ def _serve(config: "Config", options: _Options, console: Console, supervisor: in
     from echovlm_ray.cli.state import ready_at
     from echovlm_ray.cli.supervisor import EXIT_LOST, EXIT_REPLACED, end_family
 
-    request = StopRequest(
-        lambda: _say(console, "\nStopping; requests under way may finish. Ctrl-C again to stop at once."), end_family
-    )
+    deployed = threading.Event()
+
+    def stop() -> None:
+        _say(console, "\nStopping; requests under way may finish. Ctrl-C again to stop at once.")
+        if options.address is None and not deployed.is_set():
+            # Nothing runs yet that must end in order, and Ray's own start cannot be interrupted.
+            end_family()
+            os._exit(EXIT_KILLED)
+
+    request = StopRequest(stop, end_family)
     taken = threading.Event()
 
     def lost(problem: str) -> None:
@@ -169,7 +179,7 @@ def _serve(config: "Config", options: _Options, console: Console, supervisor: in
 
         with (
             _no_exit_from_ray(request),
-            _progress(console) as progress,
+            _progress(console, deployed) as progress,
             serve_system(
                 config,
                 address=options.address,
@@ -209,6 +219,12 @@ def _say(console: Console, *texts: str | Text) -> None:
         console.print(*texts)
 
 
+def _show_cursor(console: Console) -> None:
+    """A process that ends at once leaves the terminal as its progress had it."""
+    with suppress(OSError):
+        console.show_cursor()
+
+
 @contextmanager
 def _no_exit_from_ray(request: StopRequest) -> Iterator[None]:
     """While it starts, Ray answers SIGTERM by ending the process with a status of its own; this one is ours."""
@@ -222,8 +238,11 @@ def _no_exit_from_ray(request: StopRequest) -> Iterator[None]:
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[Callable[[Mapping[str, bool]], None]]:
-    """Shows which parts are up: on a terminal in one line that changes, otherwise a line for each part."""
+def _progress(console: Console, deployed: threading.Event) -> Iterator[Callable[[Mapping[str, bool]], None]]:
+    """Shows which parts are up: on a terminal in one line that changes, otherwise a line for each part.
+
+    The event is set once there are parts.
+    """
     started = time.monotonic()
     seen: set[str] = set()
     status = console.status("Starting Ray …") if console.is_terminal else None
@@ -233,6 +252,7 @@ def _progress(console: Console) -> Iterator[Callable[[Mapping[str, bool]], None]
         console.print("Starting Ray …")
 
     def show(states: Mapping[str, bool]) -> None:
+        deployed.set()
         up = {name for name, listening in states.items() if listening}
         waiting = [name for name in states if name not in up]
         if status is None:

@@ -3,7 +3,6 @@
 One small file per running `echoray serve`, in a folder that only its user can read.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -55,6 +54,7 @@ def announced(checkpoint: str, control: str, gateway: str, *, name: str = "", ad
         yield
     finally:
         path.unlink(missing_ok=True)
+        _remove_folder_if_empty()
 
 
 @contextmanager
@@ -69,23 +69,35 @@ def claimed(resources: Mapping[str, str]) -> Iterator[None]:
     Raises:
         ValueError: another `echoray serve` of this user has it; the text names that process.
     """
-    from echovlm_ray.serving.rollout_files import holder_of, note_holder
+    from echovlm_ray.serving.held_file import HeldError
 
     with ExitStack() as held:
+        held.callback(_remove_folder_if_empty)
         for resource, remedy in resources.items():
-            name = hashlib.sha256(resource.encode()).hexdigest()[:16]
-            descriptor = os.open(_folder() / f"{name}.claim", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            held.callback(os.close, descriptor)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                pid = holder_of(descriptor)
+                held.enter_context(_held(f"{hashlib.sha256(resource.encode()).hexdigest()[:16]}.claim"))
+            except HeldError as error:
                 raise ValueError(
-                    f"another `echoray serve` (process {pid}) is starting or running here with {resource}: "
-                    f"`echoray stop --pid {pid}` ends it; or {remedy}"
+                    f"another `echoray serve` (process {error.holder}) is starting or running here with {resource}: "
+                    f"`echoray stop --pid {error.holder}` ends it; or {remedy}"
                 ) from None
-            note_holder(descriptor)
         yield
+
+
+@contextmanager
+def _held(name: str) -> Iterator[None]:
+    from echovlm_ray.serving.held_file import give_back, hold
+
+    while True:
+        path = _folder() / name
+        # Another one that ended just now may have removed the folder.
+        with suppress(FileNotFoundError):
+            descriptor = hold(path, 0o600)
+            break
+    try:
+        yield
+    finally:
+        give_back(descriptor, path)
 
 
 def ready_at(pid: int, control: str, gateway: str) -> None:
@@ -121,8 +133,13 @@ def system_named(name: str) -> LocalSystem:
     if len(found) == 1:
         return found[0]
     others = ", ".join(sorted({system.name for system in running_systems() if system.name})) or "none has a name"
-    what = "several systems" if found else "no system"
-    raise ValueError(f"{what} of yours on this machine have the name {name!r} ({others}): name its address instead")
+    what = "several systems of yours on this machine have" if found else "no system of yours on this machine has"
+    raise ValueError(f"{what} the name {name!r} ({others}): name its address instead")
+
+
+def _remove_folder_if_empty() -> None:
+    with suppress(OSError, ValueError):
+        _folder().rmdir()
 
 
 def _folder() -> Path:

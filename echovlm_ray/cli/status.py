@@ -8,7 +8,7 @@ import typer
 from rich.text import Text
 
 from echovlm_ray.cli.answering import NO_ANSWER, problem_as_dict, problem_in_words
-from echovlm_ray.cli.control import explain
+from echovlm_ray.cli.control import SystemName, control_of, explain
 from echovlm_ray.cli.credentials import Authority, Certificate, Key, TokenFile, tls_of, token_of
 from echovlm_ray.cli.tables import Listing
 from echovlm_ray.cli.terminal import console_of, line, name_of, say_json, styled
@@ -38,9 +38,7 @@ def status(
     key: Key = None,
     timeout: Annotated[float, typer.Option(min=0.1, callback=finite, help="Give up after this many seconds.")] = 10.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
-    name: Annotated[
-        str | None, typer.Option(help="The system of this name that you run on this machine, instead of --control.")
-    ] = None,
+    name: SystemName = None,
 ) -> None:
     """Shows every part: its replicas, their addresses and processes, expert versions, queues and memory.
 
@@ -149,17 +147,6 @@ def _print(found: "GetStatusResponse") -> None:
                 console.print(line(f"{application.name}: {replica.problem}"), soft_wrap=True)
     for problem in found.problems:
         console.print(problem_in_words(problem), soft_wrap=True)
-
-
-def control_of(name: str) -> str:
-    """Where the Control of a system of this user's on this machine listens.
-
-    Raises:
-        ValueError: there is no such system.
-    """
-    from echovlm_ray.cli.state import system_named
-
-    return system_named(name).control
 
 
 def _rows(

@@ -376,9 +376,12 @@ def _serves(channels: InnerChannels, address: str, service: str = OVERALL) -> bo
 
 
 def _finish_requests(system: SystemId) -> None:
-    """Ends the gateway, then the router: each finishes what it does while all that it calls is still there."""
+    """Ends the gateway, then the router: each finishes what it does while all that it calls is still there.
+
+    Control closes its database meanwhile, so that SQLite leaves none of its other files beside it.
+    """
     _remove([system.application(GATEWAY)])
-    _remove([system.application(ROUTER)])
+    _remove([system.application(part) for part in (ROUTER, CONTROL)])
 
 
 def _remove(names: Sequence[str]) -> None:

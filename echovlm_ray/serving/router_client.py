@@ -11,6 +11,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from echovlm_ray.errors import DeadlineError, PartUnavailableError
+from echovlm_ray.serving.absence import Absence
 from echovlm_ray.serving.errors import ORGAN_PENDING
 from echovlm_ray.serving.request_id import REQUEST_ID_KEY
 from experts.transport.inner_channel import PLAIN_CHANNELS, InnerChannels
@@ -36,6 +37,7 @@ class RouterClient:
         self._connections = channels
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._in_flight: dict[str, int] = {}
+        self._absence = Absence(RETRY_FOR_S)
 
     async def generate(
         self, request: router_pb2.RouterGenerateRequest, *, deadline: float, request_id: str
@@ -57,7 +59,10 @@ class RouterClient:
         while True:
             reason = "no replica is running"
             address = self._least_busy(lost)
-            if address is not None:
+            if address is None:
+                give_up = min(give_up, self._absence.ends())
+            else:
+                self._absence.is_over()
                 begun = False
                 try:
                     async with aclosing(self._call(address, request, deadline, request_id)) as messages:

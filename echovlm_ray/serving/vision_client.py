@@ -9,6 +9,7 @@ import grpc
 import torch
 
 from echovlm_ray.errors import DeadlineError, PartUnavailableError
+from echovlm_ray.serving.absence import Absence
 from experts.transport.codec import tensor_from_proto
 from experts.transport.inner_channel import InnerChannels
 from protos import vision_pb2, vision_pb2_grpc
@@ -41,6 +42,7 @@ class VisionClient:
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._in_flight: dict[str, int] = {}
         self._closing: set[asyncio.Task[None]] = set()
+        self._absence = Absence(RETRY_FOR_S)
 
     async def encode(
         self,
@@ -71,6 +73,7 @@ class VisionClient:
         while True:
             address = self._least_busy(tried)
             if address is not None:
+                self._absence.is_over()
                 tried.add(address)
                 try:
                     response = await self._call(address, request, deadline)
@@ -86,6 +89,8 @@ class VisionClient:
                     reason = "the replica was lost during the call"
                     continue
             # Every live replica was tried once: their successors need a moment.
+            if not tried and give_up is not None:
+                give_up = min(give_up, self._absence.ends())
             tried.clear()
             if give_up is None or time.monotonic() + RETRY_INTERVAL_S >= give_up:
                 raise PartUnavailableError("the vision encoder", reason)

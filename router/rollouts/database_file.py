@@ -60,12 +60,14 @@ class DatabaseFile:
         except OSError:
             raise RolloutDatabaseLostError(
                 f"the rollouts' database {self.path} was deleted while it was in use, so nothing can be changed: what "
-                "is served stays as it is; restore a backup of it (`echoray experts restore`)"
+                "is served stays as it is; copy a backup of it there, or stop the system and put one back with "
+                "`echoray experts restore`"
             ) from None
         if (found.st_dev, found.st_ino) != (self.device, self.inode):
             raise RolloutDatabaseLostError(
                 f"another file was put in the place of the rollouts' database {self.path} while it was in use, so "
-                "nothing can be changed until Control has opened it: what is served stays as it is"
+                "nothing can be changed until this deployment's own database is there, which Control then opens: what "
+                "is served stays as it is"
             )
 
     def check_log(self) -> None:

@@ -15,7 +15,7 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 class RolloutFile(BaseModel):
     """What `rollout.yaml` holds. Applying it again changes nothing; any change in it makes it another rollout."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # Which organ's experts are replaced, or which new organ is brought.
     organ: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,39}$")]

@@ -13,7 +13,7 @@ Percent = Annotated[float, Field(gt=0, le=100)]
 class Thresholds(BaseModel):
     """When a candidate is rolled back without being asked."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # When a step may end on fewer successful requests of the candidate, lower it; 0 lets time alone end a step.
     min_successes: Annotated[int, Field(ge=0)] = 20
@@ -36,7 +36,7 @@ class Thresholds(BaseModel):
 class Step(BaseModel):
     """One automatic step: a part of the traffic for a time."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # When answers of the candidate shall not reach callers yet, set "shadow".
     mode: Mode = "canary"
@@ -51,7 +51,7 @@ class Step(BaseModel):
 class RolloutPlan(BaseModel):
     """What a rollout does by itself once its candidate is warm."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # When empty, an operator decides about traffic; otherwise these are taken one after another.
     steps: tuple[Step, ...] = ()
@@ -77,7 +77,7 @@ class RolloutPlan(BaseModel):
 class RolloutSettings(BaseModel):
     """How the controller works."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # When a rollout does not bring its own, these decide about automatic rollback.
     thresholds: Thresholds = Thresholds()

@@ -321,7 +321,7 @@ class TestPush:
         assert caught.value.code().name == code
         assert words in str(caught.value.details())
         assert files_of(Path(system.registry.root)) == before
-        assert not files_of(system.files.incoming)
+        assert not system.files.incoming.exists()
 
     async def test_another_bundle_of_a_version_is_refused(
         self, system: ControlSystem, candidates: dict[str, Path]
@@ -340,7 +340,7 @@ class TestPush:
         while not files_of(system.files.incoming):
             await asyncio.sleep(0.01)
         call.cancel()
-        while files_of(system.files.incoming):
+        while system.files.incoming.exists():
             await asyncio.sleep(0.01)
 
 
@@ -419,3 +419,30 @@ async def test_the_history_of_what_is_served_needs_no_registry(
         await system.stub.History(control_pb2.HistoryRequest(organ="spleen"))
     assert caught.value.code() == grpc.StatusCode.NOT_FOUND
     assert "there are breast, heart" in str(caught.value.details())
+
+
+async def test_what_is_served_is_named_and_taken_back_while_the_registry_is_gone(
+    system: ControlSystem, candidates: dict[str, Path]
+) -> None:
+    pushed = await push(system, candidates["good"])
+    await system.stub.Stage(control_pb2.StageRequest(organ="heart", version="1.1.0", **WHO))
+    await system.until("heart", "warm")
+    await system.stub.Promote(control_pb2.OrganRequest(organ="heart", **WHO))
+    await system.until("heart", "stable")
+    root = Path(system.registry.root)
+    root.rename(root.with_name("elsewhere"))
+    found = await system.stub.List(control_pb2.ListRequest())
+    assert "the folder does not exist" in found.registry_problem
+    assert {(bundle.organ, bundle.version, bundle.live) for bundle in found.bundles} == {
+        ("breast", "1.0.0", True),
+        ("heart", "1.0.0", False),
+        ("heart", "1.1.0", True),
+    }
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await system.stub.Stage(control_pb2.StageRequest(organ="heart", version="9.9.9", **WHO))
+    assert "cannot be read: the folder does not exist" in str(caught.value.details())
+    back = await system.stub.RollBackStable(control_pb2.RollBackStableRequest(organ="heart", version="1.1.0", **WHO))
+    assert back.changed
+    while (stable := (await system.stub.List(control_pb2.ListRequest(organ="heart"))).live).id == found.live.id:
+        await asyncio.sleep(0.02)
+    assert pushed.digest not in {member.bundle_digest for member in stable.members}

@@ -84,6 +84,20 @@ def test_one_control_holds_a_database_and_a_killed_one_lets_go(tmp_path: Path) -
         DatabaseLock(path).take(0)
 
 
+def test_the_file_of_a_lock_goes_with_it_and_one_that_is_gone_keeps_nobody_out(tmp_path: Path) -> None:
+    path = tmp_path / "rollouts.db.lock"
+    first, second = DatabaseLock(path), DatabaseLock(path)
+    first.take(0)
+    assert path.read_text() == str(os.getpid())
+    path.unlink()
+    second.take(0)
+    first.release()
+    with pytest.raises(RolloutDatabaseError, match=f"process {os.getpid()}"):
+        DatabaseLock(path).take(0)
+    second.release()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_policy_survives_its_file(tmp_path: Path) -> None:
     path = tmp_path / "new" / "policy.json"
     assert read_policy(path) is None

@@ -18,7 +18,7 @@ from echovlm_ray.serving.control.push import PushReceiver
 from echovlm_ray.serving.control.replays import Replays
 from echovlm_ray.serving.control.state import StateReader, StateWatch
 from echovlm_ray.serving.control.take_up import TakeUp
-from experts.errors import RegistryAwayError
+from experts.errors import RegistryAwayError, UnknownBundleError
 from experts.manifest import Manifest
 from protos import control_pb2, control_pb2_grpc
 from router.errors import RolloutStateError
@@ -137,7 +137,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
         def roll_back() -> Outcome:
             return self._operations.roll_back_stable(
                 request.organ,
-                self._digest(request.organ, request.version, request.digest),
+                self._served_digest(request.organ, request.version, request.digest),
                 actor=request.actor,
                 reason=request.reason,
                 expected=expected_of(request.expected),
@@ -159,7 +159,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
                 "dry_run": request.dry_run,
             }
             if request.version or request.digest:
-                digest = self._digest(request.organ, request.version, request.digest)
+                digest = self._served_digest(request.organ, request.version, request.digest)
                 return self._operations.retire_version(request.organ, digest, **asked)
             if request.organ == self._default_organ:
                 raise RolloutStateError(
@@ -251,6 +251,28 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
             raise InvalidRequestError("digest", f"is of a bundle of {manifest.organ!r}, not of {organ[:64]!r}")
         return digest
 
+    def _served_digest(self, organ: str, version: str, digest: str) -> str:
+        """The same of a bundle that is or was served, which is known while the registry is away too."""
+        try:
+            return self._digest(organ, version, digest)
+        except (UnknownBundleError, RegistryAwayError):
+            for manifest in self._served(organ):
+                if version in ("", manifest.version) and digest in ("", manifest.digest):
+                    return manifest.digest
+            raise
+
+    def _served(self, organ: str | None) -> list[Manifest]:
+        """The bundles that are stable, were, or are candidates, as far as the registry or a copy knows them."""
+        snapshot = self._store.snapshot()
+        digests = [
+            digest
+            for live in snapshot.organs
+            if organ in (None, live.organ)
+            for digest in (*live.previous, live.stable_digest)
+        ]
+        digests += [rollout.digest for rollout in snapshot.in_flight if organ in (None, rollout.organ)]
+        return self._catalogue.known(dict.fromkeys(digests))
+
     def _in_use(self) -> set[str]:
         return {live.stable_digest for live in self._store.snapshot().organs}
 
@@ -281,8 +303,8 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
         try:
             return self._catalogue.list(organ), ""
         except RegistryAwayError as error:
-            # What is served does not need it.
-            return [], str(error)
+            # What is served does not need it, and its versions are known from the copies.
+            return self._served(organ), str(error)
 
     def _check_organ(self, organ: str) -> None:
         """Refuses an organ that nothing knows; the registry is asked only of one that was never served or staged."""

@@ -390,6 +390,7 @@ def cause(overview: "ApplicationStatusOverview") -> str:
 
 
 def brief(message: str) -> str:
-    """The last line of a message: of a trace, the exception's own words."""
+    """A message on one line; of a trace the last one, which has the exception's own words."""
     lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-    return lines[-1][:MAX_MESSAGE] if lines else ""
+    traced = any(line.startswith(("Traceback", 'File "')) for line in lines)
+    return (lines[-1] if traced else " ".join(lines))[:MAX_MESSAGE]
