@@ -303,7 +303,7 @@ def test_a_candidate_that_its_thresholds_take_back_ends_the_waiting(system: Syst
         (("organ: heart", "organs: heart"), 1, "organs is unknown; did you mean organ?"),
         (("min_requests: 10", "min_requests: ten"), 10, "thresholds.min_requests is 'ten'"),
         (("version: 1.1.0\n", "version: 1.1.0\ndigest: " + "a" * 64 + "\n"), 2, "and not both"),
-        (("reason: finer valves", "version: 1.1.0"), 3, "version occurs twice; the first is in line 2"),
+        (("reason: finer valves", "version: 1.1.0"), 3, "version occurs twice: keep one of them"),
         (("organ: heart", "organ: ["), 3, "is no YAML here"),
     ],
 )
