@@ -19,7 +19,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 
 from benchmarks.demo_swap_callers import LEFT_OUT, ORGAN, Question, ask_all, callers, draw_questions
@@ -34,6 +33,7 @@ from echovlm_ray.client import EchoVLMError
 from echovlm_ray.client.control import ExpertControlClient
 from echovlm_ray.data.phantom.catalogue import all_classes
 from echovlm_ray.data.phantom.corpus import Corpus, write_corpus
+from echovlm_ray.yaml_document import write_yaml
 from experts.registry import Registry
 
 BEFORE, AFTER = "1.0.0", "1.1.0"
@@ -74,7 +74,7 @@ def write_rollout(path: Path, dataset: Path) -> None:
         "steps": [{"percent": 50, "hold_s": 3, "min_successes": 10}],
         "promote": True,
     }
-    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    write_yaml(path, content)
 
 
 def run(options: argparse.Namespace, work: Path, console: Console) -> Findings:

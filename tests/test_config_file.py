@@ -141,7 +141,7 @@ def test_experts_in_the_router_need_no_gpu_of_their_own() -> None:
 
 def test_a_field_that_occurs_twice_is_refused(tmp_path: Path) -> None:
     found = errors_of(tmp_path, "gateway:\n  port: 1\n  host: 127.0.0.1\n  port: 2\n")
-    assert found == ["4: gateway.port occurs twice; the first is in line 2: keep one of them"]
+    assert found == ["4: is no YAML here: port occurs twice: keep one of them"]
 
 
 @pytest.mark.parametrize(("text", "line"), [("gateway: [\n", 2), ("a: b: c\n", 1), ("- 1\n", 1)])

@@ -307,7 +307,7 @@ def test_a_candidate_that_its_thresholds_take_back_ends_the_waiting(system: Syst
         (("organ: heart", "organ: Heart"), 1, "organ is 'Heart'; it must be of the form ^[a-z]"),
         (("min_requests: 10", "min_requests: ten"), 10, "thresholds.min_requests is 'ten'"),
         (("version: 1.1.0\n", "version: 1.1.0\ndigest: " + "a" * 64 + "\n"), 2, "and not both"),
-        (("reason: finer valves", "version: 1.1.0"), 3, "version occurs twice; the first is in line 2"),
+        (("reason: finer valves", "version: 1.1.0"), 3, "version occurs twice: keep one of them"),
         (("organ: heart", "organ: ["), 3, "is no YAML here"),
     ],
 )
