@@ -14,6 +14,9 @@ import torch
 from benchmarks.gate_system import GateSystem, gate_system
 from echovlm_ray.checkpoint.layout import registry_root
 from echovlm_ray.cli.main import app
+from echovlm_ray.evaluation import asking
+from echovlm_ray.evaluation.settings import Patience
+from echovlm_ray.serving.gates import questions
 from experts.bundle_writer import write_bundle
 from experts.registry import Registry
 from router.rollouts.gates import EvaluationInterruptedError, Gate, GateRun, UnusableGateError, decide
@@ -114,6 +117,17 @@ def test_a_cancelled_evaluation_ends_at_once_and_leaves_nothing(
     with pytest.raises(EvaluationInterruptedError):
         system.evaluator.evaluate(run)
     assert system.engine.queue_length == 0
+
+
+def test_too_little_time_for_questions_is_a_reason_to_try_again(
+    system: GateSystem, versions: dict[str, str], dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system.offer(ORGAN, versions["equal"])
+    gate = system.evaluator.declare(gate_of(dataset))
+    monkeypatch.setattr(questions, "PATIENCE", Patience(concurrency=1, timeout_s=0.01, patience_s=60))
+    monkeypatch.setattr(asking, "TRIES", 1)
+    with pytest.raises(EvaluationInterruptedError, match="DeadlineExceededError"):
+        system.evaluator.evaluate(run_of(system, gate, versions["equal"]))
 
 
 def emptied(records: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from echovlm_ray.client import AsyncEchoVLMClient, EchoVLMError
+from echovlm_ray.client import AsyncEchoVLMClient, DeadlineExceededError, EchoVLMError
 from echovlm_ray.config import GatewaySection, RouterSection
 from echovlm_ray.data.media import UnusableImageError
 from echovlm_ray.errors import PartUnavailableError
@@ -85,9 +85,11 @@ class Questioner:
             outcome = await self._ask(run, dataset, processor, digest, pace, before, total)
             if outcome.failed:
                 reasons = ", ".join(f"{name} {count} times" for name, count in sorted(outcome.failed.items()))
-                raise UnusableGateError(
-                    f"the version {digest[:12]}… did not answer every question: {reasons}; the routers' logs say why"
-                )
+                text = f"the version {digest[:12]}… did not answer every question: {reasons}; the routers' logs say why"
+                if set(outcome.failed) == {DeadlineExceededError.__name__}:
+                    # So it is where callers leave it no time, and a later try may find more.
+                    raise EvaluationInterruptedError(text)
+                raise UnusableGateError(text)
             said = outcome.answers["model"]
             if refused := next((answer.refused for answer in said.values() if answer.refused), ""):
                 raise UnusableGateError(f"the service refuses a question of the dataset: {refused}")
