@@ -70,8 +70,6 @@ def _started_in(folder: Path, config: Config) -> Iterator[None]:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-        # Ray has made it 0777.
-        folder.chmod(0o700)
         _start_serve()
         yield
     finally:
