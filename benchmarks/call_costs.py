@@ -9,6 +9,7 @@ with the libraries of this one. Writes `benchmarks/results/call_costs.md`.
 import argparse
 import asyncio
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -107,8 +108,7 @@ def decode_rates(
         SystemFailedError: one of them failed.
     """
     found = {name: {count: list[float]() for count in streams} for name in checkouts}
-    arguments = ["-m", "benchmarks.systems.served", "--checkpoint", str(checkpoint.split.absolute())]
-    arguments += ["--threads", "1", "--max-batch-size", str(MAX_BATCH_SIZE)]
+    arguments = ["-m", "benchmarks.systems.served", "--threads", "1", "--max-batch-size", str(MAX_BATCH_SIZE)]
 
     def rate(system: MeasuredSystem, count: int, tokens: int, seed: str) -> float:
         workload = random_workload(
@@ -122,11 +122,18 @@ def decode_rates(
         return system.run(workload).decode_tokens_per_s
 
     with ExitStack() as stack:
+        # Every system keeps the state of its rollouts beside its checkpoint.
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=checkpoint.split.parent)))
         systems = {}
         for name, root in checkouts.items():
+            shutil.copytree(
+                checkpoint.split, folder / name, copy_function=os.link, ignore=shutil.ignore_patterns("rollouts")
+            )
             # Ray's workers find the packages by it too.
             environment = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-            systems[name] = stack.enter_context(MeasuredSystem(arguments, environment, root=root))
+            systems[name] = stack.enter_context(
+                MeasuredSystem([*arguments, "--checkpoint", str(folder / name)], environment, root=root)
+            )
             systems[name].wait_until_ready()
             for count in streams:
                 rate(systems[name], count, WARM_UP_TOKENS, "warm-up")

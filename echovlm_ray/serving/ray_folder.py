@@ -1,7 +1,7 @@
 """Where a Ray of our own keeps its sockets and logs: a folder that no other user may enter.
 
-Ray gives its folders mode 0777, so that anyone could rename a socket or have a log written where he likes. The folder
-above is closed to all but this user.
+Ray gives its folders mode 0777, this one among them and again and again, so that anyone could rename a socket or have a
+log written where he likes. The folder above is closed to all but this user.
 """
 
 import logging
