@@ -86,7 +86,7 @@ class ThreadDecoders(DecoderPool):
     async def start(self) -> None:
         """The threads are there."""
 
-    async def decode(self, content: bytes, *, field: str, request_id: str = "") -> DecodedImage:
+    async def decode(self, content: bytes, *, field: str, request_id: str = "", caller: bytes = b"") -> DecodedImage:
         """What a decoder process does."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._decode_here, content, field)
 

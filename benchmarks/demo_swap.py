@@ -2,7 +2,7 @@
 
 Serves the demo with `breast 1.0.0`, whose experts have never seen a simple cyst in a breast, and asks for reports about
 phantoms of a seed that training did not use. Then, while callers go on asking without pause, a rollout file takes
-`breast 1.1.0` through a canary to all of the traffic. Afterwards the same questions are asked again:
+`breast 1.1.0` through its gates and a canary to all of the traffic. Afterwards the same questions are asked again:
 the reports about cysts should be right now, and those about other organs the same to the letter.
 
 Writes `demo_swap.md`, `.json`, two pictures and the history into a folder, and ends with status 1 if anything is not as
@@ -19,7 +19,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 
 from benchmarks.demo_swap_callers import LEFT_OUT, ORGAN, Question, ask_all, callers, draw_questions
@@ -32,6 +31,9 @@ from echovlm_ray.checkpoint.demo import make_demo
 from echovlm_ray.checkpoint.layout import OrganEntry, registry_root, write_index
 from echovlm_ray.client import EchoVLMError
 from echovlm_ray.client.control import ExpertControlClient
+from echovlm_ray.data.phantom.catalogue import all_classes
+from echovlm_ray.data.phantom.corpus import Corpus, write_corpus
+from echovlm_ray.yaml_document import write_yaml
 from experts.registry import Registry
 
 BEFORE, AFTER = "1.0.0", "1.1.0"
@@ -54,28 +56,38 @@ def serve_before(checkpoint: Path) -> None:
     write_index(checkpoint, index.model_copy(update={"organs": organs}))
 
 
-def write_rollout(path: Path) -> None:
-    """Writes the rollout file: a canary, then all of the traffic."""
+def write_rollout(path: Path, dataset: Path) -> None:
+    """Writes the rollout file: what the candidate must know, then a canary, then all of the traffic."""
     content = {
         "organ": ORGAN,
         "version": AFTER,
         "reason": "has learnt the simple cyst",
+        "gates": [
+            {
+                "dataset": str(dataset),
+                "metric": "attribute_f1",
+                "organ": ORGAN,
+                "at_least": 0.8,
+                "not_below_incumbent_by": 0.01,
+            }
+        ],
         "steps": [{"percent": 50, "hold_s": 3, "min_successes": 10}],
         "promote": True,
     }
-    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    write_yaml(path, content)
 
 
 def run(options: argparse.Namespace, work: Path, console: Console) -> Findings:
     """Serves, asks, swaps under load, and asks again."""
     started = time.monotonic()
-    checkpoint, rollout = work / "checkpoint", work / "rollout.yaml"
+    checkpoint, dataset, rollout = work / "checkpoint", work / "gate", work / "rollout.yaml"
     console.rule("Serving the demo with breast 1.0.0", style="dim")
     serve_before(checkpoint)
     with MeasuredSystem(["-m", "benchmarks.systems.gateway", "--checkpoint", str(checkpoint)], {}) as system:
         # The phantoms are drawn while the system starts.
         questions = draw_questions(options.seed, options.cysts, options.breasts, options.others)
-        write_rollout(rollout)
+        draw_gate(dataset, options.seed + 3, options.gate)
+        write_rollout(rollout, dataset / "records.json")
         ready = system.wait_until_ready()
         with ExpertControlClient(ready["control"]) as control, ControlWatch(control, ORGAN) as watch:
             control_option = ("--control", str(ready["control"]))
@@ -134,6 +146,12 @@ def mixed(questions: Sequence[Question]) -> list[Question]:
     return random.Random(0).sample(questions, len(questions))
 
 
+def draw_gate(directory: Path, seed: int, pictures: int) -> None:
+    """Writes the dataset of the gate: the breast's classes in turn, with the one that was left out."""
+    classes = tuple(pair for pair in all_classes() if pair[0] == ORGAN)
+    write_corpus(directory, Corpus(seed, range(pictures), classes, languages=("en",)))
+
+
 def write_results(found: Findings, folder: Path) -> str:
     """Writes all there is to see; the table."""
     lines = [f"# {ORGAN} {found.versions[0]} replaced by {found.versions[1]} under load", "", *table(found), ""]
@@ -166,9 +184,10 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--breasts", type=int, default=24, help=f"pictures of {ORGAN}'s other classes (default: %(default)s)"
     )
     parser.add_argument("--others", type=int, default=72, help="pictures of the other organs (default: %(default)s)")
+    parser.add_argument("--gate", type=int, default=16, help="pictures of the gate's dataset (default: %(default)s)")
     parser.add_argument("--callers", type=int, default=4, help="that ask without pause (default: %(default)s)")
     options = parser.parse_args(arguments)
-    for name in ("cysts", "breasts", "others", "callers"):
+    for name in ("cysts", "breasts", "others", "gate", "callers"):
         if getattr(options, name) < 1:
             parser.error(f"--{name}: at least 1")
     if options.seed < 0:

@@ -6,15 +6,24 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
+
+from echovlm_ray.serving.system_secret import channels_to
+
 ECHORAY = Path(sys.executable).with_name("echoray")
 
 
 @dataclass(frozen=True, slots=True)
 class RunningPart:
-    """A process, and the address of its gRPC server."""
+    """A process, the address of its gRPC server, and the deployment that it belongs to."""
 
     pid: int
     endpoint: str
+    identity: str = ""
+
+    def connect(self) -> grpc.Channel:
+        """A channel to a part that serves the other parts only."""
+        return channels_to(self.identity).blocking(self.endpoint)
 
 
 def first_replicas(control: str) -> dict[str, RunningPart]:
@@ -27,7 +36,7 @@ def first_replicas(control: str) -> dict[str, RunningPart]:
     # It ends with 1 where some part does not run.
     status = json.loads(subprocess.run(command, capture_output=True).stdout)
     return {
-        application["name"]: RunningPart(int(replica["pid"]), replica["endpoint"])
+        application["name"]: RunningPart(int(replica["pid"]), replica["endpoint"], status["identity"])
         for application in status["applications"]
         for replica in application["replicas"][:1]
     }

@@ -159,9 +159,9 @@ class ControlWatch(AbstractContextManager["ControlWatch"]):
 class ExpertsView(AbstractContextManager["ExpertsView"]):
     """What an organ's replica holds. It is asked itself: Control would ask every replica and read the registry."""
 
-    def __init__(self, endpoint: str) -> None:
-        """Connects when first asked."""
-        self._channel = grpc.insecure_channel(endpoint)
+    def __init__(self, channel: grpc.Channel) -> None:
+        """Takes the channel to the replica, and closes it in the end."""
+        self._channel = channel
         self._stub = status_pb2_grpc.ReplicaStatusStub(self._channel)
 
     def wait_until_alone(self, digest: str) -> float:
@@ -188,9 +188,9 @@ class ExpertsView(AbstractContextManager["ExpertsView"]):
 class RouterView(AbstractContextManager["RouterView"]):
     """What the router would do with a new request for an organ. Asking computes nothing, so it is no load."""
 
-    def __init__(self, endpoint: str, organ: str) -> None:
-        """Connects when first asked."""
-        self._channel = grpc.insecure_channel(endpoint)
+    def __init__(self, channel: grpc.Channel, organ: str) -> None:
+        """Takes the channel to the router, and closes it in the end."""
+        self._channel = channel
         self._stub = router_pb2_grpc.RouterStub(self._channel)
         self._hints = router_pb2.OrganHints(organs=[organ])
 

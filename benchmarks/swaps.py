@@ -66,8 +66,8 @@ def measure(options: argparse.Namespace, checkpoint: Path, work: Path, console: 
             progress.update(task, description="pushing the versions")
             versions = push_versions(control, source, work)
             parts = first_replicas(ready["control"])
-            router = stack.enter_context(RouterView(parts["router"].endpoint, options.organ))
-            experts = stack.enter_context(ExpertsView(parts[f"expert-{options.organ}"].endpoint))
+            router = stack.enter_context(RouterView(parts["router"].connect(), options.organ))
+            experts = stack.enter_context(ExpertsView(parts[f"expert-{options.organ}"].connect()))
             swapper = Swapper(router, experts, control, watch, options.organ, versions)
             watched = ("router", "control", f"expert-{options.organ}")
             processes = {part: psutil.Process(parts[part].pid) for part in watched}

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from echovlm_ray.hosts import is_loopback
 from router.rollouts.settings import RolloutSettings
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -30,8 +31,6 @@ TEXT_TOKENS = 512
 MAX_INTERNAL_BYTES = 255 * 1024 * 1024
 MAX_REQUEST_BYTES = 2**31 - 2 * 1024 * 1024
 
-LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
-
 
 class ContradictionError(ValueError):
     """Two fields cannot both be as they are. The text names both and the ways out."""
@@ -45,7 +44,7 @@ class ContradictionError(ValueError):
 class Section(BaseModel):
     """Base of every section: frozen, and a field that does not exist is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Resources(Section):
@@ -104,6 +103,19 @@ class DecodersSection(Section):
     max_memory_bytes: Annotated[int, Field(ge=64 * 1024 * 1024)] = 1024 * 1024 * 1024
 
 
+class QuotaSection(Section):
+    """What one caller may take of each gateway replica; what is not set is not limited but as it says."""
+
+    # When one caller shall have fewer requests under way at once, give a number; when unset, all of
+    # gateway.max_requests but a sixteenth, so that the others always find a place.
+    concurrent: PositiveInt | None = None
+    # When one caller shall send fewer requests, give how many a minute; those that it saved up are at most that many.
+    requests_per_minute: PositiveInt | None = None
+    # When one caller shall compute less, give how many tokens a minute, prompts and answers together. A request is let
+    # in while there are any left; what it takes beyond them is owed.
+    tokens_per_minute: PositiveInt | None = None
+
+
 class GatewaySection(Section):
     """The public gRPC server: what it listens on, and the limits of a request."""
 
@@ -144,6 +156,11 @@ class GatewaySection(Section):
     # once for all of them. "token" does so for each token, so that the time to the first word tells no caller what
     # another one asked. Where callers show no credentials they share in either case.
     share_caches: Literal["token", "all"] = "token"
+    # When callers shall be limited, give what each may take: a caller is a token, or a client certificate.
+    quota: QuotaSection = QuotaSection()
+    # When some callers may take more or less than that, name them: as the token file does behind the token, or as the
+    # certificate does.
+    quotas: dict[str, QuotaSection] = {}
     decoders: DecodersSection = DecodersSection()
     resources: Resources = Resources()
 
@@ -316,6 +333,7 @@ class Config(Section):
         self._check_tokens()
         self._check_pictures()
         self._check_listeners()
+        self._check_quotas()
         self._check_devices()
         self._check_signatures()
         self._check_dtypes()
@@ -401,11 +419,21 @@ class Config(Section):
 
     def _check_listeners(self) -> None:
         for name, server in (("gateway", self.gateway), ("control", self.control)):
-            if server.tls is None and server.host not in LOOPBACK_HOSTS:
+            if is_loopback(server.host):
+                continue
+            if server.tls is None:
                 raise ContradictionError(
                     f"{name}.host is {server.host!r}, which other machines can reach, but {name}.tls is not set: "
                     "configure certificates, or listen on 127.0.0.1",
                     f"{name}.host",
+                    f"{name}.tls",
+                )
+            if server.token_file is None and server.tls.client_authority is None:
+                raise ContradictionError(
+                    f"{name}.host is {server.host!r}, which other machines can reach, and nothing says who may call: "
+                    f"set {name}.token_file or {name}.tls.client_authority, or listen on 127.0.0.1",
+                    f"{name}.host",
+                    f"{name}.token_file",
                     f"{name}.tls",
                 )
         if self.gateway.port and self.gateway.port == self.control.port:
@@ -413,6 +441,17 @@ class Config(Section):
                 f"gateway.port and control.port are both {self.gateway.port}: change one",
                 "control.port",
                 "gateway.port",
+            )
+
+    def _check_quotas(self) -> None:
+        gateway = self.gateway
+        known = gateway.token_file is not None or (gateway.tls is not None and gateway.tls.client_authority is not None)
+        if not known and (gateway.quota != QuotaSection() or gateway.quotas):
+            raise ContradictionError(
+                "gateway.quota and gateway.quotas go by callers, but callers show no credentials: set "
+                "gateway.token_file or gateway.tls.client_authority",
+                "gateway.quota",
+                "gateway.token_file",
             )
 
     def _check_signatures(self) -> None:

@@ -1,12 +1,13 @@
 """Reads a YAML file together with the line of every key and value, so that errors can say where."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from yaml import Node
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import YAMLError
 
 KeyPath = tuple[str, ...]
 
@@ -57,6 +58,38 @@ class Document:
         return (name, int(line)) if line.isdecimal() else (where, 0)
 
 
+class NotYamlError(ValueError):
+    """A text is no YAML, or holds a key twice.
+
+    Attributes:
+        line: where, counted from 1; None where that is not known.
+        reason: what is wrong there.
+    """
+
+    def __init__(self, line: int | None, reason: str) -> None:
+        """Says both."""
+        super().__init__(reason if line is None else f"line {line}: {reason}")
+        self.line = line
+        self.reason = reason
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a text in YAML 1.2, which JSON is too; None for an empty one.
+
+    Raises:
+        NotYamlError: it is no YAML, holds several documents, or a key twice.
+    """
+    return _load(YAML(typ="safe", pure=True), text)
+
+
+def write_yaml(path: Path, value: Any) -> None:
+    """Writes what `parse_yaml` reads back."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment] # declared as None
+    yaml.dump(value, path)
+
+
 def read_document(path: Path, content: str) -> Document:
     """The values of a file; none for an empty one.
 
@@ -67,8 +100,6 @@ def read_document(path: Path, content: str) -> Document:
     Raises:
         DocumentError: it cannot be read, is no YAML, holds something else, or a key twice.
     """
-    import yaml
-
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -76,43 +107,47 @@ def read_document(path: Path, content: str) -> Document:
         raise DocumentError([Problem(str(path), f"cannot be read: {reason}")]) from None
     document = Document(str(path), {}, {})
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = str(path) if mark is None else f"{path}:{mark.line + 1}"
-        reason = getattr(error, "problem", None) or "cannot be parsed"
-        raise DocumentError([Problem(where, f"is no YAML here: {reason}")]) from None
+        values = parse_yaml(text)
+        with_lines = _load(YAML(pure=True), text)
+    except NotYamlError as error:
+        where = str(path) if error.line is None else f"{path}:{error.line}"
+        raise DocumentError([Problem(where, f"is no YAML here: {error.reason}")]) from None
     if values is None:
         return document
     if not isinstance(values, dict):
         raise DocumentError([Problem(f"{path}:1", f"must hold {content}")])
-    problems = [
-        Problem(f"{path}:{line}", f"{field} occurs twice; the first is in line {first}: keep one of them")
-        for field, line, first in _index(root, (), str(path), document.lines)
-    ]
-    if problems:
-        raise DocumentError(problems)
     document.values = values
+    _note_lines(with_lines, (), document, set())
     return document
 
 
-def _index(node: "Node | None", path: KeyPath, file: str, lines: dict[KeyPath, str]) -> Iterator[tuple[str, int, int]]:
-    """Notes every line; yields keys that occur twice, which YAML would pass over in silence."""
-    import yaml
+def _load(yaml: YAML, text: str) -> Any:
+    try:
+        return yaml.load(text)
+    except DuplicateKeyError as error:
+        key = error.problem.partition('"')[2].partition('"')[0]
+        raise NotYamlError(error.problem_mark.line + 1, f"{key} occurs twice: keep one of them") from None
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        reason = getattr(error, "problem", None) or str(error)
+        raise NotYamlError(None if mark is None else mark.line + 1, reason) from None
+    except RecursionError:
+        raise NotYamlError(None, "it is nested too deeply") from None
+    except ValueError as error:
+        # A date that does not exist.
+        raise NotYamlError(None, str(error)) from None
 
-    if isinstance(node, yaml.SequenceNode):
-        for number, item in enumerate(node.value):
-            lines[*path, str(number)] = f"{file}:{item.start_mark.line + 1}"
-            yield from _index(item, (*path, str(number)), file, lines)
-    if not isinstance(node, yaml.MappingNode):
+
+def _note_lines(value: object, path: KeyPath, document: Document, seen: set[int]) -> None:
+    # What aliases stand for is noted once: there may be many of them, and one may stand for what it is in.
+    if id(value) in seen:
         return
-    seen: dict[str, int] = {}
-    for key, value in node.value:
-        name, line = str(key.value), key.start_mark.line + 1
-        inner = (*path, name)
-        if name in seen:
-            yield ".".join(inner), line, seen[name]
-        seen[name] = line
-        lines[inner] = f"{file}:{line}"
-        yield from _index(value, inner, file, lines)
+    seen.add(id(value))
+    children: dict[str, tuple[int, object]] = {}
+    if isinstance(value, CommentedMap):
+        children = {str(key): (value.lc.key(key)[0], child) for key, child in value.items() if key in value.lc.data}
+    elif isinstance(value, CommentedSeq):
+        children = {str(index): (value.lc.item(index)[0], child) for index, child in enumerate(value)}
+    for name, (line, child) in children.items():
+        document.lines[*path, name] = f"{document.name}:{line + 1}"
+        _note_lines(child, (*path, name), document, seen)

@@ -6,6 +6,7 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from experts.bundle import Bundle
+from experts.errors import InvalidBundleError, UnknownBundleError
 from experts.registry import DEFAULT_CACHE_BYTES, Registry
 
 
@@ -45,6 +46,8 @@ class BundleSource(BaseModel):
     folder: Path | None = None
     registry: RegistryLocation | None = None
     digest: str | None = None
+    # A folder with a copy of the registry's bundle, which is taken where the registry cannot give it.
+    copy_folder: Path | None = None
 
     @model_validator(mode="after")
     def _is_one_place(self) -> Self:
@@ -64,4 +67,21 @@ class BundleSource(BaseModel):
             return Bundle.open(self.folder)
         assert self.registry is not None
         assert self.digest is not None
-        return self.registry.open().open(self.digest)
+        try:
+            return self.registry.open().open(self.digest)
+        except (UnknownBundleError, OSError):
+            copied = self._copy()
+            if copied is None:
+                raise
+            return copied
+
+    def _copy(self) -> Bundle | None:
+        """The copy, if it is whole."""
+        if self.copy_folder is None or not self.copy_folder.is_dir():
+            return None
+        try:
+            bundle = Bundle.open(self.copy_folder)
+        except InvalidBundleError:
+            return None
+        whole = all(path.is_file() for path in bundle.locations.values())
+        return bundle if whole and bundle.digest == self.digest else None

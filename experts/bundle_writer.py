@@ -23,6 +23,7 @@ from experts.bundle_layout import (
     probe_tensors,
     prototype_tensors,
 )
+from experts.full_disk import full_disk_named
 from experts.kernels.base import ExpertWeights
 from experts.manifest import MANIFEST_NAME, BundleDescription, FileEntry, Manifest
 from experts.probe import NormWeight, ProbeSource
@@ -140,7 +141,8 @@ def new_bundle_folder(directory: Path) -> Iterator[Path]:
         raise FileExistsError(f"{directory} exists; bundles are never changed in place")
     partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
     try:
-        yield partial
+        with full_disk_named(directory.absolute().parent):
+            yield partial
         partial.chmod(0o755)
         partial.rename(directory)
     except BaseException:

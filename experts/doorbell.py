@@ -1,20 +1,28 @@
 """The token loop for callers on the same host: a Unix socket that only says what is ready, and memory that they share.
 
-The socket is an abstract one, so no file is left when the process is killed. Any user of the host may knock; whoever
-wants to be served must first show memory that belongs to this process's user.
+The socket lies in a folder that only this process's user may enter, so the kernel refuses every other user. A stream
+must carry the system's secret before it is read, and its first message must show memory that belongs to this process's
+user.
 """
 
+import errno
 import logging
 import secrets
+import socket
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 
 import grpc
 
 from experts.errors import InvalidTensorError
 from experts.exchanges import Exchanges
+from experts.private_folder import MAX_SOCKET_PATH, private_folder
 from experts.transport import wire
 from experts.transport.attached_memory import AttachedMemory
 from experts.transport.grpc_core import DirectServer, ServerStream, missing
+from experts.transport.secret import NO_SECRET, SystemSecret
 from protos import expert_pb2
 
 logger = logging.getLogger(__name__)
@@ -24,6 +32,8 @@ FORWARD = "/echovlm.v1.ExpertGroup/Forward"
 _MAX_MESSAGE_BYTES = 256 * 1024 * 1024
 # Without memory to share a stream says nothing but that it has some.
 _MAX_ATTACH_BYTES = 1024
+# A socket that is older and at which nobody listens was left by a process that was killed.
+_LEFT_BEHIND_S = 60.0
 _OPTIONS = (
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
@@ -40,7 +50,13 @@ class Doorbell:
     """
 
     def __init__(
-        self, exchanges: Exchanges, pool: ThreadPoolExecutor, *, instance: str, inline_multiply_adds: int
+        self,
+        exchanges: Exchanges,
+        pool: ThreadPoolExecutor,
+        *,
+        instance: str,
+        inline_multiply_adds: int,
+        secret: SystemSecret = NO_SECRET,
     ) -> None:
         """Listens.
 
@@ -50,6 +66,7 @@ class Doorbell:
             instance: tells this process from others.
             inline_multiply_adds: an exchange of at most this many is computed by the thread that reads the socket when
                 nothing else is under way.
+            secret: what every stream must carry; without one, every process of this user is served.
         """
         self.address = ""
         self._exchanges = exchanges
@@ -57,13 +74,16 @@ class Doorbell:
         self._instance = instance
         self._inline_multiply_adds = inline_multiply_adds
         self._server: DirectServer | None = None
+        self._path: Path | None = None
         if reason := missing():
             logger.warning("no shared memory for callers on this host, tensors travel in the messages: %s", reason)
             return
-        address = f"unix-abstract:echovlm-{exchanges.group.organ}-{secrets.token_hex(8)}"
+        admits = secret.matches if secret.text else None
         try:
-            self._server = DirectServer(address, FORWARD, self._accept, _OPTIONS)
-        except OSError as error:
+            self._path = _new_socket_path()
+            address = f"unix:{self._path}"
+            self._server = DirectServer(address, FORWARD, self._accept, _OPTIONS, admits)
+        except (OSError, ValueError) as error:
             logger.warning("no shared memory for callers on this host, tensors travel in the messages: %s", error)
             return
         self.address = address
@@ -72,9 +92,31 @@ class Doorbell:
         """Cancels all streams; for after the exchanges under way have ended. Harmless when repeated."""
         if self._server is not None:
             self._server.stop()
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
 
     def _accept(self, stream: ServerStream) -> "_Caller":
         return _Caller(stream, self._exchanges, self._pool, self._instance, self._inline_multiply_adds)
+
+
+def _new_socket_path() -> Path:
+    """A free name in this user's own folder, from which what killed processes left is removed.
+
+    Raises:
+        OSError: the folder cannot be written.
+        ValueError: there is no such folder.
+    """
+    room = len(f"/sockets/{secrets.token_hex(8)}")
+    folder = private_folder(longest=MAX_SOCKET_PATH - room) / "sockets"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    for path in folder.iterdir():
+        with suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+            # A young one may be about to listen.
+            if time.time() - path.stat().st_mtime > _LEFT_BEHIND_S:
+                probe.settimeout(0)
+                if probe.connect_ex(str(path)) == errno.ECONNREFUSED:
+                    path.unlink()
+    return folder / secrets.token_hex(8)
 
 
 class _Caller:

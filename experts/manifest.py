@@ -264,7 +264,8 @@ def _reasons(error: ValidationError) -> str:
     for detail in details[:_SHOWN_REASONS]:
         # Keys are the maker's text, too.
         field = quoted(".".join(str(part) for part in detail["loc"]), _SHOWN_CHARACTERS) or "manifest"
-        reason = "is no field of a manifest" if detail["type"] == "extra_forbidden" else detail["msg"]
+        unknown = detail["type"] == "extra_forbidden"
+        reason = "is no field of a manifest" if unknown else detail["msg"].removeprefix("Value error, ")
         reasons.append(f"{field}: {reason}")
     more = len(details) - _SHOWN_REASONS
     return "; ".join(reasons) + (f"; and {more} more" if more > 0 else "")

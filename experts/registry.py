@@ -9,7 +9,6 @@ sees. A signature carries the digest in its name, so that of two pushes of diffe
 """
 
 import itertools
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -23,6 +22,7 @@ from experts.bundle_writer import new_bundle_folder
 from experts.errors import InvalidBundleError, RegistryAwayError, RegistryError, SignatureError, UnknownBundleError
 from experts.file_cache import FileCache
 from experts.manifest import MANIFEST_NAME, FileEntry, Manifest, check_organ, check_version, version_key
+from experts.private_folder import user_folder
 from experts.registry_store import LocalStore, RemoteStore
 
 DEFAULT_CACHE_BYTES = 64 * 1024**3
@@ -210,6 +210,16 @@ class Registry:
                 manifests[known_organ, version] = found[0]
         return sorted(manifests.values(), key=lambda manifest: (manifest.organ, version_key(manifest.version)))
 
+    def check_exists(self) -> None:
+        """Checks that there is a registry, for those to whom an empty one would say that bundles were never there.
+
+        Raises:
+            FileNotFoundError: it is a folder that does not exist, and so are its fallbacks.
+        """
+        stores = [registry._store for registry in (self, *self._fallbacks)]
+        if not any(isinstance(store, RemoteStore) or store.exists for store in stores):
+            raise FileNotFoundError(2, "the folder does not exist")
+
     def is_signed(self, manifest: Manifest) -> bool:
         """Whether a bundle of this registry or a fallback has a signature, good or not."""
         return self._signature(manifest) is not None or any(
@@ -342,5 +352,4 @@ def _is_valid(organ: str, version: str) -> bool:
 
 
 def _user_cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "echovlm-ray" / "files"
+    return user_folder("XDG_CACHE_HOME", ".cache") / "echovlm-ray" / "files"

@@ -12,6 +12,7 @@ from fsspec import AbstractFileSystem
 from experts.bundle import file_sha256, verify_file
 from experts.errors import ExpertCapacityError, InvalidBundleError, RegistryError
 from experts.file_cache import FileCache
+from experts.full_disk import full_disk_named
 from experts.manifest import MAX_MANIFEST_BYTES, FileEntry
 
 _COPY_BYTES = 4 * 1024 * 1024
@@ -60,7 +61,7 @@ class LocalStore:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = _partial_name(target)
         try:
-            with partial.open("xb") as file:
+            with full_disk_named(target.parent), partial.open("xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -89,6 +90,11 @@ class LocalStore:
                 return file.read(MAX_MANIFEST_BYTES + 1)
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is such a folder."""
+        return self._root.exists()
 
     def versions(self) -> list[tuple[str, str]]:
         """The organs and versions that have a folder, whether complete or not.
@@ -226,7 +232,8 @@ def _partial_name(target: Path) -> Path:
 def _appearing(target: Path) -> Iterator[Path]:
     partial = _partial_name(target)
     try:
-        yield partial
+        with full_disk_named(target.parent):
+            yield partial
         # Whoever opens a registry's file to write to it has mistaken it for a copy.
         partial.chmod(0o444)
         partial.replace(target)

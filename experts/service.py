@@ -17,6 +17,7 @@ from experts.group import ExpertGroup
 from experts.loaded import Resident
 from experts.transport import wire
 from experts.transport.host import host_id
+from experts.transport.secret import NO_SECRET, SystemSecret
 from protos import expert_pb2
 
 _Answer = Callable[[bytes], Awaitable[None]]
@@ -40,6 +41,7 @@ class ExpertGroupService:
         max_queue: int,
         workers: int = 2,
         inline_multiply_adds: int = 8_000_000,
+        secret: SystemSecret = NO_SECRET,
     ) -> None:
         """Starts the threads that compute, and the one that serves callers on the same host.
 
@@ -52,6 +54,7 @@ class ExpertGroupService:
                 waits. Passing it to a thread and back takes 110 to 160 µs (measured, grpcio 1.85, one thread), while
                 a core does this many in less than 1 ms. On the Unix socket it may be eight times as large. 0 computes
                 all in threads.
+            secret: what callers on the Unix socket must carry.
         """
         self._group = group
         self._inline_multiply_adds = inline_multiply_adds
@@ -63,6 +66,7 @@ class ExpertGroupService:
             self._pool,
             instance=self._instance,
             inline_multiply_adds=_LOCAL_INLINE_FACTOR * inline_multiply_adds,
+            secret=secret,
         )
 
     @property

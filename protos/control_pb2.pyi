@@ -76,7 +76,7 @@ class Expected(_message.Message):
     def __init__(self, rollout_id: _Optional[str] = ..., state: _Optional[str] = ..., percent: _Optional[float] = ..., stable_digest: _Optional[str] = ..., nothing_in_flight: bool = ...) -> None: ...
 
 class TrafficRequest(_message.Message):
-    __slots__ = ("organ", "percent", "digest", "actor", "reason", "dry_run", "expected")
+    __slots__ = ("organ", "percent", "digest", "actor", "reason", "dry_run", "expected", "gates_json", "override")
     ORGAN_FIELD_NUMBER: _ClassVar[int]
     PERCENT_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -84,6 +84,8 @@ class TrafficRequest(_message.Message):
     REASON_FIELD_NUMBER: _ClassVar[int]
     DRY_RUN_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_FIELD_NUMBER: _ClassVar[int]
+    GATES_JSON_FIELD_NUMBER: _ClassVar[int]
+    OVERRIDE_FIELD_NUMBER: _ClassVar[int]
     organ: str
     percent: float
     digest: str
@@ -91,23 +93,29 @@ class TrafficRequest(_message.Message):
     reason: str
     dry_run: bool
     expected: Expected
-    def __init__(self, organ: _Optional[str] = ..., percent: _Optional[float] = ..., digest: _Optional[str] = ..., actor: _Optional[str] = ..., reason: _Optional[str] = ..., dry_run: bool = ..., expected: _Optional[_Union[Expected, _Mapping]] = ...) -> None: ...
+    gates_json: str
+    override: bool
+    def __init__(self, organ: _Optional[str] = ..., percent: _Optional[float] = ..., digest: _Optional[str] = ..., actor: _Optional[str] = ..., reason: _Optional[str] = ..., dry_run: bool = ..., expected: _Optional[_Union[Expected, _Mapping]] = ..., gates_json: _Optional[str] = ..., override: bool = ...) -> None: ...
 
 class OrganRequest(_message.Message):
-    __slots__ = ("organ", "digest", "actor", "reason", "dry_run", "expected")
+    __slots__ = ("organ", "digest", "actor", "reason", "dry_run", "expected", "gates_json", "override")
     ORGAN_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     ACTOR_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     DRY_RUN_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_FIELD_NUMBER: _ClassVar[int]
+    GATES_JSON_FIELD_NUMBER: _ClassVar[int]
+    OVERRIDE_FIELD_NUMBER: _ClassVar[int]
     organ: str
     digest: str
     actor: str
     reason: str
     dry_run: bool
     expected: Expected
-    def __init__(self, organ: _Optional[str] = ..., digest: _Optional[str] = ..., actor: _Optional[str] = ..., reason: _Optional[str] = ..., dry_run: bool = ..., expected: _Optional[_Union[Expected, _Mapping]] = ...) -> None: ...
+    gates_json: str
+    override: bool
+    def __init__(self, organ: _Optional[str] = ..., digest: _Optional[str] = ..., actor: _Optional[str] = ..., reason: _Optional[str] = ..., dry_run: bool = ..., expected: _Optional[_Union[Expected, _Mapping]] = ..., gates_json: _Optional[str] = ..., override: bool = ...) -> None: ...
 
 class RollBackStableRequest(_message.Message):
     __slots__ = ("organ", "version", "digest", "actor", "reason", "dry_run", "expected")
@@ -184,7 +192,7 @@ class ReplicaMemory(_message.Message):
     def __init__(self, replica: _Optional[str] = ..., resident_bytes: _Optional[int] = ..., needed_bytes: _Optional[int] = ..., limit_bytes: _Optional[int] = ..., fits: bool = ...) -> None: ...
 
 class Rollout(_message.Message):
-    __slots__ = ("id", "organ", "version", "digest", "incumbent_digest", "state", "percent", "reason", "actor", "created_at", "state_since", "shadow", "restores", "waits_for")
+    __slots__ = ("id", "organ", "version", "digest", "incumbent_digest", "state", "percent", "reason", "actor", "created_at", "state_since", "shadow", "restores", "waits_for", "gates")
     ID_FIELD_NUMBER: _ClassVar[int]
     ORGAN_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -199,6 +207,7 @@ class Rollout(_message.Message):
     SHADOW_FIELD_NUMBER: _ClassVar[int]
     RESTORES_FIELD_NUMBER: _ClassVar[int]
     WAITS_FOR_FIELD_NUMBER: _ClassVar[int]
+    GATES_FIELD_NUMBER: _ClassVar[int]
     id: str
     organ: str
     version: str
@@ -213,7 +222,76 @@ class Rollout(_message.Message):
     shadow: ShadowReport
     restores: bool
     waits_for: str
-    def __init__(self, id: _Optional[str] = ..., organ: _Optional[str] = ..., version: _Optional[str] = ..., digest: _Optional[str] = ..., incumbent_digest: _Optional[str] = ..., state: _Optional[str] = ..., percent: _Optional[float] = ..., reason: _Optional[str] = ..., actor: _Optional[str] = ..., created_at: _Optional[float] = ..., state_since: _Optional[float] = ..., shadow: _Optional[_Union[ShadowReport, _Mapping]] = ..., restores: bool = ..., waits_for: _Optional[str] = ...) -> None: ...
+    gates: _containers.RepeatedCompositeFieldContainer[Gate]
+    def __init__(self, id: _Optional[str] = ..., organ: _Optional[str] = ..., version: _Optional[str] = ..., digest: _Optional[str] = ..., incumbent_digest: _Optional[str] = ..., state: _Optional[str] = ..., percent: _Optional[float] = ..., reason: _Optional[str] = ..., actor: _Optional[str] = ..., created_at: _Optional[float] = ..., state_since: _Optional[float] = ..., shadow: _Optional[_Union[ShadowReport, _Mapping]] = ..., restores: bool = ..., waits_for: _Optional[str] = ..., gates: _Optional[_Iterable[_Union[Gate, _Mapping]]] = ...) -> None: ...
+
+class Gate(_message.Message):
+    __slots__ = ("dataset", "dataset_digest", "metric", "organ", "at_least", "not_below_incumbent_by", "state", "answered", "questions", "evaluation", "organs")
+    DATASET_FIELD_NUMBER: _ClassVar[int]
+    DATASET_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    METRIC_FIELD_NUMBER: _ClassVar[int]
+    ORGAN_FIELD_NUMBER: _ClassVar[int]
+    AT_LEAST_FIELD_NUMBER: _ClassVar[int]
+    NOT_BELOW_INCUMBENT_BY_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    ANSWERED_FIELD_NUMBER: _ClassVar[int]
+    QUESTIONS_FIELD_NUMBER: _ClassVar[int]
+    EVALUATION_FIELD_NUMBER: _ClassVar[int]
+    ORGANS_FIELD_NUMBER: _ClassVar[int]
+    dataset: str
+    dataset_digest: str
+    metric: str
+    organ: str
+    at_least: float
+    not_below_incumbent_by: float
+    state: str
+    answered: int
+    questions: int
+    evaluation: Evaluation
+    organs: str
+    def __init__(self, dataset: _Optional[str] = ..., dataset_digest: _Optional[str] = ..., metric: _Optional[str] = ..., organ: _Optional[str] = ..., at_least: _Optional[float] = ..., not_below_incumbent_by: _Optional[float] = ..., state: _Optional[str] = ..., answered: _Optional[int] = ..., questions: _Optional[int] = ..., evaluation: _Optional[_Union[Evaluation, _Mapping]] = ..., organs: _Optional[str] = ...) -> None: ...
+
+class Evaluation(_message.Message):
+    __slots__ = ("rollout_id", "organ", "version", "digest", "dataset", "dataset_digest", "metric", "passed", "text", "records", "value", "low", "high", "incumbent_digest", "incumbent_value", "difference", "difference_low", "difference_high", "evaluated_at")
+    ROLLOUT_ID_FIELD_NUMBER: _ClassVar[int]
+    ORGAN_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DATASET_FIELD_NUMBER: _ClassVar[int]
+    DATASET_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    METRIC_FIELD_NUMBER: _ClassVar[int]
+    PASSED_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    RECORDS_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    LOW_FIELD_NUMBER: _ClassVar[int]
+    HIGH_FIELD_NUMBER: _ClassVar[int]
+    INCUMBENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    INCUMBENT_VALUE_FIELD_NUMBER: _ClassVar[int]
+    DIFFERENCE_FIELD_NUMBER: _ClassVar[int]
+    DIFFERENCE_LOW_FIELD_NUMBER: _ClassVar[int]
+    DIFFERENCE_HIGH_FIELD_NUMBER: _ClassVar[int]
+    EVALUATED_AT_FIELD_NUMBER: _ClassVar[int]
+    rollout_id: str
+    organ: str
+    version: str
+    digest: str
+    dataset: str
+    dataset_digest: str
+    metric: str
+    passed: bool
+    text: str
+    records: int
+    value: float
+    low: float
+    high: float
+    incumbent_digest: str
+    incumbent_value: float
+    difference: float
+    difference_low: float
+    difference_high: float
+    evaluated_at: float
+    def __init__(self, rollout_id: _Optional[str] = ..., organ: _Optional[str] = ..., version: _Optional[str] = ..., digest: _Optional[str] = ..., dataset: _Optional[str] = ..., dataset_digest: _Optional[str] = ..., metric: _Optional[str] = ..., passed: bool = ..., text: _Optional[str] = ..., records: _Optional[int] = ..., value: _Optional[float] = ..., low: _Optional[float] = ..., high: _Optional[float] = ..., incumbent_digest: _Optional[str] = ..., incumbent_value: _Optional[float] = ..., difference: _Optional[float] = ..., difference_low: _Optional[float] = ..., difference_high: _Optional[float] = ..., evaluated_at: _Optional[float] = ...) -> None: ...
 
 class ShadowReport(_message.Message):
     __slots__ = ("requests", "identical", "token_overlap", "mean_first_divergence", "latency_ratio")
@@ -236,7 +314,7 @@ class ListRequest(_message.Message):
     def __init__(self, organ: _Optional[str] = ...) -> None: ...
 
 class ListResponse(_message.Message):
-    __slots__ = ("live", "bundles", "rollouts", "replicas", "problems", "registry_problem", "notices")
+    __slots__ = ("live", "bundles", "rollouts", "replicas", "problems", "registry_problem", "notices", "evaluations")
     LIVE_FIELD_NUMBER: _ClassVar[int]
     BUNDLES_FIELD_NUMBER: _ClassVar[int]
     ROLLOUTS_FIELD_NUMBER: _ClassVar[int]
@@ -244,6 +322,7 @@ class ListResponse(_message.Message):
     PROBLEMS_FIELD_NUMBER: _ClassVar[int]
     REGISTRY_PROBLEM_FIELD_NUMBER: _ClassVar[int]
     NOTICES_FIELD_NUMBER: _ClassVar[int]
+    EVALUATIONS_FIELD_NUMBER: _ClassVar[int]
     live: ExpertSet
     bundles: _containers.RepeatedCompositeFieldContainer[BundleInfo]
     rollouts: _containers.RepeatedCompositeFieldContainer[Rollout]
@@ -251,7 +330,8 @@ class ListResponse(_message.Message):
     problems: _containers.RepeatedCompositeFieldContainer[OrganProblem]
     registry_problem: str
     notices: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, live: _Optional[_Union[ExpertSet, _Mapping]] = ..., bundles: _Optional[_Iterable[_Union[BundleInfo, _Mapping]]] = ..., rollouts: _Optional[_Iterable[_Union[Rollout, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaResidents, _Mapping]]] = ..., problems: _Optional[_Iterable[_Union[OrganProblem, _Mapping]]] = ..., registry_problem: _Optional[str] = ..., notices: _Optional[_Iterable[str]] = ...) -> None: ...
+    evaluations: _containers.RepeatedCompositeFieldContainer[Evaluation]
+    def __init__(self, live: _Optional[_Union[ExpertSet, _Mapping]] = ..., bundles: _Optional[_Iterable[_Union[BundleInfo, _Mapping]]] = ..., rollouts: _Optional[_Iterable[_Union[Rollout, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaResidents, _Mapping]]] = ..., problems: _Optional[_Iterable[_Union[OrganProblem, _Mapping]]] = ..., registry_problem: _Optional[str] = ..., notices: _Optional[_Iterable[str]] = ..., evaluations: _Optional[_Iterable[_Union[Evaluation, _Mapping]]] = ...) -> None: ...
 
 class BundleInfo(_message.Message):
     __slots__ = ("organ", "name", "version", "digest", "description", "num_experts", "size_bytes", "live")

@@ -26,7 +26,7 @@ from protos import tensor_pb2 as protos_dot_tensor__pb2
 from protos import vision_pb2 as protos_dot_vision__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/router.proto\x12\nechovlm.v1\x1a\x13protos/tensor.proto\x1a\x13protos/vision.proto\"u\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x04 \x01(\x02\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_seed\"*\n\nOrganShare\x12\r\n\x05organ\x18\x01 \x01(\t\x12\r\n\x05share\x18\x02 \x01(\x02\"3\n\nOrganHints\x12\x0e\n\x06organs\x18\x01 \x03(\t\x12\x15\n\ranatomy_terms\x18\x02 \x03(\t\"\xe2\x02\n\x15RouterGenerateRequest\x12\x11\n\tinput_ids\x18\x01 \x03(\r\x12.\n\rvision_inputs\x18\x02 \x03(\x0b\x32\x17.echovlm.v1.VisionInput\x12+\n\x0borgan_hints\x18\x03 \x01(\x0b\x32\x16.echovlm.v1.OrganHints\x12&\n\x08sampling\x18\x04 \x01(\x0b\x32\x14.echovlm.v1.Sampling\x12\x16\n\x0emax_new_tokens\x18\x05 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\x15\n\rreturn_logits\x18\x07 \x01(\x08\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x13\n\x0bsession_key\x18\t \x01(\t\x12\x16\n\x0epolicy_version\x18\n \x01(\x04\x12\x15\n\rexpert_set_id\x18\x0b \x01(\t\x12\x12\n\ncache_salt\x18\x0c \x01(\x0c\"\xa7\x01\n\x16RouterGenerateResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\"\n\x06logits\x18\x02 \x01(\x0b\x32\x12.echovlm.v1.Tensor\x12*\n\x07summary\x18\x03 \x01(\x0b\x32\x19.echovlm.v1.RouterSummary\x12*\n\nprovenance\x18\x04 \x01(\x0b\x32\x16.echovlm.v1.Provenance\"\x9e\x01\n\rRouterSummary\x12/\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x18.echovlm.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12*\n\nprovenance\x18\x04 \x01(\x0b\x32\x16.echovlm.v1.Provenance\"\x98\x01\n\nProvenance\x12\x15\n\rexpert_set_id\x18\x01 \x01(\t\x12\x17\n\x0f\x62\x61\x63kbone_digest\x18\x02 \x01(\t\x12-\n\x0corgan_source\x18\x03 \x01(\x0e\x32\x17.echovlm.v1.OrganSource\x12+\n\x06organs\x18\x04 \x03(\x0b\x32\x1b.echovlm.v1.OrganProvenance\"e\n\x0fOrganProvenance\x12\r\n\x05organ\x18\x01 \x01(\t\x12\x16\n\x0e\x62undle_version\x18\x02 \x01(\t\x12\x15\n\rbundle_digest\x18\x03 \x01(\t\x12\x14\n\x0crouted_share\x18\x04 \x01(\x02\"\r\n\x0bPinsRequest\"7\n\x0cPinsResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x04\x12\x0f\n\x07\x64igests\x18\x02 \x03(\t\"\x80\x01\n\x0cRouteRequest\x12+\n\x0borgan_hints\x18\x01 \x01(\x0b\x32\x16.echovlm.v1.OrganHints\x12.\n\rvision_inputs\x18\x02 \x03(\x0b\x32\x17.echovlm.v1.VisionInput\x12\x13\n\x0bsession_key\x18\x03 \x01(\t\"}\n\rRouteResponse\x12\x15\n\rexpert_set_id\x18\x01 \x01(\t\x12-\n\x0corgan_source\x18\x02 \x01(\x0e\x32\x17.echovlm.v1.OrganSource\x12&\n\x06organs\x18\x03 \x03(\x0b\x32\x16.echovlm.v1.OrganShare*\xa9\x01\n\x0bOrganSource\x12\x1c\n\x18ORGAN_SOURCE_UNSPECIFIED\x10\x00\x12\x17\n\x13ORGAN_SOURCE_CALLER\x10\x01\x12\x16\n\x12ORGAN_SOURCE_DICOM\x10\x02\x12\x1a\n\x16ORGAN_SOURCE_PROTOTYPE\x10\x03\x12\x18\n\x14ORGAN_SOURCE_DEFAULT\x10\x04\x12\x15\n\x11ORGAN_SOURCE_FLAT\x10\x05*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xd6\x01\n\x06Router\x12S\n\x08Generate\x12!.echovlm.v1.RouterGenerateRequest\x1a\".echovlm.v1.RouterGenerateResponse0\x01\x12<\n\x05Route\x12\x18.echovlm.v1.RouteRequest\x1a\x19.echovlm.v1.RouteResponse\x12\x39\n\x04Pins\x12\x17.echovlm.v1.PinsRequest\x1a\x18.echovlm.v1.PinsResponseB?\n\nechovlm.v1B\x0bRouterProtoP\x01Z\x15\x65\x63hovlm-ray/echovlmv1\xaa\x02\nEchovlm.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/router.proto\x12\nechovlm.v1\x1a\x13protos/tensor.proto\x1a\x13protos/vision.proto\"u\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x04 \x01(\x02\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_seed\"*\n\nOrganShare\x12\r\n\x05organ\x18\x01 \x01(\t\x12\r\n\x05share\x18\x02 \x01(\x02\"3\n\nOrganHints\x12\x0e\n\x06organs\x18\x01 \x03(\t\x12\x15\n\ranatomy_terms\x18\x02 \x03(\t\"\x8c\x03\n\x15RouterGenerateRequest\x12\x11\n\tinput_ids\x18\x01 \x03(\r\x12.\n\rvision_inputs\x18\x02 \x03(\x0b\x32\x17.echovlm.v1.VisionInput\x12+\n\x0borgan_hints\x18\x03 \x01(\x0b\x32\x16.echovlm.v1.OrganHints\x12&\n\x08sampling\x18\x04 \x01(\x0b\x32\x14.echovlm.v1.Sampling\x12\x16\n\x0emax_new_tokens\x18\x05 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\x15\n\rreturn_logits\x18\x07 \x01(\x08\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x13\n\x0bsession_key\x18\t \x01(\t\x12\x16\n\x0epolicy_version\x18\n \x01(\x04\x12\x15\n\rexpert_set_id\x18\x0b \x01(\t\x12\x12\n\ncache_salt\x18\x0c \x01(\x0c\x12\x0e\n\x06\x63\x61ller\x18\r \x01(\x0c\x12\x18\n\x10\x65valuated_bundle\x18\x14 \x01(\t\"\xa7\x01\n\x16RouterGenerateResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\"\n\x06logits\x18\x02 \x01(\x0b\x32\x12.echovlm.v1.Tensor\x12*\n\x07summary\x18\x03 \x01(\x0b\x32\x19.echovlm.v1.RouterSummary\x12*\n\nprovenance\x18\x04 \x01(\x0b\x32\x16.echovlm.v1.Provenance\"\x9e\x01\n\rRouterSummary\x12/\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x18.echovlm.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12*\n\nprovenance\x18\x04 \x01(\x0b\x32\x16.echovlm.v1.Provenance\"\x98\x01\n\nProvenance\x12\x15\n\rexpert_set_id\x18\x01 \x01(\t\x12\x17\n\x0f\x62\x61\x63kbone_digest\x18\x02 \x01(\t\x12-\n\x0corgan_source\x18\x03 \x01(\x0e\x32\x17.echovlm.v1.OrganSource\x12+\n\x06organs\x18\x04 \x03(\x0b\x32\x1b.echovlm.v1.OrganProvenance\"e\n\x0fOrganProvenance\x12\r\n\x05organ\x18\x01 \x01(\t\x12\x16\n\x0e\x62undle_version\x18\x02 \x01(\t\x12\x15\n\rbundle_digest\x18\x03 \x01(\t\x12\x14\n\x0crouted_share\x18\x04 \x01(\x02\"\r\n\x0bPinsRequest\"7\n\x0cPinsResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x04\x12\x0f\n\x07\x64igests\x18\x02 \x03(\t\"\x80\x01\n\x0cRouteRequest\x12+\n\x0borgan_hints\x18\x01 \x01(\x0b\x32\x16.echovlm.v1.OrganHints\x12.\n\rvision_inputs\x18\x02 \x03(\x0b\x32\x17.echovlm.v1.VisionInput\x12\x13\n\x0bsession_key\x18\x03 \x01(\t\"}\n\rRouteResponse\x12\x15\n\rexpert_set_id\x18\x01 \x01(\t\x12-\n\x0corgan_source\x18\x02 \x01(\x0e\x32\x17.echovlm.v1.OrganSource\x12&\n\x06organs\x18\x03 \x03(\x0b\x32\x16.echovlm.v1.OrganShare*\xa9\x01\n\x0bOrganSource\x12\x1c\n\x18ORGAN_SOURCE_UNSPECIFIED\x10\x00\x12\x17\n\x13ORGAN_SOURCE_CALLER\x10\x01\x12\x16\n\x12ORGAN_SOURCE_DICOM\x10\x02\x12\x1a\n\x16ORGAN_SOURCE_PROTOTYPE\x10\x03\x12\x18\n\x14ORGAN_SOURCE_DEFAULT\x10\x04\x12\x15\n\x11ORGAN_SOURCE_FLAT\x10\x05*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xd6\x01\n\x06Router\x12S\n\x08Generate\x12!.echovlm.v1.RouterGenerateRequest\x1a\".echovlm.v1.RouterGenerateResponse0\x01\x12<\n\x05Route\x12\x18.echovlm.v1.RouteRequest\x1a\x19.echovlm.v1.RouteResponse\x12\x39\n\x04Pins\x12\x17.echovlm.v1.PinsRequest\x1a\x18.echovlm.v1.PinsResponseB?\n\nechovlm.v1B\x0bRouterProtoP\x01Z\x15\x65\x63hovlm-ray/echovlmv1\xaa\x02\nEchovlm.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,10 +34,10 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.router_pb2', _global
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\nechovlm.v1B\013RouterProtoP\001Z\025echovlm-ray/echovlmv1\252\002\nEchovlm.V1'
-  _globals['_ORGANSOURCE']._serialized_start=1570
-  _globals['_ORGANSOURCE']._serialized_end=1739
-  _globals['_FINISHREASON']._serialized_start=1741
-  _globals['_FINISHREASON']._serialized_end=1836
+  _globals['_ORGANSOURCE']._serialized_start=1612
+  _globals['_ORGANSOURCE']._serialized_end=1781
+  _globals['_FINISHREASON']._serialized_start=1783
+  _globals['_FINISHREASON']._serialized_end=1878
   _globals['_SAMPLING']._serialized_start=77
   _globals['_SAMPLING']._serialized_end=194
   _globals['_ORGANSHARE']._serialized_start=196
@@ -45,23 +45,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ORGANHINTS']._serialized_start=240
   _globals['_ORGANHINTS']._serialized_end=291
   _globals['_ROUTERGENERATEREQUEST']._serialized_start=294
-  _globals['_ROUTERGENERATEREQUEST']._serialized_end=648
-  _globals['_ROUTERGENERATERESPONSE']._serialized_start=651
-  _globals['_ROUTERGENERATERESPONSE']._serialized_end=818
-  _globals['_ROUTERSUMMARY']._serialized_start=821
-  _globals['_ROUTERSUMMARY']._serialized_end=979
-  _globals['_PROVENANCE']._serialized_start=982
-  _globals['_PROVENANCE']._serialized_end=1134
-  _globals['_ORGANPROVENANCE']._serialized_start=1136
-  _globals['_ORGANPROVENANCE']._serialized_end=1237
-  _globals['_PINSREQUEST']._serialized_start=1239
-  _globals['_PINSREQUEST']._serialized_end=1252
-  _globals['_PINSRESPONSE']._serialized_start=1254
-  _globals['_PINSRESPONSE']._serialized_end=1309
-  _globals['_ROUTEREQUEST']._serialized_start=1312
-  _globals['_ROUTEREQUEST']._serialized_end=1440
-  _globals['_ROUTERESPONSE']._serialized_start=1442
-  _globals['_ROUTERESPONSE']._serialized_end=1567
-  _globals['_ROUTER']._serialized_start=1839
-  _globals['_ROUTER']._serialized_end=2053
+  _globals['_ROUTERGENERATEREQUEST']._serialized_end=690
+  _globals['_ROUTERGENERATERESPONSE']._serialized_start=693
+  _globals['_ROUTERGENERATERESPONSE']._serialized_end=860
+  _globals['_ROUTERSUMMARY']._serialized_start=863
+  _globals['_ROUTERSUMMARY']._serialized_end=1021
+  _globals['_PROVENANCE']._serialized_start=1024
+  _globals['_PROVENANCE']._serialized_end=1176
+  _globals['_ORGANPROVENANCE']._serialized_start=1178
+  _globals['_ORGANPROVENANCE']._serialized_end=1279
+  _globals['_PINSREQUEST']._serialized_start=1281
+  _globals['_PINSREQUEST']._serialized_end=1294
+  _globals['_PINSRESPONSE']._serialized_start=1296
+  _globals['_PINSRESPONSE']._serialized_end=1351
+  _globals['_ROUTEREQUEST']._serialized_start=1354
+  _globals['_ROUTEREQUEST']._serialized_end=1482
+  _globals['_ROUTERESPONSE']._serialized_start=1484
+  _globals['_ROUTERESPONSE']._serialized_end=1609
+  _globals['_ROUTER']._serialized_start=1881
+  _globals['_ROUTER']._serialized_end=2095
 # @@protoc_insertion_point(module_scope)

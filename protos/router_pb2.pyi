@@ -64,7 +64,7 @@ class OrganHints(_message.Message):
     def __init__(self, organs: _Optional[_Iterable[str]] = ..., anatomy_terms: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RouterGenerateRequest(_message.Message):
-    __slots__ = ("input_ids", "vision_inputs", "organ_hints", "sampling", "max_new_tokens", "stop_token_ids", "return_logits", "ignore_eos", "session_key", "policy_version", "expert_set_id", "cache_salt")
+    __slots__ = ("input_ids", "vision_inputs", "organ_hints", "sampling", "max_new_tokens", "stop_token_ids", "return_logits", "ignore_eos", "session_key", "policy_version", "expert_set_id", "cache_salt", "caller", "evaluated_bundle")
     INPUT_IDS_FIELD_NUMBER: _ClassVar[int]
     VISION_INPUTS_FIELD_NUMBER: _ClassVar[int]
     ORGAN_HINTS_FIELD_NUMBER: _ClassVar[int]
@@ -77,6 +77,8 @@ class RouterGenerateRequest(_message.Message):
     POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
     EXPERT_SET_ID_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    CALLER_FIELD_NUMBER: _ClassVar[int]
+    EVALUATED_BUNDLE_FIELD_NUMBER: _ClassVar[int]
     input_ids: _containers.RepeatedScalarFieldContainer[int]
     vision_inputs: _containers.RepeatedCompositeFieldContainer[_vision_pb2.VisionInput]
     organ_hints: OrganHints
@@ -89,7 +91,9 @@ class RouterGenerateRequest(_message.Message):
     policy_version: int
     expert_set_id: str
     cache_salt: bytes
-    def __init__(self, input_ids: _Optional[_Iterable[int]] = ..., vision_inputs: _Optional[_Iterable[_Union[_vision_pb2.VisionInput, _Mapping]]] = ..., organ_hints: _Optional[_Union[OrganHints, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., return_logits: bool = ..., ignore_eos: bool = ..., session_key: _Optional[str] = ..., policy_version: _Optional[int] = ..., expert_set_id: _Optional[str] = ..., cache_salt: _Optional[bytes] = ...) -> None: ...
+    caller: bytes
+    evaluated_bundle: str
+    def __init__(self, input_ids: _Optional[_Iterable[int]] = ..., vision_inputs: _Optional[_Iterable[_Union[_vision_pb2.VisionInput, _Mapping]]] = ..., organ_hints: _Optional[_Union[OrganHints, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., return_logits: bool = ..., ignore_eos: bool = ..., session_key: _Optional[str] = ..., policy_version: _Optional[int] = ..., expert_set_id: _Optional[str] = ..., cache_salt: _Optional[bytes] = ..., caller: _Optional[bytes] = ..., evaluated_bundle: _Optional[str] = ...) -> None: ...
 
 class RouterGenerateResponse(_message.Message):
     __slots__ = ("token_ids", "logits", "summary", "provenance")

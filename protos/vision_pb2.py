@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos import tensor_pb2 as protos_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/vision.proto\x12\nechovlm.v1\x1a\x13protos/tensor.proto\"\x88\x01\n\x0bVisionInput\x12$\n\x04kind\x18\x01 \x01(\x0e\x32\x16.echovlm.v1.VisionKind\x12\x0e\n\x06grid_t\x18\x02 \x01(\r\x12\x0e\n\x06grid_h\x18\x03 \x01(\r\x12\x0e\n\x06grid_w\x18\x04 \x01(\r\x12#\n\x07patches\x18\x0f \x01(\x0b\x32\x12.echovlm.v1.Tensor\"L\n\rEncodeRequest\x12\'\n\x06inputs\x18\x01 \x03(\x0b\x32\x17.echovlm.v1.VisionInput\x12\x12\n\ncache_salt\x18\x02 \x01(\x0c\"Y\n\x0e\x45ncodeResponse\x12\x16\n\x0e\x65ncoder_digest\x18\x01 \x01(\t\x12/\n\nembeddings\x18\x02 \x03(\x0b\x32\x1b.echovlm.v1.VisionEmbedding\"`\n\x0fVisionEmbedding\x12\x16\n\x0e\x63ontent_digest\x18\x01 \x01(\t\x12\x0e\n\x06\x63\x61\x63hed\x18\x02 \x01(\x08\x12%\n\tembedding\x18\x0f \x01(\x0b\x32\x12.echovlm.v1.Tensor*W\n\nVisionKind\x12\x1b\n\x17VISION_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11VISION_KIND_IMAGE\x10\x01\x12\x15\n\x11VISION_KIND_VIDEO\x10\x02\x32P\n\rVisionEncoder\x12?\n\x06\x45ncode\x12\x19.echovlm.v1.EncodeRequest\x1a\x1a.echovlm.v1.EncodeResponseB?\n\nechovlm.v1B\x0bVisionProtoP\x01Z\x15\x65\x63hovlm-ray/echovlmv1\xaa\x02\nEchovlm.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/vision.proto\x12\nechovlm.v1\x1a\x13protos/tensor.proto\"\x88\x01\n\x0bVisionInput\x12$\n\x04kind\x18\x01 \x01(\x0e\x32\x16.echovlm.v1.VisionKind\x12\x0e\n\x06grid_t\x18\x02 \x01(\r\x12\x0e\n\x06grid_h\x18\x03 \x01(\r\x12\x0e\n\x06grid_w\x18\x04 \x01(\r\x12#\n\x07patches\x18\x0f \x01(\x0b\x32\x12.echovlm.v1.Tensor\"\\\n\rEncodeRequest\x12\'\n\x06inputs\x18\x01 \x03(\x0b\x32\x17.echovlm.v1.VisionInput\x12\x12\n\ncache_salt\x18\x02 \x01(\x0c\x12\x0e\n\x06\x63\x61ller\x18\x03 \x01(\x0c\"Y\n\x0e\x45ncodeResponse\x12\x16\n\x0e\x65ncoder_digest\x18\x01 \x01(\t\x12/\n\nembeddings\x18\x02 \x03(\x0b\x32\x1b.echovlm.v1.VisionEmbedding\"`\n\x0fVisionEmbedding\x12\x16\n\x0e\x63ontent_digest\x18\x01 \x01(\t\x12\x0e\n\x06\x63\x61\x63hed\x18\x02 \x01(\x08\x12%\n\tembedding\x18\x0f \x01(\x0b\x32\x12.echovlm.v1.Tensor*W\n\nVisionKind\x12\x1b\n\x17VISION_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11VISION_KIND_IMAGE\x10\x01\x12\x15\n\x11VISION_KIND_VIDEO\x10\x02\x32P\n\rVisionEncoder\x12?\n\x06\x45ncode\x12\x19.echovlm.v1.EncodeRequest\x1a\x1a.echovlm.v1.EncodeResponseB?\n\nechovlm.v1B\x0bVisionProtoP\x01Z\x15\x65\x63hovlm-ray/echovlmv1\xaa\x02\nEchovlm.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,16 +33,16 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.vision_pb2', _global
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\nechovlm.v1B\013VisionProtoP\001Z\025echovlm-ray/echovlmv1\252\002\nEchovlm.V1'
-  _globals['_VISIONKIND']._serialized_start=462
-  _globals['_VISIONKIND']._serialized_end=549
+  _globals['_VISIONKIND']._serialized_start=478
+  _globals['_VISIONKIND']._serialized_end=565
   _globals['_VISIONINPUT']._serialized_start=57
   _globals['_VISIONINPUT']._serialized_end=193
   _globals['_ENCODEREQUEST']._serialized_start=195
-  _globals['_ENCODEREQUEST']._serialized_end=271
-  _globals['_ENCODERESPONSE']._serialized_start=273
-  _globals['_ENCODERESPONSE']._serialized_end=362
-  _globals['_VISIONEMBEDDING']._serialized_start=364
-  _globals['_VISIONEMBEDDING']._serialized_end=460
-  _globals['_VISIONENCODER']._serialized_start=551
-  _globals['_VISIONENCODER']._serialized_end=631
+  _globals['_ENCODEREQUEST']._serialized_end=287
+  _globals['_ENCODERESPONSE']._serialized_start=289
+  _globals['_ENCODERESPONSE']._serialized_end=378
+  _globals['_VISIONEMBEDDING']._serialized_start=380
+  _globals['_VISIONEMBEDDING']._serialized_end=476
+  _globals['_VISIONENCODER']._serialized_start=567
+  _globals['_VISIONENCODER']._serialized_end=647
 # @@protoc_insertion_point(module_scope)

@@ -32,12 +32,14 @@ class VisionInput(_message.Message):
     def __init__(self, kind: _Optional[_Union[VisionKind, str]] = ..., grid_t: _Optional[int] = ..., grid_h: _Optional[int] = ..., grid_w: _Optional[int] = ..., patches: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class EncodeRequest(_message.Message):
-    __slots__ = ("inputs", "cache_salt")
+    __slots__ = ("inputs", "cache_salt", "caller")
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    CALLER_FIELD_NUMBER: _ClassVar[int]
     inputs: _containers.RepeatedCompositeFieldContainer[VisionInput]
     cache_salt: bytes
-    def __init__(self, inputs: _Optional[_Iterable[_Union[VisionInput, _Mapping]]] = ..., cache_salt: _Optional[bytes] = ...) -> None: ...
+    caller: bytes
+    def __init__(self, inputs: _Optional[_Iterable[_Union[VisionInput, _Mapping]]] = ..., cache_salt: _Optional[bytes] = ..., caller: _Optional[bytes] = ...) -> None: ...
 
 class EncodeResponse(_message.Message):
     __slots__ = ("encoder_digest", "embeddings")

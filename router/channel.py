@@ -4,7 +4,6 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum
 
@@ -14,31 +13,23 @@ import torch
 from experts.transport import wire
 from experts.transport.grpc_core import missing
 from experts.transport.host import host_id
+from experts.transport.inner_channel import PLAIN_CHANNELS, InnerChannels, Option
 from experts.transport.shared_memory import MemoryBudget, SharedMemory
 from protos import expert_pb2, expert_pb2_grpc
 from router.links import DirectLink, Link, LinkLostError, ThreadedLink
 from router.tokens import Place, Tokens, TokenWriter
 
 MAX_MESSAGE_BYTES = 512 * 1024 * 1024
-CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+# Beside those of every channel between the parts.
+_OPTIONS: tuple[Option, ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.initial_reconnect_backoff_ms", 50),
     # The time that one attempt to connect may take: a busy replica may need long for its first bytes.
     ("grpc.min_reconnect_backoff_ms", 1000),
-    ("grpc.max_reconnect_backoff_ms", 1000),
     # A replica's connection must not inherit the backoff of an earlier one to the same address.
     ("grpc.use_local_subchannel_pool", 1),
 )
-
-# Opens a gRPC channel to an address; where TLS or credentials are needed, they are put in here.
-Connect = Callable[[str], grpc.Channel]
-
-
-def connect_insecure(address: str) -> grpc.Channel:
-    """A channel without TLS, for loopback."""
-    return grpc.insecure_channel(address, options=list(CHANNEL_OPTIONS))
-
 
 # How long an answer may take to be read that has come.
 _LAST_LOOK_S = 0.1
@@ -123,7 +114,7 @@ class ReplicaChannel:
         organ: str,
         address: str,
         *,
-        connect: Connect = connect_insecure,
+        channels: InnerChannels = PLAIN_CHANNELS,
         connect_timeout_s: float = 5.0,
         exchange_timeout_s: float = 10.0,
         budget: MemoryBudget | None = None,
@@ -133,7 +124,7 @@ class ReplicaChannel:
         Args:
             organ: what the replica must serve.
             address: host and port.
-            connect: opens a gRPC channel to it.
+            channels: opens the connections to it.
             connect_timeout_s: a replica that does not answer for so long is given up.
             exchange_timeout_s: an exchange without an answer for so long closes the channel, when `watch` sees it.
             budget: of the memory to be shared; None for none.
@@ -149,7 +140,8 @@ class ReplicaChannel:
         self._correlation_ids = itertools.count(1)
         self._link: Link | None = None
         self._writer: TokenWriter | None = None
-        self._channel = connect(address)
+        self._channels = channels
+        self._channel = channels.blocking(address, *_OPTIONS)
         self._opener = threading.Thread(
             target=self._open, args=(connect_timeout_s, budget), daemon=True, name=f"open-{organ}"
         )
@@ -295,7 +287,8 @@ class ReplicaChannel:
             except OSError as error:
                 reason = f"no memory can be had ({error.strerror})"
             else:
-                link = DirectLink(connect_insecure(status.local_address), self._received)
+                local = self._channels.local(status.local_address, *_OPTIONS)
+                link = DirectLink(local, self._received, self._channels.secret.metadata)
                 reason = self._attach(link, memory, status.instance, timeout_s)
                 if reason is None:
                     self._ready(link, TokenWriter(memory))

@@ -59,10 +59,10 @@ class Link(Protocol):
 class DirectLink:
     """A stream that the waiting thread reads. A thread that never waits never receives anything."""
 
-    def __init__(self, channel: grpc.Channel, received: Received) -> None:
-        """Opens the stream; `received` is called by a thread that waits."""
+    def __init__(self, channel: grpc.Channel, received: Received, metadata: tuple[tuple[str, str], ...] = ()) -> None:
+        """Opens the stream, which carries the metadata; `received` is called by a thread that waits."""
         self._channel = channel
-        self._call = DirectCall(channel, FORWARD)
+        self._call = DirectCall(channel, FORWARD, metadata)
         self._received = received
         self._readers = 0
         self._closed = False

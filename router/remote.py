@@ -9,8 +9,9 @@ import torch
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from experts.errors import BUNDLE_UNUSABLE, InvalidTensorError
+from experts.transport.inner_channel import PLAIN_CHANNELS, InnerChannels
 from experts.transport.shared_memory import MemoryBudget
-from router.channel import ChannelState, Connect, ReplicaChannel, ReplicaLostError, SentExchange, connect_insecure
+from router.channel import ChannelState, ReplicaChannel, ReplicaLostError, SentExchange
 from router.errors import ExpertsFailedError, ExpertsUnavailableError, ExpertsUnusableError
 from router.tokens import Tokens
 
@@ -41,7 +42,7 @@ class RemoteExperts:
         addresses: Callable[[str], Sequence[str]],
         *,
         exchange_timeout_s: float,
-        connect: Connect = connect_insecure,
+        channels: InnerChannels = PLAIN_CHANNELS,
         shared_memory_bytes: int = SHARED_MEMORY_BYTES,
     ) -> None:
         """Opens nothing yet: channels are opened when an organ is first asked for, and never waited for.
@@ -50,13 +51,13 @@ class RemoteExperts:
             addresses: the live replicas of an organ at any time; must return at once.
             exchange_timeout_s: a replica that has not answered an exchange for so long counts as lost; it is used
                 again after it has answered a status call.
-            connect: opens a gRPC channel to an address.
+            channels: opens the connections to replicas.
             shared_memory_bytes: the most that is shared with replicas on this host, all together; what does not fit
                 travels in the messages. 0 shares none.
         """
         self._addresses = addresses
         self._timeout_s = exchange_timeout_s
-        self._connect = connect
+        self._connections = channels
         self._budget = MemoryBudget(shared_memory_bytes) if shared_memory_bytes else None
         self._channels: dict[str, dict[str, ReplicaChannel]] = {}
         # Those that are not used any more, until what they were sent is answered.
@@ -159,7 +160,7 @@ class RemoteExperts:
                 channels[address] = ReplicaChannel(
                     organ,
                     address,
-                    connect=self._connect,
+                    channels=self._connections,
                     exchange_timeout_s=self._timeout_s,
                     budget=self._budget,
                 )

@@ -10,36 +10,45 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 
-def write_certificates(directory: Path) -> None:
-    """Writes ca.pem, other.pem, and server.{pem,key}, client.{pem,key} signed by ca; the server is 127.0.0.1."""
+def write_certificates(directory: Path, *, starts_in: float = -300.0, lasts: float = 3600.0) -> None:
+    """Writes ca.pem, other.pem, and server.{pem,key}, client.{pem,key} signed by ca; the server is on loopback.
+
+    Args:
+        directory: where they go.
+        starts_in: seconds from now until the server's and the client's are valid.
+        lasts: seconds from now until they are not any more.
+    """
     authority = _write(directory, "ca", None)
     _write(directory, "other", None)
-    _write(directory, "server", authority)
-    _write(directory, "client", authority)
+    _write(directory, "server", authority, starts_in, lasts)
+    _write(directory, "client", authority, starts_in, lasts)
 
 
 Signer = tuple[x509.Name, ec.EllipticCurvePrivateKey]
 
 
-def _write(directory: Path, name: str, signer: Signer | None) -> Signer:
+def _write(
+    directory: Path, name: str, signer: Signer | None, starts_in: float = -300.0, lasts: float = 3600.0
+) -> Signer:
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"test {name}")])
     issuer, issuer_key = signer or (subject, key)
     now = datetime.datetime.now(datetime.UTC)
-    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    hosts = [x509.IPAddress(ipaddress.ip_address(host)) for host in ("127.0.0.1", "::1")]
     certificate = (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(minutes=5))
-        .not_valid_after(now + datetime.timedelta(hours=1))
+        .not_valid_before(now + datetime.timedelta(seconds=starts_in))
+        .not_valid_after(now + datetime.timedelta(seconds=lasts))
         .add_extension(x509.BasicConstraints(ca=signer is None, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost"), *hosts]), critical=False)
         .sign(issuer_key, hashes.SHA256())
     )
     (directory / f"{name}.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    (directory / f"{name}.key").touch(0o600)
     (directory / f"{name}.key").write_bytes(
         key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )

@@ -18,9 +18,13 @@ import psutil
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from echovlm_ray.serving.system_secret import channels_to
+
 ECHORAY = Path(sys.executable).with_name("echoray")
 START_SECONDS = 180
 STOP_SECONDS = 60
+# The files beside the rollouts' database that are there only while it is in use.
+PASSING = ("-wal", "-shm", ".incoming", ".lock")
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,10 @@ class RunningSystem:
             if found["name"] == application
             for replica in found["replicas"]
         ]
+
+    def inner_channel(self, address: str) -> Any:
+        """A channel to a part that serves the other parts only."""
+        return channels_to(self.status()["identity"]).blocking(address)
 
     def health(self, service: str) -> int:
         """What `grpc.health.v1` says of a service at the gateway, which hears of new organs a moment later."""
@@ -100,6 +108,7 @@ def running(checkpoint: Path, directory: Path, **overrides: dict[str, Any]) -> I
         yield system
     finally:
         leftover = stop(process)
+    leftover += [path.name for path in (checkpoint / "rollouts").glob("*") if path.name.endswith(PASSING)]
     assert not leftover, f"left behind after Ctrl-C: {leftover}"
 
 

@@ -1,6 +1,7 @@
 """Holds the shape of the repository: which package may import which, and what a light process must not load."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -65,3 +66,15 @@ def test_expert_processes_do_not_load_transformers() -> None:
     code = "import sys, experts.service, experts.group, experts.kernels.registry; print('transformers' in sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert loaded.stdout.strip() == "False"
+
+
+def test_channels_are_opened_in_two_places_only() -> None:
+    """One for the parts among themselves, one for clients: each with its options, proxy and secret in one place."""
+    opening = re.compile(r"grpc\.(aio\.)?(in)?secure_channel\b")
+    found = {
+        str(path.relative_to(ROOT))
+        for package in LAYERS
+        for path in sources(package)
+        if opening.search(path.read_text())
+    }
+    assert found == {"experts/transport/inner_channel.py", "echovlm_ray/client/connection.py"}

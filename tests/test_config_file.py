@@ -64,6 +64,11 @@ def test_what_a_file_says_counts_and_the_rest_keeps_its_default(tmp_path: Path) 
         ("gateway:\n  tls:\n    key: a\n", "2: gateway.tls.certificate is missing: add it, or leave its section out"),
         ("model:\n  dtype: float64\n", "2: model.dtype is 'float64'; it must be 'auto', 'float32' or 'bfloat16'"),
         ("router:\n  max_queue: 0\n", "2: router.max_queue is 0; it must be greater than or equal to 1"),
+        ("rollouts:\n  status_timeout_s: .inf\n", "2: rollouts.status_timeout_s is inf; it must be a finite number"),
+        (
+            "rollouts:\n  thresholds:\n    max_latency_ratio: .nan\n",
+            "3: rollouts.thresholds.max_latency_ratio is nan; it must be a finite number",
+        ),
         ("control:\n  port: 70000\n", "2: control.port is 70000; it must be less than or equal to 65535"),
     ],
 )
@@ -136,7 +141,7 @@ def test_experts_in_the_router_need_no_gpu_of_their_own() -> None:
 
 def test_a_field_that_occurs_twice_is_refused(tmp_path: Path) -> None:
     found = errors_of(tmp_path, "gateway:\n  port: 1\n  host: 127.0.0.1\n  port: 2\n")
-    assert found == ["4: gateway.port occurs twice; the first is in line 2: keep one of them"]
+    assert found == ["4: is no YAML here: port occurs twice: keep one of them"]
 
 
 @pytest.mark.parametrize(("text", "line"), [("gateway: [\n", 2), ("a: b: c\n", 1), ("- 1\n", 1)])

@@ -18,13 +18,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="the split folder")
     parser.add_argument("--max-batch-size", type=int, default=32, help="router.max_batch_size (default: %(default)s)")
+    parser.add_argument("--token-file", type=Path, help="gateway.token_file")
     options = parser.parse_args()
     answers = answers_only()
     config = Config(
         # A swap has ended when the version before has left the memory.
         rollouts=RolloutsSection(watch_after_promotion_s=0.0),
         model=ModelSection(checkpoint=options.checkpoint),
-        gateway=GatewaySection(port=0),
+        gateway=GatewaySection(port=0, token_file=options.token_file),
         control=ControlSection(port=0),
         router=RouterSection(max_batch_size=options.max_batch_size),
     )

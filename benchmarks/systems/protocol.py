@@ -35,18 +35,19 @@ class SystemFailedError(RuntimeError):
 class MeasuredSystem(AbstractContextManager["MeasuredSystem"]):
     """The parent's side: starts the process, sends workloads, and ends it with the block."""
 
-    def __init__(self, arguments: Sequence[str], environment: dict[str, str]) -> None:
+    def __init__(self, arguments: Sequence[str], environment: dict[str, str], root: Path = ROOT) -> None:
         """Starts the process, and does not wait for it.
 
         Args:
             arguments: of the Python interpreter.
             environment: what is different from ours.
+            root: the checkout that it is of.
         """
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 # closed in __exit__
         # A session of its own: Ctrl-C reaches us alone, and we end it in order.
         self._process = subprocess.Popen(
             [sys.executable, *arguments],
-            cwd=ROOT,
+            cwd=root,
             env=os.environ | environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

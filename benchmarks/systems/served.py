@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import grpc
-
 from benchmarks.systems.protocol import Run, now, parent_has_gone, serve_workloads
 from benchmarks.timings import Timings
 from benchmarks.workload import Workload
@@ -18,16 +16,16 @@ from echovlm_ray.config import Config, ControlSection, GatewaySection, ModelSect
 from echovlm_ray.serving.app import serve_system
 from echovlm_ray.serving.deployments.settings import ROUTER, deployment_of
 from echovlm_ray.serving.endpoints import Endpoints
-from echovlm_ray.serving.server import INTERNAL_CHANNEL_OPTIONS
+from experts.transport.inner_channel import InnerChannels
 from protos import router_pb2, router_pb2_grpc
 
 FIND_SECONDS = 30
 TIMEOUT_SECONDS = 600
 
 
-async def run_at_router(address: str, workload: Workload) -> Timings:
+async def run_at_router(channels: InnerChannels, address: str, workload: Workload) -> Timings:
     """Opens all streams at once, and notes when their tokens arrive."""
-    async with grpc.aio.insecure_channel(address, options=list(INTERNAL_CHANNEL_OPTIONS)) as channel:
+    async with channels.asynchronous(address) as channel:
         stub = router_pb2_grpc.RouterStub(channel)
         await channel.channel_ready()
         requests = [
@@ -64,14 +62,14 @@ def open_served(checkpoint: Path, threads: int, max_batch_size: int) -> Iterator
         control=ControlSection(port=0),
         router=RouterSection(max_batch_size=max_batch_size),
     )
-    with serve_system(config, stopping=parent_has_gone):
+    with serve_system(config, stopping=parent_has_gone) as system:
         endpoints = Endpoints({ROUTER: deployment_of(ROUTER)})
         endpoints.start()
         try:
             if not endpoints.wait_for([ROUTER], FIND_SECONDS):
                 raise RuntimeError("the router's address is not known")
             (address,) = endpoints.of(ROUTER)
-            yield lambda workload: asyncio.run(run_at_router(address, workload))
+            yield lambda workload: asyncio.run(run_at_router(system.channels, address, workload))
         finally:
             endpoints.stop()
 

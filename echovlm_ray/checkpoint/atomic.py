@@ -1,4 +1,4 @@
-"""Makes a folder in one step: it appears whole under its name, or not at all."""
+"""Makes a folder in one step: it appears whole under its name, or not at all. Nothing that is there is replaced."""
 
 import os
 import shutil
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from echovlm_ray.checkpoint.layout import InvalidCheckpointError
+from experts.full_disk import full_disk_named
 
 
 def require_vacant(destination: Path) -> None:
@@ -21,6 +22,16 @@ def require_vacant(destination: Path) -> None:
             raise InvalidCheckpointError(f"{destination} is not empty; give a new folder, or remove it first")
     elif destination.exists() or destination.is_symlink():
         raise InvalidCheckpointError(f"{destination} exists and is not a folder; give a new folder")
+
+
+def require_vacant_file(destination: Path) -> None:
+    """Checks that a file can be made here: nothing has the name.
+
+    Raises:
+        InvalidCheckpointError: something has.
+    """
+    if destination.exists() or destination.is_symlink():
+        raise InvalidCheckpointError(f"{destination} exists; give a new name, or remove it first")
 
 
 def require_space(destination: Path, nbytes: int) -> None:
@@ -40,6 +51,21 @@ def require_space(destination: Path, nbytes: int) -> None:
 
 
 @contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Puts a file's name into an error that has none: what fails in the middle of writing, as on a full disk.
+
+    Raises:
+        OSError: the one that was raised, with a name.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def new_folder(destination: Path) -> Iterator[Path]:
     """A folder to fill; it becomes `destination` when the block ends well, and is removed when it raises.
 
@@ -53,7 +79,8 @@ def new_folder(destination: Path) -> Iterator[Path]:
     destination.absolute().parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=destination.absolute().parent))
     try:
-        yield partial
+        with full_disk_named(destination.absolute().parent):
+            yield partial
         # mkdtemp makes it private; a checkpoint is as readable as any folder that the user makes.
         mask = os.umask(0)
         os.umask(mask)

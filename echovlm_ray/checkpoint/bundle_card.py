@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from echovlm_ray.checkpoint.groups import DistinctKeysLoader
 from echovlm_ray.checkpoint.layout import InvalidCheckpointError
+from echovlm_ray.yaml_document import NotYamlError, parse_yaml
 from experts.manifest import BundleDescription
 from experts.text import quoted
 
@@ -56,9 +55,11 @@ def read_card(path: Path) -> BundleCard:
     if len(content) > _MAX_FILE_BYTES:
         raise InvalidCheckpointError(f"{path}: larger than {_MAX_FILE_BYTES} bytes; this is no card")
     try:
-        fields = yaml.load(content, Loader=DistinctKeysLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InvalidCheckpointError(f"{path}: not YAML or JSON: {' '.join(str(error).split())}") from None
+        fields = parse_yaml(content.decode())
+    except UnicodeDecodeError:
+        raise InvalidCheckpointError(f"{path}: not UTF-8 text") from None
+    except NotYamlError as error:
+        raise InvalidCheckpointError(f"{path}: not YAML or JSON: {error}") from None
     if not isinstance(fields, dict):
         raise InvalidCheckpointError(f"{path}: must have one field a line, like `authors: the ultrasound group`")
     try:
@@ -91,4 +92,4 @@ def _first_reason(error: ValidationError) -> str:
     field = quoted(".".join(map(str, first["loc"])))
     if first["type"] == "extra_forbidden":
         return f"{field}: is no field of a card; there are {', '.join(BundleCard.model_fields)}"
-    return f"{field}: {first['msg']}"
+    return f"{field}: {first['msg'].removeprefix('Value error, ')}"

@@ -1,12 +1,11 @@
 """Which organ gets which routed experts: copies of all, or a division read from a file."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from echovlm_ray.checkpoint.layout import InvalidCheckpointError
+from echovlm_ray.yaml_document import NotYamlError, parse_yaml
 from experts.manifest import check_organ
 
 # Organ → the experts' indices in the source checkpoint, ascending; in set order.
@@ -71,9 +70,11 @@ def read_groups(path: Path) -> dict[str, Any]:
     if len(content) > _MAX_FILE_BYTES:
         raise InvalidCheckpointError(f"{path}: larger than {_MAX_FILE_BYTES} bytes; this is no groups file")
     try:
-        groups = yaml.load(content, Loader=DistinctKeysLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InvalidCheckpointError(f"{path}: not YAML or JSON: {' '.join(str(error).split())}") from None
+        groups = parse_yaml(content.decode())
+    except UnicodeDecodeError:
+        raise InvalidCheckpointError(f"{path}: not UTF-8 text") from None
+    except NotYamlError as error:
+        raise InvalidCheckpointError(f"{path}: not YAML or JSON: {error}") from None
     if not isinstance(groups, dict):
         raise InvalidCheckpointError(f"{path}: must map organs to lists of experts, one a line, like `breast: [0, 1]`")
     return groups
@@ -97,21 +98,3 @@ def _check_organ(organ: object) -> None:
         check_organ(str(organ))
     except ValueError as error:
         raise InvalidCheckpointError(str(error)) from None
-
-
-class DistinctKeysLoader(yaml.SafeLoader):
-    """The safe loader, except that a key that occurs twice is an error rather than silently the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Builds a mapping with distinct keys."""
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            # Anything else as a key is refused below.
-            if not isinstance(key_node, yaml.ScalarNode):
-                continue
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"{key_node.value} occurs twice", problem_mark=key_node.start_mark
-                )
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep=deep)

@@ -37,6 +37,10 @@ SPEAKS_HTTP = "http1"
 MAX_ERROR = 2000
 
 Control = Annotated[str, typer.Option(help="host:port of Control.", envvar="ECHORAY_CONTROL")]
+SystemName = Annotated[
+    str | None,
+    typer.Option("--name", help="The system of this name that you run on this machine, instead of --control."),
+]
 NamedControl = Annotated[str | None, typer.Option(help="host:port of Control, to go through it.")]
 Timeout = Annotated[
     float, typer.Option(min=0.1, callback=finite, help="Give up a call to Control after this many seconds.")
@@ -132,6 +136,7 @@ def explain(error: EchoVLMError, address: str) -> tuple[str, int]:
 def _with_control(command: Callable[..., None], control: inspect.Parameter) -> Callable[..., None]:
     connection = [
         control,
+        inspect.Parameter("name", _KEYWORD, default=None, annotation=SystemName),
         inspect.Parameter("token_file", _KEYWORD, default=None, annotation=TokenFile),
         inspect.Parameter("ca", _KEYWORD, default=None, annotation=Authority),
         inspect.Parameter("certificate", _KEYWORD, default=None, annotation=Certificate),
@@ -144,6 +149,8 @@ def _with_control(command: Callable[..., None], control: inspect.Parameter) -> C
     @functools.wraps(command)
     def connected(*arguments: Any, **options: Any) -> None:
         named = {parameter.name: options.pop(parameter.name) for parameter in connection}
+        if (name := named.pop("name")) is not None:
+            named["control"] = control_of(name)
         if named["control"] is None:
             command(None, *arguments, **options)
             return
@@ -171,6 +178,16 @@ def _open(
             control, token=token_of(token_file), tls=tls_of(ca, certificate, key), timeout_s=timeout
         )
     except (ValueError, OSError) as error:
+        fail(_line(str(error)), EXIT_INVALID)
+
+
+def control_of(name: str) -> str:
+    """Where the Control of a system of this user's on this machine listens; ends the command if there is none."""
+    from echovlm_ray.cli.state import system_named
+
+    try:
+        return system_named(name).control
+    except ValueError as error:
         fail(_line(str(error)), EXIT_INVALID)
 
 

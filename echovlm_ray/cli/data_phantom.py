@@ -96,15 +96,19 @@ def phantom_command(
 
 
 def _write(directory: Path, corpus: "Corpus", workers: int, contact_sheet: Path | None, as_json: bool) -> None:
-    from echovlm_ray.data.phantom.corpus import FolderInUseError, write_corpus
+    from echovlm_ray.checkpoint.atomic import require_vacant_file
+    from echovlm_ray.checkpoint.layout import InvalidCheckpointError
+    from echovlm_ray.data.phantom.corpus import write_corpus
     from echovlm_ray.data.phantom.phantom import NOTICE
 
     try:
+        if contact_sheet is not None:
+            require_vacant_file(contact_sheet)
         with _progress(len(corpus.indices)) as advance:
             counts = write_corpus(directory, corpus, workers=workers, progress=advance)
         if contact_sheet is not None:
             _write_sheet(corpus, contact_sheet)
-    except FolderInUseError as error:
+    except InvalidCheckpointError as error:
         fail(str(error), code=2)
     except OSError as error:
         fail(f"{error.filename or directory}: {error.strerror or error}")

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from echovlm_ray.data.media import ImageRoot
     from echovlm_ray.data.record import Record
     from echovlm_ray.data.splitting import Grouping
+    from echovlm_ray.vision.images import ImageLimits
+    from echovlm_ray.vision.scaling import Scaling
 
 EXIT_FINDINGS = 1
 EXIT_USAGE = 2
@@ -53,29 +55,38 @@ def check_command(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Also count tokens, with this checkpoint's tokenizer and image processor.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="With --checkpoint: the most tokens of a record.")] = 4096,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --checkpoint: the most tokens of a record. [default: what recipes have, 2048]"),
+    ] = None,
     names: Names = False,
     as_json: AsJson = False,
 ) -> None:
     """Checks records and their images, and names the line of everything that is wrong.
 
-    Finds broken JSON, wrong types, missing or unreadable images, marks that do not match the images, empty answers,
-    duplicate ids, paths that leave the image folder, records that are too long, and, given several files (the sides
-    of a split), patients and images that occur in more than one.
+    Finds broken JSON, wrong types, missing, unreadable or truncated images, such as are too large or too long and
+    narrow for training, marks that do not match the images, empty answers, duplicate ids, paths that leave the image
+    folder, records that are too long, and, given several files (the sides of a split), patients and images that occur
+    in more than one.
 
-    The exit status is 0 when all is well, 1 when something was found, 2 when a command line or a file cannot be used.
+    The exit status is 0 when all is well, 1 when something was found in the records, 2 when an option or a whole file
+    cannot be used.
 
     Example: `echoray data check train.jsonl test.jsonl --images pictures/`
 
     Example: `echoray data check BUSI.json --no-images --json`
     """
     with usable():
+        from echovlm_ray.data.check import UNREADABLE
+
         options = _options(images, no_images, patient_pattern, names, checkpoint, max_tokens)
         report = _run_check(files, options)
     if as_json:
         say_json(report.model_dump_json(indent=2))
     else:
         _print_report(report, findings=True)
+    if UNREADABLE in report.found:
+        raise typer.Exit(EXIT_USAGE)
     if report.found:
         raise typer.Exit(EXIT_FINDINGS)
 
@@ -95,14 +106,18 @@ def stats_command(
     Example: `echoray data stats train.jsonl`
     """
     with usable():
-        report = _run_check(files, _options(images, not with_images, patient_pattern, False, None, 1))
+        from echovlm_ray.data.check import UNREADABLE
+
+        report = _run_check(files, _options(images, not with_images, patient_pattern, False, None, None))
     if as_json:
         say_json(report.counts.model_dump_json(indent=2))
     else:
         _print_report(report, findings=False)
-    unread = report.found.get("unreadable file", 0) + report.found.get("broken JSON", 0)
+    unread = report.found.get(UNREADABLE, 0) + report.found.get("broken JSON", 0)
     if unread:
         say(f"{unread} could not be read: see `echoray data check`", err=True)
+    if UNREADABLE in report.found:
+        raise typer.Exit(EXIT_USAGE)
 
 
 def split_command(
@@ -117,7 +132,7 @@ def split_command(
     """Divides a dataset so that no patient is on two sides. The same seed and records give the same sides.
 
     The order of the records in the file makes no difference. Each side becomes a JSON Lines file; its records are those
-    of the file, unchanged.
+    of the file, unchanged. DIR must not exist, or be empty: two divisions in one folder could mix.
 
     Example: `echoray data split all.jsonl parts/ --fractions train=0.9,test=0.1 --seed 7`
 
@@ -126,15 +141,16 @@ def split_command(
     if by not in ("patient", "id"):
         fail(f"--by {by!r} is neither patient nor id", code=EXIT_USAGE)
     with usable():
+        from echovlm_ray.checkpoint.atomic import new_folder
         from echovlm_ray.data.dataset import RecordDataset
         from echovlm_ray.data.splitting import parse_fractions, split_records
 
         parts = parse_fractions(fractions)
         with RecordDataset(file) as dataset:
             divided = split_records(dataset, _grouping(by, patient_pattern), parts, seed)
-            directory.mkdir(parents=True, exist_ok=True)
-            for side, indices in divided.items():
-                _write_lines(directory / f"{side}.jsonl", (_raw(dataset, index) for index in indices))
+            with new_folder(directory) as partial:
+                for side, indices in divided.items():
+                    _write_lines(partial / f"{side}.jsonl", (_raw(dataset, index) for index in indices))
     counts = {side: len(indices) for side, indices in divided.items()}
     if as_json:
         say_json({"by": by, "seed": seed, "records": counts})
@@ -144,7 +160,9 @@ def split_command(
 
 def convert_command(
     file: File,
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="The file to write; .json or .jsonl.")],
+    destination: Annotated[
+        Path, typer.Argument(metavar="DST", help="The file to write, which does not exist; .json or .jsonl.")
+    ],
     to: Annotated[str, typer.Option(help="published, swift (messages of ms-swift), or openai (chat).")] = "swift",
     images: Images = None,
     embed: Annotated[
@@ -161,6 +179,7 @@ def convert_command(
 
     `published`: id, image, conversations of system, human and gpt, as EchoVLM's authors publish them. `swift`: messages
     with `<image>` marks, and images. `openai`: messages whose images are parts. There and back gives the same records.
+    An image that is named by an address (http:, file:) is refused: only files below the image folder are ever read.
 
     Example: `echoray data convert BUSI.json busi.jsonl --to swift --organ breast`
 
@@ -178,11 +197,11 @@ def convert_command(
         fail(f"--task must be one of {', '.join(TASKS)}", code=EXIT_USAGE)
     given = {"organ": organ, "task": task, "language": language}
     with usable():
+        from echovlm_ray.checkpoint.atomic import require_vacant_file
         from echovlm_ray.data.dataset import RecordDataset
 
         with RecordDataset(file) as dataset:
-            if destination.exists() and destination.samefile(file):
-                raise ValueError(f"{destination} is the file that is read: give another name")
+            require_vacant_file(destination)
             records = _converted(dataset, to, images or file.parent, embed, extract_to, given)
             count = _write_lines(destination, records, as_array=destination.suffix == ".json")
     say(f"{count} records in {destination}, in the form {to}.")
@@ -206,7 +225,7 @@ def _converted(
 ) -> Iterator[dict[str, Any]]:
     from dataclasses import replace
 
-    from echovlm_ray.data.convert import extract_embedded, to_form
+    from echovlm_ray.data.convert import extract_embedded, require_paths, to_form
     from echovlm_ray.data.media import ImageRoot
 
     images = ImageRoot(root) if embed else None
@@ -216,7 +235,9 @@ def _converted(
             name: value for name, value in given.items() if value is not None and getattr(record, name) is None
         }
         try:
-            yield to_form(extract_embedded(replace(record, **fill), extract_to), to, images)
+            found = extract_embedded(replace(record, **fill), extract_to)
+            require_paths(found)
+            yield to_form(found, to, images)
         except ValueError as error:
             raise ValueError(f"{dataset.place(index)}: {error}") from None
 
@@ -233,11 +254,13 @@ def _write_lines(path: Path, records: Iterator[dict[str, Any]], *, as_array: boo
     import os
     import tempfile
 
+    from echovlm_ray.checkpoint.atomic import naming_file
+
     count = 0
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        with naming_file(path), os.fdopen(descriptor, "w", encoding="utf-8") as file:
             for record in records:
                 lead = ("[\n" if not count else ",\n") if as_array else ""
                 file.write(lead + json.dumps(record, ensure_ascii=False) + ("" if as_array else "\n"))
@@ -265,28 +288,43 @@ def _grouping(by: str, pattern: str | None) -> "Grouping":
 
 
 def _options(
-    images: Path | None, no_images: bool, pattern: str | None, names: bool, checkpoint: Path | None, max_tokens: int
+    images: Path | None,
+    no_images: bool,
+    pattern: str | None,
+    names: bool,
+    checkpoint: Path | None,
+    max_tokens: int | None,
 ) -> "CheckOptions":
     from echovlm_ray.config import GatewaySection
     from echovlm_ray.data.check import CheckOptions
     from echovlm_ray.data.media import ImageRoot
+    from echovlm_ray.training.recipe import DataSection
     from echovlm_ray.vision.images import ImageLimits
+    from echovlm_ray.vision.scaling import usual_scaling
 
     gateway = GatewaySection()
     limits = ImageLimits(gateway.max_image_bytes, gateway.max_image_pixels, gateway.max_frames, gateway.crop_to_regions)
     if no_images and checkpoint is not None:
         raise ValueError("--checkpoint counts the tokens of images too: leave out --no-images")
+    training = DataSection()
+    scaling, num_tokens = usual_scaling(training.max_visual_tokens), None
+    if checkpoint is not None:
+        scaling, num_tokens = _reading_of(checkpoint, limits, training.max_visual_tokens)
     return CheckOptions(
         root=None if no_images else lambda file: ImageRoot(images or file.parent),
         limits=limits,
+        scaling=scaling,
         grouping=_grouping("patient", pattern),
-        num_tokens=None if checkpoint is None else _token_counter(checkpoint, limits, gateway.max_visual_tokens),
-        max_tokens=max_tokens,
+        num_tokens=num_tokens,
+        max_tokens=training.max_tokens if max_tokens is None else max_tokens,
         show_names=names,
     )
 
 
-def _token_counter(checkpoint: Path, limits: Any, max_visual_tokens: int) -> "Callable[[Record, ImageRoot], int]":
+def _reading_of(
+    checkpoint: Path, limits: "ImageLimits", max_visual_tokens: int
+) -> "tuple[Scaling, Callable[[Record, ImageRoot], int]]":
+    """How a checkpoint scales pictures, and how many tokens it makes of a record."""
     from echovlm_ray.checkpoint.layout import backbone_directory, is_split_folder
     from echovlm_ray.model.configuration import EchoVLMConfig
     from echovlm_ray.model.processing import EchoVLMProcessor
@@ -302,7 +340,7 @@ def _token_counter(checkpoint: Path, limits: Any, max_visual_tokens: int) -> "Ca
     def count(record: "Record", root: "ImageRoot") -> int:
         return len(encoder.encode(example_of(record, root, limits)))
 
-    return count
+    return processor.scaling(max_visual_tokens), count
 
 
 def _run_check(files: list[Path], options: "CheckOptions") -> "CheckReport":

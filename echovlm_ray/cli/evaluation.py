@@ -1,5 +1,6 @@
 """`echoray eval`: a dataset against a model, two evaluations against each other, export. Light until it is called."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -104,6 +105,8 @@ def run_command(
     if checkpoint is not None:
         server = None
     console = console_of(stderr=True)
+    # gRPC's own notes on connections that end; what they mean for a question is said by the client's errors.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     with usable():
         from echovlm_ray.cli.evaluation_run import answers_of, plan_of, write_result
         from echovlm_ray.evaluation.run import load
@@ -179,7 +182,9 @@ def compare_command(
 def export_command(
     dataset: Dataset,
     evaluation: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a finished evaluation.")],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write to.")],
+    destination: Annotated[
+        Path, typer.Argument(metavar="DST", help="The folder to write to; it must not exist, or be empty.")
+    ],
     name: Annotated[str, typer.Option(help="What the kit calls the dataset.")] = "echovlm",
     model: Annotated[str | None, typer.Option(help="What the kit calls the model. [default: the model's own]")] = None,
     limit: Limit = None,

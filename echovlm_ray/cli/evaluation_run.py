@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from echovlm_ray.checkpoint.atomic import naming_file
 from echovlm_ray.cli.data_sets import usable
 from echovlm_ray.cli.work import fail
 from echovlm_ray.client import (
@@ -140,9 +141,9 @@ def write_result(plan: Plan, loaded: LoadedItems, target: Target, outcome: Outco
         drawn = draw_scores(result, partial)
     if not drawn:
         figure.unlink()
-    with _replacing(plan.output / "report.html") as partial:
+    with _replacing(plan.output / "report.html") as partial, naming_file(partial):
         partial.write_text(report_page(result, figure if drawn else None), encoding="utf-8")
-    with _replacing(plan.output / RESULT_FILE) as partial:
+    with _replacing(plan.output / RESULT_FILE) as partial, naming_file(partial):
         partial.write_text(result.model_dump_json(indent=2), encoding="utf-8")
     return result
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from echovlm_ray.cli.control import with_named_control
 from echovlm_ray.cli.experts_targets import (
     DEFAULT_REGISTRY,
     EXIT_INVALID,
@@ -16,8 +17,10 @@ from echovlm_ray.cli.experts_targets import (
     Target,
     source_of,
 )
+from echovlm_ray.cli.gate_words import evaluation_as_dict, print_evaluations
 from echovlm_ray.cli.terminal import say, say_json
 from echovlm_ray.cli.work import byte_progress, clear_errors, fail, finite, parse_size
+from echovlm_ray.client.control import ExpertControlClient
 
 if TYPE_CHECKING:
     from echovlm_ray.checkpoint.bundle_card import BundleCard
@@ -226,26 +229,38 @@ def sign(
     say(f"Signed: {path}")
 
 
+@with_named_control
 def show(
+    control: ExpertControlClient | None,
     target: Target,
     registry: RegistryURL = DEFAULT_REGISTRY,
     registry_option: RegistryOptions = None,
     as_json: AsJSON = False,
 ) -> None:
-    """Shows what a bundle says about itself.
+    """Shows what a bundle says about itself, and with `--control` also what evaluations found about it.
 
     Example: `echoray experts show breast@1.0.0 --registry checkpoints/echovlm`
+
+    Example: `echoray experts show breast@1.1.0 --control 127.0.0.1:50052`
     """
     with clear_errors():
         from echovlm_ray.cli.experts_tables import print_bundle
 
         bundle = source_of(target, registry, registry_option).open()
+    found = None
+    if control is not None:
+        known = control.list(bundle.manifest.organ).evaluations
+        found = [evaluation for evaluation in known if evaluation.digest == bundle.digest]
     if as_json:
         content = bundle.manifest.model_dump(mode="json")
         facts = {"digest": bundle.digest, "size_bytes": bundle.manifest.size_bytes, "signed": bool(bundle.signature)}
-        say_json({**facts, **content}, indent=2)
-    else:
-        print_bundle(bundle)
+        # Without Control nothing is known of any evaluation, which is another thing than that there is none.
+        evaluated = {} if found is None else {"evaluations": [evaluation_as_dict(each) for each in found]}
+        say_json({**facts, **content, **evaluated}, indent=2)
+        return
+    print_bundle(bundle)
+    if found is not None:
+        print_evaluations(found)
 
 
 def diff(

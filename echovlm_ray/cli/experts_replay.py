@@ -25,6 +25,10 @@ def replay(
     path: Annotated[Path, typer.Argument(metavar="REQUEST.json", help="What `generate --save-request` wrote.")],
     server: Server = DEFAULT_ADDRESS,
     control: Control = DEFAULT_CONTROL,
+    name: Annotated[
+        str | None,
+        typer.Option(help="The system of this name that you run on this machine, instead of both addresses."),
+    ] = None,
     token_file: TokenFile = None,
     control_token_file: Annotated[
         Path | None, typer.Option(help="Control's token, where it is another one. [default: that of --token-file]")
@@ -49,6 +53,11 @@ def replay(
     """
     console = console_of(stderr=True)
     try:
+        if name is not None:
+            from echovlm_ray.cli.state import system_named
+
+            system = system_named(name)
+            server, control = system.gateway, system.control
         request, images = read_request(path)
         tls = tls_of(ca, certificate, key)
         operator = ExpertControlClient(control, token=token_of(control_token_file or token_file), tls=tls)

@@ -8,9 +8,10 @@ import typer
 
 from echovlm_ray.cli.control import EXIT_FAILED, EXIT_INVALID, Actor, DryRun, Reason, Wait, actor_of, with_control
 from echovlm_ray.cli.experts_targets import AsJSON
+from echovlm_ray.cli.gate_words import Gates, Override, check_override, gates_json
 from echovlm_ray.cli.rollout_expected import RolloutId, candidate_seen, stable_seen
 from echovlm_ray.cli.rollout_tables import memory_view
-from echovlm_ray.cli.rollout_wait import LOADED, Reached, has_taken_over, is_gone, is_loaded, wait_until
+from echovlm_ray.cli.rollout_wait import Reached, has_taken_over, has_traffic, is_gone, is_loaded, wait_until
 from echovlm_ray.cli.rollout_words import operation_as_dict, short, state_in_words
 from echovlm_ray.cli.terminal import console_of, line, name_of, say, say_json, styled
 from echovlm_ray.cli.work import fail
@@ -72,16 +73,20 @@ def canary(
     digest: Digest = "",
     reason: Reason = "",
     actor: Actor = None,
+    gates: Gates = None,
+    override: Override = False,
     dry_run: DryRun = False,
+    wait: Wait = False,
     as_json: AsJSON = False,
 ) -> None:
     """Has the candidate answer a part of the requests. Requests of one session stay with one version.
 
     From now on the candidate is rolled back by itself when it fails too often, is too slow or computes what is no
-    number. A rollout file's own steps end with this command.
+    number. A rollout file's own steps end with this command. With `--wait` it ends when the canary has begun.
 
     Example: `echoray experts canary heart --percent 5`
     """
+    check_override(override, reason)
     digest = _whole(control, organ, digest)
     response = control.canary(
         organ,
@@ -91,8 +96,10 @@ def canary(
         reason=reason,
         expected=candidate_seen(control, organ, rollout, digest),
         dry_run=dry_run,
+        gates_json=gates_json(gates),
+        override=override,
     )
-    _finish(control, response, dry_run, as_json)
+    _finish(control, response, dry_run, as_json, has_traffic("canary", percent) if wait else None)
 
 
 @with_control
@@ -134,6 +141,8 @@ def promote(
     digest: Digest = "",
     reason: Reason = "",
     actor: Actor = None,
+    gates: Gates = None,
+    override: Override = False,
     dry_run: DryRun = False,
     wait: Wait = False,
     as_json: AsJSON = False,
@@ -142,8 +151,11 @@ def promote(
 
     With `--wait` it ends when no request uses the version before any more, and its memory is free.
 
+    A candidate with evaluations that it did not pass is refused, with the figures.
+
     Example: `echoray experts promote heart --reason "agrees with the board" --wait`
     """
+    check_override(override, reason)
     digest = _whole(control, organ, digest)
     response = control.promote(
         organ,
@@ -152,6 +164,8 @@ def promote(
         reason=reason,
         expected=candidate_seen(control, organ, rollout, digest),
         dry_run=dry_run,
+        gates_json=gates_json(gates),
+        override=override,
     )
     _finish(control, response, dry_run, as_json, has_taken_over if wait else None)
 
@@ -273,10 +287,7 @@ def _last_step(file: "RolloutFile") -> Reached:
     if not file.steps:
         return is_loaded
     last = file.steps[-1]
-    further = LOADED[LOADED.index("canary") + 1 :]
-    return lambda rollout, state: (
-        (rollout.state == last.mode and rollout.percent == last.percent) or rollout.state in further
-    )
+    return has_traffic(last.mode, last.percent)
 
 
 def _finish(

@@ -11,6 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from echovlm_ray.cli.answering import problem_as_dict
 from echovlm_ray.cli.control import with_control
 from echovlm_ray.cli.experts_targets import AsJSON
 from echovlm_ray.cli.interruptible import interruptible
@@ -190,6 +191,8 @@ def _lines(names: Versions, organ: str, console: Console) -> Show:
 def _json_lines(names: Versions, organ: str) -> Iterator[Show]:
     def show(state: "ControlState") -> None:
         shown = state_as_dict(state.live, state.rollouts, state.replicas, names.of(state), organ)
-        say_json({"version": state.version, **shown})
+        problems = [problem_as_dict(problem) for problem in state.problems]
+        rest = {"problems": problems, "not_taken_up": list(state.not_taken_up)}
+        say_json({"version": state.version, **shown, **rest})
 
     yield show

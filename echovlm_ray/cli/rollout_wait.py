@@ -7,7 +7,8 @@ import typer
 
 from echovlm_ray.cli.control import EXIT_INTERRUPTED
 from echovlm_ray.cli.experts_watch import Versions, display, states
-from echovlm_ray.cli.rollout_words import ENDED_BADLY, short, state_in_words
+from echovlm_ray.cli.gate_words import failed_gates
+from echovlm_ray.cli.rollout_words import ENDED_BADLY, IN_FLIGHT, short, state_in_words
 from echovlm_ray.cli.terminal import console_of, line, say
 from echovlm_ray.cli.work import fail
 
@@ -24,6 +25,11 @@ LOADED = ("warm", "shadow", "canary", *SERVED)
 def is_loaded(rollout: "Rollout", state: "ControlState") -> bool:
     """The candidate can compute on every replica: what `stage` waits for."""
     return rollout.state in LOADED
+
+
+def has_traffic(mode: str, percent: float) -> Reached:
+    """The candidate gets this part of the requests, or has taken over already."""
+    return lambda rollout, state: (rollout.state == mode and rollout.percent == percent) or rollout.state in SERVED
 
 
 def has_taken_over(rollout: "Rollout", state: "ControlState") -> bool:
@@ -71,6 +77,16 @@ def wait_until(control: "ExpertControlClient", rollout: "Rollout", reached: Reac
                     fail(_ended(f"{rollout.id} has ended and another rollout of {organ} has begun", organ))
                 if reached(current, state):
                     return current
+                if (
+                    current.state in IN_FLIGHT
+                    and reached not in (is_gone, is_loaded)
+                    and (why := failed_gates(current))
+                ):
+                    version = current.version or short(current.digest)
+                    fail(
+                        f"{organ} {version} did not pass its gates: {line(why)}; roll it back, or override: "
+                        f"echoray experts promote {organ} --override --reason TEXT"
+                    )
                 # Where the end is what was asked for, only the memory is still awaited.
                 if current.state in ENDED_BADLY and reached is not is_gone:
                     because = f": {line(current.reason)}" if current.reason else ""

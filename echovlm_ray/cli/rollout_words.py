@@ -4,6 +4,8 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from echovlm_ray.cli.gate_words import gate_as_dict
+
 if TYPE_CHECKING:
     from protos.control_pb2 import (
         BundleInfo,
@@ -127,6 +129,7 @@ def rollout_as_dict(rollout: "Rollout") -> dict[str, Any]:
         "restores": rollout.restores,
         "waits_for": rollout.waits_for or None,
         "shadow": shadow,
+        "gates": [gate_as_dict(gate) for gate in rollout.gates],
     }
 
 

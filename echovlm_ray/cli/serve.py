@@ -50,6 +50,9 @@ def serve(
     begin_anew: Annotated[
         bool, typer.Option("--begin-anew", help="Begin from the checkpoint's experts where the database is missing.")
     ] = False,
+    insecure_ray: Annotated[
+        bool, typer.Option("--insecure-ray", help="Start although RAY_AUTH_MODE turns Ray's own token off.")
+    ] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Start again when Ray dies, after 1 to 60 seconds.")
     ] = False,
@@ -74,17 +77,23 @@ def serve(
         from echovlm_ray.cli.state import announced
         from echovlm_ray.cli.supervisor import supervised
         from echovlm_ray.config_file import load_system_config
+        from echovlm_ray.hosts import host_port
+        from echovlm_ray.serving.ray_auth import check_ray_auth
         from echovlm_ray.serving.system_id import check_name
 
+        check_ray_auth(insecure=insecure_ray)
         parsed = load_system_config(config, checkpoint)
         options = _Options(address, detach, check_name(name), take_over, begin_anew)
         where = {"name": name, "address": address or ""}
-        control, gateway = (f"{section.host}:{section.port}" for section in (parsed.control, parsed.gateway))
+        control, gateway = (host_port(section.host, section.port) for section in (parsed.control, parsed.gateway))
         known = nullcontext() if detach else announced(str(parsed.model.checkpoint), control, gateway, **where)
         # Held here, above the process that serves: it lasts over a restart.
         with nullcontext() if address else _alone(parsed), known:
             code = supervised(
-                partial(_serve_below, parsed, options, console), restart=restart, say=partial(_say, console)
+                partial(_serve_below, parsed, options, console),
+                restart=restart,
+                say=partial(_say, console),
+                leave=partial(_show_cursor, console),
             )
     raise typer.Exit(code)
 
@@ -131,9 +140,16 @@ def _serve(config: "Config", options: _Options, console: Console, supervisor: in
     from echovlm_ray.cli.state import ready_at
     from echovlm_ray.cli.supervisor import EXIT_LOST, EXIT_REPLACED, end_family
 
-    request = StopRequest(
-        lambda: _say(console, "\nStopping; requests under way may finish. Ctrl-C again to stop at once."), end_family
-    )
+    deployed = threading.Event()
+
+    def stop() -> None:
+        _say(console, "\nStopping; requests under way may finish. Ctrl-C again to stop at once.")
+        if options.address is None and not deployed.is_set():
+            # Nothing runs yet that must end in order, and Ray's own start cannot be interrupted.
+            end_family()
+            os._exit(EXIT_KILLED)
+
+    request = StopRequest(stop, end_family)
     taken = threading.Event()
 
     def lost(problem: str) -> None:
@@ -154,6 +170,8 @@ def _serve(config: "Config", options: _Options, console: Console, supervisor: in
             _say(console, styled(line(f"{what}."), "yellow"))
             request.ask()
 
+    # What this process and Ray's make, files and logs, is for this user alone.
+    os.umask(0o077)
     with request.following(supervisor):
         # Everything that needs no Ray is checked before the seconds that loading it takes.
         _check(config, options)
@@ -161,7 +179,7 @@ def _serve(config: "Config", options: _Options, console: Console, supervisor: in
 
         with (
             _no_exit_from_ray(request),
-            _progress(console) as progress,
+            _progress(console, deployed) as progress,
             serve_system(
                 config,
                 address=options.address,
@@ -201,6 +219,12 @@ def _say(console: Console, *texts: str | Text) -> None:
         console.print(*texts)
 
 
+def _show_cursor(console: Console) -> None:
+    """A process that ends at once leaves the terminal as its progress had it."""
+    with suppress(OSError):
+        console.show_cursor()
+
+
 @contextmanager
 def _no_exit_from_ray(request: StopRequest) -> Iterator[None]:
     """While it starts, Ray answers SIGTERM by ending the process with a status of its own; this one is ours."""
@@ -214,8 +238,11 @@ def _no_exit_from_ray(request: StopRequest) -> Iterator[None]:
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[Callable[[Mapping[str, bool]], None]]:
-    """Shows which parts are up: on a terminal in one line that changes, otherwise a line for each part."""
+def _progress(console: Console, deployed: threading.Event) -> Iterator[Callable[[Mapping[str, bool]], None]]:
+    """Shows which parts are up: on a terminal in one line that changes, otherwise a line for each part.
+
+    The event is set once there are parts.
+    """
     started = time.monotonic()
     seen: set[str] = set()
     status = console.status("Starting Ray …") if console.is_terminal else None
@@ -225,6 +252,7 @@ def _progress(console: Console) -> Iterator[Callable[[Mapping[str, bool]], None]
         console.print("Starting Ray …")
 
     def show(states: Mapping[str, bool]) -> None:
+        deployed.set()
         up = {name for name, listening in states.items() if listening}
         waiting = [name for name in states if name not in up]
         if status is None:
@@ -245,8 +273,10 @@ def _progress(console: Console) -> Iterator[Callable[[Mapping[str, bool]], None]
 
 
 def _print_ready(system: "RunningSystem", config: "Config", console: Console, options: _Options) -> None:
+    from echovlm_ray.serving.ray_folder import logs_of_this_process
     from echovlm_ray.serving.ray_session import metrics_addresses
 
+    logs = logs_of_this_process()
     index, expert_set = system.served.index, system.served.expert_set
     gateway = ", ".join(sorted(set(system.gateway_addresses)))
     organs = ", ".join(
@@ -257,6 +287,7 @@ def _print_ready(system: "RunningSystem", config: "Config", console: Console, op
     rows = {
         "gateway": f"{gateway} ({_access(config.gateway)})",
         "control": f"{system.control_address} ({_access(config.control)})",
+        **({"logs": str(logs)} if logs is not None else {}),
         "metrics": ", ".join(f"http://{found}/metrics" for found in metrics_addresses()) or "none",
         "deployment": system.served.identity[:12] + (f", {options.name}" if options.name else ""),
         "checkpoint": f"{system.served.directory}: {index.name} {index.version}",

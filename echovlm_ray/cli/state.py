@@ -3,11 +3,9 @@
 One small file per running `echoray serve`, in a folder that only its user can read.
 """
 
-import fcntl
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -50,11 +48,13 @@ def announced(checkpoint: str, control: str, gateway: str, *, name: str = "", ad
     """Lets this process be found by `running_systems` while the block lasts."""
     system = LocalSystem(os.getpid(), psutil.Process().create_time(), checkpoint, control, name, address, gateway)
     path = _folder() / f"{system.pid}.json"
+    path.touch(0o600)
     path.write_text(json.dumps(asdict(system)))
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
+        _remove_folder_if_empty()
 
 
 @contextmanager
@@ -69,23 +69,35 @@ def claimed(resources: Mapping[str, str]) -> Iterator[None]:
     Raises:
         ValueError: another `echoray serve` of this user has it; the text names that process.
     """
-    from echovlm_ray.serving.rollout_files import holder_of, note_holder
+    from echovlm_ray.serving.held_file import HeldError
 
     with ExitStack() as held:
+        held.callback(_remove_folder_if_empty)
         for resource, remedy in resources.items():
-            name = hashlib.sha256(resource.encode()).hexdigest()[:16]
-            descriptor = os.open(_folder() / f"{name}.claim", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            held.callback(os.close, descriptor)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                pid = holder_of(descriptor)
+                held.enter_context(_held(f"{hashlib.sha256(resource.encode()).hexdigest()[:16]}.claim"))
+            except HeldError as error:
                 raise ValueError(
-                    f"another `echoray serve` (process {pid}) is starting or running here with {resource}: "
-                    f"`echoray stop --pid {pid}` ends it; or {remedy}"
+                    f"another `echoray serve` (process {error.holder}) is starting or running here with {resource}: "
+                    f"`echoray stop --pid {error.holder}` ends it; or {remedy}"
                 ) from None
-            note_holder(descriptor)
         yield
+
+
+@contextmanager
+def _held(name: str) -> Iterator[None]:
+    from echovlm_ray.serving.held_file import give_back, hold
+
+    while True:
+        path = _folder() / name
+        # Another one that ended just now may have removed the folder.
+        with suppress(FileNotFoundError):
+            descriptor = hold(path, 0o600)
+            break
+    try:
+        yield
+    finally:
+        give_back(descriptor, path)
 
 
 def ready_at(pid: int, control: str, gateway: str) -> None:
@@ -121,15 +133,16 @@ def system_named(name: str) -> LocalSystem:
     if len(found) == 1:
         return found[0]
     others = ", ".join(sorted({system.name for system in running_systems() if system.name})) or "none has a name"
-    what = "several systems" if found else "no system"
-    raise ValueError(f"{what} of yours on this machine have the name {name!r} ({others}): name its address instead")
+    what = "several systems of yours on this machine have" if found else "no system of yours on this machine has"
+    raise ValueError(f"{what} the name {name!r} ({others}): name its address instead")
+
+
+def _remove_folder_if_empty() -> None:
+    with suppress(OSError, ValueError):
+        _folder().rmdir()
 
 
 def _folder() -> Path:
-    base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
-    folder = Path(base) / f"echoray-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise ValueError(f"{folder} belongs to somebody else: remove it, or set XDG_RUNTIME_DIR to a folder of yours")
-    folder.chmod(0o700)
-    return folder
+    from experts.private_folder import runtime_folder
+
+    return runtime_folder()

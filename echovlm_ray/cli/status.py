@@ -8,12 +8,12 @@ import typer
 from rich.text import Text
 
 from echovlm_ray.cli.answering import NO_ANSWER, problem_as_dict, problem_in_words
-from echovlm_ray.cli.control import explain
+from echovlm_ray.cli.control import SystemName, control_of, explain
 from echovlm_ray.cli.credentials import Authority, Certificate, Key, TokenFile, tls_of, token_of
 from echovlm_ray.cli.tables import Listing
 from echovlm_ray.cli.terminal import console_of, line, name_of, say_json, styled
 from echovlm_ray.cli.work import finite
-from echovlm_ray.client.connection import LOOPBACK, TLS, call_metadata, check_connection
+from echovlm_ray.client.connection import TLS, call_metadata, check_connection, open_channel
 from echovlm_ray.client.errors import EchoVLMError, from_rpc_error
 from protos import status_pb2, status_pb2_grpc
 
@@ -38,9 +38,7 @@ def status(
     key: Key = None,
     timeout: Annotated[float, typer.Option(min=0.1, callback=finite, help="Give up after this many seconds.")] = 10.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
-    name: Annotated[
-        str | None, typer.Option(help="The system of this name that you run on this machine, instead of --control.")
-    ] = None,
+    name: SystemName = None,
 ) -> None:
     """Shows every part: its replicas, their addresses and processes, expert versions, queues and memory.
 
@@ -69,12 +67,7 @@ def status(
 
 def _ask(control: str, token: str | None, tls: TLS | None, timeout: float) -> "GetStatusResponse":
     check_connection(control, token, tls)
-    options = [("grpc.enable_http_proxy", 0)] if LOOPBACK.match(control) else []
-    if tls is None:
-        channel = grpc.insecure_channel(control, options=options)
-    else:
-        channel = grpc.secure_channel(control, tls.credentials(), options=options)
-    with channel:
+    with open_channel(control, tls) as channel:
         request_id, metadata = call_metadata(token, None)
         stub = status_pb2_grpc.SystemStatusStub(channel)
         try:
@@ -170,17 +163,6 @@ def _arithmetic(found: "GetStatusResponse") -> list[str]:
     if len(applications) == 1:
         return [f"products on the CPU by {arithmetic}" for arithmetic in applications]
     return [f"products on the CPU of {', '.join(names)} by {text}" for text, names in applications.items()]
-
-
-def control_of(name: str) -> str:
-    """Where the Control of a system of this user's on this machine listens.
-
-    Raises:
-        ValueError: there is no such system.
-    """
-    from echovlm_ray.cli.state import system_named
-
-    return system_named(name).control
 
 
 def _rows(

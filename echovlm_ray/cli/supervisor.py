@@ -31,7 +31,9 @@ LONGEST_PAUSE_S = 60.0
 _PR_SET_CHILD_SUBREAPER = 36
 
 
-def supervised(work: Callable[[int], int], *, restart: bool, say: Callable[[str], None]) -> int:
+def supervised(
+    work: Callable[[int], int], *, restart: bool, say: Callable[[str], None], leave: Callable[[], None]
+) -> int:
     """Runs the work until it ends.
 
     Args:
@@ -39,6 +41,7 @@ def supervised(work: Callable[[int], int], *, restart: bool, say: Callable[[str]
             end of the file when this process has died; returns its exit status.
         restart: whether to run it anew when it was lost after it had run, with pauses that grow up to a minute.
         say: tells the user.
+        leave: called when the other process has ended, however it did.
 
     Returns:
         The exit status.
@@ -46,7 +49,12 @@ def supervised(work: Callable[[int], int], *, restart: bool, say: Callable[[str]
     _adopt_orphans()
     pause, ran_once = FIRST_PAUSE_S, False
     writer = -1
-    request = StopRequest(lambda: _tell(writer), _kill_family)
+
+    def end_at_once() -> None:
+        _kill_family()
+        leave()
+
+    request = StopRequest(lambda: _tell(writer), end_at_once)
     with request.listening():
         while True:
             reader, writer = os.pipe()
@@ -59,6 +67,7 @@ def supervised(work: Callable[[int], int], *, restart: bool, say: Callable[[str]
             os.close(writer)
             writer = -1
             end_family()
+            leave()
             ran_once = ran_once or code == EXIT_LOST
             if not restart or request() or not ran_once or code in (0, EXIT_INVALID, EXIT_REPLACED):
                 return EXIT_KILLED if code < 0 and request() else EXIT_LOST if code < 0 else code

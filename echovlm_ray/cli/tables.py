@@ -1,4 +1,4 @@
-"""Tables that can be read at any width: no word, number or address is ever broken where it fits on a line.
+"""Tables that can be read at any width: no word, quantity or address is ever broken where it fits on a line.
 
 A table whose longest words do not fit beside each other becomes a list, one row below the other.
 """
@@ -15,8 +15,10 @@ from rich.text import Text
 from echovlm_ray.cli.terminal import MAX_CELL, line
 
 GAP = 2
-# Between these, a line of Chinese, Japanese or Korean may end.
-_BREAKABLE = re.compile(r"[\s\u2e80-\u9fff\uac00-\ud7ff\uf900-\ufaff\uff00-\uffef]+")
+# What stays on one line: a quantity with its unit, such as "17.2 GB" or "50 %"; a letter of Chinese, Japanese or
+# Korean, between which lines may end; or a word.
+_WIDE = r"\u2e80-\u9fff\uac00-\ud7ff\uf900-\ufaff\uff00-\uffef"
+_PIECE = re.compile(rf"(?<!\S)\d[\d.,]* (?:GB|MB|kB|B|MiB|GiB|%|s|min|h|d)(?!\w)[^\s{_WIDE}]*|[{_WIDE}]|[^\s{_WIDE}]+")
 
 Cell = str | Text | ProgressBar
 Drawn = Text | ProgressBar
@@ -81,7 +83,7 @@ class Listing:
             justify: JustifyMethod = "right" if header in self._right else "left"
             table.add_column(Text(header), width=width, overflow="fold", justify=justify)
         for row in self._rows:
-            table.add_row(*(row[number] for number in shown))
+            table.add_row(*(_wrapped(row[number], width) for number, width in zip(shown, widths, strict=True)))
         return table
 
     def _as_list(self, width: int) -> Iterable[Text | Table]:
@@ -90,12 +92,32 @@ class Listing:
             if _length(first):
                 label = f"{self._headers[0]} " if self._show_header and self._headers[0] else ""
                 yield Text.assemble((label, "bold"), first) if isinstance(first, Text) else Text("")
-            for header, cell in zip(self._headers[1:], rest, strict=True):
-                if _length(cell):
-                    yield from _entry(header if self._show_header else "", cell, width)
+            headers = self._headers[1:] if self._show_header else [""] * len(rest)
+            yield from _entries([pair for pair in zip(headers, rest, strict=True) if _length(pair[1])], width)
+
+
+def _entries(entries: Sequence[tuple[str, Drawn]], width: int) -> Iterable[Text | Table]:
+    """Cells with their headers, as many on a line as fit."""
+    together = Text()
+    for header, cell in entries:
+        label = f"{header}: " if header else ""
+        needed = GAP + len(label) + _length(cell)
+        if together and together.cell_len + needed > width:
+            yield together
+            together = Text()
+        if isinstance(cell, Text) and needed <= width:
+            together.append(" " * GAP + label).append_text(cell)
+            continue
+        if together:
+            yield together
+            together = Text()
+        yield from _entry(header, cell, width)
+    if together:
+        yield together
 
 
 def _entry(header: str, cell: Drawn, width: int) -> Iterable[Text | Table]:
+    """A cell that does not fit on a line with its header, or that is no text."""
     label = f"  {header}:" if header else " "
     if not isinstance(cell, Text):
         grid = Table.grid(padding=(0, 1, 0, 0))
@@ -107,7 +129,7 @@ def _entry(header: str, cell: Drawn, width: int) -> Iterable[Text | Table]:
         grid = Table.grid(padding=(0, 1, 0, 0))
         grid.add_column(width=Text(label).cell_len)
         grid.add_column(width=room, overflow="fold")
-        grid.add_row(Text(label), cell)
+        grid.add_row(Text(label), _wrapped(cell, room))
         yield grid
         return
     # On a line of its own, as an address must stay whole.
@@ -127,8 +149,23 @@ def _length(cell: Drawn) -> int:
 
 def _longest_word(cell: Drawn) -> int:
     if isinstance(cell, Text):
-        return max((Text(word).cell_len for word in _BREAKABLE.split(cell.plain)), default=0) or min(2, cell.cell_len)
+        return max((Text(piece).cell_len for piece in _PIECE.findall(cell.plain)), default=0)
     return cell.width or 0
+
+
+def _wrapped(cell: Drawn, width: int) -> Drawn:
+    """The cell with its line ends where they may be; the library would part a quantity from its unit."""
+    if not isinstance(cell, Text) or cell.cell_len <= width:
+        return cell
+    # Of each line the place of its first piece, and the place behind its last one.
+    lines: list[tuple[int, int]] = []
+    for piece in _PIECE.finditer(cell.plain):
+        begin, end = piece.span()
+        if lines and Text(cell.plain[lines[-1][0] : end]).cell_len <= width:
+            lines[-1] = (lines[-1][0], end)
+        else:
+            lines.append((begin, end))
+    return Text("\n").join(cell[begin:end] for begin, end in lines)
 
 
 def _shared_out(smallest: Sequence[int], natural: Sequence[int], room: int) -> list[int]:

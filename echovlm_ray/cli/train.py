@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from echovlm_ray.training.run import Run
     from echovlm_ray.training.sources import DataFiles
 
+EXIT_ENDED = 1
 EXIT_INVALID = 2
 EXIT_INTERRUPTED = 130
 
@@ -102,6 +103,9 @@ def model_command(
     saves and says how to go on; so does whatever else ends a run. The same command resumed gives the same bytes as if
     it had never been stopped.
 
+    The exit status is 0 when the model is trained, 1 when a run ended before its time, 2 when something that was given
+    cannot be used and nothing was begun, 130 after Ctrl-C.
+
     Example: `echoray train model --from Qwen2-VL-7B-Instruct --recipe paper --data train.json --output runs/first`
 
     Example: `echoray train model --data train.json --set stages.0.epochs=3 --output runs/small`
@@ -162,6 +166,9 @@ def expert_command(
     summary of the data, and a model card beside it, ready to be pushed, staged and promoted. Ctrl-C saves and says how
     to go on.
 
+    The exit status is 0 when the bundle is packed, 1 when a run ended before its time, 2 when something that was given
+    cannot be used and nothing was begun, 130 after Ctrl-C.
+
     Example: `echoray train expert --organ breast --checkpoint checkpoints/demo --data breast.json --output runs/breast`
 
     Example: `echoray train expert --resume runs/breast`
@@ -170,7 +177,7 @@ def expert_command(
     """
     options = RunOptions(data, images, validation, output, recipe, settings, resume, workers, device, threads, quiet)
     with training_errors():
-        from echovlm_ray.training.expert import next_version, require_experts_only, train_expert
+        from echovlm_ray.training.expert import next_version, require_experts_only, require_later, train_expert
         from echovlm_ray.training.run import Run
         from echovlm_ray.training.start import Start, organ_bundle
         from experts.manifest import check_version
@@ -184,6 +191,7 @@ def expert_command(
                 made_version = check_version(version or next_version(current))
             except ValueError as error:
                 fail(str(error), EXIT_INVALID)
+            require_later(made_version, current)
             begins = Start(kind="organ", folder=checkpoint, organ=organ, version=base)
             return Run(kind="expert", start=begins, files=files, version=made_version, card=card)
 
@@ -218,8 +226,12 @@ def demo_command(
 
 
 @contextmanager
-def training_errors() -> Iterator[None]:
-    """Turns what a user did, and what a disk does, into one text without a traceback."""
+def training_errors(code: int = EXIT_ENDED) -> Iterator[None]:
+    """Turns what a user did, and what a disk does, into one text without a traceback.
+
+    Args:
+        code: the exit status of what ends a run; of what cannot be used to begin one, `EXIT_INVALID`.
+    """
     from echovlm_ray.checkpoint.layout import InvalidCheckpointError
     from echovlm_ray.training.errors import TrainingError, TrainingInterrupted
     from echovlm_ray.training.examples import ExampleError
@@ -241,10 +253,10 @@ def training_errors() -> Iterator[None]:
         TrainingError,
         UnknownBundleError,
     ) as error:
-        fail(" ".join(str(error).split()))
+        fail(" ".join(str(error).split()), code)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        fail(f"{where}{error.strerror or error}")
+        fail(f"{where}{error.strerror or error}", code)
     except KeyboardInterrupt:
         fail(
             "interrupted before the run could be saved; go on from its last checkpoint with --resume", EXIT_INTERRUPTED
@@ -255,13 +267,22 @@ def _open_run(
     options: RunOptions, kind: Literal["model", "expert"], new_run: "Callable[[Path, DataFiles, Recipe], Run]"
 ) -> "tuple[Path, Run, Recipe]":
     """Folder, run and recipe: of the run that is gone on with, or of a new one, which is begun."""
+    _quiet_libraries()
+    with training_errors(EXIT_INVALID):
+        return _opened(options, kind, new_run)
+
+
+def _opened(
+    options: RunOptions, kind: Literal["model", "expert"], new_run: "Callable[[Path, DataFiles, Recipe], Run]"
+) -> "tuple[Path, Run, Recipe]":
     from echovlm_ray.training.recipe_file import load_recipe
     from echovlm_ray.training.run import begin_run, read_run, require_start
+    from echovlm_ray.training.sources import require_files
 
-    _quiet_libraries()
     if options.resume is None:
         recipe = load_recipe(options.recipe, options.settings)
         folder, files = _new_files(options, phantoms=recipe.data.phantoms is not None)
+        require_files(files, recipe.data, seed=recipe.seed)
         run = new_run(folder, files, recipe)
         begin_run(folder, run, recipe)
         return folder, run, recipe

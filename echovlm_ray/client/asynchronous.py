@@ -9,7 +9,13 @@ from typing import Self, Unpack
 import grpc
 
 from echovlm_ray.client.arguments import timeout
-from echovlm_ray.client.connection import DEFAULT_ADDRESS, TLS, call_metadata, channel_options, check_connection
+from echovlm_ray.client.connection import (
+    DEFAULT_ADDRESS,
+    TLS,
+    call_metadata,
+    check_connection,
+    open_asynchronous_channel,
+)
 from echovlm_ray.client.errors import EchoVLMError, InternalServerError, from_rpc_error
 from echovlm_ray.client.patience import Patience, Waiting
 from echovlm_ray.client.request import GenerateOptions, Image, build_request
@@ -133,11 +139,7 @@ class AsyncEchoVLMClient:
         self._retry = retry
         self._waiting = waiting
         self._closed = False
-        options = channel_options(address, tls)
-        if tls is None:
-            self._channel = grpc.aio.insecure_channel(address, options)
-        else:
-            self._channel = grpc.aio.secure_channel(address, tls.credentials(), options)
+        self._channel = open_asynchronous_channel(address, tls)
         self._stub = echovlm_pb2_grpc.EchoVLMStub(self._channel)
         self._address = address
         self._token = token

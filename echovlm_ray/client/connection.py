@@ -14,7 +14,7 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 REQUEST_ID_KEY = "x-request-id"
 # What the server takes; any other id it would replace by one of its own.
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
-LOOPBACK = re.compile(r"(127(\.\d{1,3}){3}|localhost|\[::1\])(:\d+)?$|unix:")
+LOOPBACK = re.compile(r"((ipv4|ipv6|dns):(///)?)?(127(\.\d{1,3}){3}|localhost|\[::1\])(:\d+)?$|unix:|unix-abstract:")
 
 # https://github.com/grpc/grpc/blob/master/doc/naming.md
 OWN_KINDS = frozenset({"unix", "unix-abstract", "dns", "ipv4", "ipv6", "vsock"})
@@ -81,6 +81,8 @@ def _names_a_port(address: str) -> bool:
     if address.partition(":")[0] in OWN_KINDS:
         return True
     host, _, port = address.rpartition(":")
+    if ":" in host and not host.startswith("["):
+        raise ValueError(f"an IPv6 address stands in brackets before the port: [{host}]:{port}")
     return bool(host) and port.isdecimal() and 0 < int(port) < 65536
 
 
@@ -96,6 +98,32 @@ def channel_options(address: str, tls: TLS | None) -> list[tuple[str, str | int]
     if tls is not None and tls.server_name is not None:
         options.append(("grpc.ssl_target_name_override", tls.server_name))
     return options
+
+
+def open_channel(address: str, tls: TLS | None, *further: tuple[str, str | int]) -> grpc.Channel:
+    """A blocking channel to a server.
+
+    Args:
+        address: host:port.
+        tls: how to check the server; None speaks plain text.
+        further: options beside those of every channel.
+
+    Raises:
+        ValueError: of `TLS.credentials`.
+        OSError: of `TLS.credentials`.
+    """
+    options = [*channel_options(address, tls), *further]
+    if tls is None:
+        return grpc.insecure_channel(address, options)
+    return grpc.secure_channel(address, tls.credentials(), options)
+
+
+def open_asynchronous_channel(address: str, tls: TLS | None, *further: tuple[str, str | int]) -> grpc.aio.Channel:
+    """A `grpc.aio` channel; see `open_channel`."""
+    options = [*channel_options(address, tls), *further]
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options)
+    return grpc.aio.secure_channel(address, tls.credentials(), options)
 
 
 def call_metadata(token: str | None, request_id: str | None) -> tuple[str, tuple[tuple[str, str], ...]]:

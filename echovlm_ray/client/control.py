@@ -19,7 +19,7 @@ import grpc
 
 from echovlm_ray.client.arguments import message, text, texts, timeout
 from echovlm_ray.client.bundle_upload import open_upload
-from echovlm_ray.client.connection import TLS, call_metadata, channel_options, check_connection
+from echovlm_ray.client.connection import TLS, call_metadata, check_connection, open_channel
 from echovlm_ray.client.errors import from_rpc_error
 from echovlm_ray.client.held_set import HeldSet
 from protos import control_pb2, control_pb2_grpc
@@ -69,16 +69,7 @@ class ExpertControlClient:
     ) -> None:
         check_connection(address, token, tls)
         self._timeout_s = timeout("timeout_s", timeout_s)
-        options = [
-            *channel_options(address, tls),
-            ("grpc.max_receive_message_length", MAX_ANSWER_BYTES),
-            # Whoever watches wants to see a restarted Control at once.
-            ("grpc.max_reconnect_backoff_ms", 1000),
-        ]
-        if tls is None:
-            self._channel = grpc.insecure_channel(address, options)
-        else:
-            self._channel = grpc.secure_channel(address, tls.credentials(), options)
+        self._channel = open_channel(address, tls, ("grpc.max_receive_message_length", MAX_ANSWER_BYTES))
         self._stub = control_pb2_grpc.ExpertControlStub(self._channel)
         self.address = address
         self._token = token
@@ -136,9 +127,16 @@ class ExpertControlClient:
         reason: str = "",
         expected: Expected | None = None,
         dry_run: bool = False,
+        gates_json: str = "",
+        override: bool = False,
     ) -> control_pb2.OperationResponse:
-        """Has the candidate answer a part of the requests."""
+        """Has the candidate answer a part of the requests.
+
+        With `gates_json`, a JSON array of what a rollout file has under `gates`, it does so by itself once it has
+        passed them. With `override` it does although it has not passed its gates; that needs a reason.
+        """
         request = _traffic(organ, percent, digest, actor, reason, expected, dry_run)
+        request.gates_json, request.override = gates_json, override
         return self._call(self._stub.Canary, control_pb2.OperationResponse, request)
 
     def shadow(
@@ -165,8 +163,10 @@ class ExpertControlClient:
         reason: str = "",
         expected: Expected | None = None,
         dry_run: bool = False,
+        gates_json: str = "",
+        override: bool = False,
     ) -> control_pb2.OperationResponse:
-        """Makes the candidate the organ's version for all new requests."""
+        """Makes the candidate the organ's version for all new requests. Gates and override are those of `canary`."""
         request = message(
             control_pb2.OrganRequest,
             organ=organ,
@@ -175,6 +175,8 @@ class ExpertControlClient:
             reason=reason,
             expected=expected,
             dry_run=dry_run,
+            gates_json=gates_json,
+            override=override,
         )
         return self._call(self._stub.Promote, control_pb2.OperationResponse, request)
 

@@ -8,7 +8,7 @@ from typing import Self, TypeVar, Unpack
 import grpc
 
 from echovlm_ray.client.arguments import timeout
-from echovlm_ray.client.connection import DEFAULT_ADDRESS, TLS, call_metadata, channel_options, check_connection
+from echovlm_ray.client.connection import DEFAULT_ADDRESS, TLS, call_metadata, check_connection, open_channel
 from echovlm_ray.client.errors import EchoVLMError, InternalServerError, from_rpc_error
 from echovlm_ray.client.patience import Patience, Waiting
 from echovlm_ray.client.request import GenerateOptions, Image, build_request
@@ -142,11 +142,7 @@ class EchoVLMClient:
         self._waiting = waiting
         # Ends the pauses between tries.
         self._closed = threading.Event()
-        options = channel_options(address, tls)
-        if tls is None:
-            self._channel = grpc.insecure_channel(address, options)
-        else:
-            self._channel = grpc.secure_channel(address, tls.credentials(), options)
+        self._channel = open_channel(address, tls)
         self._stub = echovlm_pb2_grpc.EchoVLMStub(self._channel)
         self._address = address
         self._token = token

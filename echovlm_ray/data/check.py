@@ -12,19 +12,24 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from echovlm_ray.data.media import ImageRoot, UnusableImageError
-from echovlm_ray.data.parse import Problem, parse_record
+from echovlm_ray.data.dataset import require_different
+from echovlm_ray.data.media import ImageRoot, UnusableImageError, check_shape, decode_media_file
+from echovlm_ray.data.parse import Problem, parse_record, problems_of
 from echovlm_ray.data.phantom.catalogue import UNKNOWN_ATTRIBUTES, UnknownClassError, read_attributes
 from echovlm_ray.data.record import InvalidDataError, Record, language_of, task_of
 from echovlm_ray.data.source import RecordFile
 from echovlm_ray.data.splitting import Grouping
-from echovlm_ray.errors import InvalidRequestError
-from echovlm_ray.vision.images import ImageLimits, decode_image_file
+from echovlm_ray.vision.dicom import is_dicom
+from echovlm_ray.vision.images import ImageLimits
+from echovlm_ray.vision.kinds import VIDEOS, file_kind
+from echovlm_ray.vision.scaling import Scaling
 
 # All findings are counted; so many of each kind are listed.
 LISTED_PER_KIND = 200
 # Different names that a count shows; a file can hold as many as it has records.
 NAMES_SHOWN = 40
+# The kind of a finding that makes a whole file unusable.
+UNREADABLE = "unreadable file"
 UNKNOWN, OTHERS = "unknown", "(others)"
 
 
@@ -83,14 +88,16 @@ class CheckOptions:
     Attributes:
         root: where the images are; None leaves them alone.
         limits: of one image file.
+        scaling: how pictures are scaled for the model; one that cannot be scaled to fit is a finding.
         grouping: how a record's patient is found.
-        num_tokens: the length of a record in tokens, as training counts them, to compare with `max_tokens`; None
-            compares nothing.
+        num_tokens: the length of a record in tokens, as training counts them, to compare with `max_tokens`; raises
+            ValueError for what training refuses; None compares nothing.
         show_names: whether findings carry ids and paths.
     """
 
     root: Callable[[Path], ImageRoot] | None
     limits: ImageLimits
+    scaling: Scaling
     grouping: Grouping = field(default_factory=Grouping)
     num_tokens: Callable[[Record, ImageRoot], int] | None = None
     max_tokens: int = 0
@@ -108,14 +115,16 @@ def check(
         progress: told how many records are done, and how many there are.
 
     Raises:
+        InvalidDataError: a file is given twice.
         OSError: a file cannot be opened.
     """
+    require_different(paths)
     checker = _Checker(options)
     for path in paths:
         try:
             file = RecordFile(path)
         except InvalidDataError as error:
-            checker.add(Problem("unreadable file", str(error).removeprefix(f"{path} ")), path, 0)
+            checker.add(Problem(UNREADABLE, str(error).removeprefix(f"{path} ")), path, 0)
             continue
         with file:
             for line, problem in file.problems:
@@ -186,6 +195,16 @@ _QUANTILES = {"shortest": 0.0, "median": 0.5, "95 %": 0.95, "longest": 1.0}
 Across = Literal["patient", "image"]
 
 
+@dataclass(frozen=True, slots=True)
+class _Image:
+    """What is wrong with an image file, if anything; the digest of its content; its kind; whether it is a loop."""
+
+    problem: Problem | None
+    digest: bytes = b""
+    kind: str = ""
+    is_video: bool = False
+
+
 class _Checker:
     def __init__(self, options: CheckOptions) -> None:
         self._options = options
@@ -195,7 +214,7 @@ class _Checker:
         # Digests instead of names: a huge dataset's names would fill the memory.
         self._ids: dict[bytes, tuple[str, int]] = {}
         self._sides: dict[Across, dict[bytes, set[str]]] = {"patient": defaultdict(set), "image": defaultdict(set)}
-        self._images: dict[Path, tuple[Problem | None, bytes, str]] = {}
+        self._images: dict[Path, _Image] = {}
 
     def add(self, problem: Problem, path: Path, line: int, name: str = "") -> None:
         self.found[problem.kind] += 1
@@ -249,53 +268,63 @@ class _Checker:
             self.add(Problem("duplicate id", text), path, line, record.id)
 
     def _attributes(self, record: Record, path: Path, line: int) -> None:
-        if record.attributes is not None:
-            try:
-                read_attributes(record.attributes)
-            except UnknownClassError:
-                self.add(Problem("attributes", UNKNOWN_ATTRIBUTES), path, line, record.id)
+        if not self._attributes_known(record):
+            self.add(Problem("attributes", UNKNOWN_ATTRIBUTES), path, line, record.id)
+
+    def _attributes_known(self, record: Record) -> bool:
+        try:
+            return record.attributes is None or bool(read_attributes(record.attributes))
+        except UnknownClassError:
+            return False
 
     def _media(self, record: Record, root: ImageRoot, path: Path, line: int) -> None:
         sound = True
         media = [("image", name) for name in record.images] + [("video", name) for name in record.videos]
+        seen: dict[bytes, str] = {}
         for number, (what, name) in enumerate(media):
             where = f"{what} {number + 1} of {len(media)}"
-            try:
-                problem, content, kind = self._image(root, name)
-            except UnusableImageError as error:
-                problem, content, kind = Problem(error.kind, str(error)), b"", ""
-            if problem is not None:
+            image = self._image(root, name)
+            if image.problem is not None:
                 sound = False
-                self.add(Problem(problem.kind, f"{where} {problem.text}"), path, line, name)
+                self.add(Problem(image.problem.kind, f"{where} {image.problem.text}"), path, line, name)
                 continue
-            self.counts.image_kinds[kind] += 1
-            self._sides["image"][content].add(str(path))
-            if what == "video" and not kind.endswith("loop"):
+            self.counts.image_kinds[image.kind] += 1
+            self._sides["image"][image.digest].add(str(path))
+            if (first := seen.setdefault(image.digest, where)) != where:
+                self.add(Problem("repeated image", f"{where} is {first} again: list each once"), path, line, name)
+            if what == "video" and not image.is_video:
                 self.add(Problem("not a video", f"{where} is a still image: list it under image"), path, line, name)
         if sound and self._options.num_tokens is not None:
             self._length(record, root, path, line)
 
-    def _image(self, root: ImageRoot, name: str) -> tuple[Problem | None, bytes, str]:
-        """What is wrong with an image file, the digest of its content, and its kind; each file is decoded once."""
-        location = root.locate(name)
+    def _image(self, root: ImageRoot, name: str) -> _Image:
+        """Each file is decoded once, as training does it."""
+        try:
+            location = root.locate(name)
+        except UnusableImageError as error:
+            return _Image(Problem(error.kind, str(error)))
         if location not in self._images:
-            content = root.read(name, self._options.limits.max_image_bytes)
-            digest = hashlib.sha256(content).digest()
             try:
-                decoded = decode_image_file(content, limits=self._options.limits, field="")
-            except InvalidRequestError as error:
-                self._images[location] = Problem("unreadable image", error.description), digest, ""
+                content = root.read(name, self._options.limits.max_image_bytes)
+                decoded = decode_media_file(content, self._options.limits)
+                check_shape(decoded, self._options.scaling)
+            except UnusableImageError as error:
+                self._images[location] = _Image(Problem(error.kind, str(error)))
             else:
-                kind = "DICOM" if content[128:132] == b"DICM" else "PNG" if content[:1] == b"\x89" else "JPEG"
-                self._images[location] = None, digest, f"{kind} cine loop" if decoded.is_video else kind
+                kind = "DICOM" if is_dicom(content) else file_kind(content)
+                assert kind is not None
+                shown = f"{kind} cine loop" if decoded.is_video and kind not in VIDEOS else kind
+                self._images[location] = _Image(None, hashlib.sha256(content).digest(), shown, decoded.is_video)
         return self._images[location]
 
     def _length(self, record: Record, root: ImageRoot, path: Path, line: int) -> None:
         assert self._options.num_tokens is not None
         try:
             length = self._options.num_tokens(record, root)
-        except ValueError:
-            # Its other problems are named already.
+        except ValueError as error:
+            # What is wrong with the record itself is named already.
+            if not problems_of(record) and self._attributes_known(record):
+                self.add(Problem("refused by training", str(error)), path, line, record.id)
             return
         if length > self._options.max_tokens:
             text = f"takes {length} tokens and the limit is {self._options.max_tokens}; a record is never cut"

@@ -15,6 +15,7 @@ Form = Literal["published", "swift", "openai"]
 FORMS: tuple[Form, ...] = get_args(Form)
 _CHAT_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 _DATA_URL = re.compile(r"data:image/(png|jpeg|jpg);base64,")
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 _SUFFIXES = {b"\x89PNG\r\n\x1a\n": (".png", "png"), b"\xff\xd8\xff": (".jpg", "jpeg")}
 MAX_EMBEDDED_BYTES = 64 * 1024 * 1024
 
@@ -95,6 +96,20 @@ def extract_embedded(record: Record, directory: Path | None) -> Record:
     """
     paths = [_extract(path, directory) if path.startswith("data:") else path for path in record.images]
     return replace(record, images=tuple(paths))
+
+
+def require_paths(record: Record) -> None:
+    """Checks that a record names files: nothing here reads an address, so a record with one would never be used.
+
+    Raises:
+        InvalidDataError: an image or a video is named by an address.
+    """
+    for number, path in enumerate((*record.images, *record.videos), start=1):
+        if _ADDRESS.match(path):
+            raise InvalidDataError(
+                f"image {number} is named by an address ({path.partition(':')[0]}:), and only files below the image "
+                "root are read: download it, and write its path"
+            )
 
 
 def _extract(url: str, directory: Path | None) -> str:

@@ -4,12 +4,26 @@ import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from echovlm_ray.data.parse import Problem, parse_record
 from echovlm_ray.data.record import InvalidDataError, Record
 from echovlm_ray.data.source import RecordFile
+
+
+def require_different(paths: Sequence[str | os.PathLike[str]]) -> None:
+    """Checks that no file is named twice, under whatever name.
+
+    Raises:
+        InvalidDataError: one is.
+    """
+    seen: set[Path] = set()
+    for path in map(Path, paths):
+        if (found := path.resolve()) in seen:
+            raise InvalidDataError(f"{path} is given twice: give each file once")
+        seen.add(found)
 
 
 class RecordDataset(Sequence[Record]):
@@ -19,10 +33,11 @@ class RecordDataset(Sequence[Record]):
         """Opens the files and finds their records.
 
         Raises:
-            InvalidDataError: a file is empty, truncated, or not UTF-8.
+            InvalidDataError: a file is empty, truncated, or not UTF-8, or is given twice.
             OSError: a file cannot be opened.
         """
         named = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+        require_different(named)
         self.files: list[RecordFile] = []
         try:
             for path in named:

@@ -1,8 +1,15 @@
-"""Image files of records: found within one folder, whatever a record says, and read within bounds."""
+"""Image files of records: found within one folder, whatever a record says, read and decoded within bounds.
+
+Checking a data set and training on it decode with the same function, so that one refuses what the other does.
+"""
 
 import os
 import stat
 from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from echovlm_ray.errors import InvalidRequestError
+from echovlm_ray.vision.images import DecodedImage, ImageLimits, decode_image_file
+from echovlm_ray.vision.scaling import Scaling
 
 MAX_PATH_CHARACTERS = 1024
 
@@ -36,7 +43,7 @@ class ImageRoot:
             UnusableImageError: the path is absolute, climbs out of the root, follows a link out of it, is a URL, or
                 leads to no regular file.
         """
-        if path.startswith(("http:", "https:", "data:")):
+        if path.lower().startswith(("http:", "https:", "file:", "ftp:", "s3:", "data:")):
             raise UnusableImageError("not a path", "is a URL; only files below the image root are read")
         pure = PurePosixPath(path)
         foreign = PureWindowsPath(path)
@@ -76,3 +83,34 @@ class ImageRoot:
                 return file.read(max_bytes + 1)
         except OSError as error:
             raise UnusableImageError("unreadable image", f"cannot be read: {error.strerror}") from None
+
+
+def decode_media_file(content: bytes, limits: ImageLimits) -> DecodedImage:
+    """A record's image or video as training takes it.
+
+    A service answers from what is left of a file that is cut off; what is learnt must be what the file was.
+
+    Raises:
+        UnusableImageError: it cannot be decoded, is over a limit, or is cut off or damaged.
+    """
+    try:
+        decoded = decode_image_file(content, limits=limits, field="")
+    except InvalidRequestError as error:
+        raise UnusableImageError("unreadable image", error.description) from None
+    if decoded.is_partial:
+        text = "is cut off or damaged: frames, or parts of them, are missing; export it again"
+        raise UnusableImageError("truncated image", text)
+    return decoded
+
+
+def check_shape(decoded: DecodedImage, scaling: Scaling) -> None:
+    """Whether the model can look at a picture of this shape; the same arithmetic as where it is cut into patches.
+
+    Raises:
+        UnusableImageError: it is so long and narrow that it cannot be scaled to fit.
+    """
+    height, width, _ = decoded.frames[0].shape
+    try:
+        scaling.size(height, width)
+    except ValueError as error:
+        raise UnusableImageError("too long and narrow", f"is {error}") from None

@@ -4,6 +4,7 @@ Three forms are read: the published one (`conversations`), ms-swift's (`messages
 OpenAI's chat (`messages` whose content is a list of parts).
 """
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -16,6 +17,8 @@ FIELDS = frozenset(
     ("id", "image", "images", "video", "videos", "conversations", "messages", "organ", "task", "language")
 ) | {"patient", "options", "answer", "references", "attributes"}
 MAX_DEPTH = 32
+# Letters and signs by their category that are drawn as nothing: the fillers of Hangul and of Braille.
+_UNSEEN = frozenset("\u115f\u1160\u2800\u3164\uffa0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +104,8 @@ def _record(raw: Mapping[str, Any], turns: Sequence[Turn], images: Sequence[str]
     identity = raw.get("id")
     if isinstance(identity, int) and not isinstance(identity, bool):
         identity = str(identity)
-    if not isinstance(identity, str) or not identity:
-        raise _Wrong("no id", "id must be text that is not empty, of its own for each record")
+    if not isinstance(identity, str) or is_blank(identity):
+        raise _Wrong("no id", "id must be text that can be seen, of its own for each record")
     attributes = raw.get("attributes")
     if attributes is not None and not isinstance(attributes, Mapping):
         raise _Wrong("wrong type", f"attributes is {_kind(attributes)}; it must be an object")
@@ -137,15 +140,25 @@ def problems_of(record: Record) -> list[Problem]:
             found.append(Problem("marks", text))
         if any(mark in turn.text for turn in record.turns if turn.role != "human"):
             found.append(Problem("marks", f"has {mark} outside a human turn: move it to the question"))
-    if any(turn.role == "gpt" and not turn.text.strip() for turn in turns):
+    if any(turn.role == "gpt" and is_blank(turn.text) for turn in turns):
         found.append(Problem("empty answer", "has an answer without text: write it, or remove the record"))
-    if any(turn.role == "human" and not _asked(turn.text) for turn in turns):
+    if any(is_blank(text) for text in (*record.options, *record.references)):
+        found.append(Problem("empty answer", "has an option or a reference without text: write it, or remove it"))
+    if any(turn.role == "human" and is_blank(_asked(turn.text)) for turn in turns):
         found.append(Problem("empty question", "has a question without text besides its images"))
     if record.options and record.answer is not None and record.answer not in record.options:
         found.append(Problem("options", "its answer is none of its options: use the same spelling in both"))
     if record.language is not None and record.language not in ("en", "zh"):
         found.append(Problem("language", 'language must be "en" or "zh"'))
+    shown = (record.attributes or {}).get("organ")
+    if record.organ is not None and isinstance(shown, str) and shown != record.organ:
+        found.append(Problem("organ", "its organ is not the one of its attributes: correct one of the two"))
     return found
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text can be seen: no character but spaces, controls, format characters and lone accents."""
+    return all(unicodedata.category(letter)[0] in "CMZ" or letter in _UNSEEN for letter in text)
 
 
 def _asked(text: str) -> str:
@@ -170,7 +183,7 @@ def _strings(raw: Mapping[str, Any], name: str) -> list[str]:
 
 def _optional(raw: Mapping[str, Any], name: str) -> str | None:
     value = raw.get(name)
-    if value is None or value == "":
+    if value is None or (isinstance(value, str) and is_blank(value)):
         return None
     if isinstance(value, int) and not isinstance(value, bool) and name == "patient":
         return str(value)

@@ -60,6 +60,8 @@ class RecordFile:
                 self._index_lines(start)
             else:
                 _ArrayIndex(self).run(start)
+            if not len(self) and not self.problems:
+                raise self._empty()
         except BaseException:
             self._file.close()
             raise
@@ -138,7 +140,10 @@ class RecordFile:
             if rest:
                 return start, rest[:1]
             assert offset >= start
-        raise InvalidDataError(f"{self.path} is empty: a dataset has at least one record")
+        raise self._empty()
+
+    def _empty(self) -> InvalidDataError:
+        return InvalidDataError(f"{self.path} is empty: a dataset has at least one record")
 
     def _index_lines(self, start: int) -> None:
         line, begin, blank = 1, start, True

@@ -113,7 +113,7 @@ class Engine:
 
     @property
     def preemptions(self) -> int:
-        """How often since the start a request gave its cache blocks to an older one and was computed again."""
+        """How often since the start a request gave its cache blocks to another one and was computed again."""
         return self._scheduler.preemptions
 
     @property

@@ -1,14 +1,18 @@
 """Decides which sequences take part in the next step."""
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from echovlm_ray.engine.block_pool import BLOCK_SIZE, BlockContents, BlockPool
+from echovlm_ray.engine.fairness import ServiceCounters
 from echovlm_ray.engine.sequence import Sequence
 from echovlm_ray.errors import OverloadedError
 from router.errors import ExpertsUnavailableError
+
+# Of the prompts of background requests in a step with others: it then takes little longer than without.
+BACKGROUND_PREFILL_TOKENS = BLOCK_SIZE
 
 # Says, without waiting, why a sequence's experts cannot be reached now, or None.
 Unavailable = Callable[[Sequence], ExpertsUnavailableError | None]
@@ -33,7 +37,13 @@ class Scheduler:
 
     First come, first served: a sequence is admitted when the cache has blocks for the tokens it has, and gets further
     ones as it grows. When none is free then, the sequence that was admitted last gives its blocks and goes back to the
-    front of the queue, so the oldest always advances and everything ends.
+    front of the queue, so the oldest always advances and everything ends. Sequences in the background come after all
+    others: they are the last in a step, of which their prompts get a small piece only, the first to be preempted, and
+    go back to the end of the queue.
+
+    With several callers, this holds for the sequences of each. Among callers, the one that was served least is first:
+    to be admitted, for which a caller with more sequences in the batch or more blocks is preempted, and in prefill, of
+    which a step computes that of one caller only, so that short prompts are not computed beside long ones of others.
 
     A sequence whose experts do not answer is stalled: it counts for nothing in the batch, and gives its blocks before
     any other does, so that a lost organ does not keep the other organs' requests waiting. Tokens whose blocks were
@@ -57,6 +67,7 @@ class Scheduler:
         self.max_queue = max_queue
         self.max_prefill_tokens = max_prefill_tokens
         self.prefix_reuse = prefix_reuse
+        self._callers = ServiceCounters()
         # In the order of arrival; those that were preempted are the oldest, and in front.
         self.waiting: deque[Sequence] = deque()
         # In the order of admission, which is that of arrival; stalled ones included.
@@ -79,6 +90,8 @@ class Scheduler:
                 f"{self.pool.num_blocks * BLOCK_SIZE} (router.kv_cache_tokens)"
             )
         self.waiting.append(sequence)
+        if not sequence.request.background:
+            self._callers.join(sequence.request.caller)
 
     def finish(self, sequence: Sequence) -> bool:
         """Removes a sequence and frees its blocks; False, and nothing done, when it is already gone."""
@@ -89,30 +102,43 @@ class Scheduler:
         else:
             return False
         self._give_blocks(sequence)
+        if not sequence.request.background:
+            self._callers.leave(sequence.request.caller)
         return True
 
     def schedule(self) -> list[Chunk]:
-        """The chunks of the next step, in the order in which the sequences came."""
+        """The chunks of the next step: of the caller that was served least first, each caller's in order of arrival."""
         now = time.monotonic()
         ready = self._ready(self.running, now)
         self._admit(ready, now)
+        ready.sort(key=self._order)
         budget = self.max_prefill_tokens
+        prefilling: bytes | None = None
         chunks: list[Chunk] = []
         for sequence in ready:
+            if sequence.request.background and chunks and not chunks[-1].sequence.request.background:
+                budget = min(budget, BACKGROUND_PREFILL_TOKENS)
             if len(chunks) == self.max_batch_size:
                 break
             # Without blocks it waits for some, or was just preempted by an older one.
             if not sequence.block_table:
                 continue
             end = len(sequence.token_ids)
+            caller = sequence.request.caller
             if sequence.num_pending > 1:
+                if prefilling not in (None, caller):
+                    continue
                 end = self._cut(sequence, budget)
             count = end - sequence.num_computed
-            if not count or not self._grow(sequence, end, ready):
+            if not count or not self._grow(sequence, end, ready, chunks):
                 continue
             if count > 1:
                 budget -= count
+                prefilling = caller
             chunks.append(Chunk(sequence, sequence.num_computed, end))
+        for chunk in chunks:
+            if not chunk.sequence.request.background:
+                self._callers.charge(chunk.sequence.request.caller, chunk.end - chunk.start)
         return chunks
 
     def _cut(self, sequence: Sequence, budget: int) -> int:
@@ -169,13 +195,59 @@ class Scheduler:
         for sequence in ready:
             if not sequence.block_table and not self._take_blocks(sequence, ready):
                 return
-        while self.waiting and len(ready) < self.max_batch_size:
-            sequence = self.waiting[0]
+        while self.waiting:
+            sequence = min(self.waiting, key=self._order)
+            if len(ready) >= self.max_batch_size and not self._make_place(sequence, ready):
+                return
             if self._ready([sequence], now):
-                if not self._take_blocks(sequence, ready):
-                    return
+                while not self._take_blocks(sequence, ready):
+                    if not self._make_blocks(sequence, ready):
+                        return
                 ready.append(sequence)
-            self.running.append(self.waiting.popleft())
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+
+    def _order(self, sequence: Sequence) -> tuple[bool, float, int]:
+        """Sorts sequences by whose turn it is; those of one caller stay in their order."""
+        if sequence.request.background:
+            return True, 0.0, 0
+        return False, *self._callers.priority(sequence.request.caller)
+
+    def _make_place(self, sequence: Sequence, ready: list[Sequence]) -> bool:
+        """Preempts a sequence of the caller with the most in the batch, if it then still has as many as this one's."""
+        if self.unavailable(sequence) is not None:
+            return False
+        places = Counter(_owner(other) for other in ready)
+        return self._preempt_for(sequence, ready, places, places[_owner(sequence)] + 2)
+
+    def _make_blocks(self, sequence: Sequence, ready: list[Sequence]) -> bool:
+        """Preempts a sequence of the caller with the most blocks, if that is more than an equal share of all."""
+        share = self.pool.num_blocks // max(1, self._callers.num_active)
+        blocks: Counter[bytes | None] = Counter()
+        for other in self.running:
+            blocks[_owner(other)] += len(other.block_table)
+        if blocks[_owner(sequence)] + BlockPool.blocks_for(len(sequence.token_ids)) > share:
+            return False
+        return self._preempt_for(sequence, ready, blocks, share + 1)
+
+    def _preempt_for(self, sequence: Sequence, ready: list[Sequence], held: Counter[bytes | None], least: int) -> bool:
+        """Preempts the latest in the background, or else of the caller that holds most if it is at least so much.
+
+        Never a caller's only one: what it computed would be lost again and again.
+        """
+        if sequence.request.background:
+            return False
+        latest = ready[::-1]
+        victim = next((other for other in latest if other.request.background), None)
+        if victim is None:
+            caller = max((_owner(other) for other in ready), key=lambda other: held[other], default=None)
+            own = [other for other in latest if _owner(other) == caller]
+            if len(own) < 2 or caller == _owner(sequence) or held[caller] < least:
+                return False
+            victim = own[0]
+        self._preempt(victim)
+        ready.remove(victim)
+        return True
 
     def _take_blocks(self, sequence: Sequence, ready: list[Sequence]) -> bool:
         """Blocks for all tokens that a sequence has, those of a known beginning among them, or False."""
@@ -209,13 +281,15 @@ class Scheduler:
         full = (len(sequence.token_ids) - 1) // BLOCK_SIZE
         return self.pool.find(sequence.prefix.first(full, sequence.token_ids))
 
-    def _grow(self, sequence: Sequence, num_tokens: int, ready: list[Sequence]) -> bool:
+    def _grow(self, sequence: Sequence, num_tokens: int, ready: list[Sequence], chunks: list[Chunk]) -> bool:
         """Sees to blocks for a running sequence's tokens; False when it had to give its own instead."""
         while (missing := BlockPool.blocks_for(num_tokens) - len(sequence.block_table)) > 0:
             if (blocks := self.pool.allocate(missing)) is not None:
                 sequence.block_table += blocks
                 return True
-            holders = [holder for holder in self.running if holder.block_table]
+            taking_part = [chunk.sequence for chunk in chunks]
+            holders = [holder for holder in self.running if holder.block_table and holder not in taking_part]
+            holders.sort(key=_in_background)
             stalled = [holder for holder in holders if holder not in ready]
             if stalled:
                 self._give_blocks(stalled[-1])
@@ -228,9 +302,20 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._give_blocks(sequence)
         self.running.remove(sequence)
-        self.waiting.appendleft(sequence)
+        if sequence.request.background:
+            self.waiting.append(sequence)
+        else:
+            self.waiting.appendleft(sequence)
         self.preemptions += 1
 
     def _give_blocks(self, sequence: Sequence) -> None:
         self.pool.release(sequence.block_table)
         sequence.forget_computed()
+
+
+def _owner(sequence: Sequence) -> bytes | None:
+    return None if sequence.request.background else sequence.request.caller
+
+
+def _in_background(sequence: Sequence) -> bool:
+    return sequence.request.background

@@ -71,6 +71,8 @@ class SequenceRequest:
         expert_set_id: the set that the request is pinned to.
         shares: organ and π; empty for flat sets.
         cache_salt: blocks are shared only with requests of the same one.
+        caller: callers share the engine equally; empty where they cannot be told apart.
+        background: no caller waits for it, so its prompt is computed in small pieces while others run.
         deadline: in `time.monotonic` seconds; None: only the engine's own limit of a request's time holds.
     """
 
@@ -88,6 +90,8 @@ class SequenceRequest:
     return_logits: bool = False
     deadline: float | None = None
     cache_salt: bytes = b""
+    caller: bytes = b""
+    background: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from typing import IO, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from echovlm_ray.checkpoint.atomic import naming_file
 from echovlm_ray.evaluation.baselines import Variant
 
 Key = tuple[str, str, str, str]
@@ -102,8 +103,9 @@ class AnswerLog:
         Raises:
             OSError: the disk is full.
         """
-        self._file.write(answer.model_dump_json(exclude_defaults=True).encode() + b"\n")
-        self._file.flush()
+        with naming_file(self.path):
+            self._file.write(answer.model_dump_json(exclude_defaults=True).encode() + b"\n")
+            self._file.flush()
         self._answers[answer.key] = answer
 
     def close(self) -> None:

@@ -10,9 +10,10 @@ import csv
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from echovlm_ray.checkpoint.atomic import naming_file, new_folder
 from echovlm_ray.data.phantom.catalogue import find_class
 from echovlm_ray.data.record import InvalidDataError
 from echovlm_ray.evaluation.items import TEXT_TASKS, Item
@@ -43,12 +44,13 @@ def export_u2_bench(
     Args:
         items: the records.
         texts: the model's answer to each.
-        directory: where `report/`, `cla/` and `references/` go.
+        directory: where `report/`, `cla/` and `references/` go; it must not exist, or be empty.
         dataset, model: names of folders, as the kit shows them.
 
     Raises:
         InvalidDataError: a name is none for a folder, a reference is a text that the kit takes for a missing one, or
             there is nothing to export.
+        InvalidCheckpointError: the folder is not empty.
     """
     for name in (dataset, model):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
@@ -59,14 +61,19 @@ def export_u2_bench(
             reports.append((item, text, item.references[0]))
         elif (pair := _classified(item, text)) is not None:
             classes.append((item, pair[1] or UNKNOWN_CLASS, pair[0]))
-    written = [
-        _write(rows, directory, task, column, dataset, model)
-        for task, column, rows in (("report", "caption", reports), ("cla", "classes", classes))
-        if rows
-    ]
-    if not written:
+    if not reports and not classes:
         raise InvalidDataError("there is neither a report nor a question with options: nothing can be exported")
-    return written
+    kinds = [("report", "caption", reports), ("cla", "classes", classes)]
+    with new_folder(directory) as partial:
+        written = [_write(rows, partial, task, column, dataset, model) for task, column, rows in kinds if rows]
+    return [
+        replace(
+            each,
+            predictions=directory / each.predictions.relative_to(partial),
+            references=directory / each.references.relative_to(partial),
+        )
+        for each in written
+    ]
 
 
 def _classified(item: Item, text: str) -> tuple[str, str | None] | None:
@@ -96,11 +103,11 @@ def _write(
     references = directory / "references" / f"{task}_{dataset}.tsv"
     references.parent.mkdir(parents=True, exist_ok=True)
     predictions = folder / PREDICTIONS_FILE
-    with predictions.open("w", encoding="utf-8") as file:
+    with naming_file(predictions), predictions.open("w", encoding="utf-8") as file:
         for item, answer, _ in rows:
             line = {"id": item.id, "response": answer, "model": model, "question": item.request.prompt}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    with references.open("w", encoding="utf-8", newline="") as file:
+    with naming_file(references), references.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
         writer.writerow(["index", "anatomy_location", column])
         for number, (item, _, truth) in enumerate(rows):

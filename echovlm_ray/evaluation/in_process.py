@@ -28,10 +28,10 @@ from echovlm_ray.serving.router.outcomes import Outcomes
 from echovlm_ray.serving.router.pinning import ExpertSets
 from echovlm_ray.serving.router_client import RouterClient
 from echovlm_ray.serving.served import ServedCheckpoint, served_checkpoint
-from echovlm_ray.serving.server import INTERNAL_CHANNEL_OPTIONS
 from echovlm_ray.serving.vision_client import VisionClient
 from echovlm_ray.serving.vision_encoder import VisionEncoderService
 from echovlm_ray.vision.encoder import VisionEncoder, encoder_digest
+from experts.transport.inner_channel import PLAIN_CHANNELS
 from protos import echovlm_pb2_grpc, router_pb2_grpc, vision_pb2_grpc
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ async def answering_checkpoint(checkpoint: Path, *, threads: int = 1) -> AsyncIt
     description = _describe(served, open_registry(config.experts, served.directory), config)
     with tempfile.TemporaryDirectory(prefix="echovlm-eval-") as folder:
         sockets = {name: f"unix:{folder}/{name}" for name in ("gateway", "router", "vision")}
-        vision = VisionClient(lambda: [sockets["vision"]], INTERNAL_CHANNEL_OPTIONS)
+        vision = VisionClient(lambda: [sockets["vision"]], PLAIN_CHANNELS)
         expert_sets = ExpertSets(
             engine.dispatcher,
             organ_gate,
@@ -81,7 +81,7 @@ async def answering_checkpoint(checkpoint: Path, *, threads: int = 1) -> AsyncIt
             forget=engine.forget_bundle,
         )
         router = RouterService(engine, model, expert_sets, vision, config.router, Outcomes())
-        client = RouterClient(lambda: [sockets["router"]], INTERNAL_CHANNEL_OPTIONS)
+        client = RouterClient(lambda: [sockets["router"]], PLAIN_CHANNELS)
         gateway = GatewayService(processor, client, lambda: description, gateway=config.gateway, limits=config.router)
         async with AsyncExitStack() as stack:
             engine.start()

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 from echovlm_ray.data.phantom.attributes import Attributes
 from echovlm_ray.data.phantom.parsing import parse, parse_diagnosis
+from echovlm_ray.data.phantom.polarity import Polarity, polarities
 from echovlm_ray.data.phantom.questions import read_answer
 from echovlm_ray.evaluation.items import Item
+from echovlm_ray.prompts import Language
 
 NORMAL, ABNORMAL = "normal", "abnormal"
 # What of the attributes a text of each task states.
@@ -53,7 +55,7 @@ def judge(item: Item, answer: str) -> Judgement:
     if item.question is not None:
         return Judgement(choice=(f"{item.question.about}: {item.question.expected}", _read(item, answer)))
     if item.answer is not None and item.options:
-        truth, given = item.answer, match_option(answer, item.options)
+        truth, given = item.answer, match_option(answer, item.options, item.language)
         return Judgement(diagnosis=(truth, given)) if item.task == "diagnosis" else Judgement(choice=(truth, given))
     if item.answer is not None and item.task == "vqa":
         return Judgement(choice=(item.answer, item.answer if _plain(answer) == _plain(item.answer) else None))
@@ -114,22 +116,25 @@ def _said_normal(class_name: str | None) -> str | None:
     return None if class_name is None else _normal(class_name == NORMAL)
 
 
-def match_option(answer: str, options: Sequence[str]) -> str | None:
-    """The one option that an answer gives: the same text, else the only one that it names; None where it is unclear.
+def match_option(answer: str, options: Sequence[str], language: Language) -> str | None:
+    """The one option that an answer gives: the same text, else the only one that it states; None where it is unclear.
 
-    An option that is part of another one counts only where it stands alone.
+    An option that is part of another one counts only where it stands alone, and one that is denied or left open ("not
+    a cyst", "cyst cannot be excluded") not at all.
     """
     plain = _plain(answer)
     exact = [option for option in options if _plain(option) == plain]
     if exact:
         return exact[0]
-    named = []
+    spans: dict[tuple[int, int], str] = {}
     for option in sorted(options, key=len, reverse=True):
-        pattern = _pattern(option)
-        if pattern.search(plain):
-            named.append(option)
-            plain = pattern.sub(" \N{REPLACEMENT CHARACTER} ", plain)
-    return named[0] if len(named) == 1 else None
+        for match in _pattern(option).finditer(plain):
+            if not any(start < match.end() and match.start() < end for start, end in spans):
+                spans[match.span()] = option
+    ordered = sorted(spans)
+    found = zip(ordered, polarities(plain, ordered, language), strict=True)
+    named = {spans[span] for span, polarity in found if polarity is Polarity.STATED}
+    return named.pop() if len(named) == 1 else None
 
 
 def _pattern(option: str) -> re.Pattern[str]:
@@ -139,4 +144,4 @@ def _pattern(option: str) -> re.Pattern[str]:
 
 
 def _plain(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).lower().split()).strip(" .。;；")
+    return " ".join(unicodedata.normalize("NFKC", text).lower().replace("。", ".").split()).strip(" .;")

@@ -35,6 +35,8 @@ _NO_TRUTH = {
     "organ gate": "nothing chose an organ (it was given, or the default answered, or one gate spans all organs), or no "
     "record names its organ",
 }
+# What `substance_metrics` computes, from 0 to 1: all but the organ gate's, which concerns requests that name no organ.
+METRIC_NAMES = tuple(name for name in _NO_TRUTH if name != "organ gate")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,6 +90,16 @@ def metrics_of(
     if bert_model is not None:
         metrics.append(_bert_score(items, answered, bert_model))
     return metrics, judgements
+
+
+def substance_metrics(items: Sequence[Item], texts: Sequence[str]) -> list[Metric]:
+    """What answers got right: the metrics of `METRIC_NAMES`, without a comparison of words.
+
+    Args:
+        items: the questions.
+        texts: one answer an item; empty where there is none.
+    """
+    return _substance([judge(item, text) for item, text in zip(items, texts, strict=True)])
 
 
 def _substance(judgements: Sequence[Judgement]) -> list[Metric]:

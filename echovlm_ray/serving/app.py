@@ -42,6 +42,8 @@ from echovlm_ray.serving.ray_session import joined_ray, local_ray
 from echovlm_ray.serving.ray_watch import RayWatch, essential_processes
 from echovlm_ray.serving.served import ServedCheckpoint
 from echovlm_ray.serving.system_id import SystemId
+from echovlm_ray.serving.system_secret import forget_file, forget_secrets, keep_secret
+from experts.transport.inner_channel import InnerChannels
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +77,7 @@ class RunningSystem:
         control_address: host:port.
         served: what is served.
         start_s: seconds from the first step to the first moment at which it could answer.
+        channels: connects to its parts below the gateway.
         unanswered: the organs that cannot be answered at that moment.
     """
 
@@ -82,6 +85,7 @@ class RunningSystem:
     control_address: str
     served: ServedCheckpoint
     start_s: float
+    channels: InnerChannels
     unanswered: tuple[str, ...] = ()
 
     @property
@@ -137,6 +141,7 @@ def serve_system(
         parts = build_applications(config, served.organs, _network(config), system)
         _check_capacity(config, served, may_grow=address is not None)
         _refuse_namesakes(system, parts)
+        channels = InnerChannels(keep_secret(system))
         endpoints = Endpoints({part: deployment_of(part) for part in parts}, system)
         endpoints.start()
         ready = False
@@ -146,13 +151,13 @@ def serve_system(
                 wait_for_ingress_deployment_creation=False,
                 wait_for_applications_running=False,
             )
-            _wait_until_serving(system, tuple(parts), endpoints, progress, stopping)
+            _wait_until_serving(system, tuple(parts), endpoints, channels, progress, stopping)
             ready = True
             gateways = tuple(replica.public_address for replica in endpoints.replicas(GATEWAY))
             control = endpoints.replicas(CONTROL)[0].public_address
             start_s = time.monotonic() - started_at
-            unanswered = _unanswered(endpoints.of(GATEWAY)[0], served.organs)
-            yield RunningSystem(gateways, control, served, start_s, unanswered)
+            unanswered = _unanswered(channels, endpoints.of(GATEWAY)[0], served.organs)
+            yield RunningSystem(gateways, control, served, start_s, channels, unanswered)
         finally:
             watch.stop_asking()
             endpoints.stop()
@@ -164,6 +169,9 @@ def serve_system(
                 # With the expert groups of organs that appeared since.
                 _remove(_ours(system) or tuple(map(system.application, parts)))
                 release(record)
+                forget_secrets(system.name)
+            if address is None:
+                forget_file(system.identity)
 
 
 @contextmanager
@@ -230,6 +238,7 @@ def remove_from_cluster(address: str, name: str = "") -> tuple[str, ...]:
         if ours:
             # First, so that the process that runs it touches nothing any more.
             forget(name)
+            forget_secrets(name)
             _finish_requests(system)
             _remove(ours)
         return ours
@@ -310,6 +319,7 @@ def _wait_until_serving(
     system: SystemId,
     parts: Sequence[str],
     endpoints: Endpoints,
+    channels: InnerChannels,
     progress: Progress,
     stopping: Callable[[], bool],
 ) -> None:
@@ -326,7 +336,7 @@ def _wait_until_serving(
             # What listens may still be what an update is about to replace; only Serve knows that.
             settled = _all_settled(names)
             next_status = time.monotonic() + STATUS_PERIOD_S
-            if all_listen and settled and _serves(endpoints.of(GATEWAY)[0]):
+            if all_listen and settled and _serves(channels, endpoints.of(GATEWAY)[0]):
                 return
         time.sleep(POLL_S)
 
@@ -344,19 +354,19 @@ def _all_settled(names: Sequence[str]) -> bool:
     return all(name in applications and applications[name].status == ApplicationStatus.RUNNING for name in names)
 
 
-def _unanswered(gateway: str, organs: Iterable[str]) -> tuple[str, ...]:
+def _unanswered(channels: InnerChannels, gateway: str, organs: Iterable[str]) -> tuple[str, ...]:
     """The organs that do not serve; the gateway looks at them about once a second."""
     deadline = time.monotonic() + ORGANS_KNOWN_S
     missing = tuple(organs)
-    while missing := tuple(organ for organ in missing if not _serves(gateway, organ_service(organ))):
+    while missing := tuple(organ for organ in missing if not _serves(channels, gateway, organ_service(organ))):
         if time.monotonic() >= deadline:
             break
         time.sleep(POLL_S)
     return missing
 
 
-def _serves(address: str, service: str = OVERALL) -> bool:
-    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+def _serves(channels: InnerChannels, address: str, service: str = OVERALL) -> bool:
+    with channels.blocking(address) as channel:
         try:
             request = health_pb2.HealthCheckRequest(service=service)
             response = health_pb2_grpc.HealthStub(channel).Check(request, timeout=1.0)
@@ -366,9 +376,12 @@ def _serves(address: str, service: str = OVERALL) -> bool:
 
 
 def _finish_requests(system: SystemId) -> None:
-    """Ends the gateway, then the router: each finishes what it does while all that it calls is still there."""
+    """Ends the gateway, then the router: each finishes what it does while all that it calls is still there.
+
+    Control closes its database meanwhile, so that SQLite leaves none of its other files beside it.
+    """
     _remove([system.application(GATEWAY)])
-    _remove([system.application(ROUTER)])
+    _remove([system.application(part) for part in (ROUTER, CONTROL)])
 
 
 def _remove(names: Sequence[str]) -> None:

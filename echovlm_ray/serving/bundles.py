@@ -45,6 +45,11 @@ def open_registry(section: ExpertsSection, checkpoint: Path) -> "Registry":
         raise RegistryError(f"experts.registry: {error}") from None
 
 
+def kept_folder(section: ExpertsSection, checkpoint: Path) -> Path:
+    """Where this machine keeps its copies of bundles, each in a folder named by its digest."""
+    return section.kept_bundles or RolloutFiles.of(RolloutsSection(), checkpoint).bundles
+
+
 def open_kept(
     section: ExpertsSection, checkpoint: Path, in_use: "Callable[[], Collection[str]]" = tuple
 ) -> "KeptBundles":
@@ -55,7 +60,7 @@ def open_kept(
     """
     from experts.kept_bundles import KeptBundles
 
-    folder = section.kept_bundles or RolloutFiles.of(RolloutsSection(), checkpoint).bundles
+    folder = kept_folder(section, checkpoint)
     return KeptBundles(
         open_registry(section, checkpoint),
         folder,

@@ -5,35 +5,65 @@ import hmac
 import secrets
 from collections.abc import Iterable
 from contextvars import ContextVar
+from dataclasses import dataclass
 
-AUTHORIZATION = "authorization"
 # Of this process alone: what is made with it means nothing to other processes, or after a restart.
 _SECRET = secrets.token_bytes(32)
-_current: ContextVar[bytes] = ContextVar("caller", default=b"")
 
 
-def current_caller() -> bytes:
-    """The caller of the call that is being served: 32 bytes, or none where callers show no credentials."""
+@dataclass(frozen=True, slots=True)
+class KnownToken:
+    """A token that a server knows.
+
+    Attributes:
+        digest: SHA-256 of the token.
+        name: that the token file gives it; tokens of one name are one caller's.
+    """
+
+    digest: bytes
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """The sender of a call.
+
+    Attributes:
+        id: 32 bytes; none where callers show no credentials, or none that are checked.
+        name: of its token, or in its certificate; quotas go by it.
+    """
+
+    id: bytes = b""
+    name: str = ""
+
+
+NOT_KNOWN = Caller()
+_current: ContextVar[Caller] = ContextVar("caller", default=NOT_KNOWN)
+
+
+def current_caller() -> Caller:
+    """The caller of the call that is being served."""
     return _current.get()
 
 
-def set_caller(caller: bytes) -> None:
+def set_caller(caller: Caller) -> None:
     """Names the caller of the call that the current task serves."""
     _current.set(caller)
 
 
-def caller_of(metadata: Iterable[tuple[str, str | bytes]], peer_identities: Iterable[bytes] | None) -> bytes:
-    """The identity of a call's sender, its credentials having been checked.
+def caller_of(token: KnownToken | None, peer_identities: Iterable[bytes] | None) -> Caller:
+    """The sender of a call.
 
     Args:
-        metadata: with the token, if there is one.
-        peer_identities: the names in the client's certificate, if it showed one.
+        token: that was checked.
+        peer_identities: the names in the client's certificate, if it showed one that was checked.
     """
-    tokens = [value for key, value in metadata if key == AUTHORIZATION and isinstance(value, str)]
-    shown = [token.split(maxsplit=1)[-1].strip().encode() for token in tokens[:1]]
-    shown += sorted(peer_identities or ())
+    identities = sorted(peer_identities or ())
+    shown = [] if token is None else [b"name", token.name.encode()] if token.name else [b"token", token.digest]
+    shown += identities
     if not shown:
-        return b""
+        return NOT_KNOWN
+    name = token.name if token is not None else identities[0].decode(errors="replace")
     # Each with its length, so that no two lists look alike.
     joined = b"".join(len(each).to_bytes(8) + each for each in shown)
-    return hmac.digest(_SECRET, joined, hashlib.sha256)
+    return Caller(hmac.digest(_SECRET, joined, hashlib.sha256), name)

@@ -17,6 +17,7 @@ from echovlm_ray.model.processing import EchoVLMProcessor, VisionPatches
 from echovlm_ray.prompts import Medium, build_messages
 from echovlm_ray.serving.caller import current_caller
 from echovlm_ray.serving.prompt_identity import check_prompt, prompt_digest
+from echovlm_ray.serving.quotas import Quotas
 from echovlm_ray.serving.received_bytes import current_receipt
 from echovlm_ray.serving.request_checks import CheckedRequest, check_request
 from echovlm_ray.serving.request_id import current_request_id, request_id_of
@@ -118,6 +119,7 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
         self._gateway = gateway
         self._limits = limits
         self._decoders = None if processor is None else _decoder_pool(processor, gateway)
+        self._quotas = Quotas(gateway.quota, gateway.quotas, gateway.max_requests)
         self._under_way = 0
         self._text_threads = ThreadPoolExecutor(max_workers=TEXT_THREADS, thread_name_prefix="text")
         self._picture_threads = ThreadPoolExecutor(gateway.decoders.processes, thread_name_prefix="picture")
@@ -214,6 +216,7 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
         request_id = current_request_id() or request_id_of(context.invocation_metadata() or ())
         checked = check_request(files.request, self._gateway, self._limits)
         prepared = await self._prepare(files, checked, deadline, request_id)
+        self._quotas.charge(current_caller(), prepared.accepted.prompt_tokens)
         yield echovlm_pb2.GenerateEvent(accepted=prepared.accepted)
         async with aclosing(self._write(prepared, checked, deadline, request_id)) as events:
             async for event in events:
@@ -229,23 +232,21 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
 
     def admit(self, method: str) -> AbstractContextManager[None]:
         """The place of a call of a method, to be taken before its message is read; see `serving.interceptor`."""
-        return self._slot() if method.rpartition("/")[2] in GENERATING else nullcontext()
+        return self._place() if method.rpartition("/")[2] in GENERATING else nullcontext()
 
     @contextmanager
-    def _slot(self) -> Iterator[None]:
+    def _place(self) -> Iterator[None]:
         if self._under_way >= self._gateway.max_requests:
             raise OverloadedError(
                 f"{self._under_way} requests are under way and that is the limit (gateway.max_requests): "
                 "send the request again a little later"
             )
-        self._under_way += 1
-        try:
-            yield
-        finally:
-            self._under_way -= 1
-
-    def _salt(self) -> bytes:
-        return current_caller() if self._gateway.share_caches == "token" else b""
+        with self._quotas.place(current_caller()):
+            self._under_way += 1
+            try:
+                yield
+            finally:
+                self._under_way -= 1
 
     def _seconds_left(self, context: "grpc.aio.ServicerContext[Any, Any]") -> float:
         remaining: float | None = context.time_remaining()
@@ -265,7 +266,8 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
                 sampling = router_pb2.Sampling()
                 sampling.CopyFrom(files.request.sampling)
                 files.forget()
-                return await self._on(self._text_threads, self._build, checked, sampling, images, self._salt())
+                caller = current_caller().id
+                return await self._on(self._text_threads, self._build, checked, sampling, images, caller)
         except TimeoutError:
             raise DeadlineError("the deadline passed while the images were decoded") from None
 
@@ -275,7 +277,7 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
 
     async def _load_image(self, content: bytes, field: str, request_id: str) -> "_LoadedImage":
         assert self._decoders is not None
-        decoded = await self._decoders.decode(content, field=field, request_id=request_id)
+        decoded = await self._decoders.decode(content, field=field, request_id=request_id, caller=current_caller().id)
         return await self._on(self._picture_threads, self._cut, decoded)
 
     def _cut(self, decoded: DecodedImage) -> "_LoadedImage":
@@ -288,7 +290,7 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
         checked: CheckedRequest,
         sampling: router_pb2.Sampling,
         images: Sequence["_LoadedImage"],
-        cache_salt: bytes,
+        caller: bytes,
     ) -> _Prepared:
         vision = [image.patches for image in images]
         media: list[Medium] = ["video" if item.is_video else "image" for item in vision]
@@ -313,7 +315,8 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
             session_key=checked.session_key,
             policy_version=self._describe().policy_version,
             expert_set_id=checked.expert_set_id,
-            cache_salt=cache_salt,
+            cache_salt=caller if self._gateway.share_caches == "token" else b"",
+            caller=caller,
         )
         accepted = echovlm_pb2.RequestAccepted(
             prompt_tokens=len(input_ids),
@@ -337,6 +340,7 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
         async with aclosing(messages):
             async for message in messages:
                 summary.completion_tokens += len(message.token_ids)
+                self._quotas.charge(current_caller(), len(message.token_ids))
                 if checked.for_replay:
                     summary.token_ids.extend(message.token_ids)
                 if message.HasField("provenance"):

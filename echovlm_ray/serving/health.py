@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from echovlm_ray.serving.server import INTERNAL_CHANNEL_OPTIONS
+from experts.transport.inner_channel import PLAIN_CHANNELS, InnerChannels
 
 PERIOD_S = 1.0
 PROBE_TIMEOUT_S = 1.0
@@ -43,6 +43,7 @@ class HealthMonitor:
         speaks_text: bool,
         live_parts: Callable[[], Mapping[str, Addresses]] = dict,
         experts_apart: bool = True,
+        channels: InnerChannels = PLAIN_CHANNELS,
     ) -> None:
         """Takes what to watch.
 
@@ -54,6 +55,7 @@ class HealthMonitor:
             speaks_text: false where the checkpoint has no tokenizer: then the parts serve, but not the model.
             live_parts: further parts, that come and go while the system runs. One that went does not serve.
             experts_apart: false where the router computes the experts: then its health is the organs'.
+            channels: connects to the parts.
         """
         self._parts = dict(parts)
         self._publish = publish
@@ -61,6 +63,7 @@ class HealthMonitor:
         self._speaks_text = speaks_text
         self._live_parts = live_parts
         self._experts_apart = experts_apart
+        self._connections = channels
         self._published: set[str] = set()
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._wake = asyncio.Event()
@@ -118,7 +121,7 @@ class HealthMonitor:
     async def _serves(self, service: str, address: str) -> bool:
         channel = self._channels.get(address)
         if channel is None:
-            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=INTERNAL_CHANNEL_OPTIONS)
+            channel = self._channels[address] = self._connections.asynchronous(address)
         try:
             request = health_pb2.HealthCheckRequest(service=service)
             response = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=PROBE_TIMEOUT_S)

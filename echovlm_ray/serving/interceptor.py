@@ -29,7 +29,7 @@ from grpc_status import rpc_status
 
 from echovlm_ray.errors import DeadlineError, ShuttingDownError
 from echovlm_ray.serving.auth import BearerTokens
-from echovlm_ray.serving.caller import caller_of, set_caller
+from echovlm_ray.serving.caller import KnownToken, caller_of, set_caller
 from echovlm_ray.serving.errors import to_status
 from echovlm_ray.serving.incoming import Incoming
 from echovlm_ray.serving.received_bytes import new_receipt
@@ -75,7 +75,8 @@ class _Call:
         self._held = held
         self._limit = asyncio.timeout(None)
         self._writes_since: float | None = None
-        self._late = False
+        # Why it must end before it has.
+        self._ending: Exception | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> "_Call":
@@ -92,22 +93,32 @@ class _Call:
         try:
             await self._limit.__aexit__(kind, error, trace)
         except TimeoutError:
-            raise DeadlineError(LATE) from None
+            raise self._ending or DeadlineError(LATE) from None
+
+    def end(self, error: Exception) -> None:
+        """Ends the call with an error: at once, or when the message that is being written has been."""
+        if self._ending is not None:
+            return
+        self._ending = error
+        if self._writes_since is None:
+            self._limit.reschedule(self._loop.time())
+        else:
+            self._held.close()
 
     async def write(self, context: grpc.aio.ServicerContext, response: Any) -> None:
         """Writes a message.
 
-        gRPC cannot take a write back, and sends nothing else meanwhile. So when the time is over during one, the call
-        gives back what it holds, and only then waits for the caller to read.
+        gRPC cannot take a write back, and sends nothing else meanwhile. So a call that must end during one gives back
+        what it holds, and only then waits for the caller to read.
 
         Raises:
-            DeadlineError: the time is over.
+            Exception: what it must end with, such as a `DeadlineError`.
         """
         self._writes_since = self._loop.time()
         await context.write(response)
         self._writes_since = None
-        if self._late:
-            raise DeadlineError(LATE)
+        if self._ending is not None:
+            raise self._ending
 
     def _look(self) -> None:
         now = self._loop.time()
@@ -115,11 +126,8 @@ class _Call:
         stalled_at = inf if self._writes_since is None else self._writes_since + STALLED_WRITE_S
         if now < min(self._ends_at, stalled_at):
             self._timer = self._loop.call_at(min(self._ends_at, stalled_at, now + STALLED_WRITE_S / 2), self._look)
-        elif self._writes_since is None:
-            self._limit.reschedule(now)
         else:
-            self._late = True
-            self._held.close()
+            self.end(DeadlineError(LATE))
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
@@ -222,8 +230,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return handle
 
     def _streaming(self, method: str, begin: Callable[..., Awaitable[Any]]) -> Behaviour:
-        endless = method in ENDLESS
-
         async def handle(requests: Any, context: grpc.aio.ServicerContext) -> None:
             async with self._call(method, context) as call:
                 responses = await begin(requests, context)
@@ -232,10 +238,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                     return
                 async with aclosing(responses):
                     async for response in responses:
-                        if endless:
-                            await context.write(response)
-                        else:
-                            await call.write(context, response)
+                        await call.write(context, response)
 
         return handle
 
@@ -248,12 +251,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         context.set_trailing_metadata(echo)
         try:
             with ExitStack() as held:
-                self._admit(method, metadata)
+                token = self._admit(method, metadata)
+                set_caller(caller_of(token, context.peer_identities() if self._certificates else None))
                 held.enter_context(self._place(method))
-                set_caller(caller_of(metadata, context.peer_identities() if self._certificates else None))
                 held.callback(new_receipt().release)
                 held.enter_context(self._counted(method))
                 async with _Call(self._seconds(method, context), held) as call:
+                    if self._tokens is not None and token is not None:
+                        held.enter_context(self._tokens.watched(token.digest, call.end))
                     yield call
         except grpc.aio.AbortError:
             raise
@@ -274,13 +279,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         admit = self._places.get(method.rpartition("/")[0].lstrip("/"))
         return nullcontext() if admit is None else admit(method)
 
-    def _admit(self, method: str, metadata: list[tuple[str, str | bytes]]) -> None:
+    def _admit(self, method: str, metadata: list[tuple[str, str | bytes]]) -> KnownToken | None:
+        """Lets the call pass, or raises. Returns the token that it must end with, if there is one."""
         if method.startswith(HEALTH):
-            return
-        if self._tokens is not None:
-            self._tokens.check(metadata)
+            return None
+        token = None if self._tokens is None else self._tokens.check(metadata)
         if self._draining:
             raise ShuttingDownError("this replica is shutting down; send the request again, another one will answer")
+        return token
 
     @contextmanager
     def _counted(self, method: str) -> Iterator[None]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import grpc
 from google.protobuf import json_format
 
+from experts.transport.inner_channel import InnerChannels
 from protos import control_pb2, control_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def write_policy(path: Path, policy: control_pb2.TrafficPolicy) -> None:
         partial.write(text + "\n")
         partial.flush()
         os.fsync(partial.fileno())
-    Path(partial.name).chmod(0o644)
+    Path(partial.name).chmod(0o600)
     Path(partial.name).replace(path)
 
 
@@ -70,15 +71,18 @@ def read_policy(path: Path) -> control_pb2.TrafficPolicy | None:
         return None
 
 
-def ask_policy(addresses: Sequence[str], timeout_s: float = ASK_TIMEOUT_S) -> control_pb2.TrafficPolicy | None:
+def ask_policy(
+    addresses: Sequence[str], channels: InnerChannels, timeout_s: float = ASK_TIMEOUT_S
+) -> control_pb2.TrafficPolicy | None:
     """The policy that Control has now; None if it does not answer in time.
 
     Args:
         addresses: of Control's internal server.
+        channels: connects to it.
         timeout_s: how long to wait for each address.
     """
     for address in addresses:
-        with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        with channels.blocking(address) as channel:
             stub = control_pb2_grpc.RolloutFeedStub(channel)
             try:
                 # Without a name, as nobody who goes on with the answer.

@@ -10,6 +10,7 @@ from echovlm_ray.serving.gateway import ModelDescription, OrganDescription
 from echovlm_ray.serving.policy_follower import PolicyFollower
 from experts.errors import InvalidBundleError, RegistryAwayError, UnknownBundleError
 from experts.manifest import Manifest
+from experts.transport.inner_channel import PLAIN_CHANNELS, InnerChannels
 from protos import control_pb2
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ class LiveModel:
         addresses: Callable[[], Sequence[str]],
         description: ModelDescription,
         manifest: Callable[[str], Manifest],
-        channel_options: Sequence[tuple[str, int | str]] = (),
+        channels: InnerChannels = PLAIN_CHANNELS,
         identity: str = "",
     ) -> None:
         """Takes its parts.
@@ -32,14 +33,14 @@ class LiveModel:
             addresses: where Control's internal server is now; empty while it is away.
             description: of the checkpoint as it is.
             manifest: digest → manifest; may block, and is called on a thread.
-            channel_options: of the connection.
+            channels: connects to Control.
             identity: of the deployment; another one's policy is refused. "" accepts all.
         """
         # Never used again by another process.
         self.name = f"gateway-{uuid.uuid4().hex}"
         self._current = description
         self._manifest = manifest
-        self._follower = PolicyFollower(addresses, self._take, channel_options, gateway=self.name, identity=identity)
+        self._follower = PolicyFollower(addresses, self._take, channels, gateway=self.name, identity=identity)
 
     def describe(self) -> ModelDescription:
         """What is served at this moment."""

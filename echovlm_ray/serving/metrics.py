@@ -1,7 +1,7 @@
 """What Prometheus sees of the system, through Ray's own metrics: an agent on every node serves them.
 
-Labels are organ, version and kind, and nothing else: no request, caller or picture is in them. Their number is bounded:
-of versions, a process tells at most `MAX_VERSIONS` apart. Where no Ray runs, all of this does nothing.
+Labels are organ, version, kind and the system's name: no request, caller or picture is in them. Their number is
+bounded: of versions, a process tells at most `MAX_VERSIONS` apart. Where no Ray runs, all of this does nothing.
 
 Ray puts `ray_` before every name, and `_total` behind a counter's.
 """
@@ -10,10 +10,14 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from echovlm_ray.serving.system_id import SEPARATOR
+
 if TYPE_CHECKING:
     from protos.expert_pb2 import ResidentBundle
 
 MAX_VERSIONS = 200
+# The label of several systems on one cluster; Prometheus has none where it is empty.
+SYSTEM = "system"
 # The version of whatever comes above that.
 OTHER = "other"
 # Seconds per token: a tenth of a millisecond to ten seconds.
@@ -231,7 +235,7 @@ def _counter(name: str, description: str, labels: tuple[str, ...]) -> Any:
         return _Nothing()
     from ray.util.metrics import Counter
 
-    return Counter(name, description, labels)
+    return Counter(name, description, (*labels, SYSTEM)).set_default_tags({SYSTEM: _system()})
 
 
 def _gauge(name: str, description: str, labels: tuple[str, ...]) -> Any:
@@ -239,7 +243,7 @@ def _gauge(name: str, description: str, labels: tuple[str, ...]) -> Any:
         return _Nothing()
     from ray.util.metrics import Gauge
 
-    return Gauge(name, description, labels)
+    return Gauge(name, description, (*labels, SYSTEM)).set_default_tags({SYSTEM: _system()})
 
 
 def _histogram(name: str, description: str, boundaries: Iterable[float], labels: tuple[str, ...]) -> Any:
@@ -247,7 +251,19 @@ def _histogram(name: str, description: str, boundaries: Iterable[float], labels:
         return _Nothing()
     from ray.util.metrics import Histogram
 
-    return Histogram(name, description, list(boundaries), labels)
+    return Histogram(name, description, list(boundaries), (*labels, SYSTEM)).set_default_tags({SYSTEM: _system()})
+
+
+def _system() -> str:
+    """The name of the system whose replica this process is; "" for one without a name."""
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        application = serve.get_replica_context().app_name
+    except RayServeException:
+        return ""
+    return application.rpartition(SEPARATOR)[0]
 
 
 def _ray_runs() -> bool:

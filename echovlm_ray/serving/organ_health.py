@@ -8,6 +8,7 @@ from echovlm_ray.serving.health import organ_service
 from echovlm_ray.serving.known_policy import wanted_digests
 from echovlm_ray.serving.policy_follower import PolicyFollower
 from experts.group import ExpertGroup
+from experts.transport.inner_channel import PLAIN_CHANNELS, InnerChannels
 from protos import control_pb2
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ class OrganHealth:
         addresses: Callable[[], Sequence[str]],
         publish: Callable[[str, bool], Awaitable[None]],
         policy: control_pb2.TrafficPolicy | None,
-        channel_options: Sequence[tuple[str, int | str]] = (),
+        channels: InnerChannels = PLAIN_CHANNELS,
         identity: str = "",
     ) -> None:
         """Takes its parts.
@@ -38,14 +39,14 @@ class OrganHealth:
             addresses: where Control's internal server is now; empty while it is away.
             publish: is called with the organ's service and whether it serves.
             policy: what is known at the start.
-            channel_options: of the connection to Control.
+            channels: connects to Control.
             identity: of the deployment; another one's policy is refused. "" accepts all.
         """
         self._group = group
         self._publish = publish
         self._policy = policy
         self._said: bool | None = None
-        self._follower = PolicyFollower(addresses, self._take, channel_options, identity=identity)
+        self._follower = PolicyFollower(addresses, self._take, channels, identity=identity)
         self._task: asyncio.Task[None] | None = None
 
     @property

@@ -19,6 +19,7 @@ from echovlm_ray.config import Config
 from echovlm_ray.serving import serve_api
 from echovlm_ray.serving.system_id import SystemId
 
+_PREFIX = "system/"
 TAKE_OVER = "To replace it on purpose add --take-over; to run beside it give another --name"
 
 
@@ -96,7 +97,7 @@ def record_of(name: str) -> SystemRecord | None:
 
 def all_records() -> Mapping[str, SystemRecord]:
     """Name → system, of the whole cluster."""
-    found = {key: _parsed(serve_api.read_record(key)) for key in serve_api.record_keys()}
+    found = {key: _parsed(serve_api.read_record(key)) for key in serve_api.record_keys() if key.startswith(_PREFIX)}
     return {record.name: record for record in found.values() if record is not None}
 
 
@@ -164,7 +165,7 @@ def _check_ports(record: SystemRecord) -> None:
 
 
 def _key(name: str) -> str:
-    return f"system/{name}"
+    return f"{_PREFIX}{name}"
 
 
 def _encoded(record: SystemRecord) -> bytes:

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import grpc
 
 from echovlm_ray.serving.known_policy import check_identity
+from experts.transport.inner_channel import PLAIN_CHANNELS, InnerChannels
 from protos import control_pb2, control_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ class PolicyFollower:
         self,
         addresses: Callable[[], Sequence[str]],
         take: Callable[[control_pb2.TrafficPolicy], Awaitable[None]],
-        channel_options: Sequence[tuple[str, int | str]] = (),
+        channels: InnerChannels = PLAIN_CHANNELS,
         *,
         gateway: str = "",
         identity: str = "",
@@ -36,7 +37,7 @@ class PolicyFollower:
         Args:
             addresses: where Control's internal server is now; empty while it is away.
             take: called with each policy; may raise.
-            channel_options: of the connection.
+            channels: connects to Control.
             gateway: a gateway's name; Control then waits for it, and hears after each policy that it was taken.
             identity: of the deployment; another one's policy is refused. "" accepts all.
         """
@@ -46,7 +47,7 @@ class PolicyFollower:
         self._heard = False
         self._addresses = addresses
         self._take = take
-        self._options = list(channel_options)
+        self._connections = channels
         self._version = 0
         self._task: asyncio.Task[None] | None = None
 
@@ -75,7 +76,7 @@ class PolicyFollower:
             await asyncio.sleep(pause)
 
     async def _watch(self, address: str) -> None:
-        async with grpc.aio.insecure_channel(address, options=self._options) as channel:
+        async with self._connections.asynchronous(address) as channel:
             stub = control_pb2_grpc.RolloutFeedStub(channel)
             # Without a Router's name, whose pins Control would ask for.
             request = control_pb2.WatchPolicyRequest(

@@ -3,14 +3,15 @@
 import logging
 import os
 import socket
-import ssl
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echovlm_ray.config import Config, ControlSection, ExpertsSection, GatewaySection
+from echovlm_ray.hosts import host_port
 from echovlm_ray.serving.auth import BearerTokens
+from echovlm_ray.serving.certificates import CertificateFiles
 from echovlm_ray.serving.known_policy import ForeignPolicyError, check_identity, read_policy
 from echovlm_ray.serving.rollout_files import FOLDER, SQLITE, DatabaseLock, RolloutFiles
 from echovlm_ray.serving.served import ServedCheckpoint, served_checkpoint
@@ -120,8 +121,9 @@ def check_port(name: str, section: GatewaySection | ControlSection) -> None:
             probe.listen(1)
         except OSError as error:
             raise PortTakenError(
-                f"{name} cannot listen on {section.host}:{section.port}: {error.strerror}. If another EchoVLM-Ray runs "
-                f"here, `echoray stop` ends it; otherwise set {name}.port to another port, or to 0 for any free one"
+                f"{name} cannot listen on {host_port(section.host, section.port)}: {error.strerror}. If another "
+                f"EchoVLM-Ray runs here, `echoray stop` ends it; otherwise set {name}.port to another port, or to 0 "
+                "for any free one"
             ) from None
 
 
@@ -250,25 +252,22 @@ def _check_bundles(section: ExpertsSection, served: ServedCheckpoint) -> None:
 def _check_credentials(name: str, section: GatewaySection | ControlSection) -> None:
     if section.token_file is not None:
         try:
-            BearerTokens(section.token_file)
+            tokens = BearerTokens(section.token_file)
         except ValueError as error:
             raise ValueError(f"{name}.{error}") from None
-    tls = section.tls
-    if tls is None:
-        return
-    for field, path in (("certificate", tls.certificate), ("key", tls.key), ("client_authority", tls.client_authority)):
-        if path is not None and not path.is_file():
-            raise ValueError(f"{name}.tls.{field} {path} is no file: give the PEM file's path")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        # A key that is encrypted would ask for its password on the terminal.
-        context.load_cert_chain(tls.certificate, tls.key, password=lambda: b"")
-    except (ssl.SSLError, OSError, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
+        if isinstance(section, GatewaySection):
+            _check_quota_names(section, tokens.names)
+    if section.tls is not None:
+        CertificateFiles(section.tls, f"{name}.tls")
+
+
+def _check_quota_names(section: GatewaySection, names: frozenset[str]) -> None:
+    unknown = sorted(section.quotas.keys() - names)
+    if unknown and (section.tls is None or section.tls.client_authority is None):
         raise ValueError(
-            f"{name}.tls.certificate {tls.certificate} and {name}.tls.key {tls.key} cannot be used together: {reason}; "
-            "both must be PEM and belong together, and the key must have no password"
-        ) from None
+            f"gateway.quotas names {', '.join(unknown)}, but no token of {section.token_file} has that name: write it "
+            "behind the token, with a space between"
+        )
 
 
 def _absolute(section: GatewaySection | ControlSection) -> GatewaySection | ControlSection:

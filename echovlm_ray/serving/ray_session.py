@@ -8,12 +8,16 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import psutil
 import ray
 from ray import serve
 
 from echovlm_ray.config import Config
+from echovlm_ray.hosts import host_port
+from echovlm_ray.serving.ray_folder import ray_folder
+from echovlm_ray.serving.ray_loopback import on_loopback
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +49,12 @@ def local_ray(config: Config) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     for name, value in IDLE_SAVINGS.items():
         os.environ.setdefault(name, value)
+    with ray_folder() as folder, on_loopback(), _started_in(folder, config):
+        yield
+
+
+@contextmanager
+def _started_in(folder: Path, config: Config) -> Iterator[None]:
     own = psutil.Process()
     before = set(own.children(recursive=True))
     started: set[psutil.Process] = set()
@@ -52,17 +62,13 @@ def local_ray(config: Config) -> Iterator[None]:
         with _kept_signal_handlers():
             ray.init(
                 address="local",
+                _temp_dir=str(folder),
                 namespace=NAMESPACE,
                 include_dashboard=False,
                 object_store_memory=config.serve.object_store_bytes,
                 _metrics_export_port=config.serve.metrics_port or None,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-            )
-        if os.environ.get("RAY_AUTH_MODE") != "token":
-            logger.warning(
-                "RAY_AUTH_MODE is %r: whoever reaches Ray's ports on this machine can run code; unset it",
-                os.environ.get("RAY_AUTH_MODE"),
             )
         _start_serve()
         yield
@@ -100,7 +106,7 @@ def joined_ray(address: str) -> Iterator[None]:
 def metrics_addresses() -> list[str]:
     """host:port of every node's metrics, for Prometheus; of the Ray that this process is connected to."""
     nodes = [node for node in ray.nodes() if node["Alive"] and node.get("MetricsExportPort", 0) > 0]
-    return sorted(f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in nodes)
+    return sorted(host_port(node["NodeManagerAddress"], node["MetricsExportPort"]) for node in nodes)
 
 
 def _probe(address: str) -> None:

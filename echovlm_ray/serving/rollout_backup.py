@@ -202,7 +202,7 @@ def _copy(source: Path, target: Path) -> None:
             reading.backup(writing, pages=_PAGES_AT_ONCE)
         _make_single(target)
     except sqlite3.Error as error:
-        raise RolloutDatabaseError(f"{source} cannot be copied: {error}") from None
+        raise RolloutDatabaseError(f"{source} cannot be copied to {target.parent}: {error}") from None
 
 
 def _make_single(path: Path) -> None:

@@ -4,10 +4,9 @@ rollouts.db                    the database, unless it is PostgreSQL
 rollouts.db.policy.json        what Control last told the Routers, for replicas that start while it is away
 rollouts.db.incoming/          bundles that are being pushed
 rollouts.db.bundles/           copies of the bundles in use, unless experts.kept_bundles names another folder
-rollouts.db.lock               held by the one Control that uses the database
+rollouts.db.lock               held by the one Control that uses the database, and gone when it has ended in order
 """
 
-import fcntl
 import hashlib
 import os
 import time
@@ -17,6 +16,9 @@ from typing import Self
 from urllib.parse import urlsplit
 
 from echovlm_ray.config import RolloutsSection
+from echovlm_ray.serving.held_file import HeldError, give_back, hold
+from experts.full_disk import NO_ROOM
+from experts.private_folder import user_folder
 from router.errors import RolloutDatabaseError
 
 SQLITE = "sqlite:///"
@@ -98,23 +100,10 @@ def default_folder(checkpoint: Path) -> Path:
     folder = checkpoint / FOLDER
     if os.access(folder if folder.exists() else checkpoint, os.W_OK):
         return folder
-    base = os.environ.get("XDG_STATE_HOME")
-    state = Path(base) if base else Path.home() / ".local" / "state"
+    state = user_folder("XDG_STATE_HOME", ".local/state")
     # Checkpoints of the same name in different places are different ones.
     place = hashlib.sha256(str(checkpoint.absolute()).encode()).hexdigest()[:12]
     return state / "echovlm-ray" / f"{checkpoint.name}-{place}"
-
-
-def note_holder(descriptor: int) -> None:
-    """Writes this process's id into a lock's file, for a process that does not get it."""
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-
-
-def holder_of(descriptor: int) -> str:
-    """The process that a lock's file names; "" if it names none."""
-    content = os.pread(descriptor, 32, 0)
-    return content.decode() if content.isdigit() else ""
 
 
 def _aside(path: Path) -> Path:
@@ -140,37 +129,29 @@ class DatabaseLock:
             RolloutDatabaseError: somebody else still does after `timeout_s` seconds, or the file cannot be made.
         """
         deadline = time.monotonic() + timeout_s
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise RolloutDatabaseError(
-                f"{self._path} cannot be made: {error.strerror}; set rollouts.database to a file in a folder that may "
-                "be written"
-            ) from None
-        while True:
+        while self._descriptor is None:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._descriptor = hold(self._path, 0o600)
+            except HeldError as error:
                 if time.monotonic() < deadline:
                     time.sleep(LOCK_POLL_S)
                     continue
-                holder = holder_of(descriptor)
-                named = f" (process {holder})" if holder else ""
-                os.close(descriptor)
+                named = f" (process {error.holder})" if error.holder else ""
                 raise RolloutDatabaseError(
                     f"another Control{named} uses the rollouts' database beside {self._path}: stop that system "
                     "(`echoray stop`), or set rollouts.database to another file"
                 ) from None
-            except OSError:
-                os.close(descriptor)
-                raise
-            self._descriptor = descriptor
-            note_holder(descriptor)
-            return
+            except OSError as error:
+                remedy = (
+                    "make room there"
+                    if error.errno in NO_ROOM
+                    else "set rollouts.database to a file in a folder that may be written"
+                )
+                raise RolloutDatabaseError(f"{self._path} cannot be made: {error.strerror}; {remedy}") from None
 
     def release(self) -> None:
-        """Gives it back; harmless when repeated."""
+        """Gives it back, and removes its file; harmless when repeated."""
         if self._descriptor is not None:
-            os.close(self._descriptor)
+            give_back(self._descriptor, self._path)
             self._descriptor = None

@@ -11,8 +11,10 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from echovlm_ray.errors import DeadlineError, PartUnavailableError
+from echovlm_ray.serving.absence import Absence
 from echovlm_ray.serving.errors import ORGAN_PENDING
 from echovlm_ray.serving.request_id import REQUEST_ID_KEY
+from experts.transport.inner_channel import PLAIN_CHANNELS, InnerChannels
 from protos import router_pb2, router_pb2_grpc
 
 RETRY_INTERVAL_S = 0.2
@@ -29,14 +31,13 @@ class RouterClient:
     so only a stream that has not begun is sent again.
     """
 
-    def __init__(
-        self, addresses: Callable[[], Sequence[str]], channel_options: Sequence[tuple[str, int | str]] = ()
-    ) -> None:
-        """`addresses` gives the live replicas at any time."""
+    def __init__(self, addresses: Callable[[], Sequence[str]], channels: InnerChannels = PLAIN_CHANNELS) -> None:
+        """`addresses` gives the live replicas at any time, and `channels` connects to them."""
         self._addresses = addresses
-        self._options = list(channel_options)
+        self._connections = channels
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._in_flight: dict[str, int] = {}
+        self._absence = Absence(RETRY_FOR_S)
 
     async def generate(
         self, request: router_pb2.RouterGenerateRequest, *, deadline: float, request_id: str
@@ -58,7 +59,10 @@ class RouterClient:
         while True:
             reason = "no replica is running"
             address = self._least_busy(lost)
-            if address is not None:
+            if address is None:
+                give_up = min(give_up, self._absence.ends())
+            else:
+                self._absence.is_over()
                 begun = False
                 try:
                     async with aclosing(self._call(address, request, deadline, request_id)) as messages:
@@ -90,7 +94,7 @@ class RouterClient:
     ) -> AsyncGenerator[router_pb2.RouterGenerateResponse, None]:
         channel = self._channels.get(address)
         if channel is None:
-            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=self._options)
+            channel = self._channels[address] = self._connections.asynchronous(address)
         self._in_flight[address] = self._in_flight.get(address, 0) + 1
         call = router_pb2_grpc.RouterStub(channel).Generate(
             request,

@@ -1,7 +1,7 @@
 """The one gRPC server of every replica: `grpc.aio` with health, reflection, TLS, tokens, limits and an orderly end."""
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,35 +10,28 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from echovlm_ray.config import TLSSection
+from echovlm_ray.hosts import host_port
 from echovlm_ray.serving.auth import BearerTokens
+from echovlm_ray.serving.certificates import CertificateFiles
 from echovlm_ray.serving.health_servicer import HealthServicer
 from echovlm_ray.serving.incoming import SERVER_OPTIONS, Incoming
 from echovlm_ray.serving.interceptor import Admit, CallInterceptor
 from echovlm_ray.serving.received_bytes import ReceivedBytes
 from echovlm_ray.serving.reflection import add_reflection
+from experts.transport.inner_channel import INNER_MESSAGE_BYTES, KEEPALIVE_MS
 
-# Between the parts: the patches of a whole prompt of images in float32, or the logits that a test asks for.
-INTERNAL_MESSAGE_BYTES = 256 * 1024 * 1024
 # What a message holds beside its payload.
 MESSAGE_SLACK_BYTES = 1024 * 1024
 # The largest length that gRPC can be told.
 MAX_MESSAGE_BYTES = 2**31 - 1
-KEEPALIVE_MS = 20_000
 # After the last call has ended, for its status to reach the caller.
 LAST_WORDS_S = 0.2
 # Calls that came and were not looked at yet. Above its default of 1000, gRPC would end some CANCELLED, without a word.
 MAX_PENDING_CALLS = 100_000
 # Of one connection; the client's gRPC keeps what is more until others have ended.
 MAX_CALLS_PER_CONNECTION = 1000
-# Channels between the parts.
-INTERNAL_CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_receive_message_length", INTERNAL_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", INTERNAL_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
-    # A replica that was killed and came back must be reached at once, not after gRPC's usual two minutes.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-)
+# A client that is idle may ask so often whether the server is there; one that asks more often is cut off.
+MIN_PING_MS = 5_000
 
 Register = Callable[[Any, grpc.aio.Server], None]
 
@@ -60,8 +53,8 @@ class ServerOptions:
     port: int = 0
     tls: TLSSection | None = None
     token_file: Path | None = None
-    max_receive_bytes: int = INTERNAL_MESSAGE_BYTES
-    max_send_bytes: int = INTERNAL_MESSAGE_BYTES
+    max_receive_bytes: int = INNER_MESSAGE_BYTES
+    max_send_bytes: int = INNER_MESSAGE_BYTES
     max_received_bytes: int | None = None
     idle_s: float | None = None
     call_limit_s: float | None = None
@@ -70,15 +63,19 @@ class ServerOptions:
 class GrpcServer:
     """A server that is not started yet; add servicers, then `await start()`. Belongs to one event loop."""
 
-    def __init__(self, options: ServerOptions) -> None:
+    def __init__(self, options: ServerOptions, *, first: Sequence[grpc.aio.ServerInterceptor] = ()) -> None:
         """Reads certificates and tokens.
+
+        Args:
+            options: what it listens on, and whom it lets in.
+            first: called around every call before anything else.
 
         Raises:
             ValueError: a certificate or token file cannot be used.
         """
         tokens = BearerTokens(options.token_file) if options.token_file else None
         self._options = options
-        self._credentials = server_credentials(options.tls) if options.tls else None
+        self._credentials = CertificateFiles(options.tls).credentials() if options.tls else None
         self._interceptor = CallInterceptor(
             tokens,
             _incoming(options),
@@ -86,7 +83,7 @@ class GrpcServer:
             certificates=options.tls is not None and options.tls.client_authority is not None,
         )
         self._server = grpc.aio.server(
-            interceptors=[self._interceptor],
+            interceptors=[*first, self._interceptor],
             options=[
                 ("grpc.max_receive_message_length", min(options.max_receive_bytes, MAX_MESSAGE_BYTES)),
                 ("grpc.max_send_message_length", min(options.max_send_bytes, MAX_MESSAGE_BYTES)),
@@ -94,7 +91,7 @@ class GrpcServer:
                 ("grpc.so_reuseport", int(options.port != 0)),
                 ("grpc.keepalive_time_ms", KEEPALIVE_MS),
                 ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_MS // 4),
+                ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_MS),
                 ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
                 ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
                 ("grpc.max_concurrent_streams", MAX_CALLS_PER_CONNECTION),
@@ -109,7 +106,7 @@ class GrpcServer:
     @property
     def address(self) -> str:
         """host:port, once started."""
-        return f"{self._options.host}:{self._port}"
+        return host_port(self._options.host, self._port)
 
     @property
     def active_calls(self) -> int:
@@ -137,7 +134,7 @@ class GrpcServer:
             ValueError: the address cannot be listened on.
         """
         add_reflection(self._service_names, self._server)
-        wanted = f"{self._options.host}:{self._options.port}"
+        wanted = host_port(self._options.host, self._options.port)
         try:
             if self._credentials is None:
                 self._port = self._server.add_insecure_port(wanted)
@@ -180,23 +177,3 @@ def _incoming(options: ServerOptions) -> Incoming:
     if options.max_received_bytes is not None:
         received = ReceivedBytes(options.max_receive_bytes, options.max_received_bytes)
     return Incoming(options.max_receive_bytes, received, options.idle_s)
-
-
-def server_credentials(tls: TLSSection) -> grpc.ServerCredentials:
-    """The credentials of a TLS server.
-
-    Raises:
-        ValueError: a file cannot be read; the text names it.
-    """
-    certificate, key = _read(tls.certificate, "tls.certificate"), _read(tls.key, "tls.key")
-    authority = None if tls.client_authority is None else _read(tls.client_authority, "tls.client_authority")
-    return grpc.ssl_server_credentials(
-        [(key, certificate)], root_certificates=authority, require_client_auth=authority is not None
-    )
-
-
-def _read(path: Path, field: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{field} {path} cannot be read: {error.strerror}") from None

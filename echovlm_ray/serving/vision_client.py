@@ -9,7 +9,9 @@ import grpc
 import torch
 
 from echovlm_ray.errors import DeadlineError, PartUnavailableError
+from echovlm_ray.serving.absence import Absence
 from experts.transport.codec import tensor_from_proto
+from experts.transport.inner_channel import InnerChannels
 from protos import vision_pb2, vision_pb2_grpc
 
 RETRY_INTERVAL_S = 0.2
@@ -33,16 +35,21 @@ class EncodedPicture:
 class VisionClient:
     """Encodes through whichever vision encoder replica is least busy; tries another when one is lost."""
 
-    def __init__(self, addresses: Callable[[], Sequence[str]], channel_options: Sequence[tuple[str, int]]) -> None:
-        """`addresses` gives the live replicas at any time."""
+    def __init__(self, addresses: Callable[[], Sequence[str]], channels: InnerChannels) -> None:
+        """`addresses` gives the live replicas at any time, and `channels` connects to them."""
         self._addresses = addresses
-        self._options = list(channel_options)
+        self._connections = channels
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._in_flight: dict[str, int] = {}
         self._closing: set[asyncio.Task[None]] = set()
+        self._absence = Absence(RETRY_FOR_S)
 
     async def encode(
-        self, inputs: Sequence[vision_pb2.VisionInput], deadline: float | None, cache_salt: bytes = b""
+        self,
+        inputs: Sequence[vision_pb2.VisionInput],
+        deadline: float | None,
+        cache_salt: bytes = b"",
+        caller: bytes = b"",
     ) -> list[EncodedPicture]:
         """The embeddings of the inputs, in order.
 
@@ -52,19 +59,21 @@ class VisionClient:
             inputs: preprocessed images and videos.
             deadline: in `time.monotonic` seconds, or None.
             cache_salt: embeddings are shared only with requests of the same one.
+            caller: callers share the encoder equally.
 
         Raises:
             PartUnavailableError: no encoder answered; without a deadline after one failed try.
             DeadlineError: the encoder was reached but did not finish in time.
             grpc.aio.AioRpcError: the encoder refused the inputs; `serving.errors` passes its status on.
         """
-        request = vision_pb2.EncodeRequest(inputs=inputs, cache_salt=cache_salt)
+        request = vision_pb2.EncodeRequest(inputs=inputs, cache_salt=cache_salt, caller=caller)
         give_up = None if deadline is None else min(deadline, time.monotonic() + RETRY_FOR_S)
         tried: set[str] = set()
         reason = "no replica is running"
         while True:
             address = self._least_busy(tried)
             if address is not None:
+                self._absence.is_over()
                 tried.add(address)
                 try:
                     response = await self._call(address, request, deadline)
@@ -80,6 +89,8 @@ class VisionClient:
                     reason = "the replica was lost during the call"
                     continue
             # Every live replica was tried once: their successors need a moment.
+            if not tried and give_up is not None:
+                give_up = min(give_up, self._absence.ends())
             tried.clear()
             if give_up is None or time.monotonic() + RETRY_INTERVAL_S >= give_up:
                 raise PartUnavailableError("the vision encoder", reason)
@@ -96,7 +107,7 @@ class VisionClient:
     ) -> vision_pb2.EncodeResponse:
         channel = self._channels.get(address)
         if channel is None:
-            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=self._options)
+            channel = self._channels[address] = self._connections.asynchronous(address)
         timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
         self._in_flight[address] = self._in_flight.get(address, 0) + 1
         try:

@@ -1,10 +1,10 @@
 """The vision encoder's gRPC service: checks what it is sent, and hands it to the encoder."""
 
 import asyncio
-from collections.abc import Sequence
 from typing import Any
 
 import grpc
+import torch
 
 from echovlm_ray.errors import InvalidRequestError
 from echovlm_ray.vision.encoder import EncoderInput, VisionEncoder
@@ -38,7 +38,7 @@ class VisionEncoderService(vision_pb2_grpc.VisionEncoderServicer):
         """
         if not request.inputs:
             raise InvalidRequestError("inputs", "is empty; send at least one image or video")
-        items = await asyncio.to_thread(self._read_inputs, request.inputs, request.cache_salt)
+        items = await asyncio.to_thread(self._read_inputs, request)
         encoded = await self._encoder.encode(items)
         return vision_pb2.EncodeResponse(
             encoder_digest=self._encoder.digest,
@@ -50,10 +50,15 @@ class VisionEncoderService(vision_pb2_grpc.VisionEncoderServicer):
             ],
         )
 
-    def _read_inputs(self, inputs: Sequence[vision_pb2.VisionInput], salt: bytes) -> list[EncoderInput]:
-        for index, message in enumerate(inputs):
+    def _read_inputs(self, request: vision_pb2.EncodeRequest) -> list[EncoderInput]:
+        for index, message in enumerate(request.inputs):
             self._check(message, f"inputs[{index}]")
-        return [self._read(message, f"inputs[{index}].patches", salt) for index, message in enumerate(inputs)]
+        grids = [(message.grid_t, message.grid_h, message.grid_w) for message in request.inputs]
+        patches = [self._read(message, f"inputs[{index}].patches") for index, message in enumerate(request.inputs)]
+        return [
+            EncoderInput(grid, item, request.cache_salt, request.caller)
+            for grid, item in zip(grids, patches, strict=True)
+        ]
 
     def _check(self, message: vision_pb2.VisionInput, field: str) -> None:
         if message.kind not in KINDS:
@@ -75,11 +80,11 @@ class VisionEncoderService(vision_pb2_grpc.VisionEncoderServicer):
                 f"has the shape {list(message.patches.shape)[:8]}; the grid {grid} takes {expected} of float32",
             )
 
-    def _read(self, message: vision_pb2.VisionInput, field: str, salt: bytes) -> EncoderInput:
+    def _read(self, message: vision_pb2.VisionInput, field: str) -> torch.Tensor:
         try:
             patches = tensor_from_proto(message.patches)
         except InvalidTensorError as error:
             raise InvalidRequestError(field, str(error)) from error
         if not is_finite(patches):
             raise InvalidRequestError(field, "holds values that are not finite; send what the processor made")
-        return EncoderInput((message.grid_t, message.grid_h, message.grid_w), patches, salt)
+        return patches

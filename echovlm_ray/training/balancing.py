@@ -1,7 +1,8 @@
 """The load-balancing loss of a training step, and what it is judged by: load, entropy and dead experts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,8 +68,11 @@ class RoutingCounts:
         self.entropy_L = entropy_L if self.entropy_L is None else self.entropy_L + entropy_L
         self.tokens += logits_LNE.shape[1]
 
-    def take(self) -> dict[str, float]:
+    def take(self, total: Callable[[Any], Any] = lambda value: value) -> dict[str, float]:
         """Numbers for the log, and back to nothing.
+
+        Args:
+            total: adds up a number or a tensor over all workers.
 
         Returns:
             by layer each expert's share of the choices and the mean entropy as a share of the largest possible; over
@@ -76,7 +80,8 @@ class RoutingCounts:
         """
         if self.chosen_LE is None or self.entropy_L is None or not self.tokens:
             return {}
-        share_LE = self.chosen_LE / self.chosen_LE.sum(dim=1, keepdim=True)
+        chosen_LE, entropy_L, tokens = total(self.chosen_LE), total(self.entropy_L), total(self.tokens)
+        share_LE = chosen_LE / chosen_LE.sum(dim=1, keepdim=True)
         num_experts = share_LE.shape[1]
         largest = float(torch.log(torch.tensor(float(num_experts)))) or 1.0
         numbers = {
@@ -85,8 +90,7 @@ class RoutingCounts:
             for expert in range(num_experts)
         }
         numbers |= {
-            f"gate_entropy/layer_{layer}": float(entropy) / self.tokens / largest
-            for layer, entropy in enumerate(self.entropy_L)
+            f"gate_entropy/layer_{layer}": float(entropy) / tokens / largest for layer, entropy in enumerate(entropy_L)
         }
         numbers["dead_experts"] = float((share_LE < DEAD_SHARE / num_experts).sum())
         self.chosen_LE = self.entropy_L = None

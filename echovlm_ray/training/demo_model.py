@@ -49,6 +49,7 @@ from echovlm_ray.training.run import (
     stage_folder,
     train_stages,
 )
+from echovlm_ray.training.run_lock import hold_run
 from echovlm_ray.training.small_start import write_small_start
 from echovlm_ray.training.sources import DataFiles
 from echovlm_ray.training.stage import MODEL_NAME, RESULT_NAME
@@ -87,7 +88,7 @@ def train_demo(
 
     Raises:
         TrainingInterrupted: Ctrl-C; the same call goes on.
-        TrainingError: it cannot go on.
+        TrainingError: it cannot go on, or another process trains it.
     """
     made = folder / "demo_model"
     if made.is_dir():
@@ -95,6 +96,12 @@ def train_demo(
     if threads is not None:
         torch.set_num_threads(threads)
     folder.mkdir(parents=True, exist_ok=True)
+    with hold_run(folder):
+        _train_demo(folder, made, changes, threads, quiet)
+    return made
+
+
+def _train_demo(folder: Path, made: Path, changes: Mapping[str, list[str]], threads: int | None, quiet: bool) -> None:
     first, checkpoint = folder / "backbone", folder / "checkpoint"
     if not (first / RUN_NAME).is_file():
         recipe = load_recipe("demo", changes.get("demo"))
@@ -119,7 +126,6 @@ def train_demo(
     bundle, _ = train_expert(second, *read_run(second), threads=threads, quiet=quiet)
     with new_folder(made) as partial:
         _export(partial, folder / "start", model, checkpoint, first, second, bundle)
-    return made
 
 
 def _export(partial: Path, start: Path, model: Path, checkpoint: Path, first: Path, second: Path, bundle: Path) -> None:

@@ -21,6 +21,7 @@ from echovlm_ray.training.kept_examples import KeptExamples, keep, pooled_mean
 from echovlm_ray.training.objective import TrainingObjective
 from echovlm_ray.training.recipe import Recipe
 from echovlm_ray.training.run import CACHE_NAME, Run, draw_phantoms, stage_folder, train_stages
+from echovlm_ray.training.run_lock import hold_run
 from echovlm_ray.training.stage import MODEL_NAME, RESULT_NAME, StageJob, open_encoded
 from echovlm_ray.training.start import organ_bundle
 from echovlm_ray.training.validation import ValidationResult, validate
@@ -36,6 +37,19 @@ def next_version(version: str) -> str:
     """The minor version after one: 1.1.0 after 1.0.3."""
     (major, minor, _), *_ = version_key(version)
     return f"{major}.{minor + 1}.0"
+
+
+def require_later(version: str, base: str) -> None:
+    """Checks that a new bundle's version comes after that of the one it starts from.
+
+    Raises:
+        TrainingError: it does not.
+    """
+    if version_key(version) <= version_key(base):
+        raise TrainingError(
+            f"version {version} does not come after {base}, which training starts from: give a later one, like "
+            f"{next_version(base)}, or leave --version out"
+        )
 
 
 def require_experts_only(recipe: Recipe) -> None:
@@ -80,16 +94,23 @@ def train_expert(
 
     Raises:
         TrainingInterrupted: Ctrl-C; the state was saved.
-        TrainingError: it cannot go on, or its pictures are missing.
+        TrainingError: it cannot go on, its pictures are missing, or another process trains it.
     """
     require_experts_only(recipe)
+    with hold_run(folder):
+        return _train_expert(folder, run, recipe, workers, device, threads, quiet)
+
+
+def _train_expert(
+    folder: Path, run: Run, recipe: Recipe, workers: int, device: str, threads: int | None, quiet: bool
+) -> tuple[Path, Manifest]:
     assert run.start.organ is not None
     assert run.version is not None
     organ, bundle = run.start.organ, folder / f"{run.start.organ}-{run.version}"
     base = organ_bundle(run.start.folder, organ, run.start.version).manifest
     if threads is not None:
         torch.set_num_threads(threads)
-    train, held_out = _keep_examples(folder, run, recipe, quiet)
+    train, held_out, division = _keep_examples(folder, run, recipe, quiet)
     if held_out is not None and not (folder / BASE_NAME).is_file():
         before = _measure(run, recipe, held_out)
         (folder / BASE_NAME).write_text(json.dumps(_metrics("before", before), indent=2) + "\n", encoding="utf-8")
@@ -98,7 +119,7 @@ def train_expert(
     if prototype is not None:
         save_file({PROTOTYPE_TENSOR: prototype}, folder / PROTOTYPE_NAME)
     said = BundleCard() if run.card is None else read_card(run.card)
-    card = said.over(_card(folder, run, recipe, base, train))
+    card = said.over(_card(folder, run, recipe, base, train, division))
     if not bundle.exists():
         options = PackOptions(
             organ=organ,
@@ -108,12 +129,18 @@ def train_expert(
         )
         pack(experts, bundle, card, options)
     manifest = Manifest.from_json((bundle / "manifest.json").read_bytes(), str(bundle))
-    (folder / CARD_NAME).write_text(model_card(manifest, recipe), encoding="utf-8")
+    (folder / CARD_NAME).write_text(model_card(manifest, recipe, division), encoding="utf-8")
     return bundle, manifest
 
 
-def model_card(manifest: Manifest, recipe: Recipe) -> str:
-    """The bundle's model card, Markdown, after Mitchell et al. (arXiv 1810.03993)."""
+def model_card(manifest: Manifest, recipe: Recipe, division: str) -> str:
+    """The bundle's model card, Markdown, after Mitchell et al. (arXiv 1810.03993).
+
+    Args:
+        manifest: the bundle's.
+        recipe: what it was trained by.
+        division: how the records were divided into trained on and measured on.
+    """
     stage = recipe.stages[0]
     metrics = "\n".join(f"| {name} | {value:.4g} |" for name, value in sorted(manifest.eval_metrics.items()))
     changes = "\n".join(f"- {version}: {text}" for version, text in manifest.changelog.items())
@@ -140,7 +167,7 @@ The whole recipe is `recipe.yaml` beside this file; curves and log lie in the st
 
 ## Metrics
 
-On records that were not trained on; `before` is the version that training started from.
+On records that were not trained on; `before` is the version that training started from. {division}
 
 | measure | value |
 | --- | --- |
@@ -155,7 +182,9 @@ Loss and accuracy of tokens say how well the wording is predicted, not whether a
 """
 
 
-def _keep_examples(folder: Path, run: Run, recipe: Recipe, quiet: bool) -> tuple[KeptExamples, KeptExamples | None]:
+def _keep_examples(
+    folder: Path, run: Run, recipe: Recipe, quiet: bool
+) -> tuple[KeptExamples, KeptExamples | None, str]:
     job = StageJob(
         folder=folder,
         model=folder / MODEL_NAME,
@@ -165,7 +194,7 @@ def _keep_examples(folder: Path, run: Run, recipe: Recipe, quiet: bool) -> tuple
         files=run.files,
         phantoms=draw_phantoms(folder, recipe, quiet=quiet),
     )
-    fresh = open_encoded(job, EchoVLMConfig.from_pretrained(backbone_directory(run.start.folder)))
+    *fresh, division = open_encoded(job, EchoVLMConfig.from_pretrained(backbone_directory(run.start.folder)))
     tower = load_vision_tower(run.start.folder, dtype=torch.float32)
     kept: list[KeptExamples | None] = []
     console = Console(stderr=True)
@@ -188,7 +217,7 @@ def _keep_examples(folder: Path, run: Run, recipe: Recipe, quiet: bool) -> tuple
         kept.append(KeptExamples(source, folder / CACHE_NAME / name))
     train, held_out = kept
     assert train is not None
-    return train, held_out
+    return train, held_out, division
 
 
 def _measure(run: Run, recipe: Recipe, held_out: KeptExamples) -> ValidationResult:
@@ -201,7 +230,7 @@ def _measure(run: Run, recipe: Recipe, held_out: KeptExamples) -> ValidationResu
     )
 
 
-def _card(folder: Path, run: Run, recipe: Recipe, base: Manifest, train: KeptExamples) -> BundleCard:
+def _card(folder: Path, run: Run, recipe: Recipe, base: Manifest, train: KeptExamples, division: str) -> BundleCard:
     assert run.version is not None
     examples = pictures = tokens = 0
     for index in range(len(train)):
@@ -224,7 +253,7 @@ def _card(folder: Path, run: Run, recipe: Recipe, base: Manifest, train: KeptExa
         changelog={**base.changelog, run.version: f"Trained from {base.version} on {examples} records."},
         training_data=(
             f"{examples} records, {pictures} of them with pictures, {tokens} tokens of answers; "
-            f"{result['steps']:.0f} steps of {recipe.stages[0].batch_size} records."
+            f"{result['steps']:.0f} steps of {recipe.stages[0].batch_size} records. {division}"
         ),
         eval_metrics=metrics,
         references=base.references,

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from echovlm_ray.model.vision_tower import EchoVLMVisionTower
 from echovlm_ray.training.encode import EncodedExample, EncodedSource
+from echovlm_ray.training.errors import TrainingError
 from echovlm_ray.training.examples import ExampleError
 from echovlm_ray.training.left_out import LeftOut, reason_of
 
@@ -67,6 +69,7 @@ def keep(
 
     Raises:
         ExampleError: an example cannot be used and may not be left out.
+        TrainingError: the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     left_out = LeftOut()
@@ -120,7 +123,13 @@ def _write(path: Path, example: EncodedExample, tower: EchoVLMVisionTower) -> No
         ]
         tensors["embeddings"] = torch.cat(embeddings).float().cpu()
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial)
+    try:
+        save_file(tensors, partial)
+    except SafetensorError as error:
+        partial.unlink(missing_ok=True)
+        raise TrainingError(
+            f"{path} could not be written ({error}): make room on that disk, and go on with --resume"
+        ) from None
     partial.replace(path)
 
 

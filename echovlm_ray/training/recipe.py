@@ -219,7 +219,8 @@ class Recipe(Section):
     log_every: PositiveInt = 10
     # When set, the loss on what was kept back is measured every so many steps; it is measured at the end in any case.
     validate_every: PositiveInt | None = None
-    # When you want the curves in a tool of your own, name it; it must be installed. Log and PNG are always made.
+    # When you want the curves in a tool of your own, name it; it must be installed, and finds its place by its own
+    # environment (MLFLOW_TRACKING_URI); TensorBoard's files lie in the stage's folder. Log and PNG are always made.
     tracker: Literal["none", "tensorboard", "mlflow"] = "none"
 
     @model_validator(mode="after")

@@ -5,12 +5,19 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from echovlm_ray.config import ContradictionError
 from echovlm_ray.training.recipe import AdapterSection, Recipe, Stage
-from echovlm_ray.yaml_document import Document, DocumentError, Problem, read_document
+from echovlm_ray.yaml_document import (
+    Document,
+    DocumentError,
+    NotYamlError,
+    Problem,
+    parse_yaml,
+    read_document,
+    write_yaml,
+)
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -39,14 +46,20 @@ def load_recipe(name: str, settings: list[str] | None = None) -> Recipe:
     try:
         return Recipe.model_validate(document.values)
     except ValidationError as error:
-        problems = {_problem(document, detail): None for detail in error.errors(include_url=False)}
+        details = error.errors(include_url=False)
+        # A list whose only item is wrong counts as empty too, which is not what has to be mended.
+        places = [detail["loc"] for detail in details]
+        problems = {
+            _problem(document, detail): None
+            for detail, place in zip(details, places, strict=True)
+            if not any(other[: len(place)] == place and other != place for other in places)
+        }
         raise DocumentError(sorted(problems, key=lambda problem: document.order(problem.where))) from None
 
 
 def write_recipe(path: Path, recipe: Recipe) -> None:
     """Writes what `load_recipe` reads back as the same recipe."""
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
+    write_yaml(path, recipe.model_dump(mode="json"))
 
 
 def _is_recipe(path: Any) -> bool:
@@ -71,8 +84,8 @@ def _set(document: Document, setting: str) -> None:
     if not separator or not field:
         raise DocumentError([Problem(origin, "must be FIELD=VALUE, like stages.0.steps=100")])
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = parse_yaml(text)
+    except NotYamlError:
         raise DocumentError([Problem(origin, "the value is no YAML")]) from None
     *parents, last = field.split(".")
     place: Any = document.values

@@ -7,7 +7,7 @@ from typing import Literal
 
 from echovlm_ray.config import GatewaySection
 from echovlm_ray.data.dataset import RecordDataset
-from echovlm_ray.data.media import ImageRoot, UnusableImageError
+from echovlm_ray.data.media import ImageRoot, UnusableImageError, decode_media_file
 from echovlm_ray.data.parse import problems_of
 from echovlm_ray.data.phantom.attributes import Attributes
 from echovlm_ray.data.phantom.catalogue import UNKNOWN_ATTRIBUTES, UnknownClassError, read_attributes
@@ -22,17 +22,20 @@ from echovlm_ray.data.record import (
     mark_media,
     media_paths,
 )
-from echovlm_ray.errors import InvalidRequestError
+from echovlm_ray.data.splitting import Grouping
 from echovlm_ray.prompts import MediumPart, Message, TextPart
 from echovlm_ray.training.emphasis import emphasised
 from echovlm_ray.training.examples import Example, ExampleError
-from echovlm_ray.vision.images import DecodedImage, ImageLimits, decode_image_file
+from echovlm_ray.vision.images import DecodedImage, ImageLimits
 
 _ROLES: Mapping[Role, Literal["system", "user", "assistant"]] = {
     "system": "system",
     "human": "user",
     "gpt": "assistant",
 }
+
+
+PATIENT = "patient"
 
 
 class RecordSource:
@@ -51,7 +54,7 @@ class RecordSource:
             images: the folder that image paths start from; None: for each file the one that it lies in.
 
         Raises:
-            ExampleError: a file cannot be read, is truncated or holds no record, or there is no such folder.
+            ExampleError: a file cannot be read, is truncated, empty or given twice, or there is no such folder.
         """
         gateway = GatewaySection()
         self._limits = ImageLimits(
@@ -64,9 +67,6 @@ class RecordSource:
             raise ExampleError(f"{error.filename}: {error.strerror or error}") from None
         except ValueError as error:
             raise ExampleError(str(error)) from None
-        for file in self._dataset.files:
-            if not len(file):
-                raise ExampleError(f"{file.path}: holds no record")
 
     def __len__(self) -> int:
         """How many records all files have together."""
@@ -75,6 +75,17 @@ class RecordSource:
     def place(self, index: int) -> str:
         """See `ExampleSource.place`."""
         return self._dataset.place(index)
+
+    def group(self, index: int) -> tuple[str, str]:
+        """What a record must stay together with: `PATIENT` and its patient, else "id" and its id.
+
+        A record that cannot be read stands for itself.
+        """
+        record, _ = self._dataset.read(index)
+        if record is None:
+            return "index", str(index)
+        patient = Grouping("patient").key(record)
+        return ("id", record.id) if patient is None else (PATIENT, patient)
 
     def example(self, index: int, epoch: int) -> Example:
         """See `ExampleSource.example`; nothing is drawn at random."""
@@ -122,11 +133,9 @@ def example_of(record: Record, root: ImageRoot, limits: ImageLimits) -> Example:
 
 def _decode(path: str, root: ImageRoot, limits: ImageLimits, name: str) -> DecodedImage:
     try:
-        return decode_image_file(root.read(path, limits.max_image_bytes), limits=limits, field=name)
+        return decode_media_file(root.read(path, limits.max_image_bytes), limits)
     except UnusableImageError as error:
         raise ExampleError(f"{name} {error}") from None
-    except InvalidRequestError as error:
-        raise ExampleError(str(error)) from None
 
 
 def _message(turn: Turn, media: Iterator[DecodedImage]) -> Message:

@@ -14,9 +14,11 @@ from echovlm_ray.training.errors import TrainingError
 from echovlm_ray.training.phantom_pool import PhantomPool
 from echovlm_ray.training.recipe import Recipe
 from echovlm_ray.training.recipe_file import load_recipe, write_recipe
+from echovlm_ray.training.run_lock import LOCK_NAME, hold_run
 from echovlm_ray.training.sources import DataFiles
 from echovlm_ray.training.stage import HEADS_NAME, MODEL_NAME, StageJob, train_stage
 from echovlm_ray.training.start import Start
+from echovlm_ray.training.tracker import require_tracker
 
 RUN_NAME = "run.json"
 RECIPE_NAME = "recipe.yaml"
@@ -42,14 +44,23 @@ def begin_run(folder: Path, run: Run, recipe: Recipe) -> None:
     """Makes a run's folder.
 
     Raises:
-        TrainingError: it holds something already.
+        TrainingError: it holds something already, another process begins a run in it, or the recipe's tracker is not
+            installed.
     """
-    if folder.is_dir() and any(folder.iterdir()):
+    require_tracker(recipe.tracker)
+    _require_empty(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with hold_run(folder):
+        # Another process may have begun one meanwhile.
+        _require_empty(folder)
+        write_recipe(folder / RECIPE_NAME, recipe)
+        (folder / RUN_NAME).write_text(run.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def _require_empty(folder: Path) -> None:
+    if folder.is_dir() and any(path.name != LOCK_NAME for path in folder.iterdir()):
         hint = "go on with it by --resume, or " if (folder / RUN_NAME).is_file() else ""
         raise TrainingError(f"{folder} is not empty: {hint}give another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_recipe(folder / RECIPE_NAME, recipe)
-    (folder / RUN_NAME).write_text(run.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def read_run(folder: Path) -> tuple[Run, Recipe]:
@@ -102,8 +113,23 @@ def train_stages(
 
     Raises:
         TrainingInterrupted: Ctrl-C; the state was saved.
-        TrainingError: it cannot go on.
+        TrainingError: it cannot go on, or another process trains it.
     """
+    require_tracker(recipe.tracker)
+    with hold_run(folder):
+        return _train_stages(folder, run, recipe, workers, device, threads, quiet, train)
+
+
+def _train_stages(
+    folder: Path,
+    run: Run,
+    recipe: Recipe,
+    workers: int,
+    device: str,
+    threads: int | None,
+    quiet: bool,
+    train: Callable[[StageJob], None],
+) -> Path:
     start = run.start
     phantoms = draw_phantoms(folder, recipe, quiet=quiet)
     for number in range(len(recipe.stages)):

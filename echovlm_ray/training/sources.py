@@ -1,18 +1,23 @@
 """Opens the data of a run: files of records, and what is kept back of them to measure on."""
 
+from collections import defaultdict
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
-import numpy as np
 from pydantic import model_validator
 
 from echovlm_ray.config import Section
+from echovlm_ray.data.record import InvalidDataError
+from echovlm_ray.data.splitting import split_groups
 from echovlm_ray.training.examples import Example, ExampleError, ExampleSource
 from echovlm_ray.training.phantom_pool import PhantomPool
 from echovlm_ray.training.phantom_source import PhantomSource
 from echovlm_ray.training.recipe import DataSection
-from echovlm_ray.training.record_source import RecordSource
+from echovlm_ray.training.record_source import PATIENT, RecordSource
+
+NONE_KEPT = "No record was kept back."
 
 
 class DataFiles(Section):
@@ -53,15 +58,22 @@ class ChosenSource:
         return self._source.place(self._indices[index])
 
 
-def open_sources(
-    files: DataFiles, data: DataSection, *, seed: int, phantoms: Path | None = None
-) -> tuple[ExampleSource, ExampleSource | None]:
-    """What is trained on, and what is measured on, if anything.
+class Sources(NamedTuple):
+    """What is trained on; what is measured on, if anything; and a sentence on how the two were divided."""
+
+    train: ExampleSource
+    held_out: ExampleSource | None
+    division: str
+
+
+def open_sources(files: DataFiles, data: DataSection, *, seed: int, phantoms: Path | None = None) -> Sources:
+    """What is trained on, and what is measured on.
 
     Args:
         files: where the records are.
-        data: says how much is kept back where no file to measure on is given. Records are drawn one by one: to keep a
-            patient's records together, split them beforehand and give two files. Of phantoms the first are kept back.
+        data: says how much is kept back where no file to measure on is given. Records are divided as `echoray data
+            split` does it: a patient's stay together; a record that names none stands for itself, by its id. Of
+            phantoms the first are kept back.
         seed: decides which.
         phantoms: the folder of the pool, where the recipe has phantoms.
 
@@ -74,22 +86,64 @@ def open_sources(
         source = PhantomSource(PhantomPool.open(phantoms, data.phantoms))
         kept_back = round(validation_share * data.phantoms.pictures) * data.phantoms.examples_each
         if files.validation:
-            return source, RecordSource(files.validation, files.images)
+            return _given(source, files)
         indices = range(len(source))
         held_out = ChosenSource(source, indices[:kept_back]) if kept_back else None
-        return ChosenSource(source, indices[kept_back:]), held_out
+        division = f"{kept_back} examples of the first phantoms were kept back; no picture is on both sides."
+        return Sources(ChosenSource(source, indices[kept_back:]), held_out, division if kept_back else NONE_KEPT)
     if not files.train:
         raise ExampleError("there is nothing to train on: give files of records, or a recipe with data.phantoms")
     train = RecordSource(files.train, files.images)
     if files.validation:
-        return train, RecordSource(files.validation, files.images)
-    count = round(validation_share * len(train))
+        return _given(train, files)
     if not validation_share:
-        return train, None
-    if not 0 < count < len(train):
-        raise ExampleError(
-            f"{len(train)} records are too few to keep back a share of {validation_share}: give more, give a file to "
-            "measure on, or set data.validation_share to 0"
+        return Sources(train, None, NONE_KEPT)
+    return _divided(train, validation_share, seed)
+
+
+def require_files(files: DataFiles, data: DataSection, *, seed: int) -> None:
+    """Checks before a run begins that its files of records can be read and divided.
+
+    Raises:
+        ExampleError: see `open_sources`.
+    """
+    if data.phantoms is None:
+        open_sources(files, data, seed=seed)
+    elif files.validation:
+        RecordSource(files.validation, files.images)
+
+
+def _given(train: ExampleSource, files: DataFiles) -> Sources:
+    held_out = RecordSource(files.validation, files.images)
+    return Sources(train, held_out, f"{len(held_out)} records of files of their own were measured on.")
+
+
+def _divided(source: RecordSource, share: float, seed: int) -> Sources:
+    """Keeps back a share of the records: whole patients, where records name them."""
+    groups: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for index in range(len(source)):
+        groups[source.group(index)].append(index)
+    # Names in one mapping of texts, without a patient ever being taken for an id.
+    named = {f"{kind} {name}": indices for (kind, name), indices in groups.items()}
+    try:
+        sides = split_groups(
+            {name: len(indices) for name, indices in named.items()}, {"train": 1 - share, "held out": share}, seed
         )
-    order = np.random.default_rng([seed, 1]).permutation(len(train)).tolist()
-    return ChosenSource(train, sorted(order[count:])), ChosenSource(train, sorted(order[:count]))
+    except InvalidDataError:
+        raise ExampleError(
+            f"{len(source)} records in {len(groups)} groups (a patient's stay together) are too few to keep back a "
+            f"share of {share}: give more, give a file to measure on, or set data.validation_share to 0"
+        ) from None
+    chosen = {
+        side: sorted(chain(*(named[name] for name in named if sides[name] == side))) for side in set(sides.values())
+    }
+    train, held_out = chosen["train"], chosen["held out"]
+    division = f"{len(held_out)} of {len(source)} records were kept back"
+    patients = sum(kind == PATIENT for kind, _ in groups)
+    single = sum(len(indices) for (kind, _), indices in groups.items() if kind != PATIENT)
+    if patients:
+        division += ", divided by patient: no patient is on both sides"
+    if single:
+        division += f"; {single} records name no patient and were divided by id" if patients else ", divided by id"
+        division += ", so images of one patient can be on both sides"
+    return Sources(ChosenSource(source, train), ChosenSource(source, held_out), division + ".")

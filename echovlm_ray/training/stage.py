@@ -28,6 +28,7 @@ from echovlm_ray.training.sources import DataFiles, open_sources
 from echovlm_ray.training.start import Start, save_experts, save_model
 from echovlm_ray.training.state import last_checkpoint, remove_unfinished, step_of
 from echovlm_ray.training.stream import ExampleStream
+from echovlm_ray.training.tracker import tracker_failure
 from echovlm_ray.training.trainer import Checkpointing, EchoVLMTrainer, FiniteGradients, Interruption
 from echovlm_ray.training.validation import Validation, ValidationResult, validate
 
@@ -79,6 +80,7 @@ def train_stage(job: StageJob) -> None:
         TrainingError: it cannot go on (a record is missing, the loss is not a number, the disk is full); the text says
             what was kept.
     """
+    require_divisible(job)
     recipe, stage = job.recipe, job.recipe.stages[job.number]
     if job.threads is not None:
         torch.set_num_threads(job.threads)
@@ -90,7 +92,7 @@ def train_stage(job: StageJob) -> None:
     if recipe.activation_checkpointing:
         # The reentrant kind runs the layers without gradients first, and the gates' logits would come out without any.
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    train, held_out = open_encoded(job, model.config)
+    train, held_out, _ = open_encoded(job, model.config)
     steps = stage.steps or math.ceil(stage.epochs * len(train) / stage.batch_size)
     stream = ExampleStream(
         train,
@@ -141,8 +143,10 @@ def train_stage(job: StageJob) -> None:
     trainer.end()
 
 
-def open_encoded(job: StageJob, config: EchoVLMConfig) -> tuple[EncodedSource, EncodedSource | None]:
-    """What is trained on, and what is measured on, if anything; embeddings are taken where they were kept.
+def open_encoded(job: StageJob, config: EchoVLMConfig) -> tuple[EncodedSource, EncodedSource | None, str]:
+    """What is trained on, what is measured on, if anything, and how they were divided.
+
+    Embeddings are taken where they were kept.
 
     Raises:
         ExampleError: a file cannot be read.
@@ -157,13 +161,13 @@ def open_encoded(job: StageJob, config: EchoVLMConfig) -> tuple[EncodedSource, E
     )
     sources = open_sources(job.files, data, seed=job.recipe.seed, phantoms=job.phantoms)
     opened: list[EncodedSource | None] = []
-    for name, source in zip(("train", "validation"), sources, strict=True):
+    for name, source in (("train", sources.train), ("validation", sources.held_out)):
         fresh = None if source is None else FreshlyEncoded(source, encoder)
         kept = fresh is not None and job.cache is not None
         opened.append(KeptExamples(fresh, job.cache / name) if kept and fresh and job.cache else fresh)
     train, held_out = opened
     assert train is not None
-    return train, held_out
+    return train, held_out, sources.division
 
 
 def _run(job: StageJob, trainer: EchoVLMTrainer, interruption: Interruption, bar: ProgressBar) -> None:
@@ -179,6 +183,8 @@ def _run(job: StageJob, trainer: EchoVLMTrainer, interruption: Interruption, bar
             f"the records of that step. {_how_to_go_on(job)}"
         ) from None
     except Exception as error:
+        if (tracker := tracker_failure(error, job.recipe.tracker)) is not None:
+            raise TrainingError(f"{tracker}; {_kept(job)}. {_how_to_go_on(job)}") from None
         # Whatever the writer of one of its files raised: a checkpoint that is not whole was being written.
         if trainer.args.world_size > 1 or not remove_unfinished(job.folder):
             raise
@@ -250,10 +256,27 @@ def micro_batches(job: StageJob) -> int:
     return share
 
 
+def require_divisible(job: StageJob) -> None:
+    """Checks that weights can be divided among the workers, where the recipe asks for it.
+
+    Raises:
+        TrainingError: they cannot: accelerate divides them among GPUs alone, and leaves them whole without a word.
+    """
+    if job.recipe.shard and (job.workers == 1 or _on_cpu(job)):
+        raise TrainingError(
+            "shard divides the model among several GPUs: give --workers 2 or more and --device cuda, or set shard to "
+            "false"
+        )
+
+
+def _on_cpu(job: StageJob) -> bool:
+    return job.device == "cpu" or (job.device == "auto" and not torch.cuda.is_available())
+
+
 def _arguments(job: StageJob, steps: int) -> TrainingArguments:
     recipe, stage = job.recipe, job.recipe.stages[job.number]
     schedules = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-    on_cpu = job.device == "cpu" or (job.device == "auto" and not torch.cuda.is_available())
+    on_cpu = _on_cpu(job)
     several: dict[str, Any] = {}
     if job.workers > 1:
         several = {"ddp_find_unused_parameters": False, "ddp_backend": "gloo" if on_cpu else "nccl"}

@@ -115,12 +115,19 @@ class EchoVLMTrainer(Trainer):
         """Adds both parts of the loss and what the gates did."""
         if "loss" in logs:
             steps = self.args.logging_steps
-            logs |= {name: sum(values) / steps for name, values in self._parts.items()}
+            logs |= {name: self._over_workers(sum(values)) / steps for name, values in self._parts.items()}
             self._parts = {}
             objective = self.model
             assert isinstance(objective, TrainingObjective)
-            logs |= objective.counts.take()
+            logs |= objective.counts.take(self._over_workers)
         super().log(logs, start_time)
+
+    def _over_workers(self, value: Any) -> Any:
+        """The sum over all workers, which all log at the same steps."""
+        if self.args.world_size == 1:
+            return value
+        total = self.accelerator.reduce(torch.as_tensor(value, device=self.args.device), reduction="sum")
+        return total if isinstance(value, torch.Tensor) else float(total)
 
 
 class Checkpointing(TrainerCallback):

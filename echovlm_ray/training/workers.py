@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from echovlm_ray.training.errors import TrainingError
-from echovlm_ray.training.stage import StageJob, micro_batches, train_stage
+from echovlm_ray.training.stage import StageJob, micro_batches, require_divisible, train_stage
 
 
 def train_on_ray(job: StageJob) -> None:
@@ -20,6 +20,7 @@ def train_on_ray(job: StageJob) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     micro_batches(job)
+    require_divisible(job)
     on_gpu = job.device == "cuda"
     if not ray.is_initialized():
         ray.init(log_to_driver=not job.quiet, include_dashboard=False)

@@ -60,11 +60,12 @@ def decode_dicom_video(dataset: Any, stream: bytes, kind: str, *, max_pixels: in
         InvalidPictureError: no frame can be decoded, or over the limits.
     """
     picture = decode_video(stream, kind, max_pixels=max_pixels, max_frames=max_frames, square_pixels=False)
-    notices = picture.notices
+    notices, is_partial = picture.notices, picture.is_partial
     height, width, _ = picture.frames[0].shape
     if (width, height) != (dataset.get("Columns"), dataset.get("Rows")):
         notices = (*notices, "Its frames have another size than Rows and Columns say; the size of the frames counts.")
     stated = dataset.get("NumberOfFrames")
     if stated is None or str(stated) != str(picture.source_frames):
         notices = (*notices, f"NumberOfFrames is missing or wrong: the video has {picture.source_frames} frames.")
-    return Picture(picture.frames, picture.indices, picture.source_frames, notices)
+        is_partial = is_partial or (str(stated).isdecimal() and int(str(stated)) > picture.source_frames)
+    return Picture(picture.frames, picture.indices, picture.source_frames, notices, is_partial)

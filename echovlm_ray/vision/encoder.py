@@ -6,7 +6,7 @@ Lives on an event loop; the forward pass runs on a thread of its own.
 import asyncio
 import hashlib
 import struct
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from echovlm_ray.errors import InvalidRequestError, OverloadedError
+from echovlm_ray.fair_queue import FairQueue
 from echovlm_ray.model.packing import pack_linears
 from echovlm_ray.model.vision_tower import EchoVLMVisionTower
 from experts.digest import digest_of
@@ -25,11 +26,13 @@ class EncoderInput:
 
     Attributes:
         salt: it shares an embedding only with inputs of the same one.
+        caller: whose turn it takes among the inputs that wait.
     """
 
     grid: tuple[int, int, int]
     patches: torch.Tensor
     salt: bytes = b""
+    caller: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,7 +123,7 @@ class VisionEncoder:
         self._tower = tower
         self._max_queue = max_queue
         self._jobs: dict[str, _Job] = {}
-        self._waiting: deque[str] = deque()
+        self._waiting: FairQueue[str] = FairQueue()
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vision")
         self._worker: asyncio.Task[None] | None = None
@@ -179,7 +182,7 @@ class VisionEncoder:
         loop = asyncio.get_running_loop()
         for digest in new:
             self._jobs[digest] = _Job(wanted[digest], loop.create_future())
-            self._waiting.append(digest)
+            self._waiting.append(wanted[digest].caller, digest)
         jobs = {digest: self._jobs[digest] for digest in wanted}
         for job in jobs.values():
             job.callers += 1
@@ -193,8 +196,8 @@ class VisionEncoder:
         for digest, job in jobs.items():
             job.callers -= 1
             # The same image may have come again since the job ended, as a job of its own that others wait for.
-            if not job.callers and self._jobs.get(digest) is job and digest in self._waiting:
-                self._waiting.remove(digest)
+            unwanted = not job.callers and self._jobs.get(digest) is job
+            if unwanted and self._waiting.discard(job.item.caller, digest):
                 del self._jobs[digest]
 
     async def _work(self) -> None:
@@ -226,10 +229,10 @@ class VisionEncoder:
         digests: list[str] = []
         patches = 0
         while self._waiting:
-            patches += len(self._jobs[self._waiting[0]].item.patches)
+            patches += len(self._jobs[self._waiting.first()].item.patches)
             if digests and patches > self.max_batch_patches:
                 break
-            digests.append(self._waiting.popleft())
+            digests.append(self._waiting.pop())
         return digests
 
     @torch.inference_mode()

@@ -41,6 +41,8 @@ class DecodedImage:
         source_frames: how many frames the file has.
         anatomy_terms: DICOM's coded names of the body part shown.
         notices: what was done differently from what the file or the configuration asks for, a sentence each.
+        is_partial: whether the file is cut off or damaged, so that frames or parts of them are missing. A request is
+            answered from what is there; data sets refuse such files.
     """
 
     frames: tuple[FrameArray, ...]
@@ -48,6 +50,7 @@ class DecodedImage:
     source_frames: int = 1
     anatomy_terms: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
+    is_partial: bool = False
 
     @property
     def is_video(self) -> bool:
@@ -93,7 +96,13 @@ def decode_image_file(content: bytes, *, limits: ImageLimits, field: str) -> Dec
 
 
 def _decoded(picture: Picture) -> DecodedImage:
-    return DecodedImage(picture.frames, len(set(picture.indices)), picture.source_frames, notices=picture.notices)
+    return DecodedImage(
+        picture.frames,
+        len(set(picture.indices)),
+        picture.source_frames,
+        notices=picture.notices,
+        is_partial=picture.is_partial,
+    )
 
 
 def _decode_dicom(content: bytes, limits: ImageLimits, field: str) -> DecodedImage:
@@ -107,4 +116,11 @@ def _decode_dicom(content: bytes, limits: ImageLimits, field: str) -> DecodedIma
     except InvalidDicomError as error:
         raise InvalidRequestError(field, str(error)) from None
     frames_taken = len(set(picture.indices))
-    return DecodedImage(picture.frames, frames_taken, picture.source_frames, picture.anatomy_terms, picture.notices)
+    return DecodedImage(
+        picture.frames,
+        frames_taken,
+        picture.source_frames,
+        picture.anatomy_terms,
+        picture.notices,
+        picture.is_partial,
+    )

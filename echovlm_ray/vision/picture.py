@@ -24,12 +24,14 @@ class Picture:
         indices: where in the file they are; the last one may occur twice (see `sample_frames`).
         source_frames: how many frames the file has.
         notices: what was done differently from what the file asks for, a sentence each.
+        is_partial: whether the file is cut off or damaged, so that frames or parts of them are missing.
     """
 
     frames: tuple[FrameArray, ...]
     indices: tuple[int, ...] = (0,)
     source_frames: int = 1
     notices: tuple[str, ...] = ()
+    is_partial: bool = False
 
 
 def check_pixels(width: int, height: int, frames: int, max_pixels: int, pixel_bytes: int = 3) -> None:

@@ -13,6 +13,8 @@ from PIL import Image
 
 # Qwen2-VL's own limit of how much longer one side may be than the other.
 MAX_SIDES_RATIO = 200
+# Of Qwen2-VL's own preprocessor_config.json: pixels of a token's side, bounds of a frame, and Pillow's bicubic filter.
+_SIDE, _MIN_PIXELS, _MAX_PIXELS, _BICUBIC = 28, 56 * 56, 1280 * 28 * 28, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,3 +87,9 @@ class Scaling:
         """
         height, width = self.size(*frame.shape[:2])
         return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling(self.resample)))
+
+
+def usual_scaling(max_visual_tokens: int) -> Scaling:
+    """How a checkpoint with Qwen2-VL's own image processor scales; for where none is at hand."""
+    max_pixels = min(_MAX_PIXELS, max_visual_tokens * _SIDE**2)
+    return Scaling(_SIDE, _MIN_PIXELS, max_pixels, max_visual_tokens, _BICUBIC)

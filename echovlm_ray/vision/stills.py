@@ -7,6 +7,7 @@ describe a screen, and the model was trained on pictures as they are stored.
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -172,7 +173,8 @@ def _bmp(content: bytes, max_pixels: int, max_frames: int) -> Picture:
 
 def _gif(content: bytes, max_pixels: int, max_frames: int) -> Picture:
     frames, notices = count_gif_frames(content, max_pixels)
-    return decode_animation(content, "GIF", frames, max_pixels=max_pixels, max_frames=max_frames, notices=notices)
+    picture = decode_animation(content, "GIF", frames, max_pixels=max_pixels, max_frames=max_frames, notices=notices)
+    return replace(picture, is_partial=bool(notices))
 
 
 def _deep_colours(values: _Array, bits: int, significant: int | None = None) -> tuple[FrameArray, tuple[str, ...]]:

@@ -67,7 +67,8 @@ class _Frames:
         stated = self._video.stated_frames
         if stated > picture.source_frames:
             self._note(f"It says that it has {stated} frames, and {picture.source_frames} are there.")
-        return Picture(picture.frames, picture.indices, picture.source_frames, tuple(self._notices))
+        is_partial = self._video.is_cut_off or _DAMAGED in self._notices
+        return Picture(picture.frames, picture.indices, picture.source_frames, tuple(self._notices), is_partial)
 
     def _by_time(self, frames: int) -> Picture | None:
         """The sampled frames found by their times; None if the packets do not tell enough."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from echovlm_ray.vision.kinds import VIDEOS
 from echovlm_ray.vision.picture import InvalidPictureError
+from echovlm_ray.vision.stated_size import is_cut_short
 
 if TYPE_CHECKING:
     from av import Packet
@@ -50,6 +51,7 @@ class OpenVideo:
         has_times: whether the times of the packets are those of the container.
         stated_frames: how many frames the container says there are; 0 if it says nothing.
         notices: what is amiss with the container.
+        is_cut_off: whether packets or parts of them are missing that the container says there are.
     """
 
     stream: "VideoStream"
@@ -57,6 +59,7 @@ class OpenVideo:
     has_times: bool
     stated_frames: int
     notices: tuple[str, ...]
+    is_cut_off: bool
 
 
 @contextmanager
@@ -105,9 +108,11 @@ def open_video(content: bytes, kind: str, max_pixels: int) -> Iterator[OpenVideo
     with container:
         stream, notices = _video_stream(container)
         packets, whole = _packets(container, stream, len(content))
-        if not whole or _is_short(container, stream, packets):
+        is_cut_off = not whole or is_cut_short(content, kind) or _is_short(container, stream, packets)
+        if is_cut_off:
             notices = (*notices, "The file is cut off or damaged; the frames that are there are taken.")
-        yield OpenVideo(stream, packets, kind not in _WITHOUT_TIMES, stream.frames, notices)
+        is_cut_off = is_cut_off or len(packets) < stream.frames
+        yield OpenVideo(stream, packets, kind not in _WITHOUT_TIMES, stream.frames, notices, is_cut_off)
 
 
 class _Forward:

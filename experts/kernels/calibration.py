@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from experts.kernels.base import ExpertWeights, PreparedExperts
+from experts.private_folder import user_folder
 
 _LOG = logging.getLogger(__name__)
 
@@ -150,8 +151,7 @@ class PlanFile:
 
 def default_plan_file() -> Path:
     """Where plans are kept: under `XDG_CACHE_HOME`, by default `~/.cache`."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache) / "echovlm-ray" / "kernels.json"
+    return user_folder("XDG_CACHE_HOME", ".cache") / "echovlm-ray" / "kernels.json"
 
 
 def _seconds(call: Callable[[], None]) -> float:

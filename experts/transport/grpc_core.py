@@ -64,12 +64,13 @@ class DirectCall:
     messages.
     """
 
-    def __init__(self, channel: grpc.Channel, method: str) -> None:
+    def __init__(self, channel: grpc.Channel, method: str, metadata: tuple[tuple[str, str], ...] = ()) -> None:
         """Opens the stream; fails later, in `receive`, when there is nobody.
 
         Args:
             channel: without interceptors.
             method: its full name, as in `/package.Service/Method`.
+            metadata: what the stream carries.
         """
         # Reentrant: what is done with a message may end the stream.
         self._lock = threading.RLock()
@@ -77,7 +78,7 @@ class DirectCall:
         self._sending = False
         self._ended: str | None = None
         beginning = (
-            ((cygrpc.SendInitialMetadataOperation(None, _NO_FLAGS),), "begin"),
+            ((cygrpc.SendInitialMetadataOperation(metadata or None, _NO_FLAGS),), "begin"),
             ((cygrpc.ReceiveStatusOnClientOperation(_NO_FLAGS),), "status"),
             ((cygrpc.ReceiveInitialMetadataOperation(_NO_FLAGS),), "begin"),
             ((cygrpc.ReceiveMessageOperation(_NO_FLAGS),), "receive"),
@@ -224,6 +225,14 @@ class ServerStream:
             else:
                 self._end(code, reason)
 
+    def refuse(self, code: grpc.StatusCode, reason: str) -> None:
+        """Ends the stream, of which no message is read; called by the server instead of `begin`."""
+        self.handler = _Refused()
+        with self._lock:
+            self._start((cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS),), self._on_close)
+            self._start((cygrpc.SendInitialMetadataOperation((), _NO_FLAGS),), _ignore)
+            self._end(code, reason)
+
     def begin(self, handler: StreamHandler) -> None:
         """Starts reading; called by the server."""
         self.handler = handler
@@ -299,6 +308,7 @@ class DirectServer:
         method: str,
         accept: Callable[[ServerStream], StreamHandler],
         options: Sequence[tuple[str, int]] = (),
+        admits: Callable[[Sequence[tuple[str, str | bytes]]], bool] | None = None,
     ) -> None:
         """Listens and starts the thread.
 
@@ -307,12 +317,15 @@ class DirectServer:
             method: its full name; calls of any other end `UNIMPLEMENTED`.
             accept: makes the handler of a new stream.
             options: of the gRPC server.
+            admits: whether a stream with such metadata is served; others end `UNAUTHENTICATED` before a message of
+                theirs is read. None admits all.
 
         Raises:
             OSError: the address cannot be listened on.
         """
         self._method = method.encode()
         self._accept = accept
+        self._admits = admits
         self._queue = cygrpc.CompletionQueue()
         self._server = cygrpc.Server(tuple(options), False)
         self._server.register_completion_queue(self._queue)
@@ -380,14 +393,15 @@ class DirectServer:
             return
         self._await_call()
         stream = ServerStream(self, event.call)
-        if event.call_details.method == self._method:
+        if self._admits is not None and not self._admits(event.invocation_metadata):
+            stream.refuse(grpc.StatusCode.UNAUTHENTICATED, "the call does not carry this system's secret")
+        elif event.call_details.method == self._method:
             stream.begin(self._accept(stream))
         else:
-            stream.begin(_Unimplemented())
-            stream.end(grpc.StatusCode.UNIMPLEMENTED, "this socket serves one method only")
+            stream.refuse(grpc.StatusCode.UNIMPLEMENTED, "this socket serves one method only")
 
 
-class _Unimplemented:
+class _Refused:
     def received(self, message: bytes) -> None:
         return
 

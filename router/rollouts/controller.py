@@ -16,6 +16,8 @@ from router.rollouts.background import Background
 from router.rollouts.convergence import Convergence, LoadFailure, Operation
 from router.rollouts.fleet import Fleet, ReplicaLostError, Verifier
 from router.rollouts.fleet_view import FleetObserver, OrganView
+from router.rollouts.gate_runs import EVALUABLE, GateRuns
+from router.rollouts.gates import Evaluator
 from router.rollouts.health import HealthMonitor
 from router.rollouts.judge import judge
 from router.rollouts.leases import Leases
@@ -51,8 +53,12 @@ class RolloutController:
         settings: RolloutSettings,
         monitor: HealthMonitor,
         leases: Leases | None = None,
+        evaluator: Evaluator | None = None,
     ) -> None:
-        """Takes all that it works with; starts nothing. Without `leases`, no past set is ever held."""
+        """Takes all that it works with; starts nothing.
+
+        Without `leases`, no past set is ever held; without an evaluator, no gate is passed.
+        """
         self._store = store
         self._fleet = fleet
         self._verifier = verifier
@@ -69,6 +75,7 @@ class RolloutController:
         leased = (leases or Leases()).digests
         self._convergence = Convergence(fleet, self._calls, self._moments, self._clock, settings.warm_timeout_s, leased)
         self._promoted = PromotionWatch(store, monitor, self._moments, settings)
+        self.gates = GateRuns(store, evaluator, self._clock, self._fail, self.wake)
         self._waits: Mapping[str, str] = {}
         self._verifying_since: dict[str, float] = {}
         self._views: Mapping[str, OrganView] = {}
@@ -102,8 +109,10 @@ class RolloutController:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread after the pass under way; what it started goes on, and is found again by the next start."""
+        """Ends the thread after the pass under way; what it started goes on, and is found again by the next start.
+        An evaluation ends, and the next start begins it anew."""
         self._stopping.set()
+        self.gates.stop()
         self.wake()
         if self._thread is not None:
             self._thread.join()
@@ -131,6 +140,7 @@ class RolloutController:
         views = self._observer.observe(
             snapshot, snapshot.known_organs, self._convergence.unloading(), recent_s=recent_s
         )
+        self.gates.step(snapshot, views)
         for rollout in snapshot.in_flight:
             self._advance(rollout, snapshot, views[rollout.organ])
         self._promoted.step(snapshot)
@@ -290,6 +300,8 @@ class RolloutController:
     def _waits_of(self, rollout: Rollout, view: OrganView | None) -> str:
         if rollout.state == State.STABLE:
             return f"the end of its watch, {watch_s(rollout):g} s after its promotion"
+        if rollout.state in EVALUABLE and (gates := self.gates.waits_for(rollout)):
+            return gates
         if not rollout.automatic or rollout.mode is None:
             return ""
         waits = self._step_waits(rollout)
@@ -299,7 +311,7 @@ class RolloutController:
         return in_words(waits)
 
     def _take_step(self, rollout: Rollout) -> None:
-        if self._step_waits(rollout):
+        if self._step_waits(rollout) or not self.gates.standing(rollout).passed:
             return
         steps = rollout.plan.steps
         if rollout.next_step < len(steps):
@@ -329,11 +341,12 @@ class RolloutController:
 
 def _unmoved(transaction: Transaction, rollout: Rollout) -> Rollout | None:
     current = transaction.rollout(rollout.id)
-    same = (current.state, current.state_since, current.percent, current.next_step) == (
+    same = (current.state, current.state_since, current.percent, current.next_step, current.plan) == (
         rollout.state,
         rollout.state_since,
         rollout.percent,
         rollout.next_step,
+        rollout.plan,
     )
     return current if same else None
 

@@ -31,6 +31,9 @@ class DatabaseFile:
         """
         try:
             found = path.stat()
+            if found.st_mode & 0o077 and found.st_uid == os.geteuid():
+                # From before it was made for its user alone, or from a copy.
+                path.chmod(0o600)
         except FileNotFoundError:
             raise RolloutDatabaseError(
                 f"the rollouts' database {path} does not exist: restore a backup of it (`echoray experts restore`), or "
@@ -57,12 +60,14 @@ class DatabaseFile:
         except OSError:
             raise RolloutDatabaseLostError(
                 f"the rollouts' database {self.path} was deleted while it was in use, so nothing can be changed: what "
-                "is served stays as it is; restore a backup of it (`echoray experts restore`)"
+                "is served stays as it is; copy a backup of it there, or stop the system and put one back with "
+                "`echoray experts restore`"
             ) from None
         if (found.st_dev, found.st_ino) != (self.device, self.inode):
             raise RolloutDatabaseLostError(
                 f"another file was put in the place of the rollouts' database {self.path} while it was in use, so "
-                "nothing can be changed until Control has opened it: what is served stays as it is"
+                "nothing can be changed until this deployment's own database is there, which Control then opens: what "
+                "is served stays as it is"
             )
 
     def check_log(self) -> None:
@@ -122,13 +127,15 @@ def make_database_file(path: Path, make_tables: Callable[[Path], None]) -> None:
         RolloutDatabaseError: the folder cannot be made or written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise RolloutDatabaseError(f"the folder of the rollouts' database {path} cannot be made: {error}") from error
     if path.exists():
         return
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
+        # The write-ahead log gets the same mode from SQLite.
+        os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         make_tables(partial)
         # Two may do this at once: the second finds the first one's file, and uses that.
         with contextlib.suppress(FileExistsError):

@@ -18,6 +18,8 @@ _VERBS: Mapping[str, str] = {
     Action.FAIL: "failed",
     Action.FAILING: "was found to fail",
     Action.ROLL_BACK: "was rolled back",
+    Action.GATE: "was given gates",
+    Action.EVALUATE: "was evaluated",
     Action.RETIRE: "was retired",
     Action.RETIRE_ORGAN: "was retired",
     Action.RETIRE_VERSION: "was retired",

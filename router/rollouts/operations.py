@@ -5,13 +5,16 @@ errors, says what would happen, and touches nothing. Asking for what already is 
 history.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
-from router.errors import RolloutStateError
+from router.errors import InvalidRolloutRequestError, RolloutStateError
 from router.rollouts.decisions import already, already_applied, check_known, checked_candidate
 from router.rollouts.expectation import NOTHING_EXPECTED, Expectation, Names, check_expected
 from router.rollouts.fleet import Fleet
+from router.rollouts.gates import Evaluator, Gate
+from router.rollouts.gating import GateDemands, check_gates, check_override
 from router.rollouts.going_back import candidate_to_take_back, version_to_go_back_to
 from router.rollouts.happened import what_happened, who_retired
 from router.rollouts.outcome import Outcome, memory_plan, not_resident
@@ -31,7 +34,12 @@ class RolloutOperations:
     """The operations over a store and a fleet."""
 
     def __init__(
-        self, store: RolloutStore, fleet: Fleet, settings: RolloutSettings, version_of: Names = lambda digest: ""
+        self,
+        store: RolloutStore,
+        fleet: Fleet,
+        settings: RolloutSettings,
+        version_of: Names = lambda digest: "",
+        evaluator: Evaluator | None = None,
     ) -> None:
         """Takes its parts.
 
@@ -40,11 +48,13 @@ class RolloutOperations:
             fleet: what replicas there are.
             settings: the defaults.
             version_of: digest → version, for what is said to people; "" where it is not known.
+            evaluator: evaluates gates; without one they are refused.
         """
         self._store = store
         self._fleet = fleet
         self._settings = settings
         self._names: Names = lambda digest: version_of(digest) or f"{digest[:12]}…"
+        self._gates = GateDemands(store, evaluator, self._names)
 
     def stage(
         self,
@@ -86,17 +96,25 @@ class RolloutOperations:
             dry_run: only say what would happen.
 
         Raises:
+            InvalidRolloutRequestError: a gate that cannot be evaluated.
             RolloutStateError: another rollout of the organ is in flight, or the version was retired.
         """
         digest = file.digest or resolve(file.organ, file.version or "")
+        identity = file.identity(digest)
+        with self._store.read() as transaction:
+            # The datasets of a file that was applied before may be gone by now.
+            if applied := transaction.applied(identity):
+                return Outcome(file.organ, False, (already_applied(applied),), applied)
+            has_incumbent = transaction.snapshot().live(file.organ) is not None
+        gates = self._gates.declared(file.gates, file.organ, has_incumbent)
         return self._stage(
             file.organ,
             digest,
             actor=actor,
             reason=file.reason,
-            plan=file.plan,
+            plan=file.plan.model_copy(update={"gates": gates}),
             dry_run=dry_run,
-            file_digest=file.identity(digest),
+            file_digest=identity,
         )
 
     def canary(
@@ -109,6 +127,8 @@ class RolloutOperations:
         digest: str | None = None,
         expected: Expectation = NOTHING_EXPECTED,
         dry_run: bool = False,
+        gates: Sequence[Gate] = (),
+        override: bool = False,
     ) -> Outcome:
         """Has the candidate answer a part of the requests. Ends the plan's automatic steps.
 
@@ -120,14 +140,21 @@ class RolloutOperations:
             digest: when given, only if this is the candidate.
             expected: only if the organ still stands so.
             dry_run: only say what would happen.
+            gates: evaluations that the candidate must pass first; then it happens by itself.
+            override: although a gate was not passed, or has not ended; needs a reason.
 
         Raises:
-            InvalidRolloutRequestError: a percentage out of bounds.
+            InvalidRolloutRequestError: a percentage out of bounds, a gate that cannot be evaluated, or no reason.
             UnknownOrganError: there is no such organ.
-            RolloutStateError: there is no candidate, it is not warm on every replica, or it is not as expected.
+            RolloutStateError: there is no candidate, it is not warm on every replica, it has not passed its gates, or
+                it is not as expected.
         """
         percent = check_percent(percent)
-        return self._advance(Action.CANARY, organ, percent, actor, reason, digest, expected, dry_run)
+        if gates:
+            return self._demand(
+                Action.CANARY, organ, percent, gates, override, actor, reason, digest, expected, dry_run
+            )
+        return self._advance(Action.CANARY, organ, percent, actor, reason, digest, expected, dry_run, override)
 
     def shadow(
         self,
@@ -156,12 +183,16 @@ class RolloutOperations:
         digest: str | None = None,
         expected: Expectation = NOTHING_EXPECTED,
         dry_run: bool = False,
+        gates: Sequence[Gate] = (),
+        override: bool = False,
     ) -> Outcome:
         """Makes the candidate the organ's version for all new requests, in one transaction.
 
         Takes and raises what `canary` does.
         """
-        return self._advance(Action.PROMOTE, organ, None, actor, reason, digest, expected, dry_run)
+        if gates:
+            return self._demand(Action.PROMOTE, organ, None, gates, override, actor, reason, digest, expected, dry_run)
+        return self._advance(Action.PROMOTE, organ, None, actor, reason, digest, expected, dry_run, override)
 
     def rollback(
         self,
@@ -370,6 +401,33 @@ class RolloutOperations:
         memory = memory_plan(self._fleet, organ, digest, snapshot.kept(organ)) if dry_run else ()
         return Outcome(organ, True, stage_steps(organ, live is None, plan), rollout, memory)
 
+    def _demand(
+        self,
+        action: Action,
+        organ: str,
+        percent: float | None,
+        gates: Sequence[Gate],
+        override: bool,
+        actor: str,
+        reason: str,
+        digest: str | None,
+        expected: Expectation,
+        dry_run: bool,
+    ) -> Outcome:
+        if override:
+            raise InvalidRolloutRequestError("override", "and gates exclude each other: demand them, or override them")
+        return self._gates.demand(
+            action,
+            organ,
+            percent,
+            gates,
+            actor=actor,
+            reason=reason,
+            digest=digest,
+            expected=expected,
+            dry_run=dry_run,
+        )
+
     def _advance(
         self,
         action: Action,
@@ -380,13 +438,19 @@ class RolloutOperations:
         digest: str | None,
         expected: Expectation,
         dry_run: bool,
+        override: bool = False,
     ) -> Outcome:
         check_actor(actor)
+        check_override(override, reason)
+        details: Mapping[str, Any] = {}
 
         def checked(transaction: Transaction, digest: str | None) -> tuple[Rollout, State, str]:
+            nonlocal details
             found, target = checked_candidate(transaction, action, organ, digest, percent, expected, self._names)
-            as_asked = found.state == target and found.percent == percent
-            return found, target, already(transaction, found, self._names) if as_asked else ""
+            if found.state == target and found.percent == percent:
+                return found, target, already(transaction, found, self._names)
+            details = check_gates(transaction, found, action, override)
+            return found, target, ""
 
         with self._store.read() as transaction:
             rollout, target, done = checked(transaction, digest)
@@ -403,11 +467,21 @@ class RolloutOperations:
                     return Outcome(organ, False, (done,), rollout)
                 if action == Action.PROMOTE:
                     rollout = transaction.promote(
-                        rollout, actor=actor, reason=reason, max_previous=self._settings.max_previous
+                        rollout,
+                        actor=actor,
+                        reason=reason,
+                        max_previous=self._settings.max_previous,
+                        details=details,
                     )
                 else:
                     rollout = transaction.move(
-                        rollout, action, actor=actor, reason=reason, percent=percent, automatic=False
+                        rollout,
+                        action,
+                        actor=actor,
+                        reason=reason,
+                        percent=percent,
+                        details=details,
+                        automatic=False,
                     )
         return Outcome(organ, True, traffic_steps(target, organ, percent, rollout), rollout)
 

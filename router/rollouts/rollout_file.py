@@ -6,6 +6,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from experts.digest import digest_of
+from router.rollouts.gates import Gate
 from router.rollouts.settings import RolloutPlan, Step, Thresholds
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -14,7 +15,7 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 class RolloutFile(BaseModel):
     """What `rollout.yaml` holds. Applying it again changes nothing; any change in it makes it another rollout."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # Which organ's experts are replaced, or which new organ is brought.
     organ: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,39}$")]
@@ -23,6 +24,8 @@ class RolloutFile(BaseModel):
     digest: Annotated[str, Field(pattern=f"^{DIGEST.pattern}$")] | None = None
     # When empty, the candidate becomes stable as soon as it is warm, or waits for an operator if promote is false.
     steps: tuple[Step, ...] = ()
+    # When not empty, the candidate must pass these evaluations before the first step, and before it becomes stable.
+    gates: tuple[Gate, ...] = ()
     # When false, the rollout stays at its last step until an operator promotes it.
     promote: bool = True
     # When unset, the controller's own.
@@ -40,6 +43,8 @@ class RolloutFile(BaseModel):
     def _consistent(self) -> Self:
         if (self.version is None) == (self.digest is None):
             raise ValueError("give either the bundle's version or its digest, and not both")
+        if others := {gate.organ for gate in self.gates} - {self.organ}:
+            raise ValueError(f"gates are about the rollout's organ, {self.organ}, and not about {sorted(others)[0]}")
         # The plan has rules of its own.
         _ = self.plan
         return self
@@ -49,6 +54,7 @@ class RolloutFile(BaseModel):
         """What the rollout does by itself."""
         return RolloutPlan(
             steps=self.steps,
+            gates=self.gates,
             promote=self.promote,
             thresholds=self.thresholds,
             warm_timeout_s=self.warm_timeout_s,
@@ -60,6 +66,7 @@ class RolloutFile(BaseModel):
         contents = self.model_dump(mode="json", exclude={"version"})
         # These fields came later: unset, they leave a file what it was when it was applied.
         later: list[tuple[dict[str, Any], str, Any]] = [(contents, "watch_after_promotion_s", None)]
+        later += [(contents, "gates", [])]
         later += [(step, "min_successes", None) for step in contents["steps"]]
         if self.thresholds is not None:
             later.append((contents["thresholds"], "min_successes", Thresholds().min_successes))

@@ -113,6 +113,25 @@ shadow_reports = Table(
     Column("updated_at", Double, nullable=False),
 )
 
+# What each gate of a rollout found about its version. Written once, and never changed.
+evaluations = Table(
+    "evaluations",
+    metadata,
+    Column("rollout_id", String(96), primary_key=True),
+    # Of the gate among the rollout's, from 0.
+    Column("position", Integer, primary_key=True, autoincrement=False),
+    Column("organ", String(64), nullable=False),
+    Column("digest", String(64), nullable=False),
+    # `Gate` and `Evidence` in JSON.
+    Column("gate", Text, nullable=False),
+    Column("evidence", Text, nullable=False),
+    Column("passed", Boolean, nullable=False),
+    # The figures in words.
+    Column("text", Text, nullable=False),
+    # Seconds since 1970.
+    Column("evaluated_at", Double, nullable=False),
+)
+
 history = Table(
     "history",
     metadata,

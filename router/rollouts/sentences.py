@@ -29,6 +29,9 @@ def stage_steps(organ: str, is_new: bool, plan: RolloutPlan) -> tuple[str, ...]:
     """What follows when a rollout is staged with a plan in which nothing is left open."""
     steps = ["the bundle is read and verified", f"it is loaded on every replica of {organ}; no request uses it yet"]
     assert plan.thresholds is not None
+    if plan.gates:
+        listed = ", ".join(gate.subject for gate in plan.gates)
+        steps.append(f"it is evaluated beside the requests, and answers nobody before it has passed: {listed}")
     for step in plan.steps:
         verb = "answers" if step.mode == "canary" else "computes, unseen,"
         needed = plan.thresholds.min_successes if step.min_successes is None else step.min_successes

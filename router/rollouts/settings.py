@@ -4,6 +4,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
+from router.rollouts.gates import Gate
+
 Mode = Literal["canary", "shadow"]
 Percent = Annotated[float, Field(gt=0, le=100)]
 
@@ -11,7 +13,7 @@ Percent = Annotated[float, Field(gt=0, le=100)]
 class Thresholds(BaseModel):
     """When a candidate is rolled back without being asked."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # When a step may end on fewer successful requests of the candidate, lower it; 0 lets time alone end a step.
     min_successes: Annotated[int, Field(ge=0)] = 20
@@ -34,7 +36,7 @@ class Thresholds(BaseModel):
 class Step(BaseModel):
     """One automatic step: a part of the traffic for a time."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # When answers of the candidate shall not reach callers yet, set "shadow".
     mode: Mode = "canary"
@@ -49,10 +51,12 @@ class Step(BaseModel):
 class RolloutPlan(BaseModel):
     """What a rollout does by itself once its candidate is warm."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # When empty, an operator decides about traffic; otherwise these are taken one after another.
     steps: tuple[Step, ...] = ()
+    # When not empty, the candidate must pass these evaluations before the first step, and before it becomes stable.
+    gates: tuple[Gate, ...] = ()
     # When true, the candidate becomes stable after the last step without being asked.
     promote: bool = False
     # When unset, the controller's own thresholds at the time of staging.
@@ -73,7 +77,7 @@ class RolloutPlan(BaseModel):
 class RolloutSettings(BaseModel):
     """How the controller works."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # When a rollout does not bring its own, these decide about automatic rollback.
     thresholds: Thresholds = Thresholds()
@@ -105,5 +109,10 @@ class RolloutSettings(BaseModel):
     # When a replayed answer takes long to load and to compute, raise it: seconds after which a replay lets go of its
     # experts in any case.
     max_replay_s: PositiveFloat = 600.0
+    # When gates take too long and requests leave room, raise it: questions that an evaluation asks per second at most,
+    # one at a time, and only while no request waits for a place in the batch.
+    gate_questions_per_s: PositiveFloat = 1.0
+    # When a gate's dataset is larger, raise it: records of the gate's organ that are asked at most.
+    max_gate_records: PositiveInt = 2000
     # When a rolled-back stable version shall give way to older ones, this many of them are remembered per organ.
     max_previous: PositiveInt = 10

@@ -46,6 +46,9 @@ class Action(StrEnum):
     RETIRE = "retire"
     # Moves nothing: a stable version fails after its promotion, and there is none to go back to.
     FAILING = "failing"
+    # Move nothing: an operator demands evaluations, and what one of them found.
+    GATE = "gate"
+    EVALUATE = "evaluate"
     # Concern no rollout.
     ADOPT = "adopt"
     RETIRE_ORGAN = "retire_organ"

@@ -12,6 +12,7 @@ from experts.digest import digest_of
 from router.expert_set import ExpertSet, ExpertSetMember
 from router.rollouts.records import Snapshot
 from router.rollouts.settings import Mode
+from router.rollouts.states import State
 
 # Ten canaries at one time; of more, the sets with most candidates are left out.
 MAX_GIVEN_SETS = 1024
@@ -48,17 +49,20 @@ class TrafficPolicy(BaseModel):
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> Self:
-        """The policy that a state of the database asks for."""
+        """The policy that a state of the database asks for.
+
+        A candidate that is evaluated before it has traffic is a shadow of no request: Routers then know its gates.
+        """
         candidates = tuple(
             CandidateTraffic(
                 organ=rollout.organ,
                 digest=rollout.digest,
                 rollout_id=rollout.id,
-                mode=rollout.mode,
+                mode=rollout.mode or "shadow",
                 percent=rollout.percent or 0.0,
             )
             for rollout in sorted(snapshot.in_flight, key=lambda rollout: rollout.organ)
-            if rollout.mode is not None
+            if rollout.mode is not None or (rollout.state == State.WARM and rollout.plan.gates)
         )
         return cls(
             version=snapshot.sequence + snapshot.policy_offset,

@@ -10,6 +10,8 @@ from sqlalchemy import Connection, delete, func, insert, select, update
 from router.errors import RolloutStateError, UnknownRolloutError
 from router.expert_set import ExpertSet
 from router.rollouts import history, schema
+from router.rollouts.evaluations import GateStanding, add_evaluation, gate_standing
+from router.rollouts.gates import Evidence, Verdict, decide
 from router.rollouts.records import LiveOrgan, Rollout, Snapshot, live_organ_of_row, not_adopted
 from router.rollouts.settings import RolloutPlan
 from router.rollouts.states import IN_FLIGHT, WITH_TRAFFIC, Action, State, next_state
@@ -226,9 +228,17 @@ class Transaction:
         )
         return moved
 
-    def promote(self, rollout: Rollout, *, actor: str, reason: str = "", max_previous: int) -> Rollout:
+    def promote(
+        self,
+        rollout: Rollout,
+        *,
+        actor: str,
+        reason: str = "",
+        max_previous: int,
+        details: Mapping[str, Any] | None = None,
+    ) -> Rollout:
         """Makes a candidate the organ's stable version; the one before becomes superseded, or rolled back if the
-        candidate restores an earlier version.
+        candidate restores an earlier version. The history says `details` too.
 
         Raises:
             RolloutStateError: the candidate is not warm.
@@ -239,7 +249,7 @@ class Transaction:
             Action.PROMOTE,
             actor=actor,
             reason=reason,
-            details={"replaced": live.stable_digest if live else None},
+            details={"replaced": live.stable_digest if live else None, **(details or {})},
             # What was brought back is not judged again: a fault that all versions share would go through all of them.
             watching=not rollout.restores and bool(rollout.plan.watch_after_promotion_s),
         )
@@ -279,6 +289,42 @@ class Transaction:
             kept = tuple(previous for previous in live.previous if previous != digest)
             self._set_live(replace(live, previous=kept))
         self._add_retired(organ, digest)
+
+    def demand_gates(self, rollout: Rollout, plan: RolloutPlan, *, actor: str, reason: str) -> Rollout:
+        """Has a rollout follow another plan, whose gates are its own and further ones; begins at the plan's start."""
+        details = {"plan": plan.model_dump(mode="json", include={"gates", "steps", "promote"})}
+        self._note(
+            Action.GATE,
+            actor=actor,
+            organ=rollout.organ,
+            digest=rollout.digest,
+            rollout_id=rollout.id,
+            reason=reason,
+            details=details,
+        )
+        self._update(rollout, plan=plan.model_dump_json(), automatic=True, next_step=0)
+        return replace(rollout, plan=plan, automatic=True, next_step=0)
+
+    def gate_standing(self, rollout: Rollout) -> GateStanding:
+        """How a rollout's gates stand."""
+        return gate_standing(self.connection, rollout)
+
+    def note_evaluation(self, rollout: Rollout, position: int, evidence: Evidence) -> Verdict:
+        """Notes what a gate of a rollout found, in the history and in the version's record."""
+        gate = rollout.plan.gates[position]
+        verdict = decide(gate, evidence)
+        details = {"gate": gate.model_dump(mode="json"), "passed": verdict.passed, **evidence.model_dump(mode="json")}
+        self._note(
+            Action.EVALUATE,
+            actor=CONTROLLER,
+            organ=rollout.organ,
+            digest=rollout.digest,
+            rollout_id=rollout.id,
+            reason=f"{'passed' if verdict.passed else 'not passed'}: {verdict.text}",
+            details=details,
+        )
+        add_evaluation(self.connection, rollout, position, evidence, verdict, self.now)
+        return verdict
 
     def end_watch(self, rollout: Rollout) -> None:
         """Ends the time in which a stable version is judged; not in the history, for nothing changed."""

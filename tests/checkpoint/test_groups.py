@@ -68,7 +68,8 @@ def test_groups_files_are_yaml_or_json(tmp_path: Path, content: str) -> None:
         ("", "must map organs"),
         ("liver: [0", "not YAML or JSON"),
         ("liver: !!python/object/apply:os.getpid []\n", "not YAML or JSON"),
-        ("? [a]\n: [0]\n", "not YAML or JSON"),
+        ("liver: " + "[" * 5000, "nested too deeply"),
+        ("---\nliver: [0]\n---\n", "another document"),
     ],
 )
 def test_groups_files_that_are_none(tmp_path: Path, content: str, reason: str) -> None:
@@ -76,6 +77,13 @@ def test_groups_files_that_are_none(tmp_path: Path, content: str, reason: str) -
     path.write_text(content)
     with pytest.raises(InvalidCheckpointError, match=reason):
         read_groups(path)
+
+
+def test_a_list_is_no_organ(tmp_path: Path) -> None:
+    path = tmp_path / "groups.yaml"
+    path.write_text("? [a]\n: [0]\n")
+    with pytest.raises(InvalidCheckpointError, match="must be lower-case letters"):
+        partition_groups(read_groups(path), 1)
 
 
 def test_groups_file_that_is_not_there(tmp_path: Path) -> None:

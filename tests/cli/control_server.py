@@ -39,6 +39,7 @@ from router.rollouts.operations import RolloutOperations
 from router.rollouts.records import Rollout
 from router.rollouts.settings import RolloutSettings
 from router.rollouts.store import RolloutStore
+from tests.router.rollouts.gate_support import FileEvaluator
 from tests.router.rollouts.support import QUICK, FolderFleet
 
 ORGANS = ("breast", "heart")
@@ -116,6 +117,7 @@ class System:
     monitor: HealthMonitor
     controller: RolloutController
     leases: Leases
+    evaluator: FileEvaluator
     settings: RolloutSettings = QUICK
     digests: dict[tuple[str, str], str] = field(default_factory=dict)
 
@@ -153,9 +155,9 @@ def running_control(
     database = Database(f"sqlite:///{directory}/rollouts.db")
     store = RolloutStore(database)
     monitor = HealthMonitor()
-    leases = Leases()
-    controller = RolloutController(store, fleet, fleet, QUICK, monitor, leases)
-    system = System("", directory, registry, fleet, store, monitor, controller, leases, replay_settings)
+    leases, evaluator = Leases(), FileEvaluator()
+    controller = RolloutController(store, fleet, fleet, QUICK, monitor, leases, evaluator)
+    system = System("", directory, registry, fleet, store, monitor, controller, leases, evaluator, replay_settings)
     members = []
     for organ in ORGANS:
         key = system.add(organ, "1.0.0")
@@ -192,7 +194,7 @@ def _serving(system: System, options: ServerOptions) -> Iterator[str]:
         replays = Replays(system.store, system.fleet, system.leases, system.controller, check, system.settings)
         service = ExpertControlService(
             store=system.store,
-            operations=RolloutOperations(system.store, system.fleet, QUICK, catalogue.version),
+            operations=RolloutOperations(system.store, system.fleet, QUICK, catalogue.version, system.evaluator),
             catalogue=catalogue,
             pushes=PushReceiver(system.registry, system.directory / "incoming", max_bytes=10**7),
             reader=reader,

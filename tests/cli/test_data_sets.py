@@ -1,6 +1,7 @@
 """`echoray data check | stats | split | convert` as a user types them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,8 @@ def test_what_cannot_be_used_ends_with_2(folder: Path) -> None:
     path = write_lines(folder / "all.jsonl", [record("one")])
     for arguments in (
         ("check", folder / "none.json"),
+        ("check", path, path),
+        ("check", path, folder / "." / "all.jsonl"),
         ("check", path, "--images", folder / "none"),
         ("check", path, "--patient-pattern", "("),
         ("split", path, folder / "out", "--fractions", "a=1"),
@@ -61,6 +64,18 @@ def test_what_cannot_be_used_ends_with_2(folder: Path) -> None:
         assert result.stderr.startswith("error: ")
         assert result.stderr.count("\n") == 1
     assert sorted(entry.name for entry in folder.iterdir()) == ["a.png", "all.jsonl"]
+
+
+def test_a_file_that_is_no_dataset_ends_with_2_and_is_named(folder: Path) -> None:
+    whole = write_lines(folder / "all.jsonl", [record("one")])
+    for name, content in (("a.json", b""), ("b.json", b"[]"), ("c.json", "[]".encode("utf-16"))):
+        (folder / name).write_bytes(content)
+        result = data("check", whole, folder / name)
+        assert result.exit_code == 2
+        assert name in result.stdout
+        assert "Nothing is wrong" not in result.stdout
+        assert data("stats", folder / name).exit_code == 2
+        assert data("split", folder / name, folder / "out").exit_code == 2
 
 
 def test_tokens_are_counted_with_a_checkpoint(folder: Path, demo_checkpoint: Path) -> None:
@@ -113,17 +128,49 @@ def test_split_then_check_finds_nothing(folder: Path) -> None:
     assert data("check", *sides, "--no-images").exit_code == 0
     written = [json.loads(line) for side in sides for line in side.read_text().splitlines()]
     assert sorted(written, key=lambda raw: int(raw["id"][1:])) == records
-    before = [side.read_bytes() for side in sides]
-    data("split", write_lines(folder / "all.jsonl", records), folder / "parts", "--fractions", "train=0.7,test=0.3")
-    assert [side.read_bytes() for side in sides] == before
+    again = data("split", path, folder / "again", "--fractions", "train=0.7,test=0.3")
+    assert again.exit_code == 0
+    assert [(folder / "again" / side.name).read_bytes() for side in sides] == [side.read_bytes() for side in sides]
+
+
+def test_what_is_there_is_not_replaced(folder: Path) -> None:
+    path = write_lines(folder / "all.jsonl", [record(f"r{number}", patient=f"p{number}") for number in range(9)])
+    assert data("split", path, folder / "parts").exit_code == 0
+    assert data("convert", path, folder / "swift.jsonl").exit_code == 0
+    before = {entry: entry.read_bytes() for entry in folder.rglob("*") if entry.is_file()}
+    for arguments in (
+        ("split", path, folder / "parts", "--fractions", "left=0.5,right=0.5"),
+        ("split", path, path),
+        ("convert", path, folder / "swift.jsonl"),
+        ("convert", path, path),
+        ("phantom", folder / "parts", "--count", 1),
+        ("phantom", folder / "new", "--count", 1, "--contact-sheet", folder / "a.png"),
+    ):
+        result = data(*arguments)
+        assert result.exit_code == 2, arguments
+        assert re.search(r"give a new (folder|name)", result.stderr)
+    assert {entry: entry.read_bytes() for entry in folder.rglob("*") if entry.is_file()} == before
 
 
 def test_convert_there_and_back(folder: Path) -> None:
     path = write_lines(folder / "all.jsonl", [record("one"), record("two", note="心")])
     for form in ("swift", "openai"):
-        assert data("convert", path, folder / "there.json", "--to", form).exit_code == 0
-        assert data("convert", folder / "there.json", folder / "back.jsonl", "--to", "published").exit_code == 0
-        assert (folder / "back.jsonl").read_text() == path.read_text()
+        there, back = folder / f"{form}.json", folder / f"back-{form}.jsonl"
+        assert data("convert", path, there, "--to", form).exit_code == 0
+        assert data("convert", there, back, "--to", "published").exit_code == 0
+        assert back.read_text() == path.read_text()
+
+
+@pytest.mark.parametrize("address", ["http://there/a.png", "file:///etc/a.png", "HTTPS://there/a.png", "s3://bucket/a"])
+def test_an_address_is_refused_by_every_command(folder: Path, address: str) -> None:
+    path = write_lines(folder / "all.jsonl", [record("one"), record("two", image=[address])])
+    for form in ("published", "swift", "openai"):
+        result = data("convert", path, folder / "out.jsonl", "--to", form)
+        assert result.exit_code == 2
+        assert "line 2: image 1 is named by an address" in result.stderr
+        assert "there" not in result.stderr
+        assert not (folder / "out.jsonl").exists()
+    assert data("check", path).exit_code == 1
 
 
 def test_convert_fills_in_what_records_do_not_name(folder: Path) -> None:

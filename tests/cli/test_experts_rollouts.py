@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from echovlm_ray.cli.experts import app
 from echovlm_ray.cli.rollout_words import size_in_words
+from echovlm_ray.cli.state import announced
 from router.rollouts.health import Observation
 from tests.cli.calls import done, done_json, invoke, refused
 from tests.cli.control_server import System, make_bundle
@@ -301,9 +304,10 @@ def test_a_candidate_that_its_thresholds_take_back_ends_the_waiting(system: Syst
         (("percent: 5,", "percent: 500,"), 5, "steps.0.percent is 500; it must be less than or equal to 100"),
         (("percent: 50", "percent: 1"), 4, "the canary steps must not fall"),
         (("organ: heart", "organs: heart"), 1, "organs is unknown; did you mean organ?"),
+        (("organ: heart", "organ: Heart"), 1, "organ is 'Heart'; it must be of the form ^[a-z]"),
         (("min_requests: 10", "min_requests: ten"), 10, "thresholds.min_requests is 'ten'"),
         (("version: 1.1.0\n", "version: 1.1.0\ndigest: " + "a" * 64 + "\n"), 2, "and not both"),
-        (("reason: finer valves", "version: 1.1.0"), 3, "version occurs twice; the first is in line 2"),
+        (("reason: finer valves", "version: 1.1.0"), 3, "version occurs twice: keep one of them"),
         (("organ: heart", "organ: ["), 3, "is no YAML here"),
     ],
 )
@@ -363,3 +367,22 @@ def test_a_damaged_bundle_is_refused_by_control(system: System, tmp_path: Path) 
     flip_last_byte(bundle)
     assert "experts.safetensors" in refused(system, "push", bundle, code=1)
     assert system.registry.list("lung") == []
+
+
+def test_a_system_is_found_by_its_name(system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("ECHORAY_CONTROL", "127.0.0.1:1")
+    bundle = tmp_path / "breast-7.0.0"
+    make_bundle(bundle, "breast", "7.0.0")
+    with announced("checkpoint", system.address, "127.0.0.1:1", name="team-a"):
+        for arguments in (
+            ["push", str(bundle)],
+            ["stage", "breast", "7.0.0", "--dry-run"],
+            ["list", "--organ", "breast"],
+            ["history"],
+        ):
+            result = CliRunner().invoke(app, [*arguments, "--name", "team-a"])
+            assert result.exit_code == 0, result.output
+        result = CliRunner().invoke(app, ["promote", "heart", "--name", "team-b"])
+    assert result.exit_code == 2
+    assert "no system of yours on this machine has the name 'team-b' (team-a)" in result.stderr

@@ -220,6 +220,7 @@ def test_history_shows_who_did_what_and_finds_tampering(system: System, tmp_path
 def test_a_token_and_tls_are_spoken(tmp_path: Path) -> None:
     write_certificates(tmp_path)
     tokens = tmp_path / "tokens"
+    tokens.touch(0o600)
     tokens.write_text("secret\n")
     tls = TLSSection(certificate=tmp_path / "server.pem", key=tmp_path / "server.key")
     with running_control(tmp_path, ServerOptions(tls=tls, token_file=tokens)) as system:

@@ -1,13 +1,17 @@
 """`echoray serve` and `echoray stop` short of a whole system: what is refused, and that nothing stays behind."""
 
 import os
+import pty
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil
 import pytest
@@ -16,6 +20,8 @@ import yaml
 from echovlm_ray.checkpoint.demo import make_demo
 from echovlm_ray.cli.state import claimed
 from tests.running_system import ECHORAY, free_port, title_of
+
+HIDE_CURSOR, SHOW_CURSOR = b"\x1b[?25l", b"\x1b[?25h"
 
 
 @pytest.fixture(scope="module")
@@ -101,16 +107,32 @@ def starting(checkpoint: Path, tmp_path: Path, environment: dict[str, str]) -> I
     """A system that has just begun to start."""
     path = tmp_path / "own.yaml"
     path.write_text(yaml.safe_dump({"gateway": {"port": 0}, "control": {"port": 0}}))
+    shown, terminal = pty.openpty()
     process = subprocess.Popen(
         [ECHORAY, "serve", "--config", path, "--checkpoint", checkpoint],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environment,
+        stdout=terminal,
+        stderr=terminal,
+        env=environment | {"TERM": "xterm"},
         start_new_session=True,
     )
-    yield process
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+    os.close(terminal)
+    with (tmp_path / "shown").open("wb") as output:
+        reader = threading.Thread(target=copy_until_closed, args=(shown, output))
+        reader.start()
+        yield process
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        reader.join()
+    # However it ended, the terminal is as it was.
+    written = (tmp_path / "shown").read_bytes()
+    assert written.rfind(SHOW_CURSOR) > written.rfind(HIDE_CURSOR) > 0
+
+
+def copy_until_closed(descriptor: int, output: BinaryIO) -> None:
+    with suppress(OSError):
+        while piece := os.read(descriptor, 4096):
+            output.write(piece)
+    os.close(descriptor)
 
 
 def family_with(process: subprocess.Popen[bytes], name: str) -> list[psutil.Process]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from echovlm_ray.cli.state import claimed
+from echovlm_ray.cli.state import announced, claimed
 
 CLAIM = """
 import sys
@@ -41,6 +41,13 @@ def test_what_another_start_has_is_refused_with_its_process() -> None:
     # However it ended, what it had is free.
     with claimed({"port 50051": ""}):
         pass
+
+
+def test_nothing_is_left_of_what_was_given_back(tmp_path: Path) -> None:
+    with claimed({"port 50051": "", "port 50052": ""}), announced("checkpoint", "control", "gateway"):
+        (folder,) = tmp_path.iterdir()
+        assert len(list(folder.iterdir())) == 3
+    assert not list(tmp_path.iterdir())
 
 
 def test_of_several_resources_all_are_given_back_where_one_is_taken() -> None:

@@ -200,6 +200,7 @@ def test_another_server_is_not_taken_for_control() -> None:
 
 def test_a_token_is_asked_for_and_sent(tmp_path: Path) -> None:
     tokens = tmp_path / "tokens"
+    tokens.touch(0o600)
     tokens.write_text("# ours\nsecret\n")
     with control(healthy(), ServerOptions(token_file=tokens)) as address:
         code, output = run("--control", address)

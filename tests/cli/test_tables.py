@@ -45,9 +45,21 @@ def test_what_fits_is_a_table_and_what_does_not_a_list(
     narrow = drawn(table(), 60, monkeypatch, capsys)
     assert [row.rstrip() for row in narrow.splitlines()[:3]] == [
         "organ gynaecology",
-        "  endpoint: 10.20.30.40:50052",
-        "  time: 2026-11-30 12:00:00",
+        "  endpoint: 10.20.30.40:50052  time: 2026-11-30 12:00:00",
+        "  registry: s3://models-of-the-hospital/experts",
     ]
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 80])
+def test_a_quantity_stays_with_its_unit(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listing = Listing("replica", "memory", "state", "note")
+    listing.add_row("n83crpm5", "4.76 MB of 17.2 GB", styled("canary 12.5 %", "red"), "watched for 600 s, since 3 min")
+    printed = drawn(listing, width, monkeypatch, capsys)
+    for quantity in ("4.76 MB", "17.2 GB", "12.5 %", "600 s,", "3 min"):
+        assert quantity in printed
+    assert all(len(row) <= width for row in printed.splitlines())
 
 
 def test_a_word_longer_than_the_terminal_is_whole_where_it_can_be(

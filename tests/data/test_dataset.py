@@ -10,8 +10,9 @@ from tests.data.records import record, write_lines
 
 
 def test_a_broken_record_is_named_by_its_line(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "all.jsonl", [record("one"), record("two", image=[])])
-    with RecordDataset([path, path]) as dataset:
+    records = [record("one"), record("two", image=[])]
+    paths = [write_lines(tmp_path / name, records) for name in ("first.jsonl", "all.jsonl")]
+    with RecordDataset(paths) as dataset:
         assert len(dataset) == 4
         assert dataset[2].id == dataset[-4].id == "one"
         with pytest.raises(InvalidDataError, match=r"all.jsonl, line 2: marks 1 images"):

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from echovlm_ray.data.parse import parse_record
+from echovlm_ray.data.parse import is_blank, parse_record
 from echovlm_ray.data.record import language_of, request_of, task_of
 from echovlm_ray.prompts import FURTHER, INSTRUCTIONS
 from tests.data.records import record, turns
@@ -132,3 +132,48 @@ def test_the_service_is_asked_the_record_s_own_question() -> None:
     parsed, _ = parse_record(record("x", task="vqa"))
     assert parsed is not None
     assert request_of(parsed).task == "vqa"
+
+
+BLANKS = (
+    "",
+    " ",
+    "\t\n",
+    "\u200b",
+    "\u2060\ufeff",
+    "\u00a0\u3000",
+    "\u00ad",
+    "\u3164",
+    "\u2800",
+    "\ufe0f",
+    "\u202e \u202c",
+)
+
+
+@pytest.mark.parametrize("text", BLANKS)
+def test_text_that_cannot_be_seen_is_none(text: str) -> None:
+    assert is_blank(text)
+    for change, kind in (
+        ({"id": text}, "no id"),
+        ({"conversations": turns("<image>What?", text)}, "empty answer"),
+        ({"conversations": turns(f"<image>{text}", "A cyst.")}, "empty question"),
+        ({"options": ["A cyst.", text]}, "empty answer"),
+        ({"references": [text]}, "empty answer"),
+    ):
+        _, problems = parse_record(record("one", **{"image": ["a.png"], **change}))
+        assert [problem.kind for problem in problems] == [kind], change
+    found, problems = parse_record(record("one", patient=text, organ=text))
+    assert found is not None
+    assert (found.patient, found.organ, problems) == (None, None, [])
+
+
+@pytest.mark.parametrize("text", ["a", "囊", "-", "é", "\u200bx", "‍👩‍⚕️"])
+def test_text_that_can_be_seen_is_some(text: str) -> None:
+    assert not is_blank(text)
+    assert parse_record(record(text))[1] == []
+
+
+def test_an_organ_against_the_attributes_is_found() -> None:
+    attributes = {"organ": "breast", "class": "normal", "values": {"tissue": "fatty", "lesion": "none"}}
+    for organ, expected in (("liver", ["organ"]), ("breast", []), (None, [])):
+        _, problems = parse_record(record("one", organ=organ, attributes=attributes))
+        assert [problem.kind for problem in problems] == expected

@@ -27,7 +27,7 @@ def read(path: Path) -> list[Any]:
     return [raw for raw, _ in found]
 
 
-@given(records=st.lists(objects, max_size=5), indent=st.sampled_from([None, 1]), block=st.integers(1, 9))
+@given(records=st.lists(objects, min_size=1, max_size=5), indent=st.sampled_from([None, 1]), block=st.integers(1, 9))
 @settings(max_examples=150, deadline=None)
 def test_an_array_is_read_as_json_reads_it(
     records: list[Any], indent: int | None, block: int, tmp_path_factory: pytest.TempPathFactory

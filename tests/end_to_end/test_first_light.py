@@ -149,6 +149,6 @@ def test_without_a_hint_the_default_organ_is_used_and_said(client: EchoVLMClient
 def test_replicas_answer_for_themselves(running_system: RunningSystem) -> None:
     for application in ("vision", "router", "expert-liver"):
         (replica,) = running_system.replicas(application)
-        with grpc.insecure_channel(replica["endpoint"]) as channel:
+        with running_system.inner_channel(replica["endpoint"]) as channel:
             status = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5).status
         assert status == SERVING, application

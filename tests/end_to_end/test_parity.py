@@ -66,7 +66,7 @@ def test_golden_cases_through_the_served_system(served: tuple[str, str, RunningS
     # Two organs at once, so that batches mix them; in a flat set no organ is chosen.
     choices: list[tuple[str, ...]] = [("breast",), ("liver",)] if routing == "organs" else [()]
     work = [(row, choices[index % len(choices)]) for index, row in enumerate(rows)]
-    with grpc.insecure_channel(router["endpoint"]) as channel, ThreadPoolExecutor(8) as pool:
+    with system.inner_channel(router["endpoint"]) as channel, ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda item: generate(channel, *item), work))
     for row, (token_ids, logits_TV) in zip(rows, answers, strict=True):
         prompt = len(row.input_ids)
@@ -82,7 +82,7 @@ def test_two_organs_of_identical_copies_equal_the_released_model(
     if routing == "flat":
         pytest.skip("a flat set has one gate, so there is no share to divide")
     (router,) = system.replicas("router")
-    with grpc.insecure_channel(router["endpoint"]) as channel:
+    with system.inner_channel(router["endpoint"]) as channel:
         for row in list(golden_rows(golden_dir, variant))[:3]:
             token_ids, logits_TV = generate(channel, row, ORGANS)
             row.check_logits(logits_TV[: len(row.input_ids)])

@@ -26,7 +26,14 @@ def start(request: SequenceRequest) -> Sequence:
     return Sequence.start(request, lambda output: None, experts)
 
 
-def sequence(num_prompt: int, max_new_tokens: int, organ: str = "breast", first_token: int = 0) -> Sequence:
+def sequence(
+    num_prompt: int,
+    max_new_tokens: int,
+    organ: str = "breast",
+    first_token: int = 0,
+    background: bool = False,
+    caller: bytes = b"",
+) -> Sequence:
     request = SequenceRequest(
         input_ids=tuple(range(first_token, first_token + num_prompt)),
         position_ids_3T=torch.zeros(3, num_prompt, dtype=torch.int64),
@@ -34,6 +41,8 @@ def sequence(num_prompt: int, max_new_tokens: int, organ: str = "breast", first_
         expert_set_id="set",
         shares=((organ, 1.0),),
         max_new_tokens=max_new_tokens,
+        caller=caller,
+        background=background,
     )
     return start(request)
 
@@ -115,7 +124,13 @@ def check(planned: Scheduler) -> None:
 
 actions = st.one_of(
     st.tuples(
-        st.just("add"), st.integers(1, 100), st.integers(1, 40), st.sampled_from(ORGANS), st.sampled_from([0, 16])
+        st.just("add"),
+        st.integers(1, 100),
+        st.integers(1, 40),
+        st.sampled_from(ORGANS),
+        st.sampled_from([0, 16]),
+        st.booleans(),
+        st.sampled_from([b"", b"", b"a", b"b"]),
     ),
     st.tuples(st.just("cancel"), st.integers(0, 50)),
     st.tuples(st.just("step")),
@@ -357,6 +372,45 @@ def test_decoding_goes_on_beside_a_long_prefill() -> None:
         spans.append([(chunk.sequence is long, chunk.end - chunk.start) for chunk in chunks])
         advance(planned, chunks)
     assert spans == [[(False, 1), (True, 16)]] * 3
+
+
+def test_a_prompt_in_the_background_is_computed_in_small_pieces_while_others_run() -> None:
+    planned = scheduler(num_blocks=100, prefill=64, prefix_reuse=False)
+    background, caller = sequence(100, 3, background=True), sequence(70, 3)
+    planned.add(background)
+    (alone,) = planned.schedule()
+    assert (alone.start, alone.end) == (0, 64)
+    advance(planned, [alone])
+    planned.add(caller)
+    steps = []
+    for _ in range(4):
+        chunks = planned.schedule()
+        steps.append([(chunk.sequence is caller, chunk.end - chunk.start) for chunk in chunks])
+        advance(planned, chunks)
+    # What the caller's prompt leaves of the budget, a block at most, and the rest when the caller has its last token.
+    assert steps == [[(True, 64)], [(True, 6), (False, 16)], [(True, 1), (False, 16)], [(True, 1), (False, 4)]]
+    assert background.num_generated == 1
+
+
+def test_the_background_gives_its_blocks_first_and_waits_behind_all() -> None:
+    planned = scheduler(num_blocks=5, batch=3, prefill=100, prefix_reuse=False)
+    background, old, young = sequence(14, 30, background=True), sequence(30, 20), sequence(25, 20)
+    for each in (background, old, young):
+        planned.add(each)
+    held_up = 0
+    while planned.running or planned.waiting:
+        chunks = planned.schedule()
+        check(planned)
+        running = [each for each in (old, young) if each in planned.running]
+        held_up += any(each not in [chunk.sequence for chunk in chunks] for each in running)
+        if background in planned.waiting:
+            assert planned.waiting[-1] is background
+        ended = [each for each in (old, young) if each.num_generated == 20]
+        assert len(ended) == 2 or background.num_generated < 30
+        advance(planned, chunks)
+    assert planned.preemptions
+    assert not held_up, "a caller's request was held up by one in the background"
+    assert [each.num_generated for each in (background, old, young)] == [30, 20, 20]
 
 
 def test_limits_are_named() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas
 import pytest
 
+from echovlm_ray.checkpoint.layout import InvalidCheckpointError
 from echovlm_ray.data.record import InvalidDataError
 from echovlm_ray.evaluation.export import export_u2_bench
 from tests.data.records import record, turns, write_lines
@@ -66,3 +67,13 @@ def test_what_the_kit_takes_for_missing_is_refused(tmp_path: Path) -> None:
     items = items_of(write_lines(tmp_path / "data.jsonl", [record("r", conversations=turns("<image>What?", "None"))]))
     with pytest.raises(InvalidDataError, match="missing value"):
         export_u2_bench(items, ["x"], tmp_path / "u2", dataset="x", model="m")
+
+
+def test_an_export_that_is_there_is_not_replaced(tmp_path: Path) -> None:
+    items = items_of(write_lines(tmp_path / "data.jsonl", [record("r")]))
+    (written,) = export_u2_bench(items, ["first"], tmp_path / "u2", dataset="x", model="m")
+    before = written.predictions.read_bytes()
+    with pytest.raises(InvalidCheckpointError, match="is not empty; give a new folder"):
+        export_u2_bench(items, ["second"], tmp_path / "u2", dataset="y", model="m")
+    assert written.predictions.read_bytes() == before
+    assert not (tmp_path / "u2" / "report" / "y").exists()

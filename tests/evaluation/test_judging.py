@@ -128,10 +128,30 @@ def test_options_without_attributes() -> None:
 
 
 def test_match_option() -> None:
-    assert match_option("良性结节。", ["良性结节", "恶性结节"]) == "良性结节"
-    assert match_option("考虑良性结节", ["良性结节", "恶性结节"]) == "良性结节"
-    assert match_option("ＢＥＮＩＧＮ", ["benign", "malignant"]) == "benign"
-    assert match_option("", ["benign", "malignant"]) is None
+    assert match_option("良性结节。", ["良性结节", "恶性结节"], "zh") == "良性结节"
+    assert match_option("考虑良性结节", ["良性结节", "恶性结节"], "zh") == "良性结节"
+    assert match_option("ＢＥＮＩＧＮ", ["benign", "malignant"], "en") == "benign"
+    assert match_option("", ["benign", "malignant"], "en") is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "language", "given"),
+    [
+        ("It is not benign.", "en", None),
+        ("Not benign but malignant.", "en", "malignant"),
+        ("Malignant cannot be excluded.", "en", None),
+        ("Malignant?", "en", None),
+        ("malignant is unlikely; benign", "en", "benign"),
+        ("不是良性", "zh", None),
+        ("不能排除恶性", "zh", None),
+        ("良性，恶性待排除", "zh", "良性"),
+    ],
+)
+def test_an_option_that_is_denied_or_left_open_is_not_chosen(
+    answer: str, language: Language, given: str | None
+) -> None:
+    options = ["benign", "malignant"] if language == "en" else ["良性", "恶性"]
+    assert match_option(answer, options, language) == given
 
 
 def test_a_record_without_truth_is_not_judged() -> None:

@@ -15,8 +15,10 @@ import psutil
 import pytest
 from pydantic import ValidationError
 
+from experts.bundle import Bundle
 from experts.bundle_check import BackboneSizes, CheckRequest, CheckResult, check
 from experts.bundle_source import BundleSource, RegistryLocation
+from experts.errors import UnknownBundleError
 from experts.isolated_check import IsolatedChecks, check_in_subprocess
 from experts.probe import probe_sizes
 from experts.signing import SignaturePolicy, sign_bundle
@@ -106,6 +108,19 @@ def test_a_good_bundle(bundle: BundleSource) -> None:
     assert 50_000_000 < result.peak_bytes < 2_000_000_000
     assert result.seconds is not None
     assert 0 < result.seconds < 60
+
+
+def test_a_copy_stands_in_for_a_registry_that_is_gone(make_bundle: MakeBundle, tmp_path: Path) -> None:
+    directory = make_bundle()
+    digest = Bundle.open(directory).digest
+    gone = RegistryLocation(root=str(tmp_path / "gone"))
+    assert BundleSource(registry=gone, digest=digest, copy_folder=directory).open().digest == digest
+    for other_digest, copy_folder in (("0" * 64, directory), (digest, tmp_path / "none"), (digest, None)):
+        with pytest.raises(UnknownBundleError):
+            BundleSource(registry=gone, digest=other_digest, copy_folder=copy_folder).open()
+    (directory / "gate.safetensors").unlink()
+    with pytest.raises(UnknownBundleError):
+        BundleSource(registry=gone, digest=digest, copy_folder=directory).open()
 
 
 def test_a_bundle_in_a_registry_signed(

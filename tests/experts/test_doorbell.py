@@ -1,5 +1,10 @@
 """The token loop on the Unix socket, asked by a caller that shares memory."""
 
+import os
+import socket
+import stat
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,12 +22,14 @@ from experts.group import ExpertGroup
 from experts.kernels.base import ExpertWeights
 from experts.kernels.reference import ReferenceExperts, ReferenceKernel
 from experts.manifest import Manifest
+from experts.private_folder import private_folder
 from experts.registry import Registry
 from experts.service import ExpertGroupService
 from experts.transport import wire
 from experts.transport.codec import tensor_to_proto
 from experts.transport.grpc_core import DirectCall, StreamEndedError
 from experts.transport.layout import Area, Layout
+from experts.transport.secret import NO_SECRET, SystemSecret
 from experts.transport.shared_memory import MemoryBudget, SharedMemory
 from protos import expert_pb2, tensor_pb2
 
@@ -54,10 +61,10 @@ class WatchedKernel(ReferenceKernel):
 class Caller:
     """One stream to the socket, with memory."""
 
-    def __init__(self, service: ExpertGroupService, *, attach: bool = True) -> None:
+    def __init__(self, service: ExpertGroupService, *, attach: bool = True, secret: SystemSecret = NO_SECRET) -> None:
         self.memory = SharedMemory(MemoryBudget(4 * 1024 * 1024))
         self.channel = grpc.insecure_channel(service._doorbell.address)
-        self.call = DirectCall(self.channel, FORWARD)
+        self.call = DirectCall(self.channel, FORWARD, secret.metadata)
         if attach:
             request = expert_pb2.ForwardRequest(correlation_id=1, attach=self.memory.attach_message())
             assert self.ask(request).attached == service._instance
@@ -326,3 +333,58 @@ def test_small_exchanges_wait_for_no_large_one(group: ExpertGroup, kernel: Watch
     assert caller.read().correlation_id == 1
     caller.close()
     service.close()
+
+
+class TestStrangers:
+    SECRET = SystemSecret.random()
+
+    @pytest.fixture
+    def guarded(self, group: ExpertGroup) -> Iterator[ExpertGroupService]:
+        service = ExpertGroupService(group, to_status=to_status, max_queue=3, secret=self.SECRET)
+        yield service
+        service.close()
+
+    @pytest.mark.parametrize("sent", [NO_SECRET, SystemSecret.random()])
+    def test_a_stream_without_the_secret_is_refused_before_it_is_read(
+        self, guarded: ExpertGroupService, sent: SystemSecret
+    ) -> None:
+        with pytest.raises(StreamEndedError, match="UNAUTHENTICATED"):
+            Caller(guarded, secret=sent)
+
+    def test_one_with_it_is_served(self, guarded: ExpertGroupService) -> None:
+        Caller(guarded, secret=self.SECRET).close()
+
+    def test_the_socket_lies_where_no_other_user_may_enter_and_goes_with_the_service(self, group: ExpertGroup) -> None:
+        service = ExpertGroupService(group, to_status=to_status, max_queue=3)
+        path = Path(service._doorbell.address.removeprefix("unix:"))
+        assert path.is_socket()
+        for folder in (path.parent, path.parent.parent):
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+            assert folder.stat().st_uid == os.getuid()
+        service.close()
+        assert not path.exists()
+
+    @pytest.mark.skipif(os.getuid() != 0, reason="only root can act as another user")
+    def test_another_user_cannot_even_connect(self, guarded: ExpertGroupService) -> None:
+        path = guarded._doorbell.address.removeprefix("unix:")
+        code = f"import socket; socket.socket(socket.AF_UNIX).connect({path!r})"
+        done = subprocess.run(["python3", "-c", code], user=65534, group=65534, capture_output=True, text=True)
+        assert "PermissionError" in done.stderr
+        assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+    def test_what_a_killed_process_left_is_removed_and_what_is_used_is_not(
+        self, guarded: ExpertGroupService, group: ExpertGroup
+    ) -> None:
+        used = Path(guarded._doorbell.address.removeprefix("unix:"))
+        left, young = private_folder() / "sockets" / "left-by-a-test", private_folder() / "sockets" / "young-of-a-test"
+        for path in (left, young):
+            path.unlink(missing_ok=True)
+            with socket.socket(socket.AF_UNIX) as listening:
+                listening.bind(str(path))
+        os.utime(left, (0, 0))
+        os.utime(used, (0, 0))
+        ExpertGroupService(group, to_status=to_status, max_queue=3).close()
+        assert not left.exists()
+        assert young.exists()
+        assert used.exists()
+        young.unlink()

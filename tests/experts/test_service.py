@@ -269,7 +269,7 @@ async def test_memory_is_shared_on_the_unix_socket_only(serve: Serve, group: Exp
     assert response.error.code == code_pb2.INVALID_ARGUMENT
     assert "shares no memory" in response.error.message
     status = await served.stub.Status(expert_pb2.ExpertGroupStatusRequest())
-    assert status.local_address.startswith("unix-abstract:echovlm-breast-")
+    assert Path(status.local_address.removeprefix("unix:")).is_socket()
     assert len(status.instance) == 32
     assert status.host
 

@@ -1,10 +1,12 @@
 """Two systems on one Ray cluster: side by side by name, and never one in the place of the other by mistake."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,6 +21,8 @@ from tests.running_system import ECHORAY, free_port
 
 START_S = 180
 STOP_S = 90
+# Ray's agent gathers every ten seconds.
+METRICS_S = 40
 # Small: two systems share two cores.
 SMALL: dict[str, Any] = {"router": {"experts": "local"}, "serve": {"object_store_bytes": 78_643_200}}
 
@@ -72,6 +76,8 @@ class Serving:
         command: list[str | Path] = [
             ECHORAY,
             "serve",
+            # The cluster of these tests has no token.
+            "--insecure-ray",
             "--address",
             address,
             "--config",
@@ -115,6 +121,21 @@ def ending(serving: Serving) -> Iterator[Serving]:
             serving.stop()
 
 
+def metrics_of_both(serving: Serving) -> None:
+    """Both systems' samples are at the same address, told apart by a label, which the one without a name lacks."""
+    found = re.search(r"metrics +(http://\S+)", serving.text)
+    assert found is not None
+    deadline = time.monotonic() + METRICS_S
+    while time.monotonic() < deadline:
+        with urllib.request.urlopen(found[1], timeout=10) as answer:
+            samples = [line for line in answer.read().decode().splitlines() if line.startswith("ray_echovlm_live{")]
+        named = [line for line in samples if 'system="team-a"' in line]
+        if named and len(named) < len(samples):
+            return
+        time.sleep(0.5)
+    raise AssertionError(samples)
+
+
 def test_systems_share_a_cluster_by_name_only(cluster: str, tmp_path: Path) -> None:
     with ExitStack() as stack:
         first = stack.enter_context(ending(Serving(tmp_path / "a", cluster, "--name", "team-a").ready()))
@@ -134,6 +155,7 @@ def test_systems_share_a_cluster_by_name_only(cluster: str, tmp_path: Path) -> N
         assert other.answers("--name", "team-a")
 
         beside = stack.enter_context(ending(Serving(tmp_path / "c", cluster).ready()))
+        metrics_of_both(beside)
         done = subprocess.run(
             [ECHORAY, "stop", "--address", cluster, "--name", "team-a"],
             capture_output=True,

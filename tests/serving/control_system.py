@@ -24,9 +24,12 @@ from echovlm_ray.serving.control.state import StateReader, StateWatch
 from echovlm_ray.serving.control.take_up import TakeUp
 from echovlm_ray.serving.control.verifier import SubprocessVerifier
 from echovlm_ray.serving.endpoints import ReplicaAddresses
+from echovlm_ray.serving.inner_server import inner_server
 from echovlm_ray.serving.rollout_files import RolloutFiles
 from echovlm_ray.serving.server import GrpcServer, ServerOptions
 from experts.registry import Registry
+from experts.transport.inner_channel import InnerChannels
+from experts.transport.secret import SystemSecret
 from protos import control_pb2, control_pb2_grpc, router_pb2, router_pb2_grpc
 from router.expert_set import ExpertSet
 from router.rollouts.controller import RolloutController
@@ -87,6 +90,8 @@ class ControlSystem:
     files: RolloutFiles
     registry: Registry
     router: PinningRouter
+    monitor: HealthMonitor
+    feed_address: str
     replicas: dict[str, list[ReplicaAddresses]] = field(default_factory=dict)
     # How many Routers and gateways there are, as Serve would say.
     running: dict[WatcherKind, int] = field(default_factory=dict)
@@ -174,21 +179,28 @@ async def control_system(
         service = ExpertControlService(store, operations, catalogue, pushes, reader, watch, take_up, "breast", threads)
         server = GrpcServer(ServerOptions())
         server.add(control_pb2_grpc.add_ExpertControlServicer_to_server, service, CONTROL_SERVICE)
-        server.add(control_pb2_grpc.add_RolloutFeedServicer_to_server, feed, FEED_SERVICE)
         await server.start()
         stack.push_async_callback(server.stop, 0)
+        channels = InnerChannels(SystemSecret.random())
+        inner = inner_server("127.0.0.1", channels.secret)
+        inner.add(control_pb2_grpc.add_RolloutFeedServicer_to_server, feed, FEED_SERVICE)
+        await inner.start()
+        stack.push_async_callback(inner.stop, 0)
         controller.start()
         stack.push_async_callback(asyncio.to_thread, controller.stop)
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(server.address))
+        to_feed = await stack.enter_async_context(channels.asynchronous(inner.address))
         yield ControlSystem(
             control_pb2_grpc.ExpertControlStub(channel),
-            control_pb2_grpc.RolloutFeedStub(channel),
+            control_pb2_grpc.RolloutFeedStub(to_feed),
             store,
             fleet,
             controller,
             files,
             registry,
             router,
+            monitor,
+            inner.address,
             replicas,
             running,
         )

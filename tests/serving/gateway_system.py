@@ -22,6 +22,7 @@ from echovlm_ray.serving.server import GrpcServer, ServerOptions
 from echovlm_ray.serving.vision_client import VisionClient
 from echovlm_ray.serving.vision_encoder import VisionEncoderService
 from echovlm_ray.vision.encoder import VisionEncoder, encoder_digest
+from experts.transport.inner_channel import PLAIN_CHANNELS
 from protos import echovlm_pb2_grpc, router_pb2, router_pb2_grpc, vision_pb2_grpc
 from tests.engines import local_experts, running_engine
 from tests.serving.router_system import router_parts
@@ -119,7 +120,7 @@ async def whole_system(
     register_router = router_pb2_grpc.add_RouterServicer_to_server
     with running_engine(split, local_experts(split), kv_cache_tokens=8192, max_prefill_tokens=2048) as engine:
         async with served(register_vision, VisionEncoderService(encoder), "echovlm.v1.VisionEncoder") as address:
-            vision = VisionClient(lambda: [address], [])
+            vision = VisionClient(lambda: [address], PLAIN_CHANNELS)
             router = router_parts(engine, split, vision, limits, end_token_ids=end_token_ids).service
             async with (
                 served(register_router, router, "echovlm.v1.Router") as router_address,

@@ -18,6 +18,7 @@ from echovlm_ray.serving.interceptor import CallInterceptor
 from echovlm_ray.serving.request_id import REQUEST_ID_KEY
 from echovlm_ray.serving.router.feed import RolloutFeedClient
 from echovlm_ray.serving.vision_client import VisionClient
+from experts.transport.inner_channel import PLAIN_CHANNELS
 from protos import control_pb2, control_pb2_grpc, router_pb2, router_pb2_grpc
 from router.errors import UnknownExpertSetError
 from router.exchange import ExpertPlacement
@@ -305,7 +306,7 @@ async def watching_router(
         max_batch_size=limits.max_batch_size,
         max_queue=limits.max_queue,
     ) as engine:
-        vision = VisionClient(list, [])
+        vision = VisionClient(list, PLAIN_CHANNELS)
         feeds: list[RolloutFeedClient] = []
 
         async def replayed(expert_set_id: str) -> ExpertSet | None:

@@ -88,6 +88,8 @@ def test_of_a_failure_the_reason_is_shown_and_not_the_trace() -> None:
     trace = 'Traceback (most recent call last):\n  File "x.py", line 1, in f\nValueError: no GPU here\n\n'
     assert brief(trace) == "ValueError: no GPU here"
     assert brief("") == ""
+    slow = "It has 1 replicas that take more than 30s to initialize.\nThis may be caused by a slow __init__ method.\n"
+    assert brief(slow).startswith("It has 1 replicas that take more than 30s to initialize. This may be caused")
 
 
 def test_of_an_application_that_failed_its_deployment_says_why() -> None:

@@ -16,7 +16,9 @@ from echovlm_ray.serving.server import GrpcServer, ServerOptions
 from experts.bundle import Bundle
 from experts.manifest import MANIFEST_NAME, Manifest
 from experts.registry import Registry
-from protos import control_pb2, expert_pb2, status_pb2, status_pb2_grpc
+from experts.transport.inner_channel import PLAIN_CHANNELS, InnerChannels
+from experts.transport.secret import SystemSecret
+from protos import control_pb2, control_pb2_grpc, expert_pb2, status_pb2, status_pb2_grpc
 from tests.changed_bundles import changed_bundle, not_a_number
 from tests.expert_servers import server_thread
 from tests.random_checkpoint import make_random
@@ -198,7 +200,9 @@ async def test_weights_that_are_no_numbers_end_failed_and_the_incumbent_stays(
     ]
 
 
-async def test_what_routers_report_takes_a_candidate_back(system: ControlSystem, candidates: dict[str, Path]) -> None:
+async def test_what_routers_report_takes_a_candidate_back_and_what_strangers_do_counts_nothing(
+    system: ControlSystem, candidates: dict[str, Path]
+) -> None:
     pushed = await push(system, candidates["good"])
     await system.stub.Stage(control_pb2.StageRequest(organ="heart", digest=pushed.digest, **WHO))
     await system.until("heart", "warm")
@@ -214,6 +218,15 @@ async def test_what_routers_report_takes_a_candidate_back(system: ControlSystem,
     assert report.latency_ratio == pytest.approx(2.0)
     await system.stub.Canary(control_pb2.TrafficRequest(organ="heart", percent=10, **WHO))
     bad = control_pb2.Observation(organ="heart", digest=pushed.digest, requests=1, errors=1, nonfinite=1)
+    forged = control_pb2.ReportRequest(router="r", observations=[bad], shadows=[compared])
+    for stranger in (PLAIN_CHANNELS, InnerChannels(SystemSecret.random())):
+        async with stranger.asynchronous(system.feed_address) as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await control_pb2_grpc.RolloutFeedStub(channel).Report(forged, timeout=10)
+        assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+    assert not system.monitor.slices("heart", pushed.digest)
+    rollout = await system.rollout("heart")
+    assert (rollout.state, rollout.shadow.requests) == ("canary", 1)
     await system.feed.Report(control_pb2.ReportRequest(router="r", observations=[bad]))
     while (rollout := await system.rollout("heart")).state == "canary":
         await asyncio.sleep(0.02)
@@ -308,7 +321,7 @@ class TestPush:
         assert caught.value.code().name == code
         assert words in str(caught.value.details())
         assert files_of(Path(system.registry.root)) == before
-        assert not files_of(system.files.incoming)
+        assert not system.files.incoming.exists()
 
     async def test_another_bundle_of_a_version_is_refused(
         self, system: ControlSystem, candidates: dict[str, Path]
@@ -327,7 +340,7 @@ class TestPush:
         while not files_of(system.files.incoming):
             await asyncio.sleep(0.01)
         call.cancel()
-        while files_of(system.files.incoming):
+        while system.files.incoming.exists():
             await asyncio.sleep(0.01)
 
 
@@ -406,3 +419,30 @@ async def test_the_history_of_what_is_served_needs_no_registry(
         await system.stub.History(control_pb2.HistoryRequest(organ="spleen"))
     assert caught.value.code() == grpc.StatusCode.NOT_FOUND
     assert "there are breast, heart" in str(caught.value.details())
+
+
+async def test_what_is_served_is_named_and_taken_back_while_the_registry_is_gone(
+    system: ControlSystem, candidates: dict[str, Path]
+) -> None:
+    pushed = await push(system, candidates["good"])
+    await system.stub.Stage(control_pb2.StageRequest(organ="heart", version="1.1.0", **WHO))
+    await system.until("heart", "warm")
+    await system.stub.Promote(control_pb2.OrganRequest(organ="heart", **WHO))
+    await system.until("heart", "stable")
+    root = Path(system.registry.root)
+    root.rename(root.with_name("elsewhere"))
+    found = await system.stub.List(control_pb2.ListRequest())
+    assert "the folder does not exist" in found.registry_problem
+    assert {(bundle.organ, bundle.version, bundle.live) for bundle in found.bundles} == {
+        ("breast", "1.0.0", True),
+        ("heart", "1.0.0", False),
+        ("heart", "1.1.0", True),
+    }
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await system.stub.Stage(control_pb2.StageRequest(organ="heart", version="9.9.9", **WHO))
+    assert "cannot be read: the folder does not exist" in str(caught.value.details())
+    back = await system.stub.RollBackStable(control_pb2.RollBackStableRequest(organ="heart", version="1.1.0", **WHO))
+    assert back.changed
+    while (stable := (await system.stub.List(control_pb2.ListRequest(organ="heart"))).live).id == found.live.id:
+        await asyncio.sleep(0.02)
+    assert pushed.digest not in {member.bundle_digest for member in stable.members}

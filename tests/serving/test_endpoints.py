@@ -22,6 +22,8 @@ from echovlm_ray.serving.deployments.settings import CONTROL, DEPLOYMENTS
 from echovlm_ray.serving.endpoints import Endpoints, addresses_now
 from echovlm_ray.serving.ray_session import local_ray
 from echovlm_ray.serving.system_id import SystemId
+from echovlm_ray.serving.system_secret import forget_secrets, keep_secret, secret_of
+from experts.transport.inner_channel import InnerChannels
 from protos import status_pb2, status_pb2_grpc
 from tests.random_checkpoint import make_random
 
@@ -40,12 +42,18 @@ def until(condition: Callable[[], bool], seconds: float) -> float:
 def deploy(config: Config) -> None:
     # This makes the database, and says whose it is.
     system = SystemId("", preflight.check(config, local=False).identity)
+    keep_secret(system)
     application = build_applications(config, ORGANS, "loopback", system)[CONTROL]
     serve.run_many([serve.RunTarget(application, name=CONTROL, route_prefix=None)])
 
 
+def channels() -> InnerChannels:
+    (key,) = [key for key in serve_api.record_keys() if key.startswith("secret/")]
+    return InnerChannels(secret_of(SystemId("", key.rpartition("/")[2])))
+
+
 def describe(address: str) -> status_pb2.ReplicaDescription:
-    with grpc.insecure_channel(address) as channel:
+    with channels().blocking(address) as channel:
         stub = status_pb2_grpc.ReplicaStatusStub(channel)
         described: status_pb2.ReplicaDescription = stub.Describe(status_pb2.DescribeRequest(), timeout=10)
         return described
@@ -77,6 +85,7 @@ def endpoints(config: Config, family: list[psutil.Process]) -> Iterator[Endpoint
         yield found
         family += set(psutil.Process().children(recursive=True)) - before
         found.stop()
+        forget_secrets("")
     assert family
     assert not [process for process in family if process.is_running()], "a local Ray left processes behind"
 

@@ -15,8 +15,8 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from echovlm_ray.errors import InvalidRequestError, MessageTooLargeError, OverloadedError
-from echovlm_ray.serving import interceptor, received_bytes
-from echovlm_ray.serving.caller import caller_of, current_caller
+from echovlm_ray.serving import auth, interceptor, received_bytes
+from echovlm_ray.serving.caller import Caller, KnownToken, caller_of, current_caller
 from echovlm_ray.serving.incoming import MAX_FIELDS, has_fields_beyond, inflate
 from echovlm_ray.serving.received_bytes import ReceivedBytes, current_receipt, new_receipt
 from echovlm_ray.serving.server import GrpcServer, ServerOptions
@@ -34,7 +34,7 @@ class Model(echovlm_pb2_grpc.EchoVLMServicer):
     def __init__(self) -> None:
         self.places = 2
         self.taken = 0
-        self.callers: list[bytes] = []
+        self.callers: list[Caller] = []
         self.seen: list[int] = []
 
     @contextmanager
@@ -282,6 +282,41 @@ async def test_a_client_that_stops_reading_is_not_waited_for(monkeypatch: pytest
         stream.cancel()
 
 
+async def test_calls_end_with_their_token_also_where_nobody_reads(
+    tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auth, "REVOKED_AFTER_S", 0.1)
+    model = Model()
+    model.places = 3
+    async with (
+        serving(model, token_file=tokens) as server,
+        grpc.aio.insecure_channel(server.address, DEAF) as deaf,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        request = echovlm_pb2.GenerateRequest(max_new_tokens=10**9)
+        unread = echovlm_pb2_grpc.EchoVLMStub(deaf).GenerateStream(request, metadata=bearer("one"))
+        stub = echovlm_pb2_grpc.EchoVLMStub(channel)
+        read = aiter(stub.GenerateStream(request, metadata=bearer("one")))
+        other = aiter(stub.GenerateStream(echovlm_pb2.GenerateRequest(max_new_tokens=500), metadata=bearer("two")))
+        for stream in (read, other):
+            assert await anext(stream)
+        while model.taken < 3:
+            await asyncio.sleep(0.01)
+        tokens.write_text("two\n")
+        async with asyncio.timeout(10):
+            with pytest.raises(grpc.aio.AioRpcError) as ended:
+                async for _ in read:
+                    pass
+            assert (ended.value.code(), ended.value.details()) == (grpc.StatusCode.UNAUTHENTICATED, auth.REVOKED)
+            assert len([event async for event in other]) == 499
+            while model.taken:
+                await asyncio.sleep(0.01)
+            with suppress(grpc.aio.AioRpcError):
+                async for _ in unread:
+                    pass
+            assert await unread.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
 async def test_thousands_at_once_all_get_a_typed_answer() -> None:
     model = Model()
     model.places = 8
@@ -306,6 +341,23 @@ async def test_callers_are_told_apart_by_their_tokens(tokens: Path) -> None:
             await method(channel)(prompt("abc"), metadata=bearer(token))
     first, second, again = model.callers
     assert first == again != second
-    assert len(first) == len(second) == 32
-    assert caller_of([("x-request-id", "7")], None) == b""
-    assert caller_of([], [b"a", b"b"]) != caller_of([], [b"ab"])
+    assert len(first.id) == len(second.id) == 32
+
+
+async def test_a_token_that_is_not_checked_makes_no_caller() -> None:
+    model = Model()
+    async with serving(model) as server, grpc.aio.insecure_channel(server.address) as channel:
+        for token in ("one", "two"):
+            await method(channel)(prompt("abc"), metadata=bearer(token))
+    assert model.callers == [Caller(), Caller()]
+
+
+def test_what_makes_a_caller() -> None:
+    one, two = KnownToken(b"1" * 32), KnownToken(b"2" * 32)
+    assert caller_of(one, None) == caller_of(one, None) != caller_of(two, None)
+    assert caller_of(None, None) == Caller()
+    assert caller_of(None, [b"a", b"b"]).id != caller_of(None, [b"ab"]).id
+    assert caller_of(None, [b"ward"]).name == "ward"
+    # Tokens of one name are one caller's, so that it can replace one by another.
+    assert caller_of(KnownToken(b"1" * 32, "ward"), None) == caller_of(KnownToken(b"2" * 32, "ward"), None)
+    assert caller_of(KnownToken(b"1" * 32, "ward"), None) != caller_of(None, [b"ward"])

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PATIENCE_S = 40.0
 SAMPLE = re.compile(r"^ray_(echovlm_\w+)\{(.*)\} ([-+.e\d]+)$", re.MULTILINE)
 LABEL = re.compile(r'(\w+)="([^"]*)"')
-OURS = {"organ", "version", "kind", "le"}
+OURS = {"organ", "version", "kind", "system", "le"}
 RAYS = {
     "Component",
     "NodeAddress",

@@ -59,7 +59,7 @@ def test_a_checkpoint_that_is_not_there_or_not_split_says_which_command_makes_on
         ({"gateway": {"token_file": "/absent/tokens"}}, r"gateway\.token_file /absent/tokens cannot be read"),
         (
             {"control": {"tls": {"certificate": "/absent/a.pem", "key": "/absent/a.key"}}},
-            r"control\.tls\.certificate /absent/a\.pem is no file",
+            r"control\.tls\.key /absent/a\.key cannot be read",
         ),
     ],
 )

@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from echovlm_ray.errors import InvalidRequestError, OverloadedError
-from echovlm_ray.serving.caller import set_caller
+from echovlm_ray.serving.caller import Caller, set_caller
 from echovlm_ray.serving.control.push import MAX_PUSHES, MAX_PUSHES_OF_ONE, PushReceiver
 from echovlm_ray.serving.server import GrpcServer, ServerOptions
 from experts.registry import Registry
@@ -33,7 +33,7 @@ async def silence() -> AsyncIterator[control_pb2.PushRequest]:
 
 def receiving(pushes: PushReceiver, caller: bytes, requests: Callable[[], Any]) -> asyncio.Task[Any]:
     async def receive() -> Any:
-        set_caller(caller)
+        set_caller(Caller(caller))
         return await pushes.receive(requests())
 
     return asyncio.create_task(receive())

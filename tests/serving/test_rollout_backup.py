@@ -215,7 +215,7 @@ def empty(path: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
-        (no_database, "backup.db cannot be copied: file is not a database|is no rollouts' database"),
+        (no_database, "backup.db cannot be copied to .*: file is not a database|is no rollouts' database"),
         (truncated, "malformed|damaged"),
         (another_program, "is no rollouts' database: it has no history"),
         (empty, "is no rollouts' database: it has no history"),
@@ -286,7 +286,7 @@ def test_a_full_disk_leaves_no_backup(
         return connection  # type: ignore[no-any-return]
 
     monkeypatch.setattr(sqlite3, "connect", small)
-    with pytest.raises(RolloutDatabaseError, match="cannot be copied: database or disk is full"):
+    with pytest.raises(RolloutDatabaseError, match=r"cannot be copied to .*: database or disk is full"):
         back_up(files, tmp_path / "backup.db")
     assert not list(tmp_path.glob("*backup*"))
     assert not list(tmp_path.glob(".*partial*"))

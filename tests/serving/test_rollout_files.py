@@ -16,6 +16,7 @@ from echovlm_ray.serving.known_policy import (
     write_policy,
 )
 from echovlm_ray.serving.rollout_files import DatabaseLock, RolloutFiles
+from experts.transport.inner_channel import PLAIN_CHANNELS
 from protos import control_pb2
 from router.errors import RolloutDatabaseError
 
@@ -83,6 +84,20 @@ def test_one_control_holds_a_database_and_a_killed_one_lets_go(tmp_path: Path) -
         DatabaseLock(path).take(0)
 
 
+def test_the_file_of_a_lock_goes_with_it_and_one_that_is_gone_keeps_nobody_out(tmp_path: Path) -> None:
+    path = tmp_path / "rollouts.db.lock"
+    first, second = DatabaseLock(path), DatabaseLock(path)
+    first.take(0)
+    assert path.read_text() == str(os.getpid())
+    path.unlink()
+    second.take(0)
+    first.release()
+    with pytest.raises(RolloutDatabaseError, match=f"process {os.getpid()}"):
+        DatabaseLock(path).take(0)
+    second.release()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_policy_survives_its_file(tmp_path: Path) -> None:
     path = tmp_path / "new" / "policy.json"
     assert read_policy(path) is None
@@ -105,8 +120,8 @@ def test_a_policy_survives_its_file(tmp_path: Path) -> None:
 
 
 def test_a_control_that_is_away_is_not_waited_for() -> None:
-    assert ask_policy(["127.0.0.1:1"], timeout_s=5) is None
-    assert ask_policy([]) is None
+    assert ask_policy(["127.0.0.1:1"], PLAIN_CHANNELS, timeout_s=5) is None
+    assert ask_policy([], PLAIN_CHANNELS) is None
 
 
 def test_a_policy_of_another_deployment_is_refused() -> None:

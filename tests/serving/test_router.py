@@ -21,6 +21,7 @@ from echovlm_ray.serving.vision_client import EncodedPicture, VisionClient
 from echovlm_ray.serving.vision_encoder import VisionEncoderService
 from echovlm_ray.vision.encoder import VisionEncoder
 from experts.transport.codec import tensor_from_proto
+from experts.transport.inner_channel import PLAIN_CHANNELS
 from protos import router_pb2, router_pb2_grpc, vision_pb2, vision_pb2_grpc
 from tests.engines import local_experts, running_engine
 from tests.golden_cases import GoldenRow, golden_rows, router_request
@@ -76,7 +77,7 @@ async def serving(split: SplitGolden, checkpoint: Path, limits: RouterSection) -
     vision_servers = dict([(await vision_server(encoder))[::-1] for _ in range(2)])
     live_vision = list(vision_servers)
     with running_engine(split, local_experts(split), max_batch_size=limits.max_batch_size) as engine:
-        vision = VisionClient(lambda: live_vision, [])
+        vision = VisionClient(lambda: live_vision, PLAIN_CHANNELS)
         parts = router_parts(engine, split, vision, limits, end_token_ids=frozenset({995}))
         service = parts.service
         server = grpc.aio.server(interceptors=[CallInterceptor()])

@@ -76,6 +76,8 @@ async def test_who_leaves_takes_the_shadow_along(versions: Versions) -> None:
         await router.policy(versions.expert_set(), [versions.candidate("liver", "2.0.0", "shadow", 100)])
         stream = await router.generate(tokens=1500).first()
         await until(lambda: router.engine.queue_length == 2)
+        running = router.engine._scheduler.running
+        await until(lambda: sorted(sequence.request.background for sequence in running) == [False, True])
         assert router.parts.service.queue_length == 1
         await router.policy(versions.expert_set())
         assert shadow in (await router.pins())[1]

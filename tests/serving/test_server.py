@@ -168,6 +168,7 @@ class TestTokens:
     @pytest.fixture
     def tokens(self, tmp_path: Path) -> Path:
         path = tmp_path / "tokens"
+        path.touch(0o600)
         path.write_text("# who\nfirst\n\n second \n")
         return path
 
@@ -221,6 +222,7 @@ class TestTokens:
     async def test_a_file_without_tokens_is_refused_at_start(self, tmp_path: Path, content: str | None) -> None:
         path = tmp_path / "tokens"
         if content is not None:
+            path.touch(0o600)
             path.write_text(content)
         with pytest.raises(ValueError, match="token_file"):
             GrpcServer(ServerOptions(token_file=path))
@@ -256,7 +258,7 @@ class TestTLS:
                 await stub(channel).List(control_pb2.ListRequest(), timeout=10)
 
     async def test_a_missing_file_is_named(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"tls\.certificate .*absent\.pem cannot be read"):
+        with pytest.raises(ValueError, match=r"tls\.key .*key\.pem cannot be read"):
             GrpcServer(ServerOptions(tls=TLSSection(certificate=tmp_path / "absent.pem", key=tmp_path / "key.pem")))
 
 

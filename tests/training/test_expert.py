@@ -98,6 +98,9 @@ def test_the_bundle_is_whole_and_passes_its_own_test(trained: Path) -> None:
     assert metrics["answer_loss"] < metrics["before_answer_loss"]
     assert metrics["tokens"] > 0
     card = (trained / "run" / "MODEL_CARD.md").read_text()
+    division = "3 of 12 records were kept back, divided by id, so images of one patient can be on both sides."
+    assert division in manifest.training_data
+    assert f"`before` is the version that training started from. {division}" in card
     assert manifest.digest in card
     assert "not a medical device" in card
 
@@ -117,7 +120,7 @@ def test_the_prototype_is_the_direction_of_the_pooled_features(trained: Path, st
     prototype = Bundle.open(trained / "run" / "breast-1.1.0").prototype()
     assert prototype is not None
     files = DataFiles(train=(trained / "records" / "train.json",))
-    learnt, _ = open_sources(files, DataSection(validation_share=0.25), seed=0)
+    learnt, *_ = open_sources(files, DataSection(validation_share=0.25), seed=0)
     encoder, pooled = encoder_of(start), []
     for index in range(len(learnt)):
         for item in encoder.encode(learnt.example(index, 0)).vision:
@@ -191,11 +194,21 @@ def test_what_cannot_be_trained_is_refused(trained: Path, start: Path, tmp_path:
     flat = split_checkpoint(tmp_path, start, "flat")
     common = ["--data", records, "--output", tmp_path / "run"]
     for arguments, code, problem in (
-        (["--organ", "breast", "--checkpoint", flat], 1, "one organ's cannot be trained alone"),
-        (["--organ", "heart", "--checkpoint", trained / "split"], 1, "has no organ 'heart'"),
-        (["--organ", "breast", "--checkpoint", trained / "split", "--recipe", "paper"], 1, "trains more than gates"),
+        (["--organ", "breast", "--checkpoint", flat], 2, "one organ's cannot be trained alone"),
+        (["--organ", "heart", "--checkpoint", trained / "split"], 2, "has no organ 'heart'"),
+        (["--organ", "breast", "--checkpoint", trained / "split", "--recipe", "paper"], 2, "trains more than gates"),
         (["--organ", "breast", "--checkpoint", trained / "split", "--version", "two"], 2, "no semantic version"),
-        (["--organ", "breast", "--checkpoint", trained / "split", "--base", "9.9.9"], 1, "9.9.9"),
+        (
+            ["--organ", "breast", "--checkpoint", trained / "split", "--version", "1.0.0"],
+            2,
+            "give a later one, like 1.1.0",
+        ),
+        (
+            ["--organ", "breast", "--checkpoint", trained / "split", "--version", "0.9.0"],
+            2,
+            "does not come after 1.0.0",
+        ),
+        (["--organ", "breast", "--checkpoint", trained / "split", "--base", "9.9.9"], 2, "9.9.9"),
         (["--organ", "breast"], 2, "needs --organ and --checkpoint"),
     ):
         done = train_expert(*common, *arguments)

@@ -111,7 +111,7 @@ def test_loops_are_pairs_of_frames(source: PhantomSource) -> None:
 
 def test_what_is_kept_back_shares_no_picture(folder: Path) -> None:
     data = DataSection(phantoms=SECTION, validation_share=0.3)
-    train, held_out = open_sources(DataFiles(), data, seed=0, phantoms=folder)
+    train, held_out, _ = open_sources(DataFiles(), data, seed=0, phantoms=folder)
     assert held_out is not None
     places = [{source.place(index) for index in range(len(source))} for source in (train, held_out)]
     assert len(places[1]) == 4

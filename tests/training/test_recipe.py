@@ -64,6 +64,15 @@ def test_settings_win_and_are_named_when_wrong() -> None:
             load_recipe("paper", [setting])
 
 
+def test_a_wrong_stage_is_not_also_said_to_be_missing() -> None:
+    with pytest.raises(DocumentError) as refused:
+        load_recipe("scratch", ["stages.0.steps=abc"])
+    assert "stages.0.steps is 'abc'" in str(refused.value)
+    assert "at least 1 item" not in str(refused.value)
+    with pytest.raises(DocumentError, match="at least 1 item"):
+        load_recipe("scratch", ["stages=[]"])
+
+
 def test_an_unknown_recipe_is_told_which_there_are() -> None:
     with pytest.raises(DocumentError, match=r"there is no such recipe.*expert, paper, scratch"):
         load_recipe("papre")

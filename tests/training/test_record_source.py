@@ -105,7 +105,7 @@ def test_several_files_in_any_form_have_one_folder_of_images(folder: Path, tmp_p
     [
         ({"image": ["SECRET-absent.png"]}, "image 1 of 1 does not exist below the image root"),
         ({"image": ["../a.png"]}, "image 1 of 1 leads out of the image root"),
-        ({"image": ["SECRET.png"]}, "image 1 of 1: "),
+        ({"image": ["SECRET.png"]}, "image 1 of 1 is a PNG file that is damaged"),
         ({"image": []}, "marks 1 images with <image>, but lists 0"),
         ({"image": ["a.png", "b.png"]}, "marks 1 images with <image>, but lists 2"),
         ({"conversations": [{"from": "gpt"}]}, "must be an object with from and value"),
@@ -144,7 +144,7 @@ def test_what_cannot_be_opened_is_refused(folder: Path) -> None:
     empty.write_text("[]")
     cut.write_text('[{"id": "one"')
     for paths, images, reason in (
-        ([whole, empty], None, r"empty\.json: holds no record"),
+        ([whole, empty], None, r"empty\.json is empty"),
         ([whole, cut], None, r"cut\.json, line 1: the file ends in the middle"),
         ([folder / "absent.json"], None, r"absent\.json: No such file"),
         ([whole], folder / "none", "there is no folder"),

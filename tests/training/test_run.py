@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -135,6 +136,39 @@ def test_a_run_that_was_killed_in_a_stage_of_adapters_ends_in_the_same_bytes(
     assert weights(killed) == weights(whole)
 
 
+def test_a_run_is_trained_by_one_process_at_a_time_and_a_kill_frees_it(
+    uninterrupted: Path, start: Path, records: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    # A process that reads examples outlives the one that trains for a moment, and must not hold the run.
+    data = {"max_tokens": 512, "max_visual_tokens": 16, "workers": 1}
+    process = train_apart(tmp_path / "errors", *new_run(folder, start, records, data=data))
+    wait_for(folder, "checkpoint-*[0-9]", process, 1)
+    assert process.pid is not None
+    # Not one moment later: the run is short.
+    os.kill(process.pid, signal.SIGSTOP)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    code, _, errors = train("--resume", folder)
+    assert code == 1
+    said = " ".join(errors.split())
+    assert f"is being trained by process {process.pid} on {socket.gethostname()}: wait until" in said
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    process.kill()
+    process.join()
+    code, _, errors = train("--resume", folder)
+    assert code == 0, errors
+    assert weights(folder) == weights(uninterrupted)
+
+
+def test_a_folder_that_holds_something_else_is_left_as_it_is(start: Path, records: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "notes").touch()
+    code, _, errors = train(*new_run(folder, start, records))
+    assert (code, "is not empty: give another folder" in " ".join(errors.split())) == (2, True)
+    assert [path.name for path in folder.iterdir()] == ["notes"]
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(uninterrupted: Path, start: Path, records: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = train_apart(tmp_path / "errors", *new_run(folder, start, records, save_every=1000))
@@ -231,13 +265,13 @@ def test_what_cannot_be_begun_or_resumed_is_refused(
 ) -> None:
     for arguments, code, problem in (
         (["--data", records], 2, "needs --output, and --data or a recipe"),
-        (["--resume", tmp_path], 1, f"has no {RUN_NAME}"),
+        (["--resume", tmp_path], 2, f"has no {RUN_NAME}"),
         (["--resume", uninterrupted, "--data", records], 2, "leave --data, --output and --set out"),
-        (["--from", start, "--fresh", "--data", records, "--output", uninterrupted], 1, "go on with it by --resume"),
-        (["--from", tmp_path, "--data", records, "--output", tmp_path / "a"], 1, "no config.json"),
+        (["--from", start, "--fresh", "--data", records, "--output", uninterrupted], 2, "go on with it by --resume"),
+        (["--from", tmp_path, "--data", records, "--output", tmp_path / "a"], 2, "no config.json"),
         (
             ["--data", tmp_path / "absent.json", "--from", start, "--fresh", "--output", tmp_path / "b"],
-            1,
+            2,
             "No such file",
         ),
         (
@@ -250,6 +284,14 @@ def test_what_cannot_be_begun_or_resumed_is_refused(
         found, _, errors = train(*arguments)
         assert (found, problem in " ".join(errors.split())) == (code, True), errors
         assert "Traceback" not in errors
+    # What cannot be used begins no run, so the mended command can be given again.
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_would_not_be_divided_is_refused(start: Path, records: Path, tmp_path: Path) -> None:
+    code, _, errors = train(*new_run(tmp_path / "run", start, records, shard=True))
+    assert code == 1
+    assert "shard divides the model among several GPUs" in " ".join(errors.split())
 
 
 def test_only_whole_checkpoints_count(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from echovlm_ray.checkpoint.atomic import naming_file, require_vacant
 from echovlm_ray.data.phantom.dicom_file import dicom_bytes
 from echovlm_ray.data.phantom.phantom import NOTICE, ImageArray, Phantom, attributes_at, cine_frames, phantom
 from echovlm_ray.data.phantom.records import PhantomTask, Record, records
@@ -26,10 +27,6 @@ FileFormat = Literal["png", "dicom", "cine"]
 FILE_FORMATS: tuple[FileFormat, ...] = get_args(FileFormat)
 FACTS_FILE = "about.json"
 _CHUNK = 16
-
-
-class FolderInUseError(ValueError):
-    """The folder to write to holds something already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +90,15 @@ def write_corpus(
         Organ and class ("breast/normal") → number of phantoms.
 
     Raises:
-        FolderInUseError: the folder is not empty.
+        InvalidCheckpointError: the folder is not empty, or is none.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise FolderInUseError(f"{directory} is not an empty folder: name another one, or remove what is in it")
+    require_vacant(directory)
     (directory / "images").mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()
     separator = "[\n"
     # The records appear under their name when all of them are there.
     unfinished = directory / f"{RECORDS_FILE}.part"
-    with unfinished.open("w", encoding="utf-8") as file:
+    with naming_file(unfinished), unfinished.open("w", encoding="utf-8") as file:
         for found in _written(directory, corpus, workers):
             counts[f"{found[0]['organ']}/{found[0]['attributes']['class']}"] += 1
             for record in found:

@@ -1,7 +1,7 @@
 """Text to attributes: strict, so that a text that says nothing is worth nothing.
 
 Only words that are there count. No keyword is not "normal"; a value and its opposite together are no value, but a
-contradiction; a negated word states nothing of its own.
+contradiction; a word that is denied or left open ("no cyst", "cyst cannot be excluded") states nothing of its own.
 """
 
 import re
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from echovlm_ray.data.phantom.attributes import Attributes
+from echovlm_ray.data.phantom.polarity import Polarity, polarities, without_doubt
 from echovlm_ray.data.phantom.regions import REGIONS
 from echovlm_ray.data.phantom.schema import Organ, Region
 from echovlm_ray.data.phantom.scores import category
@@ -21,23 +22,13 @@ _MARKS = {
     "en": re.compile(r"(?:ultrasound )?(?:(?P<findings>findings)|(?P<impression>impression))\s*:"),
     "zh": re.compile(r"(?:超声)?(?:(?P<findings>所见|表现)|(?P<impression>提示|诊断)):"),
 }
-_NEGATION_BEFORE = {
-    "en": re.compile(r"\b(?:no|not|without|nor|neither|never|absent|lacks?|free of|negative for|excludes?|excluded)\b"),
-    "zh": re.compile(r"无|未|没有|不|非|排除|否认"),
-}
-_NEGATION_AFTER = {
-    "en": re.compile(r"\s*(?:(?:is|are|was|were)\s+)?(?:not\b|absent\b|excluded\b|ruled out\b)"),
-    "zh": re.compile(r"(?:未见|不存在|不明显|除外|未显示|阴性)"),
-}
-_ALTERNATIVE = {"en": re.compile(r"\s*(?:or|nor)\s+(?:an?\s+)?$"), "zh": re.compile(r"(?:或|或者)$")}
-_CLAUSE_END = re.compile(r"[,.;:!?()、\n]")
 
 
 @dataclass(frozen=True, slots=True)
 class _Mention:
     name: str
     value: str
-    negated: bool
+    polarity: Polarity
 
 
 def parse(text: str, language: Language, organ: Organ | None = None) -> Attributes:
@@ -96,7 +87,7 @@ def parse_values(text: str, language: Language, organ: Organ) -> Mapping[str, st
 
 def read_yes_or_no(text: str, language: Language) -> str | None:
     """ "yes" or "no" where an answer begins with it, else None."""
-    found = re.match(r"(yes|是)|(no\b|否|不是)", _plain(text, language))
+    found = re.match(r"(yes\b|是(?!否|不是|吗))|(no\b|否|不是)", _plain(text, language))
     if found is None:
         return None
     return "yes" if found.group(1) else "no"
@@ -138,16 +129,20 @@ def _organs(part: str, language: Language) -> set[Organ]:
 
 def _diagnosis(impression: str, region: Region, language: Language) -> tuple[str | None, bool]:
     mentions = list(_mentions(impression, *_diagnosis_pattern(region.organ, language), language))
-    named = {mention.value for mention in mentions if not mention.negated}
+    named = {mention.value for mention in mentions if mention.polarity is Polarity.STATED}
     return (named.pop(), False) if len(named) == 1 else (None, len(named) > 1)
 
 
 def _values(findings: str, region: Region, language: Language) -> tuple[dict[str, str], list[str]]:
     """The values stated once and for all, and the attributes stated in two ways."""
+    pattern, _ = _diagnosis_pattern(region.organ, language)
+    findings = pattern.sub(lambda diagnosis: without_doubt(diagnosis.group(), language), findings)
     stated: dict[str, set[str]] = {}
     denied: dict[str, set[str]] = {}
     for mention in _mentions(findings, *_value_pattern(region.organ, language), language):
-        (denied if mention.negated else stated).setdefault(mention.name, set()).add(mention.value)
+        if mention.polarity is not Polarity.OPEN:
+            kind = stated if mention.polarity is Polarity.STATED else denied
+            kind.setdefault(mention.name, set()).add(mention.value)
     conflicting = [name for name, values in stated.items() if len(values) > 1 or values & denied.get(name, set())]
     return {name: next(iter(values)) for name, values in stated.items() if name not in conflicting}, conflicting
 
@@ -178,20 +173,11 @@ def _category_differs(impression: str, attributes: Attributes, language: Languag
 def _mentions(
     text: str, pattern: re.Pattern[str], meanings: Mapping[str, tuple[str, str]], language: Language
 ) -> Iterator[_Mention]:
-    """Every keyword in the text, the longest where several begin, and whether it is negated."""
-    end = 0
-    negative = False
-    for found in pattern.finditer(text):
-        between = text[end : found.start()]
-        clause = _CLAUSE_END.split(between)[-1]
-        negated = bool(_NEGATION_BEFORE[language].search(clause))
-        if negative and _ALTERNATIVE[language].fullmatch(between):
-            negated = True
-        negated = negated or bool(_NEGATION_AFTER[language].match(text[found.end() :]))
-        key = re.sub(r"[\s-]+", " ", found.group())
-        yield _Mention(*meanings[key], negated=negated)
-        negative = negated or bool(_NEGATION_BEFORE[language].match(found.group()))
-        end = found.end()
+    """Every keyword in the text, the longest where several begin, and whether the text states it."""
+    matches = list(pattern.finditer(text))
+    found = polarities(text, [match.span() for match in matches], language)
+    for match, polarity in zip(matches, found, strict=True):
+        yield _Mention(*meanings[re.sub(r"[\s-]+", " ", match.group())], polarity=polarity)
 
 
 def _compiled(phrases: list[str], language: Language) -> re.Pattern[str]:

@@ -2,6 +2,8 @@
 
 import logging
 import threading
+from collections.abc import Iterable
+from contextlib import suppress
 
 from experts.errors import RegistryError, UnknownBundleError
 from experts.kept_bundles import KeptBundles
@@ -21,6 +23,14 @@ class Catalogue:
         self._lock = threading.Lock()
         self._manifests: dict[str, Manifest] = {}
 
+    def known(self, digests: Iterable[str]) -> list[Manifest]:
+        """The manifests of those bundles that something still knows, without an error for the others."""
+        found = []
+        for digest in digests:
+            with suppress(UnknownBundleError, RegistryError):
+                found.append(self.manifest(digest))
+        return found
+
     def list(self, organ: str | None = None) -> list[Manifest]:
         """All bundles, or an organ's, by organ and then from the oldest version to the newest; read anew.
 
@@ -31,6 +41,8 @@ class Catalogue:
         """
         with reading_registry(self._registry.root):
             manifests = self._registry.list(organ, damaged=lambda error: logger.warning("passed over: %s", error))
+            if not manifests:
+                self._registry.check_exists()
         with self._lock:
             self._manifests |= {manifest.digest: manifest for manifest in manifests}
         return manifests
@@ -67,4 +79,8 @@ class Catalogue:
             RegistryAwayError: the registry cannot be read.
         """
         with reading_registry(self._registry.root):
-            return self._registry.find(organ, version).digest
+            try:
+                return self._registry.find(organ, version).digest
+            except UnknownBundleError:
+                self._registry.check_exists()
+                raise

@@ -2,14 +2,13 @@
 
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
 
 import grpc
 
 from echovlm_ray.serving.endpoints import ReplicaAddresses
-from echovlm_ray.serving.server import INTERNAL_CHANNEL_OPTIONS
 from experts.errors import ExpertCapacityError, InvalidBundleError, UnknownBundleError
 from experts.manifest import Manifest
+from experts.transport.inner_channel import PLAIN_CHANNELS, InnerChannels
 from protos import expert_pb2, expert_pb2_grpc, router_pb2, router_pb2_grpc
 from router.rollouts.fleet import ReplicaLostError, ReplicaResidents
 
@@ -29,6 +28,7 @@ class GrpcFleet:
         watching: Callable[[], Collection[str]],
         manifest: Callable[[str], Manifest],
         element_bytes: int,
+        channels: InnerChannels = PLAIN_CHANNELS,
     ) -> None:
         """Opens nothing yet.
 
@@ -39,12 +39,14 @@ class GrpcFleet:
                 among `routers`.
             manifest: digest → manifest; raises `UnknownBundleError`.
             element_bytes: of the weights as replicas keep them: in the backbone's dtype, whatever the bundle has.
+            channels: connects to them.
         """
         self._experts = experts
         self._routers = routers
         self._watching = watching
         self._manifest = manifest
         self._element_bytes = element_bytes
+        self._connections = channels
         self._lock = threading.Lock()
         self._channels: dict[str, grpc.Channel] = {}
 
@@ -168,11 +170,9 @@ class GrpcFleet:
         with self._lock:
             channel = self._channels.get(address)
             if channel is None:
-                channel = self._channels[address] = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+                channel = self._channels[address] = self._connections.blocking(address)
             return channel
 
-
-_CHANNEL_OPTIONS: Sequence[tuple[str, Any]] = (*INTERNAL_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0))
 
 # What replicas answer, in the types that the controller tells apart.
 _ERRORS: Mapping[grpc.StatusCode, Callable[[str], Exception]] = {

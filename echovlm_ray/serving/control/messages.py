@@ -1,6 +1,6 @@
 """What the rollouts' own objects look like in messages."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
 from functools import partial
 
@@ -61,9 +61,13 @@ def bundle_to_proto(manifest: Manifest, in_use: Collection[str]) -> control_pb2.
 
 
 def rollout_to_proto(
-    rollout: Rollout, version_of: VersionOf, shadow: ShadowReport | None = None, waits_for: str = ""
+    rollout: Rollout,
+    version_of: VersionOf,
+    shadow: ShadowReport | None = None,
+    waits_for: str = "",
+    gates: Sequence[control_pb2.Gate] = (),
 ) -> control_pb2.Rollout:
-    """The message of a rollout, with its shadow's report if there is one, and what it waits for."""
+    """The message of a rollout, with its shadow's report if there is one, what it waits for, and its gates."""
     message = control_pb2.Rollout(
         id=rollout.id,
         organ=rollout.organ,
@@ -78,6 +82,7 @@ def rollout_to_proto(
         state_since=rollout.state_since,
         restores=rollout.restores,
         waits_for=waits_for,
+        gates=gates,
     )
     if shadow is not None and shadow.requests:
         message.shadow.CopyFrom(

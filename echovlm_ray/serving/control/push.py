@@ -1,7 +1,6 @@
 """Takes in a bundle that somebody pushes, piece by piece, into a folder that is gone if anything is wrong."""
 
 import asyncio
-import errno
 import os
 import shutil
 import tempfile
@@ -15,6 +14,7 @@ from echovlm_ray.errors import InvalidRequestError, OverloadedError
 from echovlm_ray.serving.caller import current_caller
 from experts.bundle import MAX_SIGNATURE_BYTES, SIGNATURE_NAME
 from experts.errors import InvalidBundleError, RegistryError, RegistryFullError
+from experts.full_disk import NO_ROOM
 from experts.manifest import MANIFEST_NAME, FileEntry, Manifest
 from experts.registry import Registry
 from protos import control_pb2
@@ -26,7 +26,6 @@ MAX_PUSHES_OF_ONE = 4
 MAX_PUSHES = 16
 RETRY_AFTER_S = 5.0
 DRAIN_S = 1.0
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class PushReceiver:
@@ -55,7 +54,7 @@ class PushReceiver:
             OverloadedError: others are being pushed.
             RegistryError: nothing can be written here or there.
         """
-        operator = current_caller()
+        operator = current_caller().id
         if self._pushes[operator] >= MAX_PUSHES_OF_ONE:
             raise OverloadedError(
                 f"{MAX_PUSHES_OF_ONE} bundles are being pushed with these credentials already; push it later",
@@ -80,7 +79,7 @@ class PushReceiver:
     @contextmanager
     def _folder(self) -> Iterator[Path]:
         try:
-            self._incoming.mkdir(parents=True, exist_ok=True)
+            self._incoming.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder = Path(tempfile.mkdtemp(dir=self._incoming))
         except OSError as error:
             raise _cannot_write(self._incoming, error) from None
@@ -88,6 +87,9 @@ class PushReceiver:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            # With the last push; making it and the folder in it is one step of the event loop.
+            with suppress(OSError):
+                self._incoming.rmdir()
 
     async def _fill(self, folder: Path, requests: AsyncIterator[control_pb2.PushRequest]) -> None:
         manifest: Manifest | None = None

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import grpc
@@ -11,16 +12,18 @@ from pydantic import ValidationError
 
 from echovlm_ray.errors import InvalidRequestError
 from echovlm_ray.serving.control.catalogue import Catalogue
+from echovlm_ray.serving.control.gate_messages import evaluation_to_proto, gates_of
 from echovlm_ray.serving.control.messages import bundle_to_proto, entry_to_proto, expected_of, outcome_to_proto
 from echovlm_ray.serving.control.push import PushReceiver
 from echovlm_ray.serving.control.replays import Replays
 from echovlm_ray.serving.control.state import StateReader, StateWatch
 from echovlm_ray.serving.control.take_up import TakeUp
-from experts.errors import RegistryAwayError
+from experts.errors import RegistryAwayError, UnknownBundleError
 from experts.manifest import Manifest
 from protos import control_pb2, control_pb2_grpc
 from router.errors import RolloutStateError
 from router.rollouts.decisions import check_known
+from router.rollouts.evaluations import Evaluation, evaluations_of
 from router.rollouts.history import Entry
 from router.rollouts.operations import RolloutOperations
 from router.rollouts.outcome import Outcome
@@ -102,7 +105,9 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
         self, request: control_pb2.TrafficRequest, context: grpc.aio.ServicerContext
     ) -> control_pb2.OperationResponse:
         """Has the candidate answer a part of the requests."""
-        return await self._answer(lambda: self._operations.canary(**_traffic(request)), dry_run=request.dry_run)
+        return await self._answer(
+            partial(self._operations.canary, **_traffic(request), **_gated(request)), dry_run=request.dry_run
+        )
 
     async def Shadow(
         self, request: control_pb2.TrafficRequest, context: grpc.aio.ServicerContext
@@ -114,7 +119,9 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
         self, request: control_pb2.OrganRequest, context: grpc.aio.ServicerContext
     ) -> control_pb2.OperationResponse:
         """Makes the candidate stable."""
-        return await self._answer(lambda: self._operations.promote(**_organ(request)), dry_run=request.dry_run)
+        return await self._answer(
+            partial(self._operations.promote, **_organ(request), **_gated(request)), dry_run=request.dry_run
+        )
 
     async def Rollback(
         self, request: control_pb2.OrganRequest, context: grpc.aio.ServicerContext
@@ -130,7 +137,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
         def roll_back() -> Outcome:
             return self._operations.roll_back_stable(
                 request.organ,
-                self._digest(request.organ, request.version, request.digest),
+                self._served_digest(request.organ, request.version, request.digest),
                 actor=request.actor,
                 reason=request.reason,
                 expected=expected_of(request.expected),
@@ -152,7 +159,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
                 "dry_run": request.dry_run,
             }
             if request.version or request.digest:
-                digest = self._digest(request.organ, request.version, request.digest)
+                digest = self._served_digest(request.organ, request.version, request.digest)
                 return self._operations.retire_version(request.organ, digest, **asked)
             if request.organ == self._default_organ:
                 raise RolloutStateError(
@@ -244,6 +251,28 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
             raise InvalidRequestError("digest", f"is of a bundle of {manifest.organ!r}, not of {organ[:64]!r}")
         return digest
 
+    def _served_digest(self, organ: str, version: str, digest: str) -> str:
+        """The same of a bundle that is or was served, which is known while the registry is away too."""
+        try:
+            return self._digest(organ, version, digest)
+        except (UnknownBundleError, RegistryAwayError):
+            for manifest in self._served(organ):
+                if version in ("", manifest.version) and digest in ("", manifest.digest):
+                    return manifest.digest
+            raise
+
+    def _served(self, organ: str | None) -> list[Manifest]:
+        """The bundles that are stable, were, or are candidates, as far as the registry or a copy knows them."""
+        snapshot = self._store.snapshot()
+        digests = [
+            digest
+            for live in snapshot.organs
+            if organ in (None, live.organ)
+            for digest in (*live.previous, live.stable_digest)
+        ]
+        digests += [rollout.digest for rollout in snapshot.in_flight if organ in (None, rollout.organ)]
+        return self._catalogue.known(dict.fromkeys(digests))
+
     def _in_use(self) -> set[str]:
         return {live.stable_digest for live in self._store.snapshot().organs}
 
@@ -262,14 +291,20 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
             problems=state.problems,
             registry_problem=registry_problem,
             notices=self._notices(),
+            evaluations=[evaluation_to_proto(found, self._catalogue.version) for found in self._evaluations(organ)],
         )
+
+    def _evaluations(self, organ: str | None) -> list[Evaluation]:
+        with self._store.read() as transaction:
+            organs = transaction.snapshot().known_organs if organ is None else (organ,)
+            return evaluations_of(transaction.connection, organs)
 
     def _registered(self, organ: str | None) -> tuple[list[Manifest], str]:
         try:
             return self._catalogue.list(organ), ""
         except RegistryAwayError as error:
-            # What is served does not need it.
-            return [], str(error)
+            # What is served does not need it, and its versions are known from the copies.
+            return self._served(organ), str(error)
 
     def _check_organ(self, organ: str) -> None:
         """Refuses an organ that nothing knows; the registry is asked only of one that was never served or staged."""
@@ -309,6 +344,10 @@ def _local_experts() -> RolloutStateError:
 
 def _traffic(request: control_pb2.TrafficRequest) -> dict[str, Any]:
     return {**_organ(request), "percent": request.percent}
+
+
+def _gated(request: control_pb2.OrganRequest | control_pb2.TrafficRequest) -> dict[str, Any]:
+    return {"gates": gates_of(request.gates_json), "override": request.override}
 
 
 def _organ(request: control_pb2.OrganRequest | control_pb2.TrafficRequest) -> dict[str, Any]:

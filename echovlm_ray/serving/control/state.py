@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from functools import partial
 
 from echovlm_ray.serving.control.changes import Changes
+from echovlm_ray.serving.control.gate_messages import gates_to_proto
 from echovlm_ray.serving.control.messages import (
     VersionOf,
     expert_set_to_proto,
@@ -87,6 +88,11 @@ class StateReader:
                     self._version_of,
                     report_of(transaction.connection, rollout.id),
                     self._controller.waits_for(rollout.id),
+                    gates_to_proto(
+                        transaction.gate_standing(rollout),
+                        self._version_of,
+                        partial(self._controller.gates.progress, rollout.id),
+                    ),
                 )
                 for known in organs
                 for rollout in transaction.rollouts(organ=known, limit=1)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from echovlm_ray.serving.server import INTERNAL_CHANNEL_OPTIONS
+from experts.transport.inner_channel import PLAIN_CHANNELS, InnerChannels
 from protos import control_pb2, status_pb2, status_pb2_grpc
 
 DESCRIBE_TIMEOUT_S = 2.0
@@ -37,6 +37,7 @@ class SystemStatusService(status_pb2_grpc.SystemStatusServicer):
         problems: Callable[[], Sequence[control_pb2.OrganProblem]] = tuple,
         identity: str = "",
         notices: Callable[[], Sequence[str]] = tuple,
+        channels: InnerChannels = PLAIN_CHANNELS,
     ) -> None:
         """Takes what there is to ask.
 
@@ -49,6 +50,7 @@ class SystemStatusService(status_pb2_grpc.SystemStatusServicer):
             problems: what cannot be answered as it should be; may block, and is called on a thread.
             identity: of the deployment.
             notices: what is wrong beside the applications, in words; may block, and is called on a thread.
+            channels: connects to the replicas.
         """
         self._applications = applications
         self._addresses = addresses
@@ -57,6 +59,7 @@ class SystemStatusService(status_pb2_grpc.SystemStatusServicer):
         self._problems = problems
         self._identity = identity
         self._notices = notices
+        self._connections = channels
 
     async def GetStatus(
         self, request: status_pb2.GetStatusRequest, context: grpc.aio.ServicerContext
@@ -81,11 +84,11 @@ class SystemStatusService(status_pb2_grpc.SystemStatusServicer):
         )
 
     async def _describe(self, addresses: Sequence[str]) -> list[status_pb2.ReplicaDescription]:
-        return list(await asyncio.gather(*[_describe_one(address) for address in addresses]))
+        return list(await asyncio.gather(*[_describe_one(address, self._connections) for address in addresses]))
 
 
-async def _describe_one(address: str) -> status_pb2.ReplicaDescription:
-    async with grpc.aio.insecure_channel(address, options=INTERNAL_CHANNEL_OPTIONS) as channel:
+async def _describe_one(address: str, channels: InnerChannels) -> status_pb2.ReplicaDescription:
+    async with channels.asynchronous(address) as channel:
         stub = status_pb2_grpc.ReplicaStatusStub(channel)
         try:
             described: status_pb2.ReplicaDescription = await stub.Describe(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from echovlm_ray.checkpoint.backbone_dtype import compute_dtype
 from echovlm_ray.config import ExpertsSection, ModelSection, RolloutsSection
-from echovlm_ray.serving.bundles import registry_location, signature_policy
+from echovlm_ray.serving.bundles import kept_folder, registry_location, signature_policy
 from experts.bundle_check import BackboneSizes, CheckRequest
 from experts.bundle_source import BundleSource
 from experts.errors import InvalidBundleError
@@ -65,7 +65,12 @@ class SubprocessVerifier:
         served = self._backbone()
         on_gpu = bool(self._experts.resources_of(organ).num_gpus) and self._model.device != "cpu"
         request = CheckRequest(
-            source=BundleSource(registry=registry_location(self._experts, self._model.checkpoint), digest=digest),
+            source=BundleSource(
+                registry=registry_location(self._experts, self._model.checkpoint),
+                digest=digest,
+                # What was served before can come back while the registry is away.
+                copy_folder=kept_folder(self._experts, self._model.checkpoint) / digest,
+            ),
             organ=organ,
             backbone=BackboneSizes(
                 digest=served.backbone_digest, num_layers=served.num_layers, hidden_size=served.hidden_size

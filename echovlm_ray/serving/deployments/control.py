@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from echovlm_ray.serving.control.policies import PolicyPublisher
     from echovlm_ray.serving.control.status import ApplicationState
     from echovlm_ray.serving.control.verifier import SubprocessVerifier
+    from echovlm_ray.serving.gates.evaluator import GateEvaluator
     from echovlm_ray.serving.served import ServedCheckpoint
+    from experts.transport.inner_channel import InnerChannels
     from router.rollouts.controller import RolloutController
     from router.rollouts.store import RolloutStore
 
@@ -98,11 +100,17 @@ class ControlReplica(Replica):
         monitor = HealthMonitor()
         # The feed knows which Routers are connected, and is made of what the fleet is needed for.
         feeds: list[RolloutFeedService] = []
-        fleet = _fleet(parsed, endpoints, catalogue, lambda: feeds[0].watching() if feeds else frozenset())
+        channels = self._channels_of(parsed)
+
+        def watching() -> frozenset[str]:
+            return feeds[0].watching() if feeds else frozenset()
+
+        fleet = _fleet(parsed, endpoints, catalogue, watching, channels)
         endpoints.on_change(lambda: fleet.keep_only(_reachable(endpoints)))
         verifier = _verifier(parsed, store, catalogue)
         leases = Leases()
-        controller = RolloutController(store, fleet, verifier, parsed.rollouts, monitor, leases)
+        evaluator = await asyncio.to_thread(_evaluator, parsed, served, endpoints, channels) if remote else None
+        controller = RolloutController(store, fleet, verifier, parsed.rollouts, monitor, leases, evaluator)
         policies = PolicyPublisher(store, catalogue.version, files.policy if remote else None)
         await policies.start()
         feed = RolloutFeedService(policies, store, monitor, controller.wake, leases.ready_set)
@@ -114,7 +122,9 @@ class ControlReplica(Replica):
         metrics = RolloutMetrics(store, catalogue.version)
         pushes = PushReceiver(registry, files.incoming, parsed.rollouts.max_push_bytes)
         await asyncio.to_thread(pushes.clear)
-        operations = RolloutOperations(store, fleet, parsed.rollouts, catalogue.version) if remote else None
+        operations = None
+        if remote:
+            operations = RolloutOperations(store, fleet, parsed.rollouts, catalogue.version, evaluator)
         lost = DatabaseWatch(store.database, self._publish_control)
         notices = partial(_notices, lost, policies, fleet)
         check = ReplayCheck(registry, signature_policy(parsed.experts).admit, catalogue.version)
@@ -140,6 +150,7 @@ class ControlReplica(Replica):
             lambda: _problems(store, controller, catalogue),
             store.database.identity,
             notices,
+            channels,
         )
         applications = _organ_applications(parsed, store, controller, endpoints)
         if remote:
@@ -224,7 +235,11 @@ def _open_store(
 
 
 def _fleet(
-    settings: ControlSettings, endpoints: Endpoints, catalogue: "Catalogue", watching: Callable[[], frozenset[str]]
+    settings: ControlSettings,
+    endpoints: Endpoints,
+    catalogue: "Catalogue",
+    watching: Callable[[], frozenset[str]],
+    channels: "InnerChannels",
 ) -> "GrpcFleet":
     from echovlm_ray.serving.control.fleet import GrpcFleet
     from echovlm_ray.serving.served import expert_exchange
@@ -235,6 +250,7 @@ def _fleet(
         watching=watching,
         manifest=catalogue.manifest,
         element_bytes=expert_exchange(settings.model).dtype.itemsize,
+        channels=channels,
     )
 
 
@@ -246,6 +262,22 @@ def _verifier(settings: ControlSettings, store: "RolloutStore", catalogue: "Cata
         settings.experts,
         settings.rollouts,
         lambda: catalogue.manifest(store.snapshot().organs[0].stable_digest),
+    )
+
+
+def _evaluator(
+    settings: ControlSettings, served: "ServedCheckpoint", endpoints: Endpoints, channels: "InnerChannels"
+) -> "GateEvaluator":
+    from echovlm_ray.serving.gates.evaluator import GateEvaluator
+
+    return GateEvaluator(
+        served,
+        endpoints.source(ROUTER),
+        channels,
+        settings.rollouts,
+        settings.gateway,
+        settings.router,
+        settings.model.default_organ,
     )
 
 
@@ -358,6 +390,7 @@ def cause(overview: "ApplicationStatusOverview") -> str:
 
 
 def brief(message: str) -> str:
-    """The last line of a message: of a trace, the exception's own words."""
+    """A message on one line; of a trace the last one, which has the exception's own words."""
     lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-    return lines[-1][:MAX_MESSAGE] if lines else ""
+    traced = any(line.startswith(("Traceback", 'File "')) for line in lines)
+    return (lines[-1] if traced else " ".join(lines))[:MAX_MESSAGE]

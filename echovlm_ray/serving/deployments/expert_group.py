@@ -12,12 +12,12 @@ from echovlm_ray.serving.deployments.settings import CONTROL, DEPLOYMENTS, Exper
 from echovlm_ray.serving.endpoints import Endpoints, addresses_now
 from echovlm_ray.serving.errors import to_status
 from echovlm_ray.serving.known_policy import ask_policy, check_identity, read_policy, wanted_digests
-from echovlm_ray.serving.server import INTERNAL_CHANNEL_OPTIONS
 from protos import expert_pb2
 
 if TYPE_CHECKING:
     from echovlm_ray.serving.served import ServedCheckpoint
     from experts.group import ExpertGroup
+    from experts.transport.inner_channel import InnerChannels
     from protos import control_pb2
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,8 @@ class ExpertGroupReplica(Replica):
         torch.set_num_threads(parsed.model.torch_threads)
         served = served_checkpoint(parsed.model)
         exchange = expert_exchange(parsed.model)
-        policy = await asyncio.to_thread(_policy, parsed, served)
+        channels = self._channels_of(parsed)
+        policy = await asyncio.to_thread(_policy, parsed, served, channels)
         wanted = [] if policy is None else wanted_digests(policy, parsed.organ)
 
         healths: list[OrganHealth] = []
@@ -79,11 +80,11 @@ class ExpertGroupReplica(Replica):
         await asyncio.to_thread(_load, group, wanted, served)
         endpoints = Endpoints({CONTROL: DEPLOYMENTS[CONTROL]}, parsed.system_id)
         endpoints.start()
-        health = OrganHealth(
-            group, endpoints.source(CONTROL), self.publish_health, policy, INTERNAL_CHANNEL_OPTIONS, parsed.identity
-        )
+        health = OrganHealth(group, endpoints.source(CONTROL), self.publish_health, policy, channels, parsed.identity)
         healths.append(health)
-        service = ExpertGroupService(group, to_status=to_status, max_queue=parsed.experts.max_queue)
+        service = ExpertGroupService(
+            group, to_status=to_status, max_queue=parsed.experts.max_queue, secret=channels.secret
+        )
 
         part = Part(
             services=[Service(add_expert_group_to_server, service, SERVICE_NAME)],
@@ -101,14 +102,16 @@ class ExpertGroupReplica(Replica):
         await health.start()
 
 
-def _policy(settings: ExpertGroupSettings, served: "ServedCheckpoint") -> "control_pb2.TrafficPolicy | None":
+def _policy(
+    settings: ExpertGroupSettings, served: "ServedCheckpoint", channels: "InnerChannels"
+) -> "control_pb2.TrafficPolicy | None":
     """What Control says, or what it last said, of this checkpoint; None where it never said anything.
 
     Raises:
         ForeignPolicyError: it is another deployment's.
     """
     control = addresses_now(settings.system_id.application(CONTROL), DEPLOYMENTS[CONTROL], FIND_CONTROL_S)
-    policy = ask_policy(control) or read_policy(settings.policy_file)
+    policy = ask_policy(control, channels) or read_policy(settings.policy_file)
     if policy is not None:
         check_identity(policy, settings.identity, f"Control or {settings.policy_file}")
     ours = policy is not None and policy.stable.backbone_digest == served.expert_set.backbone_digest

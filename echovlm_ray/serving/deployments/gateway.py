@@ -15,7 +15,6 @@ from echovlm_ray.serving.deployments.settings import (
 )
 from echovlm_ray.serving.endpoints import Endpoints
 from echovlm_ray.serving.metrics import DecodingMetrics
-from echovlm_ray.serving.server import INTERNAL_CHANNEL_OPTIONS
 from protos import echovlm_pb2, echovlm_pb2_grpc
 
 if TYPE_CHECKING:
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from echovlm_ray.serving.served import ServedCheckpoint
     from echovlm_ray.vision.decoding.pool import DecoderPool
     from experts.kept_bundles import KeptBundles
+    from experts.transport.inner_channel import InnerChannels
 
 SERVICE_NAME = echovlm_pb2.DESCRIPTOR.services_by_name["EchoVLM"].full_name
 
@@ -44,6 +44,7 @@ class GatewayReplica(Replica):
         parsed = GatewaySettings.model_validate(settings)
         section = parsed.gateway
         served = served_checkpoint(parsed.model)
+        channels = self._channels_of(parsed)
         endpoints = Endpoints(deployments_of(served.organs), parsed.system_id)
         endpoints.start()
         processor = None
@@ -51,14 +52,12 @@ class GatewayReplica(Replica):
             processor = await asyncio.to_thread(EchoVLMProcessor.from_pretrained, served.directory)
         bundles = await asyncio.to_thread(open_kept, parsed.experts, served.directory)
         description = await asyncio.to_thread(_describe, parsed, served, bundles)
-        live = LiveModel(
-            endpoints.source(CONTROL), description, bundles.manifest, INTERNAL_CHANNEL_OPTIONS, parsed.identity
-        )
-        router = RouterClient(endpoints.source(ROUTER), INTERNAL_CHANNEL_OPTIONS)
+        live = LiveModel(endpoints.source(CONTROL), description, bundles.manifest, channels, parsed.identity)
+        router = RouterClient(endpoints.source(ROUTER), channels)
         service = GatewayService(processor, router, live.describe, gateway=section, limits=parsed.router)
         await service.start()
         public = server_options(section)
-        monitor = _monitor(self, parsed, served, endpoints, live)
+        monitor = _monitor(self, parsed, served, endpoints, live, channels)
         decoding = DecodingMetrics()
         part = Part(
             services=[],
@@ -84,6 +83,7 @@ def _monitor(
     served: "ServedCheckpoint",
     endpoints: Endpoints,
     live: "LiveModel",
+    channels: "InnerChannels",
 ) -> "HealthMonitor":
     from echovlm_ray.serving import health
 
@@ -108,6 +108,7 @@ def _monitor(
         speaks_text=not served.missing_text_files,
         live_parts=organs,
         experts_apart=settings.router.experts == "remote",
+        channels=channels,
     )
 
 

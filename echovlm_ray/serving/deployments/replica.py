@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING
 
 from echovlm_ray.serving.deployments.settings import ExpertGroupSettings, Network, ReplicaSettings, RouterSettings
 from echovlm_ray.serving.endpoints import ADDRESS_KEY, PUBLIC_ADDRESS_KEY, REPLICA_KEY
+from echovlm_ray.serving.inner_server import inner_server
 from echovlm_ray.serving.interceptor import Admit
 from echovlm_ray.serving.metrics import PartMetrics
 from echovlm_ray.serving.replica_status import SERVICE_NAME, ReplicaIdentity, ReplicaStatusService
 from echovlm_ray.serving.server import GrpcServer, Register, ServerOptions
+from echovlm_ray.serving.system_secret import secret_of
+from experts.transport.inner_channel import InnerChannels
 from protos import expert_pb2, status_pb2_grpc
 
 if TYPE_CHECKING:
@@ -83,6 +86,7 @@ class Part:
 class Replica:
     """Base of the deployment classes. A subclass builds its part in `async __init__` and calls `_start`."""
 
+    _channels: InnerChannels | None = None
     _internal: GrpcServer | None = None
     _public: GrpcServer | None = None
     _part: Part | None = None
@@ -91,6 +95,12 @@ class Replica:
     _grace_s: float = 0.0
     _seen_work: int = 0
     _rested_after: int = 0
+
+    def _channels_of(self, settings: ReplicaSettings) -> InnerChannels:
+        """How this replica connects to the other parts of its system."""
+        if self._channels is None:
+            self._channels = InnerChannels(secret_of(settings.system_id))
+        return self._channels
 
     async def _start(
         self,
@@ -108,7 +118,7 @@ class Replica:
             for service in public_services:
                 self._public.add(service.register, service.servicer, service.name, service.admit)
             await self._public.start()
-        self._internal = GrpcServer(ServerOptions(host=_host(settings.network)))
+        self._internal = inner_server(_host(settings.network), self._channels_of(settings).secret)
         for service in part.services:
             self._internal.add(service.register, service.servicer, service.name)
         identity = _identity(part, settings)

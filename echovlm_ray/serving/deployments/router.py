@@ -15,7 +15,7 @@ from echovlm_ray.serving.deployments.settings import (
     expert_application,
 )
 from echovlm_ray.serving.endpoints import Endpoints
-from echovlm_ray.serving.server import INTERNAL_CHANNEL_OPTIONS
+from experts.transport.inner_channel import PLAIN_CHANNELS, InnerChannels
 from protos import control_pb2, router_pb2, router_pb2_grpc
 
 if TYPE_CHECKING:
@@ -67,16 +67,19 @@ class RouterReplica(Replica):
             watched |= {expert_application(organ): EXPERT_DEPLOYMENT for organ in served.organs}
         endpoints = Endpoints(watched, parsed.system_id)
         endpoints.start()
-        first = await asyncio.to_thread(_first_set, parsed, served, endpoints)
+        channels = self._channels_of(parsed)
+        first = await asyncio.to_thread(_first_set, parsed, served, endpoints, channels)
         used: list[ExpertSets] = []
 
         def in_use() -> Collection[str]:
             return used[0].pins()[1] if used else {member.bundle_digest for member in first.expert_set.members}
 
         keeps = in_use if parsed.router.experts == "remote" else None
-        engine, model, organ_gate = await asyncio.to_thread(build_engine, parsed, first, device, endpoints, keeps)
+        engine, model, organ_gate = await asyncio.to_thread(
+            build_engine, parsed, first, device, endpoints, keeps, channels
+        )
         engine.start()
-        vision = VisionClient(endpoints.source(VISION), INTERNAL_CHANNEL_OPTIONS)
+        vision = VisionClient(endpoints.source(VISION), channels)
         expert_sets = ExpertSets(
             engine.dispatcher,
             organ_gate,
@@ -89,7 +92,7 @@ class RouterReplica(Replica):
         )
         used.append(expert_sets)
         outcomes = Outcomes()
-        feed = RolloutFeedClient(endpoints.source(CONTROL), expert_sets, outcomes, INTERNAL_CHANNEL_OPTIONS)
+        feed = RolloutFeedClient(endpoints.source(CONTROL), expert_sets, outcomes, channels)
         service = RouterService(engine, model, expert_sets, vision, parsed.router, outcomes, feed.replayed)
         part = Part(
             services=[Service(router_pb2_grpc.add_RouterServicer_to_server, service, SERVICE_NAME)],
@@ -112,6 +115,7 @@ def build_engine(
     device: "torch.device",
     endpoints: Endpoints,
     in_use: "Callable[[], Collection[str]] | None" = None,
+    channels: InnerChannels = PLAIN_CHANNELS,
 ) -> "tuple[Engine, ServedModel, OrganGate]":
     """Loads the backbone and the gates, and puts the engine together; takes as long as reading the weights.
 
@@ -121,6 +125,7 @@ def build_engine(
         device: where the backbone goes.
         endpoints: where the experts are.
         in_use: the digests whose copies must stay on this machine; None reads the registry alone and copies nothing.
+        channels: connects to the experts.
     """
     from echovlm_ray.engine.engine import Engine
     from echovlm_ray.engine.runner import ModelRunner
@@ -141,7 +146,7 @@ def build_engine(
     gates = {member.bundle_digest: read_gates(member.bundle_digest) for member in expert_set.members}
     top_k = config.text_config.num_experts_per_tok
     dispatcher = Dispatcher(
-        _placement(settings, served, registry, device, backbone.dtype, top_k, endpoints),
+        _placement(settings, served, registry, device, backbone.dtype, top_k, endpoints, channels),
         top_k=top_k,
         norm_topk_prob=config.text_config.norm_topk_prob,
     )
@@ -194,6 +199,7 @@ def _placement(
     dtype: "torch.dtype",
     top_k: int,
     endpoints: Endpoints,
+    channels: InnerChannels,
 ) -> "ExpertPlacement":
     from echovlm_ray.serving.bundles import signature_policy
     from experts.group import ExpertGroup
@@ -205,6 +211,7 @@ def _placement(
         return RemoteExperts(
             lambda organ: endpoints.of(expert_application(organ)),
             exchange_timeout_s=settings.router.exchange_timeout_s,
+            channels=channels,
             shared_memory_bytes=settings.router.shared_memory_bytes,
         )
 
@@ -226,7 +233,9 @@ def _placement(
     return LocalExperts(groups)
 
 
-def _first_set(settings: RouterSettings, served: "ServedCheckpoint", endpoints: Endpoints) -> "ServedCheckpoint":
+def _first_set(
+    settings: RouterSettings, served: "ServedCheckpoint", endpoints: Endpoints, channels: InnerChannels
+) -> "ServedCheckpoint":
     """The checkpoint with the set that Control says is live, if it says so now or has left it in its file.
 
     What the checkpoint came with may be gone from its registry, and is then not what a router must have to start.
@@ -237,7 +246,7 @@ def _first_set(settings: RouterSettings, served: "ServedCheckpoint", endpoints: 
     if settings.policy_file is None:
         return served
     endpoints.wait_for([CONTROL], FIND_CONTROL_S)
-    asked = ask_policy(endpoints.of(CONTROL))
+    asked = ask_policy(endpoints.of(CONTROL), channels)
     policy = asked if asked is not None and _is_ours(asked, served) else _last_known(settings, served)
     return served if policy is None else replace(served, expert_set=policy_from_proto(policy).stable)
 

@@ -141,6 +141,9 @@ class ControlSettings(ReplicaSettings):
     rollouts: RolloutsSection
     experts: ExpertsSection
     experts_placement: Literal["remote", "local"]
+    # What callers' requests may hold, and so those of an evaluation.
+    gateway: GatewaySection
+    router: RouterSection
 
     @property
     def resources(self) -> Resources:
@@ -200,6 +203,8 @@ def settings_of(
         rollouts=config.rollouts,
         experts=config.experts,
         experts_placement=config.router.experts,
+        gateway=config.gateway,
+        router=config.router,
     )
     if config.router.experts == "remote":
         settings |= {expert_application(organ): control.expert_group(organ) for organ in organs}

@@ -18,6 +18,7 @@ from echovlm_ray.serving.known_policy import ForeignPolicyError, check_identity
 from echovlm_ray.serving.policy_follower import TAKEN_UP_TIMEOUT_S
 from echovlm_ray.serving.router.outcomes import Outcomes, report_of
 from echovlm_ray.serving.router.pinning import ExpertSets, UnusablePolicyError
+from experts.transport.inner_channel import PLAIN_CHANNELS, InnerChannels
 from protos import control_pb2, control_pb2_grpc
 from router.expert_set import ExpertSet
 from router.rollouts.traffic import TrafficPolicy
@@ -40,7 +41,7 @@ class RolloutFeedClient:
         addresses: Callable[[], Sequence[str]],
         expert_sets: ExpertSets,
         outcomes: Outcomes,
-        channel_options: Sequence[tuple[str, int | str]] = (),
+        channels: InnerChannels = PLAIN_CHANNELS,
         report_period_s: float = REPORT_PERIOD_S,
     ) -> None:
         """Takes its parts.
@@ -49,7 +50,7 @@ class RolloutFeedClient:
             addresses: where Control's internal server is now; empty while it is away.
             expert_sets: takes the policies up.
             outcomes: what is reported.
-            channel_options: of the connection.
+            channels: connects to Control.
             report_period_s: seconds between reports.
         """
         # Never used again by another process, as Control may hold against it what this one did.
@@ -57,7 +58,7 @@ class RolloutFeedClient:
         self._addresses = addresses
         self._expert_sets = expert_sets
         self._outcomes = outcomes
-        self._options = list(channel_options)
+        self._connections = channels
         self._report_period_s = report_period_s
         self._channel: grpc.aio.Channel | None = None
         self._address = ""
@@ -158,7 +159,7 @@ class RolloutFeedClient:
         if self._address not in addresses or self._channel is None:
             self._address = addresses[0]
             # Exchanged first: another task may come here while the old one closes.
-            old, self._channel = self._channel, grpc.aio.insecure_channel(self._address, options=self._options)
+            old, self._channel = self._channel, self._connections.asynchronous(self._address)
             if old is not None:
                 await old.close()
         return control_pb2_grpc.RolloutFeedStub(self._channel)

@@ -159,6 +159,26 @@ class ExpertSets:
             finally:
                 self._forget_all(dropped)
 
+    def admit_evaluation(self, traits: RequestTraits, digest: str) -> PinnedExperts:
+        """Pins a request of an evaluation to the stable set, or to that with one candidate, whatever its traffic.
+
+        Args:
+            traits: of the request.
+            digest: the candidate's bundle, or a stable one.
+
+        Raises:
+            OrganPendingError: the policy in force has no such bundle; a later one may bring it.
+            UnknownOrganError: the request names an organ that the set does not have.
+            TooManyOrgansError: it names more than a request may use.
+        """
+        with self._lock:
+            policy = self._policy
+            candidate = next((each for each in policy.candidates if each.digest == digest), None)
+            if candidate is None and all(member.bundle_digest != digest for member in policy.stable.members):
+                raise OrganPendingError
+            expert_set = policy.stable if candidate is None else with_candidates(policy.stable, [candidate])
+            return self._hold(expert_set, self._choose(expert_set, traits))
+
     def announce(self, policy: TrafficPolicy) -> None:
         """Says that Control has a policy, which `take_up` will be given soon."""
         with self._lock:

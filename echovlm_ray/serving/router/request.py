@@ -17,6 +17,7 @@ from router.expert_gates import BundleGates
 from router.expert_set import ExpertSet
 
 MAX_CACHE_SALT_BYTES = 64
+MAX_CALLER_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,10 @@ class RequestReader:
         if len(request.cache_salt) > MAX_CACHE_SALT_BYTES:
             raise InvalidRequestError(
                 "cache_salt", f"has {len(request.cache_salt)} bytes; at most {MAX_CACHE_SALT_BYTES} are allowed"
+            )
+        if len(request.caller) > MAX_CALLER_BYTES:
+            raise InvalidRequestError(
+                "caller", f"has {len(request.caller)} bytes; at most {MAX_CALLER_BYTES} are allowed"
             )
         check_sampling(request.sampling)
         check_session_key(request.session_key)
@@ -162,6 +167,7 @@ class RequestReader:
             return_logits=request.return_logits,
             deadline=deadline,
             cache_salt=request.cache_salt,
+            caller=request.caller,
         )
 
     def place_vision(

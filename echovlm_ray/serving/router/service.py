@@ -33,6 +33,8 @@ from router.expert_set import ExpertSet
 DEADLINE_MARGIN = 0.1
 LONGEST_MARGIN_S = 0.2
 
+NO_ROOM = "requests of callers need the room: an evaluation asks again later"
+
 FINISH_REASONS = {Finish.STOP: router_pb2.FINISH_REASON_STOP, Finish.LENGTH: router_pb2.FINISH_REASON_LENGTH}
 
 
@@ -104,20 +106,27 @@ class RouterService(router_pb2_grpc.RouterServicer):
     ) -> AsyncIterator[router_pb2.RouterGenerateResponse]:
         """Streams the tokens of one request; leaving the stream cancels it at the engine's next step."""
         self._reader.check(request)
+        evaluated = request.evaluated_bundle
+        # Before its pictures are encoded too.
+        if evaluated and not self._shadows.has_room(0):
+            raise OverloadedError(NO_ROOM)
         deadline = self._deadline(context)
-        pictures = await self._encode(request.vision_inputs, deadline, request.cache_salt)
+        pictures = await self._encode(request.vision_inputs, deadline, request.cache_salt, request.caller)
         unpinned = self._reader.sequence_request(request, pictures, deadline)
         traits = _traits(request.organ_hints, pictures, request.session_key, context, request.policy_version)
-        admission = await self._admit(traits, request.expert_set_id)
+        admission = await self._admit(traits, request.expert_set_id, evaluated)
         experts = admission.experts
         pinned = _pinned(unpinned, admission)
         shadow = None if admission.shadow is None else self._shadows.prepare(admission.shadow, pinned)
         completed, complete = 0, False
         try:
             outputs: asyncio.Queue[StepOutput | Exception] = asyncio.Queue()
-            # What a caller chose by itself is no evidence about a version.
-            judged = () if request.expert_set_id else experts.used
-            sequence = await self._submit(pinned, experts, judged, outputs, shadow)
+            if evaluated:
+                sequence = self._submit_evaluation(pinned, experts, outputs)
+            else:
+                # What a caller chose by itself is no evidence about a version.
+                judged = () if request.expert_set_id else experts.used
+                sequence = await self._submit(pinned, experts, judged, outputs, shadow)
             try:
                 while not complete:
                     output = await outputs.get()
@@ -125,6 +134,8 @@ class RouterService(router_pb2_grpc.RouterServicer):
                         raise _with_version(output, experts)
                     completed += 1
                     complete = output.finish is not None
+                    if evaluated and not complete and self._shadows.is_in_the_way():
+                        raise OverloadedError(NO_ROOM)
                     if completed == 1 and shadow is not None:
                         shadow.begin()
                     yield _response(request, output, completed, experts)
@@ -134,6 +145,25 @@ class RouterService(router_pb2_grpc.RouterServicer):
             if shadow is not None:
                 shadow.leave(complete)
 
+    def _submit_evaluation(
+        self, request: SequenceRequest, experts: PinnedExperts, outputs: "asyncio.Queue[StepOutput | Exception]"
+    ) -> EngineSequence:
+        """Runs a request that answers no caller, where callers leave room; says nothing of its experts' traffic."""
+        run = Run(experts, (), self._outcomes, sink=self._opened_mailbox().sink(outputs))
+        try:
+            if not self._shadows.has_room(len(request.input_ids) + request.max_new_tokens):
+                raise OverloadedError(NO_ROOM)
+            return self._engine.submit(dataclasses.replace(request, background=True), run.sink, run.gone)
+        except BaseException:
+            run.drop()
+            raise
+
+    def _opened_mailbox(self) -> "Mailbox[StepOutput | Exception]":
+        if self._mailbox is None:
+            self._mailbox = Mailbox(asyncio.get_running_loop())
+            self._engine.told = self._mailbox.wake
+        return self._mailbox
+
     async def _submit(
         self,
         request: SequenceRequest,
@@ -142,15 +172,13 @@ class RouterService(router_pb2_grpc.RouterServicer):
         outputs: "asyncio.Queue[StepOutput | Exception]",
         shadow: Shadow | None,
     ) -> EngineSequence:
-        if self._mailbox is None:
-            self._mailbox = Mailbox(asyncio.get_running_loop())
-            self._engine.told = self._mailbox.wake
+        mailbox = self._opened_mailbox()
 
         def ended() -> None:
             if shadow is not None:
                 shadow.incumbent_ended(run)
 
-        run = Run(experts, judged, self._outcomes, sink=self._mailbox.sink(outputs), ended=ended)
+        run = Run(experts, judged, self._outcomes, sink=mailbox.sink(outputs), ended=ended)
         try:
             self._shadows.make_way(len(request.input_ids) + request.max_new_tokens)
             try:
@@ -163,8 +191,10 @@ class RouterService(router_pb2_grpc.RouterServicer):
             run.drop()
             raise
 
-    async def _admit(self, traits: RequestTraits, expert_set_id: str) -> Admission:
+    async def _admit(self, traits: RequestTraits, expert_set_id: str, evaluated: str = "") -> Admission:
         try:
+            if evaluated:
+                return Admission(self._expert_sets.admit_evaluation(traits, evaluated), None)
             if not expert_set_id:
                 return self._expert_sets.admit(traits)
             if (admission := self._expert_sets.admit_to(traits, expert_set_id)) is not None:
@@ -182,11 +212,11 @@ class RouterService(router_pb2_grpc.RouterServicer):
         return time.monotonic() + seconds - min(seconds * DEADLINE_MARGIN, LONGEST_MARGIN_S)
 
     async def _encode(
-        self, inputs: Sequence[vision_pb2.VisionInput], deadline: float, cache_salt: bytes = b""
+        self, inputs: Sequence[vision_pb2.VisionInput], deadline: float, cache_salt: bytes = b"", caller: bytes = b""
     ) -> list[EncodedPicture]:
         if not inputs:
             return []
-        pictures = await self._vision.encode(inputs, deadline, cache_salt)
+        pictures = await self._vision.encode(inputs, deadline, cache_salt, caller)
         expected = self._reader.expected_embeddings(inputs)
         found = [tuple(picture.embedding.shape) for picture in pictures]
         if found != expected:

@@ -57,6 +57,7 @@ class Shadows:
             shares=experts.choice.shares,
             # They would be computed and thrown away.
             return_logits=False,
+            background=True,
         )
         return Shadow(self, experts, request, self._outcomes)
 

@@ -8,6 +8,7 @@ from collections import Counter
 from typing import Literal
 
 from echovlm_ray.errors import InvalidRequestError, PartUnavailableError, ShuttingDownError
+from echovlm_ray.fair_queue import FairSemaphore
 from echovlm_ray.vision.decoding.answer import WrongAnswerError
 from echovlm_ray.vision.decoding.decoder import Decoder, DecoderEndedError, DecoderLimitError, FileRefusedError
 from echovlm_ray.vision.decoding.settings import DecoderSettings
@@ -39,7 +40,7 @@ _CRASHED = "could not be decoded, because the decoder crashed on it; export it a
 class DecoderPool:
     """Decodes files, each in one of a few processes. Belongs to the event loop in which it was started.
 
-    Files wait for a process in the order in which they came.
+    Callers take turns; a caller's files wait for a process in the order in which they came.
     """
 
     def __init__(self, settings: DecoderSettings, *, processes: int, max_cpu_s: float) -> None:
@@ -52,6 +53,7 @@ class DecoderPool:
         """
         self._settings = settings
         self._processes = processes
+        self._places = FairSemaphore(processes)
         self._max_cpu_s = max_cpu_s
         self._server: ForkServer | None = None
         # None wakes those who wait when the pool is closed.
@@ -97,13 +99,14 @@ class DecoderPool:
                 self._drop(decoder)
         self._idle.put_nowait(None)
 
-    async def decode(self, content: bytes, *, field: str, request_id: str = "") -> DecodedImage:
+    async def decode(self, content: bytes, *, field: str, request_id: str = "", caller: bytes = b"") -> DecodedImage:
         """Decodes a file, see `decode_image_file`; its frames are scaled. One that is cancelled is ended at once.
 
         Args:
             content: the whole file.
             field: the file's place in the request, for errors.
             request_id: for the log.
+            caller: whose turn it takes.
 
         Raises:
             InvalidRequestError: the file cannot be decoded, or not within the limits.
@@ -121,7 +124,8 @@ class DecoderPool:
         try:
             for _ in range(ATTEMPTS):
                 try:
-                    return await self._decode(content, request_id)
+                    async with self._places.place(caller):
+                        return await self._decode(content, request_id)
                 except DecoderEndedError as error:
                     if error.status is not None and -error.status not in _FROM_OUTSIDE:
                         self.outcomes["crash"] += 1

@@ -69,8 +69,8 @@ class CodedFrames:
         self._rle = claim[0] == "RLE"
         self._samples = claim[3]
         self.layout = self._settled(claim, has_palette, notices)
-        cut_off = not encapsulated.fragments[-1].is_whole
-        if cut_off:
+        self.is_cut_off = not encapsulated.fragments[-1].is_whole
+        if self.is_cut_off:
             notices.append("is cut off within its pixel data")
         elif not encapsulated.is_ended:
             notices.append("has no Sequence Delimitation Item behind its pixel data")
@@ -174,6 +174,7 @@ class CodedFrames:
 
     def _decoded(self, frame: bytes, size: FrameSize) -> tuple[npt.NDArray[Any], str]:
         if not is_ended(frame):
+            self.is_cut_off = True
             self._notices.append("has a frame without its end marker")
         if size.samples == 1:
             return decode_codestream(frame, size), ""

@@ -57,6 +57,7 @@ class NativeFrames:
         layout: of every frame.
         count: how many frames there are bytes for.
         usable: their indices.
+        is_cut_off: whether there are fewer bytes than the frames take.
     """
 
     def __init__(self, element: PixelElement, header: PixelHeader, has_palette: bool, notices: list[str]) -> None:
@@ -77,6 +78,7 @@ class NativeFrames:
         self.layout, self._packed = self._settled(header, available, has_palette, notices)
         available = self._available(available, notices)
         self._data = element.rest[:available]
+        self.is_cut_off = self._is_cut_off(available)
         self.count = self._counted(available, notices)
         self.usable = tuple(range(self.count))
         if self.layout.samples > 1 and self.layout.allocated >= 8 and not self._packed:
@@ -236,6 +238,13 @@ class NativeFrames:
             if missing > 0 or self._element.length - len(self._element.rest) > 1:
                 notices.append("is cut off within its pixel data")
         return available
+
+    def _is_cut_off(self, available: int) -> bool:
+        if 8 * available < self._frame_bits * (self._header.frames or 1):
+            return True
+        # Without a number of frames only what is left behind those of a loop tells; behind a still it is padding.
+        count, left = divmod(8 * available, self._frame_bits)
+        return self._header.frames is None and count > 1 and left >= self._frame_bits // self.layout.rows
 
     def _counted(self, available: int, notices: list[str]) -> int:
         row_bits = self._frame_bits // self.layout.rows

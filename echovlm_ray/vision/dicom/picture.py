@@ -52,6 +52,7 @@ class DicomPicture:
         source_frames: how many frames the file has.
         anatomy_terms: from coded attributes only: free text may hold names.
         notices: what was done differently from what the file or the configuration asks for, a sentence each.
+        is_partial: whether it is cut off or damaged, so that frames or parts of them are missing.
     """
 
     frames: tuple[npt.NDArray[np.uint8], ...]
@@ -59,6 +60,7 @@ class DicomPicture:
     source_frames: int
     anatomy_terms: tuple[str, ...]
     notices: tuple[str, ...] = ()
+    is_partial: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,7 @@ class FrameSource(Protocol):
     layout: FrameLayout
     count: int
     usable: tuple[int, ...]
+    is_cut_off: bool
 
     @property
     def decoded_bytes(self) -> int:
@@ -152,7 +155,7 @@ def _decode(parsed: ParsedFile, limits: DicomLimits, notices: list[str]) -> Dico
     else:
         source = CodedFrames(encapsulated, header, extended_offsets(dataset), has_palette(dataset), notices)
     _compare_frames(dataset, header, source.count, notices)
-    indices, decoded = _decoded(source, limits, notices)
+    indices, decoded, lost = _decoded(source, limits, notices)
     distinct = sorted(decoded)
     rgb = _to_rgb([decoded[index] for index in distinct], distinct, dataset, source.layout, element, notices)
     frames = dict(zip(distinct, rgb, strict=True))
@@ -167,6 +170,7 @@ def _decode(parsed: ParsedFile, limits: DicomLimits, notices: list[str]) -> Dico
         source_frames=source.count,
         anatomy_terms=_anatomy(dataset, notices),
         notices=_sentences(notices),
+        is_partial=source.is_cut_off or source.count < (header.frames or 1) or lost > 0,
     )
 
 
@@ -188,7 +192,8 @@ def _decode_video(
     notices: list[str],
 ) -> DicomPicture:
     """The sampled frames of an object whose pixel data are one video stream."""
-    if encapsulated is not None and not encapsulated.fragments[-1].is_whole:
+    is_cut_off = encapsulated is not None and not encapsulated.fragments[-1].is_whole
+    if is_cut_off:
         notices.append("is cut off within its video; the frames that are there are taken")
     try:
         video = decode_dicom_video(
@@ -203,7 +208,14 @@ def _decode_video(
     if box is not None:
         left, top, right, bottom = box
         frames = tuple(frame[top:bottom, left:right].copy() for frame in frames)
-    return DicomPicture(frames, video.indices, video.source_frames, _anatomy(dataset, notices), _sentences(notices))
+    return DicomPicture(
+        frames,
+        video.indices,
+        video.source_frames,
+        _anatomy(dataset, notices),
+        _sentences(notices),
+        is_cut_off or video.is_partial,
+    )
 
 
 def _sentences(notices: Iterable[str]) -> tuple[str, ...]:
@@ -252,8 +264,8 @@ def _compare_frames(dataset: Dataset, header: PixelHeader, count: int, notices: 
 
 def _decoded(
     source: FrameSource, limits: DicomLimits, notices: list[str]
-) -> tuple[tuple[int, ...], dict[int, tuple[npt.NDArray[Any], str]]]:
-    """The sampled frames by their index, once their size is known to be within the limits.
+) -> tuple[tuple[int, ...], dict[int, tuple[npt.NDArray[Any], str]], int]:
+    """The sampled frames by their index, once their size is known to be within the limits, and how many were lost.
 
     Where one cannot be decoded, frames are sampled anew from the others.
     """
@@ -271,7 +283,7 @@ def _decoded(
             lost = source.count - len(usable)
             if lost:
                 notices.append(f"has {source.count} frames, of which {lost} cannot be decoded and are left out")
-            return indices, {index: decoded[index] for index in set(indices)}
+            return indices, {index: decoded[index] for index in set(indices)}, lost
         try:
             decoded[missing] = source.decode(missing)
         except FrameError as error:

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 from pydicom import dcmread
 
+from echovlm_ray.checkpoint.layout import InvalidCheckpointError
 from echovlm_ray.data.phantom.catalogue import all_classes, select_classes
-from echovlm_ray.data.phantom.corpus import Corpus, FolderInUseError, png_bytes, sample, write_corpus
+from echovlm_ray.data.phantom.corpus import Corpus, png_bytes, sample, write_corpus
 from echovlm_ray.data.phantom.dicom_file import dicom_bytes
 from echovlm_ray.data.phantom.parsing import parse, parse_diagnosis
 from echovlm_ray.data.phantom.phantom import NOTICE, attributes_at, cine_frames, phantom
@@ -113,7 +114,7 @@ def test_what_there_is_not_is_refused(organs: list[str], classes: list[str], exc
 
 def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(FolderInUseError, match="is not an empty folder"):
+    with pytest.raises(InvalidCheckpointError, match="is not empty; give a new folder"):
         write_corpus(tmp_path, Corpus(seed=0, indices=range(1), classes=all_classes()))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 

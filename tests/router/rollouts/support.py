@@ -12,6 +12,7 @@ from router.expert_set import ExpertSet, ExpertSetMember, Routing
 from router.rollouts.controller import RolloutController
 from router.rollouts.fleet import ReplicaLostError, ReplicaResidents
 from router.rollouts.fleet_view import OrganView
+from router.rollouts.gates import Evaluator
 from router.rollouts.health import HealthMonitor
 from router.rollouts.history import Entry
 from router.rollouts.leases import Leases
@@ -176,10 +177,12 @@ def controller_of(
     monitor: HealthMonitor | None = None,
     verifier: object | None = None,
     leases: Leases | None = None,
+    evaluator: Evaluator | None = None,
 ) -> RolloutController:
     judge = verifier or DigestVerifier(fleet)
     clock = store.clock.monotonic if isinstance(store.clock, Clock) else time.monotonic
-    return RolloutController(store, fleet, judge, settings, monitor or HealthMonitor(clock), leases)  # type: ignore[arg-type]
+    watched = monitor or HealthMonitor(clock)
+    return RolloutController(store, fleet, judge, settings, watched, leases, evaluator)  # type: ignore[arg-type]
 
 
 def reconcile_until(

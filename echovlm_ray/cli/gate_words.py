@@ -1,0 +1,108 @@
+"""Gates and evaluations in words, tables and JSON; and the file that demands them."""
+
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from echovlm_ray.cli.control import EXIT_INVALID
+from echovlm_ray.cli.tables import Listing
+from echovlm_ray.cli.terminal import console_of, line, name_of
+from echovlm_ray.cli.work import fail
+
+if TYPE_CHECKING:
+    from protos.control_pb2 import Evaluation, Gate, Rollout
+
+Gates = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Only once the candidate has passed the evaluations in this YAML file, a list under `gates:`; Control "
+        "runs them, and then goes on by itself.",
+    ),
+]
+Override = Annotated[
+    bool,
+    typer.Option("--override", help="Although its evaluations were not passed, or have not ended; needs --reason."),
+]
+
+
+def gates_json(path: Path | None) -> str:
+    """The gates of a file as Control takes them; "" without a file. Ends the command if it cannot be used."""
+    if path is None:
+        return ""
+    from echovlm_ray.cli.rollout_yaml import read_gates_file
+    from echovlm_ray.yaml_document import DocumentError
+
+    try:
+        return read_gates_file(path).model_dump_json()
+    except DocumentError as error:
+        fail(str(error), EXIT_INVALID)
+
+
+def check_override(override: bool, reason: str) -> None:
+    """Ends the command where an override does not say why."""
+    if override and not reason.strip():
+        fail("--override needs --reason: it says in the history why the evaluations do not count", EXIT_INVALID)
+
+
+def failed_gates(rollout: "Rollout") -> str:
+    """What a candidate in flight did not pass, in words; "" while nothing is known against it."""
+    if any(gate.state == "open" for gate in rollout.gates):
+        return ""
+    return "; ".join(gate.evaluation.text for gate in rollout.gates if gate.state == "failed")
+
+
+def gate_as_dict(gate: "Gate") -> dict[str, Any]:
+    """A gate; numbers as numbers."""
+    return {
+        "dataset": gate.dataset,
+        "dataset_digest": gate.dataset_digest,
+        "metric": gate.metric,
+        "organ": gate.organ,
+        "organs": gate.organs,
+        "at_least": gate.at_least if gate.HasField("at_least") else None,
+        "not_below_incumbent_by": gate.not_below_incumbent_by if gate.HasField("not_below_incumbent_by") else None,
+        "state": gate.state,
+        "answered": gate.answered,
+        "questions": gate.questions,
+        "evaluation": evaluation_as_dict(gate.evaluation) if gate.HasField("evaluation") else None,
+    }
+
+
+def evaluation_as_dict(evaluation: "Evaluation") -> dict[str, Any]:
+    """What an evaluation found; what it did not measure is None."""
+    optional = ("low", "high", "incumbent_value", "difference", "difference_low", "difference_high")
+    measured = {name: getattr(evaluation, name) if evaluation.HasField(name) else None for name in optional}
+    return {
+        "rollout": evaluation.rollout_id,
+        "organ": evaluation.organ,
+        "version": evaluation.version,
+        "digest": evaluation.digest,
+        "dataset": evaluation.dataset,
+        "dataset_digest": evaluation.dataset_digest,
+        "metric": evaluation.metric,
+        "passed": evaluation.passed,
+        "text": evaluation.text,
+        "records": evaluation.records,
+        "value": evaluation.value,
+        "incumbent_digest": evaluation.incumbent_digest or None,
+        **measured,
+        "evaluated_at": evaluation.evaluated_at,
+    }
+
+
+def print_evaluations(evaluations: Iterable["Evaluation"]) -> None:
+    """Prints what evaluations found about a version."""
+    found = list(evaluations)
+    if not found:
+        console_of().print("No evaluation of it is known to Control.")
+        return
+    table = Listing("evaluated", "rollout", "passed", "figures")
+    for evaluation in found:
+        when = datetime.fromtimestamp(evaluation.evaluated_at).astimezone().isoformat(" ", "seconds")
+        passed = "yes" if evaluation.passed else "no"
+        table.add_row(when, name_of(evaluation.rollout_id), passed, line(evaluation.text))
+    console_of().print(table)

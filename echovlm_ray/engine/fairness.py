@@ -1,0 +1,53 @@
+"""Which caller is served next, where several share an engine."""
+
+from collections import Counter
+
+# A decoded token takes a step of its own; prompt tokens are computed many at a time.
+PROMPT_TOKEN = 1.0
+DECODED_TOKEN = 2.0
+# The most by which a caller that had less than the others is preferred to them, in prompt tokens.
+MAX_CREDIT = 16_384.0
+
+
+class ServiceCounters:
+    """Counts what each caller was served, so that the one that was served least can be next.
+
+    The virtual token counter of "Fairness in Serving Large Language Models" (Sheng et al., arXiv 2401.00588): a caller
+    that becomes active is lifted to the least of the active callers' counters, so that nothing is saved up while it is
+    away. Here the lead is bounded too, because a caller can be active and yet get nothing while its experts are away.
+    """
+
+    def __init__(self) -> None:
+        self._served: dict[bytes, float] = {}
+        # Sequences that wait or run.
+        self._sequences: Counter[bytes] = Counter()
+
+    @property
+    def num_active(self) -> int:
+        """Callers with sequences that wait or run."""
+        return len(self._sequences)
+
+    def join(self, caller: bytes) -> None:
+        """A sequence of a caller is queued."""
+        if caller not in self._sequences and self._sequences:
+            active = [self._served[other] for other in self._sequences]
+            self._served[caller] = max(self._served.get(caller, 0.0), min(active), max(active) - MAX_CREDIT)
+        self._served.setdefault(caller, 0.0)
+        self._sequences[caller] += 1
+
+    def leave(self, caller: bytes) -> None:
+        """A sequence of a caller has ended."""
+        self._sequences[caller] -= 1
+        if not self._sequences[caller]:
+            del self._sequences[caller]
+        if not self._sequences:
+            self._served.clear()
+
+    def charge(self, caller: bytes, num_tokens: int) -> None:
+        """Tokens of a caller are computed in one step: one if it decodes, any number of its prompt."""
+        self._served[caller] += DECODED_TOKEN if num_tokens == 1 else num_tokens * PROMPT_TOKEN
+
+    def priority(self, caller: bytes) -> tuple[float, int]:
+        """Sorts active callers: the one that was served least is first, then the one with the fewest sequences."""
+        leader = max(self._served[other] for other in self._sequences)
+        return max(self._served[caller], leader - MAX_CREDIT), self._sequences[caller]

@@ -1,0 +1,90 @@
+"""A gateway of Control's own, whose requests are answered by one version: for evaluations, and for nobody else."""
+
+import asyncio
+import tempfile
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from pathlib import Path
+
+import grpc
+
+from echovlm_ray.config import GatewaySection, RouterSection
+from echovlm_ray.model.processing import EchoVLMProcessor
+from echovlm_ray.serving.gateway import GatewayService, ModelDescription
+from echovlm_ray.serving.interceptor import CallInterceptor
+from echovlm_ray.serving.router_client import RouterClient
+from experts.transport.inner_channel import InnerChannels
+from protos import echovlm_pb2_grpc, router_pb2
+
+UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+
+
+class Pace:
+    """Spaces requests so that no more than so many begin in a second. Belongs to one event loop."""
+
+    def __init__(self, per_second: float) -> None:
+        """Takes the rate."""
+        self._interval_s = 1 / per_second
+        self._next = time.monotonic()
+
+    async def turn(self) -> None:
+        """Returns when another request may begin."""
+        now = time.monotonic()
+        begin = max(now, self._next)
+        self._next = begin + self._interval_s
+        await asyncio.sleep(begin - now)
+
+
+class PinnedRouterClient(RouterClient):
+    """Has every request answered by one version of an organ, whatever part of the traffic it gets."""
+
+    def __init__(
+        self,
+        addresses: Callable[[], Sequence[str]],
+        channels: InnerChannels,
+        digest: str,
+        pace: Pace,
+    ) -> None:
+        """Takes what `RouterClient` does, the version's digest, and how often it may ask."""
+        super().__init__(addresses, channels)
+        self._digest = digest
+        self._pace = pace
+
+    async def generate(
+        self, request: router_pb2.RouterGenerateRequest, *, deadline: float, request_id: str
+    ) -> AsyncGenerator[router_pb2.RouterGenerateResponse, None]:
+        """See `RouterClient.generate`."""
+        await self._pace.turn()
+        request.evaluated_bundle = self._digest
+        async with aclosing(super().generate(request, deadline=deadline, request_id=request_id)) as messages:
+            async for message in messages:
+                yield message
+
+
+@asynccontextmanager
+async def answering_version(
+    router: RouterClient,
+    processor: EchoVLMProcessor,
+    describe: Callable[[], ModelDescription],
+    gateway: GatewaySection,
+    limits: RouterSection,
+) -> AsyncIterator[str]:
+    """The address of a gateway over a router client, on a socket in a folder that is this user's alone.
+
+    Raises:
+        PartUnavailableError: the processes that decode images cannot be started.
+    """
+    service = GatewayService(processor, router, describe, gateway=gateway, limits=limits)
+    with tempfile.TemporaryDirectory(prefix="echovlm-gate-") as folder:
+        address = f"unix:{Path(folder) / 'gateway'}"
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(router.close)
+            stack.push_async_callback(service.close)
+            await service.start()
+            server = grpc.aio.server(interceptors=[CallInterceptor(None)], options=UNLIMITED)
+            echovlm_pb2_grpc.add_EchoVLMServicer_to_server(service, server)
+            server.add_insecure_port(address)
+            await server.start()
+            stack.push_async_callback(server.stop, 0)
+            yield address

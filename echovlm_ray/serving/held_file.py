@@ -1,0 +1,74 @@
+"""A file that one process at a time holds, and that is gone when that process gives it back.
+
+The lock is the system's own (flock), so it is free again when its process ends, however it ends. The file of a process
+that was killed stays, and the next one takes it.
+"""
+
+import fcntl
+import os
+from contextlib import suppress
+from pathlib import Path
+
+
+class HeldError(Exception):
+    """Another process holds the file.
+
+    Attributes:
+        holder: its process id; "" if the file does not say it.
+    """
+
+    def __init__(self, holder: str) -> None:
+        """Takes the process id."""
+        super().__init__(f"held by process {holder}" if holder else "held")
+        self.holder = holder
+
+
+def hold(path: Path, mode: int) -> int:
+    """Makes the file where there is none, locks it and writes this process's id into it.
+
+    Args:
+        path: the file; its folder exists.
+        mode: of a file that is made.
+
+    Returns:
+        The descriptor to give to `give_back`.
+
+    Raises:
+        HeldError: another process holds it.
+        OSError: it cannot be made or locked.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The one before may have removed the file between the two calls; a lock on that one keeps nobody out.
+            if _has_name(descriptor, path):
+                # On a full disk the file stays without it, and is held all the same.
+                with suppress(OSError):
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+                return descriptor
+        except BlockingIOError:
+            content = os.pread(descriptor, 32, 0)
+            os.close(descriptor)
+            raise HeldError(content.decode() if content.isdigit() else "") from None
+        except OSError:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def give_back(descriptor: int, path: Path) -> None:
+    """Removes the file and frees the lock."""
+    # While it is locked, so that it is this process's own.
+    with suppress(OSError):
+        if _has_name(descriptor, path):
+            path.unlink()
+    os.close(descriptor)
+
+
+def _has_name(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,34 @@
+"""Whether Ray's own ports ask for a token: what arrives at some of them is unpickled, and so runs."""
+
+import os
+from pathlib import Path
+
+from echovlm_ray.serving.private_file import read_private
+
+MODE = "RAY_AUTH_MODE"
+_TOKEN = "token"
+
+
+def check_ray_auth(*, insecure: bool) -> None:
+    """Has Ray ask for its token, or refuses to start where the environment says that it shall not.
+
+    Args:
+        insecure: start all the same (`--insecure-ray`).
+
+    Raises:
+        ValueError: `RAY_AUTH_MODE` is set to anything but token, or the token is empty, or others can read its file.
+    """
+    mode = os.environ.get(MODE)
+    if insecure:
+        return
+    if mode is not None and mode != _TOKEN:
+        raise ValueError(
+            f"{MODE} is {mode!r}: without Ray's token, every user who reaches Ray's ports can run code as you. Unset "
+            "it, or start with --insecure-ray where nobody else can reach this machine or its network"
+        )
+    if os.environ.get("RAY_AUTH_TOKEN", _TOKEN).strip() == "":
+        raise ValueError("RAY_AUTH_TOKEN is empty: unset it, and a random token is made")
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if path and not read_private(Path(path), "RAY_AUTH_TOKEN_PATH").strip():
+        raise ValueError(f"RAY_AUTH_TOKEN_PATH {path} is empty: unset it, and a random token is made")
+    os.environ[MODE] = _TOKEN

@@ -1,0 +1,165 @@
+"""Has the gates of candidates evaluated, one after another, while the candidates are loaded."""
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+from router.rollouts.background import Background
+from router.rollouts.evaluations import GateStanding
+from router.rollouts.fleet_view import OrganView
+from router.rollouts.gates import EvaluationInterruptedError, Evaluator, Evidence, GateRun, UnusableGateError
+from router.rollouts.outcome import words
+from router.rollouts.records import Rollout, Snapshot
+from router.rollouts.states import State
+from router.rollouts.store import RolloutStore
+
+logger = logging.getLogger(__name__)
+
+# In these a candidate can be evaluated.
+EVALUABLE = (State.WARM, State.SHADOW, State.CANARY)
+# Before an evaluation that was interrupted begins anew.
+RETRY_S = 5.0
+# A passing reason for the end of an evaluation may be one for ever.
+MAX_TRIES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """One gate of one rollout."""
+
+    rollout_id: str
+    position: int
+
+
+@dataclass(slots=True)
+class _Run:
+    """An evaluation under way: whether it is wanted, and how far it is."""
+
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    answered: int = 0
+    questions: int = 0
+
+    def advance(self, answered: int, questions: int) -> None:
+        self.answered, self.questions = answered, questions
+
+
+class GateRuns:
+    """Evaluations of all rollouts. The database has what they found; one that a process did not end begins anew."""
+
+    def __init__(
+        self,
+        store: RolloutStore,
+        evaluator: Evaluator | None,
+        clock: Callable[[], float],
+        fail: Callable[[str, str], None],
+        on_done: Callable[[], None],
+    ) -> None:
+        """Takes its parts.
+
+        Args:
+            store: the state.
+            evaluator: what evaluates; None where no gate can be declared.
+            clock: monotonic, in seconds.
+            fail: fails a rollout, by its id, for a reason.
+            on_done: called when an evaluation has ended, from its thread.
+        """
+        self._store = store
+        self._evaluator = evaluator
+        self._clock = clock
+        self._fail = fail
+        # One at a time: the rate of questions is bounded for the system as a whole.
+        self._calls = Background(1, on_done)
+        self._runs: dict[_Key, _Run] = {}
+        self._tries: dict[_Key, int] = {}
+        self._not_before = 0.0
+        self._standings: Mapping[str, GateStanding] = {}
+
+    def step(self, snapshot: Snapshot, views: Mapping[str, OrganView]) -> None:
+        """Takes in what has ended, ends what is not wanted any more, and begins what is open; blocks for nothing."""
+        self._take_finished()
+        gated = [rollout for rollout in snapshot.in_flight if rollout.plan.gates]
+        with self._store.read() as transaction:
+            self._standings = {rollout.id: transaction.gate_standing(rollout) for rollout in gated}
+        ready = [rollout for rollout in gated if _is_ready(rollout, views)]
+        wanted = {_Key(rollout.id, position) for rollout in gated for position in self._standings[rollout.id].open[:1]}
+        for key, run in self._runs.items():
+            if key not in wanted:
+                run.cancelled.set()
+        self._tries = {key: tries for key, tries in self._tries.items() if key in wanted}
+        if self._evaluator is None or not self._calls.has_room() or self._clock() < self._not_before:
+            return
+        for rollout in ready:
+            if open_gates := self._standings[rollout.id].open:
+                self._begin(self._evaluator, rollout, open_gates[0], snapshot)
+                return
+
+    def standing(self, rollout: Rollout) -> GateStanding:
+        """How a rollout's gates stood at the last pass."""
+        return self._standings.get(rollout.id, GateStanding(rollout.plan.gates, {}))
+
+    def progress(self, rollout_id: str, position: int) -> tuple[int, int]:
+        """Questions answered of a gate that is open, and how many there are; zeros before it began."""
+        run = self._runs.get(_Key(rollout_id, position))
+        return (0, 0) if run is None else (run.answered, run.questions)
+
+    def waits_for(self, rollout: Rollout) -> str:
+        """What a candidate with gates waits for, in words; "" once it has passed all of them."""
+        standing = self.standing(rollout)
+        if standing.open:
+            position = standing.open[0]
+            answered, questions = self.progress(rollout.id, position)
+            far = f", {answered} of {questions} questions" if questions else ""
+            return f"gate {position + 1} of {len(standing.gates)}, {standing.gates[position].subject}{far}"
+        if standing.failed:
+            return f"an operator, to roll it back or to override: {standing.figures}"
+        return ""
+
+    def stop(self) -> None:
+        """Has the evaluation under way end; it begins anew with the next process."""
+        for run in list(self._runs.values()):
+            run.cancelled.set()
+
+    def _begin(self, evaluator: Evaluator, rollout: Rollout, position: int, snapshot: Snapshot) -> None:
+        live = snapshot.live(rollout.organ)
+        key, run = _Key(rollout.id, position), _Run()
+        wanted = GateRun(
+            gate=rollout.plan.gates[position],
+            digest=rollout.digest,
+            incumbent_digest=live.stable_digest if live else None,
+            cancelled=run.cancelled,
+            progress=run.advance,
+        )
+        self._runs[key] = run
+        self._calls.start(key, partial(evaluator.evaluate, wanted))
+
+    def _take_finished(self) -> None:
+        for key, future in self._calls.take_done().items():
+            assert isinstance(key, _Key)
+            run = self._runs.pop(key)
+            error = future.exception()
+            if error is None:
+                self._ended(key, future.result())
+            elif run.cancelled.is_set():
+                continue
+            elif isinstance(error, EvaluationInterruptedError) and self._tries.get(key, 0) + 1 < MAX_TRIES:
+                self._tries[key] = self._tries.get(key, 0) + 1
+                self._not_before = self._clock() + RETRY_S
+                logger.warning("an evaluation of %s begins anew: %s", key.rollout_id, words(error))
+            else:
+                if not isinstance(error, UnusableGateError | EvaluationInterruptedError):
+                    logger.error("an evaluation of %s failed", key.rollout_id, exc_info=error)
+                self._fail(key.rollout_id, f"gate {key.position + 1} cannot be evaluated: {words(error)}")
+
+    def _ended(self, key: _Key, evidence: Evidence) -> None:
+        with self._store.write() as transaction:
+            rollout = transaction.rollout(key.rollout_id)
+            # It may have been rolled back, or promoted by an override, in the last moment.
+            if rollout.in_flight and key.position in transaction.gate_standing(rollout).open:
+                transaction.note_evaluation(rollout, key.position, evidence)
+
+
+def _is_ready(rollout: Rollout, views: Mapping[str, OrganView]) -> bool:
+    view = views.get(rollout.organ)
+    return rollout.state in EVALUABLE and view is not None and view.held_everywhere(rollout.digest)

@@ -1,0 +1,80 @@
+"""Callers take turns, and a place is never lost."""
+
+import asyncio
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from echovlm_ray.fair_queue import FairQueue, FairSemaphore
+
+
+def test_callers_take_turns_and_each_is_served_in_order() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for item in ("a1", "a2", "a3", "b1", "a4", "c1", "b2"):
+        queue.append(item[:1].encode(), item)
+    assert len(queue) == 7
+    assert queue.first() == "a1"
+    assert [queue.pop() for _ in range(7)] == ["a1", "b1", "c1", "a2", "b2", "a3", "a4"]
+    assert not queue
+
+
+def test_an_item_can_leave_out_of_its_turn() -> None:
+    queue: FairQueue[int] = FairQueue()
+    queue.append(b"a", 1)
+    queue.append(b"a", 2)
+    assert queue.discard(b"a", 1)
+    assert not queue.discard(b"a", 1)
+    assert not queue.discard(b"b", 2)
+    assert queue.pop() == 2
+    queue.append(b"a", 3)
+    queue.clear()
+    assert not queue
+
+
+@given(st.lists(st.tuples(st.sampled_from([b"a", b"b"]), st.integers(0, 3), st.booleans()), max_size=30))
+def test_no_place_is_lost(calls: list[tuple[bytes, int, bool]]) -> None:
+    async def run() -> None:
+        places = FairSemaphore(2)
+        held: Counter[str] = Counter()
+
+        async def call(caller: bytes, turns: int) -> None:
+            async with places.place(caller):
+                held["now"] += 1
+                assert held["now"] <= 2
+                try:
+                    for _ in range(turns):
+                        await asyncio.sleep(0)
+                finally:
+                    held["now"] -= 1
+
+        tasks = []
+        for caller, turns, cancelled in calls:
+            task = asyncio.create_task(call(caller, turns))
+            tasks.append(task)
+            await asyncio.sleep(0)
+            if cancelled:
+                task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        async with places.place(b"c"), places.place(b"c"):
+            assert not held["now"]
+
+    asyncio.run(run())
+
+
+def test_one_caller_with_many_does_not_keep_another_waiting() -> None:
+    async def run() -> None:
+        places, order = FairSemaphore(1), []
+
+        async def call(caller: bytes) -> None:
+            async with places.place(caller):
+                order.append(caller)
+                await asyncio.sleep(0)
+
+        async with places.place(b"a"):
+            waiting = [asyncio.create_task(call(caller)) for caller in (b"a", b"a", b"a", b"b")]
+            await asyncio.sleep(0)
+        await asyncio.gather(*waiting)
+        assert order == [b"a", b"b", b"a", b"a"]
+
+    asyncio.run(run())
