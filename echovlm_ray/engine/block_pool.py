@@ -1,4 +1,4 @@
-"""The cache's blocks: which are free, who holds the others, and what those that nobody holds still contain.
+"""The cache's blocks: which are free, which sequences hold the others, and what the free ones still contain.
 
 A full block whose contents have a key may be held by several sequences at once, none of which writes to it. When the
 last one lets go of it the contents stay, for a later prompt that begins in the same way, until the room is needed.
@@ -40,12 +40,12 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody holds, those with contents included."""
+        """Blocks that no sequence holds, those with contents included."""
         return len(self._free) + len(self._kept)
 
     @property
     def num_kept(self) -> int:
-        """Blocks that nobody holds and whose contents a prompt may still begin with."""
+        """Blocks that no sequence holds and whose contents a prompt may still begin with."""
         return len(self._kept)
 
     @staticmethod
@@ -90,7 +90,7 @@ class BlockPool:
         return self.num_free - sum(block in self._kept for block in blocks)
 
     def hold(self, blocks: Iterable[int]) -> None:
-        """Holds blocks that `find` found; nobody may write to them."""
+        """Holds blocks that `find` found; they are read only."""
         for block in blocks:
             assert self._contents[block] is not None, "a block without contents was shared"
             self._kept.pop(block, None)
@@ -104,7 +104,7 @@ class BlockPool:
 
     def publish(self, block: int, contents: BlockContents) -> None:
         """Makes a full block that is held findable; where another one has the same contents already, that one stays."""
-        assert self._num_holders[block], "a block that nobody holds was published"
+        assert self._num_holders[block], "a free block was published"
         if self._contents[block] is None and contents.key not in self._known:
             self._contents[block] = contents
             self._known[contents.key] = block

@@ -20,7 +20,7 @@ from router.errors import ExpertsUnavailableError, ExpertsUnusableError
 
 logger = logging.getLogger(__name__)
 
-# Before a step with more tokens than this nobody is kept waiting for what the last one said.
+# Before a step with more tokens than this, the outputs of the last one are delivered first.
 _LONG_STEP_TOKENS = 64
 
 
@@ -223,7 +223,7 @@ class Engine:
         try:
             self.told()
         except Exception:
-            # Nobody's request may end by it.
+            # It must not end any request.
             logger.exception("what follows what sinks were told failed")
 
     def _let_go(self, sequence: Sequence) -> None:
@@ -232,7 +232,7 @@ class Engine:
         try:
             sequence.gone()
         except Exception:
-            # Nobody else may suffer from it.
+            # It must not affect other requests.
             logger.exception("what follows the end of a request failed")
 
     def _deliver(self, sequence: Sequence, output: StepOutput | Exception) -> None:
@@ -241,7 +241,7 @@ class Engine:
         try:
             sequence.sink(output)
         except Exception:
-            # Whoever asked is gone; nobody else may suffer from it.
+            # The caller is gone; other requests must not be affected.
             logger.exception("a sink failed")
             self.cancel(sequence)
 
@@ -295,7 +295,7 @@ class Engine:
             return
         logger.error("a request failed: %s", failure)
         with self._condition:
-            # No later request shall begin with what may have spoilt this one.
+            # Later requests must not begin with what may have spoilt this one.
             self._scheduler.pool.forget(sequence.block_table)
         self._end(sequence, failure)
 

@@ -175,7 +175,7 @@ class Scheduler:
         return min((sequence.retry_at for sequence in self.running if sequence.stalled_by), default=None)
 
     def _ready(self, sequences: Iterable[Sequence], now: float) -> list[Sequence]:
-        """Those whose experts can be reached as far as anybody knows; the others are stalled."""
+        """Those whose experts can be reached as far as is known; the others are stalled."""
         ready = []
         asked: dict[tuple[str, object], ExpertsUnavailableError | None] = {}
         for sequence in sequences:
@@ -274,7 +274,7 @@ class Scheduler:
         return True
 
     def _reusable(self, sequence: Sequence) -> list[int]:
-        # Whoever wants the logits of all tokens has to compute all tokens.
+        # The logits of all tokens need all tokens computed.
         if not self.prefix_reuse or sequence.request.return_logits:
             return []
         # Never the last token: the next one is chosen from its logits.

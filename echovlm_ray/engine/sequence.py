@@ -16,7 +16,7 @@ from echovlm_ray.engine.prefix import PrefixKeys
 from router.errors import ExpertsUnavailableError
 from router.expert_set import ExpertSetMember
 
-# A restarted expert group shall be noticed at once, and one that stays away shall not be asked all the time.
+# A restarted expert group is noticed at once, and one that stays away is not asked all the time.
 FIRST_RETRY_S = 0.02
 LONGEST_RETRY_S = 0.25
 
@@ -59,7 +59,7 @@ class VisionDigest:
 
 @dataclass(frozen=True, slots=True)
 class SequenceRequest:
-    """What the engine is asked to do; checked by whoever builds it.
+    """What the engine is asked to do; checked where it is built.
 
     Attributes:
         input_ids: the prompt, at least one token.
@@ -241,7 +241,7 @@ class Sequence:
         self.num_computed = end
 
     def routed_pairs(self) -> dict[str, int]:
-        """(token, layer, expert) pairs per organ that the tokens in the cache took, whoever computed them."""
+        """(token, layer, expert) pairs per organ that the tokens in the cache took, also where they were reused."""
         total: Counter[str] = Counter()
         for pairs in self.block_pairs:
             total.update(pairs)

@@ -21,7 +21,7 @@ _FUNCTION, _WEIGHTS, _STEPS, _BIAS, _OUTPUTS = range(5)
 def describe(*, function: int, weights: int, steps: int, bias: int, outputs: int) -> Ints:
     """A layer's weights for `multiply`: addresses and sizes, as in `experts.kernels.avx512_code`.
 
-    Whoever keeps it must keep the memory at those addresses.
+    The memory at those addresses must be kept as long as it is.
     """
     return np.array([function, weights, steps, bias, outputs], dtype=np.int64)
 

@@ -51,7 +51,7 @@ class Transaction:
         rollouts = schema.rollouts.c
         ended = self.connection.execute(
             select(rollouts.organ, rollouts.digest)
-            # Those that failed may kill whoever loads them, and hardly ever had a request.
+            # Those that failed may kill the replica that loads them, and hardly ever had a request.
             .where(rollouts.state.not_in([str(state) for state in (*IN_FLIGHT, State.FAILED)]))
             .order_by(rollouts.sequence.desc())
             .limit(MAX_ENDED)
@@ -192,7 +192,7 @@ class Transaction:
             actor: who asked.
             reason: why.
             percent: of the requests, for a state with traffic.
-            details: what else the history shall say.
+            details: what else the history should say.
             changes: further columns to change.
 
         Raises:

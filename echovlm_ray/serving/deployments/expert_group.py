@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 SERVICE_NAME = expert_pb2.DESCRIPTOR.services_by_name["ExpertGroup"].full_name
 # Python's own is 0.005: so long an exchange would wait for every step of a load in another thread, layer after layer.
 SWITCH_INTERVAL_S = 0.0005
-# Whoever starts together with Control need not wait for it.
+# A replica that starts together with Control need not wait for it.
 FIND_CONTROL_S = 0.5
 
 

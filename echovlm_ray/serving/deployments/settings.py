@@ -151,7 +151,7 @@ class ControlSettings(ReplicaSettings):
         return Resources(replicas=1, num_cpus=self.control.num_cpus)
 
     def expert_group(self, organ: str) -> ExpertGroupSettings:
-        """What an organ's expert group is started with, the same whoever deploys it."""
+        """What an organ's expert group is started with, by `serve` and by Control alike."""
         # Other organs' resources are no business of this one.
         update = {"resources": self.experts.resources_of(organ), "organs": {}}
         return ExpertGroupSettings(

@@ -78,7 +78,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
 
     @property
     def queue_length(self) -> int:
-        """Requests that wait or run, for status; shadows answer nobody and do not count."""
+        """Requests that wait or run, for status; shadows are not answered and do not count."""
         return max(0, self._engine.queue_length - len(self._shadows))
 
     async def Route(
