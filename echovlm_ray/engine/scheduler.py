@@ -36,7 +36,7 @@ class Scheduler:
     """Continuous batching: every step takes all decoding sequences, then as much prefill as the budget allows.
 
     First come, first served: a sequence is admitted when the cache has blocks for the tokens it has, and gets further
-    ones as it grows. When none is free then, the sequence that was admitted last gives its blocks and goes back to the
+    ones as it grows. When none is free then, the sequence that was admitted last is preempted: it goes back to the
     front of the queue, so the oldest always advances and everything ends. Sequences in the background come after all
     others: they are the last in a step, of which their prompts get a small piece only, the first to be preempted, and
     go back to the end of the queue.
@@ -45,9 +45,9 @@ class Scheduler:
     to be admitted, for which a caller with more sequences in the batch or more blocks is preempted, and in prefill, of
     which a step computes that of one caller only, so that short prompts are not computed beside long ones of others.
 
-    A sequence whose experts do not answer is stalled: it counts for nothing in the batch, and gives its blocks before
-    any other does, so that a lost organ does not keep the other organs' requests waiting. Tokens whose blocks were
-    given are computed again.
+    A sequence whose experts do not answer is stalled: it counts for nothing in the batch, and is preempted before
+    any other, so that a lost organ does not keep the other organs' requests waiting. Tokens whose blocks were
+    freed are computed again.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Scheduler:
             self.waiting.remove(sequence)
         else:
             return False
-        self._give_blocks(sequence)
+        self._free_blocks(sequence)
         if not sequence.request.background:
             self._callers.leave(sequence.request.caller)
         return True
@@ -191,7 +191,7 @@ class Scheduler:
         return ready
 
     def _admit(self, ready: list[Sequence], now: float) -> None:
-        # Those that gave their blocks while they were stalled are older than all that wait.
+        # Those that lost their blocks while they were stalled are older than all that wait.
         for sequence in ready:
             if not sequence.block_table and not self._take_blocks(sequence, ready):
                 return
@@ -259,10 +259,10 @@ class Scheduler:
         given = sum(len(holder.block_table) for holder in holders)
         if self.pool.num_free_without(reused) + given < needed + spare:
             return False
-        self.pool.hold(reused)
+        self.pool.acquire(reused)
         while self.pool.num_free < needed + spare and holders:
             # The latest gives first: it has the least to compute again.
-            self._give_blocks(holders.pop())
+            self._free_blocks(holders.pop())
         # Blocks that a holder shares with others do not become free.
         blocks = self.pool.allocate(needed) if self.pool.num_free >= needed + spare else None
         if blocks is None:
@@ -292,7 +292,7 @@ class Scheduler:
             holders.sort(key=_in_background)
             stalled = [holder for holder in holders if holder not in ready]
             if stalled:
-                self._give_blocks(stalled[-1])
+                self._free_blocks(stalled[-1])
                 continue
             self._preempt(holders[-1])
             if holders[-1] is sequence:
@@ -300,7 +300,7 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._give_blocks(sequence)
+        self._free_blocks(sequence)
         self.running.remove(sequence)
         if sequence.request.background:
             self.waiting.append(sequence)
@@ -308,9 +308,9 @@ class Scheduler:
             self.waiting.appendleft(sequence)
         self.preemptions += 1
 
-    def _give_blocks(self, sequence: Sequence) -> None:
+    def _free_blocks(self, sequence: Sequence) -> None:
         self.pool.release(sequence.block_table)
-        sequence.forget_computed()
+        sequence.reset_computed()
 
 
 def _owner(sequence: Sequence) -> bytes | None:

@@ -217,7 +217,7 @@ class Sequence:
         self.num_published = len(block_table)
         self.num_computed = len(block_table) * BLOCK_SIZE
 
-    def forget_computed(self) -> None:
+    def reset_computed(self) -> None:
         """Starts over with an empty cache; the tokens stay, and will be computed again in one prefill."""
         self.block_table = []
         self.block_pairs = []

@@ -52,7 +52,7 @@ class RouterMetrics:
             )
         )
         self._preemptions = _Total(
-            _counter("echovlm_preemptions", "Requests that gave their cache blocks to older ones and began anew.", ())
+            _counter("echovlm_preemptions", "Requests that were preempted and computed again.", ())
         )
         self._blocks = _gauge("echovlm_cache_blocks", "Blocks of the KV cache; `kind`: used, kept or free.", ("kind",))
 

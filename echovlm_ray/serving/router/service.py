@@ -161,7 +161,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
     def _opened_mailbox(self) -> "Mailbox[StepOutput | Exception]":
         if self._mailbox is None:
             self._mailbox = Mailbox(asyncio.get_running_loop())
-            self._engine.told = self._mailbox.wake
+            self._engine.on_outputs_ready = self._mailbox.wake
         return self._mailbox
 
     async def _submit(

@@ -163,7 +163,7 @@ class Shadow:
         """It says nothing any more; for a request that was cancelled or failed, or to make room."""
         with self._lock:
             self._over = True
-            self._run.worthless = True
+            self._run.excluded_from_metrics = True
             sequence = self._sequence
         if sequence is not None:
             self._shadows.cancel(sequence)
