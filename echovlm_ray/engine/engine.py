@@ -30,8 +30,8 @@ class Engine:
     `submit` and `cancel` may be called from any thread; sinks are called from the engine's thread and must not block.
 
     Attributes:
-        on_outputs_ready: called from the engine's thread after sinks got outputs, at a moment when other threads of this
-            process delay the engine least. Idempotent; must not block.
+        on_outputs_ready: called from the engine's thread after sinks got outputs, at a moment when other threads
+            of this process delay the engine least. Idempotent; must not block.
     """
 
     def __init__(
