@@ -185,7 +185,7 @@ def revision(checkout: Path) -> str:
 
 
 def main() -> None:
-    """Measures, prints, and writes the result if it is whole."""
+    """Measures, prints, and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--before", type=Path, help="another checkout, to compare tokens a second with")
@@ -230,8 +230,7 @@ def main() -> None:
         sys.exit("stopped; nothing was written")
     text = "\n".join(lines) + "\n"
     console.print(text, markup=False, soft_wrap=True)
-    if options.before is not None:
-        RESULT.write_text(text)
+    RESULT.write_text(text)
 
 
 if __name__ == "__main__":
