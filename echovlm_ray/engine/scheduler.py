@@ -1,5 +1,6 @@
 """Decides which sequences take part in the next step."""
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
@@ -13,6 +14,10 @@ from router.errors import ExpertsUnavailableError
 
 # Of the prompts of background requests in a step with others: it then takes little longer than without.
 BACKGROUND_PREFILL_TOKENS = BLOCK_SIZE
+# For so long after several callers were active, a caller that is alone gets this part of the prefill of a step, so that
+# the next prompt of another one does not wait for a long step to end.
+SHARED_S = 10.0
+SHARED_PREFILL = 4
 
 # Says, without waiting, why a sequence's experts cannot be reached now, or None.
 Unavailable = Callable[[Sequence], ExpertsUnavailableError | None]
@@ -68,6 +73,7 @@ class Scheduler:
         self.max_prefill_tokens = max_prefill_tokens
         self.prefix_reuse = prefix_reuse
         self._callers = ServiceCounters()
+        self._shared_until = -math.inf
         # In the order of arrival; those that were preempted are the oldest, and in front.
         self.waiting: deque[Sequence] = deque()
         # In the order of admission, which is that of arrival; stalled ones included.
@@ -113,6 +119,10 @@ class Scheduler:
         self._admit(ready, now)
         ready.sort(key=self._order)
         budget = self.max_prefill_tokens
+        if self._callers.num_active > 1:
+            self._shared_until = now + SHARED_S
+        elif now < self._shared_until:
+            budget = max(BLOCK_SIZE, budget // SHARED_PREFILL)
         prefilling: bytes | None = None
         chunks: list[Chunk] = []
         for sequence in ready:
