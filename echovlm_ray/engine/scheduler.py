@@ -117,7 +117,8 @@ class Scheduler:
         now = time.monotonic()
         ready = self._ready(self.running, now)
         self._admit(ready, now)
-        ready.sort(key=self._order)
+        if len({_owner(sequence) for sequence in ready}) > 1:
+            ready.sort(key=self._order)
         budget = self.max_prefill_tokens
         if self._callers.num_active > 1:
             self._shared_until = now + SHARED_S
@@ -206,7 +207,7 @@ class Scheduler:
             if not sequence.block_table and not self._take_blocks(sequence, ready):
                 return
         while self.waiting:
-            sequence = min(self.waiting, key=self._order)
+            sequence = self._next_waiting()
             if len(ready) >= self.max_batch_size and not self._make_place(sequence, ready):
                 return
             if self._ready([sequence], now):
@@ -217,6 +218,12 @@ class Scheduler:
             self.waiting.remove(sequence)
             self.running.append(sequence)
 
+    def _next_waiting(self) -> Sequence:
+        # The usual case, which is asked for in every step while a full batch keeps others waiting.
+        if self._callers.num_active == 1 and not self.waiting[0].request.background:
+            return self.waiting[0]
+        return min(self.waiting, key=self._order)
+
     def _order(self, sequence: Sequence) -> tuple[bool, float, int]:
         """Sorts sequences by whose turn it is; those of one caller stay in their order."""
         if sequence.request.background:
@@ -225,13 +232,15 @@ class Scheduler:
 
     def _make_place(self, sequence: Sequence, ready: list[Sequence]) -> bool:
         """Preempts a sequence of the caller with the most in the batch, if it then still has as many as this one's."""
-        if self.unavailable(sequence) is not None:
+        if not self._may_preempt(sequence, ready) or self.unavailable(sequence) is not None:
             return False
         places = Counter(_owner(other) for other in ready)
         return self._preempt_for(sequence, ready, places, places[_owner(sequence)] + 2)
 
     def _make_blocks(self, sequence: Sequence, ready: list[Sequence]) -> bool:
         """Preempts a sequence of the caller with the most blocks, if that is more than an equal share of all."""
+        if not self._may_preempt(sequence, ready):
+            return False
         share = self.pool.num_blocks // max(1, self._callers.num_active)
         blocks: Counter[bytes | None] = Counter()
         for other in self.running:
@@ -240,13 +249,17 @@ class Scheduler:
             return False
         return self._preempt_for(sequence, ready, blocks, share + 1)
 
+    def _may_preempt(self, sequence: Sequence, ready: list[Sequence]) -> bool:
+        """Whether there can be sequences that are preempted for this one; cheap, for the usual case of one caller."""
+        if sequence.request.background:
+            return False
+        return self._callers.num_active > 1 or any(other.request.background for other in ready)
+
     def _preempt_for(self, sequence: Sequence, ready: list[Sequence], held: Counter[bytes | None], least: int) -> bool:
         """Preempts the latest in the background, or else of the caller that holds most if it is at least so much.
 
         Never a caller's only one: what it computed would be lost again and again.
         """
-        if sequence.request.background:
-            return False
         latest = ready[::-1]
         victim = next((other for other in latest if other.request.background), None)
         if victim is None:
