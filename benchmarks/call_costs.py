@@ -138,7 +138,7 @@ def decode_rates(
             for count in streams:
                 rate(systems[name], count, WARM_UP_TOKENS, "warm-up")
         for run in range(runs):
-            # There and back again, so that a machine that slows down favours nobody.
+            # There and back again, so that a machine that slows down favours none.
             for name in checkouts if run % 2 else reversed(checkouts):
                 for count in streams:
                     found[name][count].append(rate(systems[name], count, new_tokens, f"run {run}"))
@@ -174,7 +174,7 @@ def decode_table(found: dict[str, dict[int, list[float]]], before: str, after: s
 
 
 def verdict_of(reached: bool, target: str) -> str:
-    """How a target is told."""
+    """How a target is named."""
     return f"{target}: {'reached' if reached else '**missed**'}"
 
 
@@ -185,7 +185,7 @@ def revision(checkout: Path) -> str:
 
 
 def main() -> None:
-    """Measures, prints, and writes the result if it is whole."""
+    """Measures, prints, and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--before", type=Path, help="another checkout, to compare tokens a second with")
@@ -230,8 +230,7 @@ def main() -> None:
         sys.exit("stopped; nothing was written")
     text = "\n".join(lines) + "\n"
     console.print(text, markup=False, soft_wrap=True)
-    if options.before is not None:
-        RESULT.write_text(text)
+    RESULT.write_text(text)
 
 
 if __name__ == "__main__":

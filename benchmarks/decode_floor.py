@@ -1,6 +1,6 @@
 """How fast a decoding step could be at best on two cores, beside what it is: `python -m benchmarks.decode_floor`.
 
-In every run, in turn: the served system; while it is up and nobody asks it, the products of a step alone, divided over
+In every run, in turn: the served system; while it is up and idle, the products of a step alone, divided over
 both cores with nothing between them (`benchmarks.systems.products`); the same with the served system down; and plain
 `generate`, whose multiple is the target. Writes `benchmarks/results/decode_floor_<config>_<dtype>.md` and `.json`.
 """

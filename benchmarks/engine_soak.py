@@ -78,14 +78,14 @@ class Report:
         tokens: what they said in all.
         leaked: blocks that did not come back when all had ended.
         still_held: blocks that are not free after the kept prefixes are dropped too.
-        peak_kept: the most blocks that were kept for prompts that begin alike.
+        peak_cached: the most blocks that were kept for prompts that begin alike.
     """
 
     outcomes: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
     leaked: int = 0
     still_held: int = 0
-    peak_kept: int = 0
+    peak_cached: int = 0
 
 
 class Caller:
@@ -209,7 +209,7 @@ def soak(engine: Engine, requests: RandomRequests, num_requests: int, progress: 
         with lock:
             still_open.add(caller)
         caller.send(requests.next())
-        report.peak_kept = max(report.peak_kept, engine.kept_blocks)
+        report.peak_cached = max(report.peak_cached, engine.cached_blocks)
         progress()
     deadline = time.monotonic() + PATIENCE_S
     while still_open or engine.queue_length:
@@ -217,8 +217,8 @@ def soak(engine: Engine, requests: RandomRequests, num_requests: int, progress: 
             raise TimeoutError(f"{len(still_open)} requests have not ended after {PATIENCE_S} seconds")
         time.sleep(0.01)
     report.leaked = engine.num_blocks - engine.free_blocks
-    engine.forget_prefixes()
-    report.still_held = engine.num_blocks - engine.free_blocks + engine.kept_blocks
+    engine.evict_prefixes()
+    report.still_held = engine.num_blocks - engine.free_blocks + engine.cached_blocks
     return report
 
 
@@ -290,7 +290,7 @@ def main() -> None:
         f"| blocks that are not free when the kept prefixes are dropped too | {report.still_held} | 0 |",
         f"| requests sent back to be computed again | {engine.preemptions:,} | |",
         f"| tokens not computed because another prompt began alike | {engine.prefix_hits:,} | |",
-        f"| most blocks kept for such prompts | {report.peak_kept} | |",
+        f"| most blocks kept for such prompts | {report.peak_cached} | |",
         f"| tokens said | {report.tokens:,} | |",
         *(f"| requests that ended: {how} | {count:,} | |" for how, count in sorted(report.outcomes.items())),
     ]

@@ -98,7 +98,7 @@ def gate_system(checkpoint: Path, *, questions_per_s: float) -> Iterator[GateSys
             model.expert_set,
             model.gates,
             read=model.read_gates,
-            forget=engine.forget_bundle,
+            forget=engine.evict_bundle,
         )
         outcomes = Outcomes()
         vision = VisionClient(lambda: [vision_address], PLAIN_CHANNELS)

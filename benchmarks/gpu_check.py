@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "gpu_check.md"
 NO_CUDA = 2
 PARTS = ("conformance", "library-tests", "table", "end-to-end")
-# Only when asked for: it takes long, and what it finds is for whoever tunes the kernels.
+# Only when asked for: it takes long, and what it finds is for tuning the kernels.
 EXTRA_PARTS = ("tiles",)
 KERNELS = ("reference", "torch_grouped", "triton_small", "megablocks_sparse", "megablocks_grouped", "auto")
 LIBRARIES = ("torch", "triton", "megablocks", "stanford-stk", "grouped_gemm", "transformers", "numpy")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-# A GPU keeps up to this much in its cache; what shall come from memory must be several times larger.
+# A GPU keeps up to this much in its cache; what should come from memory must be several times larger.
 COLD_BYTES = 512 * 1024**2
 
 

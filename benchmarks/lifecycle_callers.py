@@ -1,6 +1,6 @@
 """The callers of `benchmarks.lifecycle`: each loads, asks and unloads, whatever the others do meanwhile.
 
-What one caller loads another may unload, for nobody counts who loaded what: Control does that. So these answers are
+What one caller loads another may unload, because loads are counted only by Control. So these answers are
 legal, and a caller then begins its cycle anew: an exchange with a bundle that is not loaded (any more) is refused with
 FAILED_PRECONDITION, and a load for which there is no room with RESOURCE_EXHAUSTED. Anything else is a failure, an
 output of another bundle than the one that was asked for above all.

@@ -88,7 +88,7 @@ async def measure(server: str, plan: Plan, console: Console, results: list[RateR
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopping.set)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    # What is lost shall be counted, not sent again behind our back.
+    # What is lost is counted, not sent again unnoticed.
     async with AsyncEchoVLMClient(server, retry=False) as client:
         info = await client.model_info()
         # A flat set takes no organ from the caller, but is not hurt by one.

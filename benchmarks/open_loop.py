@@ -82,7 +82,7 @@ class Trial:
         arrived: requests that were sent.
         open_s: how long requests arrived: the planned time, or less when it was cut short.
         whole_s: until the last one had ended.
-        cut_short: whether somebody asked to stop; what had not ended then is not in `outcomes`.
+        cut_short: whether it was asked to stop; what had not ended then is not in `outcomes`.
     """
 
     rate: float

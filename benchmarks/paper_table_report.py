@@ -126,7 +126,7 @@ def _conclusion(scores: Scores) -> list[str]:
         "",
         "What this cannot say: models of a few million parameters, trained from random weights on synthetic pictures "
         "whose reports have few wordings, are not a pretrained model of 10 billion parameters on 208,941 cases. What a "
-        "picture shows is told by the frozen vision tower, which all variants share; they differ only in what makes "
+        "picture shows comes from the frozen vision tower, which all variants share; they differ only in what makes "
         "words of it, and three organs in one language may be too few for experts to divide among themselves. A few "
         "seeds show the spread of training only roughly.",
     ]

@@ -121,7 +121,7 @@ def _layer(system: System, batch: int, context: int, schedule: Schedule) -> Cost
 
 
 def _remote(system: System, rows: float) -> Costs:
-    """An exchange that finds nobody before it: there, the busiest group's experts, and back."""
+    """An exchange that does not wait for another: there, the busiest group's experts, and back."""
     sizes, itemsize = system.sizes, system.device.itemsize
     sent_rows = rows * system.plan.groups * system.hit
     row_bytes = 2 * sizes.hidden * itemsize + sizes.top_k * (4 + itemsize)

@@ -26,7 +26,7 @@ class Assumptions:
     """What is not measured here: a GPU like an H100, and two kinds of network.
 
     Attributes:
-        memory_gbs: 3,350 GB/s of HBM3, of which kernels shall reach 0.7.
+        memory_gbs: 3,350 GB/s of HBM3, of which kernels should reach 0.7.
         tflops: 989 dense in bfloat16, of which half.
         memory_gb: of one GPU.
         host_latency_us: one way between processes of one host: half of what shared memory takes for a round trip
@@ -34,7 +34,7 @@ class Assumptions:
         host_gbs: a router's rows through shared memory, with a copy over PCI Express at either end.
         latency_us: one way between hosts: half of what gRPC takes over TCP (96 µs), and the wire.
         network_gbs: of one gRPC stream between hosts (8 MiB there and back in 7.8 ms).
-        expert_us: what an exchange occupies whoever computes its experts for, beside the kernel.
+        expert_us: what an exchange occupies the expert process for, beside the kernel.
         captured_layer_us: software of a layer where a CUDA graph does most of it.
     """
 

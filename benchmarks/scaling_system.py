@@ -146,7 +146,7 @@ class Software:
         token_s: sampling and delivery of one token.
         gate_s: gate, gather and scatter of one exchange.
         exchange_s: handing one exchange over to another process.
-        expert_s: what an exchange occupies whoever computes its experts for, beside their products.
+        expert_s: what an exchange occupies the expert process for, beside their products.
     """
 
     layer_s: float = 0.0

@@ -88,7 +88,7 @@ class Timeline:
         self.passes.clear()
 
     def steps(self) -> list[Step]:
-        """All steps but the last, whose end nobody saw."""
+        """All steps but the last, whose end was not seen."""
         steps = []
         spans = sorted(self.spans, key=lambda span: span.end)
         position = 0

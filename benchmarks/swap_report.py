@@ -35,7 +35,7 @@ class Findings:
         organ: whose experts are swapped.
         heard: all answers under load.
         failures: of requests under load.
-        alone: organ, version, prompt → the answer when nobody else asks.
+        alone: organ, version, prompt → the answer when there is no other request.
         swaps: all of them, in order.
         quiet: the intervals under the same load without swaps.
         memory: part → its resident bytes after every swap.

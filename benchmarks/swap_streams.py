@@ -89,7 +89,7 @@ class Streams:
     _threads: list[threading.Thread] = field(default_factory=list)
 
     def _run(self, number: int, organ: str) -> None:
-        # What is lost shall be counted, not sent again behind our back.
+        # What is lost is counted, not sent again unnoticed.
         with EchoVLMClient(self.server, retry=False) as client:
             while not self._stopping.is_set():
                 prompt = self.prompts[number % len(self.prompts)]

@@ -3,7 +3,7 @@
 Starts a system on a copy of a checkpoint (the demo, unless another is named), lets streams ask without pause, and
 replaces one organ's experts again and again: promoted at once, promoted after a canary, rolled back, and taken back
 from a canary. After every four swaps the same load goes on for a while without any, so both are measured side by side.
-Every answer is compared with the one that its version gives when nobody else asks. Writes
+Every answer is compared with the one that its version gives when there is no other request. Writes
 `benchmarks/results/swaps_NAME.md`, `.json` and `.png`, unless it was cut short by Ctrl-C.
 """
 

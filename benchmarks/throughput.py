@@ -96,7 +96,7 @@ def _router_settings(threads: int) -> RouterSettings:
 def measure(plan: Plan, checkpoint: BenchCheckpoint, console: Console) -> list[Cell]:
     """Measures all systems in turn, in every run anew.
 
-    The served system is up only while it is measured: even when nobody asks, its processes look after each other.
+    The served system is up only while it is measured: even when it is idle, its processes check each other.
     The others cost nothing while they wait, and stay.
     """
     cells = {(system, streams): Cell(system, streams) for system in plan.systems for streams in plan.streams}
@@ -104,7 +104,7 @@ def measure(plan: Plan, checkpoint: BenchCheckpoint, console: Console) -> list[C
         task = progress.add_task("", total=len(cells) * plan.runs)
         waiting: dict[System, MeasuredSystem] = {}
         for run in range(1, plan.runs + 1):
-            # There and back again, so that a machine that slows down favours nobody.
+            # There and back again, so that a machine that slows down favours none.
             for system in plan.systems if run % 2 else reversed(plan.systems):
                 with ExitStack() as passing:
                     process = waiting.get(system)

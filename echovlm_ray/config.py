@@ -54,7 +54,7 @@ class Resources(Section):
     replicas: PositiveInt = 1
     # When Ray refuses to place the replicas, lower it; it reserves a share and limits nothing.
     num_cpus: NonNegativeFloat = 0.1
-    # When the part shall run on a GPU, set its share of one: 1 for a whole GPU, 0.25 for four replicas on one.
+    # When the part should run on a GPU, set its share of one: 1 for a whole GPU, 0.25 for four replicas on one.
     num_gpus: NonNegativeFloat = 0.0
     # When the part must run on certain nodes of a cluster only, name a resource that their `ray start --resources`
     # gives them, with the amount that a replica takes: {heart-node: 1}.
@@ -106,12 +106,12 @@ class DecodersSection(Section):
 class QuotaSection(Section):
     """What one caller may take of each gateway replica; what is not set is not limited but as it says."""
 
-    # When one caller shall have fewer requests under way at once, give a number; when unset, all of
+    # When one caller should have fewer requests under way at once, give a number; when unset, all of
     # gateway.max_requests but a sixteenth, so that the others always find a place.
     concurrent: PositiveInt | None = None
-    # When one caller shall send fewer requests, give how many a minute; those that it saved up are at most that many.
+    # When one caller should send fewer requests, give how many a minute; those that it saved up are at most that many.
     requests_per_minute: PositiveInt | None = None
-    # When one caller shall compute less, give how many tokens a minute, prompts and answers together. A request is let
+    # When one caller should compute less, give how many tokens a minute, prompts and answers together. A request is let
     # in while there are any left; what it takes beyond them is owed.
     tokens_per_minute: PositiveInt | None = None
 
@@ -156,7 +156,7 @@ class GatewaySection(Section):
     # once for all of them. "token" does so for each token, so that the time to the first word tells no caller what
     # another one asked. Where callers show no credentials they share in either case.
     share_caches: Literal["token", "all"] = "token"
-    # When callers shall be limited, give what each may take: a caller is a token, or a client certificate.
+    # When callers should be limited, give what each may take: a caller is a token, or a client certificate.
     quota: QuotaSection = QuotaSection()
     # When some callers may take more or less than that, name them: as the token file does behind the token, or as the
     # certificate does.
@@ -180,7 +180,7 @@ class VisionSection(Section):
 class RouterSection(Section):
     """The language backbone, its cache, its batch, and its streams to the expert groups."""
 
-    # When more requests shall decode together, raise it; each step then takes longer.
+    # When more requests should decode together, raise it; each step then takes longer.
     max_batch_size: PositiveInt = 32
     # When more requests than this wait for a place in the batch, further ones end RESOURCE_EXHAUSTED.
     max_queue: PositiveInt = 128
@@ -197,8 +197,8 @@ class RouterSection(Section):
     # When an exchange with the experts takes longer than the dense MLP and the shared expert (slow network, fast GPU),
     # set it to 2: each step is computed in two halves, and the experts of one work during the other's attention.
     micro_batches: Literal[1, 2] = 1
-    # When prompts that begin alike (the same instructions, the same images) shall be computed anew each time, set it to
-    # false; true keeps in the KV cache what requests leave behind, as long as no other request needs the room.
+    # When prompts that begin alike (the same instructions, the same images) should be computed anew each time, set it
+    # to false; true keeps in the KV cache what requests leave behind, as long as no other request needs the room.
     prefix_reuse: bool = True
     # When a caller asks for logits that take more bytes than this, the request is refused (tests and evaluation ask).
     max_logits_bytes: PositiveInt = 64 * 1024 * 1024
@@ -206,10 +206,10 @@ class RouterSection(Section):
     max_request_s: PositiveFloat = 3600.0
     # When an exchange with an expert replica takes longer, the replica counts as lost and its requests are retried.
     exchange_timeout_s: PositiveFloat = 10.0
-    # When expert replicas on the router's machine shall have more tokens in memory that they share with it, raise it
+    # When expert replicas on the router's machine should have more tokens in memory that they share with it, raise it
     # (bytes in all, used while exchanges are under way): what does not fit travels in the messages. 0 shares none.
     shared_memory_bytes: Annotated[int, Field(ge=0, le=2**36)] = 256 * 1024 * 1024
-    # When the experts shall run inside the router's process (to compare, or where one GPU holds all), set "local".
+    # When the experts should run inside the router's process (to compare, or where one GPU holds all), set "local".
     experts: Literal["remote", "local"] = "remote"
     resources: Resources = Resources()
 
@@ -281,7 +281,7 @@ class RolloutsSection(Section, RolloutSettings):
     # When unset, a file in the checkpoint's folder, or, where that cannot be written, in your own state folder; in a
     # cluster of several machines give a PostgreSQL URL, postgresql://user@host/name, with the password in PGPASSWORD.
     database: str | None = None
-    # When a bundle that somebody pushes is larger, it is refused before its first file.
+    # When a pushed bundle is larger, it is refused before its first file.
     max_push_bytes: PositiveInt = 64 * 1024**3
     # When verifying a sound bundle fails for want of memory, raise it: what that may take beside the bundle's files.
     verify_memory_bytes: PositiveInt = 8 * 1024**3
@@ -297,17 +297,17 @@ class RolloutsSection(Section, RolloutSettings):
 class ServeSection(Section):
     """How Ray and Ray Serve run the parts."""
 
-    # When a killed replica shall be replaced faster, lower it (seconds between health checks).
+    # When a killed replica should be replaced faster, lower it (seconds between health checks).
     health_check_period_s: PositiveFloat = 1.0
     # When a replica is slow to answer health checks under load, raise it.
     health_check_timeout_s: PositiveFloat = 10.0
-    # When requests take long and shall finish before a replica stops, raise it.
+    # When requests take long and should finish before a replica stops, raise it.
     graceful_shutdown_timeout_s: NonNegativeFloat = 20.0
     # When the object store is too large for the machine, lower it; no tensor ever travels through it.
     object_store_bytes: Annotated[int, Field(ge=78_643_200)] = 128 * 1024 * 1024
-    # When Prometheus shall find the metrics under a known port of its own, give it; 0 lets the system choose and prints
-    # which. Anybody may read them: keep the port behind a firewall. A cluster has one of its own, given to ray start as
-    # --metrics-export-port.
+    # When Prometheus should find the metrics under a known port of its own, give it; 0 lets the system choose and
+    # prints which. They need no credentials: keep the port behind a firewall. A cluster has one of its own, given to
+    # ray start as --metrics-export-port.
     metrics_port: Port = 0
     # When "auto", the parts talk over loopback on one machine and over the nodes' addresses in a cluster of several;
     # set "node" when a cluster of one node will grow, and then keep its network to yourself: it is not encrypted.

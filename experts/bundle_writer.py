@@ -57,7 +57,7 @@ def write_bundle(
 
     Args:
         directory: the folder to make; its parent exists.
-        description: what the manifest shall say. With `probe` set, the self-test's inputs and outputs are recorded.
+        description: what the manifest should say. With `probe` set, the self-test's inputs and outputs are recorded.
         source: gives a tensor by its name in the bundle; asked once for each, in the files' order, and only one
             tensor is held at a time.
         max_file_bytes: experts are spread over several files, none with more bytes of weights than this, unless one
@@ -85,7 +85,7 @@ def write_bundle(
 
             def load_layer(layer: int) -> ExpertWeights:
                 probed(layer)
-                # Opened anew for each layer: the pages of a map that is gone are nobody's memory.
+                # Opened anew for each layer: the pages of a map that is gone count for no process.
                 written = _manifest(description, files)
                 return Bundle(written, {entry.path: partial / entry.path for entry in files}).load_layer(layer)
 

@@ -32,7 +32,7 @@ FORWARD = "/echovlm.v1.ExpertGroup/Forward"
 _MAX_MESSAGE_BYTES = 256 * 1024 * 1024
 # Without memory to share a stream says nothing but that it has some.
 _MAX_ATTACH_BYTES = 1024
-# A socket that is older and at which nobody listens was left by a process that was killed.
+# A socket that is older and that has no listener was left by a process that was killed.
 _LEFT_BEHIND_S = 60.0
 _OPTIONS = (
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),

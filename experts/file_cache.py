@@ -1,7 +1,7 @@
 """Files of a remote registry, kept on this machine by their digest, within a limit of bytes.
 
 Safe for several threads and processes: a lock file is held while room is made, and a file gets its name only when it
-is complete and its digest is right. Removing a file that somebody has mapped takes nothing from them.
+is complete and its digest is right. A file that is removed while it is mapped stays readable through the map.
 """
 
 import fcntl
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 _PIECE_BYTES = 4 * 1024 * 1024
 # A file that was asked for within this time may be about to be mapped.
 _IN_USE_S = 120.0
-# A download that nobody has written to for so long belongs to a process that is gone.
+# A download that was not written to for so long belongs to a process that is gone.
 _ABANDONED_S = 3600.0
 _LOCK_NAME = ".lock"
 _PARTIAL_SUFFIX = ".partial"
@@ -77,9 +77,9 @@ class FileCache:
                 raise InvalidBundleError(
                     f"{entry.path}: is damaged, its SHA-256 is {digest}, the manifest says {entry.sha256}"
                 )
-            # Whoever opens it to write to it has mistaken it for a copy.
+            # A program that opens it to write has mistaken it for a copy.
             partial.chmod(0o444)
-            # Under the lock, so that whoever lists the folder to see what is held meets it by one name or the other.
+            # Under the lock, so that a listing of what is held has it by one name or the other.
             with self._locked():
                 partial.replace(target)
         finally:

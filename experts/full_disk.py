@@ -1,4 +1,4 @@
-"""A full disk is told by the folder in which to make room; the system's own error names no file, or the one read."""
+"""Errors of a full disk name the folder in which to make room; the system's own name no file, or the one read."""
 
 import errno
 from collections.abc import Iterator

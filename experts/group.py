@@ -176,7 +176,7 @@ class ExpertGroup:
             if entry is None:
                 return
             self._changed.wait_for(lambda: entry.exchanges == 0)
-        # Giving memory back takes a while, and no exchange shall wait for it.
+        # Giving memory back takes a while, and no exchange should wait for it.
         entry.layers.clear()
         with self._changed:
             self._state.held_bytes -= entry.resident.resident_bytes

@@ -1,4 +1,4 @@
-"""Checks a bundle in a separate process, so that one that crashes, hangs or exhausts memory harms nobody."""
+"""Checks a bundle in a separate process, so that one that crashes, hangs or exhausts memory does no harm."""
 
 import os
 import signal
@@ -34,7 +34,7 @@ class IsolatedChecks:
         """Starts nothing yet.
 
         Args:
-            gives_way: the checks get only what nobody else computes with, so that whoever serves on the same cores
+            gives_way: the checks get only idle processor time, so that replicas that serve on the same cores
                 hardly notices; where others never rest, a check then takes very long.
         """
         self._gives_way = gives_way
@@ -74,7 +74,7 @@ class IsolatedChecks:
         ):
             wanted.write(_absolute(request).model_dump_json().encode())
             try:
-                # Somebody may have killed the process that forks, in which case there is another one to ask.
+                # The process that forks may have been killed, in which case there is another one to ask.
                 for _ in range(2):
                     wanted.seek(0)
                     code = self._run(wanted.fileno(), output.fileno(), errors.fileno(), deadline)
@@ -109,7 +109,7 @@ class IsolatedChecks:
             except BaseException:
                 # Also Ctrl-C.
                 if process_id is None:
-                    # It may be about to start; it shall not.
+                    # It may be about to start; it should not.
                     self.close()
                 else:
                     # It has not reported its end, so the id is still its own.

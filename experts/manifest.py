@@ -19,7 +19,7 @@ from experts.text import Line, Prose, quoted
 
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
-# A longer list of wrong fields helps nobody, and its length would be whatever an attacker likes.
+# A longer list of wrong fields does not help, and its length would be whatever an attacker likes.
 _SHOWN_REASONS = 5
 _SHOWN_CHARACTERS = 200
 

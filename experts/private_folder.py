@@ -1,7 +1,7 @@
 """A folder of this machine that belongs to this user alone: for sockets, locks, secrets and what runs here.
 
-It lies where every user may write, so another one may have taken its name. Then the next name is used: nobody keeps
-anybody else from starting.
+It lies where every user may write, so another one may have taken its name. Then the next name is used, so that no
+user keeps another from starting.
 """
 
 import os

@@ -38,7 +38,7 @@ class ProbeInputs:
     """What one layer is asked: T tokens with K experts each, in float32 but exact in the bundle's dtype."""
 
     hidden_states_TD: torch.Tensor
-    # int32; the last pair is nobody's, as in a partition.
+    # int32; the last pair belongs to no expert, as in a partition.
     expert_index_TK: torch.Tensor
     weight_TK: torch.Tensor
 
@@ -121,7 +121,7 @@ class ProbeSource:
     def __init__(
         self, description: BundleDescription, load_layer: LoadLayer, norm_weight: NormWeight | None = None
     ) -> None:
-        """Args are what the bundle shall say, its experts as they were written, and the norms' weights if known."""
+        """Args are what the bundle should say, its experts as they were written, and the norms' weights if known."""
         assert description.probe is not None
         self._description = description
         self._sizes = description.probe

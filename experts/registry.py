@@ -5,7 +5,7 @@
     bundles/<organ>/<version>/manifest.json  written last: a bundle without it does not exist
 
 Nothing but a signature is ever replaced. A push that dies half-way leaves files that no manifest names and no reader
-sees. A signature carries the digest in its name, so that of two pushes of different bundles the loser's harms nobody.
+sees. A signature carries the digest in its name, so that of two pushes of different bundles the loser's does no harm.
 """
 
 import itertools
@@ -76,7 +76,7 @@ class Registry:
 
         Args:
             bundle_directory: the bundle's folder.
-            link: hard-link the files into a local root instead of copying them. For a folder that nobody will write
+            link: hard-link the files into a local root instead of copying them. For a folder that will not be written
                 to again: its files then are the registry's files.
 
         Returns:
@@ -94,11 +94,11 @@ class Registry:
         self._refuse_other(bundle)
         for entry in manifest.files:
             self._store.add_file(bundle.locations[entry.path], entry, link=link)
-        # Before the manifest: where signatures are required, nobody may find the bundle without its own.
+        # Before the manifest: where signatures are required, the bundle must not be found without its own.
         if bundle.signature is not None and bundle.signature != self._signature(manifest):
             self._store.replace(_signature_path(manifest), bundle.signature)
         if not self._store.create(_manifest_path(manifest.organ, manifest.version), bundle.manifest_bytes):
-            # Somebody else was faster.
+            # Another one was faster.
             self._refuse_other(bundle)
         return manifest
 

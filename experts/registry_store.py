@@ -234,7 +234,7 @@ def _appearing(target: Path) -> Iterator[Path]:
     try:
         with full_disk_named(target.parent):
             yield partial
-        # Whoever opens a registry's file to write to it has mistaken it for a copy.
+        # A program that opens a registry's file to write has mistaken it for a copy.
         partial.chmod(0o444)
         partial.replace(target)
     finally:

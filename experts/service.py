@@ -21,7 +21,7 @@ from experts.transport.secret import NO_SECRET, SystemSecret
 from protos import expert_pb2
 
 _Answer = Callable[[bytes], Awaitable[None]]
-# The socket's thread holds up nobody else while it computes: not the event loop, and with it health checks.
+# The socket's thread holds up nothing else while it computes: not the event loop, and with it health checks.
 _LOCAL_INLINE_FACTOR = 8
 
 

@@ -35,7 +35,7 @@ def check_prose(text: str) -> str:
 
 
 def quoted(text: str, limit: int = 200) -> str:
-    """A part of somebody's text for an error, with everything that could steer a terminal as its escape."""
+    """A part of a foreign text for an error, with everything that could steer a terminal as its escape."""
     return repr(text[:limit])[1:-1]
 
 

@@ -112,7 +112,7 @@ class ExpertControlServicer(object):
 
     def Push(self, request_iterator, context):
         """Puts a bundle into the registry: first its manifest, then its files piece by piece. Pushing a bundle again is not
-        an error; a push that breaks off leaves nothing that anybody sees.
+        an error; a push that breaks off leaves nothing that is visible.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -133,7 +133,7 @@ class ExpertControlServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Shadow(self, request, context):
-        """Has the candidate compute a part of the requests beside the incumbent, answering nobody.
+        """Has the candidate compute a part of the requests beside the incumbent; its answers are discarded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -699,7 +699,7 @@ class RolloutFeedServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Replayed(self, request, context):
-        """A set that is not in the policy, while somebody replays an answer of it; otherwise NOT_FOUND.
+        """A set that is not in the policy, while an answer of it is replayed; otherwise NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -104,7 +104,7 @@ class ReplicaChannel:
     Connecting happens in the background and includes one answer of the replica itself, so a replica whose process
     hangs never becomes ready. Where both are on one host, the tensors lie in shared memory; otherwise, and where that
     cannot be had, in the messages. When the stream breaks, its exchanges fail at once and the channel is closed; its
-    memory is never used again, so a replica that still writes to it harms nobody.
+    memory is never used again, so a replica that still writes to it does no harm.
 
     One thread sends and waits. `close`, `retire` and `watch` may be called from any.
     """
@@ -279,7 +279,7 @@ class ReplicaChannel:
         self, status: expert_pb2.ExpertGroupStatusResponse, budget: MemoryBudget, timeout_s: float
     ) -> bool:
         reason = _why_not(status)
-        # What nobody would expect is worth a warning.
+        # The unexpected is worth a warning.
         level = logging.WARNING if reason is None else logging.INFO
         if reason is None:
             try:

@@ -34,7 +34,9 @@ class Link(Protocol):
         ...
 
     def wait(self, is_done: Callable[[], bool]) -> None:
-        """Waits until `is_done()`, which changes when a message is received. Whoever watches the time closes the link.
+        """Waits until `is_done()`, which changes when a message is received.
+
+        The caller watches the time and closes the link.
 
         Raises:
             LinkLostError: the stream is over.
@@ -42,7 +44,7 @@ class Link(Protocol):
         ...
 
     def close(self) -> None:
-        """Ends the stream now and frees it; releases whoever waits. Harmless when repeated."""
+        """Ends the stream now and frees it; releases those that wait. Harmless when repeated."""
         ...
 
     @property
@@ -52,7 +54,7 @@ class Link(Protocol):
 
     @property
     def being_read(self) -> bool:
-        """Whether somebody reads answers now; otherwise some may lie there."""
+        """Whether answers are being read now; otherwise some may lie there."""
         ...
 
 
@@ -69,7 +71,7 @@ class DirectLink:
 
     @property
     def connected(self) -> bool:
-        """See `Link`; of a broken connection nothing is known until somebody looks at sockets."""
+        """See `Link`; a broken connection is noticed only when its sockets are looked at."""
         return not self._closed and self._call.connected
 
     @property
@@ -145,7 +147,7 @@ class ThreadedLink:
                 while not is_done():
                     message = self._messages.get()
                     if message is None:
-                        # For whoever asks next.
+                        # For the next to ask.
                         self._messages.put(None)
                         raise LinkLostError(self._over)
                     self._received(message)

@@ -134,5 +134,5 @@ def _layout(tokens: int, hidden_size: int, top_k: int, dtype: torch.dtype) -> La
     try:
         return Layout.of(tokens, hidden_size, top_k, dtype)
     except InvalidTensorError:
-        # An empty exchange, or a dtype that the replica shall refuse with its own words.
+        # An empty exchange, or a dtype that the replica should refuse with its own words.
         return None

@@ -112,7 +112,7 @@ def in_state(control: ExpertControlClient, organ: str, *states: str) -> control_
 
 
 def pids_of(system: RunningSystem, *applications: str) -> list[int]:
-    """All of them in one look: once Control is gone, nobody says where the others are."""
+    """All of them in one look: once Control is gone, it cannot be asked where the others are."""
     found = {each["name"]: each["replicas"] for each in system.status()["applications"]}
     pids = [int(replica["pid"]) for application in applications for replica in found[application]]
     assert len(pids) == len(applications)

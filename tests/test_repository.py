@@ -145,7 +145,7 @@ def test_git_ignores_nothing_that_a_clone_would_lack() -> None:
 
 
 def test_paths_that_texts_name_exist() -> None:
-    """In comments, docstrings and pages: whoever reads them looks there."""
+    """In comments, docstrings and pages, so that readers find it."""
     missing = set()
     pages = {path.name for path in TRACKED} | {Path(name).name for name in ELSEWHERE}
     for path, text in texts():

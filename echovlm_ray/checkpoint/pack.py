@@ -136,7 +136,7 @@ def _chosen(found: PackSource, options: PackOptions) -> list[int]:
 
 
 def _dtypes(found: PackSource, wanted: DTypeName | None) -> dict[str, DTypeName | None]:
-    """The dtypes that all experts, and all gates, have or shall have."""
+    """The dtypes that all experts, and all gates, have or should have."""
     if wanted is not None:
         return {"dtype": wanted, "gate_dtype": None}
     dtypes: dict[bool, set[torch.dtype]] = {True: set(), False: set()}

@@ -1,4 +1,4 @@
-"""Finds the routed experts that shall be packed: in a split checkpoint, a released one, or what a training wrote."""
+"""Finds the routed experts that should be packed: in a split checkpoint, a released one, or what a training wrote."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

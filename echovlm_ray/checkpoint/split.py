@@ -168,7 +168,7 @@ def _write_bundles(
                 source = _BundleSource(checkpoint.folder.tensors, description, experts, progress)
                 write_bundle(directory, description, source, max_file_bytes=max_shard_bytes)
                 written[experts] = Bundle.open(directory)
-            # Linked, not copied: nobody writes to the work folder again.
+            # Linked, not copied: the work folder is not written to again.
             manifests.append(registry.push(directory, link=True))
     return manifests
 

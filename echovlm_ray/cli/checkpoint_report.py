@@ -7,7 +7,7 @@ from echovlm_ray.checkpoint.inspect import KIND_NAMES, CheckpointReport
 from echovlm_ray.cli.tables import Listing
 from echovlm_ray.cli.terminal import MAX_CELL, console_of, line, name_of, styled
 
-# A longer list of problems helps nobody; --json has them all.
+# A longer list of problems does not help; --json has them all.
 _SHOWN_PROBLEMS = 20
 
 

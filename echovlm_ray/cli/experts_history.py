@@ -1,4 +1,4 @@
-"""`echoray experts history`: what happened, and whether anybody has changed it since."""
+"""`echoray experts history`: what happened, and whether it was changed since."""
 
 import json
 from datetime import UTC, datetime
@@ -35,8 +35,8 @@ def history(
 ) -> None:
     """Shows what happened to rollouts, oldest first: when, by whom and why.
 
-    Every entry holds the hash of the one before it, so whoever changes, removes or inserts one is found by `--verify`.
-    Whoever rewrites all of it is found by `--head`, with a head that was noted down where nobody could change it.
+    Every entry holds the hash of the one before it, so `--verify` finds any that was changed, removed or inserted.
+    A history that was rewritten as a whole is found by `--head`, with a head that was noted down elsewhere.
 
     Exit status: 0 all is well; 1 the history was tampered with.
 

@@ -66,8 +66,8 @@ def push(
 
     With `--control` it is sent to a running system, which puts it into the registry that it is configured with.
 
-    Nobody sees half a push, and pushing again changes nothing. A version stays what it is for ever: another bundle of
-    the same organ and version is refused.
+    Half a push is never visible, and pushing again changes nothing. A version stays what it is for ever: another bundle
+    of the same organ and version is refused.
 
     Example: `echoray experts push breast-1.1.0 --registry s3://models/experts`
 
@@ -113,7 +113,7 @@ def _list_registry(registry: str, options: list[str] | None, organ: str, as_json
         from experts.errors import InvalidBundleError
 
         opened = registry_at(registry, options).open()
-        # One that is damaged, or that somebody made to be, hides no other.
+        # One that is damaged, on purpose or not, hides no other.
         passed_over: list[InvalidBundleError] = []
         listed = opened.list(organ or None, damaged=passed_over.append)
         if organ and not listed and not passed_over:

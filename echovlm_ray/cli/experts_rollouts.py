@@ -114,7 +114,7 @@ def shadow(
     dry_run: DryRun = False,
     as_json: AsJSON = False,
 ) -> None:
-    """Has the candidate compute a part of the requests beside the incumbent, answering nobody.
+    """Has the candidate compute a part of the requests beside the incumbent; its answers are discarded.
 
     `echoray experts list` shows how far the two agree.
 

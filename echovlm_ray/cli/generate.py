@@ -294,7 +294,7 @@ def failures(console: Console, server: str) -> Iterator[None]:
         console.print(styled("error:", "red"), text, soft_wrap=True)
         raise typer.Exit(code) from None
     except BrokenPipeError:
-        # Whoever read has seen enough, as `head` does. Python would complain once more when it closes stdout.
+        # The reader has seen enough, as `head` does. Python would complain once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(EXIT_FAILED) from None
     except (ValueError, OSError) as error:

@@ -20,7 +20,7 @@ def interruptible(messages: Iterator[Message]) -> Iterator[Iterator[Message]]:
     """Yields an iterator over the same messages that alone is what Ctrl-C interrupts; for the main thread.
 
     Python raises `KeyboardInterrupt` after whatever instruction the main thread has come to. Inside gRPC that leaves a
-    lock behind which nobody releases, about once in a thousand times while messages come; what uses the channel then
+    lock behind that is never released, about once in a thousand times while messages come; what uses the channel then
     waits for ever. So it is another thread here that waits for gRPC, and only waiting for that thread is interrupted.
     A second Ctrl-C interrupts anything, as usual.
 

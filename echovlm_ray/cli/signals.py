@@ -12,7 +12,7 @@ EXIT_KILLED = 130
 
 
 class StopRequest:
-    """Whether somebody asked this process to stop.
+    """Whether this process was asked to stop.
 
     Signals are read on a thread: Python calls handlers on the main thread only, between two of its steps, and that
     thread may be inside a library for many seconds.

@@ -150,7 +150,7 @@ class ExpertControlClient:
         expected: Expected | None = None,
         dry_run: bool = False,
     ) -> control_pb2.OperationResponse:
-        """Has the candidate compute a part of the requests beside the incumbent, answering nobody."""
+        """Has the candidate compute a part of the requests beside the incumbent; its answers are discarded."""
         request = _traffic(organ, percent, digest, actor, reason, expected, dry_run)
         return self._call(self._stub.Shadow, control_pb2.OperationResponse, request)
 

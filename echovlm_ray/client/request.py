@@ -61,7 +61,7 @@ class GenerateOptions(TypedDict, total=False):
     # The answer ends before the first of these.
     stop: Sequence[str]
     # While a new version of an organ's experts answers a part of the requests, all with the same key get the same
-    # experts: a key for a patient's visit, that tells nobody who it is. Empty: every request for itself.
+    # experts: a key for a patient's visit that does not say who it is. Empty: every request for itself.
     session_key: str
     # The id of the expert set to answer with, as an answer's provenance has it; empty: the one that is served.
     expert_set_id: str

@@ -161,7 +161,7 @@ class EchoVLMClient:
             images: DICOM files, stills (PNG, JPEG, TIFF …) or videos, each a path, its bytes, or a file opened with
                 mode "rb"; one needs no list.
             timeout_s: for this call, in seconds; None takes the client's, `math.inf` as long as the server allows.
-            request_id: what the server shall log it under, at most 128 of A-Z a-z 0-9 . _ : / -; made up if None.
+            request_id: what the server should log it under, at most 128 of A-Z a-z 0-9 . _ : / -; made up if None.
             options: task, language, prompt, sampling and so on: see `GenerateOptions`.
 
         Raises:

@@ -20,7 +20,7 @@ from router.errors import ExpertsUnavailableError, ExpertsUnusableError
 
 logger = logging.getLogger(__name__)
 
-# Before a step with more tokens than this nobody is kept waiting for what the last one said.
+# Before a step with more tokens than this, the outputs of the last one are delivered first.
 _LONG_STEP_TOKENS = 64
 
 
@@ -30,8 +30,8 @@ class Engine:
     `submit` and `cancel` may be called from any thread; sinks are called from the engine's thread and must not block.
 
     Attributes:
-        told: called from the engine's thread some time after sinks were told something, at a moment when other threads
-            of this process keep the engine least; again and again without harm. Must not block.
+        on_outputs_ready: called from the engine's thread after sinks got outputs, at a moment when other threads
+            of this process delay the engine least. Idempotent; must not block.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Engine:
             max_prefill_tokens=max_prefill_tokens,
             prefix_reuse=prefix_reuse,
         )
-        self.told: Callable[[], None] = lambda: None
+        self.on_outputs_ready: Callable[[], None] = lambda: None
         self._condition = threading.Condition()
         self._stopping = False
         self._cancelled: list[Sequence] = []
@@ -102,9 +102,9 @@ class Engine:
         return self._scheduler.pool.num_free
 
     @property
-    def kept_blocks(self) -> int:
+    def cached_blocks(self) -> int:
         """Cache blocks that no request holds and that a prompt may still begin with."""
-        return self._scheduler.pool.num_kept
+        return self._scheduler.pool.num_cached
 
     @property
     def prefix_hits(self) -> int:
@@ -113,7 +113,7 @@ class Engine:
 
     @property
     def preemptions(self) -> int:
-        """How often since the start a request gave its cache blocks to another one and was computed again."""
+        """How often since the start a request was preempted and computed again."""
         return self._scheduler.preemptions
 
     @property
@@ -126,8 +126,8 @@ class Engine:
 
         Args:
             request: the request.
-            sink: told what comes of it.
-            gone: called once from the engine's thread, after all that the sink is told, when the engine has let go of
+            sink: called with its outputs.
+            gone: called once from the engine's thread, after the last call of the sink, when the engine has let go of
                 the request, however it ended; its expert set is not used any more then. Must not block.
 
         Raises:
@@ -152,22 +152,22 @@ class Engine:
             self._cancelled.append(sequence)
             self._condition.notify()
 
-    def forget_bundle(self, digest: str) -> None:
+    def evict_bundle(self, digest: str) -> None:
         """Drops what the cache keeps of a bundle that is used no more; running requests keep what they hold."""
         with self._condition:
-            self._scheduler.pool.forget_bundle(digest)
+            self._scheduler.pool.evict_bundle(digest)
 
-    def forget_prefixes(self) -> None:
+    def evict_prefixes(self) -> None:
         """Drops all that the cache keeps for prompts that begin alike."""
         with self._condition:
-            self._scheduler.pool.forget_all()
+            self._scheduler.pool.evict_all()
 
     def _run(self) -> None:
         while (chunks := self._next_chunks()) is not None:
             try:
                 if sum(chunk.end - chunk.start for chunk in chunks) > _LONG_STEP_TOKENS:
-                    self._tell()
-                self._commit(chunks, self._runner.step(chunks, self._tell))
+                    self._notify()
+                self._commit(chunks, self._runner.step(chunks, self._notify))
             except Exception as error:
                 # A bug or exhausted device memory: those requests end, the engine goes on.
                 logger.exception("a step failed")
@@ -181,11 +181,11 @@ class Engine:
                 self._drop_ended()
                 if chunks := self._scheduler.schedule():
                     return chunks
-                self._tell()
+                self._notify()
                 self._condition.wait(self._idle_seconds())
             for sequence in (*self._scheduler.running, *self._scheduler.waiting):
                 self._end(sequence, ShuttingDownError("the router is shutting down"))
-            self._tell()
+            self._notify()
             return None
 
     def _idle_seconds(self) -> float | None:
@@ -221,15 +221,15 @@ class Engine:
             was_there = self._scheduler.finish(sequence)
         if was_there:
             self._deliver(sequence, error)
-            self._tell()
+            self._notify()
             self._let_go(sequence)
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         try:
-            self.told()
+            self.on_outputs_ready()
         except Exception:
-            # Nobody's request may end by it.
-            logger.exception("what follows what sinks were told failed")
+            # It must not end any request.
+            logger.exception("on_outputs_ready failed")
 
     def _let_go(self, sequence: Sequence) -> None:
         if sequence.gone is None:
@@ -237,7 +237,7 @@ class Engine:
         try:
             sequence.gone()
         except Exception:
-            # Nobody else may suffer from it.
+            # It must not affect other requests.
             logger.exception("what follows the end of a request failed")
 
     def _deliver(self, sequence: Sequence, output: StepOutput | Exception) -> None:
@@ -246,7 +246,7 @@ class Engine:
         try:
             sequence.sink(output)
         except Exception:
-            # Whoever asked is gone; nobody else may suffer from it.
+            # The caller is gone; other requests must not be affected.
             logger.exception("a sink failed")
             self.cancel(sequence)
 
@@ -300,8 +300,8 @@ class Engine:
             return
         logger.error("a request failed: %s", failure)
         with self._condition:
-            # No later request shall begin with what may have spoilt this one.
-            self._scheduler.pool.forget(sequence.block_table)
+            # Later requests must not begin with what may have spoilt this one.
+            self._scheduler.pool.invalidate(sequence.block_table)
         self._end(sequence, failure)
 
 

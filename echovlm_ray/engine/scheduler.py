@@ -1,5 +1,6 @@
 """Decides which sequences take part in the next step."""
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
@@ -13,6 +14,10 @@ from router.errors import ExpertsUnavailableError
 
 # Of the prompts of background requests in a step with others: it then takes little longer than without.
 BACKGROUND_PREFILL_TOKENS = BLOCK_SIZE
+# For so long after several callers were active, a caller that is alone gets this part of the prefill of a step, so that
+# the next prompt of another one does not wait for a long step to end.
+SHARED_S = 10.0
+SHARED_PREFILL = 4
 
 # Says, without waiting, why a sequence's experts cannot be reached now, or None.
 Unavailable = Callable[[Sequence], ExpertsUnavailableError | None]
@@ -36,7 +41,7 @@ class Scheduler:
     """Continuous batching: every step takes all decoding sequences, then as much prefill as the budget allows.
 
     First come, first served: a sequence is admitted when the cache has blocks for the tokens it has, and gets further
-    ones as it grows. When none is free then, the sequence that was admitted last gives its blocks and goes back to the
+    ones as it grows. When none is free then, the sequence that was admitted last is preempted: it goes back to the
     front of the queue, so the oldest always advances and everything ends. Sequences in the background come after all
     others: they are the last in a step, of which their prompts get a small piece only, the first to be preempted, and
     go back to the end of the queue.
@@ -45,9 +50,9 @@ class Scheduler:
     to be admitted, for which a caller with more sequences in the batch or more blocks is preempted, and in prefill, of
     which a step computes that of one caller only, so that short prompts are not computed beside long ones of others.
 
-    A sequence whose experts do not answer is stalled: it counts for nothing in the batch, and gives its blocks before
-    any other does, so that a lost organ does not keep the other organs' requests waiting. Tokens whose blocks were
-    given are computed again.
+    A sequence whose experts do not answer is stalled: it counts for nothing in the batch, and is preempted before
+    any other, so that a lost organ does not keep the other organs' requests waiting. Tokens whose blocks were
+    freed are computed again.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class Scheduler:
         self.max_prefill_tokens = max_prefill_tokens
         self.prefix_reuse = prefix_reuse
         self._callers = ServiceCounters()
+        self._shared_until = -math.inf
         # In the order of arrival; those that were preempted are the oldest, and in front.
         self.waiting: deque[Sequence] = deque()
         # In the order of admission, which is that of arrival; stalled ones included.
@@ -101,7 +107,7 @@ class Scheduler:
             self.waiting.remove(sequence)
         else:
             return False
-        self._give_blocks(sequence)
+        self._free_blocks(sequence)
         if not sequence.request.background:
             self._callers.leave(sequence.request.caller)
         return True
@@ -111,8 +117,13 @@ class Scheduler:
         now = time.monotonic()
         ready = self._ready(self.running, now)
         self._admit(ready, now)
-        ready.sort(key=self._order)
+        if len({_owner(sequence) for sequence in ready}) > 1:
+            ready.sort(key=self._order)
         budget = self.max_prefill_tokens
+        if self._callers.num_active > 1:
+            self._shared_until = now + SHARED_S
+        elif now < self._shared_until:
+            budget = max(BLOCK_SIZE, budget // SHARED_PREFILL)
         prefilling: bytes | None = None
         chunks: list[Chunk] = []
         for sequence in ready:
@@ -175,7 +186,7 @@ class Scheduler:
         return min((sequence.retry_at for sequence in self.running if sequence.stalled_by), default=None)
 
     def _ready(self, sequences: Iterable[Sequence], now: float) -> list[Sequence]:
-        """Those whose experts can be reached as far as anybody knows; the others are stalled."""
+        """Those whose experts can be reached as far as is known; the others are stalled."""
         ready = []
         asked: dict[tuple[str, object], ExpertsUnavailableError | None] = {}
         for sequence in sequences:
@@ -191,12 +202,12 @@ class Scheduler:
         return ready
 
     def _admit(self, ready: list[Sequence], now: float) -> None:
-        # Those that gave their blocks while they were stalled are older than all that wait.
+        # Those that lost their blocks while they were stalled are older than all that wait.
         for sequence in ready:
             if not sequence.block_table and not self._take_blocks(sequence, ready):
                 return
         while self.waiting:
-            sequence = min(self.waiting, key=self._order)
+            sequence = self._next_waiting()
             if len(ready) >= self.max_batch_size and not self._make_place(sequence, ready):
                 return
             if self._ready([sequence], now):
@@ -207,6 +218,12 @@ class Scheduler:
             self.waiting.remove(sequence)
             self.running.append(sequence)
 
+    def _next_waiting(self) -> Sequence:
+        # The usual case, which is asked for in every step while a full batch keeps others waiting.
+        if self._callers.num_active == 1 and not self.waiting[0].request.background:
+            return self.waiting[0]
+        return min(self.waiting, key=self._order)
+
     def _order(self, sequence: Sequence) -> tuple[bool, float, int]:
         """Sorts sequences by whose turn it is; those of one caller stay in their order."""
         if sequence.request.background:
@@ -215,13 +232,15 @@ class Scheduler:
 
     def _make_place(self, sequence: Sequence, ready: list[Sequence]) -> bool:
         """Preempts a sequence of the caller with the most in the batch, if it then still has as many as this one's."""
-        if self.unavailable(sequence) is not None:
+        if not self._may_preempt(sequence, ready) or self.unavailable(sequence) is not None:
             return False
         places = Counter(_owner(other) for other in ready)
         return self._preempt_for(sequence, ready, places, places[_owner(sequence)] + 2)
 
     def _make_blocks(self, sequence: Sequence, ready: list[Sequence]) -> bool:
         """Preempts a sequence of the caller with the most blocks, if that is more than an equal share of all."""
+        if not self._may_preempt(sequence, ready):
+            return False
         share = self.pool.num_blocks // max(1, self._callers.num_active)
         blocks: Counter[bytes | None] = Counter()
         for other in self.running:
@@ -230,13 +249,17 @@ class Scheduler:
             return False
         return self._preempt_for(sequence, ready, blocks, share + 1)
 
+    def _may_preempt(self, sequence: Sequence, ready: list[Sequence]) -> bool:
+        """Whether there can be sequences that are preempted for this one; cheap, for the usual case of one caller."""
+        if sequence.request.background:
+            return False
+        return self._callers.num_active > 1 or any(other.request.background for other in ready)
+
     def _preempt_for(self, sequence: Sequence, ready: list[Sequence], held: Counter[bytes | None], least: int) -> bool:
         """Preempts the latest in the background, or else of the caller that holds most if it is at least so much.
 
         Never a caller's only one: what it computed would be lost again and again.
         """
-        if sequence.request.background:
-            return False
         latest = ready[::-1]
         victim = next((other for other in latest if other.request.background), None)
         if victim is None:
@@ -259,10 +282,10 @@ class Scheduler:
         given = sum(len(holder.block_table) for holder in holders)
         if self.pool.num_free_without(reused) + given < needed + spare:
             return False
-        self.pool.hold(reused)
+        self.pool.acquire(reused)
         while self.pool.num_free < needed + spare and holders:
             # The latest gives first: it has the least to compute again.
-            self._give_blocks(holders.pop())
+            self._free_blocks(holders.pop())
         # Blocks that a holder shares with others do not become free.
         blocks = self.pool.allocate(needed) if self.pool.num_free >= needed + spare else None
         if blocks is None:
@@ -274,7 +297,7 @@ class Scheduler:
         return True
 
     def _reusable(self, sequence: Sequence) -> list[int]:
-        # Whoever wants the logits of all tokens has to compute all tokens.
+        # The logits of all tokens need all tokens computed.
         if not self.prefix_reuse or sequence.request.return_logits:
             return []
         # Never the last token: the next one is chosen from its logits.
@@ -292,7 +315,7 @@ class Scheduler:
             holders.sort(key=_in_background)
             stalled = [holder for holder in holders if holder not in ready]
             if stalled:
-                self._give_blocks(stalled[-1])
+                self._free_blocks(stalled[-1])
                 continue
             self._preempt(holders[-1])
             if holders[-1] is sequence:
@@ -300,7 +323,7 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._give_blocks(sequence)
+        self._free_blocks(sequence)
         self.running.remove(sequence)
         if sequence.request.background:
             self.waiting.append(sequence)
@@ -308,9 +331,9 @@ class Scheduler:
             self.waiting.appendleft(sequence)
         self.preemptions += 1
 
-    def _give_blocks(self, sequence: Sequence) -> None:
+    def _free_blocks(self, sequence: Sequence) -> None:
         self.pool.release(sequence.block_table)
-        sequence.forget_computed()
+        sequence.reset_computed()
 
 
 def _owner(sequence: Sequence) -> bytes | None:

@@ -16,7 +16,7 @@ from echovlm_ray.engine.prefix import PrefixKeys
 from router.errors import ExpertsUnavailableError
 from router.expert_set import ExpertSetMember
 
-# A restarted expert group shall be noticed at once, and one that stays away shall not be asked all the time.
+# A restarted expert group is noticed at once, and one that stays away is not asked all the time.
 FIRST_RETRY_S = 0.02
 LONGEST_RETRY_S = 0.25
 
@@ -59,7 +59,7 @@ class VisionDigest:
 
 @dataclass(frozen=True, slots=True)
 class SequenceRequest:
-    """What the engine is asked to do; checked by whoever builds it.
+    """What the engine is asked to do; checked where it is built.
 
     Attributes:
         input_ids: the prompt, at least one token.
@@ -217,7 +217,7 @@ class Sequence:
         self.num_published = len(block_table)
         self.num_computed = len(block_table) * BLOCK_SIZE
 
-    def forget_computed(self) -> None:
+    def reset_computed(self) -> None:
         """Starts over with an empty cache; the tokens stay, and will be computed again in one prefill."""
         self.block_table = []
         self.block_pairs = []
@@ -241,7 +241,7 @@ class Sequence:
         self.num_computed = end
 
     def routed_pairs(self) -> dict[str, int]:
-        """(token, layer, expert) pairs per organ that the tokens in the cache took, whoever computed them."""
+        """(token, layer, expert) pairs per organ that the tokens in the cache took, also where they were reused."""
         total: Counter[str] = Counter()
         for pairs in self.block_pairs:
             total.update(pairs)

@@ -78,7 +78,7 @@ async def answering_checkpoint(checkpoint: Path, *, threads: int = 1) -> AsyncIt
             model.expert_set,
             model.gates,
             read=model.read_gates,
-            forget=engine.forget_bundle,
+            forget=engine.evict_bundle,
         )
         router = RouterService(engine, model, expert_sets, vision, config.router, Outcomes())
         client = RouterClient(lambda: [sockets["router"]], PLAIN_CHANNELS)

@@ -106,7 +106,7 @@ def _prepared(module: nn.Module, name: str) -> PreparedExperts:
 
 
 def _identity(parameter: torch.Tensor) -> tuple[object, ...]:
-    # The version counts writes in place, as an optimiser's; inference tensors have none, for nobody may write to them.
+    # The version counts writes in place, as an optimiser's; inference tensors, which are not written to, have none.
     version = None if parameter.is_inference() else parameter._version
     return (parameter.data_ptr(), version, parameter.dtype, parameter.device)
 

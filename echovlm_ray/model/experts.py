@@ -1,7 +1,7 @@
 """The mixture of experts of one decoder layer: token gate, routed experts, shared expert.
 
-The routed experts of a layer may be computed elsewhere; then the layer has neither gate nor experts, and whoever calls
-it passes a `router.routed_experts.RoutedExperts`. `EchoVLMSparseMoe` is the same plug with its own experts behind it.
+The routed experts of a layer may be computed elsewhere; then the layer has neither gate nor experts, and its caller
+passes a `router.routed_experts.RoutedExperts`. `EchoVLMSparseMoe` is the same plug with its own experts behind it.
 """
 
 # transformers leaves most of its methods untyped.

@@ -12,7 +12,7 @@ class Absence:
     """
 
     def __init__(self, patience_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """Takes how long a part may be missed before nobody waits for it any more, in seconds."""
+        """Takes how long a missing part is waited for, in seconds."""
         self._patience_s = patience_s
         self._clock = clock
         self._since = 0.0

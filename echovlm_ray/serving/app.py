@@ -65,7 +65,7 @@ class StartError(RuntimeError):
 
 
 class StoppedError(Exception):
-    """Somebody asked to stop while the system was starting."""
+    """The system was asked to stop while it was starting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +194,7 @@ def _owned_name(
     """The name on the cluster, claimed for this process; what another deployment runs under it is removed first.
 
     Raises:
-        StartError: it belongs to somebody else.
+        StartError: it belongs to another system.
     """
     record = SystemRecord.of_this_process(system, config, attached=attached)
     try:
@@ -262,7 +262,7 @@ def _network(config: Config) -> Network:
         return "loopback"
     logger.warning(
         "the cluster has %d nodes, so the parts talk over the nodes' addresses, without encryption or tokens: "
-        "let nobody else into that network",
+        "let no one else into that network",
         len(nodes),
     )
     return "node"

@@ -62,7 +62,7 @@ def build_applications(
 
 
 def deploy(part: str, settings: ReplicaSettings) -> None:
-    """Declares one application to Serve and returns before it runs; one that is as it shall be stays as it is."""
+    """Declares one application to Serve and returns before it runs; one that is as it should be stays as it is."""
     serve.run_many(
         [serve.RunTarget(_build(part, settings), name=settings.system_id.application(part), route_prefix=None)],
         wait_for_ingress_deployment_creation=False,

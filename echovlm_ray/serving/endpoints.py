@@ -162,7 +162,7 @@ class Endpoints:
 
 
 def addresses_now(application: str, deployment: str, timeout_s: float) -> tuple[str, ...]:
-    """Where an application's replicas listen at this moment, for who asks once; none if nobody says so in time.
+    """Where an application's replicas listen at this moment, to ask once; none if there is no answer in time.
 
     Args:
         application: the application.

@@ -65,7 +65,7 @@ ORGAN_PENDING = "ORGAN_PENDING"
 LOST_TEXT = "a part of the system was lost during the call; sending the request again is safe"
 # The pause that a caller is asked for when nothing better is known.
 RETRY_AFTER_S = 1.0
-# Somebody must make room first.
+# An operator must make room first.
 DISK_RETRY_AFTER_S = 60.0
 
 

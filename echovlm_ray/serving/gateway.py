@@ -377,7 +377,7 @@ class _Files:
         self.request = request
 
     def forget(self) -> None:
-        """Frees it, for all but whoever else holds it."""
+        """Frees it, where nothing else holds it."""
         self.request = echovlm_pb2.GenerateRequest()
         current_receipt().release()
 

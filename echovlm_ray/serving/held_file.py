@@ -41,7 +41,7 @@ def hold(path: Path, mode: int) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The one before may have removed the file between the two calls; a lock on that one keeps nobody out.
+            # The one before may have removed the file between the two calls; a lock on that one keeps no process out.
             if _has_name(descriptor, path):
                 # On a full disk the file stays without it, and is held all the same.
                 with suppress(OSError):

@@ -3,7 +3,7 @@
 All handlers are given to gRPC as ones that take a stream of bytes: then nothing of a call's message is received before
 its credentials were checked and it has its place. `serving.incoming` reads, inflates and parses the messages.
 
-A servicer raises and is done; here the exception becomes a status (`serving.errors`). An exception that nobody expected
+A servicer raises and is done; here the exception becomes a status (`serving.errors`). An unexpected exception
 is logged with its place in the code but without its text, which may hold a patient's data.
 """
 

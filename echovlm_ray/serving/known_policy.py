@@ -1,6 +1,6 @@
 """What to serve, for a replica that starts: asked of Control, or, while that is away, read from where it left it.
 
-Control writes every policy into a file before anybody else hears of it from Control, so a replica that starts without
+Control writes every policy into a file before it publishes it, so a replica that starts without
 Control misses at most the last change; Control sees that and mends it when it is back.
 """
 
@@ -85,7 +85,7 @@ def ask_policy(
         with channels.blocking(address) as channel:
             stub = control_pb2_grpc.RolloutFeedStub(channel)
             try:
-                # Without a name, as nobody who goes on with the answer.
+                # Without a name: no one goes on with the answer.
                 stream = stub.WatchPolicy(control_pb2.WatchPolicyRequest(), timeout=timeout_s)
                 policy: control_pb2.TrafficPolicy = next(iter(stream))
                 stream.cancel()

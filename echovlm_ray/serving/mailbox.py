@@ -21,7 +21,7 @@ class Mailbox(Generic[Letter]):
         """What another thread calls with each letter for a queue without a limit."""
 
         def put(letter: Letter) -> None:
-            # A closed loop means that nobody is left to read.
+            # A closed loop means that there is no reader left.
             if self._loop.is_closed():
                 return
             self._letters.append((queue, letter))

@@ -45,10 +45,14 @@ class RouterMetrics:
             ("organ", "version"),
         )
         self._prefix_hits = _Total(
-            _counter("echovlm_prefix_cache_hits", "Prompt tokens that the KV cache still had, and nobody computed.", ())
+            _counter(
+                "echovlm_prefix_cache_hits",
+                "Prompt tokens that were not computed, because the KV cache still had them.",
+                (),
+            )
         )
         self._preemptions = _Total(
-            _counter("echovlm_preemptions", "Requests that gave their cache blocks to older ones and began anew.", ())
+            _counter("echovlm_preemptions", "Requests that were preempted and computed again.", ())
         )
         self._blocks = _gauge("echovlm_cache_blocks", "Blocks of the KV cache; `kind`: used, kept or free.", ("kind",))
 
@@ -175,7 +179,7 @@ class ControlMetrics:
 
 
 class _Total:
-    """A counter that follows somebody else's count."""
+    """A counter that follows a count kept elsewhere."""
 
     def __init__(self, counter: Any, labels: Mapping[str, str] | None = None) -> None:
         self._counter = counter

@@ -144,7 +144,7 @@ def is_ours(record: SystemRecord) -> bool:
 
 
 def release(record: SystemRecord) -> None:
-    """Gives a name back, unless somebody else has it by now."""
+    """Gives a name back, unless another system has it by now."""
     if is_ours(record):
         serve_api.delete_record(_key(record.name))
 

@@ -10,7 +10,7 @@ _TOKEN = "token"
 
 
 def check_ray_auth(*, insecure: bool) -> None:
-    """Has Ray ask for its token, or refuses to start where the environment says that it shall not.
+    """Has Ray ask for its token, or refuses to start where the environment says that it should not.
 
     Args:
         insecure: start all the same (`--insecure-ray`).
@@ -24,7 +24,7 @@ def check_ray_auth(*, insecure: bool) -> None:
     if mode is not None and mode != _TOKEN:
         raise ValueError(
             f"{MODE} is {mode!r}: without Ray's token, every user who reaches Ray's ports can run code as you. Unset "
-            "it, or start with --insecure-ray where nobody else can reach this machine or its network"
+            "it, or start with --insecure-ray where no one else can reach this machine or its network"
         )
     if os.environ.get("RAY_AUTH_TOKEN", _TOKEN).strip() == "":
         raise ValueError("RAY_AUTH_TOKEN is empty: unset it, and a random token is made")

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 _PREFIX = "ray-"
 # What Ray adds: /session_2026-11-30_04-37-08_550449_4194304/sockets/plasma_store.1
 _RAY_ADDS = 66
-# Of systems that were killed or lost their Ray, so many are kept for whoever looks for the reason.
+# Of systems that were killed or lost their Ray, so many are kept, to look for the reason.
 _KEPT = 3
 
 

@@ -25,7 +25,7 @@ NAMESPACE = "echovlm"
 # How long the processes of a local Ray may take to end by themselves.
 EXIT_GRACE_S = 5.0
 PROBE_TIMEOUT_S = 5.0
-# What Ray writes down about its own calls, many times a second in every process even when nobody asks anything. No
+# What Ray writes down about its own calls, many times a second in every process even when there are no requests. No
 # metric of ours comes from it.
 IDLE_SAVINGS = {
     "RAY_task_events_report_interval_ms": "0",
@@ -38,14 +38,14 @@ IDLE_SAVINGS = {
 def local_ray(config: Config) -> Iterator[None]:
     """A Ray of our own on this machine, with Serve. When the block ends, none of its processes is left.
 
-    Its ports accept only calls that carry a token that nobody else knows: what arrives at some of them is unpickled.
+    Its ports accept only calls that carry a token that no other user knows: what arrives at some of them is unpickled.
     """
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         # Ray turns its authentication on for a cluster of its own; without this it would write a token into the home.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     # Ray runs its workers below everything else on the machine; these have callers waiting.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    # Nothing about this machine is to be reported to anybody.
+    # Nothing about this machine is reported.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     for name, value in IDLE_SAVINGS.items():
         os.environ.setdefault(name, value)
@@ -110,7 +110,7 @@ def metrics_addresses() -> list[str]:
 
 
 def _probe(address: str) -> None:
-    """Ray itself tries for minutes before it says that nobody is there."""
+    """Ray itself tries for minutes before it says that nothing answers."""
     if address == "auto":
         return
     host, _, port = address.rpartition(":")

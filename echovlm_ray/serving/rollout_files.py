@@ -42,7 +42,7 @@ class RolloutFiles:
     @classmethod
     def of(cls, section: RolloutsSection, checkpoint: Path) -> Self:
         """What the configuration says, and where it says nothing, the checkpoint's folder, or the user's state folder
-        when nobody may write there."""
+        when that cannot be written to."""
         folder = default_folder(checkpoint)
         if section.database is None:
             path = folder / DATABASE_NAME
@@ -123,10 +123,10 @@ class DatabaseLock:
         self._descriptor: int | None = None
 
     def take(self, timeout_s: float) -> None:
-        """Waits until nobody else holds it.
+        """Waits until no other process holds it.
 
         Raises:
-            RolloutDatabaseError: somebody else still does after `timeout_s` seconds, or the file cannot be made.
+            RolloutDatabaseError: another process still does after `timeout_s` seconds, or the file cannot be made.
         """
         deadline = time.monotonic() + timeout_s
         while self._descriptor is None:

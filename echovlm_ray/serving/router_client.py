@@ -18,7 +18,7 @@ from experts.transport.inner_channel import PLAIN_CHANNELS, InnerChannels
 from protos import router_pb2, router_pb2_grpc
 
 RETRY_INTERVAL_S = 0.2
-# A killed replica is back after about two seconds; whoever waits for longer than this should hear so.
+# A killed replica is back after about two seconds; a request that waits for longer than this should hear so.
 RETRY_FOR_S = 15.0
 PART = "the router"
 LOST = "the replica was lost before it answered"

@@ -87,7 +87,7 @@ class GrpcServer:
             options=[
                 ("grpc.max_receive_message_length", min(options.max_receive_bytes, MAX_MESSAGE_BYTES)),
                 ("grpc.max_send_message_length", min(options.max_send_bytes, MAX_MESSAGE_BYTES)),
-                # Replicas of one node share a fixed port; a port that the system chooses must be nobody else's.
+                # Replicas of one node share a fixed port; a port that the system chooses must be used by no other.
                 ("grpc.so_reuseport", int(options.port != 0)),
                 ("grpc.keepalive_time_ms", KEEPALIVE_MS),
                 ("grpc.keepalive_permit_without_calls", 1),

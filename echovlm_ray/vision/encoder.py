@@ -216,7 +216,7 @@ class VisionEncoder:
                     del self._jobs[digest]
                     if not job.result.done():
                         job.result.set_exception(error)
-                        # Read here too: with all callers gone nobody else would, and asyncio would complain.
+                        # Read here too: with all callers gone it would never be read, and asyncio would complain.
                         job.result.exception()
                 continue
             for digest, job, embedding in zip(digests, batch, embeddings, strict=True):

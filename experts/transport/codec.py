@@ -90,7 +90,7 @@ def tensor_from_octets(
 ) -> torch.Tensor:
     """The tensor of a message whose data is given apart, sharing the memory of the data.
 
-    Whoever gives read-only memory answers for it that nothing writes to the tensor.
+    With read-only memory, the caller makes sure that nothing writes to the tensor.
 
     Raises:
         InvalidTensorError: see `tensor_from_proto`.

@@ -65,7 +65,7 @@ class DirectCall:
     """
 
     def __init__(self, channel: grpc.Channel, method: str, metadata: tuple[tuple[str, str], ...] = ()) -> None:
-        """Opens the stream; fails later, in `receive`, when there is nobody.
+        """Opens the stream; fails later, in `receive`, when there is no server.
 
         Args:
             channel: without interceptors.
@@ -133,7 +133,7 @@ class DirectCall:
     def read_until(self, is_done: Callable[[], bool], received: Callable[[bytes], None]) -> None:
         """Waits for messages and hands them over, until `is_done()`.
 
-        Nobody else reads meanwhile, so what is done is not missed by whoever asks next.
+        There is no other reader meanwhile, so what is done is not missed by the next to ask.
 
         Raises:
             StreamEndedError: it will not be done.
@@ -202,7 +202,7 @@ class ServerStream:
         self._owed = 0
         self._reading = False
         self._no_more_messages = False
-        # What the stream shall end with when the message that is being sent is out.
+        # What the stream should end with when the message that is being sent is out.
         self._ending: tuple[grpc.StatusCode, str] | None = None
         self._ended = False
 

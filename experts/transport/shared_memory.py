@@ -1,8 +1,8 @@
 """Memory that two processes of one host share: made by the caller, mapped by the expert replica.
 
 It is a file of memfd_create. Compared with a name in /dev/shm, nothing is left behind by processes that are killed, at
-any moment; a container's limit on /dev/shm (64 MiB by default) does not count; and its size is sealed, so that nobody
-can shrink it under the other, who would then die of SIGBUS. Pages exist once they were written to.
+any moment; a container's limit on /dev/shm (64 MiB by default) does not count; and its size is sealed, so that none
+can shrink it under the other, which would then die of SIGBUS. Pages exist once they were written to.
 """
 
 import fcntl
@@ -66,7 +66,7 @@ class MemoryBudget:
             return fits
 
     def tell_once(self) -> bool:
-        """True the first time: whoever finds the budget used up says so then."""
+        """True the first time that the budget is found used up, to warn once."""
         told, self._told = self._told, True
         return not told
 
@@ -122,7 +122,7 @@ class SharedMemory:
         )
 
     def attached(self) -> None:
-        """To be called when the replica has mapped it: nobody else can, from now on."""
+        """To be called when the replica has mapped it: no other process can, from now on."""
         os.close(self._descriptor)
         self._descriptor = -1
 

@@ -33,7 +33,7 @@ class Background:
         return future
 
     def has_room(self) -> bool:
-        """Whether another call can be started; stays so for whoever is the only one that starts calls."""
+        """Whether another call can be started; stays so for a caller that alone starts calls."""
         with self._lock:
             return len(self._running) < self._limit
 
@@ -55,7 +55,7 @@ class Background:
             result = call()
         except BaseException as error:  # A call that wants to end the process ends only its thread.
             failure = error
-        # Ended for whoever waits only once it is among the ended ones.
+        # Ended for its waiters only once it is among the ended ones.
         with self._lock:
             del self._running[key]
             self._done[key] = future

@@ -326,7 +326,7 @@ class RolloutController:
                     transaction.promote(current, actor=ACTOR, reason=reason, max_previous=self._settings.max_previous)
 
     def _move(self, rollout: Rollout, action: Action, reason: str = "", **changes: Any) -> None:
-        """Moves a rollout, unless somebody else did since it was looked at."""
+        """Moves a rollout, unless it was moved since it was looked at."""
         with self._store.write() as transaction:
             if current := _unmoved(transaction, rollout):
                 transaction.move(current, action, actor=ACTOR, reason=reason, **changes)

@@ -37,7 +37,7 @@ class LoadFailure:
     Attributes:
         operation: the load.
         error: why.
-        draining: whether the replica held other versions too, which will go once nobody uses them.
+        draining: whether the replica held other versions too, which will go once no request uses them.
     """
 
     operation: Operation
@@ -101,7 +101,7 @@ class Convergence:
         return {place: pause.reason for place, pause in list(self._pauses.items()) if pause.reason}
 
     def pause_candidate(self, rollout: Rollout, seconds: float) -> None:
-        """Starts no load of a candidate for a time: the replica that it may have taken down shall come back first."""
+        """Starts no load of a candidate for a time: the replica that it may have taken down should come back first."""
         self._candidate_pauses[rollout.id] = self._clock() + seconds
 
     def finished(self, operation: Operation, error: BaseException | None) -> LoadFailure | None:

@@ -30,7 +30,7 @@ def checked_candidate(
     expected: Expectation = NOTHING_EXPECTED,
     names: Names = str,
 ) -> tuple[Rollout, State]:
-    """The rollout that canary, shadow or promote is about, and the state that it shall have.
+    """The rollout that canary, shadow or promote is about, and the state that it should have.
 
     With nothing in flight, and the organ's newest rollout stable already, that one: promoting it again is no error.
 

@@ -123,7 +123,7 @@ class FleetObserver:
         try:
             return list(self._fleet.replicas(view.organ)) == [replica.replica for replica in view.replicas]
         except Exception:
-            # Which one it is says whoever asks in earnest.
+            # Which one it is is said by the call that needs it.
             return False
 
     def _ask(self, organs: Iterable[str], unloading: Collection[tuple[str, str]]) -> dict[str, OrganView]:

@@ -146,7 +146,7 @@ class GateRun:
         gate: as it was declared, with its dataset's digest.
         digest: the candidate.
         incumbent_digest: the stable version; None of a new organ.
-        cancelled: set when nobody wants the result any more.
+        cancelled: set when the result is not needed any more.
         progress: called with the questions answered, and how many there are.
     """
 

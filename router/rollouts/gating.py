@@ -173,7 +173,7 @@ class GateDemands:
 
 def gate_steps(plan: RolloutPlan) -> tuple[str, ...]:
     """What follows when gates are demanded."""
-    steps = [f"it is evaluated beside the requests, and answers nobody: {_demand(gate)}" for gate in plan.gates]
+    steps = [f"it is evaluated beside the requests, without answering any: {_demand(gate)}" for gate in plan.gates]
     if plan.promote:
         steps.append("it becomes stable by itself once it has passed; otherwise an operator decides")
     for step in plan.steps:

@@ -31,7 +31,7 @@ class Entry:
     Attributes:
         sequence: from 1, without gaps.
         at: ISO 8601 in UTC.
-        actor: who asked; "controller" for what nobody asked for.
+        actor: who asked; "controller" for what no one asked for.
         action: an `Action`.
         organ: the organ, or "" where all are meant.
         digest: the bundle, or "".
@@ -162,8 +162,8 @@ def verify(connection: Connection, noted: Head | None = None) -> Verification:
 
     Args:
         connection: a transaction.
-        noted: a head that was noted down earlier. Whoever rewrites the whole chain, head included, is found only by
-            this.
+        noted: a head that was noted down earlier. A chain that was rewritten as a whole, head included, is found only
+            by this.
     """
     head = Head(0, GENESIS)
     noted_seen = noted is None or noted == head

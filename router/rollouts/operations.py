@@ -167,7 +167,7 @@ class RolloutOperations:
         expected: Expectation = NOTHING_EXPECTED,
         dry_run: bool = False,
     ) -> Outcome:
-        """Has the candidate compute a part of the requests beside the incumbent, answering nobody.
+        """Has the candidate compute a part of the requests beside the incumbent; its answers are discarded.
 
         Takes and raises what `canary` does; a new organ has no incumbent to be compared with.
         """
@@ -463,7 +463,7 @@ class RolloutOperations:
             with self._store.write() as transaction:
                 rollout, _, done = checked(transaction, digest or rollout.digest)
                 if done:
-                    # Somebody else was faster.
+                    # Another one was faster.
                     return Outcome(organ, False, (done,), rollout)
                 if action == Action.PROMOTE:
                     rollout = transaction.promote(

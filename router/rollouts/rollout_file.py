@@ -36,7 +36,7 @@ class RolloutFile(BaseModel):
     watch_after_promotion_s: Annotated[float, Field(ge=0)] | None = None
     # Why: it stands in the history.
     reason: Annotated[str, Field(max_length=500)] = ""
-    # When a rollout failed or was rolled back and the same file shall be tried again, raise it.
+    # When a rollout failed or was rolled back and the same file should be tried again, raise it.
     attempt: PositiveInt = 1
 
     @model_validator(mode="after")

@@ -38,11 +38,11 @@ class Step(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    # When answers of the candidate shall not reach callers yet, set "shadow".
+    # When answers of the candidate should not reach callers yet, set "shadow".
     mode: Mode = "canary"
-    # When more requests shall reach the candidate, raise it.
+    # When more requests should reach the candidate, raise it.
     percent: Percent
-    # When the step shall last longer before the next one, raise it (seconds).
+    # When the step should last longer before the next one, raise it (seconds).
     hold_s: Annotated[float, Field(ge=0)]
     # When unset, the thresholds' own: so many requests of the candidate must succeed before the step ends.
     min_successes: Annotated[int, Field(ge=0)] | None = None
@@ -87,7 +87,7 @@ class RolloutSettings(BaseModel):
     # When bundles are large or storage is slow, raise it: seconds for a candidate to be loaded on every replica.
     warm_timeout_s: PositiveFloat = 600.0
     # When bundles are large, or other programs leave Control's machine no rest, raise it: seconds after which a
-    # candidate that is still being verified has failed. A check gets only what nobody else computes with.
+    # candidate that is still being verified has failed. A check gets only processor time that is idle otherwise.
     verify_timeout_s: PositiveFloat = 600.0
     # When verifying a bundle took the whole process down this many times, the candidate has failed.
     max_verify_attempts: PositiveInt = 3
@@ -95,14 +95,14 @@ class RolloutSettings(BaseModel):
     max_replica_losses: Annotated[int, Field(ge=0)] = 2
     # When replicas take long to restart, raise it: so many seconds pass before the candidate is tried again.
     loss_pause_s: Annotated[float, Field(ge=0)] = 15.0
-    # When the fleet shall be looked at more often, lower it (seconds); every change wakes the controller anyway.
+    # When the fleet should be looked at more often, lower it (seconds); every change wakes the controller anyway.
     period_s: PositiveFloat = 1.0
     # When replicas are slow to say what they hold, raise it (seconds).
     status_timeout_s: PositiveFloat = 2.0
     # When routers are slow to read the gates of a new version, raise it: seconds for which canary, shadow, promote,
     # rollback and retire wait until every router and gateway applies the change; then they name those that do not.
     take_up_timeout_s: PositiveFloat = 5.0
-    # When many replicas shall load at the same time, raise it: verifications, loads and unloads under way together.
+    # When many replicas should load at the same time, raise it: verifications, loads and unloads under way together.
     max_operations: PositiveInt = 32
     # When more people compute past answers again at one time, raise it: replays that are held or wait, together.
     max_replays: PositiveInt = 16
@@ -114,5 +114,5 @@ class RolloutSettings(BaseModel):
     gate_questions_per_s: PositiveFloat = 1.0
     # When a gate's dataset is larger, raise it: records of the gate's organ that are asked at most.
     max_gate_records: PositiveInt = 2000
-    # When a rolled-back stable version shall give way to older ones, this many of them are remembered per organ.
+    # When a stable version is rolled back repeatedly to older ones, this many of them are remembered per organ.
     max_previous: PositiveInt = 10

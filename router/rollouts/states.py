@@ -15,7 +15,7 @@ class State(StrEnum):
     VERIFIED = "verified"
     # Loaded on every replica; no request uses it.
     WARM = "warm"
-    # A part of the requests is computed with it too, and nobody sees the answers.
+    # A part of the requests is computed with it too, and its answers are discarded.
     SHADOW = "shadow"
     # A part of the requests is answered by it.
     CANARY = "canary"

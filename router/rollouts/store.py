@@ -119,7 +119,7 @@ class RolloutStore:
             return past_sets.find(transaction.connection, expert_set_id)
 
     def policy(self) -> TrafficPolicy:
-        """What Routers shall apply now.
+        """What Routers should apply now.
 
         Raises:
             RolloutStateError: no live set was adopted.

@@ -108,7 +108,7 @@ class Assignment:
 
     Attributes:
         expert_set: what answers.
-        shadow_set: what is computed beside it and answers nobody, or none.
+        shadow_set: what is computed beside it and is not answered, or none.
     """
 
     expert_set: ExpertSet

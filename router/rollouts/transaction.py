@@ -51,7 +51,7 @@ class Transaction:
         rollouts = schema.rollouts.c
         ended = self.connection.execute(
             select(rollouts.organ, rollouts.digest)
-            # Those that failed may kill whoever loads them, and hardly ever had a request.
+            # Those that failed may kill the replica that loads them, and hardly ever had a request.
             .where(rollouts.state.not_in([str(state) for state in (*IN_FLIGHT, State.FAILED)]))
             .order_by(rollouts.sequence.desc())
             .limit(MAX_ENDED)
@@ -192,7 +192,7 @@ class Transaction:
             actor: who asked.
             reason: why.
             percent: of the requests, for a state with traffic.
-            details: what else the history shall say.
+            details: what else the history should say.
             changes: further columns to change.
 
         Raises:
@@ -204,12 +204,10 @@ class Transaction:
         if state in WITH_TRAFFIC and traffic_since is None:
             traffic_since = self.now
         all_details = {**({"percent": percent} if percent is not None else {}), **(details or {})}
-        self._note(
+        self._note_of(
+            rollout,
             action,
             actor=actor,
-            organ=rollout.organ,
-            digest=rollout.digest,
-            rollout_id=rollout.id,
             from_state=rollout.state,
             to_state=state,
             reason=reason,
@@ -293,15 +291,7 @@ class Transaction:
     def demand_gates(self, rollout: Rollout, plan: RolloutPlan, *, actor: str, reason: str) -> Rollout:
         """Has a rollout follow another plan, whose gates are its own and further ones; begins at the plan's start."""
         details = {"plan": plan.model_dump(mode="json", include={"gates", "steps", "promote"})}
-        self._note(
-            Action.GATE,
-            actor=actor,
-            organ=rollout.organ,
-            digest=rollout.digest,
-            rollout_id=rollout.id,
-            reason=reason,
-            details=details,
-        )
+        self._note_of(rollout, Action.GATE, actor=actor, reason=reason, details=details)
         self._update(rollout, plan=plan.model_dump_json(), automatic=True, next_step=0)
         return replace(rollout, plan=plan, automatic=True, next_step=0)
 
@@ -314,12 +304,10 @@ class Transaction:
         gate = rollout.plan.gates[position]
         verdict = decide(gate, evidence)
         details = {"gate": gate.model_dump(mode="json"), "passed": verdict.passed, **evidence.model_dump(mode="json")}
-        self._note(
+        self._note_of(
+            rollout,
             Action.EVALUATE,
             actor=CONTROLLER,
-            organ=rollout.organ,
-            digest=rollout.digest,
-            rollout_id=rollout.id,
             reason=f"{'passed' if verdict.passed else 'not passed'}: {verdict.text}",
             details=details,
         )
@@ -333,14 +321,7 @@ class Transaction:
     def note_failing(self, rollout: Rollout, reason: str) -> None:
         """Notes that a stable version fails and stays, because there is none before it; ends its watch."""
         reason = _one_line(f"it fails, and there is no version before it to go back to: {reason}")
-        self._note(
-            Action.FAILING,
-            actor=CONTROLLER,
-            organ=rollout.organ,
-            digest=rollout.digest,
-            rollout_id=rollout.id,
-            reason=reason,
-        )
+        self._note_of(rollout, Action.FAILING, actor=CONTROLLER, reason=reason)
         self._update(rollout, watching=False, reason=reason)
 
     def count_verify_attempt(self, rollout: Rollout) -> None:
@@ -360,6 +341,10 @@ class Transaction:
     def _note(self, action: Action, *, actor: str, reason: str = "", **fields: Any) -> None:
         history.append(self.connection, action, now=self.now, actor=actor, reason=_one_line(reason), **fields)
         self.changed = True
+
+    def _note_of(self, rollout: Rollout, action: Action, *, actor: str, reason: str, **fields: Any) -> None:
+        named = {"organ": rollout.organ, "digest": rollout.digest, "rollout_id": rollout.id}
+        self._note(action, actor=actor, reason=reason, **named, **fields)
 
     def _live_rows(self) -> list[Any]:
         return list(self.connection.execute(select(schema.live_organs).order_by(schema.live_organs.c.position)))

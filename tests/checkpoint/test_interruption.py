@@ -55,7 +55,7 @@ def test_stopping_half_way(base_checkpoint: Path, tmp_path: Path, command: str, 
     _, errors = process.communicate(timeout=30)
     left = {path.name for path in work.rglob("*")}
     if stop == signal.SIGKILL:
-        # Nobody could tidy up; what is left is hidden and is no checkpoint.
+        # Nothing could tidy up; what is left is hidden and is no checkpoint.
         assert all(path.name.startswith(".result.partial-") for path in work.iterdir())
         assert not left & {"echovlm.json", "result"}
         # A merged model's config.json comes last too.

@@ -125,7 +125,7 @@ def starting(checkpoint: Path, tmp_path: Path, environment: dict[str, str]) -> I
         reader.join()
     # However it ended, the terminal is as it was.
     written = (tmp_path / "shown").read_bytes()
-    assert written.rfind(SHOW_CURSOR) > written.rfind(HIDE_CURSOR) > 0
+    assert written.rfind(SHOW_CURSOR) > written.rfind(HIDE_CURSOR) >= 0
 
 
 def copy_until_closed(descriptor: int, output: BinaryIO) -> None:

@@ -278,7 +278,7 @@ def test_the_engine_answers_as_generate_does(world: World, kind: str, batch: lis
         time.sleep(0.001)
     num_blocks = engine._scheduler.pool.num_blocks
     assert engine.free_blocks == num_blocks
-    assert not any(engine._scheduler.pool._num_holders)
+    assert not any(engine._scheduler.pool._ref_counts)
 
 
 def test_the_engines_did_what_they_were_there_for(world: World) -> None:

@@ -35,7 +35,7 @@ def test_contents_stay_until_the_room_is_needed_and_the_end_of_the_oldest_goes_f
     old, new = filled(pool, "abc"), filled(pool, "xy")
     pool.release(old)
     pool.release(new)
-    assert (pool.num_free, pool.num_kept) == (6, 5)
+    assert (pool.num_free, pool.num_cached) == (6, 5)
     assert pool.allocate(2) is not None
     assert pool.find(keys("abc")) == old[:2]
     assert pool.allocate(1) is not None
@@ -49,7 +49,7 @@ def test_what_is_used_again_stays_longer() -> None:
     for name in "abc":
         pool.release(filled(pool, name))
     found = pool.find(keys("a"))
-    pool.hold(found)
+    pool.acquire(found)
     assert pool.num_free == 2
     pool.release(found)
     assert pool.allocate(2) is not None
@@ -59,7 +59,7 @@ def test_what_is_used_again_stays_longer() -> None:
 def test_a_block_with_several_holders_is_given_away_by_none() -> None:
     pool = BlockPool(2)
     blocks = filled(pool, "ab")
-    pool.hold(blocks)
+    pool.acquire(blocks)
     pool.release(blocks)
     assert pool.allocate(1) is None
     assert pool.num_free_without(blocks) == 0
@@ -75,7 +75,7 @@ def test_the_first_block_with_some_contents_stays_the_known_one() -> None:
     (second,) = filled(pool, "a")
     pool.release([second])
     assert pool.find(keys("a")) == [first]
-    assert pool.num_kept == 0
+    assert pool.num_cached == 0
 
 
 def test_a_bundle_is_forgotten_alone() -> None:
@@ -84,10 +84,10 @@ def test_a_bundle_is_forgotten_alone() -> None:
     other = filled(pool, "d", "new")
     pool.release(kept)
     pool.release(other)
-    pool.forget_bundle("old")
+    pool.evict_bundle("old")
     assert [pool.find(keys(name)) for name in "abcd"] == [[], [], [], other]
-    assert (pool.num_free, pool.num_kept) == (3, 1)
+    assert (pool.num_free, pool.num_cached) == (3, 1)
     pool.release(held)
-    assert (pool.num_free, pool.num_kept) == (4, 1)
-    pool.forget_all()
-    assert (pool.num_free, pool.num_kept) == (4, 0)
+    assert (pool.num_free, pool.num_cached) == (4, 1)
+    pool.evict_all()
+    assert (pool.num_free, pool.num_cached) == (4, 0)

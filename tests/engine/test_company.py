@@ -1,4 +1,4 @@
-"""What a request computes has the same bits whoever is computed beside it, and however its prompt was divided."""
+"""What a request computes has the same bits whatever is computed beside it, and however its prompt was divided."""
 
 from collections import defaultdict
 from collections.abc import Iterator

@@ -167,26 +167,26 @@ def test_whoever_listens_is_woken_after_every_token(engine: Engine, prompt: Sequ
         if fails:
             raise RuntimeError("the loop is closed")
 
-    engine.told = told
+    engine.on_outputs_ready = told
     try:
         engine.submit(
             of(prompt, "breast", max_new_tokens=5, stop_token_ids=frozenset()), lambda _: events.append("token")
         )
         assert ended.wait(10)
     finally:
-        engine.told = lambda: None
+        engine.on_outputs_ready = lambda: None
     assert events == ["token", "told"] * 5
 
 
 def test_an_error_is_told_at_once(engine: Engine, prompt: SequenceRequest) -> None:
     events: list[object] = []
     told = threading.Event()
-    engine.told = lambda: told.set() if events else None
+    engine.on_outputs_ready = lambda: told.set() if events else None
     try:
         engine.submit(of(prompt, "breast", deadline=time.monotonic()), events.append)
         assert told.wait(10)
     finally:
-        engine.told = lambda: None
+        engine.on_outputs_ready = lambda: None
     assert isinstance(events[0], DeadlineError)
 
 

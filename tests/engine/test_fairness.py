@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echovlm_ray.engine.fairness import DECODED_TOKEN, MAX_CREDIT, ServiceCounters
-from echovlm_ray.engine.scheduler import Scheduler
+from echovlm_ray.engine.scheduler import SHARED_S, Scheduler
 from echovlm_ray.engine.sequence import Sequence
 from tests.engine.test_scheduler import Outage, advance, scheduler, sequence
 
@@ -106,6 +106,18 @@ def test_a_caller_whose_experts_are_away_takes_no_place_from_others() -> None:
     planned.add(sequence(20, 8, "liver", caller=OTHER))
     step(planned)
     assert not planned.preemptions
+
+
+def test_steps_are_short_while_another_caller_may_come_back() -> None:
+    planned = scheduler(2000, batch=4, queue=80, prefill=64, prefix_reuse=False)
+    for index in range(2):
+        planned.add(prompt(FLOOD, 640, index))
+    assert step(planned) == [(FLOOD, 64)]
+    planned.add(prompt(OTHER, 20, max_new_tokens=1))
+    assert step(planned) == [(OTHER, 20)]
+    assert step(planned) == [(FLOOD, 16)]
+    planned._shared_until -= SHARED_S
+    assert step(planned) == [(FLOOD, 64)]
 
 
 def test_one_caller_alone_is_served_in_order_of_arrival() -> None:

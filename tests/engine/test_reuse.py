@@ -65,7 +65,7 @@ def expected(split: SplitGolden, requests: list[SequenceRequest]) -> list[Answer
     """Answers with all the room there is, and nothing shared."""
     with running_engine(split, local_experts(split), prefix_reuse=False) as engine:
         answers = run_together(engine, requests)
-        assert engine.preemptions == engine.prefix_hits == engine.kept_blocks == 0
+        assert engine.preemptions == engine.prefix_hits == engine.cached_blocks == 0
         return answers
 
 
@@ -87,8 +87,8 @@ def test_preemption_changes_no_answer(
         same(run_together(engine, requests), expected)
         assert engine.preemptions
         assert engine.free_blocks == -(-tokens // 16)
-        engine.forget_prefixes()
-        assert engine.kept_blocks == 0
+        engine.evict_prefixes()
+        assert engine.cached_blocks == 0
         assert engine.free_blocks == -(-tokens // 16)
 
 
@@ -182,10 +182,10 @@ def test_a_bundle_that_goes_takes_its_blocks_along(split: SplitGolden, requests:
     text = next(request for request in requests if request.vision_rows_V is None)
     with running_engine(split, local_experts(split)) as engine:
         submit(engine, text).wait_well()
-        engine.forget_bundle("another")
-        assert engine.kept_blocks >= 2
-        engine.forget_bundle(split.expert_set.used(text.shares)[0].bundle_digest)
-        assert engine.kept_blocks == 0
+        engine.evict_bundle("another")
+        assert engine.cached_blocks >= 2
+        engine.evict_bundle(split.expert_set.used(text.shares)[0].bundle_digest)
+        assert engine.cached_blocks == 0
         submit(engine, text).wait_well()
         assert engine.prefix_hits == 0
         submit(engine, text).wait_well()
@@ -224,6 +224,6 @@ def test_what_failed_is_never_where_another_begins(
             faulty.failure = ExpertsFailedError("breast", "a kernel failed")
         assert submit(engine, text).wait().error is not None
         faulty.poisoned, faulty.failure = False, None
-        assert engine.kept_blocks == 0
+        assert engine.cached_blocks == 0
         same([submit(engine, text).wait_well()], [expected[0]])
         assert engine.prefix_hits == 0

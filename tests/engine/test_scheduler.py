@@ -113,8 +113,8 @@ def advance(planned: Scheduler, chunks: list[Chunk], memory: Memory | None = Non
 def check(planned: Scheduler) -> None:
     pool = planned.pool
     holders = Counter(block for own in planned.running for block in own.block_table)
-    assert [holders[block] for block in range(pool.num_blocks)] == pool._num_holders
-    assert sorted([*holders, *pool._free, *pool._kept]) == list(range(pool.num_blocks))
+    assert [holders[block] for block in range(pool.num_blocks)] == pool._ref_counts
+    assert sorted([*holders, *pool._free, *pool._cached]) == list(range(pool.num_blocks))
     assert not any(own.block_table for own in planned.waiting)
     for own in planned.running:
         assert len(own.block_table) == len(set(own.block_table))
@@ -167,7 +167,7 @@ def test_no_block_is_lost_and_everything_ends(
         elif action == "recovery":
             outage.organs.discard(arguments[0])
         elif action == "forget":
-            planned.pool.forget_bundle("breast-1")
+            planned.pool.evict_bundle("breast-1")
         elif action in ("step", "fail"):
             chunks = planned.schedule()
             check(planned)
@@ -193,8 +193,8 @@ def test_no_block_is_lost_and_everything_ends(
     assert not planned.running
     assert not planned.waiting
     assert planned.pool.num_free == planned.pool.num_blocks
-    assert prefix_reuse or not planned.pool.num_kept
-    planned.pool.forget_all()
+    assert prefix_reuse or not planned.pool.num_cached
+    planned.pool.evict_all()
     assert sorted(planned.pool._free) == list(range(num_blocks))
 
 
@@ -255,7 +255,7 @@ def test_a_prompt_begins_with_what_another_left_behind() -> None:
     other_organ = sequence(40, 1, "liver")
     planned.add(first)
     advance(planned, planned.schedule())
-    assert planned.pool.num_kept == 2
+    assert planned.pool.num_cached == 2
     spans = []
     for each in (same, longer, other_organ):
         planned.add(each)

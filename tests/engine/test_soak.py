@@ -10,7 +10,7 @@ def test_no_block_is_lost(demo_checkpoint: Path) -> None:
         report = soak(engine, requests, 300, lambda: None)
         assert report.leaked == 0
         assert report.still_held == 0
-        assert not any(engine._scheduler.pool._num_holders)
+        assert not any(engine._scheduler.pool._ref_counts)
         assert sum(report.outcomes.values()) == 300
         assert engine.preemptions
         assert engine.prefix_hits

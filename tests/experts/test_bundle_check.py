@@ -205,7 +205,7 @@ def test_a_kernel_that_hangs_is_killed_with_all_that_it_started(bundle: BundleSo
 
 
 def test_a_kernel_that_eats_memory(bundle: BundleSource, kernels: Path) -> None:
-    """64 GiB, on a machine that would have to kill somebody for it."""
+    """64 GiB, on a machine that would have to kill a process for it."""
     before = psutil.virtual_memory().available
     result = check_in_subprocess(CheckRequest(source=bundle, kernel="greedy", memory_bytes=256 * 1024**2))
     assert not result.ok
@@ -287,7 +287,7 @@ def test_checks_share_what_they_come_from(bundle: BundleSource, make_bundle: Mak
             results = list(threads.map(checks.check, requests))
         assert [result.ok for result in results] == [True, False] * 3
         (server,) = fork_servers()
-        # Those that watched have ended, and nobody is left to be waited for.
+        # Those that watched have ended, and there is nothing left to wait for.
         for _ in range(50):
             if not server.children():
                 break

@@ -305,7 +305,7 @@ def test_a_caller_that_leaves_takes_its_exchanges_with_it_and_harms_nobody(
     caller.close()
     until(lambda: service.exchanges_in_flight == 1)
     del caller
-    # The one that has begun writes into memory that nobody looks at any more.
+    # The one that has begun writes into memory that is not read any more.
     kernel.door.set()
     until(lambda: service.exchanges_in_flight == 0)
     until(lambda: len(mapped()) == before)

@@ -46,7 +46,7 @@ def test_what_is_pushed_is_found(any_registry: Registry, make_bundle: MakeBundle
     bundle.verify(finite=True)
     assert bundle.digest == pushed.digest
     assert torch.equal(bundle.load_layer(1).gate_EFD, Bundle.open(directory).load_layer(1).gate_EFD)
-    # And by somebody who has not seen the push.
+    # And by a reader that has not seen the push.
     again = Registry(any_registry.root, cache_directory=any_registry_cache(any_registry))
     assert again.open(pushed.digest).manifest == pushed
 

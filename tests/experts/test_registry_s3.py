@@ -73,7 +73,7 @@ def test_push_find_list_open(
     )
     assert registry.push(directory) == manifest
     assert keys_in(server, bucket) == before
-    # Somebody else, who has not seen the push.
+    # Another reader, which has not seen the push.
     other = location.open()
     assert other.list() == [manifest]
     assert other.find("breast", "1.0.0") == manifest

@@ -389,7 +389,7 @@ async def test_answers_come_after_the_caller_has_finished_writing(
 async def test_a_caller_that_reads_nothing_is_not_read_for_ever(
     inline_multiply_adds: int, serve: Serve, group: ExpertGroup, pushed: Manifest
 ) -> None:
-    """Answers that nobody takes must not pile up in the server."""
+    """Answers that are not read must not pile up in the server."""
     group.load(pushed.digest)
     served = await serve(group, max_queue=2, inline_multiply_adds=inline_multiply_adds)
     call = served.stub.Forward()

@@ -123,7 +123,7 @@ def other_self_test(workshop: Workshop) -> str:
 
 
 def badly_signed(workshop: Workshop) -> str:
-    """Signed, and then by nobody: the signature's bytes are another bundle's."""
+    """With a signature that is another bundle's."""
     digest = workshop.make()
     (workshop.manifest_path.parent / f"{digest}.sig").write_bytes(b'{"mediaType": "something else"}')
     return digest

@@ -38,7 +38,7 @@ def test_a_gate_outlives_control_and_its_figures_decide(running_system: RunningS
             control.push(tmp_path / name)
         control.apply(json.dumps({"organ": ORGAN, "digest": equal.digest, "gates": gates}), actor=WHO)
         until(lambda: is_asking(rollout_of(control, ORGAN)), "the gate under way", pause_s=0.01)
-        # The candidate answers nobody meanwhile.
+        # The candidate answers no request meanwhile.
         assert ask(system, ORGAN)[1] == first.manifest.version
         kill(system, "control")
         stable = in_state(control, ORGAN, "stable")

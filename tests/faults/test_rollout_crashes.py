@@ -65,7 +65,7 @@ class Scene:
             self.control.rollback(ORGAN, digest=self.new, actor=WHO)
 
     def state(self) -> str:
-        """Of the newest rollout, read where nobody's death delays it."""
+        """Of the newest rollout, read where the death of no process delays it."""
         path = self.system.checkpoint / "rollouts" / "rollouts.db"
         connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
         try:

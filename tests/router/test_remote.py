@@ -150,7 +150,7 @@ def test_nothing_waits_for_a_connection(experts: RemoteExperts, cluster: Cluster
     started = time.monotonic()
     with pytest.raises(ExpertsUnavailableError, match="no replica is running"):
         send(experts)
-    # A port where nobody listens.
+    # A port without a listener.
     cluster.live.append("127.0.0.1:1")
     for _ in range(3):
         with pytest.raises(ExpertsUnavailableError, match=r"'liver' are not available: a replica is being connected"):

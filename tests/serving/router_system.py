@@ -59,7 +59,7 @@ def router_parts(
         model.expert_set,
         model.gates,
         read=model.read_gates,
-        forget=engine.forget_bundle,
+        forget=engine.evict_bundle,
     )
     outcomes = Outcomes()
     more = () if replayed is None else (replayed,)

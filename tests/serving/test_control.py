@@ -36,7 +36,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def candidates(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of bundles of the heart that nobody has pushed: a good one, and one whose weights are no numbers."""
+    """Folders of bundles of the heart that were not pushed: a good one, and one whose weights are no numbers."""
     directory = tmp_path_factory.mktemp("candidates")
     source = heart_of(demo)
     changed_bundle(directory / "good", source, "1.1.0")

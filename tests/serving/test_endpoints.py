@@ -99,7 +99,7 @@ def test_a_replica_is_found_at_both_of_its_addresses(endpoints: Endpoints) -> No
     assert described.deployment == "Control"
     assert described.endpoint == replica.public_address != replica.address
     assert psutil.pid_exists(described.pid)
-    # Operators reach the public one, which tells nobody about replicas.
+    # Operators reach the public one, which says nothing about replicas.
     with pytest.raises(grpc.RpcError) as caught:
         describe(replica.public_address)
     assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED

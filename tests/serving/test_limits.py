@@ -259,7 +259,7 @@ async def test_a_client_that_reads_nothing_keeps_its_place_no_longer_than_its_de
         assert received.held_bytes == 0
         async with grpc.aio.insecure_channel(server.address) as channel:
             assert await method(channel)(prompt("abc"))
-        # Who begins to read after all is told.
+        # A caller that begins to read after all gets the status.
         async with asyncio.timeout(10):
             with suppress(grpc.aio.AioRpcError):
                 async for _ in streams[0]:

@@ -37,7 +37,7 @@ async def test_it_follows_the_live_set_and_goes_on_without_control(golden_dir: P
         await until(lambda: control.servicer.taken_up == {live.name: 4})
         await control.stop()
         assert live.describe() is found
-        # After a restart, elsewhere; a bundle that nobody can describe changes nothing.
+        # After a restart, elsewhere; a bundle that cannot be described changes nothing.
         await control.start()
         unknown = second.model_copy(update={"members": second.members[:1]})
         control.servicer.versions = {}

@@ -41,7 +41,7 @@ async def test_what_comes_together_wakes_the_loop_once() -> None:
         for queue in queues:
             mailbox.sink(queue)("token")
         await asyncio.sleep(0)
-        assert not calls, "nobody is woken before it is time"
+        assert not calls, "the reader is woken too early"
         mailbox.wake()
         mailbox.wake()
         await asyncio.sleep(0)

@@ -95,7 +95,7 @@ async def test_a_policy_that_cannot_be_kept_is_published_later(
     await anext(watching)
     path.unlink()
     path.parent.rmdir()
-    # A file where the folder was: nothing can be written there, whoever tries.
+    # A file where the folder was: nothing can be written there, even by root.
     path.parent.touch()
     await asyncio.to_thread(promote, store)
     assert heart(publisher.current) == "1" * 64

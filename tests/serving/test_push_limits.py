@@ -1,4 +1,4 @@
-"""Pushes that send nothing keep nobody else's from the registry."""
+"""Pushes that send nothing do not keep others from the registry."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable

@@ -1,4 +1,4 @@
-"""Requests of an evaluation: answered by the version that they name, in nobody's way, and no evidence of traffic."""
+"""Requests of an evaluation: answered by the version that they name, after all callers, and no evidence of traffic."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -194,7 +194,7 @@ async def test_a_swap_leaves_the_other_organs_prefixes(versions: Versions, refer
             await router.generate(organs, input_ids=prompt, tokens=2).rest()
         before = router.engine.prefix_hits
         await router.policy(second)
-        await until(lambda: router.engine.kept_blocks == 3)
+        await until(lambda: router.engine.cached_blocks == 3)
         again = await router.generate(("heart",), input_ids=prompt, tokens=30).rest()
         assert router.engine.prefix_hits - before == 48
         assert again.provenance.expert_set_id == second.id
@@ -205,9 +205,9 @@ async def test_cached_prefixes_of_a_bundle_go_with_it(versions: Versions) -> Non
     prompt = list(range(10, 60))
     async with watching_router(versions) as router:
         await router.generate(input_ids=prompt, tokens=2).rest()
-        assert router.engine.kept_blocks == 3
+        assert router.engine.cached_blocks == 3
         await router.policy(versions.expert_set(liver="2.0.0"))
-        await until(lambda: router.engine.kept_blocks == 0)
+        await until(lambda: router.engine.cached_blocks == 0)
         stream = await router.generate(input_ids=prompt, tokens=2).rest()
         assert router.engine.prefix_hits == 0
         assert stream.versions == {"liver": "2.0.0"}

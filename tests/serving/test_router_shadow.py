@@ -1,4 +1,4 @@
-"""Shadows answer nobody, are compared with what was answered, and are in nobody's way."""
+"""Shadows are not answered, are compared with what was answered, and take nothing from callers."""
 
 import asyncio
 from collections.abc import Iterator

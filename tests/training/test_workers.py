@@ -38,7 +38,7 @@ def test_two_workers_train_as_one_does_even_when_one_of_them_sees_no_picture(sta
     records = write_records(tmp_path / "records", 12, without_image=(0, 2, 3, 5, 7, 8, 11))
     one, two = (load_file(run_with(tmp_path / f"w{n}", start, records, n) / "model.safetensors") for n in (1, 2))
     logs = [[json.loads(line) for line in (tmp_path / f"w{n}" / "1-all" / "log.jsonl").open()][:3] for n in (1, 2)]
-    # What is logged is that of the whole step, whoever computed it.
+    # What is logged is that of the whole step, of all workers together.
     for alone, together in zip(*logs, strict=True):
         for name in ("loss", "answer_loss", "balancing_loss", "gate_entropy/layer_0", "load/layer_1/expert_1"):
             assert together[name] == pytest.approx(alone[name], rel=1e-2, abs=1e-2), name

@@ -9,19 +9,19 @@ class Changes:
     """Wakes everybody who listens. Made on the event loop on which they do."""
 
     def __init__(self) -> None:
-        """Nobody listens yet."""
+        """There are no listeners yet."""
         self._loop = asyncio.get_running_loop()
         self._listeners: set[asyncio.Event] = set()
 
     def announce(self) -> None:
         """Something changed; from any thread, at any time."""
-        # A closed loop means that nobody is left to listen.
+        # A closed loop means that there is no listener left.
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._wake)
 
     @contextmanager
     def listener(self) -> Iterator[asyncio.Event]:
-        """An event that is set by every change; whoever waits for it clears it."""
+        """An event that is set by every change; its waiter clears it."""
         event = asyncio.Event()
         self._listeners.add(event)
         try:

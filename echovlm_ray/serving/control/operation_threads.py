@@ -10,7 +10,7 @@ OPERATION_THREADS = 4
 def operation_threads() -> ThreadPoolExecutor:
     """Threads that are all started, so that on Linux they keep the priority that the caller has now.
 
-    An operation is a few milliseconds of work that somebody waits for. At Control's own priority it takes many times
+    An operation is a few milliseconds of work that an operator waits for. At Control's own priority it takes many times
     that on a machine whose cores are taken.
     """
     threads = ThreadPoolExecutor(OPERATION_THREADS, thread_name_prefix="operations")

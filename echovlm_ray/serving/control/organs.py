@@ -14,9 +14,9 @@ PERIOD_S = 2.0
 
 
 class OrganApplications:
-    """Follows the database on a thread: each pass starts what is missing and ends what nobody needs any more.
+    """Follows the database on a thread: each pass starts what is missing and ends what is not needed any more.
 
-    Applications of organs that are live and not in flight are started with the system, by whoever starts that.
+    Applications of organs that are live and not in flight are started with the system.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class OrganApplications:
         """One pass.
 
         Returns:
-            Whether all is as it shall be.
+            Whether all is as it should be.
         """
         snapshot = self._store.snapshot()
         for organ in snapshot.known_organs:

@@ -21,7 +21,7 @@ RETRY_S = 1.0
 
 
 class PolicyPublisher:
-    """Nobody hears of a policy before it stands in the file. Made, started and watched on one event loop.
+    """A policy is published only once it stands in the file. Made, started and watched on one event loop.
 
     It is published by the thread that changed the database, before anything else begins that the change leads to: a
     `promote` is in force once Routers hear of it, and whatever runs beside would only make that later.

@@ -1,4 +1,4 @@
-"""Takes in a bundle that somebody pushes, piece by piece, into a folder that is gone if anything is wrong."""
+"""Takes in a bundle that is pushed, piece by piece, into a folder that is gone if anything is wrong."""
 
 import asyncio
 import os
@@ -136,7 +136,7 @@ class PushReceiver:
 
     def _into_registry(self, folder: Path) -> Manifest:
         try:
-            # The folder is nobody else's and goes away: the files need not be copied.
+            # The folder is used only here and goes away: the files need not be copied.
             return self._registry.push(folder, link=True)
         except OSError as error:
             if error.errno in NO_ROOM:

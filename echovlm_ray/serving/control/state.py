@@ -115,7 +115,7 @@ class StateReader:
 
 
 class StateWatch:
-    """The state again and again, for as long as somebody watches. Belongs to one event loop."""
+    """The state again and again, for as long as it is watched. Belongs to one event loop."""
 
     def __init__(self, reader: StateReader, store: RolloutStore) -> None:
         """Takes what reads the state, and who says that it changed."""

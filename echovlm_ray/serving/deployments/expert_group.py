@@ -27,7 +27,7 @@ SERVICE_NAME = expert_pb2.DESCRIPTOR.services_by_name["ExpertGroup"].full_name
 SWITCH_INTERVAL_S = 0.0005
 # Those that compute products of packed weights; another says by its name what computes.
 _PACKED_KERNELS = ("auto", "cpu_packed")
-# Whoever starts together with Control need not wait for it.
+# A replica that starts together with Control need not wait for it.
 FIND_CONTROL_S = 0.5
 
 

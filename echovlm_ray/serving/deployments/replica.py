@@ -151,7 +151,7 @@ class Replica:
             self._metrics.update(part.queue_length(), part.bundles())
             part.measure()
         except Exception:
-            # Nobody's request needs them.
+            # No request needs them.
             logger.exception("the replica's metrics could not be brought up to date")
 
     def _rest(self, work_done: int) -> None:
@@ -188,7 +188,7 @@ def device_of(settings: ReplicaSettings) -> "torch.device":
     """Where a replica computes.
 
     Raises:
-        ValueError: it has a share of a GPU, or shall use one, and torch sees none.
+        ValueError: it has a share of a GPU, or should use one, and torch sees none.
     """
     import torch
 

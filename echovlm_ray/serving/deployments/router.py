@@ -86,7 +86,7 @@ class RouterReplica(Replica):
             model.expert_set,
             model.gates,
             read=model.read_gates,
-            forget=engine.forget_bundle,
+            forget=engine.evict_bundle,
             prepare=_find_new_organs(endpoints, served.organs),
             identity=parsed.identity,
         )
@@ -177,7 +177,7 @@ def build_engine(
 def _measure(metrics: "RouterMetrics", engine: "Engine") -> None:
     metrics.prefix_hits(engine.prefix_hits)
     metrics.preemptions(engine.preemptions)
-    metrics.cache_blocks(total=engine.num_blocks, free=engine.free_blocks, kept=engine.kept_blocks)
+    metrics.cache_blocks(total=engine.num_blocks, free=engine.free_blocks, kept=engine.cached_blocks)
 
 
 def _gate_reader(

@@ -50,6 +50,21 @@ def deployments_of(organs: tuple[str, ...]) -> dict[str, str]:
     return DEPLOYMENTS | {expert_application(organ): EXPERT_DEPLOYMENT for organ in organs}
 
 
+# What an evaluation has in common with callers' requests.
+ANSWER_LIMITS = {
+    "max_images",
+    "max_image_bytes",
+    "max_image_pixels",
+    "crop_to_regions",
+    "max_frames",
+    "max_visual_tokens",
+    "default_new_tokens",
+    "max_request_bytes",
+    "decoders",
+}
+TOKEN_LIMITS = {"max_prompt_tokens", "max_new_tokens"}
+
+
 class ReplicaSettings(Section):
     """What every replica needs to know.
 
@@ -141,7 +156,7 @@ class ControlSettings(ReplicaSettings):
     rollouts: RolloutsSection
     experts: ExpertsSection
     experts_placement: Literal["remote", "local"]
-    # What callers' requests may hold, and so those of an evaluation.
+    # Only what callers' requests may hold, and so those of an evaluation: no other change restarts Control.
     gateway: GatewaySection
     router: RouterSection
 
@@ -151,7 +166,7 @@ class ControlSettings(ReplicaSettings):
         return Resources(replicas=1, num_cpus=self.control.num_cpus)
 
     def expert_group(self, organ: str) -> ExpertGroupSettings:
-        """What an organ's expert group is started with, the same whoever deploys it."""
+        """What an organ's expert group is started with, by `serve` and by Control alike."""
         # Other organs' resources are no business of this one.
         update = {"resources": self.experts.resources_of(organ), "organs": {}}
         return ExpertGroupSettings(
@@ -203,8 +218,8 @@ def settings_of(
         rollouts=config.rollouts,
         experts=config.experts,
         experts_placement=config.router.experts,
-        gateway=config.gateway,
-        router=config.router,
+        gateway=config.gateway.model_validate(config.gateway.model_dump(include=ANSWER_LIMITS)),
+        router=config.router.model_validate(config.router.model_dump(include=TOKEN_LIMITS)),
     )
     if config.router.experts == "remote":
         settings |= {expert_application(organ): control.expert_group(organ) for organ in organs}

@@ -1,4 +1,4 @@
-"""A gateway of Control's own, whose requests are answered by one version: for evaluations, and for nobody else."""
+"""A gateway of Control's own, whose requests are answered by one version. Only evaluations use it."""
 
 import asyncio
 import tempfile

@@ -61,7 +61,7 @@ class Admission:
 
     Attributes:
         experts: what answers.
-        shadow: what is computed beside it and answers nobody, or none. Held on its own.
+        shadow: what is computed beside it and is not answered, or none. Held on its own.
     """
 
     experts: PinnedExperts

@@ -10,7 +10,7 @@ What counts as an error of an organ's experts:
   that this one alone was missing; not while it waited for a place, or a caller's short deadline could bring it about.
 - No replica could load them (`ExpertsUnusableError`): that version's, and no other's.
 
-A deadline, a full queue or a caller who left is nobody's error, but how long each token took counts all the same.
+A deadline, a full queue or a caller who left is no version's error, but how long each token took counts all the same.
 """
 
 import logging

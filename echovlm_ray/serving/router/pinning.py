@@ -356,7 +356,7 @@ class ExpertSets:
         return self._policy.digests | held
 
     def _forget_all(self, digests: Sequence[str]) -> None:
-        # Without the lock: whoever lets go of a run may hold the engine's.
+        # Without the lock: the thread that lets go of a run may hold the engine's.
         for digest in digests:
             self._forget(digest)
 

@@ -18,7 +18,7 @@ class Run:
         token_ids: all tokens, where they are compared with another run's.
         error: what ended it, if anything did.
         complete: whether it made its last token.
-        worthless: set when it says nothing of its experts, because it was ended to make room.
+        excluded_from_metrics: set when it says nothing of its experts, because it was ended to make room.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Run:
         self.token_ids: list[int] = []
         self.error: Exception | None = None
         self.complete = False
-        self.worthless = False
+        self.excluded_from_metrics = False
 
     @property
     def seconds_per_token(self) -> float | None:
@@ -74,7 +74,7 @@ class Run:
     def gone(self) -> None:
         """Reports, and lets go of the experts."""
         try:
-            if not self.worthless:
+            if not self.excluded_from_metrics:
                 self._outcomes.record(
                     self._judged,
                     self.error,

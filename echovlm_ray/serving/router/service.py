@@ -78,7 +78,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
 
     @property
     def queue_length(self) -> int:
-        """Requests that wait or run, for status; shadows answer nobody and do not count."""
+        """Requests that wait or run, for status; shadows are not answered and do not count."""
         return max(0, self._engine.queue_length - len(self._shadows))
 
     async def Route(
@@ -161,7 +161,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
     def _opened_mailbox(self) -> "Mailbox[StepOutput | Exception]":
         if self._mailbox is None:
             self._mailbox = Mailbox(asyncio.get_running_loop())
-            self._engine.told = self._mailbox.wake
+            self._engine.on_outputs_ready = self._mailbox.wake
         return self._mailbox
 
     async def _submit(

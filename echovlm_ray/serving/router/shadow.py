@@ -1,7 +1,7 @@
-"""Shadows: requests that are computed a second time with a candidate, beside the incumbent, and answer nobody.
+"""Shadows: requests that are computed a second time with a candidate, and whose answers are discarded.
 
 They use only what the others leave: few at once, begun when the batch and the cache have room to spare, and ended as
-soon as anybody else could use their place.
+soon as another request could use their place.
 """
 
 import asyncio
@@ -90,7 +90,7 @@ class Shadows:
         return bool(running)
 
     def has_room(self, max_tokens: int) -> bool:
-        """Whether one more may begin without taking anything from anybody."""
+        """Whether one more may begin without taking anything from other requests."""
         return (
             len(self._running) < self._max_shadows
             and self._engine.queue_length < self._max_batch_size
@@ -163,7 +163,7 @@ class Shadow:
         """It says nothing any more; for a request that was cancelled or failed, or to make room."""
         with self._lock:
             self._over = True
-            self._run.worthless = True
+            self._run.excluded_from_metrics = True
             sequence = self._sequence
         if sequence is not None:
             self._shadows.cancel(sequence)

@@ -1,6 +1,6 @@
 """A decoder's answer, and what the gateway checks of it.
 
-A decoder reads hostile bytes and may be in the hands of whoever wrote them. So its answer is JSON of known fields, and
+A decoder reads hostile bytes and may be controlled by their sender. So its answer is JSON of known fields, and
 nothing of it is believed that has not been checked (P17).
 """
 

@@ -135,7 +135,7 @@ def check_case(kernel: ExpertKernel, case: Case, dtype: torch.dtype, device: tor
 def check_nobody_is_exactly_zero(
     kernel: ExpertKernel, dtype: torch.dtype, device: torch.device | str = "cpu", hidden: int = 64, inner: int = 48
 ) -> None:
-    """A pair without an expert adds nothing, whatever its weight is and whoever else is in the call."""
+    """A pair without an expert adds nothing, whatever its weight is and whatever else is in the call."""
     case = Case("nobody", experts=2, hidden=hidden, inner=inner, tokens=6, routing=distinct)
     weights = on_device(make_weights(case.experts, case.hidden, case.inner, dtype), device, dtype)
     x_TD, index_TK, weight_TK = make_exchange(case, dtype)

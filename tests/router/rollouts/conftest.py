@@ -72,7 +72,7 @@ def make_empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> MakeUrl:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def make_url(request: pytest.FixtureRequest, tmp_path: Path) -> MakeUrl:
-    """Gives the URL of a database that nothing is in each time; nobody may still use the one given before."""
+    """Gives the URL of a database that nothing is in each time; the one given before must not be in use any more."""
     if request.param == "sqlite":
         return lambda: f"sqlite:///{tmp_path}/rollouts-{next(_numbers)}.db"
     url = request.getfixturevalue("shared_url")

@@ -58,7 +58,7 @@ def test_a_replica_that_comes_back_gets_the_earlier_versions_that_requests_still
     world.operations.promote("heart", actor="ann")
     settle(world.controller)
     world.fleet.remove_replica("heart", "heart-1")
-    # Nobody knows what is used: it gets the stable version, and the rest once that is known.
+    # What is used is unknown: it gets the stable version, and the rest once that is known.
     world.fleet.pins = None
     world.fleet.add_replica("heart", "heart-3")
     reconcile_until(world.controller, lambda _: world.fleet.held("heart")["heart-3"] == {key})

@@ -133,7 +133,7 @@ def test_promote_with_gates_promotes_by_itself(world: World, evaluator: FileEval
     assert world.rollout().plan.gates == ()
     assert world.operations.promote("heart", actor="ann", gates=gates_of(dataset)).changed
     reconcile_until(world.controller, lambda _: bool(evaluator.runs))
-    # The same once more, by somebody else, changes nothing; without gates it has to wait.
+    # The same once more, by another operator, changes nothing; without gates it has to wait.
     again = world.operations.promote("heart", actor="bob", gates=gates_of(dataset))
     assert not again.changed
     with pytest.raises(RolloutStateError, match=r"has not passed its gates yet.*it is promoted by itself"):

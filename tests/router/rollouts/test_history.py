@@ -59,7 +59,7 @@ def swap(connection: Connection) -> None:
 
 
 def swap_with_sequence_rehashed(connection: Connection) -> None:
-    """As `swap`, by somebody who knows how the hashes are made."""
+    """As `swap`, with the hashes made anew."""
     swap(connection)
     for sequence in (3, 4):
         rehash(connection, sequence)

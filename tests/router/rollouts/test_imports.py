@@ -6,7 +6,7 @@ import router.rollouts
 
 
 def test_rollouts_need_neither_ray_nor_transformers_nor_torch() -> None:
-    """Control is a small process; and whoever only reads a policy needs nothing heavy."""
+    """Control is a small process; and reading a policy needs nothing heavy."""
     folder = Path(router.rollouts.__file__).parent
     modules = [f"router.rollouts.{path.stem}" for path in folder.glob("*.py") if path.stem != "__init__"]
     assert len(modules) > 15

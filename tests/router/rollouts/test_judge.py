@@ -78,7 +78,7 @@ def test_a_burst_for_one_version_alone_does_not_make_it_slow(world: World) -> No
         monitor.record(Observation("heart", digest, count, latency=latency))
 
     for _ in range(5):
-        # Somebody's sessions all get the candidate; the incumbent has requests at quiet times only.
+        # The sessions of one caller all get the candidate; the incumbent has requests at quiet times only.
         ran("d", 60, 0.5)
         clock.passed += 10
         ran("i", 60, 0.01)
