@@ -11,7 +11,7 @@ from experts.kernels.cpu.library import CpuLibrary, PackedMatrix, check, dtype_c
 class PackedExpertMatrices:
     """The matrices of a layer's experts as the library takes them.
 
-    Whoever keeps it must keep the matrices' memory.
+    Its owner must keep the matrices' memory.
     """
 
     def __init__(self, gate_up_E: Sequence[PackedMatrix], down_E: Sequence[PackedMatrix], inner_size: int) -> None:
