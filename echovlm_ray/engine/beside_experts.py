@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from echovlm_ray.engine.concatenate import concatenated
-from echovlm_ray.model.modeling import BesideExperts, EchoVLMDecoderLayer, MixedWithExperts
+from echovlm_ray.model.decoder_layer import BesideExperts, EchoVLMDecoderLayer, MixedWithExperts
 from experts.kernels.silu_multiply import silu_and_multiply
 
 

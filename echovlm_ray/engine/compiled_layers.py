@@ -24,7 +24,7 @@ from echovlm_ray.engine.compiled import (
     normalize,
 )
 from echovlm_ray.engine.kv_cache import BLOCK_SIZE, KVCache
-from echovlm_ray.model.modeling import EchoVLMDecoderLayer, MixedWithExperts
+from echovlm_ray.model.decoder_layer import EchoVLMDecoderLayer, MixedWithExperts
 from echovlm_ray.model.packing import PackedLinearLayer, packed_matrices
 from experts.kernels.cpu.functions import swiglu
 

@@ -5,7 +5,8 @@ import logging
 from echovlm_ray.engine.attention import PagedSelfAttention
 from echovlm_ray.engine.beside_experts import FusedBesideExperts
 from echovlm_ray.engine.compiled_layers import CompiledAttention, CompiledBesideExperts, CompiledRMSNorm
-from echovlm_ray.model.modeling import EchoVLMDecoderLayer, EchoVLMTextModel
+from echovlm_ray.model.decoder_layer import EchoVLMDecoderLayer
+from echovlm_ray.model.text_model import EchoVLMTextModel
 
 logger = logging.getLogger(__name__)
 

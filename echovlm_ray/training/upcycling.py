@@ -20,7 +20,8 @@ from transformers import Qwen2VLForConditionalGeneration
 from echovlm_ray.checkpoint.layout import InvalidCheckpointError
 from echovlm_ray.checkpoint.reader import read_tensor_folder
 from echovlm_ray.model.configuration import EchoVLMConfig
-from echovlm_ray.model.modeling import EchoVLMDecoderLayer, EchoVLMForConditionalGeneration
+from echovlm_ray.model.decoder_layer import EchoVLMDecoderLayer
+from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
 from echovlm_ray.training.recipe import UpcyclingSection
 
 

@@ -1,0 +1,134 @@
+"""One decoder layer of EchoVLM: attention, then the dense MLP and the mixture of experts side by side."""
+
+# transformers leaves most of its methods untyped.
+# mypy: disable-error-code="no-untyped-call"
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.qwen2_vl.modeling_qwen2_vl import (
+    Qwen2MLP,
+    Qwen2VLAttention,
+    Qwen2VLDecoderLayer,
+    Qwen2VLRMSNorm,
+)
+
+from echovlm_ray.model.configuration import EchoVLMTextConfig
+from echovlm_ray.model.experts import EchoVLMSparseMoe
+from router.routed_experts import PendingExperts, RoutedExperts
+
+
+class MixedWithExperts(Protocol):
+    """What stands beside the routed experts of a layer, computed and waiting for them."""
+
+    def mix(self, hidden_states: torch.Tensor, routed_TD: torch.Tensor) -> torch.Tensor:
+        """Adds everything to the residual.
+
+        Args:
+            hidden_states: … × hidden: the residual.
+            routed_TD: tokens × hidden: what the routed experts computed.
+
+        Returns:
+            … × hidden.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class BesideExperts:
+    """The parts of a layer's output that need no routed expert; implements `MixedWithExperts`.
+
+    Attributes:
+        dense: … × hidden, of the dense MLP.
+        shared_TD: tokens × hidden, of the shared expert behind its gate.
+        coefficient: … × 2, before the softmax.
+    """
+
+    dense: torch.Tensor
+    shared_TD: torch.Tensor
+    coefficient: torch.Tensor
+
+    def mix(self, hidden_states: torch.Tensor, routed_TD: torch.Tensor) -> torch.Tensor:
+        """See `MixedWithExperts.mix`."""
+        share = F.softmax(self.coefficient, dim=-1)
+        mixture = (routed_TD + self.shared_TD).view_as(self.dense)
+        return hidden_states + (share[..., :1] * mixture + share[..., 1:] * self.dense)
+
+
+class EchoVLMDecoderLayer(Qwen2VLDecoderLayer):
+    """Attention, then dense MLP and mixture of experts side by side, mixed by two coefficients per token.
+
+    Attributes:
+        attends: set by a runtime that only infers: computes attention and both norms in its own way, from batch ×
+            tokens × hidden and what Qwen2-VL's attention takes, to the sum with the residual, and its norm.
+        fused: set by a runtime that only infers: computes what stands beside the routed experts in its own way, from
+            … × hidden to `MixedWithExperts`.
+    """
+
+    def __init__(self, config: EchoVLMTextConfig, layer_idx: int, *, routed_experts: bool = True) -> None:
+        GradientCheckpointingLayer.__init__(self)
+        self.layer_idx = layer_idx
+        self.hidden_size = config.hidden_size
+        self.self_attn = Qwen2VLAttention(config, layer_idx)
+        self.mlp = Qwen2MLP(config)
+        self.moe = EchoVLMSparseMoe(config, routed_experts=routed_experts)
+        self.coefficient = nn.Linear(config.hidden_size, 2)
+        self.attends: nn.Module | None = None
+        self.fused: nn.Module | None = None
+        self.input_layernorm = Qwen2VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen2VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: torch.Tensor, *, routed_experts: RoutedExperts | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """One layer: `begin`, then `finish`.
+
+        Args:
+            hidden_states: batch × tokens × hidden.
+            routed_experts: who computes the routed experts; None: the layer's own.
+            kwargs: what Qwen2-VL's attention takes.
+
+        Returns:
+            batch × tokens × hidden.
+        """
+        return self.finish(self.begin(hidden_states, routed_experts=routed_experts, **kwargs))
+
+    def begin(
+        self, hidden_states: torch.Tensor, *, routed_experts: RoutedExperts | None = None, **kwargs: Any
+    ) -> "LayerUnderWay":
+        """Attention, and the routed experts begun: experts elsewhere work while the caller does something else."""
+        hidden_states, x = (self.attends or self._attention)(hidden_states, **kwargs)
+        pending = (routed_experts or self.moe).begin(self.layer_idx, x.reshape(-1, self.hidden_size))
+        return LayerUnderWay(hidden_states, x, pending)
+
+    def finish(self, under_way: "LayerUnderWay") -> torch.Tensor:
+        """The dense MLP and the shared expert; only then are the routed experts waited for. Returns as `forward`."""
+        beside: MixedWithExperts = (self.fused or self._beside_experts)(under_way.x)
+        return beside.mix(under_way.hidden_states, under_way.pending.result())
+
+    def _attention(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states, self.post_attention_layernorm(hidden_states)
+
+    def _beside_experts(self, x: torch.Tensor) -> BesideExperts:
+        return BesideExperts(self.mlp(x), self.moe.shared(x.reshape(-1, self.hidden_size)), self.coefficient(x))
+
+
+@dataclass(frozen=True, slots=True)
+class LayerUnderWay:
+    """A layer between `begin` and `finish`.
+
+    Attributes:
+        hidden_states: batch × tokens × hidden, after the attention's residual sum.
+        x: the same, after the post-attention norm.
+        pending: its routed experts.
+    """
+
+    hidden_states: torch.Tensor
+    x: torch.Tensor
+    pending: PendingExperts
