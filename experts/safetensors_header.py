@@ -53,7 +53,9 @@ def read_header(descriptor: int) -> dict[str, StoredInfo]:
             tensors = {name: (found.get_dtype(), tuple(found.get_shape())) for name, found in slices.items()}
     except SafetensorError as error:
         if _looks_pickled(os.pread(descriptor, 4, 0)):
-            raise InvalidHeaderError("is a pickle and no safetensors file; pickles are never read, convert it") from None
+            raise InvalidHeaderError(
+                "is a pickle and no safetensors file; pickles are never read, convert it"
+            ) from None
         raise InvalidHeaderError(
             f"is truncated or no valid safetensors file ({error}); fetch it or make it again"
         ) from None

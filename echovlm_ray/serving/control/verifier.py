@@ -46,14 +46,10 @@ class SubprocessVerifier:
         self._experts = experts
         self._rollouts = rollouts
         self._backbone = backbone
-        self._checks = IsolatedChecks(gives_way=True)
-
-    def start(self) -> None:
-        """Begins to make ready for the first check, which otherwise waits for it."""
-        self._checks.start()
+        self._checks = IsolatedChecks(idle_priority=True)
 
     def close(self) -> None:
-        """Ends the process that checks come from."""
+        """Ends the process that checks are forked from."""
         self._checks.close()
 
     def verify(self, organ: str, digest: str) -> None:

@@ -63,7 +63,6 @@ class ControlReplica(Replica):
         applications = _organ_applications(parsed, parts)
         blocking: list[Callable[[], object]] = [threads.shutdown]
         if remote:
-            parts.verifier.start()
             parts.controller.start()
             applications.start()
             blocking += [applications.stop, parts.controller.stop, parts.verifier.close]
