@@ -1,4 +1,4 @@
-"""The versions of one organ's experts that this process holds, and the way to compute with any of them."""
+"""The versions of one organ's experts that this process holds, and computation with any of them."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -93,8 +93,7 @@ class ExpertGroup:
         backbone_digest: str | None = None,
         admit: Callable[[Bundle], None] | None = None,
     ) -> None:
-        """Starts empty.
-
+        """
         Args:
             organ: bundles of any other organ are refused.
             registry: where bundles are loaded from.
@@ -164,7 +163,7 @@ class ExpertGroup:
         return entry.resident
 
     def unload(self, digest: str) -> None:
-        """Forgets a bundle; returns when the exchanges under way with it have ended and its memory is free.
+        """Unloads a bundle; returns when the exchanges under way with it have ended and its memory is free.
 
         New exchanges are refused at once. Unloading an absent bundle does nothing; one that is being loaded is
         unloaded once it is there.

@@ -34,8 +34,7 @@ class IsolatedChecks:
     """
 
     def __init__(self, *, idle_priority: bool = False, idle_s: float = DEFAULT_IDLE_S) -> None:
-        """Starts nothing yet.
-
+        """
         Args:
             idle_priority: the checks get only processor time that nothing else wants, so that they do not slow down
                 replicas on the same cores; where the cores are never idle, a check then takes very long.
@@ -156,7 +155,7 @@ def check_in_subprocess(request: CheckRequest, *, timeout_s: float = DEFAULT_TIM
 
 def _next_number(report: socket.socket, deadline: float) -> int | None:
     """What the watcher of a check says next; None when it has ended without saying anything."""
-    # Nought would mean: do not wait at all.
+    # Zero would mean not to wait at all.
     report.settimeout(max(0.001, deadline - time.monotonic()))
     number = report.recv(REPORT.size)
     return REPORT.unpack(number)[0] if len(number) == REPORT.size else None

@@ -1,4 +1,4 @@
-"""The organ gate: which organs' experts a request uses, with what share, and how that was found out."""
+"""The organ gate: which organs' experts a request uses, with what share, and how they were found."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -180,7 +180,7 @@ class RemoteExperts:
 
 
 def _watch(watched: "weakref.ref[RemoteExperts]", closing: threading.Event, period_s: float) -> None:
-    # By reference alone, so that one that was forgotten without being closed does not live on in its thread.
+    # By reference alone, so that one that was dropped without being closed does not live on in its thread.
     while not closing.wait(period_s):
         experts = watched()
         if experts is None:

@@ -52,7 +52,7 @@ Limit = Annotated[int | None, typer.Option(min=2, help="Only the first so many r
 BertModel = Annotated[
     Path | None, typer.Option(help="Also BERTScore, with the BERT in this folder (needs the extra bertscore).")
 ]
-PatienceS = Annotated[
+RetryS = Annotated[
     float, typer.Option(min=0.0, callback=finite, help="Wait so many seconds for a service that is away.")
 ]
 Draws = Annotated[int, typer.Option(min=100, help="Resamples of the bootstrap.")]
@@ -79,7 +79,7 @@ def run_command(
     seed: Seed = 0,
     examples: Annotated[int, typer.Option(min=0, help="Records shown in the report page.")] = 12,
     threads: Annotated[int, typer.Option(min=1, help="With --checkpoint: torch threads.")] = 1,
-    patience: PatienceS = 600.0,
+    patience: RetryS = 600.0,
     token_file: TokenFile = None,
     ca: Authority = None,
     certificate: Certificate = None,
@@ -115,7 +115,7 @@ def run_command(
     with usable():
         from echovlm_ray.cli.evaluation_run import answers_of, plan_of, write_result
         from echovlm_ray.evaluation.run import load
-        from echovlm_ray.evaluation.settings import AskSettings, Patience, ScoreSettings
+        from echovlm_ray.evaluation.settings import AskSettings, RequestLimits, ScoreSettings
 
         given: Literal["found", "given"] = "given" if organs == "given" else "found"
         plan = plan_of(
@@ -124,7 +124,7 @@ def run_command(
             images,
             AskSettings(max_new_tokens=max_new_tokens, organs=given),
             ScoreSettings(draws=draws, seed=seed),
-            Patience(concurrency=concurrency, patience_s=max(patience, 0.001)),
+            RequestLimits(concurrency=concurrency, retry_s=max(patience, 0.001)),
             limit=limit,
             examples=examples,
             bert_model=bertscore_model,

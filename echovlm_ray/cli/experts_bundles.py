@@ -1,4 +1,4 @@
-"""`echoray experts pack`, `verify`, `sign`, `show` and `diff`: what can be done with one bundle, or with two."""
+"""`echoray experts pack`, `verify`, `sign`, `show` and `diff`: commands on one or two bundles."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +17,7 @@ from echovlm_ray.cli.experts_targets import (
     Target,
     source_of,
 )
-from echovlm_ray.cli.gate_words import evaluation_as_dict, print_evaluations
+from echovlm_ray.cli.gate_format import evaluation_as_dict, print_evaluations
 from echovlm_ray.cli.terminal import say, say_json
 from echovlm_ray.cli.work import byte_progress, clear_errors, fail, finite, parse_size
 from echovlm_ray.client.control import ExpertControlClient

@@ -1,4 +1,4 @@
-"""Ctrl-C for a command that waits for messages: it comes between two of them, never in the middle of something."""
+"""Ctrl-C for a command that reads a stream: it takes effect between two messages."""
 
 import signal
 import threading

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM for a command that has processes to take down: once asks, twice insists."""
+"""Ctrl-C and SIGTERM for a command that must stop other processes: the first stops in order, the second at once."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""A file of records, JSON or JSON Lines of any size: where each record lies is known, what it says is read when asked.
+"""A file of records, JSON or JSON Lines of any size: the positions are indexed, a record is read when it is needed.
 
 The index takes 24 bytes a record. A file is read in blocks, never mapped into memory: a file that another program
 shortens meanwhile gives an error instead of ending the process.

@@ -127,7 +127,7 @@ class Engine:
         Args:
             request: the request.
             sink: called with its outputs.
-            gone: called once from the engine's thread, after the last call of the sink, when the engine has let go of
+            gone: called once from the engine's thread, after the last call of the sink, when the engine has released
                 the request, however it ended; its expert set is not used any more then. Must not block.
 
         Raises:
@@ -197,7 +197,7 @@ class Engine:
     def _drop_ended(self) -> None:
         for sequence in self._cancelled:
             if self._scheduler.finish(sequence):
-                self._let_go(sequence)
+                self._release(sequence)
         self._cancelled.clear()
         now = time.monotonic()
         if now >= self._next_deadline:
@@ -222,7 +222,7 @@ class Engine:
         if was_there:
             self._deliver(sequence, error)
             self._notify()
-            self._let_go(sequence)
+            self._release(sequence)
 
     def _notify(self) -> None:
         try:
@@ -231,7 +231,7 @@ class Engine:
             # It must not end any request.
             logger.exception("on_outputs_ready failed")
 
-    def _let_go(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Sequence) -> None:
         if sequence.gone is None:
             return
         try:
@@ -273,7 +273,7 @@ class Engine:
                 output = self._append(sequence, token_id)
             self._deliver(sequence, output)
             if output.finish is not None:
-                self._let_go(sequence)
+                self._release(sequence)
 
     def _append(self, sequence: Sequence, token_id: int) -> StepOutput:
         self._scheduler.publish(sequence)

@@ -1,4 +1,4 @@
-"""Decides which sequences take part in the next step."""
+"""Schedules the sequences of the next step."""
 
 import math
 import time

@@ -71,7 +71,7 @@ class SequenceRequest:
         expert_set_id: the set that the request is pinned to.
         shares: organ and π; empty for flat sets.
         cache_salt: blocks are shared only with requests of the same one.
-        caller: callers share the engine equally; empty where they cannot be told apart.
+        caller: callers share the engine equally; empty where they cannot be distinguished.
         background: no caller waits for it, so its prompt is computed in small pieces while others run.
         deadline: in `time.monotonic` seconds; None: only the engine's own limit of a request's time holds.
     """
@@ -139,7 +139,7 @@ class Sequence:
     num_logits: int = 0
     prompt_logits: list[torch.Tensor] = field(default_factory=list)
     cancelled: bool = False
-    # Called once when the engine has let go of it, however it ended.
+    # Called once when the engine has released it, however it ended.
     gone: Callable[[], None] | None = None
     # Set while the experts it needs do not answer; from when on and how often in a row they did not, and when they are
     # asked again.

@@ -1,4 +1,4 @@
-"""Loads checkpoints, whole or in parts, and never passes over a tensor that is missing or not expected.
+"""Loads checkpoints, whole or in parts; missing and unexpected tensors are errors.
 
 `model_type` is `qwen2_vl` on disk, so stock transformers reads an EchoVLM without any of its experts and says nothing.
 Here every name and shape in the files is compared with what the configuration asks for before a weight is read.

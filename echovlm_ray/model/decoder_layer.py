@@ -22,15 +22,15 @@ from echovlm_ray.model.experts import EchoVLMSparseMoe
 from router.routed_experts import PendingExperts, RoutedExperts
 
 
-class MixedWithExperts(Protocol):
-    """What stands beside the routed experts of a layer, computed and waiting for them."""
+class DenseOutput(Protocol):
+    """The output of a layer's dense path: the dense MLP and the shared expert, with the mixing coefficients."""
 
     def mix(self, hidden_states: torch.Tensor, routed_TD: torch.Tensor) -> torch.Tensor:
-        """Adds everything to the residual.
+        """Adds the dense path and the routed experts to the residual.
 
         Args:
             hidden_states: … × hidden: the residual.
-            routed_TD: tokens × hidden: what the routed experts computed.
+            routed_TD: tokens × hidden: the output of the routed experts.
 
         Returns:
             … × hidden.
@@ -39,8 +39,8 @@ class MixedWithExperts(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class BesideExperts:
-    """The parts of a layer's output that need no routed expert; implements `MixedWithExperts`.
+class DenseTensors:
+    """A `DenseOutput` of separate tensors.
 
     Attributes:
         dense: … × hidden, of the dense MLP.
@@ -53,7 +53,6 @@ class BesideExperts:
     coefficient: torch.Tensor
 
     def mix(self, hidden_states: torch.Tensor, routed_TD: torch.Tensor) -> torch.Tensor:
-        """See `MixedWithExperts.mix`."""
         share = F.softmax(self.coefficient, dim=-1)
         mixture = (routed_TD + self.shared_TD).view_as(self.dense)
         return hidden_states + (share[..., :1] * mixture + share[..., 1:] * self.dense)
@@ -63,10 +62,10 @@ class EchoVLMDecoderLayer(Qwen2VLDecoderLayer):
     """Attention, then dense MLP and mixture of experts side by side, mixed by two coefficients per token.
 
     Attributes:
-        attends: set by a runtime that only infers: computes attention and both norms in its own way, from batch ×
-            tokens × hidden and what Qwen2-VL's attention takes, to the sum with the residual, and its norm.
-        fused: set by a runtime that only infers: computes what stands beside the routed experts in its own way, from
-            … × hidden to `MixedWithExperts`.
+        attention_override: for inference only: replaces attention and both norms. From batch × tokens × hidden and
+            the arguments of Qwen2-VL's attention to the residual sum and its norm.
+        dense_path_override: for inference only: replaces dense MLP, shared expert and coefficients. From
+            … × hidden to `DenseOutput`.
     """
 
     def __init__(self, config: EchoVLMTextConfig, layer_idx: int, *, routed_experts: bool = True) -> None:
@@ -77,8 +76,8 @@ class EchoVLMDecoderLayer(Qwen2VLDecoderLayer):
         self.mlp = Qwen2MLP(config)
         self.moe = EchoVLMSparseMoe(config, routed_experts=routed_experts)
         self.coefficient = nn.Linear(config.hidden_size, 2)
-        self.attends: nn.Module | None = None
-        self.fused: nn.Module | None = None
+        self.attention_override: nn.Module | None = None
+        self.dense_path_override: nn.Module | None = None
         self.input_layernorm = Qwen2VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen2VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -89,7 +88,7 @@ class EchoVLMDecoderLayer(Qwen2VLDecoderLayer):
 
         Args:
             hidden_states: batch × tokens × hidden.
-            routed_experts: who computes the routed experts; None: the layer's own.
+            routed_experts: computes the routed experts; None: the layer's own.
             kwargs: what Qwen2-VL's attention takes.
 
         Returns:
@@ -99,36 +98,36 @@ class EchoVLMDecoderLayer(Qwen2VLDecoderLayer):
 
     def begin(
         self, hidden_states: torch.Tensor, *, routed_experts: RoutedExperts | None = None, **kwargs: Any
-    ) -> "LayerUnderWay":
-        """Attention, and the routed experts begun: experts elsewhere work while the caller does something else."""
-        hidden_states, x = (self.attends or self._attention)(hidden_states, **kwargs)
-        pending = (routed_experts or self.moe).begin(self.layer_idx, x.reshape(-1, self.hidden_size))
-        return LayerUnderWay(hidden_states, x, pending)
+    ) -> "PendingLayer":
+        """Computes attention and starts the routed experts, which may run elsewhere until `finish`."""
+        hidden_states, x = (self.attention_override or self._attention)(hidden_states, **kwargs)
+        routed = (routed_experts or self.moe).begin(self.layer_idx, x.reshape(-1, self.hidden_size))
+        return PendingLayer(hidden_states, x, routed)
 
-    def finish(self, under_way: "LayerUnderWay") -> torch.Tensor:
-        """The dense MLP and the shared expert; only then are the routed experts waited for. Returns as `forward`."""
-        beside: MixedWithExperts = (self.fused or self._beside_experts)(under_way.x)
-        return beside.mix(under_way.hidden_states, under_way.pending.result())
+    def finish(self, pending_layer: "PendingLayer") -> torch.Tensor:
+        """Computes the dense path, waits for the routed experts, and mixes both. Returns as `forward`."""
+        dense: DenseOutput = (self.dense_path_override or self._dense_path)(pending_layer.x)
+        return dense.mix(pending_layer.hidden_states, pending_layer.routed.result())
 
     def _attention(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         return hidden_states, self.post_attention_layernorm(hidden_states)
 
-    def _beside_experts(self, x: torch.Tensor) -> BesideExperts:
-        return BesideExperts(self.mlp(x), self.moe.shared(x.reshape(-1, self.hidden_size)), self.coefficient(x))
+    def _dense_path(self, x: torch.Tensor) -> DenseTensors:
+        return DenseTensors(self.mlp(x), self.moe.shared(x.reshape(-1, self.hidden_size)), self.coefficient(x))
 
 
 @dataclass(frozen=True, slots=True)
-class LayerUnderWay:
+class PendingLayer:
     """A layer between `begin` and `finish`.
 
     Attributes:
         hidden_states: batch × tokens × hidden, after the attention's residual sum.
         x: the same, after the post-attention norm.
-        pending: its routed experts.
+        routed: its routed experts.
     """
 
     hidden_states: torch.Tensor
     x: torch.Tensor
-    pending: PendingExperts
+    routed: PendingExperts

@@ -113,7 +113,7 @@ class EchoVLMModel(EchoVLMPreTrainedModel, Qwen2VLModel):
         if past_length or input_ids is None:
             if rope_deltas is None:
                 raise ValueError(
-                    "positions cannot be told from a cache or from inputs_embeds alone: pass position_ids, or the "
+                    "positions cannot be computed from a cache or from inputs_embeds alone: pass position_ids, or the "
                     "rope_deltas that the call which began the cache returned"
                 )
             index_T = torch.arange(past_length, past_length + length, device=tokens_BT.device)

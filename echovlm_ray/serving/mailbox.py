@@ -1,4 +1,4 @@
-"""From the engine's thread to the event loop: all that a step says wakes the loop once, and when it disturbs least."""
+"""From the engine's thread to the event loop: the outputs of a step wake the loop once."""
 
 import asyncio
 from collections import deque

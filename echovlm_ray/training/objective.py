@@ -62,8 +62,7 @@ class TrainingObjective(nn.Module):
         learn: Learn = "answers",
         findings: float = 1.0,
     ) -> None:
-        """Takes the model and the weights of the losses.
-
+        """
         Args:
             model: what is trained.
             balancing: what the load-balancing loss is multiplied with before it joins the loss.

@@ -134,7 +134,6 @@ class Checkpointing(TrainerCallback):
     """Marks checkpoints as whole once they are, and removes old ones."""
 
     def __init__(self, keep: int) -> None:
-        """Takes how many to keep."""
         self._keep = keep
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:

@@ -104,8 +104,7 @@ class VisionEncoder:
     def __init__(
         self, tower: EchoVLMVisionTower, digest: str, *, cache_bytes: int, max_batch_patches: int, max_queue: int
     ) -> None:
-        """Takes the weights and their limits.
-
+        """
         Args:
             tower: see `echovlm_ray.model.checkpoint.load_vision_tower`. On a CPU its linear layers are packed, so that
                 an input's embedding has the same bits whatever else is in the batch.

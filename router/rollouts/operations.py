@@ -1,4 +1,4 @@
-"""What operators may ask for. Each operation is one transaction; the controller does the rest.
+"""The operations of operators. Each is one transaction; the controller does the rest.
 
 All of them may be called from any thread and block. Each takes `dry_run`, which makes the same checks, raises the same
 errors, says what would happen, and touches nothing. Asking for what already is changes nothing and is not in the
@@ -42,8 +42,7 @@ class RolloutOperations:
         version_of: Names = lambda digest: "",
         evaluator: Evaluator | None = None,
     ) -> None:
-        """Takes its parts.
-
+        """
         Args:
             store: where the state is.
             fleet: what replicas there are.

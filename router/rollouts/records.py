@@ -1,4 +1,4 @@
-"""What the database holds, as plain frozen objects."""
+"""The contents of the database as plain frozen objects."""
 
 import json
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Which requests a candidate gets: sticky, uniform, and decided by every Router alike."""
+"""Traffic splitting: which requests a candidate gets; sticky, uniform, and decided by every Router alike."""
 
 import hashlib
 from collections.abc import Iterable, Iterator

@@ -1,4 +1,4 @@
-"""The changes that the database knows, each with its history entry, inside one transaction."""
+"""The changes of the database, each with its history entry, inside one transaction."""
 
 import json
 from collections.abc import Mapping

@@ -159,15 +159,15 @@ def test_whoever_listens_is_woken_after_every_token(engine: Engine, prompt: Sequ
     events: list[str] = []
     ended = threading.Event()
 
-    def told() -> None:
+    def ready() -> None:
         if events and events[-1] == "token":
-            events.append("told")
-        if events.count("token") == 5 and events[-1] == "told":
+            events.append("ready")
+        if events.count("token") == 5 and events[-1] == "ready":
             ended.set()
         if fails:
             raise RuntimeError("the loop is closed")
 
-    engine.on_outputs_ready = told
+    engine.on_outputs_ready = ready
     try:
         engine.submit(
             of(prompt, "breast", max_new_tokens=5, stop_token_ids=frozenset()), lambda _: events.append("token")
@@ -175,16 +175,16 @@ def test_whoever_listens_is_woken_after_every_token(engine: Engine, prompt: Sequ
         assert ended.wait(10)
     finally:
         engine.on_outputs_ready = lambda: None
-    assert events == ["token", "told"] * 5
+    assert events == ["token", "ready"] * 5
 
 
 def test_an_error_is_told_at_once(engine: Engine, prompt: SequenceRequest) -> None:
     events: list[object] = []
-    told = threading.Event()
-    engine.on_outputs_ready = lambda: told.set() if events else None
+    ready = threading.Event()
+    engine.on_outputs_ready = lambda: ready.set() if events else None
     try:
         engine.submit(of(prompt, "breast", deadline=time.monotonic()), events.append)
-        assert told.wait(10)
+        assert ready.wait(10)
     finally:
         engine.on_outputs_ready = lambda: None
     assert isinstance(events[0], DeadlineError)
@@ -206,11 +206,11 @@ def recorded_steps(engine: Engine) -> list[tuple[float, set[EngineSequence]]]:
 def test_the_step_after_a_cancellation_is_without_the_request(engine: Engine, prompt: SequenceRequest) -> None:
     steps = recorded_steps(engine)
     own: list[EngineSequence] = []
-    told = []
+    outputs = []
 
     def sink(output: StepOutput | Exception) -> None:
-        told.append(output)
-        if len(told) == 3:
+        outputs.append(output)
+        if len(outputs) == 3:
             engine.cancel(own[0])
 
     try:
@@ -220,7 +220,7 @@ def test_the_step_after_a_cancellation_is_without_the_request(engine: Engine, pr
         other.wait_well()
     finally:
         del engine._runner.step
-    assert len(told) == 3
+    assert len(outputs) == 3
     assert sum(own[0] in sequences for _, sequences in steps) == 3 + (len(prompt.input_ids) - 1) // 64
     assert not own[0].block_table
 

@@ -307,7 +307,7 @@ def test_what_checks_come_from_is_killed(bundle: BundleSource) -> None:
         assert checks.check(CheckRequest(source=bundle)).ok
         (other,) = fork_servers()
         assert other != server
-    # A later check starts it anew.
+    # A later check starts it again.
     assert checks.check(CheckRequest(source=bundle)).ok
     checks.close()
     assert fork_servers() == []

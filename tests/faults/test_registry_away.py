@@ -110,8 +110,8 @@ def check_unanswered(system: RunningSystem, digest: str) -> None:
         found = [each for each in system.status()["problems"] if "no bundle" in str(each["reasons"])]
         return found[0] if found else None
 
-    told = until(problem, "the reason in status")
-    assert (told["organ"], told["version"], told["digest"], told["answers"]) == (ORGAN, VERSION, digest, False)
+    found = until(problem, "the reason in status")
+    assert (found["organ"], found["version"], found["digest"], found["answers"]) == (ORGAN, VERSION, digest, False)
     status = subprocess.run([ECHORAY, "status", "--control", system.control_address], capture_output=True, text=True)
     assert status.returncode == 1
     assert "NOT SERVING" in status.stdout

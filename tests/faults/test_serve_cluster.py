@@ -122,7 +122,7 @@ def ending(serving: Serving) -> Iterator[Serving]:
 
 
 def metrics_of_both(serving: Serving) -> None:
-    """Both systems' samples are at the same address, told apart by a label, which the one without a name lacks."""
+    """Both systems' samples are at the same address, distinguished by a label, which the one without a name lacks."""
     found = re.search(r"metrics +(http://\S+)", serving.text)
     assert found is not None
     deadline = time.monotonic() + METRICS_S

@@ -48,7 +48,7 @@ SECTION = RolloutsSection(
     thresholds=Thresholds(min_requests=5, min_successes=0, max_latency_ratio=3),
     max_push_bytes=2**25,
 )
-PATIENCE_S = 60.0
+TIMEOUT_S = 60.0
 
 
 class PinningRouter(router_pb2_grpc.RouterServicer):
@@ -104,7 +104,7 @@ class ControlSystem:
         return rollout
 
     async def until(self, organ: str, state: str) -> control_pb2.Rollout:
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + TIMEOUT_S
         while (rollout := await self.rollout(organ)).state != state:
             assert rollout.state not in ("failed", "rolled_back"), rollout.reason
             assert time.monotonic() < deadline, f"still {rollout.state}"

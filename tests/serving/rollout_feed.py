@@ -228,7 +228,7 @@ class WatchingRouter:
         return response.policy_version, set(response.digests)
 
     async def wait_for_pins(self, version: int, digests: set[str]) -> None:
-        """The engine lets go of a run a moment after its last token."""
+        """The engine releases a run a moment after its last token."""
         async with asyncio.timeout(TIMEOUT_S):
             while await self.pins() != (version, digests):
                 await asyncio.sleep(0.005)

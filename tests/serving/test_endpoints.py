@@ -22,7 +22,7 @@ from echovlm_ray.serving.deployments.settings import CONTROL, DEPLOYMENTS
 from echovlm_ray.serving.endpoints import Endpoints, addresses_now
 from echovlm_ray.serving.ray_session import local_ray
 from echovlm_ray.serving.system_id import SystemId
-from echovlm_ray.serving.system_secret import forget_secrets, keep_secret, secret_of
+from echovlm_ray.serving.system_secret import delete_secrets, keep_secret, secret_of
 from experts.transport.inner_channel import InnerChannels
 from protos import status_pb2, status_pb2_grpc
 from tests.random_checkpoint import make_random
@@ -85,7 +85,7 @@ def endpoints(config: Config, family: list[psutil.Process]) -> Iterator[Endpoint
         yield found
         family += set(psutil.Process().children(recursive=True)) - before
         found.stop()
-        forget_secrets("")
+        delete_secrets("")
     assert family
     assert not [process for process in family if process.is_running()], "a local Ray left processes behind"
 

@@ -26,7 +26,7 @@ def test_by_default_all_lies_in_the_checkpoints_folder(tmp_path: Path) -> None:
     assert files.database == f"sqlite:///{tmp_path}/rollouts/rollouts.db"
     assert {files.policy.parent, files.incoming.parent, files.lock.parent} == {tmp_path / "rollouts"}
     assert files.is_new
-    # What a driver found out, a replica is told and finds the same.
+    # A replica gets what the driver found, and finds the same.
     again = RolloutFiles.of(RolloutsSection(database=files.database), tmp_path / "elsewhere")
     assert again == files
 

@@ -1,4 +1,4 @@
-"""From the threads that change something to the coroutines that wait for it."""
+"""Notifies coroutines of changes that threads make."""
 
 import asyncio
 from collections.abc import Iterator
@@ -9,7 +9,6 @@ class Changes:
     """Wakes everybody who listens. Made on the event loop on which they do."""
 
     def __init__(self) -> None:
-        """There are no listeners yet."""
         self._loop = asyncio.get_running_loop()
         self._listeners: set[asyncio.Event] = set()
 

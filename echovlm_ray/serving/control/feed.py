@@ -1,4 +1,4 @@
-"""What Routers hear of Control, and what they tell it."""
+"""The service that Routers and gateways call: policies go out, observations come in."""
 
 import asyncio
 import logging
@@ -35,8 +35,7 @@ class RolloutFeedService(control_pb2_grpc.RolloutFeedServicer):
         wake: Callable[[], None],
         replayed: Callable[[str], ExpertSet | None] = lambda expert_set_id: None,
     ) -> None:
-        """Takes its parts.
-
+        """
         Args:
             policies: what is sent to them.
             watchers: keeps which of them are connected.
@@ -76,7 +75,7 @@ class RolloutFeedService(control_pb2_grpc.RolloutFeedServicer):
     async def Report(
         self, request: control_pb2.ReportRequest, context: grpc.aio.ServicerContext
     ) -> control_pb2.ReportResponse:
-        """Takes note of what a Router saw."""
+        """Records what a Router observed."""
         if len(request.observations) + len(request.shadows) > MAX_OBSERVATIONS:
             raise InvalidRequestError("observations", f"has more than {MAX_OBSERVATIONS} entries, shadows included")
         for observation in request.observations:

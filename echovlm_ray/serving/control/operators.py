@@ -1,4 +1,4 @@
-"""The service for operators, with what it alone needs."""
+"""Builds the service for operators."""
 
 import asyncio
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Takes in a bundle that is pushed, piece by piece, into a folder that is gone if anything is wrong."""
+"""Receives a pushed bundle into a temporary folder, which is removed if anything is wrong."""
 
 import asyncio
 import os

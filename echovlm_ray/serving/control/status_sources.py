@@ -1,4 +1,4 @@
-"""What the status of a system is made of, beside what its replicas say of themselves."""
+"""The parts of the system's status that Control itself knows."""
 
 from echovlm_ray.serving.control.database_watch import DatabaseWatch
 from echovlm_ray.serving.control.messages import problem_to_proto

@@ -1,4 +1,4 @@
-"""Whether all Routers and gateways apply what the database says: only then is a promotion done."""
+"""Waits until all Routers and gateways apply a policy: only then is a promotion complete."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -20,8 +20,7 @@ class TakeUp:
         running: Callable[[], Mapping[WatcherKind, int]],
         timeout_s: float,
     ) -> None:
-        """Takes its parts.
-
+        """
         Args:
             policies: what was published.
             watchers: which of them are connected, and what they apply.

@@ -13,7 +13,7 @@ class Watcher:
     """A process that watches the policy.
 
     Attributes:
-        streams: how many of its calls are open: two for a moment when it connects anew.
+        streams: how many of its calls are open: two for a moment when it connects again.
         policy_version: of the policy in force in it; 0 before it has said so.
     """
 
@@ -49,7 +49,7 @@ class Watchers:
         self.changes.announce()
 
     def close(self, name: str) -> None:
-        """Counts one open call less; a watcher without any is forgotten."""
+        """Counts one open call less; a watcher without any is removed."""
         if (watcher := self._watchers.get(name)) is not None:
             watcher.streams -= 1
             if not watcher.streams:

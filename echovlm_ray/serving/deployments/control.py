@@ -152,8 +152,8 @@ def _deployed_organs(system: SystemId) -> set[str]:
 
 def cause(overview: "ApplicationStatusOverview") -> str:
     """Why an application is not well: its deployment knows, and Serve's word for the application only names that."""
-    told = [deployment.message for deployment in overview.deployments.values() if deployment.message]
-    return brief(told[0] if told else overview.message)
+    messages = [deployment.message for deployment in overview.deployments.values() if deployment.message]
+    return brief(messages[0] if messages else overview.message)
 
 
 def brief(message: str) -> str:

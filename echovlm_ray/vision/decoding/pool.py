@@ -44,8 +44,7 @@ class DecoderPool:
     """
 
     def __init__(self, settings: DecoderSettings, *, processes: int, max_cpu_s: float) -> None:
-        """Starts nothing yet.
-
+        """
         Args:
             settings: limits of a file, its frames' size, and memory.
             processes: files that are decoded at once.

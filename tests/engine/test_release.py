@@ -1,4 +1,4 @@
-"""The engine says once of every request when it has let go of it, and not before the last thing it has to say."""
+"""The engine says once of every request when it has released it, after the last output."""
 
 import time
 from dataclasses import replace
