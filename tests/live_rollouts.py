@@ -16,6 +16,7 @@ from echovlm_ray.client.errors import EchoVLMError
 from experts.bundle import Bundle
 from experts.registry import Registry
 from protos import control_pb2
+from tests import waiting
 from tests.running_system import RunningSystem
 
 TIMEOUT_SECONDS = 90.0
@@ -27,17 +28,15 @@ Answered = tuple[str, str, str]
 
 
 def until(look: Callable[[], Found | None], what: str, pause_s: float = 0.05) -> Found:
-    """Looks again and again, also while Control is away."""
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while True:
+    """As `waiting.until`, also while Control is away."""
+
+    def looked() -> Found | None:
         try:
-            found = look()
+            return look()
         except EchoVLMError:
-            found = None
-        if found:
-            return found
-        assert time.monotonic() < deadline, f"not within {TIMEOUT_SECONDS} s: {what}"
-        time.sleep(pause_s)
+            return None
+
+    return waiting.until(looked, what, timeout_s=TIMEOUT_SECONDS, pause_s=pause_s)
 
 
 def ask(system: RunningSystem, organ: str, new_tokens: int = 24) -> Answered:

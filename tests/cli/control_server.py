@@ -2,8 +2,7 @@
 
 import asyncio
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +40,7 @@ from router.rollouts.settings import RolloutSettings
 from router.rollouts.store import RolloutStore
 from tests.router.rollouts.gate_support import FileEvaluator
 from tests.router.rollouts.support import QUICK, FolderFleet
+from tests.waiting import until
 
 ORGANS = ("breast", "heart")
 BACKBONE = "b" * 64
@@ -134,14 +134,8 @@ class System:
     def rollout(self, organ: str = "heart") -> Rollout:
         return self.store.rollouts(organ, limit=1)[0]
 
-    def until(self, done: Callable[[], bool], seconds: float = 10.0) -> None:
-        deadline = time.monotonic() + seconds
-        while not done():
-            assert time.monotonic() < deadline, "it did not come about"
-            time.sleep(0.01)
-
     def reach(self, state: str, organ: str = "heart") -> Rollout:
-        self.until(lambda: self.rollout(organ).state == state)
+        until(lambda: self.rollout(organ).state == state)
         return self.rollout(organ)
 
 

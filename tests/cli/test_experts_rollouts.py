@@ -15,6 +15,7 @@ from router.rollouts.health import Observation
 from tests.cli.calls import done, done_json, invoke, refused
 from tests.cli.control_server import System, make_bundle
 from tests.experts.bad_bundles import flip_last_byte
+from tests.waiting import until
 
 ECHORAY = Path(sys.executable).with_name("echoray")
 
@@ -288,7 +289,7 @@ def test_a_candidate_that_its_thresholds_take_back_ends_the_waiting(system: Syst
         stderr=subprocess.PIPE,
         text=True,
     )
-    system.until(lambda: bool(system.store.rollouts("heart")))
+    until(lambda: bool(system.store.rollouts("heart")))
     rollout = system.reach("canary")
     system.monitor.record(Observation("heart", rollout.digest, requests=20, errors=10))
     system.controller.wake()
