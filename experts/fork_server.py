@@ -93,7 +93,7 @@ def serve(
         connection: to the `ForkServer`.
         num_descriptors: that come with each request, the one for reports included.
         run: called in each new process with the other descriptors; returns its exit code.
-        end_together: the processes are killed when this one ends, in whatever way.
+        end_together: the processes are killed when this one ends.
     """
     # How the watchers end is of no interest.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)

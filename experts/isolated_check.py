@@ -62,7 +62,7 @@ class IsolatedChecks:
             timeout_s: after so long the process, and all that it started, is killed.
 
         Returns:
-            The result. It is not ok, with a reason, whatever way the process ended.
+            The result. It is not ok, with a reason, when the process did not end well.
         """
         deadline = time.monotonic() + timeout_s
         with (

@@ -2,7 +2,7 @@
 
 Blocks of a page run in order in one folder, as a reader would type them: `sh` in bash, `python` in a process of its
 own, `yaml` through the configuration's own check. Blocks marked `text` or `mermaid` are for reading. What installs or
-serves for ever is checked in another way, see `ELSEWHERE`. The addresses are those of the running system.
+serves forever is checked in another way, see `ELSEWHERE`. The addresses are those of the running system.
 """
 
 import os

@@ -66,7 +66,7 @@ def push(
 
     With `--control` it is sent to a running system, which puts it into the registry that it is configured with.
 
-    Half a push is never visible, and pushing again changes nothing. A version stays what it is for ever: another bundle
+    Half a push is never visible, and pushing again changes nothing. A version stays what it is forever: another bundle
     of the same organ and version is refused.
 
     Example: `echoray experts push breast-1.1.0 --registry s3://models/experts`

@@ -164,7 +164,7 @@ def _open(path: Path) -> BinaryIO:
         written = path / RECORDS_FILE
         hint = str(written) if written.is_file() else "a JSON or JSON Lines file"
         raise InvalidDataError(f"{path} is a folder: name the file with the records, {hint}")
-    # Without O_NONBLOCK a named pipe would wait for a writer for ever.
+    # Without O_NONBLOCK a named pipe would wait for a writer forever.
     return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0)
 
 

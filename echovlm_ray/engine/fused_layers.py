@@ -25,7 +25,7 @@ def fuse_layers(model: EchoVLMTextModel, *, compiled: bool) -> None:
         raise ValueError(f"hidden_act is {model.config.hidden_act!r}; the engine computes only silu")
     for layer in model.layers:
         assert isinstance(layer, EchoVLMDecoderLayer)
-        # By name, for it is no Qwen2VLAttention.
+        # By name, because it is no Qwen2VLAttention.
         layer.set_submodule("self_attn", PagedSelfAttention(layer.self_attn))
         if compiled:
             layer.attention_override = CompiledAttention(layer)

@@ -225,7 +225,7 @@ class Scheduler:
         return min(self.waiting, key=self._order)
 
     def _order(self, sequence: Sequence) -> tuple[bool, float, int]:
-        """Sorts sequences by whose turn it is; those of one caller stay in their order."""
+        """Sorts sequences by the fair order of their callers; those of one caller stay in their order."""
         if sequence.request.background:
             return True, 0.0, 0
         return False, *self._callers.priority(sequence.request.caller)

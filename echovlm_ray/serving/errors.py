@@ -2,7 +2,7 @@
 
 Servicers raise; `serving.interceptor` calls `to_status` on what they raise, and the expert groups on what goes wrong
 with one exchange inside a stream. A text that was written for the caller is passed on; any other exception is
-`INTERNAL` and carries nothing but that, for its text may hold paths, addresses or a patient's data.
+`INTERNAL` and carries nothing but that, because its text may hold paths, addresses or a patient's data.
 """
 
 from collections.abc import Callable, Sequence

@@ -69,7 +69,7 @@ class _Call:
     """One call under way, which must have ended within a limit, writing its answer included."""
 
     def __init__(self, seconds: float | None, held: ExitStack) -> None:
-        """Takes how long it may last, None for ever, and what to release when it has ended."""
+        """Takes how long it may last, None forever, and what to release when it has ended."""
         self._loop = asyncio.get_running_loop()
         self._ends_at = None if seconds is None else self._loop.time() + seconds
         self._held = held

@@ -59,7 +59,7 @@ def keep(
     Args:
         source: the examples.
         tower: frozen, in evaluation mode.
-        folder: where to write; only the user may look into it, for it holds what the data set says.
+        folder: where to write; only the user may look into it, because it holds what the data set says.
         skip_unusable: leave out what cannot be used, and log why.
         progress: called with 1 for every example.
 

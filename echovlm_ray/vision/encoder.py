@@ -26,7 +26,7 @@ class EncoderInput:
 
     Attributes:
         salt: it shares an embedding only with inputs of the same one.
-        caller: whose turn it takes among the inputs that wait.
+        caller: takes turns with the others among the inputs that wait.
     """
 
     grid: tuple[int, int, int]

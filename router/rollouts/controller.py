@@ -209,7 +209,7 @@ class RolloutController:
             return
         if not self._calls.has_room():
             return
-        # Counted before it begins: a bundle that kills the process must not do so for ever.
+        # Counted before it begins: a bundle that kills the process must not do so forever.
         with self._store.write() as transaction:
             current = transaction.rollout(rollout.id)
             if current.state != State.STAGED:

@@ -173,7 +173,7 @@ class Convergence:
         try:
             pinned = frozenset(self._fleet.pinned())
         except Exception as error:
-            logger.debug("it is not known yet what requests use: %s", format_error(error))
+            logger.debug("the bundles in use are not known yet: %s", format_error(error))
             return
         for live, view in new:
             needed = self._needed(snapshot, live.organ)
@@ -235,7 +235,7 @@ class Convergence:
             # Once no request uses such a version, none ever will.
             pinned = frozenset(self._fleet.pinned())
         except Exception as error:
-            logger.debug("it is not known yet what requests use: %s", format_error(error))
+            logger.debug("the bundles in use are not known yet: %s", format_error(error))
             self.spare &= found
         else:
             self.spare = frozenset(item for item in found if item in self.spare or item[1] not in pinned)
@@ -267,7 +267,7 @@ class Convergence:
         try:
             pinned = frozenset(self._fleet.pinned())
         except Exception as error:
-            logger.warning("nothing is unloaded now, for it is not known what requests use: %s", format_error(error))
+            logger.warning("nothing is unloaded now: the bundles in use are not known: %s", format_error(error))
             return
         for (organ, replica), digests in extra.items():
             for digest in digests:

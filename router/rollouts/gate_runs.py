@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 EVALUABLE = (State.WARM, State.SHADOW, State.CANARY)
 # Before an evaluation that was interrupted begins again.
 RETRY_S = 5.0
-# A passing reason for the end of an evaluation may be one for ever.
+# A passing reason for the end of an evaluation may be one forever.
 MAX_TRIES = 5
 
 

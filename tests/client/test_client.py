@@ -61,7 +61,7 @@ def test_text_arrives_while_it_is_written(servicer: ScriptedEchoVLM, address: st
     servicer.wait_after = 1
     with EchoVLMClient(address) as client, client.stream(b"x") as stream:
         assert isinstance(next(stream), Accepted)
-        # The server now waits for ever: only streaming can bring the first piece.
+        # The server now waits forever: only streaming can bring the first piece.
         assert next(stream) == Text(PIECES[0])
 
 

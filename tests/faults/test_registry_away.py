@@ -40,7 +40,7 @@ def away(folder: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One of its own, for it is taken apart; a later version of one organ was promoted in an earlier life of it."""
+    """One of its own, because it is taken apart; a later version of one organ was promoted in an earlier life of it."""
     directory = tmp_path_factory.mktemp("registry-away") / "random"
     make_random(directory)
     registry = Registry(registry_root(directory))

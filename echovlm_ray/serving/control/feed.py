@@ -41,7 +41,7 @@ class RolloutFeedService(control_pb2_grpc.RolloutFeedServicer):
             watchers: keeps which of them are connected.
             store: keeps what shadows said.
             monitor: judges versions by what Routers saw of them.
-            wake: called after every report, for it may end a candidate.
+            wake: called after every report, because it may end a candidate.
             replayed: id → the expert set, while it is held for a replay.
         """
         self._policies = policies
@@ -109,7 +109,7 @@ class RolloutFeedService(control_pb2_grpc.RolloutFeedServicer):
             try:
                 self._store.record_shadow(rollout_id, of_rollout)
             except UnknownRolloutError as error:
-                # Of another database: the Router would send it again for ever.
+                # Of another database: the Router would send it again forever.
                 logger.warning("what a shadow said is thrown away: %s", error)
 
 

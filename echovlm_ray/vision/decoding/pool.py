@@ -105,7 +105,7 @@ class DecoderPool:
             content: the whole file.
             field: the file's place in the request, for errors.
             request_id: for the log.
-            caller: whose turn it takes.
+            caller: callers take turns.
 
         Raises:
             InvalidRequestError: the file cannot be decoded, or not within the limits.
