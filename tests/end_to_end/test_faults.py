@@ -15,7 +15,7 @@ from tests.running_system import RunningSystem
 TIMEOUT_SECONDS = 30.0
 
 
-def test_a_killed_expert_replica_is_back_and_nobody_else_notices(running_system: RunningSystem) -> None:
+def test_a_killed_expert_replica_is_back_and_no_other_organ_is_affected(running_system: RunningSystem) -> None:
     (victim,) = running_system.replicas("expert-heart")
     stop = threading.Event()
     gaps: list[float] = []

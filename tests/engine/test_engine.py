@@ -137,7 +137,7 @@ def test_stopping_ends_all_requests(split: SplitGolden, prompt: SequenceRequest)
             submit(engine, prompt)
 
 
-def test_a_sink_that_fails_harms_nobody(engine: Engine, prompt: SequenceRequest) -> None:
+def test_a_sink_that_fails_affects_no_other_request(engine: Engine, prompt: SequenceRequest) -> None:
     def bad_sink(output: object) -> None:
         raise RuntimeError("gone")
 

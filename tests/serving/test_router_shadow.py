@@ -25,7 +25,7 @@ def reference(versions: Versions) -> Iterator[Alone]:
         yield engine
 
 
-async def test_a_shadow_answers_nobody_and_is_compared(versions: Versions, reference: Alone) -> None:
+async def test_a_shadow_answers_no_request_and_is_compared(versions: Versions, reference: Alone) -> None:
     stable, shadow = versions.expert_set(), versions.expert_set(liver="2.0.0")
     async with watching_router(versions) as router:
         await router.policy(stable, [versions.candidate("liver", "2.0.0", "shadow", 100)])
@@ -59,7 +59,7 @@ async def test_the_same_weights_give_the_same_answer_drawn_or_not(versions: Vers
         assert not found.HasField("first_divergence")
 
 
-async def test_a_shadow_whose_outputs_are_not_finite_harms_nobody(versions: Versions, reference: Alone) -> None:
+async def test_a_shadow_whose_outputs_are_not_finite_affects_no_request(versions: Versions, reference: Alone) -> None:
     bad = versions.digests["liver", "9.0.0"]
     async with watching_router(versions) as router:
         await router.policy(versions.expert_set(), [versions.candidate("liver", "9.0.0", "shadow", 100)])

@@ -1,7 +1,7 @@
 """What every kernel must compute, against the float32 loop of `reference`: cases that any test may run on any device.
 
 A test runs `check_case(kernel, case, dtype, device)` for each of `CASES` (those with `large` set are too much for an
-interpreter), `check_gradients` where the kernel has them, and `check_nobody_is_exactly_zero`.
+interpreter), `check_gradients` where the kernel has them, and `check_no_expert_is_exactly_zero`.
 """
 
 import math
@@ -132,7 +132,7 @@ def check_case(kernel: ExpertKernel, case: Case, dtype: torch.dtype, device: tor
     assert prepared.nbytes >= weights.nbytes
 
 
-def check_nobody_is_exactly_zero(
+def check_no_expert_is_exactly_zero(
     kernel: ExpertKernel, dtype: torch.dtype, device: torch.device | str = "cpu", hidden: int = 64, inner: int = 48
 ) -> None:
     """A pair without an expert adds nothing, whatever its weight is and whatever else is in the call."""
