@@ -25,7 +25,7 @@ _PRELOADED = (
 
 
 def start_check(server: ForkServer, request: int, output: int, errors: int, report: int) -> None:
-    """Asks for one check.
+    """Requests one check.
 
     Args:
         server: runs this module.

@@ -62,7 +62,7 @@ class ForkServer:
         return self._process.pid
 
     def fork(self, *descriptors: int) -> None:
-        """Asks for one process, which gets copies of the descriptors.
+        """Requests one process, which gets copies of the descriptors.
 
         Args:
             descriptors: as many as `serve` expects. The last is a socket or pipe that gets two numbers (`REPORT`): the

@@ -47,7 +47,7 @@ class _State:
 
 
 class _Progress:
-    """Notes how far a load is: reading and checking the files is half of it, preparing the layers the other."""
+    """Records how far a load is: reading and checking the files is half of it, preparing the layers the other."""
 
     def __init__(self, state: _State, digest: str, manifest: Manifest) -> None:
         self._progress = state.progress

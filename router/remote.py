@@ -134,7 +134,7 @@ class RemoteExperts:
         raise self.unavailable(organ) or ExpertsUnavailableError(organ, reason or "every replica was tried")
 
     def lacks(self, address: str, bundle_digest: str) -> None:
-        """Notes that a replica answered that it could not load a bundle."""
+        """Records that a replica answered that it could not load a bundle."""
         now = time.monotonic()
         self._lacking = {place: until for place, until in self._lacking.items() if until > now}
         self._lacking[address, bundle_digest] = now + _LACKING_S

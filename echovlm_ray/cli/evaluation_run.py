@@ -72,7 +72,7 @@ def answers_of(
     connection: dict[str, Any],
     console: Console,
 ) -> tuple[Target, Outcome]:
-    """Asks what is missing; ends the command with its own exit status where that fails."""
+    """Asks the unanswered questions; ends the command with its own exit status where that fails."""
     address = server or DEFAULT_ADDRESS
     with usable(), AnswerLog(plan.output / ANSWERS_FILE) as log:
         before = len(log)

@@ -101,7 +101,7 @@ def _held(name: str) -> Iterator[None]:
 
 
 def ready_at(pid: int, control: str, gateway: str) -> None:
-    """Notes where an announced system listens, which the configuration may leave to the system."""
+    """Records where an announced system listens, which the configuration may leave to the system."""
     path = _folder() / f"{pid}.json"
     with suppress(OSError, ValueError):
         known = json.loads(path.read_text())

@@ -117,7 +117,7 @@ class RecordFile:
             raise InvalidDataError(f"{self.path} was changed while it was in use: begin again with the file as it is")
 
     def add(self, start: int, end: int, line: int) -> None:
-        """Notes where a record lies; for the scanners of this module."""
+        """Records where a record lies; for the scanners of this module."""
         self._starts.append(start)
         self._ends.append(end)
         self._lines.append(line)

@@ -163,7 +163,7 @@ class Scheduler:
         return max(end, sequence.num_computed)
 
     def publish(self, sequence: Sequence) -> None:
-        """Lets others begin with a sequence's full blocks; call it when a token that is a number came out of them."""
+        """Makes a sequence's full blocks available to others; to be called when its logits were finite."""
         full = sequence.num_computed // BLOCK_SIZE
         if not self.prefix_reuse or full == sequence.num_published:
             return

@@ -19,7 +19,7 @@ class Absence:
         self._seen: float | None = None
 
     def ends(self) -> float:
-        """Notes that no replica runs; until when to wait for one, by the clock."""
+        """Records that no replica runs; until when to wait for one, by the clock."""
         now = self._clock()
         # Unseen for as long, it may have been back meanwhile.
         if self._seen is None or now - self._seen > self._patience_s:
@@ -28,5 +28,5 @@ class Absence:
         return self._since + self._patience_s
 
     def is_over(self) -> None:
-        """Notes that a replica runs."""
+        """Records that a replica runs."""
         self._seen = None

@@ -204,7 +204,7 @@ class _CurrentOnly:
 
 
 class _Versions:
-    """Tells so many versions apart, and calls all further ones the same."""
+    """Labels of a bounded number of versions; all further ones share one label."""
 
     def __init__(self) -> None:
         self._known: set[str] = set()

@@ -57,7 +57,7 @@ class RayWatch:
         self._questions.append(question)
 
     def stop_asking(self) -> None:
-        """Asks Ray nothing any more, but still looks at its processes: before Ray is shut down."""
+        """Stops calling Ray, and still watches its processes: before Ray is shut down."""
         self._stopping.set()
         self._threads[1].join(ANSWER_TIMEOUT_S)
 

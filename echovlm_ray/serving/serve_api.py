@@ -94,7 +94,7 @@ def with_version(deployment: Deployment, version: str) -> Deployment:
 
 
 def delete_applications(names: Iterable[str]) -> None:
-    """Tells Serve to remove applications, and returns at once."""
+    """Has Serve remove applications, and returns at once."""
     ray.get(_controller().delete_apps.remote(list(names)), timeout=TIMEOUT_S)
 
 

@@ -82,7 +82,7 @@ class OrganView:
 
 
 class FleetObserver:
-    """Asks all replicas at once, and waits for none longer than it must. Used by one thread at a time."""
+    """Polls all replicas concurrently, each with a timeout. Used by one thread at a time."""
 
     def __init__(self, fleet: Fleet, timeout_s: float) -> None:
         """Takes the fleet, and how long a replica may take to answer."""

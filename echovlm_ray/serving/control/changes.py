@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 class Changes:
-    """Wakes everybody who listens. Made on the event loop on which they do."""
+    """Wakes all listeners. Made on their event loop."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()

@@ -66,7 +66,7 @@ class Decoder:
     """A process that decodes one file at a time. Belongs to one event loop."""
 
     def __init__(self, server: ForkServer, settings: DecoderSettings, *, max_cpu_s: float) -> None:
-        """Asks for the process; `started` waits for it.
+        """Requests the process; `started` waits for it.
 
         Args:
             server: runs `echovlm_ray.vision.decoding.fork_server` with the same settings.
@@ -218,7 +218,7 @@ class Decoder:
         return int(REPORT.unpack(report)[0]) if len(report) == REPORT.size else None
 
     def close(self) -> None:
-        """Lets go of what was shared with the process, which then ends unless it decodes."""
+        """Releases the memory shared with the process, which then ends unless it decodes."""
         self._jobs.close()
         self._report.close()
 
