@@ -26,6 +26,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
 from echovlm_ray.model.configuration import EchoVLMConfig
 from echovlm_ray.model.load_balancing import load_balancing_loss
 from echovlm_ray.model.positions import batch_positions
+from echovlm_ray.model.pretrained import prepare_pretrained, require_complete
 from echovlm_ray.model.text_model import EchoVLMPreTrainedModel, EchoVLMTextModel
 from echovlm_ray.model.vision_tower import EchoVLMVisionTower
 from router.routed_experts import RoutedExperts
@@ -170,10 +171,7 @@ class EchoVLMForConditionalGeneration(EchoVLMPreTrainedModel, Qwen2VLForConditio
             CheckpointMismatchError: a tensor is missing, unexpected or of another shape; all are named.
             ValueError: an organ is needed, unknown, or makes no sense for this checkpoint; the organs are listed.
         """
-        # checkpoint.py builds models, so it stands above this file.
-        from echovlm_ray.model.checkpoint import prepare_pretrained, require_complete
-
-        path, kwargs = prepare_pretrained(pretrained_model_name_or_path, organ, kwargs)
+        path, kwargs = prepare_pretrained(pretrained_model_name_or_path, organ, kwargs, cls)
         wants_info = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
