@@ -66,7 +66,7 @@ class ControlReplica(Replica):
             parts.controller.start()
             applications.start()
             blocking += [applications.stop, parts.controller.stop, parts.verifier.close]
-        closing = [lost.stop, parts.policies.stop, *operators.closing]
+        closing: list[Callable[[], object]] = [lost.stop, parts.policies.stop, *operators.closing]
         closing += [partial(asyncio.to_thread, stop) for stop in blocking]
         part = Part(
             # Operators' calls come over the public server alone, which asks for their token.
