@@ -124,7 +124,7 @@ def test_random_submissions_and_cancellations_leak_no_block(engine: Engine, prom
             victim = chance.choice(answers).sequence
             assert victim is not None
             engine.cancel(victim)
-    until(lambda: engine.queue_length == 0, 60)
+    until(lambda: engine.queue_length == 0, timeout_s=60)
     assert engine.free_blocks == 4096 // 16
 
 

@@ -45,7 +45,7 @@ async def test_it_follows_the_live_set_and_goes_on_without_control(golden_dir: P
         await control.servicer.set(TrafficPolicy(version=5, stable=unknown))
         control.servicer.versions = {digest: version for (_, version), digest in versions.digests.items()}
         await control.servicer.set(TrafficPolicy(version=6, stable=stable))
-        await until_async(lambda: live.describe().expert_set_id == stable.id, 20)
+        await until_async(lambda: live.describe().expert_set_id == stable.id, timeout_s=20)
         await until_async(lambda: control.servicer.taken_up == {live.name: 6})
     finally:
         await live.stop()
