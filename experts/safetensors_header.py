@@ -83,4 +83,4 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _looks_pickled(start: bytes) -> bool:
     """Whether a file starts as a pickle of protocol 2 or later does, or as the zip archive that `torch.save` makes."""
-    return start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and 2 <= start[1] <= 5)
+    return start.startswith((b"PK\x03\x04", *(bytes((0x80, protocol)) for protocol in range(2, 6))))

@@ -194,6 +194,7 @@ EMPTY = json.dumps(entry(shape=[0], offsets=[0, 0])).encode()
     [
         (b"", "truncated .*too small"),
         (b"\1\0\0", "truncated .*too small"),
+        (b"\x80", "truncated .*too small"),
         (b"\xff" * 8 + b"{}", "truncated or no valid safetensors file .*too large"),
         ((100).to_bytes(8, "little") + b"{}", "truncated .*invalid header length"),
         (b"\x80\x04\x95" + b"p" * 40, "is a pickle"),
