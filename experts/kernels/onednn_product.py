@@ -70,8 +70,8 @@ def padded_rows(rows: int) -> int:
     that saw every number would grow without need, and would stop to compile in the middle of serving. So there are
     four sizes between a power of two and the next up to 64 rows, and every sixteenth above: 47 in all.
 
-    A lone row gets a second one: oneDNN adds it up in larger blocks than two or more rows, which changes the last bits from
-    1025 inputs on. The second row costs next to nothing, for the weights are read once.
+    A lone row gets a second one: oneDNN adds it up in larger blocks than two or more rows, which changes the last bits
+    from 1025 inputs on. The second row costs next to nothing, for the weights are read once.
     """
     if rows == 1:
         return 2
