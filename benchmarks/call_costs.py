@@ -80,7 +80,7 @@ async def measure_calls(address: str, calls: int = CALLS, streams: int = STREAMS
 
 
 def call_costs(runs: int, advance: Callable[[], object]) -> dict[str, list[Costs]]:
-    """Of every kind of server in turn, in every run anew."""
+    """Of every kind of server in turn, in every run again."""
     found: dict[str, list[Costs]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
         token_file = Path(folder) / "tokens"

@@ -82,7 +82,7 @@ def bench_checkpoint(
         dtype: "float32" or "bfloat16"; the second is the first, rounded.
         configs: the folder that holds the configurations.
         folder: where the checkpoints are kept.
-        progress: told the bytes written and all that there are to write.
+        progress: called with the bytes written and all that there are to write.
 
     Raises:
         ValueError: no such configuration, or one of neither kind.

@@ -78,7 +78,6 @@ class ThreadDecoders(DecoderPool):
     """Decodes on threads of this process, without any limit of what that takes."""
 
     def __init__(self, settings: DecoderSettings, threads: ThreadPoolExecutor) -> None:
-        """Takes the threads."""
         super().__init__(settings, processes=THREADS, max_cpu_s=1.0)
         self._here = settings
         self._threads = threads
@@ -100,7 +99,6 @@ class ThreadedGateway(GatewayService):
     """Decodes, cuts up and builds texts on the same two threads, as the gateway once did."""
 
     def __init__(self, processor: EchoVLMProcessor, router: RouterClient, gateway: GatewaySection) -> None:
-        """Takes the parts that the gateway takes."""
         super().__init__(processor, router, _describe, gateway=gateway, limits=RouterSection())
         threads = ThreadPoolExecutor(THREADS)
         self._text_threads = self._picture_threads = threads

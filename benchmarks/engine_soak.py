@@ -51,7 +51,7 @@ TALKATIVE, TALKATIVE_PART, TALKATIVE_ANSWER = 25, 6, (40, 80)
 NUM_BEGINNINGS, NUM_PICTURES, VISUAL_TOKENS = 6, 4, 20
 RUSH, RUSH_EVERY = 16, 500
 UNAVAILABLE_RATE, FAILURE_RATE = 0.001, 0.0002
-PATIENCE_S = 120
+TIMEOUT_S = 120
 
 
 class UnreliableExperts(LocalExperts):
@@ -60,7 +60,6 @@ class UnreliableExperts(LocalExperts):
     chance = random.Random(3)
 
     def send(self, organ: str, *arguments: Any) -> Any:
-        """See `LocalExperts.send`."""
         drawn = self.chance.random()
         if drawn < UNAVAILABLE_RATE:
             raise ExpertsUnavailableError(organ, "lost on purpose")
@@ -91,11 +90,11 @@ class Report:
 class Caller:
     """Who sent one request: hears it, may leave early, and ends once."""
 
-    def __init__(self, engine: Engine, patience: int | None, ended: Callable[["Caller", str], None]) -> None:
-        """Takes after how many tokens it leaves (None: never), and what is told how it ended."""
+    def __init__(self, engine: Engine, leaves_after: int | None, ended: Callable[["Caller", str], None]) -> None:
+        """Takes after how many tokens it leaves (None: never), and what is called with how it ended."""
         self.heard = 0
         self._engine = engine
-        self._patience = patience
+        self._leaves_after = leaves_after
         self._ended = ended
         self._sequence: Sequence | None = None
         self._leaving = ""
@@ -107,7 +106,7 @@ class Caller:
         except OverloadedError:
             self._ended(self, "refused")
             return
-        if self._patience == 0:
+        if self._leaves_after == 0:
             self._leaving = "cancelled at once"
         # It may have heard enough before it knew what to cancel.
         if self._leaving:
@@ -121,7 +120,7 @@ class Caller:
         self.heard += 1
         if output.finish is not None:
             self._ended(self, "complete")
-        elif self.heard == self._patience:
+        elif self.heard == self._leaves_after:
             self._leaving = "cancelled while it spoke"
             self._leave()
 
@@ -204,17 +203,17 @@ def soak(engine: Engine, requests: RandomRequests, num_requests: int, progress: 
         # Now and then a rush, which finds the queue full.
         while engine.queue_length >= MAX_QUEUE and number % RUSH_EVERY >= RUSH:
             time.sleep(0.001)
-        patience = requests.chance.choice([None, None, None, 0, requests.chance.randint(1, TALKATIVE_ANSWER[1])])
-        caller = Caller(engine, patience, ended)
+        leaves_after = requests.chance.choice([None, None, None, 0, requests.chance.randint(1, TALKATIVE_ANSWER[1])])
+        caller = Caller(engine, leaves_after, ended)
         with lock:
             still_open.add(caller)
         caller.send(requests.next())
         report.peak_cached = max(report.peak_cached, engine.cached_blocks)
         progress()
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + TIMEOUT_S
     while still_open or engine.queue_length:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{len(still_open)} requests have not ended after {PATIENCE_S} seconds")
+            raise TimeoutError(f"{len(still_open)} requests have not ended after {TIMEOUT_S} seconds")
         time.sleep(0.01)
     report.leaked = engine.num_blocks - engine.free_blocks
     engine.evict_prefixes()
@@ -248,7 +247,7 @@ def soaking_engine(checkpoint: Path, seed: int) -> Iterator[tuple[Engine, Random
         max_batch_size=16,
         max_queue=MAX_QUEUE,
         max_prefill_tokens=256,
-        max_request_s=PATIENCE_S,
+        max_request_s=TIMEOUT_S,
     )
     engine.start()
     try:

@@ -32,7 +32,7 @@ from echovlm_ray.data.media import ImageRoot
 from echovlm_ray.evaluation.answers import AnswerLog
 from echovlm_ray.evaluation.asking import Asking, ask_all, target_of, work_of
 from echovlm_ray.evaluation.items import load_items
-from echovlm_ray.evaluation.settings import AskSettings, Patience, settings_digest
+from echovlm_ray.evaluation.settings import AskSettings, RequestLimits, settings_digest
 from echovlm_ray.prompts import INSTRUCTIONS
 from echovlm_ray.vision.images import ImageLimits
 
@@ -68,8 +68,8 @@ async def evaluate(server: str, records: int, new_tokens: int, concurrency: int,
         async with AsyncEchoVLMClient(server, retry=False) as client:
             digest = settings_digest(target_of(await client.model_info()), asking, 0)
             with AnswerLog(folder / "answers.jsonl") as log:
-                patience = Patience(concurrency=concurrency)
-                plan = Asking(ImageRoot(folder), log, digest, asking, patience, LIMITS, 0)
+                request_limits = RequestLimits(concurrency=concurrency)
+                plan = Asking(ImageRoot(folder), log, digest, asking, request_limits, LIMITS, 0)
                 work = work_of(items, 0)
                 started = time.perf_counter()
                 outcome = await ask_all(client, work, plan)

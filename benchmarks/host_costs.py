@@ -28,7 +28,7 @@ PRODUCT_SHAPE = (2816, 1024)
 PRODUCT_BYTES = 192 * 2**20
 ROWS = 32
 REPETITIONS = 20
-# Tokens of the exchanges by which latency and bandwidth are told apart.
+# Tokens of the exchanges by which latency and bandwidth are distinguished.
 FEW_TOKENS, MANY_TOKENS = 1, 2048
 EXCHANGES = 50
 STREAMS = 8

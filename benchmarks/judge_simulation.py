@@ -28,7 +28,7 @@ INCUMBENT, CANDIDATE, NEIGHBOUR = "1" * 64, "2" * 64, "3" * 64
 # What the incumbent was seen to do before the rollout, in seconds.
 BEFORE_S = 120
 # Real time that a thread of the controller may take.
-PATIENCE_S = 30.0
+TIMEOUT_S = 30.0
 ENDED = (State.FAILED, State.ROLLED_BACK)
 
 
@@ -81,7 +81,6 @@ class ReadOnceStore(RolloutStore):
     """Reads the database only after it was written: most simulated seconds change nothing."""
 
     def __init__(self, database: Database, clock: Clock) -> None:
-        """Has read nothing."""
         super().__init__(database, clock=clock)
         self._snapshot: Snapshot | None = None
         self.writes = 0
@@ -105,7 +104,6 @@ class MemoryFleet:
     """One replica of each organ, which loads at once."""
 
     def __init__(self) -> None:
-        """Holds what is stable."""
         self.held = {ORGAN: {INCUMBENT}, OTHER: {NEIGHBOUR}}
 
     def replicas(self, organ: str) -> Sequence[str]:
@@ -167,7 +165,7 @@ class Simulation:
         was_stable, writes, ended = False, -1, False
         for _ in range(limit_s):
             self._second()
-            self.controller.reconcile_once(recent_s=PATIENCE_S)
+            self.controller.reconcile_once(recent_s=TIMEOUT_S)
             if self.store.writes != writes:
                 writes, rollout = self.store.writes, self._rollout()
                 was_stable = was_stable or rollout.state == State.STABLE
@@ -183,7 +181,7 @@ class Simulation:
 
     def _settle(self) -> None:
         """The candidate is verified and loaded on threads, in real time."""
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + TIMEOUT_S
         while self._rollout().mode is None and self._rollout().state != State.WARM:
             self.controller.reconcile_once()
             assert time.monotonic() < deadline

@@ -327,7 +327,7 @@ def main() -> None:
             f"One process, reached over gRPC; {found.versions} versions of {found.bundle_bytes / MIB:.1f} MiB, room "
             f"for {ROOM_FOR}. Outputs are compared with the reference kernel's, up to {TOLERANCE:g} of the largest "
             "one, and with all others of the same exchange, bit for bit. What one thread loads another may unload: an "
-            "exchange is then refused, and its cycle begins anew. `python -m benchmarks.lifecycle`.",
+            "exchange is then refused, and its cycle begins again. `python -m benchmarks.lifecycle`.",
             "",
             *table(found),
             "",

@@ -1,7 +1,7 @@
 """The callers of `benchmarks.lifecycle`: each loads, asks and unloads, whatever the others do meanwhile.
 
 What one caller loads another may unload, because loads are counted only by Control. So these answers are
-legal, and a caller then begins its cycle anew: an exchange with a bundle that is not loaded (any more) is refused with
+legal, and a caller then begins its cycle again: an exchange with a bundle that is not loaded (any more) is refused with
 FAILED_PRECONDITION, and a load for which there is no room with RESOURCE_EXHAUSTED. Anything else is a failure, an
 output of another bundle than the one that was asked for above all.
 """
@@ -25,7 +25,7 @@ from protos import expert_pb2, expert_pb2_grpc
 # A call that takes longer hangs; the longest measured is a hundredth of it.
 CALL_TIMEOUT_S = 60.0
 _LIMIT = {"timeout": CALL_TIMEOUT_S}
-# A cycle that is begun anew for longer is a livelock.
+# A cycle that is begun again for longer is a livelock.
 CYCLE_TIMEOUT_S = 300.0
 LONGEST_PAUSE_S = 0.01
 # Of the largest output of a layer, as `experts.probe` allows in float32.

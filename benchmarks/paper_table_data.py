@@ -229,7 +229,6 @@ class Reports:
         )
 
     def place(self, index: int) -> str:
-        """See `EncodedSource.place`."""
         return f"phantom {index}"
 
     def attributes(self, index: int) -> Attributes:

@@ -18,8 +18,9 @@ from torch import nn
 
 from echovlm_ray.model.checkpoint import load_vision_tower
 from echovlm_ray.model.configuration import EchoVLMConfig, EchoVLMTextConfig
+from echovlm_ray.model.decoder_layer import EchoVLMDecoderLayer
 from echovlm_ray.model.experts import EchoVLMTokenGate
-from echovlm_ray.model.modeling import EchoVLMDecoderLayer, EchoVLMForConditionalGeneration
+from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
 from echovlm_ray.training.objective import TrainingObjective
 from router.token_gate import choose_experts
 

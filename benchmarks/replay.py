@@ -258,8 +258,8 @@ def _report(
             "| --- | --- |",
             *(f"| {name} | {value} |" for name, value in rows),
             "",
-            "A replay loads what its set needs and replicas do not hold, asks, compares, and lets go. What processes "
-            "keep beyond their weights is what the allocator does not give back to the system.",
+            "A replay loads what its set needs and replicas do not hold, asks, compares, and releases them. "
+            "What processes keep beyond their weights is what the allocator does not return to the system.",
             "",
             *found.differences[:20],
             *streams.failures[:20],

@@ -17,7 +17,7 @@ from torch import nn
 from echovlm_ray.engine import engine as engine_module
 from echovlm_ray.engine.engine import Engine
 from echovlm_ray.engine.sampler import next_tokens
-from echovlm_ray.model.modeling import EchoVLMDecoderLayer
+from echovlm_ray.model.decoder_layer import EchoVLMDecoderLayer
 from router.stopwatch import Stopwatch
 
 # What is noted inside a layer, in order; "other" is what remains of it. Attention comes with both norms and the
@@ -106,13 +106,11 @@ class TimelineStopwatch(Stopwatch):
     """Notes the dispatcher's stages with the time at which they ended."""
 
     def __init__(self, timeline: Timeline) -> None:
-        """Notes in `timeline`."""
         super().__init__()
         self._timeline = timeline
         self._gathering = 0.0
 
     def add(self, stage: str, seconds: float) -> None:
-        """See `Stopwatch.add`."""
         super().add(stage, seconds)
         now = time.perf_counter()
         if stage == "gather":
@@ -173,8 +171,8 @@ def median_totals(steps: Sequence[Step]) -> dict[str, float]:
 
 
 def _layer_hooks(layer: EchoVLMDecoderLayer, timeline: Timeline) -> list[Any]:
-    assert layer.fused is not None
-    parts = {"attention": layer.attends or layer.self_attn, "dense and shared": layer.fused}
+    assert layer.dense_path_override is not None
+    parts = {"attention": layer.attention_override or layer.self_attn, "dense and shared": layer.dense_path_override}
     return [handle for name, module in parts.items() for handle in _hooks(module, name, timeline)]
 
 

@@ -20,7 +20,7 @@ from experts.manifest import BundleDescription
 from protos import control_pb2, router_pb2, router_pb2_grpc, status_pb2, status_pb2_grpc
 
 ACTOR = "benchmark"
-PATIENCE_S = 180.0
+TIMEOUT_S = 180.0
 # Between two questions to the router about what it would do.
 ASK_AGAIN_S = 0.005
 # Between two looks at what the organ's replica holds.
@@ -84,7 +84,7 @@ def seconds_to_read(source: Bundle) -> float:
 
 
 class ControlWatch(AbstractContextManager["ControlWatch"]):
-    """What Control says of one organ, as it changes: it is told, and never asked again and again."""
+    """What Control says of one organ, as it changes: from the stream of its states, without polling."""
 
     def __init__(self, control: ExpertControlClient, organ: str) -> None:
         """Listens for as long as the block lasts."""
@@ -120,8 +120,8 @@ class ControlWatch(AbstractContextManager["ControlWatch"]):
             SwapFailedError: it does not come to pass.
         """
         with self._changed:
-            if not self._changed.wait_for(look, PATIENCE_S):
-                raise SwapFailedError(f"not within {PATIENCE_S:g} s: {what}")
+            if not self._changed.wait_for(look, TIMEOUT_S):
+                raise SwapFailedError(f"not within {TIMEOUT_S:g} s: {what}")
             return time.monotonic()
 
     def _run(self) -> None:
@@ -135,7 +135,7 @@ class ControlWatch(AbstractContextManager["ControlWatch"]):
                 time.sleep(0.5)
 
     def _take(self, state: control_pb2.ControlState) -> None:
-        # What happened before it was told here; the wall clock is the same machine's.
+        # What happened before the stream said so; the wall clock is the same machine's.
         behind = time.time() - time.monotonic()
         with self._changed:
             self._state = state
@@ -170,13 +170,13 @@ class ExpertsView(AbstractContextManager["ExpertsView"]):
         Raises:
             SwapFailedError: that does not come to pass.
         """
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + TIMEOUT_S
         while time.monotonic() < deadline:
-            found = self._stub.Describe(status_pb2.DescribeRequest(), timeout=PATIENCE_S)
+            found = self._stub.Describe(status_pb2.DescribeRequest(), timeout=TIMEOUT_S)
             if [bundle.digest for bundle in found.bundles] == [digest]:
                 return time.monotonic()
             time.sleep(LOOK_AGAIN_S)
-        raise SwapFailedError(f"not within {PATIENCE_S:g} s: the replica holds what is live, and nothing else")
+        raise SwapFailedError(f"not within {TIMEOUT_S:g} s: the replica holds what is live, and nothing else")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -197,7 +197,7 @@ class RouterView(AbstractContextManager["RouterView"]):
     def expert_set(self, session_key: str = "") -> str:
         """The id of the expert set that a request of this moment gets."""
         request = router_pb2.RouteRequest(organ_hints=self._hints, session_key=session_key)
-        response: router_pb2.RouteResponse = self._stub.Route(request, timeout=PATIENCE_S)
+        response: router_pb2.RouteResponse = self._stub.Route(request, timeout=TIMEOUT_S)
         return response.expert_set_id
 
     def session_of(self, expert_set_id: str) -> str:
@@ -232,7 +232,6 @@ class Swapper:
         organ: str,
         versions: dict[str, str],
     ) -> None:
-        """Takes the versions there are: version → digest."""
         self._router = router
         self._experts = experts
         self._control = control
@@ -324,11 +323,11 @@ class Swapper:
 
     def _ask_until_served(self, session: str, before: str, swap: Swap) -> None:
         assert swap.decided is not None
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + TIMEOUT_S
         while (asked := time.monotonic()) < deadline:
             if self._router.expert_set(session) != before:
                 swap.served_s = asked - swap.decided
                 return
             # A version that is not resident yet takes longer.
             time.sleep(ASK_AGAIN_S if swap.prepared else 10 * ASK_AGAIN_S)
-        raise SwapFailedError(f"no request went to the new version within {PATIENCE_S:g} s")
+        raise SwapFailedError(f"no request went to the new version within {TIMEOUT_S:g} s")

@@ -94,7 +94,7 @@ def _router_settings(threads: int) -> RouterSettings:
 
 
 def measure(plan: Plan, checkpoint: BenchCheckpoint, console: Console) -> list[Cell]:
-    """Measures all systems in turn, in every run anew.
+    """Measures all systems in turn, in every run again.
 
     The served system is up only while it is measured: even when it is idle, its processes check each other.
     The others cost nothing while they wait, and stay.

@@ -22,7 +22,8 @@ One line for each module: what it is for. Imports run one way only,
 `protos ← experts ← router ← echovlm_ray`, and within `echovlm_ray` from the command line down to the model.
 
 Data goes one way too: image → gateway → router (→ vision encoder) → engine → per layer the gates → dispatch → an
-expert replica's stream → its kernel, and straight back → sampler → gateway.
+expert replica's stream → its kernel, and straight back → sampler → gateway. [One request](request.md) and [one
+swap](swap.md) are drawn with their objects; [names](names.md) has the vocabulary and the letters of dimensions.
 """
 
 

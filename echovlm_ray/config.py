@@ -197,7 +197,7 @@ class RouterSection(Section):
     # When an exchange with the experts takes longer than the dense MLP and the shared expert (slow network, fast GPU),
     # set it to 2: each step is computed in two halves, and the experts of one work during the other's attention.
     micro_batches: Literal[1, 2] = 1
-    # When prompts that begin alike (the same instructions, the same images) should be computed anew each time, set it
+    # When prompts that begin alike (the same instructions, the same images) should be computed again each time, set it
     # to false; true keeps in the KV cache what requests leave behind, as long as no other request needs the room.
     prefix_reuse: bool = True
     # When a caller asks for logits that take more bytes than this, the request is refused (tests and evaluation ask).

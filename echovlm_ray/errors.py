@@ -1,4 +1,4 @@
-"""What can go wrong with a request above the expert groups. `serving.errors` maps all of it to gRPC."""
+"""Errors of a request above the expert groups. `serving.errors` maps all of it to gRPC."""
 
 
 class InvalidRequestError(ValueError):
@@ -23,7 +23,6 @@ class OverloadedError(RuntimeError):
     """A queue is full. The text names the limit; the caller may come back after `retry_after_s`."""
 
     def __init__(self, description: str, retry_after_s: float = 1.0) -> None:
-        """Says which limit was reached and when to come back."""
         super().__init__(description)
         self.retry_after_s = retry_after_s
 
@@ -46,7 +45,6 @@ class PromptChangedError(ValueError):
     """A request no longer becomes the same prompt tokens as when it was answered first."""
 
     def __init__(self) -> None:
-        """Says what may have changed."""
         super().__init__(
             "the request becomes another prompt than when it was answered: the prompt template, the tokenizer or the "
             "scaling of images was changed since. Serve with the version of EchoVLM-Ray, the backbone and "

@@ -1,4 +1,4 @@
-"""Queues in which callers take turns, so that one with many items does not keep another's single one waiting."""
+"""Fair queues: callers are served in turn, so that one caller's many items do not delay another's."""
 
 import asyncio
 from collections import OrderedDict, deque

@@ -1,4 +1,4 @@
-"""Hosts and addresses, IPv6 among them."""
+"""Host names and addresses, IPv4 and IPv6."""
 
 import ipaddress
 

@@ -1,4 +1,4 @@
-"""What the model is asked, by task and language: messages for ChatML, images first in the first user turn.
+"""Prompts by task and language: messages for ChatML, images first in the first user turn.
 
 The messages have the form that chat templates of transformers take. `EchoVLMProcessor.encode_chat` makes token ids of
 them in which a caller's text stays text.

@@ -1,4 +1,4 @@
-"""The numbers of a sampling request: from where to where they may be.
+"""The allowed ranges of sampling parameters.
 
 Beyond these ranges a number changes nothing noticeable, and far beyond them the arithmetic in float32
 overflows.
@@ -19,6 +19,6 @@ def in_range(value: float, allowed: Range) -> bool:
     return bool(low <= value <= high)
 
 
-def words(allowed: Range) -> str:
+def format_range(allowed: Range) -> str:
     """The range for an error."""
     return f"from {allowed[0]:g} to {allowed[1]:g}"

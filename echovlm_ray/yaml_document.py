@@ -67,7 +67,6 @@ class NotYamlError(ValueError):
     """
 
     def __init__(self, line: int | None, reason: str) -> None:
-        """Says both."""
         super().__init__(reason if line is None else f"line {line}: {reason}")
         self.line = line
         self.reason = reason

@@ -55,8 +55,7 @@ class Bundle:
         signature: bytes | None = None,
         fetch_again: Callable[[FileEntry], Path | None] | None = None,
     ) -> None:
-        """Joins a manifest to its files.
-
+        """
         Args:
             manifest: the manifest.
             locations: where each of the manifest's files lies; those left out are not to be read.
@@ -160,7 +159,7 @@ class Bundle:
         Args:
             digests: read every file once and compare its SHA-256.
             finite: refuse weights that are infinite or not a number.
-            read: told how many further bytes were read to compare digests.
+            read: called with how many further bytes were read to compare digests.
 
         Raises:
             InvalidBundleError: names the file or tensor and what is wrong with it.
@@ -302,7 +301,7 @@ def verify_file(
 
 
 def file_sha256(path: Path, read: Callable[[int], None] = lambda _: None) -> str:
-    """SHA-256 of a file's content, in hexadecimal, read in pieces; `read` is told the size of each."""
+    """SHA-256 of a file's content, in hexadecimal, read in pieces; `read` is called with the size of each."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while piece := file.read(_READ_BYTES):

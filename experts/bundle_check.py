@@ -150,7 +150,7 @@ def check_fits(manifest: Manifest, *, organ: str | None, backbone: BackboneSizes
 
 
 def limit_memory(extra_bytes: int) -> None:
-    """Lets this process take so much more private memory than it has now; beyond that, allocations fail.
+    """Limits the private memory that this process may take beyond what it has now; beyond that, allocations fail.
 
     Counts what Linux counts for RLIMIT_DATA: heap and private writable maps, not files that are only read.
 

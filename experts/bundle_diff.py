@@ -1,4 +1,4 @@
-"""What two bundles have in common and in what they differ: manifest fields, experts, gate rows, layer by layer."""
+"""Compares two bundles: manifest fields, experts, gate rows, layer by layer."""
 
 import hashlib
 from dataclasses import dataclass

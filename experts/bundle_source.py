@@ -1,4 +1,4 @@
-"""Where a bundle is, in a form that can be sent to another process."""
+"""The location of a bundle, in a form that can be sent to another process."""
 
 from pathlib import Path
 from typing import Annotated, Self

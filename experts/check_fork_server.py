@@ -1,7 +1,7 @@
 """Starts checks of bundles by forking itself: `python -m experts.check_fork_server FD`.
 
-Importing torch takes seconds of a core, more than checking a small bundle. This process pays for it once, and for what
-else most checks import. `experts.isolated_check` talks to it, see `start_check`.
+Importing torch takes seconds of a core, more than checking a small bundle. This process does it once, and imports what
+else most checks need. `experts.isolated_check` starts it with the first check and ends it when there are no more.
 """
 
 import importlib
@@ -25,7 +25,7 @@ _PRELOADED = (
 
 
 def start_check(server: ForkServer, request: int, output: int, errors: int, report: int) -> None:
-    """Asks for one check.
+    """Requests one check.
 
     Args:
         server: runs this module.

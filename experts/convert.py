@@ -1,4 +1,4 @@
-"""Weights in another floating dtype than the backbone's hidden states: converted when they load, or refused.
+"""Converts weights of another floating dtype than the backbone's, or refuses them.
 
 A kernel computes in one dtype, that of the hidden states it is sent. A bundle may have been packed in another one.
 """

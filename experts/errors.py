@@ -1,4 +1,4 @@
-"""What can go wrong in an expert group, as types that callers can tell apart."""
+"""Errors of an expert group."""
 
 # The reason that a replica gives in `google.rpc.ErrorInfo` for a `BundleUnusableError`.
 BUNDLE_UNUSABLE = "BUNDLE_UNUSABLE"

@@ -32,8 +32,7 @@ class FileCache:
     """One folder of files."""
 
     def __init__(self, directory: Path, max_bytes: int) -> None:
-        """Makes nothing yet.
-
+        """
         Args:
             directory: the folder; processes of one user may share it.
             max_bytes: of all files together, those being fetched included. The least recently used go first.
@@ -87,7 +86,7 @@ class FileCache:
         return target
 
     def remove(self, entry: FileEntry) -> bool:
-        """Forgets a file that was found damaged; whether there was one of its name."""
+        """Removes a file that was found damaged; whether there was one of its name."""
         try:
             self._path(entry).unlink()
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Whether weights are numbers."""
+"""Checks weights for NaN and infinity."""
 
 import math
 

@@ -1,8 +1,11 @@
-"""A process that forks itself on request, so that what it has imported once is there in every process it makes.
+"""A process that forks itself on request, so that the processes it makes have its imports from the start.
 
-`ForkServer` starts one from any program, also from one with threads, which must not fork itself; `serve` is what runs
-in it. It opens no file of a request and starts no thread, so every process begins from the same clean state. It ends
-when the program that started it ends or closes it.
+`ForkServer` starts one from any program, also from one with threads, which must not fork itself; `serve` runs in it.
+It opens no file of a request and starts no thread, so every process begins from the same clean state. It ends when the
+program that started it ends or closes it, and kills what a process leaves behind.
+
+`multiprocessing`'s fork server does not do this: it cannot be ended while the program runs, each of its processes runs
+the program's main module again (in a replica: Ray's worker), and the children of its processes outlive them.
 """
 
 import ctypes
@@ -59,7 +62,7 @@ class ForkServer:
         return self._process.pid
 
     def fork(self, *descriptors: int) -> None:
-        """Asks for one process, which gets copies of the descriptors.
+        """Requests one process, which gets copies of the descriptors.
 
         Args:
             descriptors: as many as `serve` expects. The last is a socket or pipe that gets two numbers (`REPORT`): the
@@ -90,7 +93,7 @@ def serve(
         connection: to the `ForkServer`.
         num_descriptors: that come with each request, the one for reports included.
         run: called in each new process with the other descriptors; returns its exit code.
-        end_together: the processes are killed when this one ends, in whatever way.
+        end_together: the processes are killed when this one ends.
     """
     # How the watchers end is of no interest.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Errors of a full disk name the folder in which to make room; the system's own name no file, or the one read."""
+"""Errors of a full disk name the folder in which to free space, which the operating system's error does not."""
 
 import errno
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Whether a bundle's gate rows can be used by a router whose backbone computes in a given dtype."""
+"""Checks that a bundle's gate rows can be used by a router whose backbone computes in a given dtype."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""The versions of one organ's experts that this process holds, and the way to compute with any of them."""
+"""The versions of one organ's experts that this process holds, and computation with any of them."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -47,7 +47,7 @@ class _State:
 
 
 class _Progress:
-    """Notes how far a load is: reading and checking the files is half of it, preparing the layers the other."""
+    """Records how far a load is: reading and checking the files is half of it, preparing the layers the other."""
 
     def __init__(self, state: _State, digest: str, manifest: Manifest) -> None:
         self._progress = state.progress
@@ -93,8 +93,7 @@ class ExpertGroup:
         backbone_digest: str | None = None,
         admit: Callable[[Bundle], None] | None = None,
     ) -> None:
-        """Starts empty.
-
+        """
         Args:
             organ: bundles of any other organ are refused.
             registry: where bundles are loaded from.
@@ -164,7 +163,7 @@ class ExpertGroup:
         return entry.resident
 
     def unload(self, digest: str) -> None:
-        """Forgets a bundle; returns when the exchanges under way with it have ended and its memory is free.
+        """Unloads a bundle; returns when the exchanges under way with it have ended and its memory is free.
 
         New exchanges are refused at once. Unloading an absent bundle does nothing; one that is being loaded is
         unloaded once it is there.

@@ -1,4 +1,4 @@
-"""Letters and marks that draw nothing, beyond Unicode's control and format characters.
+"""Characters that draw nothing, beyond Unicode's control and format characters.
 
 Two names that differ in one of them look the same: manifests may not hold them, and terminals show their escapes.
 """

@@ -6,7 +6,8 @@ import socket
 import tempfile
 import threading
 import time
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,6 +18,8 @@ from experts.check_fork_server import start_check
 from experts.fork_server import REPORT, ForkServer
 
 DEFAULT_TIMEOUT_S = 600.0
+# Several organs are often staged together; between rollouts lie hours.
+DEFAULT_IDLE_S = 60.0
 _MAX_RESULT_BYTES = 1024 * 1024
 _SHOWN_BYTES = 500
 # How long a killed group may take to be gone.
@@ -24,33 +27,28 @@ _KILL_S = 5.0
 
 
 class IsolatedChecks:
-    """Checks bundles, each in a process of its own, which is forked from one that has all imports behind it.
+    """Checks bundles, each in a process of its own, which is forked from a fork server that has imported torch.
 
-    That one runs from `start`, or the first check, until `close`, and takes the memory of an idle interpreter with
-    torch, about 200 MB. May be used from several threads at once.
+    The fork server starts with the first check, ends when there was none for `idle_s`, and takes the memory of an idle
+    interpreter with torch, about 200 MB. May be used from several threads at once.
     """
 
-    def __init__(self, *, gives_way: bool = False) -> None:
-        """Starts nothing yet.
-
-        Args:
-            gives_way: the checks get only idle processor time, so that replicas that serve on the same cores
-                hardly notices; where others never rest, a check then takes very long.
+    def __init__(self, *, idle_priority: bool = False, idle_s: float = DEFAULT_IDLE_S) -> None:
         """
-        self._gives_way = gives_way
+        Args:
+            idle_priority: the checks get only processor time that nothing else wants, so that they do not slow down
+                replicas on the same cores; where the cores are never idle, a check then takes very long.
+            idle_s: how long the fork server waits for another check.
+        """
+        self._idle_priority = idle_priority
+        self._idle_s = idle_s
         self._lock = threading.Lock()
         self._server: ForkServer | None = None
-
-    def start(self) -> None:
-        """Begins to import, in the other process, what checks need, so that the first one need not wait for it."""
-        with self._lock:
-            if self._server is None:
-                self._server = ForkServer(
-                    "experts.check_fork_server", environment=os.environ, idle_priority=self._gives_way
-                )
+        self._checks = 0
+        self._timer: threading.Timer | None = None
 
     def close(self) -> None:
-        """Ends the process that checks are forked from; a check under way goes on. A later check starts it anew."""
+        """Ends the fork server; a check under way goes on. A later check starts it again."""
         with self._lock:
             server, self._server = self._server, None
         if server is not None:
@@ -64,10 +62,11 @@ class IsolatedChecks:
             timeout_s: after so long the process, and all that it started, is killed.
 
         Returns:
-            The result. It is not ok, with a reason, whatever way the process ended.
+            The result. It is not ok, with a reason, when the process did not end well.
         """
         deadline = time.monotonic() + timeout_s
         with (
+            self._under_way(),
             tempfile.TemporaryFile() as wanted,
             tempfile.TemporaryFile() as output,
             tempfile.TemporaryFile() as errors,
@@ -84,6 +83,31 @@ class IsolatedChecks:
                 return CheckResult(ok=False, reason=f"the check did not end within {timeout_s:g} s and was killed")
         return CheckResult(ok=False, reason="the check could not be started, or was lost with the process it came from")
 
+    @contextmanager
+    def _under_way(self) -> Iterator[None]:
+        with self._lock:
+            self._checks += 1
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._checks -= 1
+                if not self._checks and self._server is not None:
+                    self._timer = threading.Timer(self._idle_s, self._close_if_idle)
+                    self._timer.daemon = True
+                    self._timer.start()
+
+    def _close_if_idle(self) -> None:
+        with self._lock:
+            if self._checks:
+                return
+            server, self._server = self._server, None
+        if server is not None:
+            server.close()
+
     def _run(self, wanted: int, output: int, errors: int, deadline: float) -> int | None:
         """Returns the exit code, or minus the number of the signal; None when the process was not there.
 
@@ -93,11 +117,12 @@ class IsolatedChecks:
         report, report_of_check = socket.socketpair()
         with report:
             with report_of_check:
-                self.start()
                 try:
                     with self._lock:
                         if self._server is None:
-                            return None
+                            self._server = ForkServer(
+                                "experts.check_fork_server", environment=os.environ, idle_priority=self._idle_priority
+                            )
                         start_check(self._server, wanted, output, errors, report_of_check.fileno())
                 except OSError:
                     self.close()
@@ -123,14 +148,14 @@ class IsolatedChecks:
 
 
 def check_in_subprocess(request: CheckRequest, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> CheckResult:
-    """Checks one bundle, as fast as it goes; see `IsolatedChecks.check`. Who checks several keeps `IsolatedChecks`."""
+    """Checks one bundle at normal priority; see `IsolatedChecks.check`. To check several, keep an `IsolatedChecks`."""
     with closing(IsolatedChecks()) as checks:
         return checks.check(request, timeout_s=timeout_s)
 
 
 def _next_number(report: socket.socket, deadline: float) -> int | None:
     """What the watcher of a check says next; None when it has ended without saying anything."""
-    # Nought would mean: do not wait at all.
+    # Zero would mean not to wait at all.
     report.settimeout(max(0.001, deadline - time.monotonic()))
     number = report.recv(REPORT.size)
     return REPORT.unpack(number)[0] if len(number) == REPORT.size else None

@@ -54,13 +54,12 @@ class KeptBundles:
         admit: Callable[[Bundle], None] = lambda bundle: None,
         in_use: Callable[[], Collection[str]] = tuple,
     ) -> None:
-        """Makes nothing yet.
-
+        """
         Args:
             registry: where bundles come from.
             directory: the folder of copies.
             admit: raises `SignatureError` where a bundle's signature is not accepted; for a copy the signature is then
-                read anew from the registry.
+                read again from the registry.
             in_use: the digests whose copies must stay.
         """
         self.directory = directory
@@ -147,7 +146,7 @@ class KeptBundles:
         try:
             self._admit(bundle)
         except SignatureError:
-            # It may have been signed anew since it was copied; if not, the copy's refusal says what is wrong.
+            # It may have been signed again since it was copied; if not, the copy's refusal says what is wrong.
             try:
                 source = self._from_registry(bundle.digest)
             except (RegistryAwayError, UnknownBundleError, InvalidBundleError):

@@ -1,4 +1,4 @@
-"""Why a bundle could not be loaded: in words for callers, without paths or addresses, and in words for operators."""
+"""The reason why a bundle could not be loaded: one text for callers, without paths or addresses, one for operators."""
 
 from dataclasses import dataclass
 from typing import Self

@@ -1,4 +1,4 @@
-"""One bundle in memory: what is said of it, and the checks between an exchange and its kernel."""
+"""One bundle in memory: its description, and the checks between an exchange and its kernel."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What a bundle says about itself. Its digest is the version's identity.
+"""The manifest of a bundle. Its digest is the version's identity.
 
 Keys that a MONAI bundle's metadata has (https://docs.monai.io/en/stable/mb_specification.html) mean here what they
 mean there: version, changelog, task, description, authors, copyright, data_source, intended_use, references,

@@ -1,4 +1,4 @@
-"""Where bundles are kept: by organ and version, under any root that fsspec can reach.
+"""The registry of bundles: by organ and version, under any root that fsspec can reach.
 
     files/<sha256>.safetensors              every file once, however many bundles have it
     bundles/<organ>/<version>/<digest>.sig   the signature of the bundle of this digest, if it is signed
@@ -177,7 +177,7 @@ class Registry:
                 return fallback.find(organ, version)
         raise UnknownBundleError(
             f"the registry {self._roots()} has no version {version[:100]!r} of organ {organ[:100]!r}; it has "
-            f"{self._in_words(organ)}"
+            f"{self._format_organ_versions(organ)}"
         )
 
     def list(
@@ -189,7 +189,7 @@ class Registry:
 
         Args:
             organ: only this one's.
-            damaged: told of every manifest that is damaged, which is then left out.
+            damaged: called with every manifest that is damaged, which is then left out.
 
         Raises:
             InvalidBundleError: a manifest is damaged, and `damaged` is not given.
@@ -226,7 +226,7 @@ class Registry:
             fallback.is_signed(manifest) for fallback in self._fallbacks
         )
 
-    def _in_words(self, organ: str) -> str:
+    def _format_organ_versions(self, organ: str) -> str:
         """The versions of an organ, or where there are none, the organs that there are."""
         if versions := [known.version for known in self.list(organ, damaged=str)]:
             return ", ".join(versions)

@@ -1,4 +1,4 @@
-"""How a registry's files reach a disk or an object store, each becoming visible only when complete."""
+"""Stores a registry's files on a disk or an object store; each becomes visible only when complete."""
 
 import hashlib
 import os

@@ -124,7 +124,7 @@ class StreamingWriter:
         return self.written
 
     def abort(self) -> None:
-        """Throws away what was written."""
+        """Deletes the unfinished file."""
         self._file.close()
         self._partial.unlink(missing_ok=True)
 

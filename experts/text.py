@@ -1,4 +1,4 @@
-"""What text in a manifest may hold. It is shown in terminals, tables, logs and pages, which it must not steer.
+"""The text allowed in a manifest. It is shown in terminals, tables, logs and pages, which it must not steer.
 
 Refused are control characters (C0, C1 and DEL, so every escape sequence), characters of format (Unicode's category Cf:
 changes of direction, zero-width ones, the byte order mark), separators of lines and paragraphs, halves of surrogate

@@ -1,4 +1,4 @@
-"""The exchanges that a bundle must answer on the replica that will serve it, before it counts as loaded.
+"""Test exchanges that a bundle must answer on the serving replica before it counts as loaded.
 
 They take the way of every exchange: built as a router builds them, in its dtype and with its number of experts per
 token, serialised, checked, computed by the loaded kernel on its device, and serialised again. What fails here would

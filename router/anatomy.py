@@ -1,4 +1,4 @@
-"""What anatomical terms and codes mean: which of the seven organs, or none of them.
+"""Maps anatomical terms and codes to the seven organs, or to none of them.
 
 The table is `anatomy.csv`; its columns and the choices in it are described in docs/anatomy.md. A term is read by its
 longest phrases: each uses up its words, so that "renal pelvis" is no pelvis and "coronary artery" no artery. Phrases of

@@ -1,4 +1,4 @@
-"""What can go wrong between the router and the expert groups."""
+"""Errors between the router and the expert groups."""
 
 
 class UnknownOrganError(LookupError):
@@ -9,7 +9,6 @@ class OrganPendingError(RuntimeError):
     """A request named an organ that this router does not know, and a policy is on its way that brings new ones."""
 
     def __init__(self, retry_after_s: float = 0.2) -> None:
-        """Says how long to wait before another try."""
         super().__init__("the organ may just have been added; sending the request again is safe")
         self.retry_after_s = retry_after_s
 
@@ -65,7 +64,6 @@ class ExpertsFailedError(RuntimeError):
     """An organ's experts answered that they cannot compute an exchange; sending it again would not help."""
 
     def __init__(self, organ: str, reason: str) -> None:
-        """Names the organ and says why."""
         super().__init__(f"the experts of {organ!r} failed: {reason}")
         self.organ = organ
 
@@ -82,7 +80,6 @@ class UnknownExpertSetError(LookupError):
     """No request of this deployment ever got this expert set."""
 
     def __init__(self, expert_set_id: str) -> None:
-        """Names the set."""
         super().__init__(
             f"this deployment never served the expert set {expert_set_id[:64]!r}: check the id, and that this is the "
             "system that gave the answer. Sets that were replaced before the system kept their composition are not "
@@ -94,7 +91,6 @@ class ExpertSetNotServedError(ValueError):
     """A request named an expert set that no request gets now. The text says how to bring it back."""
 
     def __init__(self, expert_set_id: str) -> None:
-        """Names the set."""
         super().__init__(
             f"the expert set {expert_set_id[:12]}… is not among those that are served now: to compute a past answer "
             "again, save its request with `echoray generate --save-request` and use `echoray experts replay`"

@@ -1,4 +1,4 @@
-"""What the dispatcher needs of a place where experts are computed: in this process, or behind gRPC."""
+"""The dispatcher's interface to a place where experts are computed: in this process, or behind gRPC."""
 
 from typing import Protocol
 
@@ -64,5 +64,5 @@ class ExpertPlacement(Protocol):
         ...
 
     def close(self) -> None:
-        """Gives back connections and threads."""
+        """Closes connections and threads."""
         ...

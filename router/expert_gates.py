@@ -64,8 +64,7 @@ class ExpertGates:
     """Every layer's gate matrices for one expert set. Organs may differ in their number of experts."""
 
     def __init__(self, expert_set: ExpertSet, gate_rows: Mapping[str, tuple[torch.Tensor, ...]]) -> None:
-        """Lays out the rows.
-
+        """
         Args:
             expert_set: whose gates these are.
             gate_rows: organ → one matrix per layer, experts × hidden.

@@ -1,4 +1,4 @@
-"""Divides what one gate over all experts chose into what each organ gets."""
+"""Divides the choices of one gate over all experts among the organs."""
 
 from collections.abc import Sequence
 

@@ -59,4 +59,4 @@ class LocalExperts:
         return ExpertsUnavailableError(organ, "this router was started without its expert group")
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Nothing to close."""

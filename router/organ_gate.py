@@ -1,4 +1,4 @@
-"""The organ gate: which organs' experts a request uses, with what share, and how that was found out."""
+"""The organ gate: which organs' experts a request uses, with what share, and how they were found."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class OrganChoice:
 
 
 class OrganGate:
-    """Asks the caller's hint, then the DICOM terms, then the picture itself, then takes the default."""
+    """Chooses by the caller's hint, else the DICOM terms, else the picture itself, else the default."""
 
     def __init__(self, profiles: Iterable[OrganProfile], *, default_organ: str, max_organs: int) -> None:
         """One profile per organ.

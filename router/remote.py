@@ -134,7 +134,7 @@ class RemoteExperts:
         raise self.unavailable(organ) or ExpertsUnavailableError(organ, reason or "every replica was tried")
 
     def lacks(self, address: str, bundle_digest: str) -> None:
-        """Notes that a replica answered that it could not load a bundle."""
+        """Records that a replica answered that it could not load a bundle."""
         now = time.monotonic()
         self._lacking = {place: until for place, until in self._lacking.items() if until > now}
         self._lacking[address, bundle_digest] = now + _LACKING_S
@@ -180,7 +180,7 @@ class RemoteExperts:
 
 
 def _watch(watched: "weakref.ref[RemoteExperts]", closing: threading.Event, period_s: float) -> None:
-    # By reference alone, so that one that was forgotten without being closed does not live on in its thread.
+    # By reference alone, so that one that was dropped without being closed does not live on in its thread.
     while not closing.wait(period_s):
         experts = watched()
         if experts is None:

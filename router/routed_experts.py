@@ -1,4 +1,4 @@
-"""The plug between a decoder layer and wherever its routed experts are computed."""
+"""The interface between a decoder layer and the place where its routed experts are computed."""
 
 from typing import Protocol
 

@@ -1,4 +1,4 @@
-"""Who sends which rows where in one forward pass: found out once, and the same for all of its layers."""
+"""The plan of one forward pass: which rows go to which experts; the same for all layers."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Where the time of the dispatcher goes, stage by stage."""
+"""Measures the time of the dispatcher's stages."""
 
 import time
 from collections.abc import Mapping
@@ -17,7 +17,6 @@ class Stopwatch:
     """
 
     def __init__(self) -> None:
-        """All stages at nought."""
         self.reset()
 
     def add(self, stage: str, seconds: float) -> None:
@@ -38,6 +37,6 @@ class Stopwatch:
         return {stage: (self._counts[stage], self._seconds[stage]) for stage in STAGES}
 
     def reset(self) -> None:
-        """Starts again from nought."""
+        """Starts again from zero."""
         self._counts = dict.fromkeys(STAGES, 0)
         self._seconds = dict.fromkeys(STAGES, 0.0)

@@ -1,4 +1,4 @@
-"""The token gate: which experts a token goes to, and with what weight."""
+"""The token gate: which experts a token goes to, with what weight."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -16,9 +16,10 @@ from echovlm_ray.client.errors import EchoVLMError
 from experts.bundle import Bundle
 from experts.registry import Registry
 from protos import control_pb2
+from tests import waiting
 from tests.running_system import RunningSystem
 
-PATIENCE_SECONDS = 90.0
+TIMEOUT_SECONDS = 90.0
 WHO = "end-to-end test"
 Found = TypeVar("Found")
 
@@ -27,17 +28,15 @@ Answered = tuple[str, str, str]
 
 
 def until(look: Callable[[], Found | None], what: str, pause_s: float = 0.05) -> Found:
-    """Looks again and again, also while Control is away."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while True:
+    """As `waiting.until`, also while Control is away."""
+
+    def looked() -> Found | None:
         try:
-            found = look()
+            return look()
         except EchoVLMError:
-            found = None
-        if found:
-            return found
-        assert time.monotonic() < deadline, f"not within {PATIENCE_SECONDS} s: {what}"
-        time.sleep(pause_s)
+            return None
+
+    return waiting.until(looked, what, timeout_s=TIMEOUT_SECONDS, pause_s=pause_s)
 
 
 def ask(system: RunningSystem, organ: str, new_tokens: int = 24) -> Answered:
@@ -47,7 +46,7 @@ def ask(system: RunningSystem, organ: str, new_tokens: int = 24) -> Answered:
 
 def answer_of(client: EchoVLMClient, organ: str, new_tokens: int = 24) -> Answered:
     answer = client.generate(
-        prompt="What is shown?", task="free", organs=[organ], max_new_tokens=new_tokens, timeout_s=PATIENCE_SECONDS
+        prompt="What is shown?", task="free", organs=[organ], max_new_tokens=new_tokens, timeout_s=TIMEOUT_SECONDS
     )
     (share,) = answer.summary.provenance.organs
     return share.organ, share.bundle_version, answer.text

@@ -1,8 +1,8 @@
 """Executes the README and the pages of docs/: every command and snippet, against the running system.
 
 Blocks of a page run in order in one folder, as a reader would type them: `sh` in bash, `python` in a process of its
-own, `yaml` through the configuration's own check. Blocks marked `text` are for reading. What installs or serves for
-ever is checked in another way, see `ELSEWHERE`. The addresses are those of the running system.
+own, `yaml` through the configuration's own check. Blocks marked `text` or `mermaid` are for reading. What installs or
+serves forever is checked in another way, see `ELSEWHERE`. The addresses are those of the running system.
 """
 
 import os
@@ -24,7 +24,7 @@ from tests.running_system import RunningSystem
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-LANGUAGES = {"sh", "python", "yaml", "text", "proto"}
+LANGUAGES = {"sh", "python", "yaml", "text", "proto", "mermaid"}
 
 
 @dataclass(frozen=True)

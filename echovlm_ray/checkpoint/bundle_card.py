@@ -1,4 +1,4 @@
-"""What the maker of a bundle says about it, out of a YAML file and options."""
+"""The fields of a bundle's manifest that its maker states, from a YAML file and options."""
 
 from collections.abc import Mapping
 from pathlib import Path

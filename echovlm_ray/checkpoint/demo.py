@@ -90,7 +90,7 @@ def make_demo(destination: Path, *, progress: Callable[[int], None] = lambda _: 
 
     Args:
         destination: the folder to make.
-        progress: told the bytes of every tensor written.
+        progress: called with the bytes of every tensor written.
 
     Returns:
         Its index, and whether it was made now.

@@ -1,4 +1,4 @@
-"""Which organ gets which routed experts: copies of all, or a division read from a file."""
+"""Assignment of routed experts to organs: copies of all, or a partition read from a file."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

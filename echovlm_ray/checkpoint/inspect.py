@@ -1,4 +1,4 @@
-"""Says what a checkpoint folder is, how its parameters are spread, and what is wrong with it. Reads headers only."""
+"""Inspects a checkpoint folder: its kind, its parameters by part, and its problems. Reads headers only."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -45,8 +45,8 @@ def merge(
         organ: write the model with this organ's experts; needed once the organs' copies differ.
         version: which version of that organ's bundle; by default the one in the index.
         max_shard_bytes: the most bytes of weights in one file.
-        start: told the number of bytes to write, before the first.
-        progress: told the bytes of every tensor written.
+        start: called with the number of bytes to write, before the first.
+        progress: called with the bytes of every tensor written.
 
     Raises:
         InvalidCheckpointError: something is wrong with the source, its organs' copies differ, or the destination is

@@ -1,4 +1,4 @@
-"""What the manifests of bundles made here say of the seven regions; `router.anatomy` knows many more terms."""
+"""Names and descriptions of the seven organs in the manifests of bundles made here; see also `router.anatomy`."""
 
 from collections.abc import Mapping
 

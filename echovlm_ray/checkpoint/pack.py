@@ -68,8 +68,8 @@ def pack(
         destination: the bundle's folder; it appears when it is complete.
         card: what its maker says about it.
         options: what to make of the source.
-        start: told the number of bytes to read, before the first.
-        progress: told the bytes of every tensor read.
+        start: called with the number of bytes to read, before the first.
+        progress: called with the bytes of every tensor read.
 
     Returns:
         The manifest.

@@ -1,4 +1,4 @@
-"""Finds the routed experts that should be packed: in a split checkpoint, a released one, or what a training wrote."""
+"""Finds the routed experts to pack: in a split checkpoint, a released one, or a training's output."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -60,7 +60,7 @@ def open_source(
         organ: of a split checkpoint, whose bundle.
         digest: the backbone's.
         shape: the backbone's sizes.
-        progress: told the bytes of every tensor read to compare backbones.
+        progress: called with the bytes of every tensor read to compare backbones.
 
     Raises:
         InvalidCheckpointError: it holds no such experts, or they are of another backbone.

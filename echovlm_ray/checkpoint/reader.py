@@ -1,7 +1,6 @@
 """Reads checkpoints in safetensors: headers first, then one tensor at a time.
 
 Nothing is mapped into memory, so a process that walks through a checkpoint never holds more than one tensor of it.
-The format: https://huggingface.co/docs/safetensors (8 bytes of header length, a JSON header, the tensors' bytes).
 """
 
 import hashlib
@@ -13,31 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from echovlm_ray.checkpoint.layout import InvalidCheckpointError
+from experts import safetensors_header
 
 WEIGHTS_NAME = "model.safetensors"
 WEIGHTS_INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
 
-# Bytes of one element, by the format's own dtype names.
-ITEM_SIZES = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "I16": 2,
-    "U16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "I32": 4,
-    "U32": 4,
-    "F32": 4,
-    "I64": 8,
-    "U64": 8,
-    "F64": 8,
-}
-# The format's own limit; a longer header is an attack or an accident.
-_MAX_HEADER_BYTES = 100_000_000
 # A real index of a thousand layers stays far below.
 _MAX_JSON_BYTES = 64_000_000
 _CHUNK_BYTES = 4 * 1024 * 1024
@@ -113,38 +93,20 @@ class TensorFolder:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Reads and checks the header of one safetensors file.
+    """Reads and checks the header of one safetensors file, in the order of the data.
 
     Raises:
         InvalidCheckpointError: truncated, not safetensors, or a header that contradicts itself or the file's size.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > _MAX_HEADER_BYTES:
-            raise InvalidCheckpointError(f"{path.name}: not a safetensors file")
-        if 8 + length > size:
-            raise InvalidCheckpointError(f"{path.name}: truncated inside its header; fetch it again")
-        content = file.read(length)
     try:
-        header = json.loads(content, object_pairs_hook=_without_repetition)
-        if not isinstance(header, dict):
-            raise ValueError("the header is no object")
-        header.pop("__metadata__", None)
-        tensors = {name: _entry(name, path, 8 + length, entry) for name, entry in header.items()}
-    except (ValueError, TypeError, KeyError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidCheckpointError(f"{path.name}: not a valid safetensors header: {error}") from None
-    end = 8 + length
-    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.nbytes)):
-        if tensor.offset != end:
-            raise InvalidCheckpointError(f"{path.name}: the bytes of {tensor.name} overlap others or leave a gap")
-        end += tensor.nbytes
-    if end > size:
-        raise InvalidCheckpointError(f"{path.name}: truncated: {size:,} bytes of {end:,}; fetch it again")
-    if end < size:
-        raise InvalidCheckpointError(f"{path.name}: {size - end:,} bytes follow the last tensor")
-    return tensors
+        with path.open("rb") as file:
+            header = safetensors_header.read_header(file.fileno())
+    except safetensors_header.InvalidHeaderError as error:
+        raise InvalidCheckpointError(f"{path.name}: {error}") from None
+    return {
+        name: StoredTensor(name, path, stored.dtype, stored.shape, stored.start, stored.end - stored.start)
+        for name, stored in header.items()
+    }
 
 
 def read_tensor_folder(directory: Path) -> TensorFolder:
@@ -205,24 +167,6 @@ def _read_json(path: Path) -> Any:
     if path.stat().st_size > _MAX_JSON_BYTES:
         raise ValueError(f"larger than {_MAX_JSON_BYTES:,} bytes")
     return json.loads(path.read_bytes())
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) != len(keys):
-        raise ValueError("a name occurs twice")
-    return dict(pairs)
-
-
-def _entry(name: str, path: Path, data_start: int, entry: dict[str, Any]) -> StoredTensor:
-    dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    if dtype not in ITEM_SIZES:
-        raise ValueError(f"{name} has the unknown dtype {dtype!r}")
-    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
-        raise ValueError(f"{name} has a negative or fractional size")
-    if end - begin != math.prod(shape) * ITEM_SIZES[dtype]:
-        raise ValueError(f"{name} has {end - begin} bytes, which does not fit {dtype} {list(shape)}")
-    return StoredTensor(name, path, dtype, shape, data_start + begin, end - begin)
 
 
 def _read_weight_map(index: Path, problems: list[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Which tensors an EchoVLM checkpoint must have, worked out from its config.json, and how they are grouped.
+"""The tensors that an EchoVLM checkpoint must have, from its config.json, and their groups.
 
 The names are those of the released layout (state dict of the reference implementation on Qwen2-VL).
 """

@@ -86,8 +86,8 @@ def split(
         routing: "organs" when every group has all the experts, "flat" when they are divided.
         labels: what the result says about itself.
         max_shard_bytes: the most bytes of weights in one file.
-        start: told the number of bytes to write, before the first.
-        progress: told the bytes of every tensor written.
+        start: called with the number of bytes to write, before the first.
+        progress: called with the bytes of every tensor written.
 
     Raises:
         InvalidCheckpointError: the source is no sound EchoVLM, the groups do not fit it, or the destination is taken.

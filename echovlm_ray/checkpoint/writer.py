@@ -69,7 +69,7 @@ def write_released(
         tensors: dtype and shape of every tensor, in the order in which they are laid down.
         read: makes one tensor; called once per name, and its result is dropped before the next call.
         max_shard_bytes: the most tensor bytes in one file, except that a single tensor may be larger.
-        progress: told the bytes of every tensor written.
+        progress: called with the bytes of every tensor written.
 
     Returns:
         name → SHA-256 of the tensor's bytes.

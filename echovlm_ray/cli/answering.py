@@ -1,4 +1,4 @@
-"""What an operator reads of organs that cannot be answered as they should be. Only the client's packages."""
+"""Formats the organs that cannot be answered as configured. Only the client's packages."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ NO_ANSWER = "NOT SERVING"
 DIGEST_LENGTH = 12
 
 
-def problem_in_words(problem: "OrganProblem") -> Text:
+def format_problem(problem: "OrganProblem") -> Text:
     """One organ's problem: red where no request of it can be answered."""
     version = problem.version or f"(version unknown) {problem.digest[:DIGEST_LENGTH]}"
     reasons = "; ".join(

@@ -1,4 +1,4 @@
-"""What the commands that call Control have in common: how it is reached, and what is said when it refuses."""
+"""Shared by the commands that call Control: the connection, and the text of its errors."""
 
 import functools
 import getpass

@@ -1,4 +1,4 @@
-"""What the commands that call a server have in common: the token to send, and the certificates."""
+"""Shared by the commands that call a server: the token to send, and the certificates."""
 
 from pathlib import Path
 from typing import Annotated

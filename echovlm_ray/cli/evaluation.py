@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -11,6 +11,9 @@ from echovlm_ray.cli.credentials import Authority, Certificate, Key, TokenFile, 
 from echovlm_ray.cli.data_sets import usable
 from echovlm_ray.cli.terminal import console_of, say, say_json
 from echovlm_ray.cli.work import fail, finite
+
+if TYPE_CHECKING:
+    from echovlm_ray.evaluation.result import EvaluationResult
 
 EXIT_INCOMPLETE = 1
 EXIT_USAGE = 2
@@ -46,6 +49,12 @@ Dataset = Annotated[Path, typer.Argument(metavar="FILE", help="A JSON or JSON Li
 Images = Annotated[Path | None, typer.Option(help="The folder that the images' paths start from. [default: FILE's]")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Limit = Annotated[int | None, typer.Option(min=2, help="Only the first so many records.")]
+BertModel = Annotated[
+    Path | None, typer.Option(help="Also BERTScore, with the BERT in this folder (needs the extra bertscore).")
+]
+RetryS = Annotated[
+    float, typer.Option(min=0.0, callback=finite, help="Wait so many seconds for a service that is away.")
+]
 Draws = Annotated[int, typer.Option(min=100, help="Resamples of the bootstrap.")]
 Seed = Annotated[int, typer.Option(min=0, help="Decides the resamples, and which images are exchanged.")]
 
@@ -65,16 +74,12 @@ def run_command(
     organs: Annotated[
         str, typer.Option(help="found: the model finds the organ. given: each record's organ is named to it.")
     ] = "found",
-    bertscore_model: Annotated[
-        Path | None, typer.Option(help="Also BERTScore, with the BERT in this folder (needs the extra bertscore).")
-    ] = None,
+    bertscore_model: BertModel = None,
     draws: Draws = 1000,
     seed: Seed = 0,
     examples: Annotated[int, typer.Option(min=0, help="Records shown in the report page.")] = 12,
     threads: Annotated[int, typer.Option(min=1, help="With --checkpoint: torch threads.")] = 1,
-    patience: Annotated[
-        float, typer.Option(min=0.0, callback=finite, help="Wait so many seconds for a service that is away.")
-    ] = 600.0,
+    patience: RetryS = 600.0,
     token_file: TokenFile = None,
     ca: Authority = None,
     certificate: Certificate = None,
@@ -110,7 +115,7 @@ def run_command(
     with usable():
         from echovlm_ray.cli.evaluation_run import answers_of, plan_of, write_result
         from echovlm_ray.evaluation.run import load
-        from echovlm_ray.evaluation.settings import AskSettings, Patience, ScoreSettings
+        from echovlm_ray.evaluation.settings import AskSettings, RequestLimits, ScoreSettings
 
         given: Literal["found", "given"] = "given" if organs == "given" else "found"
         plan = plan_of(
@@ -119,7 +124,7 @@ def run_command(
             images,
             AskSettings(max_new_tokens=max_new_tokens, organs=given),
             ScoreSettings(draws=draws, seed=seed),
-            Patience(concurrency=concurrency, patience_s=max(patience, 0.001)),
+            RequestLimits(concurrency=concurrency, retry_s=max(patience, 0.001)),
             limit=limit,
             examples=examples,
             bert_model=bertscore_model,
@@ -132,13 +137,19 @@ def run_command(
             result = write_result(plan, loaded, target, outcome)
         except KeyboardInterrupt:
             fail("interrupted while scoring; all answers are kept: run the same command again", code=EXIT_INTERRUPTED)
+    _report(result, output, as_json=as_json)
+
+
+def _report(result: "EvaluationResult", output: Path, *, as_json: bool) -> None:
+    """Prints the result; ends the command with its own exit status where questions have no answer."""
     if as_json:
         say_json(result.model_dump_json(indent=2, exclude={"examples"}))
     else:
         from echovlm_ray.cli.evaluation_output import print_result
 
         print_result(result, console_of())
-        console.print(f"written: {output}/report.html, result.json, scores.png, answers.jsonl", markup=False)
+        written = f"written: {output}/report.html, result.json, scores.png, answers.jsonl"
+        console_of(stderr=True).print(written, markup=False)
     if result.failed:
         reasons = ", ".join(f"{name} {count}" for name, count in result.failed.items())
         fail(f"some questions have no answer ({reasons}): the same command asks them again", code=EXIT_INCOMPLETE)

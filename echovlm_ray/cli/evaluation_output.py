@@ -1,4 +1,4 @@
-"""What `echoray eval` shows on the terminal: tables of scores and of differences, never words without what is right."""
+"""Tables of `echoray eval`: scores and differences; text metrics never stand without clinical ones."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING

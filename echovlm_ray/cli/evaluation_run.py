@@ -1,4 +1,4 @@
-"""What `echoray eval run` does between its command line and its output: plan, ask, score, write. Loaded by it alone."""
+"""The steps of `echoray eval run`: plan, ask, score, write. Loaded by it alone."""
 
 import asyncio
 import signal
@@ -30,8 +30,8 @@ from echovlm_ray.evaluation.page import report_page
 from echovlm_ray.evaluation.plots import draw_scores
 from echovlm_ray.evaluation.result import EvaluationResult
 from echovlm_ray.evaluation.run import ANSWERS_FILE, RESULT_FILE, Plan, ask, score
-from echovlm_ray.evaluation.run import Progress as Told
-from echovlm_ray.evaluation.settings import AskSettings, Patience, ScoreSettings, Target
+from echovlm_ray.evaluation.run import Progress as ProgressCallbacks
+from echovlm_ray.evaluation.settings import AskSettings, RequestLimits, ScoreSettings, Target
 from echovlm_ray.vision.images import ImageLimits
 
 EXIT_INCOMPLETE = 1
@@ -46,7 +46,7 @@ def plan_of(
     images: Path | None,
     asking: AskSettings,
     scoring: ScoreSettings,
-    patience: Patience,
+    request_limits: RequestLimits,
     *,
     limit: int | None,
     examples: int,
@@ -60,7 +60,7 @@ def plan_of(
     gateway = GatewaySection()
     limits = ImageLimits(gateway.max_image_bytes, gateway.max_image_pixels, gateway.max_frames, gateway.crop_to_regions)
     root = ImageRoot(images or dataset.parent)
-    return Plan(dataset, root, output, limits, asking, scoring, patience, limit, examples, bert_model)
+    return Plan(dataset, root, output, limits, asking, scoring, request_limits, limit, examples, bert_model)
 
 
 def answers_of(
@@ -72,7 +72,7 @@ def answers_of(
     connection: dict[str, Any],
     console: Console,
 ) -> tuple[Target, Outcome]:
-    """Asks what is missing; ends the command with its own exit status where that fails."""
+    """Asks the unanswered questions; ends the command with its own exit status where that fails."""
     address = server or DEFAULT_ADDRESS
     with usable(), AnswerLog(plan.output / ANSWERS_FILE) as log:
         before = len(log)
@@ -111,9 +111,11 @@ async def _ask(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         shown = bar.add_task(f"asking{resumed}", total=None)
-        told = Told(lambda total: bar.update(shown, total=total), lambda count: bar.advance(shown, count))
-        async with _client(address, checkpoint, threads, plan.patience.timeout_s, connection) as client:
-            return await ask(plan, loaded, client, log, told)
+        callbacks = ProgressCallbacks(
+            lambda total: bar.update(shown, total=total), lambda count: bar.advance(shown, count)
+        )
+        async with _client(address, checkpoint, threads, plan.request_limits.timeout_s, connection) as client:
+            return await ask(plan, loaded, client, log, callbacks)
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""`echoray experts pack`, `verify`, `sign`, `show` and `diff`: what can be done with one bundle, or with two."""
+"""`echoray experts pack`, `verify`, `sign`, `show` and `diff`: commands on one or two bundles."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +17,7 @@ from echovlm_ray.cli.experts_targets import (
     Target,
     source_of,
 )
-from echovlm_ray.cli.gate_words import evaluation_as_dict, print_evaluations
+from echovlm_ray.cli.gate_format import evaluation_as_dict, print_evaluations
 from echovlm_ray.cli.terminal import say, say_json
 from echovlm_ray.cli.work import byte_progress, clear_errors, fail, finite, parse_size
 from echovlm_ray.client.control import ExpertControlClient
@@ -33,37 +33,39 @@ Password = Annotated[
     str | None,
     typer.Option(envvar="ECHORAY_KEY_PASSWORD", help="The private key's password; better in the environment."),
 ]
+PackSource = Annotated[
+    Path,
+    typer.Argument(metavar="SRC", help="A split or released checkpoint, or a training's file or folder."),
+]
+PackCheckpoint = Annotated[
+    Path | None,
+    typer.Option(
+        help="The split checkpoint for whose backbone it is. [default: SRC, if it is one, else checkpoints/demo]"
+    ),
+]
+Card = Annotated[Path | None, typer.Option(help="A YAML file with any of the manifest's fields; options win over it.")]
+FromOrgan = Annotated[str | None, typer.Option(help="Of a split SRC, take this organ's experts. [default: --organ]")]
+ExpertIndices = Annotated[
+    str | None, typer.Option(help="Of SRC's experts only these, in this order, like 0,2. [default: all]")
+]
+PackDtype = Annotated[str | None, typer.Option(help="Convert to float32, bfloat16 or float16. [default: as they are]")]
+Prototype = Annotated[
+    Path | None, typer.Option(help="A safetensors file with `prototype`, the organ's mean vision feature.")
+]
+Metrics = Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A result of evaluation. Repeatable.")]
 
 
 def pack(
-    source: Annotated[
-        Path,
-        typer.Argument(metavar="SRC", help="A split or released checkpoint, or a training's file or folder."),
-    ],
+    source: PackSource,
     destination: Annotated[Path, typer.Argument(metavar="DST", help="The bundle's folder to make.")],
     organ: Annotated[str, typer.Option(help="Whose experts these are.")],
     version: Annotated[str | None, typer.Option(help="The semantic version, like 1.1.0.")] = None,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            help="The split checkpoint for whose backbone it is. [default: SRC, if it is one, else checkpoints/demo]"
-        ),
-    ] = None,
-    card: Annotated[
-        Path | None, typer.Option(help="A YAML file with any of the manifest's fields; options win over it.")
-    ] = None,
-    from_organ: Annotated[
-        str | None, typer.Option(help="Of a split SRC, take this organ's experts. [default: --organ]")
-    ] = None,
-    experts: Annotated[
-        str | None, typer.Option(help="Of SRC's experts only these, in this order, like 0,2. [default: all]")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Convert to float32, bfloat16 or float16. [default: as they are]")
-    ] = None,
-    prototype: Annotated[
-        Path | None, typer.Option(help="A safetensors file with `prototype`, the organ's mean vision feature.")
-    ] = None,
+    checkpoint: PackCheckpoint = None,
+    card: Card = None,
+    from_organ: FromOrgan = None,
+    experts: ExpertIndices = None,
+    dtype: PackDtype = None,
+    prototype: Prototype = None,
     name: Annotated[str | None, typer.Option(help="The bundle's name.")] = None,
     description: Annotated[str | None, typer.Option(help="A sentence about it.")] = None,
     authors: Annotated[str | None, typer.Option(help="Who made the weights.")] = None,
@@ -73,9 +75,7 @@ def pack(
     data_source: Annotated[str | None, typer.Option(help="Where the training data come from.")] = None,
     training_data: Annotated[str | None, typer.Option(help="What they are, in words and numbers.")] = None,
     changelog: Annotated[str | None, typer.Option(help="What changed in this version.")] = None,
-    metric: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A result of evaluation. Repeatable.")
-    ] = None,
+    metric: Metrics = None,
     reference: Annotated[list[str] | None, typer.Option(help="A URL or citation. Repeatable.")] = None,
     synonym: Annotated[list[str] | None, typer.Option(help="Another word for the organ. Repeatable.")] = None,
     max_file_size: Annotated[str, typer.Option(help="The most bytes of weights in one file.")] = "5GB",

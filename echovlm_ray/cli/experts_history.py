@@ -9,7 +9,7 @@ from rich.console import Console
 
 from echovlm_ray.cli.control import EXIT_FAILED, with_control
 from echovlm_ray.cli.experts_targets import AsJSON
-from echovlm_ray.cli.rollout_words import number_in_words
+from echovlm_ray.cli.rollout_format import format_number
 from echovlm_ray.cli.tables import Listing
 from echovlm_ray.cli.terminal import console_of, line, name_of, say_json, styled
 from echovlm_ray.client.control import ExpertControlClient
@@ -94,7 +94,7 @@ def _parsed(details_json: str) -> dict[str, Any]:
 def _brief(value: Any) -> str:
     if isinstance(value, str) and len(value) == 64:
         return value[:12]
-    return number_in_words(value) if isinstance(value, float) else str(value)
+    return format_number(value) if isinstance(value, float) else str(value)
 
 
 def _print_head(found: "HistoryResponse", verified: bool, console: Console) -> None:

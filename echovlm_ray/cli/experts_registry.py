@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from echovlm_ray.cli.answering import problem_as_dict, problem_in_words
+from echovlm_ray.cli.answering import format_problem, problem_as_dict
 from echovlm_ray.cli.control import with_control, with_named_control
 from echovlm_ray.cli.experts_targets import (
     DEFAULT_REGISTRY,
@@ -17,8 +17,8 @@ from echovlm_ray.cli.experts_targets import (
     registry_at,
 )
 from echovlm_ray.cli.experts_watch import watch_state
+from echovlm_ray.cli.rollout_format import bundle_as_dict, state_as_dict, versions_of
 from echovlm_ray.cli.rollout_tables import bundles_view, state_view
-from echovlm_ray.cli.rollout_words import bundle_as_dict, state_as_dict, versions_of
 from echovlm_ray.cli.terminal import console_of, line, say, say_json, styled
 from echovlm_ray.cli.work import byte_progress, clear_errors, fail
 from echovlm_ray.client.control import ExpertControlClient
@@ -66,7 +66,7 @@ def push(
 
     With `--control` it is sent to a running system, which puts it into the registry that it is configured with.
 
-    Half a push is never visible, and pushing again changes nothing. A version stays what it is for ever: another bundle
+    Half a push is never visible, and pushing again changes nothing. A version stays what it is forever: another bundle
     of the same organ and version is refused.
 
     Example: `echoray experts push breast-1.1.0 --registry s3://models/experts`
@@ -157,7 +157,7 @@ def _list_system(control: ExpertControlClient, organ: str, as_json: bool) -> Non
         console.print(styled(line(notice), "red"), soft_wrap=True)
     console.print(state_view(found.live, found.rollouts, found.replicas, versions, organ))
     for problem in found.problems:
-        console.print(problem_in_words(problem), soft_wrap=True)
+        console.print(format_problem(problem), soft_wrap=True)
     if found.registry_problem:
         console.print(styled(line(found.registry_problem), "red"), soft_wrap=True)
     else:

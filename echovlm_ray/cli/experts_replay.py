@@ -44,7 +44,7 @@ def replay(
     """Computes an answer again, with the expert set that gave it, and says whether all tokens are the same.
 
     Where the set's bundles are in the registry and not loaded any more, the system loads them beside those that serve,
-    within the memory that replicas may take, and lets go of them afterwards. What other requests get does not change.
+    within the memory that replicas may take, and unloads them afterwards. What other requests get does not change.
 
     Exit status: 0 equal; 6 different; 1 server; 2 request, or the set cannot answer again; 3 no answer, or no room;
     4 time; 5 credentials; 130 Ctrl-C.
@@ -70,7 +70,7 @@ def replay(
     if as_json:
         say_json(found)
     else:
-        say(_in_words(request, summary, found["first_difference"]))
+        say(_format_answer(request, summary, found["first_difference"]))
     if not found["equal"]:
         raise typer.Exit(EXIT_DIFFERENT)
 
@@ -120,7 +120,7 @@ def _found(request: SavedRequest, text: str, summary: Summary) -> dict[str, Any]
     }
 
 
-def _in_words(request: SavedRequest, summary: Summary, place: int | None) -> str:
+def _format_answer(request: SavedRequest, summary: Summary, place: int | None) -> str:
     organs = ", ".join(f"{name_of(organ.organ)} {name_of(organ.bundle_version)}" for organ in summary.provenance.organs)
     by = f"expert set {summary.provenance.expert_set_id[:12]}, {organs}"
     if place is None:

@@ -8,11 +8,11 @@ import typer
 
 from echovlm_ray.cli.control import EXIT_FAILED, EXIT_INVALID, Actor, DryRun, Reason, Wait, actor_of, with_control
 from echovlm_ray.cli.experts_targets import AsJSON
-from echovlm_ray.cli.gate_words import Gates, Override, check_override, gates_json
+from echovlm_ray.cli.gate_format import Gates, Override, check_override, gates_json
 from echovlm_ray.cli.rollout_expected import RolloutId, candidate_seen, stable_seen
+from echovlm_ray.cli.rollout_format import format_state, operation_as_dict, short
 from echovlm_ray.cli.rollout_tables import memory_view
 from echovlm_ray.cli.rollout_wait import Reached, has_taken_over, has_traffic, is_gone, is_loaded, wait_until
-from echovlm_ray.cli.rollout_words import operation_as_dict, short, state_in_words
 from echovlm_ray.cli.terminal import console_of, line, name_of, say, say_json, styled
 from echovlm_ray.cli.work import fail
 from echovlm_ray.client.control import ExpertControlClient
@@ -304,7 +304,7 @@ def _finish(
         rollout = wait_until(control, response.rollout, reached)
         response.rollout.CopyFrom(rollout)
         if not as_json:
-            say(f"{_named(rollout)} is {name_of(state_in_words(rollout))}.")
+            say(f"{_named(rollout)} is {name_of(format_state(rollout))}.")
     if as_json:
         say_json(operation_as_dict(response))
     if dry_run and any(not memory.fits for memory in response.memory):

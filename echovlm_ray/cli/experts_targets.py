@@ -1,4 +1,4 @@
-"""How commands name a bundle, and the registry that it is in: options, and what they mean."""
+"""How commands name a bundle and its registry: options and their meaning."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`echoray experts watch`, and how every command shows what goes on: a live table, lines for a pipe, or JSON."""
+"""`echoray experts watch`, and the output of commands that wait: a live table, lines for a pipe, or JSON."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +16,8 @@ from echovlm_ray.cli.control import with_control
 from echovlm_ray.cli.experts_targets import AsJSON
 from echovlm_ray.cli.interruptible import interruptible
 from echovlm_ray.cli.rollout_changes import changes
+from echovlm_ray.cli.rollout_format import state_as_dict, versions_of
 from echovlm_ray.cli.rollout_tables import state_view
-from echovlm_ray.cli.rollout_words import state_as_dict, versions_of
 from echovlm_ray.cli.terminal import console_of, say, say_json
 from echovlm_ray.client.control import ExpertControlClient
 from echovlm_ray.client.errors import CallCancelledError, EchoVLMError, InternalServerError, UnavailableError
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from protos.control_pb2 import ControlState
 
 # How long Control may be away, as while it is restarted, before watching gives up.
-PATIENCE_S = 60.0
+TIMEOUT_S = 60.0
 RECONNECT_S = 0.5
 REDRAW_PER_SECOND = 4
 
@@ -67,7 +67,6 @@ class Versions:
     """The versions of the digests that are shown: asked for when a digest is new."""
 
     def __init__(self, control: ExpertControlClient) -> None:
-        """Asks nothing yet."""
         self._control = control
         self._known: dict[str, str] = {}
 
@@ -107,10 +106,10 @@ def states(control: ExpertControlClient) -> Iterator[Iterator["ControlState"]]:
         KeyboardInterrupt: after Ctrl-C.
     """
     with interruptible(_states(control)) as found:
-        yield _with_absences_told(found)
+        yield _with_absences_shown(found)
 
 
-def _with_absences_told(found: Iterator["ControlState | None"]) -> Iterator["ControlState"]:
+def _with_absences_shown(found: Iterator["ControlState | None"]) -> Iterator["ControlState"]:
     for state in found:
         if state is None:
             say("Control does not answer; trying again …", err=True)
@@ -131,7 +130,7 @@ def _states(control: ExpertControlClient) -> Iterator["ControlState | None"]:
             raise UnavailableError("Control ended the watch")
         except (UnavailableError, CallCancelledError, InternalServerError):
             now = time.monotonic()
-            if not seen or (lost_at is not None and now - lost_at > PATIENCE_S):
+            if not seen or (lost_at is not None and now - lost_at > TIMEOUT_S):
                 raise
         if lost_at is None:
             lost_at = now

@@ -183,12 +183,12 @@ def _client(
     key: Path | None,
     timeout: float,
 ) -> EchoVLMClient:
-    told: list[EchoVLMError] = []
+    reported: list[EchoVLMError] = []
 
     def waiting(error: EchoVLMError) -> None:
         # A server that restarts is waited for; that there may be none is said at once.
-        if not told:
-            told.append(error)
+        if not reported:
+            reported.append(error)
             console.print(line(_explain(error, server)[0]), style="yellow", soft_wrap=True)
             console.print(f"Trying again for up to {timeout:g} s (--timeout); Ctrl-C ends it.", style="yellow")
 

@@ -1,4 +1,4 @@
-"""Ctrl-C for a command that waits for messages: it comes between two of them, never in the middle of something."""
+"""Ctrl-C for a command that reads a stream: it takes effect between two messages."""
 
 import signal
 import threading
@@ -21,7 +21,7 @@ def interruptible(messages: Iterator[Message]) -> Iterator[Iterator[Message]]:
 
     Python raises `KeyboardInterrupt` after whatever instruction the main thread has come to. Inside gRPC that leaves a
     lock behind that is never released, about once in a thousand times while messages come; what uses the channel then
-    waits for ever. So it is another thread here that waits for gRPC, and only waiting for that thread is interrupted.
+    waits forever. So it is another thread here that waits for gRPC, and only waiting for that thread is interrupted.
     A second Ctrl-C interrupts anything, as usual.
 
     Args:

@@ -1,4 +1,4 @@
-"""Tells a service manager that the service is ready: systemd's `sd_notify` protocol, one datagram."""
+"""Notifies a service manager that the service is ready: systemd's `sd_notify` protocol, one datagram."""
 
 import os
 import socket

@@ -1,15 +1,15 @@
-"""What changed from one state of Control to the next, in lines: for logs and pipes, which cannot redraw a table."""
+"""The differences between two states of Control as lines, for logs and pipes."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from echovlm_ray.cli.rollout_words import (
+from echovlm_ray.cli.rollout_format import (
     IN_FLIGHT,
     Versions,
+    format_size,
+    format_state,
+    format_version,
     short,
-    size_in_words,
-    state_in_words,
-    version_in_words,
 )
 from echovlm_ray.cli.terminal import line
 
@@ -24,7 +24,7 @@ def changes(before: "ControlState | None", after: "ControlState", versions: Vers
     """One line for everything that is new; without a state before, what is live and what is on its way.
 
     Args:
-        before: the state that was told last.
+        before: the state that was reported last.
         after: the state now.
         versions: of the digests in both.
         organ: only this organ's, if given.
@@ -38,8 +38,8 @@ def _live(before: "ControlState | None", after: "ControlState", versions: Versio
     new = {member.organ: member.bundle_digest for member in after.live.members}
     for name, digest in new.items():
         if organ in ("", name) and old.get(name) != digest:
-            text = f"{name}: {version_in_words(digest, versions)} ({short(digest)}) is live"
-            yield text if name not in old else f"{text} instead of {version_in_words(old[name], versions)}"
+            text = f"{name}: {format_version(digest, versions)} ({short(digest)}) is live"
+            yield text if name not in old else f"{text} instead of {format_version(old[name], versions)}"
     for name in old:
         if organ in ("", name) and name not in new:
             yield f"{name}: no longer live"
@@ -52,10 +52,10 @@ def _rollouts(before: "ControlState | None", after: "ControlState", versions: Ve
             continue
         if before is None and rollout.state not in IN_FLIGHT:
             continue
-        version = rollout.version or version_in_words(rollout.digest, versions)
+        version = rollout.version or format_version(rollout.digest, versions)
         reason = f": {rollout.reason}" if rollout.reason else ""
         waits = f"; waits for {rollout.waits_for}" if rollout.waits_for else ""
-        yield f"{rollout.organ}: {version} ({rollout.id}) is {state_in_words(rollout)}{reason}{waits}"
+        yield f"{rollout.organ}: {version} ({rollout.id}) is {format_state(rollout)}{reason}{waits}"
 
 
 def _replicas(before: "ControlState | None", after: "ControlState", versions: Versions, organ: str) -> Iterator[str]:
@@ -64,18 +64,18 @@ def _replicas(before: "ControlState | None", after: "ControlState", versions: Ve
     for (name, replica, digest), (progress, nbytes) in new.items():
         if organ not in ("", name):
             continue
-        told = old.get((name, replica, digest), (-1.0, 0))[0]
+        previous = old.get((name, replica, digest), (-1.0, 0))[0]
         where = f"{name}: replica {replica}"
         if progress >= 1:
             # What is held from the beginning is no news.
-            if told < 1 and before is not None:
-                yield f"{where} holds {version_in_words(digest, versions)}, {size_in_words(nbytes)}"
-        elif told < 0 or int(progress / PROGRESS_STEP) > int(told / PROGRESS_STEP):
-            yield f"{where} loads {version_in_words(digest, versions)}: {progress:.0%}"
+            if previous < 1 and before is not None:
+                yield f"{where} holds {format_version(digest, versions)}, {format_size(nbytes)}"
+        elif previous < 0 or int(progress / PROGRESS_STEP) > int(previous / PROGRESS_STEP):
+            yield f"{where} loads {format_version(digest, versions)}: {progress:.0%}"
     living = {(replica.organ, replica.replica) for replica in after.replicas}
     for name, replica, digest in old:
         if organ in ("", name) and (name, replica, digest) not in new and (name, replica) in living:
-            yield f"{name}: replica {replica} has let go of {version_in_words(digest, versions)}"
+            yield f"{name}: replica {replica} has unloaded {format_version(digest, versions)}"
 
 
 def _standing(rollout: "Rollout") -> tuple[str, float, str, str]:

@@ -1,10 +1,10 @@
-"""What a command found of an organ, and sends along, so that nothing else is changed than what its user saw."""
+"""The state of an organ that a command saw, sent along so that an operation on another state is refused."""
 
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from echovlm_ray.cli.rollout_words import in_flight
+from echovlm_ray.cli.rollout_format import in_flight
 from protos.control_pb2 import Expected
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Draws rollouts: what is live, what is on its way, what every replica holds, and how far its loads are."""
+"""Tables of rollouts: live versions, candidates, and what every replica holds and loads."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
 
-from echovlm_ray.cli.rollout_words import (
+from echovlm_ray.cli.rollout_format import (
     ENDED_BADLY,
     IN_FLIGHT,
     Versions,
-    age_in_words,
+    format_age,
+    format_shadow,
+    format_size,
+    format_state,
+    format_version,
     newest,
-    shadow_in_words,
     short,
-    size_in_words,
-    state_in_words,
-    version_in_words,
 )
 from echovlm_ray.cli.tables import Cell, Listing
 from echovlm_ray.cli.terminal import line, name_of, styled
@@ -41,7 +41,7 @@ def state_view(
         _organs(live, rollouts, versions, organ),
     ]
     parts += [
-        line(f"shadow of {name_of(rollout.organ)}: {shadow_in_words(rollout.shadow)}")
+        line(f"shadow of {name_of(rollout.organ)}: {format_shadow(rollout.shadow)}")
         for rollout in rollouts
         if rollout.HasField("shadow") and organ in ("", rollout.organ) and rollout.state in IN_FLIGHT
     ]
@@ -71,7 +71,7 @@ def bundles_view(bundles: Iterable["BundleInfo"]) -> RenderableType:
             name_of(bundle.version),
             name_of(bundle.name),
             str(bundle.num_experts),
-            size_in_words(bundle.size_bytes),
+            format_size(bundle.size_bytes),
             short(bundle.digest),
             styled("live", "green") if bundle.live else "",
         )
@@ -88,9 +88,9 @@ def memory_view(memory: Iterable["ReplicaMemory"]) -> RenderableType:
             verdict = styled("holds it already", "green")
         table.add_row(
             name_of(replica.replica),
-            size_in_words(replica.resident_bytes) if known else "",
-            size_in_words(replica.needed_bytes),
-            size_in_words(replica.limit_bytes) if known else "",
+            format_size(replica.resident_bytes) if known else "",
+            format_size(replica.needed_bytes),
+            format_size(replica.limit_bytes) if known else "",
             verdict if known else styled("does not answer", "red"),
         )
     return table
@@ -111,8 +111,8 @@ def _organs(live: "ExpertSet", rollouts: list["Rollout"], versions: Versions, or
             row += [
                 name_of(rollout.id),
                 name_of(rollout.version or short(rollout.digest)),
-                styled(name_of(state_in_words(rollout)), _style(rollout)),
-                age_in_words(rollout.state_since),
+                styled(name_of(format_state(rollout)), _style(rollout)),
+                format_age(rollout.state_since),
                 name_of(rollout.actor),
                 rollout.reason,
             ]
@@ -124,8 +124,8 @@ def _replicas(replicas: Iterable["ReplicaResidents"], versions: Versions) -> Lis
     table = Listing("replica of", "name", "memory", "bundle", "", "")
     for replica in replicas:
         held = sum(share.resident_bytes for share in replica.bundles)
-        limit = f" of {size_in_words(replica.limit_bytes)}" if replica.limit_bytes else ""
-        head: list[Cell] = [name_of(replica.organ), name_of(replica.replica), f"{size_in_words(held)}{limit}"]
+        limit = f" of {format_size(replica.limit_bytes)}" if replica.limit_bytes else ""
+        head: list[Cell] = [name_of(replica.organ), name_of(replica.replica), f"{format_size(held)}{limit}"]
         for share in replica.bundles:
             row = [*head, _version(share.digest, versions)]
             if share.progress < 1:
@@ -133,7 +133,7 @@ def _replicas(replicas: Iterable["ReplicaResidents"], versions: Versions) -> Lis
                 table.add_row(*row, f"loading {share.progress:.0%}", bar)
             else:
                 kept = styled("kept to go back to", "dim") if share.spare else ""
-                table.add_row(*row, size_in_words(share.resident_bytes), kept)
+                table.add_row(*row, format_size(share.resident_bytes), kept)
             head = ["", "", ""]
         if not replica.bundles:
             table.add_row(*head, styled("nothing", "dim"))
@@ -141,7 +141,7 @@ def _replicas(replicas: Iterable["ReplicaResidents"], versions: Versions) -> Lis
 
 
 def _version(digest: str, versions: Versions) -> str:
-    return name_of(version_in_words(digest, versions))
+    return name_of(format_version(digest, versions))
 
 
 def _style(rollout: "Rollout") -> str:

@@ -1,4 +1,4 @@
-"""Waits for a rollout to get where a command wants it, and shows how it goes; Ctrl-C ends the waiting alone."""
+"""Waits until a rollout reaches the wanted state and shows its progress; Ctrl-C ends only the waiting."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -7,8 +7,8 @@ import typer
 
 from echovlm_ray.cli.control import EXIT_INTERRUPTED
 from echovlm_ray.cli.experts_watch import Versions, display, states
-from echovlm_ray.cli.gate_words import failed_gates
-from echovlm_ray.cli.rollout_words import ENDED_BADLY, IN_FLIGHT, short, state_in_words
+from echovlm_ray.cli.gate_format import failed_gates
+from echovlm_ray.cli.rollout_format import ENDED_BADLY, IN_FLIGHT, format_state, short
 from echovlm_ray.cli.terminal import console_of, line, say
 from echovlm_ray.cli.work import fail
 
@@ -91,7 +91,7 @@ def wait_until(control: "ExpertControlClient", rollout: "Rollout", reached: Reac
                 if current.state in ENDED_BADLY and reached is not is_gone:
                     because = f": {line(current.reason)}" if current.reason else ""
                     version = current.version or short(current.digest)
-                    fail(_ended(f"{organ} {version} is {state_in_words(current)}{because}", organ))
+                    fail(_ended(f"{organ} {version} is {format_state(current)}{because}", organ))
     except KeyboardInterrupt:
         say(
             f"No longer waiting; the rollout goes on. See it: echoray experts watch {organ}. "

@@ -1,4 +1,4 @@
-"""The file of a request and its answer's tokens: all that is needed to compute the answer again, and to compare it.
+"""The file of a request and its answer's tokens, from which the answer can be computed again and compared.
 
 It holds what the caller sent, images included, so it is readable by its owner alone. Images that lie in the file's own
 folder are named by their path there and their digest, all others are in the file.

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM for a command that has processes to take down: once asks, twice insists."""
+"""Ctrl-C and SIGTERM for a command that must stop other processes: the first stops in order, the second at once."""
 
 import os
 import signal
@@ -43,7 +43,7 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Listens to the signals while the block lasts; for the main thread."""
+        """Handles the signals while the block lasts; for the main thread."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         handlers = {number: signal.signal(number, _leave_to_the_thread) for number in SIGNALS}
@@ -62,7 +62,7 @@ class StopRequest:
 
     @contextmanager
     def following(self, supervisor: int) -> Iterator[None]:
-        """Listens to a supervisor while the block lasts: a byte for each wish, the end of the file for its death.
+        """Reads from a supervisor while the block lasts: a byte for each request, the end of the file when it has died.
 
         Signals that reach this process itself only ask, however many come: a service manager sends its signal to this
         process and to the supervisor, which passes it on.

@@ -86,7 +86,7 @@ def claimed(resources: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _held(name: str) -> Iterator[None]:
-    from echovlm_ray.serving.held_file import give_back, hold
+    from echovlm_ray.serving.held_file import hold, release
 
     while True:
         path = _folder() / name
@@ -97,11 +97,11 @@ def _held(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        give_back(descriptor, path)
+        release(descriptor, path)
 
 
 def ready_at(pid: int, control: str, gateway: str) -> None:
-    """Notes where an announced system listens, which the configuration may leave to the system."""
+    """Records where an announced system listens, which the configuration may leave to the system."""
     path = _folder() / f"{pid}.json"
     with suppress(OSError, ValueError):
         known = json.loads(path.read_text())

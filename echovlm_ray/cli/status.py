@@ -7,7 +7,7 @@ import grpc
 import typer
 from rich.text import Text
 
-from echovlm_ray.cli.answering import NO_ANSWER, problem_as_dict, problem_in_words
+from echovlm_ray.cli.answering import NO_ANSWER, format_problem, problem_as_dict
 from echovlm_ray.cli.control import SystemName, control_of, explain
 from echovlm_ray.cli.credentials import Authority, Certificate, Key, TokenFile, tls_of, token_of
 from echovlm_ray.cli.tables import Listing
@@ -149,7 +149,7 @@ def _print(found: "GetStatusResponse") -> None:
             if replica.problem and not replica.organ:
                 console.print(line(f"{application.name}: {replica.problem}"), soft_wrap=True)
     for problem in found.problems:
-        console.print(problem_in_words(problem), soft_wrap=True)
+        console.print(format_problem(problem), soft_wrap=True)
 
 
 def _arithmetic(found: "GetStatusResponse") -> list[str]:

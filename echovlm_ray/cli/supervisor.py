@@ -39,7 +39,7 @@ def supervised(
     Args:
         work: runs in the other process; gets a descriptor from which it reads one byte for each wish to stop, and the
             end of the file when this process has died; returns its exit status.
-        restart: whether to run it anew when it was lost after it had run, with pauses that grow up to a minute.
+        restart: whether to run it again when it was lost after it had run, with pauses that grow up to a minute.
         say: tells the user.
         leave: called when the other process has ended, however it did.
 
@@ -122,7 +122,7 @@ def _fork(work: Callable[[int], int], reader: int, writer: int) -> int:
 
 
 def _wait(child: int) -> int:
-    """Waits for the child, and meanwhile takes note of the end of every orphan; the child's exit status."""
+    """Waits for the child, and meanwhile reaps every orphan; the child's exit status."""
     while True:
         ended, status = os.wait()
         if ended == child:

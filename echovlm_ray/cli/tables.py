@@ -28,8 +28,7 @@ class Listing:
     """Rows under headers. Strings are taken as they are: no markup, one line each, and long ones are cut."""
 
     def __init__(self, *headers: str, title: str = "", right: Iterable[str] = (), header: bool = True) -> None:
-        """Takes the columns.
-
+        """
         Args:
             headers: what stands above each; "" for a column that explains itself.
             title: a line above.

@@ -1,4 +1,4 @@
-"""What every command prints goes through here, so that text of others cannot steer the terminal.
+"""All output of the commands goes through this module, which escapes control characters of foreign text.
 
 Names, reasons, file names, answers and errors come from manifests, registries, servers and models. Whatever would move
 the cursor, colour, hide or reorder text is shown as its escape, for example \\x1b, and rich's markup as it is.

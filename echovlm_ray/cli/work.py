@@ -1,4 +1,4 @@
-"""What the commands that work on checkpoints and bundles have in common: clear errors, sizes, a bar of bytes."""
+"""Shared by the commands on checkpoints and bundles: clear errors, sizes, a progress bar in bytes."""
 
 import math
 import re

@@ -17,8 +17,8 @@ from echovlm_ray.client.connection import (
     open_asynchronous_channel,
 )
 from echovlm_ray.client.errors import EchoVLMError, InternalServerError, from_rpc_error
-from echovlm_ray.client.patience import Patience, Waiting
 from echovlm_ray.client.request import GenerateOptions, Image, build_request
+from echovlm_ray.client.retries import Retries, Waiting
 from echovlm_ray.client.synchronous import Metadata, Response
 from echovlm_ray.client.types import Accepted, Answer, Event, ModelInfo, Summary, Text, event_from_proto
 from protos import echovlm_pb2, echovlm_pb2_grpc
@@ -27,20 +27,20 @@ from protos import echovlm_pb2, echovlm_pb2_grpc
 class AsyncAnswerStream(AsyncIterator[Event]):
     """An answer while it is written: iterate over its events, or over `text()` alone.
 
-    Leaving the `async with` block, `cancel()`, cancelling the task that reads, or letting go of the stream before its
+    Leaving the `async with` block, `cancel()`, cancelling the task that reads, or dropping the stream before its
     end cancels the request on the server.
     """
 
     def __init__(
         self,
         send: "Callable[[], grpc.aio.UnaryStreamCall[echovlm_pb2.GenerateRequest, echovlm_pb2.GenerateEvent]]",
-        patience: Patience,
+        retries: Retries,
         closed: Callable[[], bool],
         address: str,
         request_id: str,
     ) -> None:
         self._send = send
-        self._patience = patience
+        self._retries = retries
         self._closed = closed
         self._call = send()
         self._cancelled = asyncio.Event()
@@ -98,7 +98,7 @@ class AsyncAnswerStream(AsyncIterator[Event]):
         if self._begun or self._cancelled.is_set() or self._closed():
             raise failure
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._patience.pause_after(failure)):
+            async with asyncio.timeout(self._retries.pause_after(failure)):
                 await self._cancelled.wait()
         if self._cancelled.is_set():
             raise failure
@@ -172,12 +172,12 @@ class AsyncEchoVLMClient:
         """The answer while it is written; arguments, events and errors are those of `EchoVLMClient.stream`."""
         request = build_request(images, **options)
         request_id, metadata = call_metadata(self._token, request_id)
-        patience = self._patience(timeout_s)
+        retries = self._retries_of(timeout_s)
 
         def send() -> "grpc.aio.UnaryStreamCall[echovlm_pb2.GenerateRequest, echovlm_pb2.GenerateEvent]":
-            return self._stub.GenerateStream(request, timeout=patience.remaining_s(), metadata=metadata)
+            return self._stub.GenerateStream(request, timeout=retries.remaining_s(), metadata=metadata)
 
-        return AsyncAnswerStream(send, patience, lambda: self._closed, self._address, request_id)
+        return AsyncAnswerStream(send, retries, lambda: self._closed, self._address, request_id)
 
     async def model_info(self, *, timeout_s: float | None = None, request_id: str | None = None) -> ModelInfo:
         """What is served: model, organs with the versions of their experts, limits.
@@ -213,16 +213,16 @@ class AsyncEchoVLMClient:
         request_id: str,
         metadata: Metadata,
     ) -> "Response":
-        patience = self._patience(timeout_s)
+        retries = self._retries_of(timeout_s)
         while True:
             try:
-                return await method(request, timeout=patience.remaining_s(), metadata=metadata)
+                return await method(request, timeout=retries.remaining_s(), metadata=metadata)
             except grpc.RpcError as error:
                 failure = from_rpc_error(error, self._address, request_id)
             if self._closed:
                 raise failure
-            await asyncio.sleep(patience.pause_after(failure))
+            await asyncio.sleep(retries.pause_after(failure))
 
-    def _patience(self, timeout_s: float | None) -> Patience:
+    def _retries_of(self, timeout_s: float | None) -> Retries:
         seconds = self._timeout_s if timeout_s is None else timeout("timeout_s", timeout_s)
-        return Patience(seconds, retry=self._retry, waiting=self._waiting)
+        return Retries(seconds, retry=self._retry, waiting=self._waiting)

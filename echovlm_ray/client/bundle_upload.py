@@ -35,7 +35,7 @@ class BundleUpload:
     size_bytes: int
 
     def messages(self, progress: Callable[[int], None] = lambda nbytes: None) -> Iterator[control_pb2.PushRequest]:
-        """The messages in order; `progress` is told of each piece's bytes when it is taken."""
+        """The messages in order; `progress` is called with each piece's bytes when it is taken."""
         yield control_pb2.PushRequest(manifest=self.manifest)
         if self.signature:
             yield control_pb2.PushRequest(signature=self.signature)

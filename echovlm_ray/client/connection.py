@@ -19,7 +19,7 @@ LOOPBACK = re.compile(r"((ipv4|ipv6|dns):(///)?)?(127(\.\d{1,3}){3}|localhost|\[
 # https://github.com/grpc/grpc/blob/master/doc/naming.md
 OWN_KINDS = frozenset({"unix", "unix-abstract", "dns", "ipv4", "ipv6", "vsock"})
 # After a lost connection gRPC itself waits before it connects again, by default for up to two minutes, and calls fail
-# meanwhile. Sending a call again is done here, in `client.patience`.
+# meanwhile. Sending a call again is done here, in `client.retries`.
 # "min" is also the time that one attempt to connect may take: a busy server may need long for its first bytes.
 RECONNECT_MS = {"initial": 100, "min": 5000, "max": 1000}
 

@@ -85,8 +85,8 @@ class ExpertControlClient:
 
         Args:
             directory: the bundle's folder.
-            start: told how many bytes there are.
-            progress: told of each piece's bytes when it is sent; from another thread.
+            start: called with how many bytes there are.
+            progress: called with each piece's bytes when it is sent; from another thread.
 
         Raises:
             InvalidRequestError: it is no bundle.

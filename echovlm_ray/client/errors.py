@@ -1,4 +1,4 @@
-"""What can go wrong with a call, as types that a caller can tell apart, read from the `google.rpc` details."""
+"""The errors of a call as exception types, read from the `google.rpc` details."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +35,6 @@ class EchoVLMError(RuntimeError):
     """
 
     def __init__(self, message: str, *, code: grpc.StatusCode | None = None, request_id: str = "") -> None:
-        """Says what went wrong."""
         super().__init__(message)
         self.code = code
         self.request_id = request_id
@@ -56,7 +55,6 @@ class InvalidRequestError(EchoVLMError, ValueError):
         request_id: str = "",
         violations: Sequence[FieldViolation] = (),
     ) -> None:
-        """Says what is wrong, and with which fields."""
         super().__init__(message, code=code, request_id=request_id)
         self.violations = tuple(violations)
 
@@ -105,7 +103,6 @@ class OverloadedError(EchoVLMError):
         request_id: str = "",
         retry_after_s: float | None = None,
     ) -> None:
-        """Says which limit was reached and when to come back."""
         super().__init__(message, code=code, request_id=request_id)
         self.retry_after_s = retry_after_s
 
@@ -129,7 +126,6 @@ class UnavailableError(EchoVLMError):
         retry_after_s: float | None = None,
         reached: bool = False,
     ) -> None:
-        """Says what is lost and when to come back."""
         super().__init__(message, code=code, request_id=request_id)
         self.organ = organ
         self.retry_after_s = retry_after_s

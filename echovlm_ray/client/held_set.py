@@ -49,7 +49,7 @@ class HeldSet(Iterator[control_pb2.ReplayState]):
         raise InternalServerError("Control ended the replay without a reason", request_id=self._request_id)
 
     def cancel(self) -> None:
-        """Lets go of the set."""
+        """Releases the set."""
         self._call.cancel()
 
     def __enter__(self) -> Self:
@@ -59,5 +59,5 @@ class HeldSet(Iterator[control_pb2.ReplayState]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Lets go of the set."""
+        """Releases the set."""
         self.cancel()

@@ -1,4 +1,4 @@
-"""Makes the request message of what a caller wrote: options checked where the client can, files read."""
+"""Builds the request message: options are checked where the client can, files are read."""
 
 import os
 from collections.abc import Iterable, Sequence

@@ -10,8 +10,8 @@ import grpc
 from echovlm_ray.client.arguments import timeout
 from echovlm_ray.client.connection import DEFAULT_ADDRESS, TLS, call_metadata, check_connection, open_channel
 from echovlm_ray.client.errors import EchoVLMError, InternalServerError, from_rpc_error
-from echovlm_ray.client.patience import Patience, Waiting
 from echovlm_ray.client.request import GenerateOptions, Image, build_request
+from echovlm_ray.client.retries import Retries, Waiting
 from echovlm_ray.client.types import Accepted, Answer, Event, ModelInfo, Summary, Text, event_from_proto
 from protos import echovlm_pb2, echovlm_pb2_grpc
 
@@ -22,19 +22,19 @@ Metadata = tuple[tuple[str, str], ...]
 class AnswerStream(Iterator[Event]):
     """An answer while it is written: iterate over its events, or over `text()` alone.
 
-    Leaving the `with` block, `cancel()`, or letting go of the stream before its end cancels the request on the server.
+    Leaving the `with` block, `cancel()`, or dropping the stream before its end cancels the request on the server.
     """
 
     def __init__(
         self,
         send: "Callable[[], grpc.CallIterator[echovlm_pb2.GenerateEvent]]",
-        patience: Patience,
+        retries: Retries,
         closed: threading.Event,
         address: str,
         request_id: str,
     ) -> None:
         self._send = send
-        self._patience = patience
+        self._retries = retries
         self._closed = closed
         self._call = send()
         self._cancelled = threading.Event()
@@ -91,7 +91,7 @@ class AnswerStream(Iterator[Event]):
     def _send_again(self, failure: EchoVLMError) -> None:
         if self._begun or self._closed.is_set():
             raise failure
-        _pause(self._patience, failure, self._cancelled)
+        _pause(self._retries, failure, self._cancelled)
         self._call = self._send()
         if self._cancelled.is_set():
             self._call.cancel()
@@ -191,12 +191,12 @@ class EchoVLMClient:
         """
         request = build_request(images, **options)
         request_id, metadata = call_metadata(self._token, request_id)
-        patience = self._patience(timeout_s)
+        retries = self._retries_of(timeout_s)
 
         def send() -> "grpc.CallIterator[echovlm_pb2.GenerateEvent]":
-            return self._stub.GenerateStream(request, timeout=patience.remaining_s(), metadata=metadata)
+            return self._stub.GenerateStream(request, timeout=retries.remaining_s(), metadata=metadata)
 
-        return AnswerStream(send, patience, self._closed, self._address, request_id)
+        return AnswerStream(send, retries, self._closed, self._address, request_id)
 
     def model_info(self, *, timeout_s: float | None = None, request_id: str | None = None) -> ModelInfo:
         """What is served: model, organs with the versions of their experts, limits.
@@ -232,20 +232,20 @@ class EchoVLMClient:
         request_id: str,
         metadata: Metadata,
     ) -> "Response":
-        patience = self._patience(timeout_s)
+        retries = self._retries_of(timeout_s)
         while True:
             try:
-                return method(request, timeout=patience.remaining_s(), metadata=metadata)
+                return method(request, timeout=retries.remaining_s(), metadata=metadata)
             except grpc.RpcError as error:
                 failure = from_rpc_error(error, self._address, request_id)
-            _pause(patience, failure, self._closed)
+            _pause(retries, failure, self._closed)
 
-    def _patience(self, timeout_s: float | None) -> Patience:
+    def _retries_of(self, timeout_s: float | None) -> Retries:
         seconds = self._timeout_s if timeout_s is None else timeout("timeout_s", timeout_s)
-        return Patience(seconds, retry=self._retry, waiting=self._waiting)
+        return Retries(seconds, retry=self._retry, waiting=self._waiting)
 
 
-def _pause(patience: Patience, failure: EchoVLMError, stopped: threading.Event) -> None:
+def _pause(retries: Retries, failure: EchoVLMError, stopped: threading.Event) -> None:
     """Waits before the next try, or raises the failure where there is to be none."""
-    if stopped.is_set() or stopped.wait(patience.pause_after(failure)):
+    if stopped.is_set() or stopped.wait(retries.pause_after(failure)):
         raise failure

@@ -1,4 +1,4 @@
-"""What comes back from a server, as plain frozen dataclasses. `from_proto` of each reads its message."""
+"""The responses of a server as plain frozen dataclasses. `from_proto` of each reads its message."""
 
 from dataclasses import dataclass
 from typing import Self

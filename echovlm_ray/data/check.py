@@ -112,7 +112,7 @@ def check(
     Args:
         paths: JSON or JSON Lines files.
         options: what to look at.
-        progress: told how many records are done, and how many there are.
+        progress: called with how many records are done, and how many there are.
 
     Raises:
         InvalidDataError: a file is given twice.

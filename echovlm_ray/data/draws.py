@@ -1,4 +1,4 @@
-"""Random numbers that are a function of (seed, epoch, index) alone, never of a global generator or of what came before.
+"""Random numbers that depend on (seed, epoch, index) alone.
 
 So a run that is resumed in the middle of an epoch, on another number of workers, draws what it would have drawn.
 """

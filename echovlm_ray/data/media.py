@@ -71,7 +71,7 @@ class ImageRoot:
         """
         found = self.locate(path)
         try:
-            # Without O_NONBLOCK a named pipe would wait for a writer for ever.
+            # Without O_NONBLOCK a named pipe would wait for a writer forever.
             descriptor = os.open(found, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             with os.fdopen(descriptor, "rb") as file:
                 status = os.fstat(descriptor)

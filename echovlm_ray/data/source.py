@@ -1,4 +1,4 @@
-"""A file of records, JSON or JSON Lines of any size: where each record lies is known, what it says is read when asked.
+"""A file of records, JSON or JSON Lines of any size: the positions are indexed, a record is read when it is needed.
 
 The index takes 24 bytes a record. A file is read in blocks, never mapped into memory: a file that another program
 shortens meanwhile gives an error instead of ending the process.
@@ -117,7 +117,7 @@ class RecordFile:
             raise InvalidDataError(f"{self.path} was changed while it was in use: begin again with the file as it is")
 
     def add(self, start: int, end: int, line: int) -> None:
-        """Notes where a record lies; for the scanners of this module."""
+        """Records where a record lies; for the scanners of this module."""
         self._starts.append(start)
         self._ends.append(end)
         self._lines.append(line)
@@ -164,7 +164,7 @@ def _open(path: Path) -> BinaryIO:
         written = path / RECORDS_FILE
         hint = str(written) if written.is_file() else "a JSON or JSON Lines file"
         raise InvalidDataError(f"{path} is a folder: name the file with the records, {hint}")
-    # Without O_NONBLOCK a named pipe would wait for a writer for ever.
+    # Without O_NONBLOCK a named pipe would wait for a writer forever.
     return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0)
 
 

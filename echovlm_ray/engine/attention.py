@@ -184,7 +184,6 @@ class PagedSelfAttention(nn.Module):
     """Takes the place of a layer's Qwen2-VL attention: one product for queries, keys and values, and a paged cache."""
 
     def __init__(self, attention: Qwen2VLAttention) -> None:
-        """Takes the layer's weights over."""
         super().__init__()
         assert attention.layer_idx is not None
         self.layer = attention.layer_idx

@@ -1,4 +1,4 @@
-"""The KV cache's blocks: which are free, how often the others are referenced, and what free ones still cache.
+"""The KV cache's blocks: free ones, reference counts, and what free blocks still cache.
 
 Several sequences may reference a full block whose contents have a key; none of them writes to it. When its reference
 count is zero the contents stay cached, for a later prompt that begins in the same way, until the block is evicted.

@@ -62,8 +62,7 @@ class CompiledTokens:
     def __init__(
         self, cos_TD: torch.Tensor, sin_TD: torch.Tensor, slots_T: torch.Tensor, decodes: CompiledDecodes
     ) -> None:
-        """Describes the tensors.
-
+        """
         Args:
             cos_TD: tokens × head_dim.
             sin_TD: tokens × head_dim.
@@ -117,8 +116,7 @@ class CompiledLayerAttention:
         qkv: PackedMatrix | None,
         output: PackedMatrix | None,
     ) -> None:
-        """Describes a layer.
-
+        """
         Args:
             query_heads: how many.
             scaling: of the scores.
@@ -216,8 +214,7 @@ class CompiledDense:
         dense_down: PackedMatrix,
         shared_down: PackedMatrix,
     ) -> None:
-        """Describes a layer.
-
+        """
         Args:
             dtype: of its weights and inputs.
             dense_size: inner size of the dense MLP.

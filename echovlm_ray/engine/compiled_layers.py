@@ -13,7 +13,6 @@ from torch import nn
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm
 
 from echovlm_ray.engine.attention import AttentionStep, PagedSelfAttention, attend_prefills
-from echovlm_ray.engine.beside_experts import FusedBesideExperts
 from echovlm_ray.engine.compiled import (
     CompiledDense,
     CompiledLayerAttention,
@@ -23,8 +22,9 @@ from echovlm_ray.engine.compiled import (
     mix,
     normalize,
 )
+from echovlm_ray.engine.dense_path import FusedDensePath
 from echovlm_ray.engine.kv_cache import BLOCK_SIZE, KVCache
-from echovlm_ray.model.modeling import EchoVLMDecoderLayer, MixedWithExperts
+from echovlm_ray.model.decoder_layer import DenseOutput, EchoVLMDecoderLayer
 from echovlm_ray.model.packing import PackedLinearLayer, packed_matrices
 from experts.kernels.cpu.functions import swiglu
 
@@ -33,7 +33,6 @@ class CompiledRMSNorm(nn.Module):
     """Takes the place of a Qwen2-VL norm."""
 
     def __init__(self, norm: Qwen2VLRMSNorm) -> None:
-        """Takes the weight over."""
         super().__init__()
         self.weight = norm.weight
         self.norm = Norm(norm.weight.data, norm.variance_epsilon)
@@ -68,7 +67,6 @@ class CompiledAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_step: AttentionStep,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `EchoVLMDecoderLayer.attends`."""
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1]).contiguous()
         attention, step = self.attention, attention_step
         shape = len(hidden_TD), attention.num_heads, attention.head_dim
@@ -95,7 +93,7 @@ class CompiledAttention(nn.Module):
         return residual_TD.view_as(hidden_states), x_TD.view_as(hidden_states)
 
     def _layer(self, cache: KVCache) -> tuple[CompiledLayerAttention, bool]:
-        """The layer with its part of the cache, and whether the library multiplies. Asked when layers are packed."""
+        """The layer with its part of the cache, and whether the library multiplies. First read after packing."""
         if self._described is None or self._described[0] is not cache:
             attention = self.attention
             qkv, output = packed_matrices(attention.qkv_proj, attention.o_proj) or (None, None)
@@ -114,11 +112,10 @@ class CompiledAttention(nn.Module):
         return self._described[1:]
 
 
-class CompiledBesideExperts(FusedBesideExperts):
+class CompiledDensePath(FusedDensePath):
     """Dense MLP and shared expert, and the final sum."""
 
-    def forward(self, x: torch.Tensor) -> MixedWithExperts:
-        """See `EchoVLMDecoderLayer.fused`."""
+    def forward(self, x: torch.Tensor) -> DenseOutput:
         x_TD = x.reshape(-1, x.shape[-1]).contiguous()
         dense_size, _, shared_size = self.sizes[:3]
         if self._dense is None:
@@ -129,11 +126,11 @@ class CompiledBesideExperts(FusedBesideExperts):
             projected_TF = x_TD.new_empty((len(x_TD), sum(self.sizes)))
             dense_TD, shared_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
             self._dense.compute(x_TD, projected_TF, dense_TD, shared_TD)
-        return _CompiledMixture(dense_TD, shared_TD, projected_TF, 2 * (dense_size + shared_size))
+        return _CompiledDenseOutput(dense_TD, shared_TD, projected_TF, 2 * (dense_size + shared_size))
 
     @functools.cached_property
     def _dense(self) -> CompiledDense | None:
-        """For the library, where the layers are packed for it. Asked when they are packed."""
+        """The arguments of the library, where the layers are packed for it. First read after packing."""
         matrices = packed_matrices(self.in_proj, self.dense_down, self.shared_down)
         if matrices is None:
             return None
@@ -148,8 +145,8 @@ def _swiglu(projected_TF: torch.Tensor, column: int, inner_size: int) -> torch.T
 
 
 @dataclass(frozen=True, slots=True)
-class _CompiledMixture:
-    """Implements `MixedWithExperts`; see `echovlm_ray.engine.compiled.mix`."""
+class _CompiledDenseOutput:
+    """Implements `DenseOutput`; see `echovlm_ray.engine.compiled.mix`."""
 
     dense_TD: torch.Tensor
     shared_TD: torch.Tensor
@@ -157,7 +154,6 @@ class _CompiledMixture:
     factor_column: int
 
     def mix(self, hidden_states: torch.Tensor, routed_TD: torch.Tensor) -> torch.Tensor:
-        """See `MixedWithExperts.mix`."""
         output = torch.empty_like(hidden_states)
         shape = self.dense_TD.shape
         mix(

@@ -127,7 +127,7 @@ class Engine:
         Args:
             request: the request.
             sink: called with its outputs.
-            gone: called once from the engine's thread, after the last call of the sink, when the engine has let go of
+            gone: called once from the engine's thread, after the last call of the sink, when the engine has released
                 the request, however it ended; its expert set is not used any more then. Must not block.
 
         Raises:
@@ -135,8 +135,7 @@ class Engine:
             ShuttingDownError: the engine is shutting down.
         """
         experts = self.dispatcher.gates(request.expert_set_id).expert_set.used(request.shares)
-        sequence = Sequence.start(request, sink, experts, self._max_request_s)
-        sequence.gone = gone
+        sequence = Sequence.start(request, sink, experts, self._max_request_s, gone)
         with self._condition:
             if self._stopping:
                 raise ShuttingDownError("the router is shutting down")
@@ -197,7 +196,7 @@ class Engine:
     def _drop_ended(self) -> None:
         for sequence in self._cancelled:
             if self._scheduler.finish(sequence):
-                self._let_go(sequence)
+                self._release(sequence)
         self._cancelled.clear()
         now = time.monotonic()
         if now >= self._next_deadline:
@@ -222,7 +221,7 @@ class Engine:
         if was_there:
             self._deliver(sequence, error)
             self._notify()
-            self._let_go(sequence)
+            self._release(sequence)
 
     def _notify(self) -> None:
         try:
@@ -231,7 +230,7 @@ class Engine:
             # It must not end any request.
             logger.exception("on_outputs_ready failed")
 
-    def _let_go(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Sequence) -> None:
         if sequence.gone is None:
             return
         try:
@@ -273,7 +272,7 @@ class Engine:
                 output = self._append(sequence, token_id)
             self._deliver(sequence, output)
             if output.finish is not None:
-                self._let_go(sequence)
+                self._release(sequence)
 
     def _append(self, sequence: Sequence, token_id: int) -> StepOutput:
         self._scheduler.publish(sequence)

@@ -1,4 +1,4 @@
-"""Which caller is served next, where several share an engine."""
+"""Fair scheduling among callers: which one is served next."""
 
 from collections import Counter
 

@@ -3,9 +3,10 @@
 import logging
 
 from echovlm_ray.engine.attention import PagedSelfAttention
-from echovlm_ray.engine.beside_experts import FusedBesideExperts
-from echovlm_ray.engine.compiled_layers import CompiledAttention, CompiledBesideExperts, CompiledRMSNorm
-from echovlm_ray.model.modeling import EchoVLMDecoderLayer, EchoVLMTextModel
+from echovlm_ray.engine.compiled_layers import CompiledAttention, CompiledDensePath, CompiledRMSNorm
+from echovlm_ray.engine.dense_path import FusedDensePath
+from echovlm_ray.model.decoder_layer import EchoVLMDecoderLayer
+from echovlm_ray.model.text_model import EchoVLMTextModel
 
 logger = logging.getLogger(__name__)
 
@@ -24,11 +25,11 @@ def fuse_layers(model: EchoVLMTextModel, *, compiled: bool) -> None:
         raise ValueError(f"hidden_act is {model.config.hidden_act!r}; the engine computes only silu")
     for layer in model.layers:
         assert isinstance(layer, EchoVLMDecoderLayer)
-        # By name, for it is no Qwen2VLAttention.
+        # By name, because it is no Qwen2VLAttention.
         layer.set_submodule("self_attn", PagedSelfAttention(layer.self_attn))
         if compiled:
-            layer.attends = CompiledAttention(layer)
-        layer.fused = (CompiledBesideExperts if compiled else FusedBesideExperts)(layer)
+            layer.attention_override = CompiledAttention(layer)
+        layer.dense_path_override = (CompiledDensePath if compiled else FusedDensePath)(layer)
         del layer.mlp, layer.coefficient, layer.moe.shared_expert, layer.moe.shared_expert_gate
     if compiled:
         model.set_submodule("norm", CompiledRMSNorm(model.norm))

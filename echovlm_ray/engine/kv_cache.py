@@ -1,4 +1,4 @@
-"""The paged KV cache: keys and values in blocks that sequences borrow (Kwon et al. 2023, arXiv 2309.06180)."""
+"""The paged KV cache: keys and values in blocks (Kwon et al. 2023, arXiv 2309.06180)."""
 
 import numpy as np
 import torch

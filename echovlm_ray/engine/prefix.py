@@ -1,4 +1,4 @@
-"""When two blocks of the cache hold the same: a key for every full block of a sequence.
+"""Prefix cache keys: one for every full block of a sequence.
 
 The keys form a chain, as in vLLM's automatic prefix caching: each takes in the key before it, and so everything that
 the block's keys and values were computed from. Equal keys mean equal tokens at equal positions, the same pictures by
@@ -26,8 +26,7 @@ class PrefixKeys:
     """The keys of one sequence's blocks, made when they are first asked for."""
 
     def __init__(self, request: "SequenceRequest", experts: Sequences[ExpertSetMember]) -> None:
-        """Nothing is computed yet.
-
+        """
         Args:
             request: the sequence's.
             experts: all that may compute its tokens, in the order of its expert set; of one backbone.

@@ -12,8 +12,9 @@ from echovlm_ray.engine.kv_cache import BLOCK_SIZE, BlockPool, KVCache
 from echovlm_ray.engine.scheduler import Chunk
 from echovlm_ray.engine.sequence import Sequence
 from echovlm_ray.engine.step_batch import StepBatch, split_chunks
-from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration, ForwardPart
+from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
 from echovlm_ray.model.packing import pack_linears
+from echovlm_ray.model.text_model import ForwardPart
 from router.dispatch import Dispatcher, DispatchFailure, DispatchStep
 from router.errors import ExpertsUnavailableError
 from router.routed_experts import PendingExperts, RoutedExperts

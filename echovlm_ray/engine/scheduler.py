@@ -1,4 +1,4 @@
-"""Decides which sequences take part in the next step."""
+"""Schedules the sequences of the next step."""
 
 import math
 import time
@@ -163,7 +163,7 @@ class Scheduler:
         return max(end, sequence.num_computed)
 
     def publish(self, sequence: Sequence) -> None:
-        """Lets others begin with a sequence's full blocks; call it when a token that is a number came out of them."""
+        """Makes a sequence's full blocks available to others; to be called when its logits were finite."""
         full = sequence.num_computed // BLOCK_SIZE
         if not self.prefix_reuse or full == sequence.num_published:
             return
@@ -225,7 +225,7 @@ class Scheduler:
         return min(self.waiting, key=self._order)
 
     def _order(self, sequence: Sequence) -> tuple[bool, float, int]:
-        """Sorts sequences by whose turn it is; those of one caller stay in their order."""
+        """Sorts sequences by the fair order of their callers; those of one caller stay in their order."""
         if sequence.request.background:
             return True, 0.0, 0
         return False, *self._callers.priority(sequence.request.caller)

@@ -16,13 +16,13 @@ from echovlm_ray.engine.prefix import PrefixKeys
 from router.errors import ExpertsUnavailableError
 from router.expert_set import ExpertSetMember
 
-# A restarted expert group is noticed at once, and one that stays away is not asked all the time.
+# A restarted expert group is noticed at once, and one that stays away is polled seldom.
 FIRST_RETRY_S = 0.02
 LONGEST_RETRY_S = 0.25
 
 
 class Finish(Enum):
-    """Why a sequence ended well."""
+    """Why a sequence is complete."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -59,7 +59,7 @@ class VisionDigest:
 
 @dataclass(frozen=True, slots=True)
 class SequenceRequest:
-    """What the engine is asked to do; checked where it is built.
+    """The input of a sequence; checked where it is built.
 
     Attributes:
         input_ids: the prompt, at least one token.
@@ -67,11 +67,11 @@ class SequenceRequest:
         position_delta: added to a generated token's index to get its position.
         vision_rows_V: int64, ascending: the prompt positions that vision embeddings replace.
         vision_embeddings_VD: their embeddings.
-        vision_digests: what the embeddings are of; blocks from a picture on that none tells of are not reused.
+        vision_digests: of the pictures of the embeddings; blocks from the first picture without one on are not reused.
         expert_set_id: the set that the request is pinned to.
         shares: organ and π; empty for flat sets.
         cache_salt: blocks are shared only with requests of the same one.
-        caller: callers share the engine equally; empty where they cannot be told apart.
+        caller: callers share the engine equally; empty where they cannot be distinguished.
         background: no caller waits for it, so its prompt is computed in small pieces while others run.
         deadline: in `time.monotonic` seconds; None: only the engine's own limit of a request's time holds.
     """
@@ -96,7 +96,7 @@ class SequenceRequest:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What one step made for one sequence.
+    """The output of one step for one sequence.
 
     Attributes:
         token_id: the new token.
@@ -139,7 +139,7 @@ class Sequence:
     num_logits: int = 0
     prompt_logits: list[torch.Tensor] = field(default_factory=list)
     cancelled: bool = False
-    # Called once when the engine has let go of it, however it ended.
+    # Called once when the engine has released it, however it ended.
     gone: Callable[[], None] | None = None
     # Set while the experts it needs do not answer; from when on and how often in a row they did not, and when they are
     # asked again.
@@ -155,6 +155,7 @@ class Sequence:
         sink: Sink,
         experts: tuple[ExpertSetMember, ...],
         max_seconds: float = math.inf,
+        gone: Callable[[], None] | None = None,
     ) -> "Sequence":
         """A sequence at its first step, which ends at its deadline or after `max_seconds`, whichever is first."""
         generator = None
@@ -165,7 +166,7 @@ class Sequence:
         if request.deadline is not None:
             deadline = min(deadline, request.deadline)
         prefix = PrefixKeys(request, experts)
-        return cls(request, sink, experts, list(request.input_ids), generator, deadline, prefix)
+        return cls(request, sink, experts, list(request.input_ids), generator, deadline, prefix, gone=gone)
 
     @property
     def num_prompt(self) -> int:
@@ -188,7 +189,7 @@ class Sequence:
         return self.num_prompt + self.request.max_new_tokens - 1
 
     def stall(self, error: ExpertsUnavailableError, now: float) -> None:
-        """Notes that its experts do not answer; they are asked again after a pause that grows from try to try."""
+        """Records that its experts do not answer; they are tried again after a pause that grows."""
         pause = min(FIRST_RETRY_S * 2**self.num_stalls, LONGEST_RETRY_S)
         if self.stalled_by is None:
             self.stalled_at = now
@@ -206,7 +207,7 @@ class Sequence:
         return error
 
     def resume(self) -> None:
-        """Notes that its experts answered."""
+        """Records that its experts answered."""
         self.stalled_by = None
         self.num_stalls = 0
 
@@ -225,7 +226,7 @@ class Sequence:
         self.num_computed = 0
 
     def add_computed(self, end: int, block_pairs: Sequences[dict[str, int]]) -> None:
-        """Notes that the tokens up to `end` are in the cache.
+        """Records that the tokens up to `end` are in the cache.
 
         Args:
             end: of the tokens computed so far.

@@ -1,1 +1,1 @@
-"""Evaluation: a dataset's questions asked of a model, and what its answers are worth."""
+"""Evaluation: asks a model a dataset's questions and scores its answers."""

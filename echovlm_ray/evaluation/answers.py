@@ -1,4 +1,4 @@
-"""Answers on disk: one line of JSON each, only ever appended, so that a run that was killed goes on where it was.
+"""Answers on disk: one line of JSON each, append-only, so that a run that was killed can be resumed.
 
 An answer belongs to a record's id, the digest of the settings, the variant and the digest of the question: after a
 change of the model, of the settings or of the record it is asked for again.

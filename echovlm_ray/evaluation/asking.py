@@ -1,4 +1,4 @@
-"""Asks a service many questions at once, through the client, and keeps every answer as it comes."""
+"""Sends a dataset's questions to a service concurrently, and records every answer."""
 
 import asyncio
 import io
@@ -28,7 +28,7 @@ from echovlm_ray.data.media import ImageRoot
 from echovlm_ray.evaluation.answers import Answer, AnswerLog
 from echovlm_ray.evaluation.baselines import ASKED, Variant, blank_image, shuffled
 from echovlm_ray.evaluation.items import Item, question_digest
-from echovlm_ray.evaluation.settings import AskSettings, Patience, Target
+from echovlm_ray.evaluation.settings import AskSettings, RequestLimits, Target
 from echovlm_ray.vision.images import ImageLimits, decode_image_file
 
 # What is asked again after a failure that may be of the moment.
@@ -72,7 +72,7 @@ class Asking:
         log: where answers are kept.
         settings: their digest.
         asking: how questions are asked.
-        patience: how many at once, and how long a service is waited for.
+        request_limits: how many at once, and how long a service is waited for.
         limits: of an image, where a blank one of its size is made.
         seed: decides which images are exchanged.
     """
@@ -81,7 +81,7 @@ class Asking:
     log: AnswerLog
     settings: str
     asking: AskSettings
-    patience: Patience
+    request_limits: RequestLimits
     limits: ImageLimits
     seed: int
 
@@ -119,7 +119,7 @@ async def ask_all(
         client: of the service; made with `retry=False`, since waiting is done here.
         work: see `work_of`.
         run: see `Asking`.
-        progress: told how many questions have been dealt with since it was told last.
+        progress: called with how many questions have been dealt with since the call before.
 
     Raises:
         ServiceLostError: the service was away or full for too long.
@@ -130,7 +130,7 @@ async def ask_all(
     questions: Iterator[Work] = iter(work)
     try:
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(run.patience.concurrency, len(work))):
+            for _ in range(min(run.request_limits.concurrency, len(work))):
                 group.create_task(_worker(client, questions, run, outcome, progress))
     except BaseExceptionGroup as several:
         # They all end for one reason, and the others were cancelled.
@@ -152,7 +152,7 @@ async def _worker(
         answer = run.log.get((work.item.id, run.settings, work.variant, question))
         if answer is None:
             started = time.monotonic()
-            found = await _ask_patiently(client, work, images, organs, run)
+            found = await _ask_with_retries(client, work, images, organs, run)
             if isinstance(found, ClientAnswer | InvalidRequestError | NotFoundError):
                 answer = _kept(work, run.settings, question, found, time.monotonic() - started)
                 run.log.add(answer)
@@ -180,7 +180,7 @@ def _size(content: bytes, limits: ImageLimits) -> tuple[int, int]:
     return width, height
 
 
-async def _ask_patiently(
+async def _ask_with_retries(
     client: AsyncEchoVLMClient, work: Work, images: Sequence[bytes], organs: Sequence[str], run: Asking
 ) -> ClientAnswer | EchoVLMError:
     """The answer, or what it failed with in the end; waits as long as a full service asks for."""
@@ -196,13 +196,13 @@ async def _ask_patiently(
     failures = 0
     while True:
         try:
-            return await client.generate(images, timeout_s=run.patience.timeout_s, **options)
+            return await client.generate(images, timeout_s=run.request_limits.timeout_s, **options)
         except (OverloadedError, UnavailableError) as error:
             now = time.monotonic()
             waiting_since = waiting_since or now
-            if now - waiting_since > run.patience.patience_s:
+            if now - waiting_since > run.request_limits.retry_s:
                 raise ServiceLostError(
-                    f"the service was away or full for {run.patience.patience_s:g} s: {error}"
+                    f"the service was away or full for {run.request_limits.retry_s:g} s: {error}"
                 ) from None
             await asyncio.sleep(error.retry_after_s or RETRY_S)
         except (InvalidRequestError, NotFoundError) as error:

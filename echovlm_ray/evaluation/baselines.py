@@ -1,4 +1,4 @@
-"""Three answers that owe nothing to looking: to a blank image, to another record's images, and the commonest one.
+"""Three baselines that do not use the image: a blank image, another record's images, and the commonest answer.
 
 A model is worth what it is above them.
 """

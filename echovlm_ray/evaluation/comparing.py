@@ -1,4 +1,4 @@
-"""Two evaluations of the same questions: each metric's difference, its interval, and whether chance explains it."""
+"""Compares two evaluations of the same questions: the difference of each metric, its interval, and a paired test."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is asked of each record, and what is known to be right: a dataset as an evaluation takes it."""
+"""A dataset as an evaluation uses it: the question and the reference of each record."""
 
 import hashlib
 import json

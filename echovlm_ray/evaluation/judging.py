@@ -1,4 +1,4 @@
-"""What an answer got right: attributes, diagnosis, the answer of a question, normal or not.
+"""Judges an answer: attributes, diagnosis, the answer of a question, normal or not.
 
 An answer is read by the phantoms' parser. What it does not state, or states in two ways, it has not got right: no
 keyword is never "normal".
@@ -70,7 +70,7 @@ def _read(item: Item, answer: str) -> str | None:
 
 def _judge_text(item: Item, truth: Attributes, answer: str) -> Judgement:
     stated = _STATED[item.task]
-    # A text that should name its region is believed only in the one that it names.
+    # A text that should name its region counts only for the one that it names.
     found = parse(answer, item.language, None if "organ" in stated else truth.organ)
     if item.task in ("diagnosis", "impression") and truth.organ is not None:
         class_name = parse_diagnosis(answer, item.language, truth.organ)

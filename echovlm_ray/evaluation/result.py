@@ -1,4 +1,6 @@
-"""What an evaluation found, as JSON has it. A group of records shows scores of words only beside what was got right."""
+"""The result of an evaluation, as it is stored in JSON.
+
+A group of records shows scores of words only beside what was got right."""
 
 from typing import Literal, Self
 

@@ -21,7 +21,7 @@ from echovlm_ray.evaluation.items import Item, LoadedItems, load_items
 from echovlm_ray.evaluation.judging import Judgement
 from echovlm_ray.evaluation.result import EvaluationResult, Example
 from echovlm_ray.evaluation.scoring import Answered, group_scores, metrics_of
-from echovlm_ray.evaluation.settings import AskSettings, Patience, ScoreSettings, Target, settings_digest
+from echovlm_ray.evaluation.settings import AskSettings, RequestLimits, ScoreSettings, Target, settings_digest
 from echovlm_ray.vision.images import ImageLimits, decode_image_file
 
 ANSWERS_FILE = "answers.jsonl"
@@ -48,7 +48,7 @@ class Plan:
     limits: ImageLimits
     asking: AskSettings
     scoring: ScoreSettings
-    patience: Patience
+    request_limits: RequestLimits
     limit: int | None = None
     examples: int = 12
     bert_model: Path | None = None
@@ -73,11 +73,11 @@ async def ask(
         UnusableImageError: an image is missing.
         InvalidDataError: the images of the baseline cannot be exchanged.
     """
-    target = target_of(await client.model_info(timeout_s=plan.patience.timeout_s))
+    target = target_of(await client.model_info(timeout_s=plan.request_limits.timeout_s))
     digest = settings_digest(target, plan.asking, plan.scoring.seed)
     work = work_of(loaded.items, plan.scoring.seed)
     progress.start(len(work))
-    run = Asking(plan.root, log, digest, plan.asking, plan.patience, plan.limits, plan.scoring.seed)
+    run = Asking(plan.root, log, digest, plan.asking, plan.request_limits, plan.limits, plan.scoring.seed)
     return target, await ask_all(client, work, run, progress.advance)
 
 
@@ -120,7 +120,7 @@ def variants_of(items: Sequence[Item], answers: dict[Variant, dict[int, Answer]]
 def _chosen_organ(answer: Answer | None) -> str | None:
     if answer is None or answer.organ_source in ("", "caller", "flat", "unspecified") or not answer.organs:
         return None
-    # Where nothing told the organ, the default answered, and the gate found nothing.
+    # Where nothing named the organ, the default answered, and the gate found nothing.
     return "" if answer.organ_source == "default" else max(answer.organs.items(), key=lambda entry: entry[1])[0]
 
 
@@ -203,7 +203,7 @@ def _example(plan: Plan, item: Item, answer: Answer | None, judgement: Judgement
 
 
 def _verdict(judgement: Judgement) -> tuple[str, bool | None]:
-    """What an answer is worth in a few words, and whether it is right where that can be told."""
+    """What an answer is worth in a few words, and whether it is right where that is known."""
     if judgement.exact:
         return "everything right", True
     if judgement.exact is not None:

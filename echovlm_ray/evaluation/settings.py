@@ -1,4 +1,4 @@
-"""What an evaluation asks and computes. Answers are kept by the digest of what decides them."""
+"""The settings of an evaluation. Answers are kept by the digest of what decides them."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ class ScoreSettings(Section):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
-class Patience(Section):
+class RequestLimits(Section):
     """How long a service is waited for. Nothing here changes an answer."""
 
     # When the service has room for more, raise it: requests under way at once.
@@ -36,7 +36,7 @@ class Patience(Section):
     # When one answer takes longer, in seconds, it is asked for again, three times in all.
     timeout_s: PositiveFloat = 300.0
     # When the service is away, or full, for longer, the evaluation ends, and can be resumed.
-    patience_s: PositiveFloat = 600.0
+    retry_s: PositiveFloat = 600.0
 
 
 class Target(Section):

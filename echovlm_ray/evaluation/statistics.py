@@ -1,4 +1,4 @@
-"""Scores from what each record adds to them, so that a bootstrap and a paired test need no text a second time.
+"""Scores as sums over records, so that a bootstrap and a paired test need not read the texts again.
 
 A metric is a table of one row a record and a function from the sum of rows to the score: BLEU's counts, the hits and
 misses of a class, a mean's sum and number. Records of one patient are drawn together.

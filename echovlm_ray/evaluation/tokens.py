@@ -1,4 +1,4 @@
-"""How texts are cut into tokens before n-grams are compared, and what that is called.
+"""Tokenization of texts for n-gram metrics.
 
 Scores of different tokenizations are different measures, so each is named after its own. The defaults of sacrebleu and
 rouge-score find no word in Chinese and give identical texts 0.0; here Chinese is cut into characters, and into words by

@@ -1,64 +1,24 @@
-"""Loads checkpoints, whole or in parts, and never passes over a tensor that is missing or not expected.
-
-`model_type` is `qwen2_vl` on disk, so stock transformers reads an EchoVLM without any of its experts and says nothing.
-Here every name and shape in the files is compared with what the configuration asks for before a weight is read.
-"""
+"""Loads the parts of a checkpoint that run on their own: the backbone, and the vision tower."""
 
 # transformers leaves most of its methods untyped.
 # mypy: disable-error-code="no-untyped-call"
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedConfig
 from transformers.initialization import no_init_weights
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding, Qwen2VLVisionRotaryEmbedding
 
-from echovlm_ray.checkpoint.layout import (
-    CheckpointIndex,
-    InvalidCheckpointError,
-    backbone_directory,
-    is_split_folder,
-    read_index,
-    registry_root,
-)
-from echovlm_ray.checkpoint.reader import StoredTensor, read_tensor_folder
-from echovlm_ray.checkpoint.schema import expert_name, gate_name, is_routed
-from echovlm_ray.model.configuration import EchoVLMConfig, take_text_fields
+from echovlm_ray.checkpoint.layout import backbone_directory, is_split_folder
+from echovlm_ray.checkpoint.reader import StoredTensor
+from echovlm_ray.model.configuration import EchoVLMConfig
 from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
+from echovlm_ray.model.pretrained import VISION, check_tensors, read_headers, read_tensor, released_name
 from echovlm_ray.model.vision_tower import EchoVLMVisionTower
-from experts.bundle import Bundle
-from experts.registry import Registry
-
-_TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_VISION = "visual."
-_HEAD = "lm_head.weight"
-_EMBEDDINGS = "model.embed_tokens.weight"
-# How many names an error text spells out.
-_NAMES_SHOWN = 8
-
-
-class CheckpointMismatchError(InvalidCheckpointError):
-    """A checkpoint's tensors are not those that its configuration asks for.
-
-    Attributes:
-        missing: names that should be there.
-        unexpected: names that should not.
-        mismatched: names of another shape, with both shapes.
-    """
-
-    def __init__(self, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[str], hint: str) -> None:
-        """Joins the names, as many as fit, to one text."""
-        self.missing = tuple(sorted(missing))
-        self.unexpected = tuple(sorted(unexpected))
-        self.mismatched = tuple(sorted(mismatched))
-        groups = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": self.mismatched}
-        parts = [f"{len(names)} {what}: {_shown(names)}" for what, names in groups.items() if names]
-        super().__init__(f"the checkpoint does not fit its config.json; {'; '.join(parts)}{hint and '. ' + hint}")
 
 
 def load_backbone(
@@ -83,8 +43,8 @@ def load_backbone(
     with torch.device("meta"), no_init_weights():
         model = EchoVLMForConditionalGeneration(config, vision=False, routed_experts=False)
     model.tie_weights()
-    names = {_released_name(name): name for name, _ in model.named_parameters()}
-    stored = {name: tensor for name, tensor in _read_headers(folder).items() if not name.startswith(_VISION)}
+    names = {released_name(name): name for name, _ in model.named_parameters()}
+    stored = {name: tensor for name, tensor in read_headers(folder).items() if not name.startswith(VISION)}
     _fill(model, names, stored, config, dtype, device)
     return model
 
@@ -111,139 +71,15 @@ def load_vision_tower(
     config = EchoVLMConfig.from_pretrained(folder)
     with torch.device("meta"), no_init_weights():
         tower = EchoVLMVisionTower(config.vision_config)
-    names = {_VISION + name: name for name, _ in tower.named_parameters()}
-    stored = {name: tensor for name, tensor in _read_headers(folder).items() if name.startswith(_VISION)}
+    names = {VISION + name: name for name, _ in tower.named_parameters()}
+    stored = {name: tensor for name, tensor in read_headers(folder).items() if name.startswith(VISION)}
     _fill(tower, names, stored, config, dtype, device)
     return tower
-
-
-def prepare_pretrained(
-    path: str | PathLike[str] | None, organ: str | None, kwargs: Mapping[str, Any]
-) -> tuple[str | PathLike[str] | None, dict[str, Any]]:
-    """What `EchoVLMForConditionalGeneration.from_pretrained` has to hand on to transformers.
-
-    A folder in the released layout is checked and handed on as it is. A split folder is put together: backbone, and
-    the experts and gates of one organ, or of all groups of a partition, in set order.
-
-    Raises:
-        CheckpointMismatchError: a tensor is missing, unexpected or of another shape.
-        InvalidCheckpointError: an organ is needed, unknown, or makes no sense for this checkpoint.
-    """
-    prepared = dict(kwargs)
-    folder = None if path is None else Path(path, prepared.get("subfolder") or "")
-    if folder is not None and is_split_folder(folder):
-        prepared.pop("subfolder", None)
-        config, prepared["state_dict"] = _assemble(folder, organ, take_text_fields(prepared))
-        prepared.setdefault("config", config)
-        prepared.setdefault("generation_config", _generation_config(backbone_directory(folder)))
-        return None, prepared
-    if organ is not None:
-        raise InvalidCheckpointError(
-            f"organ={organ!r} was given, but {path} is not a split checkpoint (it has no echovlm.json): its experts "
-            "carry no organ. Load it without organ, or split it first: `echoray checkpoint split SRC DST`"
-        )
-    if folder is not None and folder.is_dir() and not {"variant", "key_mapping", "gguf_file"} & prepared.keys():
-        given = prepared.get("config")
-        if isinstance(given, PreTrainedConfig) and not isinstance(given, EchoVLMConfig):
-            raise InvalidCheckpointError(
-                f"config is a {type(given).__name__}, which knows no experts: give EchoVLMConfig"
-            )
-        config = given if isinstance(given, EchoVLMConfig) else EchoVLMConfig.from_pretrained(given or folder)
-        _check_whole({name: tensor.shape for name, tensor in _read_headers(folder).items()}, config)
-    return path, prepared
-
-
-def require_complete(loading_info: Mapping[str, Any]) -> None:
-    """Refuses a model that transformers filled only in part.
-
-    Raises:
-        CheckpointMismatchError: names what is missing, unexpected or of another shape.
-    """
-    mismatched = [str(entry[0] if isinstance(entry, tuple) else entry) for entry in loading_info["mismatched_keys"]]
-    missing, unexpected = loading_info["missing_keys"], loading_info["unexpected_keys"]
-    if missing or unexpected or mismatched or loading_info["error_msgs"]:
-        raise CheckpointMismatchError(missing, unexpected, mismatched, " ".join(loading_info["error_msgs"]))
-
-
-def _assemble(
-    folder: Path, organ: str | None, text_fields: dict[str, Any]
-) -> tuple[EchoVLMConfig, dict[str, torch.Tensor]]:
-    index = read_index(folder)
-    registry = Registry(registry_root(folder))
-    bundles = [registry.open(digest) for digest in _bundle_digests(index, organ)]
-    for bundle in bundles:
-        if bundle.manifest.backbone_digest != index.backbone_digest:
-            raise InvalidCheckpointError(
-                f"the experts of {bundle.manifest.organ!r} were made for another backbone than the one in {folder}"
-            )
-    backbone = backbone_directory(folder)
-    num_experts = sum(bundle.manifest.num_experts for bundle in bundles)
-    config = EchoVLMConfig.from_pretrained(backbone, **{**text_fields, "num_experts": num_experts})
-    stored = _read_headers(backbone)
-    if routed := [name for name in stored if is_routed(name)]:
-        raise CheckpointMismatchError((), routed, (), "A split folder keeps these in its bundles, not in backbone/")
-    tensors = {name: _read(tensor, None, "cpu") for name, tensor in stored.items()}
-    for layer in range(config.text_config.num_hidden_layers):
-        tensors |= _routed_tensors(layer, bundles)
-    _check_whole({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config)
-    return config, tensors
-
-
-def _bundle_digests(index: CheckpointIndex, organ: str | None) -> list[str]:
-    organs = ", ".join(entry.organ for entry in index.organs)
-    if index.routing == "organs":
-        if organ is None:
-            raise InvalidCheckpointError(
-                f"every organ of this checkpoint has its own experts: say whose, organ= one of {organs}"
-            )
-        return [index.entry(organ).bundle_digest]
-    if organ is not None:
-        raise InvalidCheckpointError(
-            f"organ={organ!r} makes no sense here: this checkpoint divides its experts among {organs}, and one gate "
-            "spans them all. Load it without organ"
-        )
-    return [entry.bundle_digest for entry in index.organs]
-
-
-def _routed_tensors(layer: int, bundles: Iterable[Bundle]) -> dict[str, torch.Tensor]:
-    """One layer's gate and experts under their released names, group after group."""
-    gates, tensors, first = [], {}, 0
-    for bundle in bundles:
-        gates.append(bundle.gate_ED(layer))
-        weights = bundle.load_layer(layer)
-        for expert in range(weights.num_experts):
-            tensors[expert_name(layer, first + expert, "gate_proj")] = weights.gate_EFD[expert]
-            tensors[expert_name(layer, first + expert, "up_proj")] = weights.up_EFD[expert]
-            tensors[expert_name(layer, first + expert, "down_proj")] = weights.down_EDF[expert]
-        first += weights.num_experts
-    # A copy, so that the model does not hang on a mapped file.
-    tensors[gate_name(layer)] = torch.cat(gates)
-    return tensors
-
-
-def _generation_config(folder: Path) -> GenerationConfig | None:
-    if (folder / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(folder)
-    return None
 
 
 def _backbone(directory: str | PathLike[str]) -> Path:
     folder = Path(directory)
     return backbone_directory(folder) if is_split_folder(folder) else folder
-
-
-def _read_headers(folder: Path) -> dict[str, StoredTensor]:
-    found = read_tensor_folder(folder)
-    if found.problems:
-        raise InvalidCheckpointError(f"{folder}: {'; '.join(found.problems)}")
-    return found.tensors
-
-
-def _read(tensor: StoredTensor, dtype: torch.dtype | None, device: torch.device | str) -> torch.Tensor:
-    if tensor.dtype not in _TORCH_DTYPES:
-        raise InvalidCheckpointError(f"{tensor.name} is {tensor.dtype}; weights must be {', '.join(_TORCH_DTYPES)}")
-    content = torch.frombuffer(tensor.read(), dtype=_TORCH_DTYPES[tensor.dtype])
-    return content.reshape(tensor.shape).to(device=device, dtype=dtype)
 
 
 def _fill(
@@ -256,9 +92,9 @@ def _fill(
 ) -> None:
     """Puts stored tensors in the place of a module's parameters, which are on "meta"; `names`: released to its own."""
     expected = {released: tuple(module.get_parameter(name).shape) for released, name in names.items()}
-    _check_tensors({name: tensor.shape for name, tensor in stored.items()}, expected, config)
+    check_tensors({name: tensor.shape for name, tensor in stored.items()}, expected, config)
     for released, name in names.items():
-        _set_parameter(module, name, _read(stored[released], dtype, device))
+        _set_parameter(module, name, read_tensor(stored[released], dtype, device))
     # These are computed, not stored; what was computed on "meta" is nothing.
     for name, rotary in list(module.named_modules()):
         if isinstance(rotary, Qwen2VLRotaryEmbedding | Qwen2VLVisionRotaryEmbedding):
@@ -274,68 +110,3 @@ def _fill(
 def _set_parameter(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
-
-
-def _released_name(name: str) -> str:
-    return name.replace("model.visual.", _VISION, 1).replace("model.language_model.", "model.", 1)
-
-
-def _released_shapes(config: EchoVLMConfig) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every tensor of the whole model, in the released layout."""
-    with torch.device("meta"), no_init_weights():
-        model = EchoVLMForConditionalGeneration(config)
-    model.tie_weights()
-    shapes = {}
-    for name, parameter in model.named_parameters():
-        released, shape = _released_name(name), tuple(parameter.shape)
-        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            shapes[released] = shape
-            continue
-        layer = int(released.split(".")[2])
-        for expert in range(shape[0]):
-            if name.endswith("down_proj"):
-                shapes[expert_name(layer, expert, "down_proj")] = shape[1:]
-            else:
-                half = (shape[1] // 2, shape[2])
-                shapes[expert_name(layer, expert, "gate_proj")] = half
-                shapes[expert_name(layer, expert, "up_proj")] = half
-    return shapes
-
-
-def _check_whole(stored: Mapping[str, tuple[int, ...]], config: EchoVLMConfig) -> None:
-    _check_tensors(stored, _released_shapes(config), config)
-
-
-def _check_tensors(
-    stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], config: EchoVLMConfig
-) -> None:
-    unexpected = stored.keys() - expected.keys()
-    if config.tie_word_embeddings and _HEAD in unexpected and stored[_HEAD] == stored.get(_EMBEDDINGS):
-        # Some writers store the tied matrix twice.
-        unexpected.discard(_HEAD)
-    missing = expected.keys() - stored.keys()
-    mismatched = [
-        f"{name} is {list(stored[name])}, should be {list(shape)}"
-        for name, shape in expected.items()
-        if name in stored and stored[name] != shape
-    ]
-    if missing or unexpected or mismatched:
-        raise CheckpointMismatchError(missing, unexpected, mismatched, _hint(missing, unexpected))
-
-
-def _hint(missing: Iterable[str], unexpected: Iterable[str]) -> str:
-    if any(is_routed(name) for name in unexpected):
-        return (
-            "Routed experts that the configuration does not ask for: is num_experts right? A backbone has none: "
-            "`echoray checkpoint split SRC DST` makes one"
-        )
-    if any(is_routed(name) for name in missing):
-        if any(name.endswith("coefficient.weight") for name in missing):
-            return "It has no experts at all: a plain Qwen2-VL, not an EchoVLM"
-        return "Routed experts are missing: for the backbone of a split checkpoint, load the folder that holds it"
-    return ""
-
-
-def _shown(names: tuple[str, ...]) -> str:
-    rest = len(names) - _NAMES_SHOWN
-    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

@@ -34,7 +34,7 @@ _KEPT: "weakref.WeakKeyDictionary[nn.Module, _Kept]" = weakref.WeakKeyDictionary
 def register_expert_kernels() -> None:
     """Makes every kernel known to transformers under its own name, unless transformers has that name already.
 
-    The weights that a kernel lays out anew are held beside the module's own, so a plain model takes up to twice the
+    The weights that a kernel lays out again are held beside the module's own, so a plain model takes up to twice the
     memory; an expert group does not.
     """
     for name in kernel_names():

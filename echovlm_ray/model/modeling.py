@@ -1,244 +1,35 @@
 """EchoVLM on transformers' Qwen2-VL: every decoder layer carries a mixture of experts beside its dense MLP.
 
-Only what differs from Qwen2-VL stands here. The weights keep their released names on disk; `_RELEASED_NAMES` says how
-they map to the modules.
+Only what differs from Qwen2-VL stands here, in `text_model.py` and in `decoder_layer.py`. The weights keep their
+released names on disk; `_RELEASED_NAMES` says how they map to the modules.
 """
 
 # transformers leaves most of its methods untyped.
 # mypy: disable-error-code="no-untyped-call"
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
-    Qwen2MLP,
-    Qwen2VLAttention,
-    Qwen2VLDecoderLayer,
     Qwen2VLForConditionalGeneration,
     Qwen2VLModel,
     Qwen2VLPreTrainedModel,
-    Qwen2VLRMSNorm,
-    Qwen2VLRotaryEmbedding,
-    Qwen2VLTextModel,
 )
-from transformers.utils.output_capturing import OutputRecorder
 
-from echovlm_ray.model.configuration import EchoVLMConfig, EchoVLMTextConfig
-from echovlm_ray.model.experts import EchoVLMExperts, EchoVLMSparseMoe, EchoVLMTokenGate
+from echovlm_ray.model.configuration import EchoVLMConfig
 from echovlm_ray.model.load_balancing import load_balancing_loss
 from echovlm_ray.model.positions import batch_positions
+from echovlm_ray.model.pretrained import prepare_pretrained, require_complete
+from echovlm_ray.model.text_model import EchoVLMPreTrainedModel, EchoVLMTextModel
 from echovlm_ray.model.vision_tower import EchoVLMVisionTower
-from router.routed_experts import PendingExperts, RoutedExperts
-
-
-class MixedWithExperts(Protocol):
-    """What stands beside the routed experts of a layer, computed and waiting for them."""
-
-    def mix(self, hidden_states: torch.Tensor, routed_TD: torch.Tensor) -> torch.Tensor:
-        """Adds everything to the residual.
-
-        Args:
-            hidden_states: … × hidden: the residual.
-            routed_TD: tokens × hidden: what the routed experts computed.
-
-        Returns:
-            … × hidden.
-        """
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class BesideExperts:
-    """The parts of a layer's output that need no routed expert; implements `MixedWithExperts`.
-
-    Attributes:
-        dense: … × hidden, of the dense MLP.
-        shared_TD: tokens × hidden, of the shared expert behind its gate.
-        coefficient: … × 2, before the softmax.
-    """
-
-    dense: torch.Tensor
-    shared_TD: torch.Tensor
-    coefficient: torch.Tensor
-
-    def mix(self, hidden_states: torch.Tensor, routed_TD: torch.Tensor) -> torch.Tensor:
-        """See `MixedWithExperts.mix`."""
-        share = F.softmax(self.coefficient, dim=-1)
-        mixture = (routed_TD + self.shared_TD).view_as(self.dense)
-        return hidden_states + (share[..., :1] * mixture + share[..., 1:] * self.dense)
-
-
-class EchoVLMDecoderLayer(Qwen2VLDecoderLayer):
-    """Attention, then dense MLP and mixture of experts side by side, mixed by two coefficients per token.
-
-    Attributes:
-        attends: set by a runtime that only infers: computes attention and both norms in its own way, from batch ×
-            tokens × hidden and what Qwen2-VL's attention takes, to the sum with the residual, and its norm.
-        fused: set by a runtime that only infers: computes what stands beside the routed experts in its own way, from
-            … × hidden to `MixedWithExperts`.
-    """
-
-    def __init__(self, config: EchoVLMTextConfig, layer_idx: int, *, routed_experts: bool = True) -> None:
-        GradientCheckpointingLayer.__init__(self)
-        self.layer_idx = layer_idx
-        self.hidden_size = config.hidden_size
-        self.self_attn = Qwen2VLAttention(config, layer_idx)
-        self.mlp = Qwen2MLP(config)
-        self.moe = EchoVLMSparseMoe(config, routed_experts=routed_experts)
-        self.coefficient = nn.Linear(config.hidden_size, 2)
-        self.attends: nn.Module | None = None
-        self.fused: nn.Module | None = None
-        self.input_layernorm = Qwen2VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = Qwen2VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(  # type: ignore[override]
-        self, hidden_states: torch.Tensor, *, routed_experts: RoutedExperts | None = None, **kwargs: Any
-    ) -> torch.Tensor:
-        """One layer: `begin`, then `finish`.
-
-        Args:
-            hidden_states: batch × tokens × hidden.
-            routed_experts: who computes the routed experts; None: the layer's own.
-            kwargs: what Qwen2-VL's attention takes.
-
-        Returns:
-            batch × tokens × hidden.
-        """
-        return self.finish(self.begin(hidden_states, routed_experts=routed_experts, **kwargs))
-
-    def begin(
-        self, hidden_states: torch.Tensor, *, routed_experts: RoutedExperts | None = None, **kwargs: Any
-    ) -> "LayerUnderWay":
-        """Attention, and the routed experts begun: experts elsewhere work while the caller does something else."""
-        hidden_states, x = (self.attends or self._attention)(hidden_states, **kwargs)
-        pending = (routed_experts or self.moe).begin(self.layer_idx, x.reshape(-1, self.hidden_size))
-        return LayerUnderWay(hidden_states, x, pending)
-
-    def finish(self, under_way: "LayerUnderWay") -> torch.Tensor:
-        """The dense MLP and the shared expert; only then are the routed experts waited for. Returns as `forward`."""
-        beside: MixedWithExperts = (self.fused or self._beside_experts)(under_way.x)
-        return beside.mix(under_way.hidden_states, under_way.pending.result())
-
-    def _attention(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + attended
-        return hidden_states, self.post_attention_layernorm(hidden_states)
-
-    def _beside_experts(self, x: torch.Tensor) -> BesideExperts:
-        return BesideExperts(self.mlp(x), self.moe.shared(x.reshape(-1, self.hidden_size)), self.coefficient(x))
-
-
-@dataclass(frozen=True, slots=True)
-class LayerUnderWay:
-    """A layer between `begin` and `finish`.
-
-    Attributes:
-        hidden_states: batch × tokens × hidden, after the attention's residual sum.
-        x: the same, after the post-attention norm.
-        pending: its routed experts.
-    """
-
-    hidden_states: torch.Tensor
-    x: torch.Tensor
-    pending: PendingExperts
-
-
-@dataclass(frozen=True, slots=True)
-class ForwardPart:
-    """One of several forward passes that go through the layers side by side.
-
-    Attributes:
-        inputs_embeds: batch × tokens × hidden.
-        position_ids: 3 × batch × tokens.
-        routed_experts: who computes its routed experts.
-        attention: what the attention function in use takes beside queries, keys and values.
-    """
-
-    inputs_embeds: torch.Tensor
-    position_ids: torch.Tensor
-    routed_experts: RoutedExperts
-    attention: dict[str, Any]
-
-
-class EchoVLMPreTrainedModel(Qwen2VLPreTrainedModel):
-    """What the language model and the whole model share."""
-
-    _no_split_modules = ["EchoVLMDecoderLayer", "Qwen2VLVisionBlock"]  # noqa: RUF012
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        std = self.config.get_text_config().initializer_range
-        if isinstance(module, EchoVLMTokenGate):
-            init.normal_(module.weight, mean=0.0, std=std)
-        elif isinstance(module, EchoVLMExperts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=std)
-            init.normal_(module.down_proj, mean=0.0, std=std)
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        return True
-
-    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """The loop is the default: transformers' own default may depend on the batch, and on the machine."""
-        return super().get_correct_experts_implementation(requested_experts or "eager")
-
-
-class EchoVLMTextModel(EchoVLMPreTrainedModel, Qwen2VLTextModel):
-    """The language model; `routed_experts=` in forward reaches every layer."""
-
-    config: EchoVLMTextConfig
-    _can_record_outputs = {  # noqa: RUF012
-        "hidden_states": EchoVLMDecoderLayer,
-        "attentions": Qwen2VLAttention,
-        "router_logits": OutputRecorder(EchoVLMTokenGate, index=0),
-    }
-
-    def __init__(self, config: EchoVLMTextConfig, *, routed_experts: bool = True) -> None:
-        Qwen2VLPreTrainedModel.__init__(self, config)
-        self.padding_idx = config.pad_token_id
-        self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList(
-            EchoVLMDecoderLayer(config, layer, routed_experts=routed_experts)
-            for layer in range(config.num_hidden_layers)
-        )
-        self.norm = Qwen2VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.has_sliding_layers = "sliding_attention" in config.layer_types
-        self.rotary_emb = Qwen2VLRotaryEmbedding(config)  # type: ignore[arg-type]
-        self.gradient_checkpointing = False
-        self.post_init()
-
-    def forward_side_by_side(self, parts: Sequence[ForwardPart]) -> list[torch.Tensor]:
-        """Several forward passes without a mask or a cache of transformers, layer by layer in turn.
-
-        In each layer the routed experts of all parts are begun before any is waited for, so that the experts of one
-        part work during the attention of the next. The arithmetic is that of `forward`.
-
-        Returns:
-            each part's last hidden states, batch × tokens × hidden.
-        """
-        hidden_states = [part.inputs_embeds for part in parts]
-        position_embeddings = [self.rotary_emb(part.inputs_embeds, part.position_ids) for part in parts]
-        for layer in self.layers:
-            assert isinstance(layer, EchoVLMDecoderLayer)
-            under_way = [
-                layer.begin(hidden, routed_experts=part.routed_experts, position_embeddings=positions, **part.attention)
-                for hidden, part, positions in zip(hidden_states, parts, position_embeddings, strict=True)
-            ]
-            hidden_states = [layer.finish(begun) for begun in under_way]
-        return [self.norm(hidden) for hidden in hidden_states]
+from router.routed_experts import RoutedExperts
 
 
 class EchoVLMModel(EchoVLMPreTrainedModel, Qwen2VLModel):
@@ -323,7 +114,7 @@ class EchoVLMModel(EchoVLMPreTrainedModel, Qwen2VLModel):
         if past_length or input_ids is None:
             if rope_deltas is None:
                 raise ValueError(
-                    "positions cannot be told from a cache or from inputs_embeds alone: pass position_ids, or the "
+                    "positions cannot be computed from a cache or from inputs_embeds alone: pass position_ids, or the "
                     "rope_deltas that the call which began the cache returned"
                 )
             index_T = torch.arange(past_length, past_length + length, device=tokens_BT.device)
@@ -380,10 +171,7 @@ class EchoVLMForConditionalGeneration(EchoVLMPreTrainedModel, Qwen2VLForConditio
             CheckpointMismatchError: a tensor is missing, unexpected or of another shape; all are named.
             ValueError: an organ is needed, unknown, or makes no sense for this checkpoint; the organs are listed.
         """
-        # checkpoint.py builds models, so it stands above this file.
-        from echovlm_ray.model.checkpoint import prepare_pretrained, require_complete
-
-        path, kwargs = prepare_pretrained(pretrained_model_name_or_path, organ, kwargs)
+        path, kwargs = prepare_pretrained(pretrained_model_name_or_path, organ, kwargs, cls)
         wants_info = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         model, info = loaded

@@ -30,7 +30,7 @@ def pack_linears(model: nn.Module) -> int:
     """Replaces a model's linear layers by packed ones; afterwards it can only infer, and not be saved.
 
     A model on another device, or of a dtype that cannot be packed here, is left as it is. Each layer's plain weights
-    are let go before the next is packed; those that another module still holds (a tied embedding) stay as well.
+    are freed before the next is packed; those that another module still holds (a tied embedding) stay as well.
 
     Args:
         model: all of its linear layers with at least `MIN_OUT_FEATURES` outputs are packed.
@@ -41,7 +41,7 @@ def pack_linears(model: nn.Module) -> int:
     packed = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and _pays(child):
+            if isinstance(child, nn.Linear) and _is_faster_packed(child):
                 setattr(parent, name, PackedLinearLayer(child))
                 packed += 1
     logger.info("%d linear layers are packed for the CPU", packed)
@@ -79,6 +79,6 @@ def packed_matrices(*linears: nn.Module) -> tuple[PackedMatrix, ...] | None:
     return found if len(found) == len(linears) else None
 
 
-def _pays(linear: nn.Linear) -> bool:
+def _is_faster_packed(linear: nn.Linear) -> bool:
     weight = linear.weight
     return weight.device.type == "cpu" and linear.out_features >= MIN_OUT_FEATURES and packing_available(weight.dtype)

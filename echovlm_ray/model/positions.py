@@ -43,7 +43,7 @@ class _Pictures:
             raise PlaceholderMismatchError(
                 f"the prompt has {found} {self.kind} placeholder tokens (id {self.token_id}), but the "
                 f"{len(self.grids)} {self.kind}(s) given fill {needed}; let the processor write the placeholders, or "
-                f"give the {self.kind}s that the prompt speaks of"
+                f"give the {self.kind}s that the prompt mentions"
             )
 
 

@@ -1,4 +1,4 @@
-"""How long requests wait for a part of which no replica runs."""
+"""How long requests wait for a part without a running replica."""
 
 import time
 from collections.abc import Callable
@@ -11,15 +11,15 @@ class Absence:
     example the weights that it loads are gone, only those that came first wait; the others end at once.
     """
 
-    def __init__(self, patience_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         """Takes how long a missing part is waited for, in seconds."""
-        self._patience_s = patience_s
+        self._patience_s = timeout_s
         self._clock = clock
         self._since = 0.0
         self._seen: float | None = None
 
     def ends(self) -> float:
-        """Notes that no replica runs; until when to wait for one, by the clock."""
+        """Records that no replica runs; until when to wait for one, by the clock."""
         now = self._clock()
         # Unseen for as long, it may have been back meanwhile.
         if self._seen is None or now - self._seen > self._patience_s:
@@ -28,5 +28,5 @@ class Absence:
         return self._since + self._patience_s
 
     def is_over(self) -> None:
-        """Notes that a replica runs."""
+        """Records that a replica runs."""
         self._seen = None

@@ -1,4 +1,4 @@
-"""The whole system: declared to Ray Serve, waited for, and taken down in order."""
+"""The whole system: deployed to Ray Serve, waited for, and shut down in order."""
 
 import logging
 import time
@@ -33,16 +33,16 @@ from echovlm_ray.serving.ownership import (
     SystemRecord,
     all_records,
     claim,
-    forget,
     is_ours,
     record_of,
     release,
+    release_name,
 )
 from echovlm_ray.serving.ray_session import joined_ray, local_ray
 from echovlm_ray.serving.ray_watch import RayWatch, essential_processes
 from echovlm_ray.serving.served import ServedCheckpoint
 from echovlm_ray.serving.system_id import SystemId
-from echovlm_ray.serving.system_secret import forget_file, forget_secrets, keep_secret
+from echovlm_ray.serving.system_secret import delete_secret_file, delete_secrets, keep_secret
 from experts.transport.inner_channel import InnerChannels
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def serve_system(
         keep: leave the applications running on the joined cluster when the block ends.
         name: of the system on the cluster; several run side by side by name.
         take_over: replace another system of this name, or another deployment's policy beside the database.
-        progress: told again and again which applications listen, while they start.
+        progress: called again and again with which applications listen, while they start.
         stopping: asked while they start; true gives up, and cleans up.
         lost: called on a thread, with what happened, once Ray has died or does not answer; no call to Ray may return
             any more, so that only the end of the process is left.
@@ -169,9 +169,9 @@ def serve_system(
                 # With the expert groups of organs that appeared since.
                 _remove(_ours(system) or tuple(map(system.application, parts)))
                 release(record)
-                forget_secrets(system.name)
+                delete_secrets(system.name)
             if address is None:
-                forget_file(system.identity)
+                delete_secret_file(system.identity)
 
 
 @contextmanager
@@ -237,8 +237,8 @@ def remove_from_cluster(address: str, name: str = "") -> tuple[str, ...]:
         ours = _ours(system)
         if ours:
             # First, so that the process that runs it touches nothing any more.
-            forget(name)
-            forget_secrets(name)
+            release_name(name)
+            delete_secrets(name)
             _finish_requests(system)
             _remove(ours)
         return ours
@@ -394,4 +394,4 @@ def _remove(names: Sequence[str]) -> None:
                 return
             time.sleep(POLL_S)
     except ray.exceptions.RayError as error:
-        logger.warning("Ray Serve could not be told to remove %s: %s", ", ".join(names), type(error).__name__)
+        logger.warning("Ray Serve could not be asked to remove %s: %s", ", ".join(names), type(error).__name__)

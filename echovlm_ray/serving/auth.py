@@ -1,4 +1,4 @@
-"""Bearer tokens: who may call a server."""
+"""Bearer tokens."""
 
 import asyncio
 import hashlib
@@ -113,7 +113,7 @@ class BearerTokens:
         try:
             lines = [line.strip() for line in content.decode("utf-8-sig").splitlines()]
         except UnicodeDecodeError:
-            raise ValueError(f"token_file {self._path} is not UTF-8 text: write it anew, one token a line") from None
+            raise ValueError(f"token_file {self._path} is not UTF-8 text: write it again, one token a line") from None
         self._content = content
         self._known = tuple(_token(line) for line in lines if line and not line.startswith("#"))
 

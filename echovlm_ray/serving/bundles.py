@@ -1,4 +1,4 @@
-"""Where a deployment's bundles come from, and which of them may load: what the `experts` section says about both."""
+"""The registry of a deployment and the policy on which bundles may load, from the section `experts`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Who sends a call: an identity that keeps callers apart, made of their credentials and telling none of them."""
+"""The identity of a caller: derived from its credentials, without revealing them."""
 
 import hashlib
 import hmac

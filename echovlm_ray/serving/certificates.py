@@ -1,4 +1,4 @@
-"""The certificates of a TLS server: checked in words before they are used, and read again when they change."""
+"""The certificates of a TLS server: checked before they are used, and reloaded when they change."""
 
 import logging
 import ssl
@@ -19,8 +19,7 @@ class CertificateFiles:
     """The files of one TLS section, as they are now."""
 
     def __init__(self, tls: TLSSection, name: str = "tls") -> None:
-        """Reads and checks them.
-
+        """
         Args:
             tls: where they are.
             name: what the configuration calls the section, for example gateway.tls.

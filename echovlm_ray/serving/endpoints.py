@@ -1,4 +1,4 @@
-"""Where the replicas of the other parts listen, now.
+"""The addresses of the other parts' replicas.
 
 Every replica tells Serve the address of its gRPC server (`record_replica_metadata`), and Serve's controller tells all
 who ask by long poll which replicas run. A replica that dies is gone from here after about a second, and its successor
@@ -138,7 +138,7 @@ class Endpoints:
             keys = self._keys
             snapshots = {key: snapshots.get(key, -1) for key in keys}
             try:
-                updates = serve_api.wait_for_targets(snapshots, self._must_ask_anew)
+                updates = serve_api.wait_for_targets(snapshots, self._must_ask_again)
             except UnsupportedRayError as error:
                 self._failure = error
                 return
@@ -157,7 +157,7 @@ class Endpoints:
                 for callback in self._changed:
                     callback()
 
-    def _must_ask_anew(self) -> bool:
+    def _must_ask_again(self) -> bool:
         return self._stopping.is_set() or self._watches_others.is_set()
 
 

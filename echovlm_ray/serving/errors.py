@@ -1,8 +1,8 @@
-"""The one place where an exception becomes a gRPC status.
+"""Maps exceptions to gRPC statuses; the only place that does.
 
 Servicers raise; `serving.interceptor` calls `to_status` on what they raise, and the expert groups on what goes wrong
 with one exchange inside a stream. A text that was written for the caller is passed on; any other exception is
-`INTERNAL` and carries nothing but that, for its text may hold paths, addresses or a patient's data.
+`INTERNAL` and carries nothing but that, because its text may hold paths, addresses or a patient's data.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""What the gateway's health service says of every part of the system, true to the live state.
+"""The gateway's health service: the live state of every part of the system.
 
 About every second, and at once when a replica appears or is lost, each part's replicas are asked for their own health;
 a part is SERVING while one of them says so. A replica of an expert group is asked for its organ's, which serves only
@@ -45,8 +45,7 @@ class HealthMonitor:
         experts_apart: bool = True,
         channels: InnerChannels = PLAIN_CHANNELS,
     ) -> None:
-        """Takes what to watch.
-
+        """
         Args:
             parts: health name → live addresses. Names of organs are those of `organ_service`.
             publish: is called with each name and whether it serves.

@@ -1,4 +1,4 @@
-"""A file that one process at a time holds, and that is gone when that process gives it back.
+"""A file that one process at a time holds and that is removed when the process releases it.
 
 The lock is the system's own (flock), so it is free again when its process ends, however it ends. The file of a process
 that was killed stays, and the next one takes it.
@@ -18,7 +18,6 @@ class HeldError(Exception):
     """
 
     def __init__(self, holder: str) -> None:
-        """Takes the process id."""
         super().__init__(f"held by process {holder}" if holder else "held")
         self.holder = holder
 
@@ -31,7 +30,7 @@ def hold(path: Path, mode: int) -> int:
         mode: of a file that is made.
 
     Returns:
-        The descriptor to give to `give_back`.
+        The descriptor to give to `release`.
 
     Raises:
         HeldError: another process holds it.
@@ -58,7 +57,7 @@ def hold(path: Path, mode: int) -> int:
         os.close(descriptor)
 
 
-def give_back(descriptor: int, path: Path) -> None:
+def release(descriptor: int, path: Path) -> None:
     """Removes the file and frees the lock."""
     # While it is locked, so that it is this process's own.
     with suppress(OSError):

@@ -1,4 +1,4 @@
-"""How a server takes in a message: within bounds, inflated and parsed here, after the call's credentials were checked.
+"""Receives a message within bounds: decompressed and parsed after the call's credentials were checked.
 
 gRPC's own order is to receive, inflate and parse a message before any code of ours sees the call.
 """
@@ -35,8 +35,7 @@ class Incoming:
     """Takes in the messages of one server's calls."""
 
     def __init__(self, max_bytes: int, received: ReceivedBytes | None = None, idle_s: float | None = None) -> None:
-        """Takes the limits.
-
+        """
         Args:
             max_bytes: of one message, inflated.
             received: bounds the bytes of all calls; None for callers that are parts of the system.

@@ -1,4 +1,4 @@
-"""The one way in which a part listens to the other parts: only callers with the system's secret are served.
+"""The server of a part for the other parts: only callers with the system's secret are served.
 
 The secret is compared before a message is received, so that a stranger costs no more than its headers.
 """
@@ -21,7 +21,6 @@ class SecretInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Refuses every call, of health and reflection too, that does not carry the secret."""
 
     def __init__(self, secret: SystemSecret) -> None:
-        """Takes what calls must carry."""
         self._secret = secret
         self._refused = grpc.stream_stream_rpc_method_handler(_refuse)
 

@@ -1,4 +1,4 @@
-"""What happens around every call of every server: its id, its credentials, its errors, and whether it is let in.
+"""Wraps every call of every server: request id, credentials, errors, admission.
 
 All handlers are given to gRPC as ones that take a stream of bytes: then nothing of a call's message is received before
 its credentials were checked and it has its place. `serving.incoming` reads, inflates and parses the messages.
@@ -69,7 +69,7 @@ class _Call:
     """One call under way, which must have ended within a limit, writing its answer included."""
 
     def __init__(self, seconds: float | None, held: ExitStack) -> None:
-        """Takes how long it may last, None for ever, and what it gives back when it has ended."""
+        """Takes how long it may last, None forever, and what to release when it has ended."""
         self._loop = asyncio.get_running_loop()
         self._ends_at = None if seconds is None else self._loop.time() + seconds
         self._held = held
@@ -141,8 +141,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         call_limit_s: float | None = None,
         certificates: bool = False,
     ) -> None:
-        """Takes what all calls have in common.
-
+        """
         Args:
             tokens: when given, all calls but health checks must carry one.
             incoming: takes in the messages.
@@ -209,15 +208,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
         async def one(requests: Any, context: grpc.aio.ServicerContext) -> Any:
             # Sent while the message is read: one after the other takes a fifth of a short call longer.
-            greeting = asyncio.get_running_loop().create_task(_greet(context))
+            sending = asyncio.get_running_loop().create_task(_send_initial_metadata(context))
             try:
                 # Not kept in a variable, so that a behaviour that is done with its message frees its memory.
                 return behaviour(await incoming.one(context, parse), context)
             finally:
-                await greeting
+                await sending
 
         async def several(requests: Any, context: grpc.aio.ServicerContext) -> Any:
-            await _greet(context)
+            await _send_initial_metadata(context)
             return behaviour(requests if parse is None else incoming.each(context, parse), context)
 
         return several if handler.request_streaming else one
@@ -303,7 +302,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 self._idle.set()
 
 
-async def _greet(context: grpc.aio.ServicerContext) -> None:
+async def _send_initial_metadata(context: grpc.aio.ServicerContext) -> None:
     await context.send_initial_metadata(((REQUEST_ID_KEY, current_request_id()),))
 
 

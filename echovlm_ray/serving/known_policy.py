@@ -1,4 +1,4 @@
-"""What to serve, for a replica that starts: asked of Control, or, while that is away, read from where it left it.
+"""The traffic policy for a replica that starts: from Control, or from its last file while Control is away.
 
 Control writes every policy into a file before it publishes it, so a replica that starts without
 Control misses at most the last change; Control sees that and mends it when it is back.

@@ -1,4 +1,4 @@
-"""What the gateway says about the model, with the experts that are live now."""
+"""The description of the model in the gateway, with the experts that are live now."""
 
 import asyncio
 import dataclasses
@@ -27,8 +27,7 @@ class LiveModel:
         channels: InnerChannels = PLAIN_CHANNELS,
         identity: str = "",
     ) -> None:
-        """Takes its parts.
-
+        """
         Args:
             addresses: where Control's internal server is now; empty while it is away.
             description: of the checkpoint as it is.
@@ -51,7 +50,6 @@ class LiveModel:
         await self._follower.start()
 
     async def stop(self) -> None:
-        """Ends."""
         await self._follower.stop()
 
     async def _take(self, policy: control_pb2.TrafficPolicy) -> None:

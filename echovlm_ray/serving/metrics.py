@@ -1,4 +1,4 @@
-"""What Prometheus sees of the system, through Ray's own metrics: an agent on every node serves them.
+"""The Prometheus metrics of the system, through Ray's metrics agent.
 
 Labels are organ, version, kind and the system's name: no request, caller or picture is in them. Their number is
 bounded: of versions, a process tells at most `MAX_VERSIONS` apart. Where no Ray runs, all of this does nothing.
@@ -30,7 +30,6 @@ class RouterMetrics:
     """What a router sees of every organ's versions, and of its cache."""
 
     def __init__(self) -> None:
-        """Registers with Ray."""
         self._versions = _Versions()
         self._requests = _counter(
             "echovlm_requests",
@@ -99,7 +98,6 @@ class DecodingMetrics:
     """What a gateway's decoder processes do."""
 
     def __init__(self) -> None:
-        """Registers with Ray."""
         self._queue = _gauge("echovlm_decoding_queue", "Image files waiting to be decoded, or being decoded.", ())
         self._files = _counter(
             "echovlm_decoded_files",
@@ -122,8 +120,7 @@ class PartMetrics:
     """What every replica says of itself: its queue, and what it holds."""
 
     def __init__(self, kind: str, organ: str) -> None:
-        """Registers with Ray.
-
+        """
         Args:
             kind: "gateway", "vision", "router", "control" or "experts".
             organ: of an expert group.
@@ -150,7 +147,6 @@ class ControlMetrics:
     """What Control knows: which version of every organ is live, and where its rollout stands."""
 
     def __init__(self) -> None:
-        """Registers with Ray."""
         self._versions = _Versions()
         labels = ("organ", "version", "kind")
         self._live = _CurrentOnly(_gauge("echovlm_live", "1 for the version that is stable.", labels[:2]))
@@ -208,7 +204,7 @@ class _CurrentOnly:
 
 
 class _Versions:
-    """Tells so many versions apart, and calls all further ones the same."""
+    """Labels of a bounded number of versions; all further ones share one label."""
 
     def __init__(self) -> None:
         self._known: set[str] = set()

@@ -1,4 +1,4 @@
-"""What an expert replica says of its own health: whether it holds the version that its organ's requests get."""
+"""The health of an expert replica: whether it holds the version that its organ's requests get."""
 
 import asyncio
 import logging
@@ -32,8 +32,7 @@ class OrganHealth:
         channels: InnerChannels = PLAIN_CHANNELS,
         identity: str = "",
     ) -> None:
-        """Takes its parts.
-
+        """
         Args:
             group: what is resident, and what could not be loaded.
             addresses: where Control's internal server is now; empty while it is away.
@@ -79,7 +78,6 @@ class OrganHealth:
         self._task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
-        """Ends."""
         await self._follower.stop()
         if self._task is not None:
             self._task.cancel()

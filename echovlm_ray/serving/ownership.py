@@ -1,6 +1,6 @@
-"""Which systems a Ray cluster runs, by name, and who runs each: kept in the cluster's own key-value store.
+"""The systems of a Ray cluster by name, and who runs each: in the cluster's key-value store.
 
-A name belongs to one system at a time. `echoray serve` claims it before anything is deployed and gives it back when the
+A name belongs to one system at a time. `echoray serve` claims it before anything is deployed and releases it when the
 applications are removed. A system that finds another record than its own under its name has been replaced, and touches
 nothing any more.
 """
@@ -144,13 +144,13 @@ def is_ours(record: SystemRecord) -> bool:
 
 
 def release(record: SystemRecord) -> None:
-    """Gives a name back, unless another system has it by now."""
+    """Releases a name, unless another system has it by now."""
     if is_ours(record):
         serve_api.delete_record(_key(record.name))
 
 
-def forget(name: str) -> None:
-    """Gives a name back, whichever system has it: its applications were removed."""
+def release_name(name: str) -> None:
+    """Releases a name, whichever system has it: its applications were removed."""
     serve_api.delete_record(_key(name))
 
 

@@ -1,4 +1,4 @@
-"""What is checked before anything starts, so that a mistake is told at once and in words."""
+"""Checks before anything starts, so that a mistake is reported at once and in plain words."""
 
 import logging
 import os
@@ -55,7 +55,7 @@ def begin_anew(config: Config) -> None:
     """
     files = RolloutFiles.of(config.rollouts, config.model.checkpoint)
     if config.router.experts == "local":
-        raise ValueError("--begin-anew: with router.experts local no state is kept, so every start begins anew")
+        raise ValueError("--begin-anew: with router.experts local no state is kept, so every start begins again")
     if not files.is_new and files.database.startswith(SQLITE):
         raise ValueError(
             f"--begin-anew: the rollouts' database {files.base} is there; move it away first if what it says is to be "

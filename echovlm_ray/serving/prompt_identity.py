@@ -1,4 +1,4 @@
-"""Which prompt a request became: what an answer that is computed again is compared by before anything is computed."""
+"""A digest of a request's prompt, by which a replay is compared before anything is computed."""
 
 import hashlib
 from collections.abc import Iterable

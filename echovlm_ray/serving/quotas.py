@@ -1,4 +1,4 @@
-"""What one caller may take of a gateway: requests at once, requests a minute and tokens a minute."""
+"""Quotas of callers: concurrent requests, requests a minute and tokens a minute."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -82,7 +82,7 @@ class Quotas:
             OverloadedError: the caller has used up its quota. The text says which, and when to come back.
         """
         if not caller.id:
-            # Callers that show no credentials cannot be told apart.
+            # Callers that show no credentials cannot be distinguished.
             yield
             return
         account = self._account(caller)

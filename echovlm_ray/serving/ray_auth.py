@@ -1,4 +1,4 @@
-"""Whether Ray's own ports ask for a token: what arrives at some of them is unpickled, and so runs."""
+"""Checks that Ray's own ports require a token: some of them unpickle what they receive."""
 
 import os
 from pathlib import Path

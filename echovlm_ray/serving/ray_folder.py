@@ -1,4 +1,4 @@
-"""Where a Ray of our own keeps its sockets and logs: a folder that no other user may enter.
+"""The folder of a local Ray's sockets and logs, which no other user may enter.
 
 Ray gives its folders mode 0777, this one among them and again and again, so that anyone could rename a socket or have a
 log written where he likes. The folder above is closed to all but this user.

@@ -1,4 +1,4 @@
-"""Has a Ray of our own listen on loopback only, as of Ray 2.60.
+"""Binds a local Ray to loopback only, as of Ray 2.60.
 
 Ray's public options turn 127.0.0.1 into the machine's own address, and its processes then listen on all interfaces.
 Where Ray runs no clusters (macOS and Windows) it takes loopback for everything; the same switch, with the variable that

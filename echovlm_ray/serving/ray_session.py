@@ -1,4 +1,4 @@
-"""A Ray to run on: a local one of our own, gone without a trace afterwards, or a cluster that is there already."""
+"""The Ray session to run on: a local one, removed afterwards, or an existing cluster."""
 
 import logging
 import os

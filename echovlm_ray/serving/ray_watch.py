@@ -1,4 +1,4 @@
-"""Notices that Ray has died, or does not answer, while the system runs on it.
+"""Detects that Ray has died or does not answer while the system runs on it.
 
 Ray itself waits a minute for its own store of the cluster's state before it ends this process, and never misses the
 process that runs the replicas of this machine.
@@ -30,8 +30,7 @@ class RayWatch:
         processes: Mapping[psutil.Process, str],
         lost: Callable[[str], None],
     ) -> None:
-        """Takes what to watch.
-
+        """
         Args:
             processes: process → its name, of a local Ray; none of a cluster's.
             lost: called once with what happened, when Ray cannot be used any more.
@@ -58,12 +57,11 @@ class RayWatch:
         self._questions.append(question)
 
     def stop_asking(self) -> None:
-        """Asks Ray nothing any more, but still looks at its processes: before Ray is shut down."""
+        """Stops calling Ray, and still watches its processes: before Ray is shut down."""
         self._stopping.set()
         self._threads[1].join(ANSWER_TIMEOUT_S)
 
     def stop(self) -> None:
-        """Ends."""
         self._stopping.set()
         self._processes = {}
         self._threads[0].join()

@@ -115,7 +115,7 @@ class ReceivedBytes:
             self._waiting -= 1
 
     def begin(self, limit: asyncio.Timeout, busy_at: float) -> None:
-        """Notes a message that is arriving, and when its time is over while others wait."""
+        """Records a message that is arriving, and when its time is over while others wait."""
         self._arriving[limit] = busy_at
         if self._waiting:
             self._hurry()

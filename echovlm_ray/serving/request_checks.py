@@ -1,4 +1,4 @@
-"""What a `GenerateRequest` must be, checked field by field before anything is decoded."""
+"""Checks a `GenerateRequest` field by field before anything is decoded."""
 
 import re
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from echovlm_ray.config import GatewaySection, RouterSection
 from echovlm_ray.errors import InvalidRequestError
 from echovlm_ray.prompts import NEEDS_IMAGE, NEEDS_PROMPT, Language, Task
-from echovlm_ray.sampling_ranges import REPETITION_PENALTIES, TEMPERATURES, TOP_P, in_range, words
+from echovlm_ray.sampling_ranges import REPETITION_PENALTIES, TEMPERATURES, TOP_P, format_range, in_range
 from protos import echovlm_pb2, router_pb2
 
 TASK_NAMES: dict[int, Task] = {
@@ -104,12 +104,12 @@ def check_sampling(sampling: router_pb2.Sampling) -> None:
     """
     temperature, penalty = sampling.temperature, sampling.repetition_penalty
     if not (temperature == 0 or in_range(temperature, TEMPERATURES)):
-        raise InvalidRequestError("sampling.temperature", f"must be 0 (greedy) or {words(TEMPERATURES)}")
+        raise InvalidRequestError("sampling.temperature", f"must be 0 (greedy) or {format_range(TEMPERATURES)}")
     if not (sampling.top_p == 0 or in_range(sampling.top_p, TOP_P)):
-        raise InvalidRequestError("sampling.top_p", f"must be 0 or {words(TOP_P)}; 0 and 1 keep all tokens")
+        raise InvalidRequestError("sampling.top_p", f"must be 0 or {format_range(TOP_P)}; 0 and 1 keep all tokens")
     if not (penalty == 0 or in_range(penalty, REPETITION_PENALTIES)):
         raise InvalidRequestError(
-            "sampling.repetition_penalty", f"must be 0 or {words(REPETITION_PENALTIES)}; 0 and 1 change nothing"
+            "sampling.repetition_penalty", f"must be 0 or {format_range(REPETITION_PENALTIES)}; 0 and 1 change nothing"
         )
 
 

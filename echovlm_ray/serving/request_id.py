@@ -1,4 +1,4 @@
-"""The id under which a call is found in every log; taken from the caller or made up, and echoed both ways."""
+"""The id of a call in every log: from the caller or generated, and returned in both directions."""
 
 import re
 import uuid

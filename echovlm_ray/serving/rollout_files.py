@@ -1,7 +1,7 @@
-"""Where the state of rollouts lies: the database, and the few files beside it.
+"""The files of the rollouts' state: the database, and those beside it.
 
 rollouts.db                    the database, unless it is PostgreSQL
-rollouts.db.policy.json        what Control last told the Routers, for replicas that start while it is away
+rollouts.db.policy.json        the policy last sent to the Routers, for replicas that start while Control is away
 rollouts.db.incoming/          bundles that are being pushed
 rollouts.db.bundles/           copies of the bundles in use, unless experts.kept_bundles names another folder
 rollouts.db.lock               held by the one Control that uses the database, and gone when it has ended in order
@@ -16,7 +16,7 @@ from typing import Self
 from urllib.parse import urlsplit
 
 from echovlm_ray.config import RolloutsSection
-from echovlm_ray.serving.held_file import HeldError, give_back, hold
+from echovlm_ray.serving.held_file import HeldError, hold, release
 from experts.full_disk import NO_ROOM
 from experts.private_folder import user_folder
 from router.errors import RolloutDatabaseError
@@ -151,7 +151,7 @@ class DatabaseLock:
                 raise RolloutDatabaseError(f"{self._path} cannot be made: {error.strerror}; {remedy}") from None
 
     def release(self) -> None:
-        """Gives it back, and removes its file; harmless when repeated."""
+        """Releases it and removes its file; idempotent."""
         if self._descriptor is not None:
-            give_back(self._descriptor, self._path)
+            release(self._descriptor, self._path)
             self._descriptor = None

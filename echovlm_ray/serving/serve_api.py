@@ -1,4 +1,4 @@
-"""All that we use of Ray Serve beyond its public interface, as of Ray 2.60.
+"""All uses of Ray Serve beyond its public interface, as of Ray 2.60.
 
 Serve's public Python interface cannot tell which replicas run now and what they said of themselves, nor give a
 deployment a version. Both are done here and nowhere else; what comes back is checked, so that another Ray fails with a
@@ -94,7 +94,7 @@ def with_version(deployment: Deployment, version: str) -> Deployment:
 
 
 def delete_applications(names: Iterable[str]) -> None:
-    """Tells Serve to remove applications, and returns at once."""
+    """Has Serve remove applications, and returns at once."""
     ray.get(_controller().delete_apps.remote(list(names)), timeout=TIMEOUT_S)
 
 
@@ -115,7 +115,7 @@ def write_record(key: str, value: bytes, *, replace: bool) -> bool:
 
 
 def delete_record(key: str) -> None:
-    """Forgets what is kept under a key."""
+    """Deletes the record of a key."""
     _store()._internal_kv_del(key, namespace=RECORDS)
 
 

@@ -1,4 +1,4 @@
-"""What a configuration and a split checkpoint together mean: which organs are served, and by which expert set."""
+"""The organs and the expert set that a configuration and a split checkpoint serve."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -22,7 +22,7 @@ from experts.transport.inner_channel import INNER_MESSAGE_BYTES, KEEPALIVE_MS
 
 # What a message holds beside its payload.
 MESSAGE_SLACK_BYTES = 1024 * 1024
-# The largest length that gRPC can be told.
+# The largest length that gRPC takes as an option.
 MAX_MESSAGE_BYTES = 2**31 - 1
 # After the last call has ended, for its status to reach the caller.
 LAST_WORDS_S = 0.2

@@ -1,4 +1,4 @@
-"""Which system a part belongs to: its name on the cluster, and its identity, which no other system has.
+"""The identity of a system: its name on the cluster, and a random id.
 
 The parts know each other by plain names, `gateway` or `expert-heart`. On a Ray cluster the applications of a system
 that has a name are called `team-a.gateway` and `team-a.expert-heart`, so that several systems can run side by side.

@@ -1,4 +1,4 @@
-"""Where the secret of a running system is kept: with the Ray that it runs on, and in a file of its user.
+"""Stores the secret of a running system: with its Ray, and in a file of its user.
 
 Replicas read it from Ray's key-value store, which asks for Ray's own token, on whatever machine they run; no command
 line and no environment shows it. The file, of mode 0600, is for tools that call a part itself, such as the benchmarks:
@@ -44,16 +44,16 @@ def secret_of(system: SystemId) -> SystemSecret:
     return secret
 
 
-def forget_secrets(name: str) -> None:
+def delete_secrets(name: str) -> None:
     """Removes those of all systems that had a name on this Ray, when they were taken down."""
     prefix = _key(SystemId(name))
     for key in serve_api.record_keys():
         if key.startswith(prefix):
             serve_api.delete_record(key)
-            forget_file(key.removeprefix(prefix))
+            delete_secret_file(key.removeprefix(prefix))
 
 
-def forget_file(identity: str) -> None:
+def delete_secret_file(identity: str) -> None:
     """Removes the file alone: the Ray that kept the secret is gone, or it is another machine's."""
     with suppress(OSError, ValueError):
         secret_file(identity).unlink(missing_ok=True)

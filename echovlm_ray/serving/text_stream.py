@@ -1,4 +1,4 @@
-"""An answer's tokens to text while they come: whole characters only, and nothing of a stop string."""
+"""Incremental detokenization: whole characters only, without stop strings."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,4 +1,4 @@
-"""The load-balancing loss of a training step, and what it is judged by: load, entropy and dead experts."""
+"""The load-balancing loss of a training step, and its statistics: load, entropy and dead experts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Examples put together to what the model takes."""
+"""Collates examples into batches."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -59,8 +59,7 @@ class ExampleEncoder:
         max_visual_tokens: int,
         emphasis_weight: float = 1.0,
     ) -> None:
-        """Takes the limits.
-
+        """
         Args:
             processor: the checkpoint's.
             config: the model's, for the positions.
@@ -175,16 +174,13 @@ class EncodedSource(Protocol):
         """
         ...
 
-    def place(self, index: int) -> str:
-        """See `ExampleSource.place`."""
-        ...
+    def place(self, index: int) -> str: ...
 
 
 class FreshlyEncoded:
     """Encodes the examples of a source each time they are asked for; an `EncodedSource`."""
 
     def __init__(self, source: ExampleSource, encoder: ExampleEncoder) -> None:
-        """Takes the data and what makes tokens of it."""
         self._source = source
         self._encoder = encoder
 
@@ -193,9 +189,7 @@ class FreshlyEncoded:
         return len(self._source)
 
     def encoded(self, index: int, epoch: int) -> EncodedExample:
-        """See `EncodedSource.encoded`."""
         return self._encoder.encode(self._source.example(index, epoch))
 
     def place(self, index: int) -> str:
-        """See `ExampleSource.place`."""
         return self._source.place(index)

@@ -1,4 +1,4 @@
-"""How a run can end before its time. Each text says what was kept and how to go on."""
+"""Errors that end a training run early. Each text says what was kept and how to go on."""
 
 
 class TrainingError(ValueError):

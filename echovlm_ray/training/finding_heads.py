@@ -22,7 +22,7 @@ from echovlm_ray.data.phantom.tissue import LABELS, LESION_LABELS
 
 # A target that is not known; as torch's cross entropy has it.
 UNKNOWN = -100
-# How sharply the directions of the organs' pooled embeddings are told apart; cosines lie between -1 and 1.
+# How sharply the directions of the organs' pooled embeddings are distinguished; cosines lie between -1 and 1.
 _ORGAN_SCALE = 16.0
 
 
@@ -97,7 +97,6 @@ class FindingHeads(nn.Module):
     lesions: torch.Tensor
 
     def __init__(self, hidden_size: int) -> None:
-        """Takes the width of visual embeddings."""
         super().__init__()
         widths = [width for _, width in question_slices()]
         self.norm = nn.LayerNorm(hidden_size)

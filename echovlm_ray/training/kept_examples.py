@@ -32,7 +32,6 @@ class KeptExamples:
         return len(self._source)
 
     def place(self, index: int) -> str:
-        """See `ExampleSource.place`."""
         return self._source.place(index)
 
     def encoded(self, index: int, epoch: int) -> EncodedExample:
@@ -60,9 +59,9 @@ def keep(
     Args:
         source: the examples.
         tower: frozen, in evaluation mode.
-        folder: where to write; only the user may look into it, for it holds what the data set says.
+        folder: where to write; only the user may look into it, because it holds what the data set says.
         skip_unusable: leave out what cannot be used, and log why.
-        progress: told 1 for every example.
+        progress: called with 1 for every example.
 
     Returns:
         how many examples were left out.

@@ -1,4 +1,4 @@
-"""Examples that a run leaves out because they cannot be used: each is named once and counted."""
+"""Examples that a run skips because they cannot be used: each is named once and counted."""
 
 import logging
 
@@ -17,7 +17,6 @@ class LeftOut:
     """What was left out so far. A worker process that reads examples counts its own."""
 
     def __init__(self) -> None:
-        """Begins with none."""
         self._indices: set[int] = set()
 
     def __len__(self) -> int:

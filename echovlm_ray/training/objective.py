@@ -62,8 +62,7 @@ class TrainingObjective(nn.Module):
         learn: Learn = "answers",
         findings: float = 1.0,
     ) -> None:
-        """Takes the model and the weights of the losses.
-
+        """
         Args:
             model: what is trained.
             balancing: what the load-balancing loss is multiplied with before it joins the loss.
@@ -207,7 +206,7 @@ class TrainingObjective(nn.Module):
         """Zero, with (zero) gradients for the vision tower.
 
         A worker whose batch shows no picture takes part in the exchange of gradients like any other; otherwise the
-        workers would wait for one another for ever.
+        workers would wait for one another forever.
         """
         visual = self.model.model.visual
         assert visual is not None

@@ -1,4 +1,4 @@
-"""Which tensors the parts of a model are, and how a stage makes them learn."""
+"""The parameters of each part of a model, and how a stage makes them trainable."""
 
 import re
 from collections.abc import Iterator

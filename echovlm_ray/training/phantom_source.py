@@ -28,7 +28,6 @@ class PhantomSource:
     """
 
     def __init__(self, pool: PhantomPool) -> None:
-        """Takes the pictures."""
         self._pool = pool
         section = pool.section
         self._tasks = tuple(section.tasks)
@@ -41,11 +40,9 @@ class PhantomSource:
         return (section.pictures + section.loops) * section.examples_each
 
     def place(self, index: int) -> str:
-        """See `ExampleSource.place`."""
         return f"phantom {self._pool.section.first + index // self._pool.section.examples_each}"
 
     def example(self, index: int, epoch: int) -> Example:
-        """See `ExampleSource.example`."""
         section = self._pool.section
         number, repeat = divmod(index, section.examples_each)
         phantom_index = section.first + number

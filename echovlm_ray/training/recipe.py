@@ -116,7 +116,7 @@ class UpcyclingSection(Section):
     # When memory is short, lower it: the inner size of the shared expert.
     shared_expert_size: PositiveInt = 5632
     # When 0, experts begin with rows of the dense MLP; when 1, at random; between, that share of their rows is drawn
-    # anew (Drop-Upcycling, arXiv 2502.19261, which finds 0.5 best), so that experts differ from the beginning.
+    # again (Drop-Upcycling, arXiv 2502.19261, which finds 0.5 best), so that experts differ from the beginning.
     redrawn: Share = 0.5
     # When true, the mixture begins at zero and step 0 computes what the dense model does; when false, experts begin
     # with their full output and the model is disturbed at first.

@@ -73,7 +73,6 @@ class RecordSource:
         return len(self._dataset)
 
     def place(self, index: int) -> str:
-        """See `ExampleSource.place`."""
         return self._dataset.place(index)
 
     def group(self, index: int) -> tuple[str, str]:

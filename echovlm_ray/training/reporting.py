@@ -1,4 +1,4 @@
-"""What a run tells: a line a step on the terminal with the time left, a log as JSON Lines, and curves as PNG."""
+"""Progress of a run: a line a step on the terminal, a log as JSON Lines, and curves as PNG."""
 
 import json
 import time
@@ -20,7 +20,6 @@ class LogFile(TrainerCallback):
     """Appends every entry of the log to a file; a run that goes on first takes away what came after its checkpoint."""
 
     def __init__(self, path: Path) -> None:
-        """Takes the file."""
         self._path = path
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""One process at a time trains a run: a lock that the system takes away from a process that ends, however it ends."""
+"""A lock so that one process at a time trains a run; the kernel releases it when the process ends."""
 
 import fcntl
 import os

@@ -1,4 +1,4 @@
-"""What a small model's training from random weights begins with: a configuration, a tokenizer and a processor."""
+"""Configuration, tokenizer and processor for training a small model from random weights."""
 
 import json
 from collections.abc import Iterator

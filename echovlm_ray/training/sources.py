@@ -50,11 +50,9 @@ class ChosenSource:
         return len(self._indices)
 
     def example(self, index: int, epoch: int) -> Example:
-        """See `ExampleSource.example`."""
         return self._source.example(self._indices[index], epoch)
 
     def place(self, index: int) -> str:
-        """See `ExampleSource.place`."""
         return self._source.place(self._indices[index])
 
 

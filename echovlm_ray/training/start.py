@@ -21,8 +21,9 @@ from echovlm_ray.checkpoint.schema import expert_name, gate_name
 from echovlm_ray.checkpoint.writer import write_released
 from echovlm_ray.config import Section
 from echovlm_ray.model.configuration import EchoVLMConfig
+from echovlm_ray.model.decoder_layer import EchoVLMDecoderLayer
 from echovlm_ray.model.expert_kernels import weights_of
-from echovlm_ray.model.modeling import EchoVLMDecoderLayer, EchoVLMForConditionalGeneration
+from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
 from echovlm_ray.training.recipe import Recipe
 from echovlm_ray.training.upcycling import is_dense, upcycle
 from experts.bundle import Bundle

@@ -1,4 +1,4 @@
-"""The order in which a run sees its examples: one long stream, each place of which is a function of the seed.
+"""The order in which a run uses its examples: a function of the seed.
 
 A place is looked up without those before it, so a run that goes on in the middle reads nothing twice, and neither the
 number of worker processes nor a global generator can change what comes.
@@ -33,8 +33,7 @@ class ExampleStream(Dataset[EncodedExample | UnusableExample]):
     """A data set for torch's `DataLoader`, read from the first place to the last."""
 
     def __init__(self, source: EncodedSource, *, seed: int, length: int, skip_unusable: bool = False) -> None:
-        """Takes the data.
-
+        """
         Args:
             source: the examples.
             seed: decides the order.

@@ -1,4 +1,4 @@
-"""Tools that a run's curves can be written to, through transformers' callbacks: TensorBoard and MLflow."""
+"""Experiment trackers through transformers' callbacks: TensorBoard and MLflow."""
 
 from importlib.util import find_spec
 

@@ -51,7 +51,7 @@ class EchoVLMTrainer(Trainer):
             collate_fn=self.data_collator,
             num_workers=workers,
             persistent_workers=workers > 0,
-            # A forked worker notices when this process is killed; one of a fork server would wait for ever.
+            # A forked worker notices when this process is killed; one of a fork server would wait forever.
             multiprocessing_context="fork" if workers else None,
             # Of its own, so that beginning to read leaves torch's global generator alone.
             generator=torch.Generator().manual_seed(self._loader_seed),
@@ -65,7 +65,7 @@ class EchoVLMTrainer(Trainer):
         """The micro-batches of one step, and what its loss is divided by.
 
         A batch that cannot be used ends the run with its state saved; with several workers, where the others would
-        wait for this one for ever, it ends at once.
+        wait for this one forever, it ends at once.
         """
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         unusable = next((batch[UNUSABLE] for batch in batches if UNUSABLE in batch), None)
@@ -134,7 +134,6 @@ class Checkpointing(TrainerCallback):
     """Marks checkpoints as whole once they are, and removes old ones."""
 
     def __init__(self, keep: int) -> None:
-        """Takes how many to keep."""
         self._keep = keep
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:

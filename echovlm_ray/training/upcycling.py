@@ -20,7 +20,8 @@ from transformers import Qwen2VLForConditionalGeneration
 from echovlm_ray.checkpoint.layout import InvalidCheckpointError
 from echovlm_ray.checkpoint.reader import read_tensor_folder
 from echovlm_ray.model.configuration import EchoVLMConfig
-from echovlm_ray.model.modeling import EchoVLMDecoderLayer, EchoVLMForConditionalGeneration
+from echovlm_ray.model.decoder_layer import EchoVLMDecoderLayer
+from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
 from echovlm_ray.training.recipe import UpcyclingSection
 
 
@@ -106,7 +107,7 @@ def _begin_layer(
 def _cut(
     layer: EchoVLMDecoderLayer, size: int, redrawn: float, deviation: float, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """An expert's three matrices: inner rows of the dense MLP, some drawn anew (arXiv 2502.19261, section 3).
+    """An expert's three matrices: inner rows of the dense MLP, some drawn again (arXiv 2502.19261, section 3).
 
     What is drawn has the mean and the deviation of what it takes the place of.
     """

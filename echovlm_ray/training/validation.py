@@ -1,4 +1,4 @@
-"""The loss on examples that are not trained on."""
+"""The validation loss."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -26,7 +26,7 @@ class EncoderInput:
 
     Attributes:
         salt: it shares an embedding only with inputs of the same one.
-        caller: whose turn it takes among the inputs that wait.
+        caller: takes turns with the others among the inputs that wait.
     """
 
     grid: tuple[int, int, int]
@@ -104,8 +104,7 @@ class VisionEncoder:
     def __init__(
         self, tower: EchoVLMVisionTower, digest: str, *, cache_bytes: int, max_batch_patches: int, max_queue: int
     ) -> None:
-        """Takes the weights and their limits.
-
+        """
         Args:
             tower: see `echovlm_ray.model.checkpoint.load_vision_tower`. On a CPU its linear layers are packed, so that
                 an input's embedding has the same bits whatever else is in the batch.

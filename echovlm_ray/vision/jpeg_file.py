@@ -173,7 +173,7 @@ def _scan_headers(jpeg: JpegFile, most: int) -> list[bytes]:
 def may_be_complete(jpeg: JpegFile) -> bool:
     """Whether a file without the mark of its end may still hold every pixel, by its scans and restart markers.
 
-    A file that is cut between two scans, or where decoding starts anew, decodes without any complaint: what is missing
+    A file that is cut between two scans, or where decoding starts again, decodes without any complaint: what is missing
     is grey or coarse.
     """
     headers = _scan_headers(jpeg, MAX_SCANS)

@@ -1,4 +1,4 @@
-"""What decoding a still image or a video comes to, and how a file is refused."""
+"""The result of decoding a still image or a video, and the error of a file that is refused."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The kernel that chooses a kernel.
+"""Chooses a kernel.
 
 On a CPU it is `cpu_packed` where weights can be packed and `reference` elsewhere: decided by what the machine can do,
 never by a measurement, so that every process of a machine computes the same bits.
@@ -53,8 +53,7 @@ class AutoKernel:
     """Chooses by device, and on a GPU by measurement; safe to use from any thread."""
 
     def __init__(self, candidates: tuple[str, ...] = CUDA_CANDIDATES, plan_file: Path | None = None) -> None:
-        """Measures nothing yet.
-
+        """
         Args:
             candidates: what to choose from on a GPU, as far as it can be imported there.
             plan_file: where measurements are kept; none is the user's cache folder.

@@ -1,4 +1,4 @@
-"""The one interface behind which an expert group's arithmetic runs.
+"""The interface of all expert kernels.
 
 A kernel computes, for every token, `Σ_k weight[t, k] · SwiGLU_{expert_index[t, k]}(x[t])` with
 `SwiGLU(x) = down(silu(gate(x)) · up(x))`, no biases (Shazeer 2020, arXiv 2002.05202).

@@ -1,4 +1,4 @@
-"""Finds by trial from how many pairs on which of several kernels is the faster one, and remembers it."""
+"""Measures from how many pairs on which of several kernels is faster, and stores the result."""
 
 import json
 import logging
@@ -97,7 +97,7 @@ def choose(timings: Timings) -> Plan:
 
 
 class PlanFile:
-    """Plans by key in a JSON file. What cannot be read is passed over with a line in the log, and written anew."""
+    """Plans by key in a JSON file. What cannot be read is passed over with a line in the log, and written again."""
 
     def __init__(self, path: Path | None) -> None:
         """Takes the file's path; with none, nothing is kept."""

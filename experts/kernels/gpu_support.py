@@ -1,4 +1,4 @@
-"""What the kernels for a GPU share: their libraries, and what they refuse."""
+"""Shared by the kernels for a GPU: their libraries and checks."""
 
 import importlib
 import os

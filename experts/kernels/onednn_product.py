@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from experts.kernels.cpu.library import PackedMatrix
 
-# The number of rows that oneDNN is told to lay the weights out for. Any number of rows may come later.
+# The number of rows for which oneDNN lays out the weights. Any number of rows may come later.
 _EXPECTED_ROWS = 16
 # More rows are computed in pieces of so many: as fast, and no further sizes.
 MAX_ROWS = 512
@@ -31,8 +31,7 @@ class OneDnnWeights:
     matrix: PackedMatrix | None = None
 
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
-        """Copies the weights.
-
+        """
         Args:
             weight_OI: outputs × inputs, of a dtype for which `unavailable_reason` knows none.
             bias_O: outputs, in the weight's dtype.
@@ -51,7 +50,6 @@ class OneDnnWeights:
         return sorted({padded_rows(rows) for rows in range(1, min(max_rows, MAX_ROWS) + 1)})
 
     def product(self, x_TI: torch.Tensor) -> torch.Tensor:
-        """See `PackedWeights`."""
         rows = x_TI.shape[0]
         if rows > MAX_ROWS:
             return torch.cat([self.product(piece) for piece in x_TI.split(MAX_ROWS)])
@@ -62,7 +60,6 @@ class OneDnnWeights:
         return output_TO[:rows]
 
     def product_into(self, x_TI: torch.Tensor, output_TO: torch.Tensor, first: int, end: int) -> None:
-        """See `PackedWeights`."""
         output_TO[first:end] = self.product(x_TI[first:end])
 
 
@@ -73,8 +70,8 @@ def padded_rows(rows: int) -> int:
     that saw every number would grow without need, and would stop to compile in the middle of serving. So there are
     four sizes between a power of two and the next up to 64 rows, and every sixteenth above: 47 in all.
 
-    A lone row gets company: oneDNN adds it up in larger blocks than two or more rows, which changes the last bits from
-    1025 inputs on. The second row costs next to nothing, for the weights are read once.
+    A lone row gets a second one: oneDNN adds it up in larger blocks than two or more rows, which changes the last bits
+    from 1025 inputs on. The second row costs next to nothing, for the weights are read once.
     """
     if rows == 1:
         return 2

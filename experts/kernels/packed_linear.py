@@ -113,7 +113,6 @@ class PackedLinear:
 
     @property
     def matrix(self) -> PackedMatrix | None:
-        """See `PackedWeights.matrix`."""
         return self._weights.matrix
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -163,7 +162,7 @@ def unavailable_reason(dtype: torch.dtype) -> str | None:
     return layout if isinstance(layout, str) else None
 
 
-def products_in_words(dtype: torch.dtype) -> str:
+def describe_products(dtype: torch.dtype) -> str:
     """What multiplies packed weights of a dtype here, and why it is not the C library, for status."""
     threads = torch.get_num_threads()
     layout = _layout(dtype, threads)

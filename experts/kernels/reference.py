@@ -10,7 +10,6 @@ class ReferenceExperts:
     """One layer's experts as they were loaded. Differentiable."""
 
     def __init__(self, weights: ExpertWeights) -> None:
-        """Keeps the weights, without a copy."""
         self._weights = weights
 
     @property

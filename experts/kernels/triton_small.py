@@ -121,7 +121,6 @@ class TritonSmallKernel:
     """
 
     def __init__(self) -> None:
-        """Compiles nothing yet."""
         self._lock = threading.Lock()
         self._warm: set[tuple[object, ...]] = set()
 

@@ -1,4 +1,4 @@
-"""Which live organs cannot be answered as they should be: where the stable version is missing, and why."""
+"""Live organs that cannot be answered as configured: where the stable version is missing, and why."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Calls that block, each on a thread of its own, so that one that hangs keeps nothing else waiting."""
+"""Runs blocking calls on a thread each, so that one that hangs delays nothing else."""
 
 import threading
 from collections.abc import Callable, Hashable
@@ -10,8 +10,7 @@ class Background:
     """Runs calls under keys, at most one for each key. The threads end with the process, hung or not."""
 
     def __init__(self, limit: int, on_done: Callable[[], None] = lambda: None) -> None:
-        """Starts with nothing.
-
+        """
         Args:
             limit: at most so many calls at once.
             on_done: called after each, on its thread.

@@ -1,4 +1,4 @@
-"""Drives every rollout from the database to the fleet and back, until both agree.
+"""The controller: brings every rollout and the fleet to what the database says.
 
 Level-triggered: each pass looks at what should be and at what is, and starts what is missing. Nothing that matters is
 kept between passes, so a process killed at any point goes on where the database stands.
@@ -22,7 +22,7 @@ from router.rollouts.health import HealthMonitor
 from router.rollouts.judge import judge
 from router.rollouts.leases import Leases
 from router.rollouts.moments import Moments
-from router.rollouts.outcome import listed, words
+from router.rollouts.outcome import format_error, listed
 from router.rollouts.promoted import PromotionWatch, other_versions, watch_s
 from router.rollouts.records import Rollout, Snapshot
 from router.rollouts.settings import RolloutSettings, Thresholds
@@ -30,7 +30,7 @@ from router.rollouts.states import RESIDENT, Action, State
 from router.rollouts.store import RolloutStore
 from router.rollouts.transaction import CONTROLLER as ACTOR
 from router.rollouts.transaction import Transaction
-from router.rollouts.waiting import current_step, in_words, step_waits_for
+from router.rollouts.waiting import current_step, format_waits, step_waits_for
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class RolloutController:
 
     def stop(self) -> None:
         """Ends the thread after the pass under way; what it started goes on, and is found again by the next start.
-        An evaluation ends, and the next start begins it anew."""
+        An evaluation ends, and the next start begins it again."""
         self._stopping.set()
         self.gates.stop()
         self.wake()
@@ -209,7 +209,7 @@ class RolloutController:
             return
         if not self._calls.has_room():
             return
-        # Counted before it begins: a bundle that kills the process must not do so for ever.
+        # Counted before it begins: a bundle that kills the process must not do so forever.
         with self._store.write() as transaction:
             current = transaction.rollout(rollout.id)
             if current.state != State.STAGED:
@@ -224,7 +224,7 @@ class RolloutController:
 
     def _verification_ended(self, rollout_id: str, error: BaseException | None) -> None:
         if error is not None:
-            self._fail(rollout_id, f"verification failed: {words(error)}")
+            self._fail(rollout_id, f"verification failed: {format_error(error)}")
             return
         with self._store.write() as transaction:
             rollout = transaction.rollout(rollout_id)
@@ -259,7 +259,7 @@ class RolloutController:
             # The incumbent has the older right to the memory.
             self._fail(
                 candidate.id,
-                f"replica {operation.replica} has no room for the stable version beside it: {words(error)}",
+                f"replica {operation.replica} has no room for the stable version beside it: {format_error(error)}",
             )
 
     def _candidate_load_failed(self, candidate: Rollout, failure: LoadFailure) -> None:
@@ -268,7 +268,9 @@ class RolloutController:
         if isinstance(error, ReplicaLostError):
             losses = candidate.replica_losses + 1
             if losses > self._settings.max_replica_losses:
-                self._fail(candidate.id, f"{where}, and {losses} replicas were lost in loading it: {words(error)}")
+                self._fail(
+                    candidate.id, f"{where}, and {losses} replicas were lost in loading it: {format_error(error)}"
+                )
                 return
             with self._store.write() as transaction:
                 current = transaction.rollout(candidate.id)
@@ -277,7 +279,7 @@ class RolloutController:
             self._convergence.pause_candidate(candidate, self._settings.loss_pause_s)
         elif not (failure.draining and isinstance(error, ExpertCapacityError)):
             # With older versions on their way out there may be room soon; the time to warm is bounded anyway.
-            self._fail(candidate.id, f"{where}: {words(error)}")
+            self._fail(candidate.id, f"{where}: {format_error(error)}")
 
     def _unhealthy(self, rollout: Rollout, snapshot: Snapshot) -> str:
         if rollout.mode is None or rollout.traffic_since is None:
@@ -308,7 +310,7 @@ class RolloutController:
         if view is not None and not view.held_everywhere(rollout.digest):
             missing = listed(view.missing(rollout.digest)) or rollout.organ
             waits.append(f"replicas that do not hold it: {missing}")
-        return in_words(waits)
+        return format_waits(waits)
 
     def _take_step(self, rollout: Rollout) -> None:
         if self._step_waits(rollout) or not self.gates.standing(rollout).passed:

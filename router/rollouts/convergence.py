@@ -11,7 +11,7 @@ from router.rollouts.background import Background
 from router.rollouts.fleet import Fleet
 from router.rollouts.fleet_view import OrganView, ReplicaView
 from router.rollouts.moments import Moments
-from router.rollouts.outcome import words
+from router.rollouts.outcome import format_error
 from router.rollouts.records import Rollout, Snapshot
 from router.rollouts.states import RESIDENT, State
 
@@ -64,8 +64,7 @@ class Convergence:
         default_timeout_s: float,
         leased: Callable[[str], Collection[str]] = lambda organ: (),
     ) -> None:
-        """Starts nothing.
-
+        """
         Args:
             fleet: the replicas.
             operations: where to run calls.
@@ -105,7 +104,7 @@ class Convergence:
         self._candidate_pauses[rollout.id] = self._clock() + seconds
 
     def finished(self, operation: Operation, error: BaseException | None) -> LoadFailure | None:
-        """Takes note of a load or unload that ended.
+        """Records a load or unload that ended.
 
         Returns:
             What the controller must judge, if it was a load that failed.
@@ -120,7 +119,7 @@ class Convergence:
             self._given_up.add((operation.organ, self._kept_before[operation.organ]))
         pause = self._pauses.setdefault(place, _Pause())
         pause.failures += 1
-        pause.reason = words(error) if operation.kind == "load" else ""
+        pause.reason = format_error(error) if operation.kind == "load" else ""
         pause.until = self._clock() + min(2.0 ** (pause.failures - 1), LONGEST_PAUSE_S)
         logger.warning(
             "%s of %s… on replica %s of %s failed: %s",
@@ -128,7 +127,7 @@ class Convergence:
             operation.digest[:12],
             operation.replica,
             operation.organ,
-            words(error),
+            format_error(error),
         )
         return LoadFailure(operation, error, draining) if operation.kind == "load" else None
 
@@ -174,7 +173,7 @@ class Convergence:
         try:
             pinned = frozenset(self._fleet.pinned())
         except Exception as error:
-            logger.debug("it is not known yet what requests use: %s", words(error))
+            logger.debug("the bundles in use are not known yet: %s", format_error(error))
             return
         for live, view in new:
             needed = self._needed(snapshot, live.organ)
@@ -236,7 +235,7 @@ class Convergence:
             # Once no request uses such a version, none ever will.
             pinned = frozenset(self._fleet.pinned())
         except Exception as error:
-            logger.debug("it is not known yet what requests use: %s", words(error))
+            logger.debug("the bundles in use are not known yet: %s", format_error(error))
             self.spare &= found
         else:
             self.spare = frozenset(item for item in found if item in self.spare or item[1] not in pinned)
@@ -268,7 +267,7 @@ class Convergence:
         try:
             pinned = frozenset(self._fleet.pinned())
         except Exception as error:
-            logger.warning("nothing is unloaded now, for it is not known what requests use: %s", words(error))
+            logger.warning("nothing is unloaded now: the bundles in use are not known: %s", format_error(error))
             return
         for (organ, replica), digests in extra.items():
             for digest in digests:

@@ -24,11 +24,11 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from router.errors import RolloutDatabaseError, RolloutDatabaseLostError
 from router.rollouts import schema
-from router.rollouts.database_errors import first_line, in_words
+from router.rollouts.database_errors import explained, first_line
 from router.rollouts.database_file import DatabaseFile, make_database_file
 from router.rollouts.history import Head, hash_at, head_of
 
-# Below what operators' commands wait, so that they hear why.
+# Below the timeout of operators' commands, so that they get the reason.
 BUSY_TIMEOUT_S = 10.0
 MIGRATIONS = Path(__file__).parent / "migrations"
 # Any number that no other program uses for the same purpose in the same PostgreSQL database.
@@ -59,7 +59,7 @@ class Database:
         self._file: DatabaseFile | None = None
         self._seen: Head | None = None
         try:
-            with self._in_words():
+            with self._explaining():
                 if self._path is not None:
                     if create:
                         make_database_file(self._path, lambda partial: _make_tables(parsed.set(database=str(partial))))
@@ -93,7 +93,7 @@ class Database:
         if self._file is not None:
             self._file.check()
         options: dict[str, Any] = {} if self.is_sqlite else {"isolation_level": "REPEATABLE READ"}
-        with self._in_words(), self.engine.connect().execution_options(**options) as connection, connection.begin():
+        with self._explaining(), self.engine.connect().execution_options(**options) as connection, connection.begin():
             yield connection
 
     @contextmanager
@@ -105,7 +105,7 @@ class Database:
             RolloutDatabaseError: it is locked, full, out of reach or damaged; nothing was changed, and the text says
                 what to do.
         """
-        with self._in_words(), self._exclusive() as connection:
+        with self._explaining(), self._exclusive() as connection:
             # Under READ COMMITTED, all that follows sees what the last writer left.
             connection.execute(text("SELECT id FROM history_head WHERE id = 1" + self._for_update))
             self._check(connection)
@@ -126,7 +126,7 @@ class Database:
             self._check(connection)
 
     def take_identity(self, identity: str) -> None:
-        """Gives the database another identity; for one that is made anew whenever its deployment's Control starts."""
+        """Gives the database another identity; for one that is made again whenever its deployment's Control starts."""
         with self.write() as connection:
             connection.execute(update(schema.deployment).values(identity=identity))
         self.identity = identity
@@ -183,15 +183,15 @@ class Database:
         return "" if self.is_sqlite else " FOR UPDATE"
 
     @contextmanager
-    def _in_words(self) -> Iterator[None]:
+    def _explaining(self) -> Iterator[None]:
         """Raises what the driver says of the database in words for operators."""
         try:
             yield
         except (DBAPIError, sqlite3.Error) as error:
-            told = in_words(error, self.name, self._path, BUSY_TIMEOUT_S)
-            if told is None:
+            translated = explained(error, self.name, self._path, BUSY_TIMEOUT_S)
+            if translated is None:
                 raise
-            raise told from error
+            raise translated from error
 
     @contextmanager
     def _exclusive(self) -> Iterator[Connection]:

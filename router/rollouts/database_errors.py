@@ -1,4 +1,4 @@
-"""What a database says when it cannot go on, in words that name the cause and what to do."""
+"""Translates a database's errors into ones that name the cause and the fix."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ _PG_DISK_FULL = "53100"
 _PG_READ_ONLY = "25006"
 
 
-def in_words(error: Exception, name: str, path: Path | None, waited_s: float) -> RolloutDatabaseError | None:
+def explained(error: Exception, name: str, path: Path | None, waited_s: float) -> RolloutDatabaseError | None:
     """The error for operators; None for one that the database is not to blame for.
 
     Args:

@@ -1,4 +1,4 @@
-"""The file of a SQLite database: made whole or not at all, and known again by its device and inode."""
+"""The file of a SQLite database: created atomically, and identified by its device and inode."""
 
 import contextlib
 import os

@@ -1,10 +1,10 @@
-"""What an operation finds, and refuses, in the state that it reads."""
+"""Checks and refusals that operations share."""
 
 from router.errors import RolloutStateError, UnknownOrganError
 from router.rollouts.expectation import NOTHING_EXPECTED, Expectation, Names, check_expected
 from router.rollouts.happened import what_happened
 from router.rollouts.records import Rollout, Snapshot
-from router.rollouts.sentences import in_words
+from router.rollouts.sentences import format_state
 from router.rollouts.states import Action, State, next_state
 from router.rollouts.transaction import Transaction
 
@@ -84,7 +84,7 @@ def checked_candidate(
 
 def already(transaction: Transaction, rollout: Rollout, names: Names) -> str:
     """The words for a rollout that is as asked already: since when, and who asked."""
-    state = in_words(rollout.state, rollout.percent)
+    state = format_state(rollout.state, rollout.percent)
     return f"it is {state} already: {what_happened(transaction, rollout, names)}"
 
 

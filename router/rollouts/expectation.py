@@ -1,4 +1,4 @@
-"""Compare and set: an operation is made only if the organ still stands where its caller saw it."""
+"""Compare and set: an operation succeeds only if the organ is in the state that its caller saw."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from router.errors import RolloutStateError
 from router.rollouts.happened import what_happened
 from router.rollouts.records import Rollout, Snapshot
-from router.rollouts.sentences import in_words
+from router.rollouts.sentences import format_state
 from router.rollouts.states import State
 from router.rollouts.transaction import Transaction
 
@@ -68,8 +68,8 @@ def _check_candidate(transaction: Transaction, candidate: Rollout, expected: Exp
     if not moved and not shifted:
         return
     known = expected.state in list(State)
-    seen = in_words(State(expected.state), expected.percent or None) if known else repr(expected.state[:32])
+    seen = format_state(State(expected.state), expected.percent or None) if known else repr(expected.state[:32])
     raise RolloutStateError(
-        f"the caller saw {candidate.id} as {seen}, but it is {in_words(candidate.state, candidate.percent)}: "
+        f"the caller saw {candidate.id} as {seen}, but it is {format_state(candidate.state, candidate.percent)}: "
         f"{what_happened(transaction, candidate, names)}; nothing was changed: look at it and ask again"
     )

@@ -1,4 +1,4 @@
-"""What the controller needs of the world: the replicas that hold experts, and a judge of bundles.
+"""The controller's interfaces: the replicas that hold experts, and a verifier of bundles.
 
 Control implements `Fleet` over the replicas' gRPC services and `Verifier` over the registry. Every method is called
 from threads, several at once, may block, and may be called again for what was done already.
@@ -51,10 +51,10 @@ class Fleet(Protocol):
         """
 
     def unload(self, replica: str, organ: str, digest: str) -> None:
-        """Forgets a bundle; returns when its memory is free. An absent bundle is left alone."""
+        """Unloads a bundle; returns when its memory is free. An absent bundle is left alone."""
 
     def load_bytes(self, organ: str, digest: str) -> int:
-        """The memory that a load takes on a replica, as far as it can be told before: for dry runs.
+        """The memory that a load takes on a replica, as far as it is known before: for dry runs.
 
         Raises:
             UnknownBundleError: there is no such bundle.

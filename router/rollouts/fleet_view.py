@@ -1,4 +1,4 @@
-"""What all replicas hold, asked at one time."""
+"""What all replicas hold at one time."""
 
 import math
 import time
@@ -10,7 +10,7 @@ from typing import Any
 
 from router.rollouts.background import Background
 from router.rollouts.fleet import Fleet, ReplicaResidents
-from router.rollouts.outcome import words
+from router.rollouts.outcome import format_error
 from router.rollouts.records import Snapshot
 
 # Replicas asked at once; those above are asked the next time.
@@ -82,7 +82,7 @@ class OrganView:
 
 
 class FleetObserver:
-    """Asks all replicas at once, and waits for none longer than it must. Used by one thread at a time."""
+    """Polls all replicas concurrently, each with a timeout. Used by one thread at a time."""
 
     def __init__(self, fleet: Fleet, timeout_s: float) -> None:
         """Takes the fleet, and how long a replica may take to answer."""
@@ -135,7 +135,7 @@ class FleetObserver:
             try:
                 names[organ] = list(self._fleet.replicas(organ))
             except Exception as error:
-                names[organ], problems[organ] = [], f"its replicas cannot be listed: {words(error)}"
+                names[organ], problems[organ] = [], f"its replicas cannot be listed: {format_error(error)}"
             for replica in names[organ]:
                 key: Hashable = (replica, organ)
                 if future := self._calls.start(key, partial(self._fleet.resident, replica, organ)):
@@ -158,7 +158,7 @@ def _view_of(replica: str, future: Future[Any] | None, unloading: Collection[tup
     if future is None or not future.done():
         return ReplicaView(replica, None, "does not answer")
     if error := future.exception():
-        return ReplicaView(replica, None, words(error))
+        return ReplicaView(replica, None, format_error(error))
     residents: ReplicaResidents = future.result()
     held: Mapping[str, int] = {
         digest: size for digest, size in residents.bytes_by_digest.items() if (replica, digest) not in unloading

@@ -1,4 +1,4 @@
-"""Has the gates of candidates evaluated, one after another, while the candidates are loaded."""
+"""Evaluates the gates of candidates one after another, while the candidates are loaded."""
 
 import logging
 import threading
@@ -10,7 +10,7 @@ from router.rollouts.background import Background
 from router.rollouts.evaluations import GateStanding
 from router.rollouts.fleet_view import OrganView
 from router.rollouts.gates import EvaluationInterruptedError, Evaluator, Evidence, GateRun, UnusableGateError
-from router.rollouts.outcome import words
+from router.rollouts.outcome import format_error
 from router.rollouts.records import Rollout, Snapshot
 from router.rollouts.states import State
 from router.rollouts.store import RolloutStore
@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 
 # In these a candidate can be evaluated.
 EVALUABLE = (State.WARM, State.SHADOW, State.CANARY)
-# Before an evaluation that was interrupted begins anew.
+# Before an evaluation that was interrupted begins again.
 RETRY_S = 5.0
-# A passing reason for the end of an evaluation may be one for ever.
+# A passing reason for the end of an evaluation may be one forever.
 MAX_TRIES = 5
 
 
@@ -46,7 +46,7 @@ class _Run:
 
 
 class GateRuns:
-    """Evaluations of all rollouts. The database has what they found; one that a process did not end begins anew."""
+    """Evaluations of all rollouts. The database has what they found; one that a process did not end begins again."""
 
     def __init__(
         self,
@@ -56,8 +56,7 @@ class GateRuns:
         fail: Callable[[str, str], None],
         on_done: Callable[[], None],
     ) -> None:
-        """Takes its parts.
-
+        """
         Args:
             store: the state.
             evaluator: what evaluates; None where no gate can be declared.
@@ -117,7 +116,7 @@ class GateRuns:
         return ""
 
     def stop(self) -> None:
-        """Has the evaluation under way end; it begins anew with the next process."""
+        """Has the evaluation under way end; it begins again with the next process."""
         for run in list(self._runs.values()):
             run.cancelled.set()
 
@@ -146,11 +145,11 @@ class GateRuns:
             elif isinstance(error, EvaluationInterruptedError) and self._tries.get(key, 0) + 1 < MAX_TRIES:
                 self._tries[key] = self._tries.get(key, 0) + 1
                 self._not_before = self._clock() + RETRY_S
-                logger.warning("an evaluation of %s begins anew: %s", key.rollout_id, words(error))
+                logger.warning("an evaluation of %s begins again: %s", key.rollout_id, format_error(error))
             else:
                 if not isinstance(error, UnusableGateError | EvaluationInterruptedError):
                     logger.error("an evaluation of %s failed", key.rollout_id, exc_info=error)
-                self._fail(key.rollout_id, f"gate {key.position + 1} cannot be evaluated: {words(error)}")
+                self._fail(key.rollout_id, f"gate {key.position + 1} cannot be evaluated: {format_error(error)}")
 
     def _ended(self, key: _Key, evidence: Evidence) -> None:
         with self._store.write() as transaction:

@@ -1,4 +1,4 @@
-"""Gates: the evaluations that a candidate must pass before requests reach it, and how their figures decide.
+"""Gates: evaluations that a candidate must pass before it gets requests, and how their figures decide.
 
 Two rules, both on the records of the gate's dataset:
 
@@ -37,7 +37,7 @@ class Gate(BaseModel):
     at_least: Share | None = None
     # When the candidate must not be worse than the stable version, the margin that it may lose.
     not_below_incumbent_by: Share | None = None
-    # When the organ's pictures cannot be told from others, or callers always name it, "given" names it with every
+    # When the organ's pictures look like others', or callers always name the organ, "given" names it with every
     # question. "found" lets the routers find it, as `echoray eval` does: an answer by other experts counts as none.
     organs: Literal["found", "given"] = "found"
     # When the records and images must be known ones, their digest; otherwise it is fixed when the gate is declared.

@@ -1,4 +1,4 @@
-"""What operators may ask of a candidate that has gates: demand further ones, and move it only when they are passed."""
+"""Operations on gates: demanding further ones, and moving a candidate only when they are passed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from router.rollouts.gates import Evaluator, Gate, UnusableGateError
 from router.rollouts.outcome import Outcome
 from router.rollouts.records import Rollout
 from router.rollouts.requests import check_actor
-from router.rollouts.sentences import number_in_words
+from router.rollouts.sentences import format_number
 from router.rollouts.settings import RolloutPlan, Step
 from router.rollouts.states import Action
 from router.rollouts.store import RolloutStore
@@ -22,7 +22,7 @@ MAX_GATES = 16
 Progress = Callable[[Rollout, GateStanding], str]
 
 
-def gate_words(rollout: Rollout, standing: GateStanding) -> str:
+def format_gates(rollout: Rollout, standing: GateStanding) -> str:
     """How far gates are, where nothing is known of the one under way."""
     if not standing.open:
         return ""
@@ -80,7 +80,7 @@ def refusal(rollout: Rollout, standing: GateStanding, action: Action) -> str:
         then = f"; it {'goes on' if rollout.plan.steps else 'is promoted'} by itself once they are passed"
     return (
         f"{rollout.subject} has not passed its gates yet, so {action} is not possible: "
-        f"{gate_words(rollout, standing)} is being evaluated{then}"
+        f"{format_gates(rollout, standing)} is being evaluated{then}"
     )
 
 
@@ -164,7 +164,7 @@ class GateDemands:
             if standing.failed:
                 raise RolloutStateError(refusal(rollout, standing, action))
             if rollout.automatic and plan == rollout.plan:
-                words = gate_words(rollout, standing) or "passed"
+                words = format_gates(rollout, standing) or "passed"
                 return Outcome(organ, False, (f"its gates are demanded already: {words}",), rollout)
             if not dry_run:
                 rollout = transaction.demand_gates(rollout, plan, actor=actor, reason=reason)
@@ -177,7 +177,7 @@ def gate_steps(plan: RolloutPlan) -> tuple[str, ...]:
     if plan.promote:
         steps.append("it becomes stable by itself once it has passed; otherwise an operator decides")
     for step in plan.steps:
-        steps.append(f"it answers {number_in_words(step.percent)} % of the requests by itself once it has passed")
+        steps.append(f"it answers {format_number(step.percent)} % of the requests by itself once it has passed")
     return tuple(steps)
 
 

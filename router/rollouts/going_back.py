@@ -1,4 +1,4 @@
-"""Taking a version back: the candidate, or the stable one. The two are never taken for each other."""
+"""Rollbacks of the candidate and of the stable version. The two are never taken for each other."""
 
 from router.errors import InvalidRolloutRequestError, RolloutStateError, UnknownRolloutError
 from router.rollouts.decisions import ENDED_BADLY, check_known

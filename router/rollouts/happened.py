@@ -1,11 +1,11 @@
-"""What happened last to a rollout, in words: what, by whom, how long ago and why."""
+"""Describes the last event of a rollout: what, by whom, how long ago and why."""
 
 from collections.abc import Callable, Mapping
 from datetime import datetime
 
 from router.rollouts import history
 from router.rollouts.records import Rollout
-from router.rollouts.sentences import duration_in_words, in_words
+from router.rollouts.sentences import format_duration, format_state
 from router.rollouts.states import Action
 from router.rollouts.transaction import CONTROLLER, Transaction
 
@@ -37,8 +37,8 @@ def what_happened(transaction: Transaction, rollout: Rollout, names: Callable[[s
     entry = history.newest(transaction.connection, rollout_id=rollout.id)
     subject = f"{rollout.id} ({names(rollout.digest)})"
     if entry is None:
-        return f"{subject} is {in_words(rollout.state, rollout.percent)}"
-    verb = _VERBS.get(entry.action) or f"was made {in_words(rollout.state, rollout.percent)}"
+        return f"{subject} is {format_state(rollout.state, rollout.percent)}"
+    verb = _VERBS.get(entry.action) or f"was made {format_state(rollout.state, rollout.percent)}"
     return f"{subject} {verb}{_by(transaction, entry)}"
 
 
@@ -51,7 +51,7 @@ def who_retired(transaction: Transaction, organ: str, digest: str = "") -> str:
 
 def since(transaction: Transaction, at: float) -> str:
     """How long ago a time was, for example "6 s ago"."""
-    return f"{duration_in_words(transaction.now - at)} ago"
+    return f"{format_duration(transaction.now - at)} ago"
 
 
 def _by(transaction: Transaction, entry: history.Entry) -> str:

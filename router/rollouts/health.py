@@ -1,4 +1,4 @@
-"""What Routers observe of each bundle, kept for as long as it may be needed."""
+"""The observations that Routers report of each bundle, kept for as long as they may be needed."""
 
 import math
 import threading

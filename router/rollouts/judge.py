@@ -1,4 +1,4 @@
-"""When a version must go back, by what Routers saw of it and of the version before it."""
+"""Decides when a version must be rolled back, from the Routers' observations of it and of the version before."""
 
 import math
 from bisect import bisect_left

@@ -1,4 +1,4 @@
-"""Times in a histogram that can be added to another one: quantiles over many Routers without keeping every time."""
+"""Latency histograms that can be merged: quantiles over many Routers without keeping every time."""
 
 import math
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Bundles that replicas keep for replays, beside those of the rollouts.
+"""Leases: bundles that replicas keep for replays, beside those of the rollouts.
 
 Held in memory alone: after a restart of Control there are none, and what replicas hold without need is unloaded.
 """
@@ -29,7 +29,6 @@ class Leases:
     """All that are held now. Safe to use from several threads."""
 
     def __init__(self) -> None:
-        """Begins with none."""
         self._lock = threading.Lock()
         self._leases: list[Lease] = []
 

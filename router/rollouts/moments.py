@@ -1,4 +1,4 @@
-"""Since when each rollout has been in its state, by the monotonic clock."""
+"""When each rollout entered its state, by the monotonic clock."""
 
 from collections.abc import Callable, Hashable, Iterable
 
@@ -9,7 +9,7 @@ class Moments:
     """When this process first saw each rollout in its state, and first with traffic.
 
     The database has times of day, for people: the wall clock may be set while a rollout waits. Holds and time limits
-    are measured from here instead. After a restart they begin anew, so a restart may lengthen them and never shortens
+    are measured from here instead. After a restart they begin again, so a restart may lengthen them and never shortens
     them. Used by one thread.
     """
 
@@ -19,7 +19,7 @@ class Moments:
         self._seen: dict[Hashable, float] = {}
 
     def note(self, rollouts: Iterable[Rollout], pass_began: float) -> None:
-        """Takes note of all rollouts that anything is still measured of; the others are forgotten.
+        """Records all rollouts of which something is still measured, and drops the others.
 
         Args:
             rollouts: as they stand now.

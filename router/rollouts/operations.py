@@ -1,4 +1,4 @@
-"""What operators may ask for. Each operation is one transaction; the controller does the rest.
+"""The operations of operators. Each is one transaction; the controller does the rest.
 
 All of them may be called from any thread and block. Each takes `dry_run`, which makes the same checks, raises the same
 errors, says what would happen, and touches nothing. Asking for what already is changes nothing and is not in the
@@ -10,19 +10,20 @@ from contextlib import contextmanager
 from typing import Any
 
 from router.errors import InvalidRolloutRequestError, RolloutStateError
-from router.rollouts.decisions import already, already_applied, check_known, checked_candidate
-from router.rollouts.expectation import NOTHING_EXPECTED, Expectation, Names, check_expected
+from router.rollouts.decisions import already, already_applied, checked_candidate
+from router.rollouts.expectation import NOTHING_EXPECTED, Expectation, Names
 from router.rollouts.fleet import Fleet
 from router.rollouts.gates import Evaluator, Gate
 from router.rollouts.gating import GateDemands, check_gates, check_override
 from router.rollouts.going_back import candidate_to_take_back, version_to_go_back_to
-from router.rollouts.happened import what_happened, who_retired
 from router.rollouts.outcome import Outcome, memory_plan, not_resident
-from router.rollouts.records import Rollout, Snapshot
+from router.rollouts.records import Rollout
 from router.rollouts.requests import check_actor, check_digest, check_organ, check_percent
+from router.rollouts.retiring import organ_to_retire, version_to_retire
 from router.rollouts.rollout_file import RolloutFile
 from router.rollouts.sentences import stage_steps, traffic_steps
 from router.rollouts.settings import RolloutPlan, RolloutSettings
+from router.rollouts.staging import resolved, version_to_stage
 from router.rollouts.states import Action, State
 from router.rollouts.store import RolloutStore
 from router.rollouts.transaction import Transaction
@@ -41,8 +42,7 @@ class RolloutOperations:
         version_of: Names = lambda digest: "",
         evaluator: Evaluator | None = None,
     ) -> None:
-        """Takes its parts.
-
+        """
         Args:
             store: where the state is.
             fleet: what replicas there are.
@@ -267,7 +267,7 @@ class RolloutOperations:
                 return previous
             rollout = None
             if not dry_run:
-                plan = self._resolved(RolloutPlan(promote=True))
+                plan = resolved(RolloutPlan(promote=True), self._settings)
                 rollout = transaction.stage(organ, previous, plan, actor=actor, reason=reason, restores=True)
         steps = (
             f"{self._names(previous)}, stable before, is verified and loaded on every replica of {organ}",
@@ -293,18 +293,8 @@ class RolloutOperations:
         """
         check_actor(actor)
         with self._transaction(dry_run) as transaction:
-            snapshot = transaction.snapshot()
-            check_known(snapshot, organ)
-            if candidate := snapshot.candidate(organ):
-                raise RolloutStateError(
-                    f"{candidate.subject} is {candidate.state}, so {organ!r} cannot be retired; roll it back first"
-                )
-            if snapshot.live(organ) is None:
-                words = f"{organ} is not in the live set{self._retired(transaction, snapshot, organ)}; nothing to do"
-                return Outcome(organ, False, (words,))
-            check_expected(transaction, snapshot, organ, expected, self._names)
-            if len(snapshot.organs) == 1:
-                raise RolloutStateError(f"{organ!r} is the last organ of the live set; stop the system instead")
+            if done := organ_to_retire(transaction, organ, expected, self._names):
+                return done
             if not dry_run:
                 transaction.retire_organ(organ, actor=actor, reason=reason)
         steps = (
@@ -333,22 +323,8 @@ class RolloutOperations:
         check_actor(actor)
         check_digest(digest)
         with self._transaction(dry_run) as transaction:
-            snapshot = transaction.snapshot()
-            check_known(snapshot, organ)
-            if (organ, digest) in snapshot.retired:
-                words = (
-                    f"{self._names(digest)} was retired{who_retired(transaction, organ, digest)} already; nothing to do"
-                )
-                return Outcome(organ, False, (words,))
-            live, candidate = snapshot.live(organ), snapshot.candidate(organ)
-            if live is not None and live.stable_digest == digest:
-                raise RolloutStateError(
-                    f"{digest[:12]}… is the stable version of {organ!r} and cannot be retired; promote another one, "
-                    "roll it back, or retire the organ"
-                )
-            if candidate is not None and candidate.digest == digest:
-                raise RolloutStateError(f"{candidate.subject} is {candidate.state}; roll it back before retiring it")
-            check_expected(transaction, snapshot, organ, expected, self._names)
+            if done := version_to_retire(transaction, organ, digest, expected, self._names):
+                return done
             if not dry_run:
                 transaction.retire_version(organ, digest, actor=actor, reason=reason)
         return Outcome(organ, True, (f"{digest[:12]}… can no longer be staged for {organ} or rolled back to",))
@@ -373,33 +349,15 @@ class RolloutOperations:
         check_organ(organ)
         check_digest(digest)
         with self._transaction(dry_run) as transaction:
+            if done := version_to_stage(transaction, organ, digest, plan, file_digest, self._names):
+                return done
             snapshot = transaction.snapshot()
-            if file_digest is not None and (applied := transaction.applied(file_digest)):
-                return Outcome(organ, False, (already_applied(applied),), applied)
-            live, candidate = snapshot.live(organ), snapshot.candidate(organ)
-            if candidate is not None:
-                # A file asks for its own steps, which a rollout begun otherwise does not have.
-                if candidate.digest == digest and file_digest is None and not candidate.restores:
-                    happened = what_happened(transaction, candidate, self._names)
-                    words = f"it is in flight already, {candidate.state}: {happened}"
-                    return Outcome(organ, False, (words,), candidate)
-                raise RolloutStateError(
-                    f"{candidate.subject} is {candidate.state}, so no other can begin; promote it or roll it back first"
-                )
-            if live is not None and live.stable_digest == digest:
-                return Outcome(organ, False, (f"{digest[:12]}… is the stable version of {organ} already",))
-            if (organ, digest) in snapshot.retired:
-                raise RolloutStateError(f"the version {digest[:12]}… of {organ!r} was retired; stage another one")
-            if live is None and any(step.mode == "shadow" for step in plan.steps):
-                raise RolloutStateError(
-                    f"{organ!r} is new and has no version that a shadow could be compared with; use canary steps"
-                )
             rollout = None
-            plan = self._resolved(plan)
+            plan = resolved(plan, self._settings)
             if not dry_run:
                 rollout = transaction.stage(organ, digest, plan, actor=actor, reason=reason, file_digest=file_digest)
         memory = memory_plan(self._fleet, organ, digest, snapshot.kept(organ)) if dry_run else ()
-        return Outcome(organ, True, stage_steps(organ, live is None, plan), rollout, memory)
+        return Outcome(organ, True, stage_steps(organ, snapshot.live(organ) is None, plan), rollout, memory)
 
     def _demand(
         self,
@@ -484,22 +442,3 @@ class RolloutOperations:
                         automatic=False,
                     )
         return Outcome(organ, True, traffic_steps(target, organ, percent, rollout), rollout)
-
-    def _retired(self, transaction: Transaction, snapshot: Snapshot, organ: str) -> str:
-        if (organ, "") not in snapshot.retired:
-            return ""
-        return f": it was retired{who_retired(transaction, organ)} already"
-
-    def _resolved(self, plan: RolloutPlan) -> RolloutPlan:
-        """The plan with the settings of now, so that a later change of them does not reach a rollout under way."""
-        return plan.model_copy(
-            update={
-                "thresholds": plan.thresholds or self._settings.thresholds,
-                "warm_timeout_s": plan.warm_timeout_s or self._settings.warm_timeout_s,
-                "watch_after_promotion_s": (
-                    self._settings.watch_after_promotion_s
-                    if plan.watch_after_promotion_s is None
-                    else plan.watch_after_promotion_s
-                ),
-            }
-        )

@@ -1,4 +1,4 @@
-"""What an operation did, or would do."""
+"""The outcome of an operation, or of its dry run."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -71,7 +71,7 @@ def _memory_of(
     try:
         residents = fleet.resident(replica, organ)
     except Exception as error:
-        return ReplicaMemory(replica, 0, load_bytes, 0, f"does not answer: {words(error)}")
+        return ReplicaMemory(replica, 0, load_bytes, 0, f"does not answer: {format_error(error)}")
     held = residents.bytes_by_digest
     needed = 0 if digest in held else load_bytes
     memory = ReplicaMemory(replica, sum(held.values()), needed, residents.limit_bytes)
@@ -80,7 +80,7 @@ def _memory_of(
     return replace(memory, resident_bytes=memory.resident_bytes - held.get(spare, 0))
 
 
-def words(error: BaseException) -> str:
+def format_error(error: BaseException) -> str:
     """An exception in one line, for the history."""
     text = " ".join(str(error).split())
     return text or type(error).__name__

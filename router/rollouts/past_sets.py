@@ -1,4 +1,4 @@
-"""Every expert set that a request may have got, by its id: so that an answer can be computed again later."""
+"""Every expert set that a request may have got, by its id, for replays."""
 
 import json
 
@@ -10,7 +10,7 @@ from router.rollouts import schema
 from router.rollouts.traffic import TrafficPolicy, given_sets
 
 
-def remember(connection: Connection, policy: TrafficPolicy, now: float) -> None:
+def record(connection: Connection, policy: TrafficPolicy, now: float) -> None:
     """Keeps the sets that a policy gives, those apart that are kept already; `now` in seconds since 1970."""
     table = schema.expert_sets
     sets = {expert_set.id: expert_set for expert_set in given_sets(policy)}

@@ -1,4 +1,4 @@
-"""Judges versions for a time after their promotion, and goes back to the one before when they fail."""
+"""Watches versions for a time after their promotion, and rolls back those that fail."""
 
 from router.rollouts.health import HealthMonitor
 from router.rollouts.judge import judge

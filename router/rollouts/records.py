@@ -1,4 +1,4 @@
-"""What the database holds, as plain frozen objects."""
+"""The contents of the database as plain frozen objects."""
 
 import json
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Rollout:
     """One attempt to bring a bundle to an organ.
 
     Attributes:
-        id: unique for ever, for example "heart-12".
+        id: unique forever, for example "heart-12".
         incumbent_digest: what was stable when it was staged; none for a new organ.
         percent: of the requests, in shadow and canary.
         reason: why it is in its state, where there is something to say.

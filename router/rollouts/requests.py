@@ -1,11 +1,11 @@
-"""Checks of what operators send, before anything is looked up."""
+"""Checks of operators' arguments, before anything is looked up."""
 
 import math
 import re
 
 from router.errors import InvalidRolloutRequestError
 from router.rollouts.rollout_file import DIGEST
-from router.rollouts.sentences import number_in_words
+from router.rollouts.sentences import format_number
 
 MAX_ACTOR = 200
 
@@ -56,7 +56,7 @@ def check_percent(percent: float) -> float:
     if not math.isfinite(percent) or not 0 < percent <= 100:
         raise InvalidRolloutRequestError(
             "percent",
-            f"{number_in_words(percent)} must be above 0 and at most 100; to take a candidate's traffic away, roll it "
+            f"{format_number(percent)} must be above 0 and at most 100; to take a candidate's traffic away, roll it "
             "back",
         )
     return float(percent)

@@ -1,4 +1,4 @@
-"""A whole rollout in a file: what to bring where, in which steps, and when to give up."""
+"""A rollout in a file: the version, the steps, and the thresholds."""
 
 import re
 from typing import Annotated, Any, Self

@@ -1,4 +1,4 @@
-"""Whether replicas have room for a past version beside what the rollouts need, which never goes for it."""
+"""Whether replicas have memory for a past version beside what the rollouts need."""
 
 from collections.abc import Iterable
 

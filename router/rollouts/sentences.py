@@ -1,22 +1,22 @@
-"""The words in which outcomes say what happens."""
+"""The sentences of outcomes."""
 
 from router.rollouts.records import Rollout
 from router.rollouts.settings import RolloutPlan
 from router.rollouts.states import State
 
 
-def in_words(state: State, percent: float | None) -> str:
+def format_state(state: State, percent: float | None) -> str:
     """A state with its part of the traffic, for example "canary 5 %"."""
-    return str(state) if percent is None else f"{state} {number_in_words(percent)} %"
+    return str(state) if percent is None else f"{state} {format_number(percent)} %"
 
 
-def number_in_words(number: float) -> str:
+def format_number(number: float) -> str:
     """A number with as few digits as tell it from every other: 5, 0.25 or 100.0001, never 100 for 100.0001."""
     short = f"{number:g}"
     return short if float(short) == number or number != number else repr(number)
 
 
-def duration_in_words(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Seconds with a unit that keeps the number short, for example "3 min"."""
     seconds = max(0.0, seconds)
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
@@ -36,7 +36,7 @@ def stage_steps(organ: str, is_new: bool, plan: RolloutPlan) -> tuple[str, ...]:
         verb = "answers" if step.mode == "canary" else "computes, unseen,"
         needed = plan.thresholds.min_successes if step.min_successes is None else step.min_successes
         until = f" and until {needed} of them succeeded" if needed else ""
-        steps.append(f"it {verb} {number_in_words(step.percent)} % of the requests for {step.hold_s:g} s{until}")
+        steps.append(f"it {verb} {format_number(step.percent)} % of the requests for {step.hold_s:g} s{until}")
     if plan.promote:
         place = "joins the live set" if is_new else "becomes stable"
         steps.append(f"it {place}, unless its thresholds took it back before")
@@ -50,7 +50,7 @@ def stage_steps(organ: str, is_new: bool, plan: RolloutPlan) -> tuple[str, ...]:
 def traffic_steps(target: State, organ: str, percent: float | None, rollout: Rollout) -> tuple[str, ...]:
     """What follows when a warm candidate is moved."""
     candidate = f"{rollout.digest[:12]}…"
-    part = "" if percent is None else number_in_words(percent)
+    part = "" if percent is None else format_number(percent)
     if target == State.CANARY:
         return (f"{candidate} answers {part} % of the requests to {organ}; those under way end as they began",)
     if target == State.SHADOW:

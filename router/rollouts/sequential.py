@@ -1,4 +1,4 @@
-"""Whether a version fails more often than is usual: a sequential test, which may be looked at after every request.
+"""A sequential test on whether a version fails more often than usual, which may be evaluated after every request.
 
 For every request of the candidate the test multiplies a capital by the ratio of two probabilities of its outcome: if
 the version fails at some larger rate, over if it fails at the usual one. While the usual rate is the true one, the

@@ -1,4 +1,4 @@
-"""What a rollout is told: its thresholds, its automatic steps, and how patient the controller is."""
+"""The settings of rollouts: thresholds, automatic steps, and the controller's time limits."""
 
 from typing import Annotated, Literal, Self
 
@@ -106,7 +106,7 @@ class RolloutSettings(BaseModel):
     max_operations: PositiveInt = 32
     # When more people compute past answers again at one time, raise it: replays that are held or wait, together.
     max_replays: PositiveInt = 16
-    # When a replayed answer takes long to load and to compute, raise it: seconds after which a replay lets go of its
+    # When a replayed answer takes long to load and to compute, raise it: seconds after which a replay releases its
     # experts in any case.
     max_replay_s: PositiveFloat = 600.0
     # When gates take too long and requests leave room, raise it: questions that an evaluation asks per second at most,

@@ -1,4 +1,4 @@
-"""The states of a rollout, and the one table of how it may go from one to another."""
+"""The states of a rollout and the table of their transitions."""
 
 from collections.abc import Mapping
 from enum import StrEnum
@@ -114,8 +114,8 @@ def next_state(state: State, action: Action, subject: str) -> State:
 _HINTS: Mapping[State, str] = {
     State.STAGED: ", and more once it is warm",
     State.VERIFIED: ", and more once it is warm",
-    State.FAILED: "; stage a version anew",
-    State.ROLLED_BACK: "; stage a version anew",
-    State.RETIRED: "; stage a version anew",
-    State.SUPERSEDED: "; stage the version anew",
+    State.FAILED: "; stage a version again",
+    State.ROLLED_BACK: "; stage a version again",
+    State.RETIRED: "; stage a version again",
+    State.SUPERSEDED: "; stage the version again",
 }

@@ -1,4 +1,4 @@
-"""The state of all rollouts: read it, change it, and be told when it changes."""
+"""The state of all rollouts: read it, change it, and subscribe to its changes."""
 
 import threading
 import time
@@ -19,7 +19,7 @@ Clock = Callable[[], float]
 
 
 class RolloutStore:
-    """All that is known of rollouts lies in the database; this object keeps nothing but who wants to be told."""
+    """All that is known of rollouts lies in the database; this object keeps nothing but its subscribers."""
 
     def __init__(self, database: Database, *, clock: Clock = time.time) -> None:
         """Takes a database, and a clock in seconds since 1970."""
@@ -181,4 +181,4 @@ class RolloutStore:
 
 def _remember_sets(transaction: Transaction) -> None:
     if transaction.adopted():
-        past_sets.remember(transaction.connection, TrafficPolicy.of(transaction.snapshot()), transaction.now)
+        past_sets.record(transaction.connection, TrafficPolicy.of(transaction.snapshot()), transaction.now)

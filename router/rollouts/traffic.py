@@ -1,4 +1,4 @@
-"""Which requests a candidate gets: sticky, uniform, and decided by every Router alike."""
+"""Traffic splitting: which requests a candidate gets; sticky, uniform, and decided by every Router alike."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -35,7 +35,7 @@ class TrafficPolicy(BaseModel):
 
     Attributes:
         version: a later policy has a larger number; a Router never goes back.
-        stable: the set of everybody who gets no candidate.
+        stable: the set of requests that get no candidate.
         candidates: at most one per organ.
         identity: of the deployment; a Router takes up no other's. "" where it is not known.
     """

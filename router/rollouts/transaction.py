@@ -1,4 +1,4 @@
-"""The changes that the database knows, each with its history entry, inside one transaction."""
+"""The changes of the database, each with its history entry, inside one transaction."""
 
 import json
 from collections.abc import Mapping
@@ -300,7 +300,7 @@ class Transaction:
         return gate_standing(self.connection, rollout)
 
     def note_evaluation(self, rollout: Rollout, position: int, evidence: Evidence) -> Verdict:
-        """Notes what a gate of a rollout found, in the history and in the version's record."""
+        """Records what a gate of a rollout found, in the history and in the version's record."""
         gate = rollout.plan.gates[position]
         verdict = decide(gate, evidence)
         details = {"gate": gate.model_dump(mode="json"), "passed": verdict.passed, **evidence.model_dump(mode="json")}
@@ -319,17 +319,17 @@ class Transaction:
         self._update(rollout, watching=False)
 
     def note_failing(self, rollout: Rollout, reason: str) -> None:
-        """Notes that a stable version fails and stays, because there is none before it; ends its watch."""
+        """Records that a stable version fails and stays, because there is none before it; ends its watch."""
         reason = _one_line(f"it fails, and there is no version before it to go back to: {reason}")
         self._note_of(rollout, Action.FAILING, actor=CONTROLLER, reason=reason)
         self._update(rollout, watching=False, reason=reason)
 
     def count_verify_attempt(self, rollout: Rollout) -> None:
-        """Notes that a verification begins; not in the history, for nothing changed yet."""
+        """Records that a verification begins; not in the history, for nothing changed yet."""
         self._update(rollout, verify_attempts=rollout.verify_attempts + 1)
 
     def count_replica_loss(self, rollout: Rollout) -> None:
-        """Notes that a replica was lost while it loaded the candidate."""
+        """Records that a replica was lost while it loaded the candidate."""
         self._update(rollout, replica_losses=rollout.replica_losses + 1)
 
     def _update(self, rollout: Rollout, **values: Any) -> None:

@@ -1,4 +1,4 @@
-"""What an automatic step waits for, and the words for it."""
+"""The conditions of an automatic step, and their texts."""
 
 from collections.abc import Sequence
 
@@ -29,6 +29,6 @@ def step_waits_for(step: Step, thresholds: Thresholds, in_step_s: float, success
     return waits
 
 
-def in_words(waits: Sequence[str]) -> str:
+def format_waits(waits: Sequence[str]) -> str:
     """Several things to wait for as one."""
     return " and ".join(waits)

@@ -24,7 +24,7 @@ def test_a_short_run(running_system: RunningSystem, tmp_path: Path) -> None:
     assert "8 at once ÷ one at a time" in (tmp_path / "evaluation.md").read_text()
 
 
-def test_nobody_there_is_said(tmp_path: Path) -> None:
+def test_a_server_that_is_away_is_named(tmp_path: Path) -> None:
     line = [sys.executable, "-m", "benchmarks.evaluation", "--server", "127.0.0.1:1", "--output", str(tmp_path)]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1

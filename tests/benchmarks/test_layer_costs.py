@@ -151,8 +151,8 @@ def test_an_expert_process_tells_when_it_was_busy(remote: MeasuredEngine, checkp
 
 def test_an_expert_process_that_cannot_start_is_told(checkpoint: BenchCheckpoint) -> None:
     with (
-        pytest.raises(RuntimeError, match="the expert process of nobody ended with 1"),
-        measured_engine(checkpoint.split, "remote", organs=("nobody",)),
+        pytest.raises(RuntimeError, match="the expert process of missing ended with 1"),
+        measured_engine(checkpoint.split, "remote", organs=("missing",)),
     ):
         pass
 

@@ -219,7 +219,7 @@ def test_interrupting_reports_what_there_is(running_system: RunningSystem, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_nobody_there_is_said(tmp_path: Path) -> None:
+def test_a_server_that_is_away_is_named(tmp_path: Path) -> None:
     line = [sys.executable, "-m", "benchmarks.load", "--server", "127.0.0.1:1", "--output", str(tmp_path)]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1

@@ -104,7 +104,7 @@ def test_truncated_shard_and_missing_shard_are_named(broken: Edit) -> None:
     path = broken.directory / "model-00001-of-00003.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     problems = inspect(broken.directory).problems
-    assert any(problem.startswith("model-00001-of-00003.safetensors: truncated") for problem in problems)
+    assert any(problem.startswith("model-00001-of-00003.safetensors: is truncated") for problem in problems)
     assert any("model-00003-of-00003.safetensors: named by" in problem for problem in problems)
 
 

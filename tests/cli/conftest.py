@@ -14,6 +14,6 @@ def system(tmp_path: Path) -> Iterator[System]:
 
 @pytest.fixture(autouse=True)
 def no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands print as into a pipe, even where pytest-xdist has told its processes of 80 columns."""
+    """Commands print as into a pipe, even where pytest-xdist sets 80 columns for its processes."""
     for name in ("COLUMNS", "LINES"):
         monkeypatch.delenv(name, raising=False)

@@ -6,6 +6,7 @@ import yaml
 from tests.cli.calls import done, done_json, invoke, refused
 from tests.cli.control_server import System
 from tests.router.rollouts.gate_support import write_scores
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_a_promotion_that_fails_its_gates_is_refused_with_the_figures(system: Sy
 def test_an_override_needs_a_reason_and_stands_in_the_history(system: System, dataset: Path) -> None:
     done(system, "stage", "heart", "1.1.0", "--wait")
     done(system, "promote", "heart", "--gates", gates_file(dataset, 0.95))
-    system.until(lambda: bool(done_json(system, "list")["rollouts"][0]["gates"][0]["evaluation"]))
+    until(lambda: bool(done_json(system, "list")["rollouts"][0]["gates"][0]["evaluation"]))
     for reason in ((), ("--reason", " ")):
         assert "--override needs --reason" in refused(system, "promote", "heart", "--override", *reason, code=2)
         assert "--override needs --reason" in refused(

@@ -29,6 +29,7 @@ from router.errors import ReplayRefusedError
 from tests.cli.control_server import System, running_control
 from tests.client.scripted_server import ScriptedEchoVLM, serving
 from tests.router.rollouts.support import QUICK
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def promoted(system: System, control: ExpertControlClient, *versions: str) -> li
 
 def holds(system: System, *versions: str) -> None:
     wanted = {system.digests["heart", version] for version in versions}
-    system.until(lambda: all(found == wanted for found in system.fleet.held("heart").values()))
+    until(lambda: all(found == wanted for found in system.fleet.held("heart").values()))
 
 
 def refused(control: ExpertControlClient, kind: type[EchoVLMError], expert_set_id: str, **options: object) -> str:
@@ -93,10 +94,10 @@ def test_a_caller_that_goes_away_while_it_loads_leaves_nothing(system: System, c
     with ExpertControlClient(system.address) as gone:
         held = gone.replay(first, organs=["heart"])
         next(held)
-        system.until(lambda: len(system.fleet.loading) == 2)
-    system.until(lambda: not system.leases.digests("heart"))
+        until(lambda: len(system.fleet.loading) == 2)
+    until(lambda: not system.leases.digests("heart"))
     system.fleet.proceed.set()
-    system.until(lambda: not system.fleet.loading)
+    until(lambda: not system.fleet.loading)
     holds(system, "1.1.0")
 
 

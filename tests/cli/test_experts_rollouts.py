@@ -9,12 +9,13 @@ import pytest
 from typer.testing import CliRunner
 
 from echovlm_ray.cli.experts import app
-from echovlm_ray.cli.rollout_words import size_in_words
+from echovlm_ray.cli.rollout_format import format_size
 from echovlm_ray.cli.state import announced
 from router.rollouts.health import Observation
 from tests.cli.calls import done, done_json, invoke, refused
 from tests.cli.control_server import System, make_bundle
 from tests.experts.bad_bundles import flip_last_byte
+from tests.waiting import until
 
 ECHORAY = Path(sys.executable).with_name("echoray")
 
@@ -51,7 +52,7 @@ def test_a_dry_run_says_what_would_happen_on_every_replica_and_touches_nothing(s
     text = done(system, "stage", "heart", "1.1.0", "--dry-run")
     assert "Nothing was done. This would happen: the bundle is read and verified" in text
     nbytes = system.fleet.load_bytes("heart", system.digests["heart", "1.1.0"])
-    size = size_in_words(nbytes)
+    size = format_size(nbytes)
     assert f"heart-1 {size} {size} 100 kB fits" in text
     assert "heart-2" in text
     shown = done_json(system, "stage", "heart", "1.1.0", "--dry-run")
@@ -107,9 +108,9 @@ def test_ctrl_c_ends_the_waiting_and_not_the_rollout(system: System, json: tuple
         text=True,
     )
     assert process.stderr is not None
-    told = ""
-    while "loads" not in told:
-        told += process.stderr.readline()
+    printed = ""
+    while "loads" not in printed:
+        printed += process.stderr.readline()
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=20)
     assert process.returncode == 130
@@ -288,7 +289,7 @@ def test_a_candidate_that_its_thresholds_take_back_ends_the_waiting(system: Syst
         stderr=subprocess.PIPE,
         text=True,
     )
-    system.until(lambda: bool(system.store.rollouts("heart")))
+    until(lambda: bool(system.store.rollouts("heart")))
     rollout = system.reach("canary")
     system.monitor.record(Observation("heart", rollout.digest, requests=20, errors=10))
     system.controller.wake()

@@ -14,9 +14,9 @@ import pytest
 from rich.console import Console
 
 from echovlm_ray.cli.rollout_changes import changes
+from echovlm_ray.cli.rollout_format import state_as_dict
 from echovlm_ray.cli.rollout_tables import state_view
 from echovlm_ray.cli.rollout_wait import has_taken_over
-from echovlm_ray.cli.rollout_words import state_as_dict
 from echovlm_ray.config import TLSSection
 from echovlm_ray.serving.server import ServerOptions
 from protos import control_pb2
@@ -63,7 +63,7 @@ def test_watch_tells_every_change_in_a_line_and_ends_with_ctrl_c(system: System,
         lines = read_until(process, "is warm")
         assert "heart: 1.1.0 (heart-2) is warm" in lines[-1]
         done(system, "promote", "heart")
-        read_until(process, "heart: replica heart-1 has let go of 1.0.0")
+        read_until(process, "heart: replica heart-1 has unloaded 1.0.0")
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 0
         assert process.stderr is not None
@@ -246,8 +246,8 @@ def test_nothing_is_told_twice() -> None:
         replica = control_pb2.ReplicaResidents(organ="heart", replica="r", bundles=[share])
         return control_pb2.ControlState(replicas=[replica])
 
-    told = [list(changes(state(before), state(after), {})) for before, after in ((0.1, 0.11), (0.1, 0.31), (0.9, 1))]
-    assert told == [[], ["heart: replica r loads dddddddddddd…: 31%"], ["heart: replica r holds dddddddddddd…, 10 B"]]
+    lines = [list(changes(state(before), state(after), {})) for before, after in ((0.1, 0.11), (0.1, 0.31), (0.9, 1))]
+    assert lines == [[], ["heart: replica r loads dddddddddddd…: 31%"], ["heart: replica r holds dddddddddddd…, 10 B"]]
     assert list(changes(state(1), state(1), {})) == []
 
 

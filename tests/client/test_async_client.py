@@ -127,11 +127,11 @@ async def test_a_stream_that_was_lost_before_its_text_is_sent_again_and_says_not
 
 async def test_tries_end_with_the_calls_own_time(servicer: ScriptedEchoVLM, address: str) -> None:
     servicer.failures = [status(grpc.StatusCode.UNAVAILABLE, "away", retry_info(0.1))] * 100
-    told: list[str] = []
-    async with AsyncEchoVLMClient(address, timeout_s=3.0, waiting=lambda error: told.append(str(error))) as client:
+    errors: list[str] = []
+    async with AsyncEchoVLMClient(address, timeout_s=3.0, waiting=lambda error: errors.append(str(error))) as client:
         with pytest.raises(UnavailableError, match="away"):
             await client.generate(b"x")
-    assert servicer.calls == len(told) + 1 > 2
+    assert servicer.calls == len(errors) + 1 > 2
 
 
 async def test_cancelling_a_stream_that_waits_ends_it(servicer: ScriptedEchoVLM, address: str) -> None:

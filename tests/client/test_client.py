@@ -61,7 +61,7 @@ def test_text_arrives_while_it_is_written(servicer: ScriptedEchoVLM, address: st
     servicer.wait_after = 1
     with EchoVLMClient(address) as client, client.stream(b"x") as stream:
         assert isinstance(next(stream), Accepted)
-        # The server now waits for ever: only streaming can bring the first piece.
+        # The server now waits forever: only streaming can bring the first piece.
         assert next(stream) == Text(PIECES[0])
 
 
@@ -127,12 +127,12 @@ def test_tries_end_with_the_calls_own_time_and_tell_the_reason(
     servicer: ScriptedEchoVLM, address: str, call: Callable[[EchoVLMClient], object]
 ) -> None:
     servicer.failures = [UNAVAILABLE] * 100
-    told: list[str] = []
-    client = EchoVLMClient(address, timeout_s=3.0, waiting=lambda error: told.append(str(error)))
+    errors: list[str] = []
+    client = EchoVLMClient(address, timeout_s=3.0, waiting=lambda error: errors.append(str(error)))
     with client, pytest.raises(UnavailableError, match="liver"):
         call(client)
-    assert servicer.calls == len(told) + 1 > 2
-    assert set(told) == {"the experts of 'liver' are away"}
+    assert servicer.calls == len(errors) + 1 > 2
+    assert set(errors) == {"the experts of 'liver' are away"}
 
 
 def test_a_server_that_is_away_for_long_is_waited_for_as_long_as_the_caller_waits(servicer: ScriptedEchoVLM) -> None:

@@ -73,7 +73,7 @@ def test_refusals_have_types(tmp_path: Path) -> None:
             control.stage("heart", version="1.1.0", actor="")
 
 
-def test_nobody_there_and_somebody_else_there() -> None:
+def test_no_server_there_and_another_server_there() -> None:
     with ExpertControlClient("127.0.0.1:1", timeout_s=2) as control, pytest.raises(UnavailableError) as lost:
         control.list()
     assert not lost.value.reached

@@ -12,10 +12,10 @@ from echovlm_ray.client import EchoVLMClient
 from tests.running_system import RunningSystem
 
 # How fast it really is, `benchmarks/recovery.py` measures; here it must only not hang.
-PATIENCE_SECONDS = 30.0
+TIMEOUT_SECONDS = 30.0
 
 
-def test_a_killed_expert_replica_is_back_and_nobody_else_notices(running_system: RunningSystem) -> None:
+def test_a_killed_expert_replica_is_back_and_no_other_organ_is_affected(running_system: RunningSystem) -> None:
     (victim,) = running_system.replicas("expert-heart")
     stop = threading.Event()
     gaps: list[float] = []
@@ -43,7 +43,7 @@ def test_a_killed_expert_replica_is_back_and_nobody_else_notices(running_system:
         os.kill(victim["pid"], signal.SIGKILL)
         try:
             with EchoVLMClient(running_system.gateway_address) as client:
-                client.generate(prompt="Again?", task="free", organs=["heart"], timeout_s=PATIENCE_SECONDS)
+                client.generate(prompt="Again?", task="free", organs=["heart"], timeout_s=TIMEOUT_SECONDS)
             recovered_s = time.monotonic() - killed_at
             time.sleep(1.0)
         finally:
@@ -51,7 +51,7 @@ def test_a_killed_expert_replica_is_back_and_nobody_else_notices(running_system:
         # Nothing failed, and every answer of an organ is the same: greedy, before, during and after.
         for answers in (*[other.result() for other in others], heart.result()):
             assert len(set(answers)) == 1
-    assert recovered_s < PATIENCE_SECONDS, f"heart was back after {recovered_s:.1f} s"
+    assert recovered_s < TIMEOUT_SECONDS, f"heart was back after {recovered_s:.1f} s"
     assert max(gaps) < recovered_s, f"another organ stalled for {max(gaps):.1f} s, as long as the killed one"
     (successor,) = running_system.replicas("expert-heart")
     assert successor["pid"] != victim["pid"]

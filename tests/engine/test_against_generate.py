@@ -22,6 +22,7 @@ from echovlm_ray.model.positions import Grid, mrope_positions
 from tests.engines import local_experts, running_engine
 from tests.golden_cases import FLOAT32_TOLERANCE
 from tests.split_golden import split_golden
+from tests.waiting import until
 
 IMAGE, VIDEO, VISION_START, VISION_END, EOS, PAD = 990, 991, 992, 993, 995, 996
 ALL = (0, 1, 2, 3)
@@ -272,10 +273,7 @@ def test_the_engine_answers_as_generate_does(world: World, kind: str, batch: lis
     for caller in callers:
         assert caller.done.wait(60)
         check(caller, *world.reference(caller.arrival.prompt))
-    deadline = time.monotonic() + 5
-    while engine.queue_length:
-        assert time.monotonic() < deadline, "a request stayed behind"
-        time.sleep(0.001)
+    until(lambda: not engine.queue_length, "a request stayed behind")
     num_blocks = engine._scheduler.pool.num_blocks
     assert engine.free_blocks == num_blocks
     assert not any(engine._scheduler.pool._ref_counts)

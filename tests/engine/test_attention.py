@@ -107,7 +107,7 @@ def test_as_attention_over_each_sequence(compiled: bool, parts: list[tuple[int, 
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("one_thread")
-def test_the_same_bits_alone_and_in_company(dtype: torch.dtype, compiled: bool) -> None:
+def test_the_same_bits_alone_and_in_a_batch(dtype: torch.dtype, compiled: bool) -> None:
     cache = filled_cache(compiled=compiled, dtype=dtype)
     spans = spans_of([(40, 1), (97, 1), (3, 5), (41, 1), (200, 1), (0, 1)])
     query_THD = torch.randn(10, HEADS, HEAD_DIM).to(dtype)

@@ -5,7 +5,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from tests.engines import Answer, engine_request, local_experts, remote_experts,
 from tests.expert_servers import expert_process, server_thread
 from tests.golden_cases import golden_rows
 from tests.split_golden import SplitGolden, split_golden
+from tests.waiting import until
 
 ALL = (0, 1, 2, 3)
 
@@ -51,13 +52,6 @@ def of(request: SequenceRequest, organ: str, **changes: Any) -> SequenceRequest:
     return replace(request, shares=((organ, 1.0),), **changes)
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
 def test_a_cancelled_request_frees_its_blocks_and_says_nothing_more(engine: Engine, prompt: SequenceRequest) -> None:
     free = engine.free_blocks
     answer = submit(engine, of(prompt, "breast", max_new_tokens=1500, stop_token_ids=frozenset()))
@@ -65,7 +59,7 @@ def test_a_cancelled_request_frees_its_blocks_and_says_nothing_more(engine: Engi
     assert engine.free_blocks < free
     assert answer.sequence is not None
     engine.cancel(answer.sequence)
-    wait_until(lambda: engine.free_blocks == free)
+    until(lambda: engine.free_blocks == free)
     made = len(answer.token_ids)
     assert made < 1500
     time.sleep(0.05)
@@ -82,7 +76,7 @@ def test_an_expired_request_ends_with_a_deadline_error(engine: Engine, prompt: S
     ).wait()
     assert isinstance(answer.error, DeadlineError)
     assert time.monotonic() - deadline < 1.0
-    wait_until(lambda: engine.free_blocks == free)
+    until(lambda: engine.free_blocks == free)
 
 
 def test_a_request_without_a_deadline_still_has_an_end(split: SplitGolden, prompt: SequenceRequest) -> None:
@@ -130,7 +124,7 @@ def test_random_submissions_and_cancellations_leak_no_block(engine: Engine, prom
             victim = chance.choice(answers).sequence
             assert victim is not None
             engine.cancel(victim)
-    wait_until(lambda: engine.queue_length == 0, 60)
+    until(lambda: engine.queue_length == 0, timeout_s=60)
     assert engine.free_blocks == 4096 // 16
 
 
@@ -143,14 +137,14 @@ def test_stopping_ends_all_requests(split: SplitGolden, prompt: SequenceRequest)
             submit(engine, prompt)
 
 
-def test_a_sink_that_fails_harms_nobody(engine: Engine, prompt: SequenceRequest) -> None:
+def test_a_sink_that_fails_affects_no_other_request(engine: Engine, prompt: SequenceRequest) -> None:
     def bad_sink(output: object) -> None:
         raise RuntimeError("gone")
 
     free = engine.free_blocks
     engine.submit(of(prompt, "breast"), bad_sink)
     assert len(submit(engine, prompt).wait_well().token_ids) == 16
-    wait_until(lambda: engine.free_blocks == free)
+    until(lambda: engine.free_blocks == free)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -159,15 +153,15 @@ def test_whoever_listens_is_woken_after_every_token(engine: Engine, prompt: Sequ
     events: list[str] = []
     ended = threading.Event()
 
-    def told() -> None:
+    def ready() -> None:
         if events and events[-1] == "token":
-            events.append("told")
-        if events.count("token") == 5 and events[-1] == "told":
+            events.append("ready")
+        if events.count("token") == 5 and events[-1] == "ready":
             ended.set()
         if fails:
             raise RuntimeError("the loop is closed")
 
-    engine.on_outputs_ready = told
+    engine.on_outputs_ready = ready
     try:
         engine.submit(
             of(prompt, "breast", max_new_tokens=5, stop_token_ids=frozenset()), lambda _: events.append("token")
@@ -175,16 +169,16 @@ def test_whoever_listens_is_woken_after_every_token(engine: Engine, prompt: Sequ
         assert ended.wait(10)
     finally:
         engine.on_outputs_ready = lambda: None
-    assert events == ["token", "told"] * 5
+    assert events == ["token", "ready"] * 5
 
 
 def test_an_error_is_told_at_once(engine: Engine, prompt: SequenceRequest) -> None:
     events: list[object] = []
-    told = threading.Event()
-    engine.on_outputs_ready = lambda: told.set() if events else None
+    ready = threading.Event()
+    engine.on_outputs_ready = lambda: ready.set() if events else None
     try:
         engine.submit(of(prompt, "breast", deadline=time.monotonic()), events.append)
-        assert told.wait(10)
+        assert ready.wait(10)
     finally:
         engine.on_outputs_ready = lambda: None
     assert isinstance(events[0], DeadlineError)
@@ -206,11 +200,11 @@ def recorded_steps(engine: Engine) -> list[tuple[float, set[EngineSequence]]]:
 def test_the_step_after_a_cancellation_is_without_the_request(engine: Engine, prompt: SequenceRequest) -> None:
     steps = recorded_steps(engine)
     own: list[EngineSequence] = []
-    told = []
+    outputs = []
 
     def sink(output: StepOutput | Exception) -> None:
-        told.append(output)
-        if len(told) == 3:
+        outputs.append(output)
+        if len(outputs) == 3:
             engine.cancel(own[0])
 
     try:
@@ -220,7 +214,7 @@ def test_the_step_after_a_cancellation_is_without_the_request(engine: Engine, pr
         other.wait_well()
     finally:
         del engine._runner.step
-    assert len(told) == 3
+    assert len(outputs) == 3
     assert sum(own[0] in sequences for _, sequences in steps) == 3 + (len(prompt.input_ids) - 1) // 64
     assert not own[0].block_table
 

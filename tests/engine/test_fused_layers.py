@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from echovlm_ray.engine.attention import AttentionStep, SequenceSpan
-from echovlm_ray.engine.beside_experts import FusedBesideExperts
-from echovlm_ray.engine.compiled_layers import CompiledBesideExperts
+from echovlm_ray.engine.compiled_layers import CompiledDensePath
 from echovlm_ray.engine.concatenate import concatenated
+from echovlm_ray.engine.dense_path import FusedDensePath
 from echovlm_ray.engine.fused_layers import fuse_layers
 from echovlm_ray.engine.kv_cache import KVCache
 from echovlm_ray.engine.scheduler import Chunk
@@ -45,16 +45,16 @@ def test_joined_layers_give_the_outputs_of_each() -> None:
     assert not any(linear.weight.numel() for linear in linears)
 
 
-@pytest.mark.parametrize("fused", [FusedBesideExperts, CompiledBesideExperts])
+@pytest.mark.parametrize("fused", [FusedDensePath, CompiledDensePath])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_beside_experts_as_the_layer_itself(
-    split_base: SplitGolden, dtype: torch.dtype, fused: type[FusedBesideExperts]
+    split_base: SplitGolden, dtype: torch.dtype, fused: type[FusedDensePath]
 ) -> None:
     layer = load_backbone(split_base.backbone, dtype=dtype).model.language_model.layers[0]
     x, hidden_states = torch.randn(2, 1, 9, layer.hidden_size).to(dtype)
     routed_TD = torch.randn(9, layer.hidden_size).to(dtype)
     with torch.inference_mode():
-        expected = copy.deepcopy(layer)._beside_experts(x).mix(hidden_states, routed_TD)
+        expected = copy.deepcopy(layer)._dense_path(x).mix(hidden_states, routed_TD)
         found = fused(layer)(x).mix(hidden_states, routed_TD)
     torch.testing.assert_close(found, expected)
 
@@ -96,7 +96,7 @@ def test_attention_as_with_torchs_operators(
             x = hidden_states[:, : len(positions_T)]
             rotation = own.rotary_emb(x, positions_T.expand(3, 1, -1))
             step = AttentionStep.plan(cache, spans)
-            attends = layer.attends or layer._attention
+            attends = layer.attention_override or layer._attention
             found += attends(x, position_embeddings=rotation, attention_step=step)
         return [*found, cache.key_LSHD, cache.value_LSHD]
 

@@ -193,7 +193,7 @@ def test_a_bundle_that_goes_takes_its_blocks_along(split: SplitGolden, requests:
 
 
 class FaultyExperts(LocalExperts):
-    """Experts that compute infinity, or fail, when told to."""
+    """Experts that compute infinity, or fail, when a test says so."""
 
     poisoned = False
     failure: Exception | None = None

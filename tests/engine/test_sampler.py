@@ -183,7 +183,7 @@ def test_a_step_chooses_for_each_sequence_as_if_it_were_alone() -> None:
         assert chosen == [next_token(own, logits_V) for own, logits_V in zip(alone, logits_BV, strict=True)]
 
 
-def test_one_row_that_is_no_number_is_nobody_elses_trouble() -> None:
+def test_one_row_with_nan_affects_no_other_row() -> None:
     logits_BV = torch.randn(4, VOCABULARY)
     logits_BV[1, 7] = torch.nan
     logits_BV[3, 2] = torch.inf

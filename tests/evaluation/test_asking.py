@@ -9,7 +9,7 @@ from echovlm_ray.client import AsyncEchoVLMClient, UnauthenticatedError
 from echovlm_ray.data.media import ImageRoot, UnusableImageError
 from echovlm_ray.evaluation.answers import AnswerLog
 from echovlm_ray.evaluation.asking import Asking, Outcome, ServiceLostError, ask_all, target_of, work_of
-from echovlm_ray.evaluation.settings import AskSettings, Patience, settings_digest
+from echovlm_ray.evaluation.settings import AskSettings, RequestLimits, settings_digest
 from echovlm_ray.vision.images import ImageLimits
 from protos import echovlm_pb2
 from tests.evaluation.phantom_records import items_of, write_phantoms
@@ -29,7 +29,7 @@ async def ask(
     dataset: Path,
     *,
     organs: str = "found",
-    patience: Patience | None = None,
+    limits: RequestLimits | None = None,
     seed: int = 0,
 ) -> Outcome:
     items = items_of(dataset)
@@ -38,7 +38,13 @@ async def ask(
         digest = settings_digest(target_of(await client.model_info()), asking, seed)
         with AnswerLog(dataset.parent / "answers.jsonl") as log:
             run = Asking(
-                ImageRoot(dataset.parent), log, digest, asking, patience or Patience(timeout_s=20), LIMITS, seed
+                ImageRoot(dataset.parent),
+                log,
+                digest,
+                asking,
+                limits or RequestLimits(timeout_s=20),
+                LIMITS,
+                seed,
             )
             return await ask_all(client, work_of(items, seed), run)
 
@@ -110,7 +116,7 @@ async def test_a_service_that_stays_full_ends_the_run_and_keeps_the_answers(data
     await ask(gateway, dataset)
     full = ScriptedGateway(echo, full=10**6, retry_s=0.02, expert_set_id="set-2")
     with pytest.raises(ServiceLostError, match="full"):
-        await ask(full, dataset, patience=Patience(patience_s=0.2))
+        await ask(full, dataset, limits=RequestLimits(retry_s=0.2))
     with AnswerLog(dataset.parent / "answers.jsonl") as log:
         assert len(log) == 3 * COUNT
 
@@ -128,7 +134,7 @@ async def test_a_refused_request_is_kept_as_refused(dataset: Path) -> None:
 
 async def test_a_failure_of_the_moment_is_not_kept(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("echovlm_ray.evaluation.asking.RETRY_S", 0.01)
-    passing = await ask(ScriptedGateway(echo, failing=2), dataset, patience=Patience(concurrency=1))
+    passing = await ask(ScriptedGateway(echo, failing=2), dataset, limits=RequestLimits(concurrency=1))
     assert passing.failed == {}
     (dataset.parent / "answers.jsonl").unlink()
     lasting = await ask(ScriptedGateway(echo, failing=10**6), dataset)

@@ -19,7 +19,7 @@ from echovlm_ray.evaluation.page import report_page
 from echovlm_ray.evaluation.plots import draw_scores
 from echovlm_ray.evaluation.result import WITHHELD, EvaluationResult, GroupScores, Score
 from echovlm_ray.evaluation.run import Plan, load, score
-from echovlm_ray.evaluation.settings import AskSettings, Patience, ScoreSettings, Target
+from echovlm_ray.evaluation.settings import AskSettings, RequestLimits, ScoreSettings, Target
 from echovlm_ray.vision.images import ImageLimits
 from tests.data.records import png, record, turns, write_lines
 from tests.evaluation.phantom_records import write_phantoms
@@ -37,7 +37,7 @@ def plan_of(path: Path) -> Plan:
         limits=LIMITS,
         asking=AskSettings(),
         scoring=ScoreSettings(draws=100),
-        patience=Patience(),
+        request_limits=RequestLimits(),
     )
 
 

@@ -24,6 +24,7 @@ from experts.probe import probe_sizes
 from experts.signing import SignaturePolicy, sign_bundle
 from tests.experts.bad_bundles import BAD_BUNDLES
 from tests.experts.keys import make_keys
+from tests.waiting import until
 
 MakeBundle = Callable[..., Path]
 SIZES = BackboneSizes(digest="b" * 64, num_layers=2, hidden_size=16)
@@ -197,11 +198,10 @@ def test_a_kernel_that_hangs_is_killed_with_all_that_it_started(bundle: BundleSo
     assert result == CheckResult(ok=False, reason="the check did not end within 20 s and was killed")
     assert time.monotonic() - started < 30
     child = int(kernels.read_text())
-    for _ in range(50):
-        if not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE:
-            return
-        time.sleep(0.1)
-    pytest.fail("what the kernel started outlived it")
+    until(
+        lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE,
+        "what the kernel started outlived it",
+    )
 
 
 def test_a_kernel_that_eats_memory(bundle: BundleSource, kernels: Path) -> None:
@@ -267,19 +267,26 @@ def test_what_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="Linux's scheduling policies")
-@pytest.mark.parametrize("gives_way", [False, True])
-def test_only_checks_that_are_told_to_give_way(gives_way: bool) -> None:
-    with closing(IsolatedChecks(gives_way=gives_way)) as checks:
-        checks.start()
-        assert checks._server is not None
-        policy = os.sched_getscheduler(checks._server._process.pid)
-    assert (policy == os.SCHED_IDLE) == gives_way
+@pytest.mark.parametrize("idle_priority", [False, True])
+def test_checks_run_at_the_priority_that_was_asked_for(bundle: BundleSource, idle_priority: bool) -> None:
+    with closing(IsolatedChecks(idle_priority=idle_priority)) as checks:
+        assert checks.check(CheckRequest(source=bundle)).ok
+        (server,) = fork_servers()
+        policy = os.sched_getscheduler(server.pid)
+    assert (policy == os.SCHED_IDLE) == idle_priority
+
+
+def test_what_checks_are_forked_from_runs_only_while_it_is_needed(bundle: BundleSource) -> None:
+    with closing(IsolatedChecks(idle_s=0.2)) as checks:
+        assert fork_servers() == []
+        for _ in range(2):
+            assert checks.check(CheckRequest(source=bundle)).ok
+            until(lambda: fork_servers() == [])
 
 
 def test_checks_share_what_they_come_from(bundle: BundleSource, make_bundle: MakeBundle) -> None:
     """Several at once; each is a process of its own, and what the first one did the others do not see."""
     with closing(IsolatedChecks()) as checks:
-        checks.start()
         bad = make_bundle(name="bad")
         BAD_BUNDLES["not a number"][0](bad)
         requests = [CheckRequest(source=bundle), CheckRequest(source=BundleSource(folder=bad))] * 3
@@ -288,11 +295,7 @@ def test_checks_share_what_they_come_from(bundle: BundleSource, make_bundle: Mak
         assert [result.ok for result in results] == [True, False] * 3
         (server,) = fork_servers()
         # Those that watched have ended, and there is nothing left to wait for.
-        for _ in range(50):
-            if not server.children():
-                break
-            time.sleep(0.1)
-        assert server.children() == []
+        until(lambda: not server.children())
     assert fork_servers() == []
 
 
@@ -304,7 +307,7 @@ def test_what_checks_come_from_is_killed(bundle: BundleSource) -> None:
         assert checks.check(CheckRequest(source=bundle)).ok
         (other,) = fork_servers()
         assert other != server
-    # A later check starts it anew.
+    # A later check starts it again.
     assert checks.check(CheckRequest(source=bundle)).ok
     checks.close()
     assert fork_servers() == []

@@ -6,8 +6,7 @@ import stat
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from experts.transport.layout import Area, Layout
 from experts.transport.secret import NO_SECRET, SystemSecret
 from experts.transport.shared_memory import MemoryBudget, SharedMemory
 from protos import expert_pb2, tensor_pb2
+from tests.waiting import until
 
 HIDDEN = 16
 PATIENCE_S = 20
@@ -134,13 +134,6 @@ def caller(service: ExpertGroupService, kernel: WatchedKernel) -> Iterator[Calle
     yield caller
     kernel.door.set()
     caller.close()
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def mapped(name: str = "memfd:echovlm") -> list[tuple[int, int]]:

@@ -27,7 +27,7 @@ def test_one_that_was_opened_to_others_is_closed_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file to another user")
-def test_a_name_that_another_user_took_keeps_nobody_from_starting(tmp_path: Path) -> None:
+def test_a_name_that_another_user_took_does_not_prevent_a_start(tmp_path: Path) -> None:
     (tmp_path / NAME).mkdir()
     (tmp_path / f"{NAME}-1").touch()
     for taken in tmp_path.iterdir():

@@ -121,7 +121,7 @@ def test_linking_takes_no_room_and_copying_is_independent(registry: Registry, ma
     for name, manifest, same in (("linked", linked, True), ("copied", copied, False)):
         stored = registry.open(manifest.digest).locations["experts.safetensors"]
         assert os.path.samefile(stored, Path(registry.root).parent / name / "experts.safetensors") is same
-        # Owners write where they may; others, at least, are told.
+        # Owners write where they may; others at least get an error.
         assert stored.stat().st_mode & 0o222 == 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from experts.bundle import file_sha256
 from experts.errors import InvalidBundleError
+from experts.safetensors_header import read_header
 from experts.safetensors_reader import SafetensorsFile
 from experts.safetensors_writer import ALIGNMENT, DTYPE_NAMES, StreamingWriter, WrittenFile
 
@@ -184,33 +186,42 @@ def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
+EMPTY = json.dumps(entry(shape=[0], offsets=[0, 0])).encode()
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "truncated"),
-        (b"\1\0\0", "truncated"),
-        (b"\xff" * 8 + b"{}", "truncated or no safetensors"),
+        (b"", "truncated .*too small"),
+        (b"\1\0\0", "truncated .*too small"),
+        (b"\x80", "truncated .*too small"),
+        (b"\xff" * 8 + b"{}", "truncated or no valid safetensors file .*too large"),
+        ((100).to_bytes(8, "little") + b"{}", "truncated .*invalid header length"),
         (b"\x80\x04\x95" + b"p" * 40, "is a pickle"),
-        (raw(b"{"), "header is not valid"),
-        (raw(b"\xff\xfe"), "header is not valid"),
-        (raw(b"[" * 100_000), "header is not valid"),
-        (raw(b'{"a":{},"a":{}}'), "occurs twice"),
-        (raw([]), "not a JSON object"),
-        (raw({"a": 1}), "must have dtype, shape"),
-        (raw({"a": {**entry(), "extra": 1}}, bytes(8)), "must have dtype, shape"),
-        (raw({"a": entry(dtype="F99")}, bytes(8)), "unknown dtype"),
-        (raw({"a": entry(dtype=["F32"])}, bytes(8)), "unknown dtype"),
-        (raw({"a": entry(shape=[-2])}, bytes(8)), "lists of sizes"),
-        (raw({"a": entry(shape=[2.0])}, bytes(8)), "lists of sizes"),
-        (raw({"a": entry(shape=[True])}, bytes(8)), "lists of sizes"),
-        (raw({"a": entry(shape="2")}, bytes(8)), "lists of sizes"),
-        (raw({"a": entry(offsets=[0, 8, 9])}, bytes(8)), "lists of sizes"),
-        (raw({"a": entry(offsets=[0, 4])}, bytes(4)), "has 4 bytes, but F32"),
-        (raw({"a": entry(offsets=[8, 0])}, bytes(8)), "has -8 bytes"),
-        (raw({"a": entry(offsets=[4, 12])}, bytes(12)), "does not start where"),
-        (raw({"a": entry(), "b": entry(offsets=[4, 12])}, bytes(12)), "does not start where"),
-        (raw({"a": entry()}, bytes(7)), "is truncated"),
-        (raw({"a": entry()}, bytes(9)), "bytes after its last tensor"),
+        (raw(b"{"), "invalid JSON in header"),
+        (raw(b"\xff\xfe"), "invalid UTF-8 in header"),
+        (raw(b"[" * 100_000), "invalid JSON in header"),
+        (raw(b'{"a":{"x":' + b"[" * 10_000 + b"]" * 10_000 + b"}}"), "recursion limit"),
+        (raw(b'{"a":' + EMPTY + b',"a":' + EMPTY + b"}"), "a name occurs twice"),
+        (raw(b'{"a":' + EMPTY + b',"\\u0061":' + EMPTY + b"}"), "a name occurs twice"),
+        (raw([]), "invalid JSON in header"),
+        (raw({"a": 1}), "invalid JSON in header"),
+        (raw({"a": ["F32", [2], [0, 8]]}, bytes(8)), "entry of a must be an object with dtype, shape, data_offsets"),
+        (raw({"a": entry(dtype="F99")}, bytes(8)), "unknown variant `F99`"),
+        (raw({"a": entry(dtype="C64", shape=[1])}, bytes(8)), "a has the unknown dtype 'C64'"),
+        (raw({"a": entry(dtype=["F32"])}, bytes(8)), "invalid JSON in header"),
+        (raw({"a": entry(shape=[-2])}, bytes(8)), "integer `-2`"),
+        (raw({"a": entry(shape=[2.0])}, bytes(8)), "floating point `2.0`"),
+        (raw({"a": entry(shape=[True])}, bytes(8)), "boolean `true`"),
+        (raw({"a": entry(shape="2")}, bytes(8)), "expected a sequence"),
+        (raw({"a": entry(shape=[2**62, 2**62])}, bytes(8)), "overflow"),
+        (raw({"a": entry(offsets=[0, 8, 9])}, bytes(8)), "invalid length 3"),
+        (raw({"a": entry(offsets=[0, 4])}, bytes(4)), "invalid shape, data type, or offset"),
+        (raw({"a": entry(offsets=[8, 0])}, bytes(8)), "invalid offset for tensor `a`"),
+        (raw({"a": entry(offsets=[4, 12])}, bytes(12)), "invalid offset for tensor `a`"),
+        (raw({"a": entry(), "b": entry(offsets=[4, 12])}, bytes(12)), "invalid offset for tensor `b`"),
+        (raw({"a": entry()}, bytes(7)), "truncated .*not fully covered"),
+        (raw({"a": entry()}, bytes(9)), "truncated .*not fully covered"),
     ],
 )
 def test_damaged_files_are_refused(content: bytes, reason: str, tmp_path: Path) -> None:
@@ -218,6 +229,16 @@ def test_damaged_files_are_refused(content: bytes, reason: str, tmp_path: Path) 
     path.write_bytes(content)
     with pytest.raises(InvalidBundleError, match=f"x.safetensors.*{reason}"):
         SafetensorsFile(path)
+
+
+def test_the_header_is_read_from_the_open_file_wherever_its_path_leads_by_now(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    write(path, {"a": torch.zeros(1)})
+    with path.open("rb") as file:
+        path.rename(tmp_path / "y")
+        os.mkfifo(path)
+        info = read_header(file.fileno())["a"]
+        assert (info.dtype, info.shape, info.end - info.start, file.tell()) == ("F32", (1,), 4, 0)
 
 
 def test_links_and_folders_are_refused(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from protos import expert_pb2, expert_pb2_grpc, tensor_pb2
 MakeBundle = Callable[..., Path]
 Serve = Callable[..., Any]
 # Anything slower than this hangs.
-PATIENCE_S = 20
+TIMEOUT_S = 20
 
 
 class DoorKernel(ReferenceKernel):
@@ -44,13 +44,13 @@ class DoorKernel(ReferenceKernel):
             def forward(self, x_TD: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
                 if x_TD.shape[0] > kernel.threshold:
                     kernel.waiting.release()
-                    assert kernel.door.wait(PATIENCE_S)
+                    assert kernel.door.wait(TIMEOUT_S)
                 return super().forward(x_TD, *rest)
 
         return Waiting(weights)
 
     async def until_waiting(self) -> None:
-        assert await asyncio.to_thread(self.waiting.acquire, timeout=PATIENCE_S)
+        assert await asyncio.to_thread(self.waiting.acquire, timeout=TIMEOUT_S)
 
 
 class Served:
@@ -131,7 +131,7 @@ def request(
 
 
 async def read(call: Any) -> expert_pb2.ForwardResponse:
-    response = await asyncio.wait_for(call.read(), PATIENCE_S)
+    response = await asyncio.wait_for(call.read(), TIMEOUT_S)
     assert response is not grpc.aio.EOF
     return response  # type: ignore[no-any-return]
 
@@ -155,7 +155,7 @@ async def test_answers_are_those_of_the_group_to_the_last_bit(
         output = tensor_from_proto(response.output)
         assert torch.equal(output, expected.pop(response.correlation_id))
     assert not expected
-    assert await asyncio.wait_for(call.read(), PATIENCE_S) is grpc.aio.EOF
+    assert await asyncio.wait_for(call.read(), TIMEOUT_S) is grpc.aio.EOF
     assert await call.code() == grpc.StatusCode.OK
     assert served.service.exchanges_in_flight == 0
 
@@ -171,7 +171,7 @@ async def test_exchanges_overlap_and_are_answered_as_they_finish(
     assert (await read(call)).correlation_id == 2
     await other.write(request(pushed.digest, 1))
     assert (await read(other)).correlation_id == 1, "another stream is not held up either"
-    status = await served.stub.Status(expert_pb2.ExpertGroupStatusRequest(), timeout=PATIENCE_S)
+    status = await served.stub.Status(expert_pb2.ExpertGroupStatusRequest(), timeout=TIMEOUT_S)
     assert status.exchanges_in_flight == served.service.exchanges_in_flight == 1
     kernel.door.set()
     response = await read(call)
@@ -348,7 +348,7 @@ async def test_a_caller_that_leaves_takes_its_exchanges_with_it(
             call.cancel()
         else:
             await served.channel.close()
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(TIMEOUT_S):
             while served.service.exchanges_in_flight:
                 await asyncio.sleep(0.001)
         kernel.door.set()
@@ -382,7 +382,7 @@ async def test_answers_come_after_the_caller_has_finished_writing(
     await call.done_writing()
     kernel.door.set()
     assert (await read(call)).correlation_id == 1
-    assert await asyncio.wait_for(call.read(), PATIENCE_S) is grpc.aio.EOF
+    assert await asyncio.wait_for(call.read(), TIMEOUT_S) is grpc.aio.EOF
 
 
 @pytest.mark.parametrize("inline_multiply_adds", [0, 10**9])
@@ -404,7 +404,7 @@ async def test_a_caller_that_reads_nothing_is_not_read_for_ever(
 
     flooding = asyncio.create_task(flood())
     before = -1
-    async with asyncio.timeout(PATIENCE_S):
+    async with asyncio.timeout(TIMEOUT_S):
         while written != before:
             before = written
             await asyncio.sleep(0.5)
@@ -438,7 +438,7 @@ async def test_loading_while_forwarding(
 
     exchanging = asyncio.create_task(exchange_steadily())
     for manifest in others:
-        loaded = await served.stub.Load(expert_pb2.LoadRequest(bundle_digest=manifest.digest), timeout=PATIENCE_S)
+        loaded = await served.stub.Load(expert_pb2.LoadRequest(bundle_digest=manifest.digest), timeout=TIMEOUT_S)
         assert (loaded.bundle.digest, loaded.bundle.version) == (manifest.digest, manifest.version)
         new = served.stub.Forward()
         await new.write(request(manifest.digest, 1, layer=1))
@@ -446,7 +446,7 @@ async def test_loading_while_forwarding(
         weights = Bundle.open(Path(registry.root).parent / f"b{manifest.version[-1]}").load_layer(1)
         assert torch.equal(output, ReferenceExperts(weights).forward(*inputs(4)))
         new.cancel()
-        await served.stub.Unload(expert_pb2.UnloadRequest(bundle_digest=manifest.digest), timeout=PATIENCE_S)
+        await served.stub.Unload(expert_pb2.UnloadRequest(bundle_digest=manifest.digest), timeout=TIMEOUT_S)
     done.set()
     assert await exchanging > 6
 

@@ -1,4 +1,4 @@
-"""P5 on the running system: whatever is wrong with a candidate, the incumbent answers as before, and all is told."""
+"""P5 on the running system: a bad candidate changes no answer of the incumbent, and the reason is shown."""
 
 import itertools
 import json

@@ -40,7 +40,7 @@ def away(folder: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One of its own, for it is taken apart; a later version of one organ was promoted in an earlier life of it."""
+    """One of its own, because it is taken apart; a later version of one organ was promoted in an earlier life of it."""
     directory = tmp_path_factory.mktemp("registry-away") / "random"
     make_random(directory)
     registry = Registry(registry_root(directory))
@@ -110,8 +110,8 @@ def check_unanswered(system: RunningSystem, digest: str) -> None:
         found = [each for each in system.status()["problems"] if "no bundle" in str(each["reasons"])]
         return found[0] if found else None
 
-    told = until(problem, "the reason in status")
-    assert (told["organ"], told["version"], told["digest"], told["answers"]) == (ORGAN, VERSION, digest, False)
+    found = until(problem, "the reason in status")
+    assert (found["organ"], found["version"], found["digest"], found["answers"]) == (ORGAN, VERSION, digest, False)
     status = subprocess.run([ECHORAY, "status", "--control", system.control_address], capture_output=True, text=True)
     assert status.returncode == 1
     assert "NOT SERVING" in status.stdout

@@ -18,6 +18,7 @@ import yaml
 
 from echovlm_ray.checkpoint.demo import make_demo
 from tests.running_system import ECHORAY, free_port
+from tests.waiting import until
 
 START_S = 180
 STOP_S = 90
@@ -38,13 +39,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, start_new_session=True, env=environment(folder)
     )
-    family: list[psutil.Process] = []
     try:
-        deadline = time.monotonic() + START_S
-        while not any(child.name() == "raylet" for child in family):
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
-            family = psutil.Process(process.pid).children(recursive=True)
+        until(lambda: "raylet" in names_below(process.pid), timeout_s=START_S, pause_s=0.5)
         yield address
     finally:
         family = psutil.Process(process.pid).children(recursive=True)
@@ -53,6 +49,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         for child in alive:
             child.kill()
         process.wait(20)
+
+
+def names_below(pid: int) -> set[str]:
+    return {child.name() for child in psutil.Process(pid).children(recursive=True)}
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -122,7 +122,7 @@ def ending(serving: Serving) -> Iterator[Serving]:
 
 
 def metrics_of_both(serving: Serving) -> None:
-    """Both systems' samples are at the same address, told apart by a label, which the one without a name lacks."""
+    """Both systems' samples are at the same address, distinguished by a label, which the one without a name lacks."""
     found = re.search(r"metrics +(http://\S+)", serving.text)
     assert found is not None
     deadline = time.monotonic() + METRICS_S

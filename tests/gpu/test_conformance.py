@@ -12,7 +12,7 @@ from tests.experts.kernels.conformance import (
     Case,
     check_case,
     check_gradients,
-    check_nobody_is_exactly_zero,
+    check_no_expert_is_exactly_zero,
     distinct,
     make_exchange,
     make_weights,
@@ -51,8 +51,8 @@ def test_triton_small_in_float32(case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nobody_is_exactly_zero(name: str) -> None:
-    check_nobody_is_exactly_zero(kernel_named(name), torch.bfloat16, "cuda")
+def test_no_expert_is_exactly_zero(name: str) -> None:
+    check_no_expert_is_exactly_zero(kernel_named(name), torch.bfloat16, "cuda")
 
 
 def test_gradients() -> None:

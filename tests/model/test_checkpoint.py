@@ -19,7 +19,8 @@ from echovlm_ray.checkpoint.layout import InvalidCheckpointError
 from echovlm_ray.checkpoint.reader import read_config
 from echovlm_ray.checkpoint.schema import ModelShape
 from echovlm_ray.checkpoint.split import Labels, split
-from echovlm_ray.model.checkpoint import CheckpointMismatchError, load_backbone, load_vision_tower
+from echovlm_ray.model.checkpoint import load_backbone, load_vision_tower
+from echovlm_ray.model.pretrained import CheckpointMismatchError
 from experts.bundle_writer import write_bundle
 from experts.registry import Registry
 from tests.model.support import assert_same_tensors, image_prompt, small_model, stored_tensors

@@ -89,7 +89,7 @@ def test_the_same_numbers_as_stock_layers(dtype: torch.dtype, tolerance: float) 
         assert packed(x[:0]).shape == (0, 5, 64)
 
 
-def test_layers_of_the_backbone_are_packed_and_their_weights_let_go(split_base: SplitGolden) -> None:
+def test_layers_of_the_backbone_are_packed_and_their_weights_release(split_base: SplitGolden) -> None:
     backbone = load_backbone(split_base.backbone)
     expected = [name for name, module in backbone.named_modules() if _large(module)]
     assert {name.rsplit(".", 1)[-1] for name in expected} >= {"q_proj", "o_proj", "gate_proj", "down_proj", "lm_head"}

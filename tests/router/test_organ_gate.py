@@ -86,7 +86,7 @@ def test_of_many_organs_in_the_terms_the_most_frequent_remain(gate: OrganGate) -
     assert gate.choose([], terms, None, expert_set()).shares == (("heart", 0.5), ("vessel", 0.5))
 
 
-def test_the_nearest_prototype_decides_when_nobody_else_does(gate: OrganGate) -> None:
+def test_the_nearest_prototype_decides_when_nothing_else_does(gate: OrganGate) -> None:
     choice = gate.choose([], ["abdomen"], torch.tensor([0.1, 3.0, 0.5], dtype=torch.bfloat16), expert_set())
     assert choice.shares == (("heart", 1.0),)
     assert choice.source == router_pb2.ORGAN_SOURCE_PROTOTYPE

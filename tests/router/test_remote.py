@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import grpc
 import pytest
@@ -18,6 +18,7 @@ from router.channel import ChannelState, ReplicaChannel, ReplicaLostError
 from router.errors import ExpertsFailedError, ExpertsUnavailableError, ExpertsUnusableError
 from router.remote import RemoteExperts
 from router.tokens import Tokens
+from tests.waiting import until
 
 X_TD = torch.arange(6.0).reshape(2, 3)
 INDEX_TK = torch.zeros(2, 1, dtype=torch.int32)
@@ -125,13 +126,6 @@ def threads_of(organ: str) -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name in (f"to-{organ}", f"open-{organ}")]
 
 
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def test_exchanges_overlap_and_are_told_apart(cluster: Cluster) -> None:
     experts = RemoteExperts(cluster.addresses, exchange_timeout_s=30.0)
     replica = Replica()
@@ -193,10 +187,7 @@ def test_a_lost_exchange_is_sent_to_another_replica(cluster: Cluster, experts: R
     for replica in replicas:
         cluster.add(replica)
         experts.wait_until_connected(["liver"], 5)
-    deadline = time.monotonic() + 5
-    while sum(channel.state is ChannelState.READY for channel in experts._refresh("liver")) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    until(lambda: sum(channel.state is ChannelState.READY for channel in experts._refresh("liver")) == 2)
     replicas[0].break_stream = True
     replicas[1].break_stream = False
     assert all(torch.equal(send(experts), X_TD * 2) for _ in range(3))
@@ -248,10 +239,7 @@ def test_the_least_busy_replica_is_chosen(cluster: Cluster, experts: RemoteExper
     for replica in replicas:
         replica.delays = {0: 0.2}
         cluster.add(replica)
-    deadline = time.monotonic() + 5
-    while any(channel.state is not ChannelState.READY for channel in experts._refresh("liver")):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    until(lambda: all(channel.state is ChannelState.READY for channel in experts._refresh("liver")))
     pending = [experts.send("liver", "digest", 0, X_TD, INDEX_TK, WEIGHT_TK) for _ in range(6)]
     for exchange in pending:
         exchange.result()

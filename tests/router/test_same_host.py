@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from router.local import LocalExperts
 from router.remote import RemoteExperts
 from tests.expert_servers import ROOT, ExpertProcess, ServerThread, expert_group, expert_process, server_thread
 from tests.split_golden import SplitGolden, split_golden
+from tests.waiting import until
 
 ORGAN = "liver"
 MIB = 1024 * 1024
@@ -90,13 +91,6 @@ def inputs(split: SplitGolden, tokens: int, seed: int = 0) -> tuple[torch.Tensor
         torch.randint(NO_EXPERT, 2, (tokens, 2), generator=generator),
         torch.rand((tokens, 2), generator=generator).to(dtype),
     )
-
-
-def until(condition: Callable[[], object], patience_s: float = 15.0) -> None:
-    deadline = time.monotonic() + patience_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def freeze(replica: ExpertProcess) -> None:
@@ -209,7 +203,7 @@ def test_a_replica_that_dies_while_nobody_asks_is_noticed(
     with Cluster(replicas[0].address) as cluster:
         assert cluster.experts.unavailable(ORGAN) is None
         replicas[0].process.kill()
-        until(lambda: cluster.experts.unavailable(ORGAN) is not None, 8)
+        until(lambda: cluster.experts.unavailable(ORGAN) is not None, timeout_s=8)
 
 
 def test_a_hung_replica_counts_as_lost_and_what_it_writes_later_harms_nobody(

@@ -14,7 +14,7 @@ from echovlm_ray.checkpoint.layout import read_index, registry_root
 from echovlm_ray.config import ExpertsSection, ModelSection, RolloutsSection
 from echovlm_ray.serving.control import CONTROL_SERVICE, FEED_SERVICE
 from echovlm_ray.serving.control.catalogue import Catalogue
-from echovlm_ray.serving.control.feed import RolloutFeedService, WatcherKind
+from echovlm_ray.serving.control.feed import RolloutFeedService
 from echovlm_ray.serving.control.fleet import GrpcFleet
 from echovlm_ray.serving.control.operation_threads import operation_threads
 from echovlm_ray.serving.control.policies import PolicyPublisher
@@ -23,6 +23,7 @@ from echovlm_ray.serving.control.service import ExpertControlService
 from echovlm_ray.serving.control.state import StateReader, StateWatch
 from echovlm_ray.serving.control.take_up import TakeUp
 from echovlm_ray.serving.control.verifier import SubprocessVerifier
+from echovlm_ray.serving.control.watchers import WatcherKind, Watchers
 from echovlm_ray.serving.endpoints import ReplicaAddresses
 from echovlm_ray.serving.inner_server import inner_server
 from echovlm_ray.serving.rollout_files import RolloutFiles
@@ -47,7 +48,7 @@ SECTION = RolloutsSection(
     thresholds=Thresholds(min_requests=5, min_successes=0, max_latency_ratio=3),
     max_push_bytes=2**25,
 )
-PATIENCE_S = 60.0
+TIMEOUT_S = 60.0
 
 
 class PinningRouter(router_pb2_grpc.RouterServicer):
@@ -103,7 +104,7 @@ class ControlSystem:
         return rollout
 
     async def until(self, organ: str, state: str) -> control_pb2.Rollout:
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + TIMEOUT_S
         while (rollout := await self.rollout(organ)).state != state:
             assert rollout.state not in ("failed", "rolled_back"), rollout.reason
             assert time.monotonic() < deadline, f"still {rollout.state}"
@@ -121,6 +122,17 @@ def live_set(checkpoint: Path) -> ExpertSet:
     return ExpertSet(backbone_digest=whole.backbone_digest, routing=whole.routing, members=members)
 
 
+def serve_experts(expert_set: ExpertSet, registry: Path, servers: ServerThread) -> dict[str, list[ReplicaAddresses]]:
+    """One replica for each organ of the set, unless it has some already."""
+    replicas = {}
+    for member in expert_set.members:
+        addresses = servers.addresses(member.organ) or [
+            servers.serve(expert_group(member.organ, registry, [member.bundle_digest]))
+        ]
+        replicas[member.organ] = [ReplicaAddresses(address, "", f"{member.organ}-{address}") for address in addresses]
+    return replicas
+
+
 @asynccontextmanager
 async def control_system(
     checkpoint: Path, directory: Path, servers: ServerThread, *, replaceable: bool = True
@@ -136,22 +148,17 @@ async def control_system(
     store.adopt(expert_set, actor="start")
     registry = Registry(registry_root(checkpoint))
     catalogue = Catalogue(registry)
-    replicas: dict[str, list[ReplicaAddresses]] = {}
-    for member in expert_set.members:
-        addresses = servers.addresses(member.organ) or [
-            servers.serve(expert_group(member.organ, Path(registry.root), [member.bundle_digest]))
-        ]
-        replicas[member.organ] = [ReplicaAddresses(address, "", f"{member.organ}-{address}") for address in addresses]
+    replicas = serve_experts(expert_set, Path(registry.root), servers)
     router = PinningRouter()
     running: dict[WatcherKind, int] = {}
     monitor = HealthMonitor()
-    feeds: list[RolloutFeedService] = []
+    watchers = Watchers()
     async with contextlib.AsyncExitStack() as stack:
         served = await stack.enter_async_context(serving_router(router))
         fleet = GrpcFleet(
             lambda organ: replicas.get(organ, []),
             lambda: [ReplicaAddresses(served.address, "", "router-1")],
-            lambda: feeds[0].watching(),
+            watchers.connected,
             catalogue.manifest,
             element_bytes=4,
         )
@@ -165,9 +172,8 @@ async def control_system(
         await policies.start()
         stack.callback(policies.stop)
         router.follows = lambda: policies.current
-        feed = RolloutFeedService(policies, store, monitor, controller.wake)
-        feeds.append(feed)
-        take_up = TakeUp(policies, feed, lambda: running, section.take_up_timeout_s)
+        feed = RolloutFeedService(policies, watchers, store, monitor, controller.wake)
+        take_up = TakeUp(policies, watchers, lambda: running, section.take_up_timeout_s)
         status_timeout_s = section.status_timeout_s
         reader = StateReader(store, fleet, catalogue.version, status_timeout_s, controller, take_up.missing)
         watch = StateWatch(reader, store)

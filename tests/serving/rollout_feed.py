@@ -30,6 +30,7 @@ from tests.engines import running_engine, submit
 from tests.expert_servers import expert_group
 from tests.serving.router_system import RouterParts, gate_reader, router_parts
 from tests.split_golden import SplitGolden, split_golden, write_golden_bundle
+from tests.waiting import until_async
 
 ALL = (0, 1, 2, 3)
 ORGANS = ("breast", "liver", "heart")
@@ -220,7 +221,7 @@ class WatchingRouter:
         await self.control.servicer.set(
             TrafficPolicy(version=self.version, stable=stable, candidates=tuple(candidates))
         )
-        await until(lambda: self.parts.expert_sets.policy.version == self.version)
+        await until_async(lambda: self.parts.expert_sets.policy.version == self.version)
         return self.version
 
     async def pins(self) -> tuple[int, set[str]]:
@@ -228,7 +229,7 @@ class WatchingRouter:
         return response.policy_version, set(response.digests)
 
     async def wait_for_pins(self, version: int, digests: set[str]) -> None:
-        """The engine lets go of a run a moment after its last token."""
+        """The engine releases a run a moment after its last token."""
         async with asyncio.timeout(TIMEOUT_S):
             while await self.pins() != (version, digests):
                 await asyncio.sleep(0.005)
@@ -270,12 +271,6 @@ class Stream:
     @property
     def versions(self) -> dict[str, str]:
         return {organ.organ: organ.bundle_version for organ in self.provenance.organs}
-
-
-async def until(condition: Any, timeout_s: float = 10.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 @asynccontextmanager

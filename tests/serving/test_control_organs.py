@@ -12,6 +12,7 @@ from router.rollouts.fleet_view import OrganView, ReplicaView
 from router.rollouts.settings import RolloutPlan
 from router.rollouts.states import Action
 from router.rollouts.store import RolloutStore
+from tests.waiting import until
 
 
 @dataclass
@@ -116,13 +117,8 @@ def test_what_is_live_and_not_in_flight_is_started_by_others(world: World) -> No
 
 
 def test_the_thread_follows_every_change(world: World) -> None:
-    import time
-
     world.organs.start()
     with world.store.write() as transaction:
         transaction.stage("lung", "a" * 64, RolloutPlan(), actor="tests", reason="")
-    deadline = time.monotonic() + 10
-    while "lung" not in world.applications:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: "lung" in world.applications)
     world.organs.stop()

@@ -5,8 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import grpc
 import psutil
@@ -22,21 +21,14 @@ from echovlm_ray.serving.deployments.settings import CONTROL, DEPLOYMENTS
 from echovlm_ray.serving.endpoints import Endpoints, addresses_now
 from echovlm_ray.serving.ray_session import local_ray
 from echovlm_ray.serving.system_id import SystemId
-from echovlm_ray.serving.system_secret import forget_secrets, keep_secret, secret_of
+from echovlm_ray.serving.system_secret import delete_secrets, keep_secret, secret_of
 from experts.transport.inner_channel import InnerChannels
 from protos import status_pb2, status_pb2_grpc
 from tests.random_checkpoint import make_random
+from tests.waiting import until
 
 # For a replica to start on a machine that does much else at the same time.
 START_S = 60.0
-
-
-def until(condition: Callable[[], bool], seconds: float) -> float:
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < seconds, f"not within {seconds} s"
-        time.sleep(0.02)
-    return time.monotonic() - started
 
 
 def deploy(config: Config) -> None:
@@ -81,11 +73,11 @@ def endpoints(config: Config, family: list[psutil.Process]) -> Iterator[Endpoint
         found.start()
         assert found.of(CONTROL) == ()
         deploy(config)
-        until(lambda: bool(found.of(CONTROL)), START_S)
+        until(lambda: bool(found.of(CONTROL)), timeout_s=START_S)
         yield found
         family += set(psutil.Process().children(recursive=True)) - before
         found.stop()
-        forget_secrets("")
+        delete_secrets("")
     assert family
     assert not [process for process in family if process.is_running()], "a local Ray left processes behind"
 
@@ -117,7 +109,7 @@ def test_an_application_that_is_watched_later_is_found(endpoints: Endpoints) -> 
     later.start()
     later.watch({"vision": DEPLOYMENTS["vision"]})
     later.watch({CONTROL: DEPLOYMENTS[CONTROL]})
-    until(lambda: later.of(CONTROL) == endpoints.of(CONTROL), 5)
+    until(lambda: later.of(CONTROL) == endpoints.of(CONTROL), timeout_s=5)
     later.watch({CONTROL: DEPLOYMENTS[CONTROL]})
     (replica,) = later.all()[CONTROL]
     assert replica.replica
@@ -146,9 +138,9 @@ def test_a_killed_replica_is_gone_soon_and_its_successor_found(endpoints: Endpoi
     (old,) = endpoints.of(CONTROL)
     pid = describe(old).pid
     os.kill(pid, signal.SIGKILL)
-    assert until(lambda: old not in endpoints.of(CONTROL), 10) < 5
+    until(lambda: old not in endpoints.of(CONTROL), timeout_s=5)
     assert changed.is_set()
-    until(lambda: bool(endpoints.of(CONTROL)), START_S)
+    until(lambda: bool(endpoints.of(CONTROL)), timeout_s=START_S)
     (new,) = endpoints.of(CONTROL)
     assert describe(new).pid != pid
 
@@ -160,11 +152,11 @@ def test_deploying_again_leaves_the_replica_alone_unless_it_changes(endpoints: E
     deploy(config.model_copy(update={"router": config.router.model_copy(update={"max_queue": 7})}))
     assert describe(endpoints.of(CONTROL)[0]).pid == pid
     deploy(config.model_copy(update={"model": config.model.model_copy(update={"default_organ": "heart"})}))
-    until(lambda: bool(endpoints.of(CONTROL)) and endpoints.of(CONTROL) != (first,), START_S)
+    until(lambda: bool(endpoints.of(CONTROL)) and endpoints.of(CONTROL) != (first,), timeout_s=START_S)
     assert describe(endpoints.of(CONTROL)[0]).pid != pid
 
 
 def test_a_removed_application_is_gone(endpoints: Endpoints) -> None:
     serve_api.delete_applications([CONTROL])
-    until(lambda: not endpoints.of(CONTROL), START_S)
-    until(lambda: CONTROL not in serve.status().applications, START_S)
+    until(lambda: not endpoints.of(CONTROL), timeout_s=START_S)
+    until(lambda: CONTROL not in serve.status().applications, timeout_s=START_S)

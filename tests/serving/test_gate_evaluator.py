@@ -15,7 +15,7 @@ from benchmarks.gate_system import GateSystem, gate_system
 from echovlm_ray.checkpoint.layout import registry_root
 from echovlm_ray.cli.main import app
 from echovlm_ray.evaluation import asking
-from echovlm_ray.evaluation.settings import Patience
+from echovlm_ray.evaluation.settings import RequestLimits
 from echovlm_ray.serving.gates import questions
 from experts.bundle_writer import write_bundle
 from experts.registry import Registry
@@ -124,7 +124,7 @@ def test_too_little_time_for_questions_is_a_reason_to_try_again(
 ) -> None:
     system.offer(ORGAN, versions["equal"])
     gate = system.evaluator.declare(gate_of(dataset))
-    monkeypatch.setattr(questions, "PATIENCE", Patience(concurrency=1, timeout_s=0.01, patience_s=60))
+    monkeypatch.setattr(questions, "REQUEST_LIMITS", RequestLimits(concurrency=1, timeout_s=0.01, retry_s=60))
     monkeypatch.setattr(asking, "TRIES", 1)
     with pytest.raises(EvaluationInterruptedError, match="DeadlineExceededError"):
         system.evaluator.evaluate(run_of(system, gate, versions["equal"]))

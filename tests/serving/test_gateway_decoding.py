@@ -17,7 +17,8 @@ from echovlm_ray.vision.decoding.pool import DecoderPool
 from protos import echovlm_pb2, router_pb2, router_pb2_grpc
 from tests.random_checkpoint import make_random
 from tests.serving.gateway_system import GatewaySystem, ScriptedRouter, gateway, served
-from tests.vision.decoding.pools import is_gone, large_png, png, until
+from tests.vision.decoding.pools import is_gone, large_png, png
+from tests.waiting import until_async
 
 LIMITS = RouterSection(max_prompt_tokens=2000, max_new_tokens=200, kv_cache_tokens=8192)
 
@@ -68,7 +69,7 @@ async def test_text_does_not_wait_for_pictures(checkpoint: Path, processor: Echo
     async with system(checkpoint, processor) as (running, pool):
         stop(pool)
         pictures = [running.stub.Generate(report(png()), timeout=60) for _ in range(8)]
-        await until(lambda: pool.queue_length == 8)
+        await until_async(lambda: pool.queue_length == 8)
         for _ in range(4):
             await running.stub.Generate(TEXT, timeout=10)
         assert pool.queue_length == 8
@@ -112,13 +113,13 @@ async def test_leaving_ends_the_decoding(checkpoint: Path, processor: EchoVLMPro
         (pid,) = pool.process_ids
         stop(pool)
         call = running.stub.Generate(report(png()), timeout=0.5 if leave == "deadline" else 60)
-        await until(lambda: pool.queue_length == 1)
+        await until_async(lambda: pool.queue_length == 1)
         await asyncio.sleep(0.1)
         if leave == "cancel":
             call.cancel()
         with pytest.raises((grpc.aio.AioRpcError, asyncio.CancelledError)):
             await call
-        await until(lambda: is_gone(pid) and pool.queue_length == 0)
+        await until_async(lambda: is_gone(pid) and pool.queue_length == 0)
         await running.stub.Generate(report(png()), timeout=30)
         assert pool.outcomes == {"cancelled": 1, "ok": 1}
 
@@ -129,7 +130,7 @@ async def test_a_kill_is_logged_with_the_request_and_nothing_of_the_file(
     async with system(checkpoint, processor, processes=1) as (running, pool):
         stop(pool)
         call = running.stub.Generate(report(png()), timeout=60, metadata=(("x-request-id", "case-18"),))
-        await until(lambda: pool.queue_length == 1)
+        await until_async(lambda: pool.queue_length == 1)
         await asyncio.sleep(0.1)
         (pid,) = pool.process_ids
         os.kill(pid, signal.SIGSEGV)

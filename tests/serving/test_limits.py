@@ -282,7 +282,7 @@ async def test_a_client_that_stops_reading_is_not_waited_for(monkeypatch: pytest
         stream.cancel()
 
 
-async def test_calls_end_with_their_token_also_where_nobody_reads(
+async def test_calls_end_with_their_token_also_where_nothing_is_read(
     tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(auth, "REVOKED_AFTER_S", 0.1)

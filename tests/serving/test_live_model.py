@@ -6,7 +6,8 @@ from echovlm_ray.serving.gateway import ModelDescription
 from echovlm_ray.serving.live_model import LiveModel
 from experts.registry import Registry
 from router.rollouts.traffic import TrafficPolicy
-from tests.serving.rollout_feed import Control, make_versions, until
+from tests.serving.rollout_feed import Control, make_versions
+from tests.waiting import until_async
 
 
 async def test_it_follows_the_live_set_and_goes_on_without_control(golden_dir: Path, tmp_path: Path) -> None:
@@ -22,7 +23,7 @@ async def test_it_follows_the_live_set_and_goes_on_without_control(golden_dir: P
         assert live.describe() is start
         await control.start()
         await control.servicer.set(TrafficPolicy(version=4, stable=second))
-        await until(lambda: live.describe().expert_set_id == second.id)
+        await until_async(lambda: live.describe().expert_set_id == second.id)
         found = live.describe()
         assert [(organ.organ, organ.bundle_version, organ.num_experts) for organ in found.organs] == [
             ("breast", "1.0.0", 4),
@@ -34,7 +35,7 @@ async def test_it_follows_the_live_set_and_goes_on_without_control(golden_dir: P
         # It is no Router, whose pins Control would ask for, and says what it describes.
         assert control.servicer.watchers == {""}
         assert found.policy_version == 4
-        await until(lambda: control.servicer.taken_up == {live.name: 4})
+        await until_async(lambda: control.servicer.taken_up == {live.name: 4})
         await control.stop()
         assert live.describe() is found
         # After a restart, elsewhere; a bundle that cannot be described changes nothing.
@@ -44,8 +45,8 @@ async def test_it_follows_the_live_set_and_goes_on_without_control(golden_dir: P
         await control.servicer.set(TrafficPolicy(version=5, stable=unknown))
         control.servicer.versions = {digest: version for (_, version), digest in versions.digests.items()}
         await control.servicer.set(TrafficPolicy(version=6, stable=stable))
-        await until(lambda: live.describe().expert_set_id == stable.id, 20)
-        await until(lambda: control.servicer.taken_up == {live.name: 6})
+        await until_async(lambda: live.describe().expert_set_id == stable.id, timeout_s=20)
+        await until_async(lambda: control.servicer.taken_up == {live.name: 6})
     finally:
         await live.stop()
         await control.stop()

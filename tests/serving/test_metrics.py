@@ -15,7 +15,7 @@ from tests.running_system import ECHORAY, RunningSystem
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # Ray's agent gathers every ten seconds.
-PATIENCE_S = 40.0
+TIMEOUT_S = 40.0
 SAMPLE = re.compile(r"^ray_(echovlm_\w+)\{(.*)\} ([-+.e\d]+)$", re.MULTILINE)
 LABEL = re.compile(r'(\w+)="([^"]*)"')
 OURS = {"organ", "version", "kind", "system", "le"}
@@ -83,7 +83,7 @@ def scrape(address: str) -> dict[tuple[str, ...], float]:
 
 
 def scrape_until(address: str, done: Callable[[dict[tuple[str, ...], float]], bool]) -> dict[tuple[str, ...], float]:
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + TIMEOUT_S
     while not done(found := scrape(address)):
         assert time.monotonic() < deadline, found
         time.sleep(0.5)
@@ -172,8 +172,8 @@ def test_outside_a_ray_nothing_happens_and_nothing_is_loaded() -> None:
 
 def test_versions_are_bounded() -> None:
     versions = metrics._Versions()
-    told = {versions.bounded(f"1.0.{number}") for number in range(MAX_VERSIONS + 50)}
-    assert len(told) == MAX_VERSIONS + 1
-    assert OTHER in told
+    bounded = {versions.bounded(f"1.0.{number}") for number in range(MAX_VERSIONS + 50)}
+    assert len(bounded) == MAX_VERSIONS + 1
+    assert OTHER in bounded
     # Those that were known stay what they are.
     assert versions.bounded("1.0.0") == "1.0.0"

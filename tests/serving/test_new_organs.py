@@ -13,7 +13,8 @@ from echovlm_ray.serving.router_client import RouterClient
 from protos import router_pb2
 from router.expert_gates import BundleGates
 from router.rollouts.traffic import TrafficPolicy
-from tests.serving.rollout_feed import Versions, WatchingRouter, make_versions, until, watching_router
+from tests.serving.rollout_feed import Versions, WatchingRouter, make_versions, watching_router
+from tests.waiting import until_async
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ async def reading_is_held(router: WatchingRouter, policy: TrafficPolicy) -> asyn
 
     expert_sets._read = hold
     await router.control.servicer.set(policy)
-    await until(lambda: expert_sets._announced.version == policy.version)
+    await until_async(lambda: expert_sets._announced.version == policy.version)
     return go_on
 
 
@@ -69,7 +70,7 @@ async def test_until_a_router_has_a_new_organ_it_is_unavailable_and_never_not_fo
             assert 0 < details["RetryInfo"].retry_delay.ToMilliseconds() <= 1000
         assert (await router.generate(("liver",), tokens=2).rest()).versions == {"liver": "1.0.0"}
         go_on.set()
-        await until(lambda: router.parts.expert_sets.policy.version == 7)
+        await until_async(lambda: router.parts.expert_sets.policy.version == 7)
         assert (await router.generate(("lung",), tokens=2).rest()).versions == {"lung": "1.0.0"}
         assert (await refusal(router, "spleen"))[0] == grpc.StatusCode.NOT_FOUND
 
@@ -89,7 +90,7 @@ async def test_a_policy_that_can_never_be_taken_up_leaves_not_found(versions: Ve
         async with asyncio.timeout(10):
             while router.control.servicer.taken_up.get(router.feed.name) is None:
                 await asyncio.sleep(0.005)
-        await until(lambda: router.parts.expert_sets._announced.version == 0)
+        await until_async(lambda: router.parts.expert_sets._announced.version == 0)
         assert (await refusal(router, "lung"))[0] == grpc.StatusCode.NOT_FOUND
 
 
@@ -113,14 +114,14 @@ async def test_a_router_says_which_policy_is_in_force_and_says_it_to_a_new_contr
     async with watching_router(versions) as router:
         taken_up = router.control.servicer.taken_up
         go_on = await reading_is_held(router, TrafficPolicy(version=1, stable=versions.expert_set(liver="2.0.0")))
-        await until(lambda: router.feed.name in taken_up)
+        await until_async(lambda: router.feed.name in taken_up)
         assert taken_up == {router.feed.name: 0}
         go_on.set()
-        await until(lambda: taken_up == {router.feed.name: 1})
+        await until_async(lambda: taken_up == {router.feed.name: 1})
         await router.control.stop()
         taken_up.clear()
         await router.control.start()
-        await until(lambda: taken_up == {router.feed.name: 1})
+        await until_async(lambda: taken_up == {router.feed.name: 1})
 
 
 async def test_the_gateway_sends_a_request_again_until_its_router_has_the_organ(versions: Versions) -> None:

@@ -16,7 +16,8 @@ from experts.registry import Registry
 from protos import control_pb2
 from router.expert_set import ExpertSet
 from router.rollouts.traffic import CandidateTraffic, TrafficPolicy
-from tests.serving.rollout_feed import Control, Versions, make_versions, until
+from tests.serving.rollout_feed import Control, Versions, make_versions
+from tests.waiting import until_async
 
 SERVICE = "echovlm.v1.ExpertGroup/liver"
 
@@ -59,10 +60,10 @@ async def test_it_serves_while_the_stable_version_is_resident(versions: Versions
         assert said == {SERVICE: False}
         assert health.problem() == "does not hold liver 9.9.9: it is not loaded yet"
         await asyncio.to_thread(group.load, stable.bundle_digest("liver"))
-        await until(lambda: said[SERVICE])
+        await until_async(lambda: said[SERVICE])
         assert health.problem() == ""
         group.unload(stable.bundle_digest("liver"))
-        await until(lambda: not said[SERVICE])
+        await until_async(lambda: not said[SERVICE])
 
 
 async def test_another_version_is_not_enough_after_a_promotion(versions: Versions) -> None:
@@ -75,9 +76,9 @@ async def test_another_version_is_not_enough_after_a_promotion(versions: Version
         async with published(group, control, message(first)) as (_, said):
             assert said == {SERVICE: True}
             await control.servicer.set(TrafficPolicy(version=2, stable=second))
-            await until(lambda: not said[SERVICE])
+            await until_async(lambda: not said[SERVICE])
             group.load(second.bundle_digest("liver"))
-            await until(lambda: said[SERVICE])
+            await until_async(lambda: said[SERVICE])
     finally:
         await control.stop()
 
@@ -119,5 +120,5 @@ async def test_before_anything_is_known_any_version_counts(versions: Versions) -
     async with published(group, Control(), None) as (health, said):
         assert said == {SERVICE: False}
         group.load(versions.expert_set().bundle_digest("liver"))
-        await until(lambda: said[SERVICE])
+        await until_async(lambda: said[SERVICE])
         assert health.problem() == ""

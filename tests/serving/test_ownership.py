@@ -16,10 +16,10 @@ from echovlm_ray.serving.ownership import (
     SystemRecord,
     all_records,
     claim,
-    forget,
     is_ours,
     record_of,
     release,
+    release_name,
 )
 from echovlm_ray.serving.ray_session import local_ray
 from echovlm_ray.serving.system_id import SystemId, check_name
@@ -37,7 +37,7 @@ def cluster() -> Iterator[None]:
 def no_records() -> Iterator[None]:
     yield
     for name in all_records():
-        forget(name)
+        release_name(name)
 
 
 def record(name: str = "", identity: str = OURS, *, attached: bool = True, port: int = 0) -> SystemRecord:

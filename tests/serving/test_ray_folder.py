@@ -36,7 +36,7 @@ def test_after_a_failure_its_logs_stay_and_are_named(caplog: pytest.LogCaptureFi
         raise RuntimeError("Ray died")
     assert folder.exists()
     assert str(logs_of(folder)) in caplog.text
-    # The next one of this process begins anew.
+    # The next one of this process begins again.
     with ray_folder() as again:
         assert again == folder
         assert not list(again.iterdir())

@@ -26,12 +26,12 @@ def test_by_default_all_lies_in_the_checkpoints_folder(tmp_path: Path) -> None:
     assert files.database == f"sqlite:///{tmp_path}/rollouts/rollouts.db"
     assert {files.policy.parent, files.incoming.parent, files.lock.parent} == {tmp_path / "rollouts"}
     assert files.is_new
-    # What a driver found out, a replica is told and finds the same.
+    # A replica gets what the driver found, and finds the same.
     again = RolloutFiles.of(RolloutsSection(database=files.database), tmp_path / "elsewhere")
     assert again == files
 
 
-def test_a_checkpoint_that_nobody_may_write_leaves_it_to_the_users_own_folder(
+def test_a_read_only_checkpoint_leaves_it_to_the_users_own_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
@@ -84,7 +84,7 @@ def test_one_control_holds_a_database_and_a_killed_one_lets_go(tmp_path: Path) -
         DatabaseLock(path).take(0)
 
 
-def test_the_file_of_a_lock_goes_with_it_and_one_that_is_gone_keeps_nobody_out(tmp_path: Path) -> None:
+def test_the_file_of_a_lock_goes_with_it_and_one_that_is_gone_keeps_no_process_out(tmp_path: Path) -> None:
     path = tmp_path / "rollouts.db.lock"
     first, second = DatabaseLock(path), DatabaseLock(path)
     first.take(0)

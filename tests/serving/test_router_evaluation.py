@@ -7,7 +7,8 @@ import grpc
 import pytest
 
 from echovlm_ray.config import RouterSection
-from tests.serving.rollout_feed import Alone, Versions, alone, make_versions, until, watching_router
+from tests.serving.rollout_feed import Alone, Versions, alone, make_versions, watching_router
+from tests.waiting import until_async
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ async def test_the_version_that_is_named_answers(versions: Versions, reference: 
         # The others get what the policy says.
         plain = await router.generate(tokens=20).rest()
         observed = router.control.servicer.observed
-        await until(lambda: sum(observed(versions.digests["liver", v]).requests for v in ("1.0.0", "2.0.0")) == 1)
+        await until_async(lambda: sum(observed(versions.digests["liver", v]).requests for v in ("1.0.0", "2.0.0")) == 1)
         assert mode == "canary" or plain.versions == {"liver": "1.0.0"}
         assert not router.control.servicer.shadows
 
@@ -67,4 +68,4 @@ async def test_an_evaluation_leaves_the_batch_to_callers(versions: Versions, ref
         assert raised.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         for caller in callers:
             caller.call.cancel()
-        await until(lambda: router.engine.free_blocks == router.engine.num_blocks)
+        await until_async(lambda: router.engine.free_blocks == router.engine.num_blocks)

@@ -17,7 +17,8 @@ from protos import control_pb2
 from router.errors import ExpertsFailedError, ExpertsUnavailableError, ExpertsUnusableError
 from router.expert_set import ExpertSet, ExpertSetMember
 from router.rollouts.traffic import CandidateTraffic, TrafficPolicy
-from tests.serving.rollout_feed import Versions, make_versions, policy_to_proto, until, watching_router
+from tests.serving.rollout_feed import Versions, make_versions, policy_to_proto, watching_router
+from tests.waiting import until_async
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ async def test_it_goes_on_while_control_is_away_and_reports_afterwards(versions:
         # Elsewhere, as after a restart, and with an older state first.
         await router.control.servicer.set(TrafficPolicy(version=0, stable=versions.expert_set()))
         await router.control.start()
-        await until(lambda: router.control.servicer.observed(digest).requests == 5)
+        await until_async(lambda: router.control.servicer.observed(digest).requests == 5)
         observed = router.control.servicer.observed(digest)
         assert (observed.errors, observed.tokens, len(observed.seconds_per_token)) == (0, 20, 5)
         assert all(0 < seconds < 1 for seconds in observed.seconds_per_token)
@@ -94,7 +95,7 @@ async def test_a_policy_of_another_deployment_is_refused_whatever_its_number(ver
             await router.control.servicer.set(TrafficPolicy(version=version, stable=stable, identity=identity))
 
         await say(1, "2.0.0", ours)
-        await until(lambda: router.parts.expert_sets.policy.version == 1)
+        await until_async(lambda: router.parts.expert_sets.policy.version == 1)
         await say(9, "3.0.0", theirs)
         await asyncio.sleep(0.2)
         assert (await router.pins())[0] == 1
@@ -103,7 +104,7 @@ async def test_a_policy_of_another_deployment_is_refused_whatever_its_number(ver
                 TrafficPolicy(version=1, stable=versions.expert_set(), identity=theirs)
             )
         await say(2, "3.0.0", ours)
-        await until(lambda: router.parts.expert_sets.policy.version == 2)
+        await until_async(lambda: router.parts.expert_sets.policy.version == 2)
 
 
 @pytest.mark.parametrize("field", ["backbone_digest", "routing"])
@@ -134,7 +135,7 @@ async def test_a_bundle_that_cannot_be_read_leaves_the_old_policy_until_it_can(
         assert (await router.pins())[0] == 0
         assert (await router.generate().rest()).versions == {"liver": "1.0.0"}
         hidden.rename(manifest)
-        await until(lambda: router.parts.expert_sets.policy.version == 1)
+        await until_async(lambda: router.parts.expert_sets.policy.version == 1)
         assert (await router.generate().rest()).versions == {"liver": "2.0.0"}
         # A newer policy does not wait for one that cannot be taken up.
         manifest.rename(hidden)
@@ -154,7 +155,7 @@ async def test_a_candidate_without_finite_outputs_is_named_and_no_other(versions
         with pytest.raises(Exception, match="internal error"):
             await stream.rest()
         control = router.control.servicer
-        await until(lambda: control.observed(bad).requests == 1)
+        await until_async(lambda: control.observed(bad).requests == 1)
         assert (control.observed(bad).errors, control.observed(bad).nonfinite) == (1, 1)
         assert (control.observed(heart).requests, control.observed(heart).errors) == (1, 0)
 

@@ -12,7 +12,8 @@ from echovlm_ray.config import RouterSection
 from protos import router_pb2
 from tests.engines import remote_experts
 from tests.expert_servers import server_thread
-from tests.serving.rollout_feed import Alone, Versions, alone, make_versions, until, watching_router
+from tests.serving.rollout_feed import Alone, Versions, alone, make_versions, watching_router
+from tests.waiting import until_async
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +147,7 @@ async def test_queued_and_refused_requests_are_counted_too(versions: Versions) -
     async with watching_router(versions, limits=limits) as router:
         running = await router.generate(("heart",), tokens=1500).first()
         waiting = router.generate(("liver",), tokens=3)
-        await until(lambda: router.engine.queue_length == 2)
+        await until_async(lambda: router.engine.queue_length == 2)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await router.generate(("liver",), tokens=3).rest()
         assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -175,7 +176,7 @@ async def test_nothing_grows_over_two_hundred_policies(versions: Versions) -> No
                 stream = router.generate(("liver", "heart"), tokens=3, request_id=f"{change}")
                 tasks.append(asyncio.create_task(stream.rest()))
         await asyncio.gather(*tasks)
-        await until(lambda: router.engine.queue_length == 0)
+        await until_async(lambda: router.engine.queue_length == 0)
         last = await router.policy(versions.expert_set())
         dispatcher, expert_sets = router.engine.dispatcher, router.parts.expert_sets
         assert list(dispatcher._gates) == [versions.expert_set().id]
@@ -194,7 +195,7 @@ async def test_a_swap_leaves_the_other_organs_prefixes(versions: Versions, refer
             await router.generate(organs, input_ids=prompt, tokens=2).rest()
         before = router.engine.prefix_hits
         await router.policy(second)
-        await until(lambda: router.engine.cached_blocks == 3)
+        await until_async(lambda: router.engine.cached_blocks == 3)
         again = await router.generate(("heart",), input_ids=prompt, tokens=30).rest()
         assert router.engine.prefix_hits - before == 48
         assert again.provenance.expert_set_id == second.id
@@ -207,7 +208,7 @@ async def test_cached_prefixes_of_a_bundle_go_with_it(versions: Versions) -> Non
         await router.generate(input_ids=prompt, tokens=2).rest()
         assert router.engine.cached_blocks == 3
         await router.policy(versions.expert_set(liver="2.0.0"))
-        await until(lambda: router.engine.cached_blocks == 0)
+        await until_async(lambda: router.engine.cached_blocks == 0)
         stream = await router.generate(input_ids=prompt, tokens=2).rest()
         assert router.engine.prefix_hits == 0
         assert stream.versions == {"liver": "2.0.0"}

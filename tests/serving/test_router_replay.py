@@ -7,7 +7,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from tests.serving.rollout_feed import Alone, Versions, WatchingRouter, alone, make_versions, until, watching_router
+from tests.serving.rollout_feed import Alone, Versions, WatchingRouter, alone, make_versions, watching_router
+from tests.waiting import until_async
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ async def test_a_replayed_set_gives_its_own_tokens_after_later_promotions(versio
         # The feed may be sending a report itself, which has the outcomes and has not arrived yet.
         await router.feed._send_reports()
         observed = router.control.servicer.observed
-        await until(lambda: observed(versions.digests["liver", "3.0.0"]).requests == 3)
+        await until_async(lambda: observed(versions.digests["liver", "3.0.0"]).requests == 3)
         assert observed(versions.digests["liver", "1.0.0"]).requests == 0
 
 

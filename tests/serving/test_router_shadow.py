@@ -10,7 +10,8 @@ import pytest
 from echovlm_ray.config import RouterSection
 from protos import router_pb2
 from router.rollouts.shadow import ShadowRecord
-from tests.serving.rollout_feed import Alone, Versions, alone, make_versions, until, watching_router
+from tests.serving.rollout_feed import Alone, Versions, alone, make_versions, watching_router
+from tests.waiting import until_async
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def reference(versions: Versions) -> Iterator[Alone]:
         yield engine
 
 
-async def test_a_shadow_answers_nobody_and_is_compared(versions: Versions, reference: Alone) -> None:
+async def test_a_shadow_answers_no_request_and_is_compared(versions: Versions, reference: Alone) -> None:
     stable, shadow = versions.expert_set(), versions.expert_set(liver="2.0.0")
     async with watching_router(versions) as router:
         await router.policy(stable, [versions.candidate("liver", "2.0.0", "shadow", 100)])
@@ -33,7 +34,7 @@ async def test_a_shadow_answers_nobody_and_is_compared(versions: Versions, refer
         assert stream.token_ids == expected
         assert stream.provenance.expert_set_id == stable.id
         control = router.control.servicer
-        await until(lambda: len(control.shadows) == 1)
+        await until_async(lambda: len(control.shadows) == 1)
         record = ShadowRecord.of(expected, reference.tokens(shadow, ("liver",), 40))
         found = control.shadows[0]
         assert found.rollout_id == "liver-2.0.0"
@@ -52,19 +53,19 @@ async def test_the_same_weights_give_the_same_answer_drawn_or_not(versions: Vers
     async with watching_router(versions) as router:
         await router.policy(versions.expert_set(), [versions.candidate("liver", "1.0.1", "shadow", 100)])
         await router.generate(tokens=20, sampling=router_pb2.Sampling(**sampling)).rest()
-        await until(lambda: len(router.control.servicer.shadows) == 1)
+        await until_async(lambda: len(router.control.servicer.shadows) == 1)
         found = router.control.servicer.shadows[0]
         assert (found.tokens, found.shared_tokens) == (20, 20)
         assert not found.HasField("first_divergence")
 
 
-async def test_a_shadow_whose_outputs_are_not_finite_harms_nobody(versions: Versions, reference: Alone) -> None:
+async def test_a_shadow_whose_outputs_are_not_finite_affects_no_request(versions: Versions, reference: Alone) -> None:
     bad = versions.digests["liver", "9.0.0"]
     async with watching_router(versions) as router:
         await router.policy(versions.expert_set(), [versions.candidate("liver", "9.0.0", "shadow", 100)])
         stream = await router.generate(tokens=10).rest()
         assert stream.token_ids == reference.tokens(versions.expert_set(), ("liver",), 10)
-        await until(lambda: router.control.servicer.observed(bad).requests == 1)
+        await until_async(lambda: router.control.servicer.observed(bad).requests == 1)
         observed = router.control.servicer.observed(bad)
         assert (observed.errors, observed.nonfinite) == (1, 1)
         assert not router.control.servicer.shadows
@@ -75,9 +76,9 @@ async def test_who_leaves_takes_the_shadow_along(versions: Versions) -> None:
     async with watching_router(versions) as router:
         await router.policy(versions.expert_set(), [versions.candidate("liver", "2.0.0", "shadow", 100)])
         stream = await router.generate(tokens=1500).first()
-        await until(lambda: router.engine.queue_length == 2)
+        await until_async(lambda: router.engine.queue_length == 2)
         running = router.engine._scheduler.running
-        await until(lambda: sorted(sequence.request.background for sequence in running) == [False, True])
+        await until_async(lambda: sorted(sequence.request.background for sequence in running) == [False, True])
         assert router.parts.service.queue_length == 1
         await router.policy(versions.expert_set())
         assert shadow in (await router.pins())[1]
@@ -94,10 +95,10 @@ async def test_shadows_make_way_for_requests(versions: Versions, reference: Alon
         shadows = router.parts.service._shadows
         streams = [await router.generate(tokens=800).first() for _ in range(3)]
         # With a queue of one, a shadow that had not begun yet gave way to the next request.
-        await until(lambda: len(shadows) >= 1)
+        await until_async(lambda: len(shadows) >= 1)
         streams += [await router.generate(("heart",), tokens=800).first() for _ in range(5)]
         # All eight are in the batch, and no shadow is.
-        await until(lambda: len(shadows) == 0)
+        await until_async(lambda: len(shadows) == 0)
         assert router.engine.queue_length == 8
         streams[0].call.cancel()
         answer = await router.generate(tokens=30).rest()
@@ -106,7 +107,7 @@ async def test_shadows_make_way_for_requests(versions: Versions, reference: Alon
             stream.call.cancel()
         stable = {member.bundle_digest for member in versions.expert_set().members}
         await router.wait_for_pins(1, stable | {versions.digests["liver", "2.0.0"]})
-        await until(lambda: router.engine.free_blocks == router.engine.num_blocks)
+        await until_async(lambda: router.engine.free_blocks == router.engine.num_blocks)
 
 
 async def test_a_shadow_beside_a_canary_speaks_for_itself_only(versions: Versions) -> None:
@@ -119,7 +120,7 @@ async def test_a_shadow_beside_a_canary_speaks_for_itself_only(versions: Version
         stream = await router.generate(("liver", "heart"), tokens=10).rest()
         assert stream.versions == {"liver": "1.0.0", "heart": "2.0.0"}
         control = router.control.servicer
-        await until(lambda: len(control.shadows) == 1)
+        await until_async(lambda: len(control.shadows) == 1)
         assert control.shadows[0].rollout_id == "liver-2.0.0"
-        await until(lambda: control.observed(versions.digests["liver", "2.0.0"]).requests == 1)
+        await until_async(lambda: control.observed(versions.digests["liver", "2.0.0"]).requests == 1)
         assert control.observed(versions.digests["heart", "2.0.0"]).requests == 1

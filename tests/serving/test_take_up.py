@@ -136,7 +136,7 @@ async def test_a_router_that_goes_is_not_waited_for_and_one_that_applies_another
         assert list((await response).not_taken_up) == []
 
 
-async def test_what_changes_no_policy_waits_for_nobody(system: ControlSystem) -> None:
+async def test_what_changes_no_policy_does_not_wait(system: ControlSystem) -> None:
     system.running["router"] = 1
     for response in (
         await promote(system, dry_run=True),

@@ -52,7 +52,7 @@ def test_step_zero_is_the_dense_model(dense: Path, records: Path) -> None:
     ours: Any = upcycled.model.language_model.layers[0]
     theirs: Any = original.model.language_model.layers[0]
     with torch.no_grad():
-        under_way = ours._beside_experts(hidden)
+        under_way = ours._dense_path(hidden)
         routed = ours.moe.begin(0, hidden.reshape(-1, 32)).result()
         assert torch.equal(under_way.mix(torch.zeros_like(hidden), routed), theirs.mlp(hidden))
 

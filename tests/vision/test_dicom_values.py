@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from pydicom.uid import JPEG2000Lossless, JPEGLSLossless
 
-from tests.vision.dicom_samples import encoded, made, made_compressed, picture
-from tests.vision.test_dicom_pixels import (
+from tests.vision.dicom_pixels import (
     COLOURS,
     WINDOW_12,
     bits,
@@ -19,6 +18,7 @@ from tests.vision.test_dicom_pixels import (
     noticed,
     ybr,
 )
+from tests.vision.dicom_samples import encoded, made, made_compressed, picture
 
 SMOOTH = picture(48, 64)
 DARK = SMOOTH // 5

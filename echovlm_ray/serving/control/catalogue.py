@@ -1,4 +1,4 @@
-"""What bundles there are, by digest: a registry is asked by organ and version, and everybody else speaks of digests."""
+"""The bundles of a registry by digest; the registry itself finds them by organ and version."""
 
 import logging
 import threading
@@ -32,7 +32,7 @@ class Catalogue:
         return found
 
     def list(self, organ: str | None = None) -> list[Manifest]:
-        """All bundles, or an organ's, by organ and then from the oldest version to the newest; read anew.
+        """All bundles, or an organ's, by organ and then from the oldest version to the newest; read again.
 
         One damaged manifest must take neither the others nor Control itself out of service.
 

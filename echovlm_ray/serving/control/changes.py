@@ -1,4 +1,4 @@
-"""From the threads that change something to the coroutines that wait for it."""
+"""Notifies coroutines of changes that threads make."""
 
 import asyncio
 from collections.abc import Iterator
@@ -6,10 +6,9 @@ from contextlib import contextmanager
 
 
 class Changes:
-    """Wakes everybody who listens. Made on the event loop on which they do."""
+    """Wakes all listeners. Made on their event loop."""
 
     def __init__(self) -> None:
-        """There are no listeners yet."""
         self._loop = asyncio.get_running_loop()
         self._listeners: set[asyncio.Event] = set()
 

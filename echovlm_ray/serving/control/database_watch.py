@@ -1,4 +1,4 @@
-"""Notices that the rollouts' database was deleted or replaced while Control runs, and when it can be opened anew."""
+"""Detects that the rollouts' database was deleted or replaced while Control runs, and when it can be reopened."""
 
 import asyncio
 import logging
@@ -42,7 +42,6 @@ class DatabaseWatch:
         self._task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
-        """Ends."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)

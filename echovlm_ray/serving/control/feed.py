@@ -1,17 +1,15 @@
-"""What Routers hear of Control, and what they tell it."""
+"""The service that Routers and gateways call: policies go out, observations come in."""
 
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from typing import Literal
 
 import grpc
 
 from echovlm_ray.errors import InvalidRequestError
-from echovlm_ray.serving.control.changes import Changes
 from echovlm_ray.serving.control.messages import expert_set_to_proto
 from echovlm_ray.serving.control.policies import PolicyPublisher
+from echovlm_ray.serving.control.watchers import WatcherKind, Watchers
 from protos import control_pb2, control_pb2_grpc
 from router.errors import UnknownExpertSetError, UnknownRolloutError
 from router.expert_set import ExpertSet
@@ -24,45 +22,26 @@ logger = logging.getLogger(__name__)
 
 MAX_OBSERVATIONS = 10_000
 
-WatcherKind = Literal["router", "gateway"]
-
-
-@dataclass(slots=True)
-class _Watcher:
-    """A process that watches the policy.
-
-    Attributes:
-        streams: how many of its calls are open: two for a moment when it connects anew.
-        policy_version: of the policy in force in it; 0 before it has said so.
-    """
-
-    kind: WatcherKind
-    streams: int = 0
-    policy_version: int = 0
-
 
 class RolloutFeedService(control_pb2_grpc.RolloutFeedServicer):
-    """Serves `echovlm.v1.RolloutFeed` to the system's own Routers and gateways. Made on the event loop that serves.
-
-    Attributes:
-        taken_up: wakes what waits for watchers to come, to go, or to take up a policy.
-    """
+    """Serves `echovlm.v1.RolloutFeed` to the system's own Routers and gateways."""
 
     def __init__(
         self,
         policies: PolicyPublisher,
+        watchers: Watchers,
         store: RolloutStore,
         monitor: HealthMonitor,
         wake: Callable[[], None],
         replayed: Callable[[str], ExpertSet | None] = lambda expert_set_id: None,
     ) -> None:
-        """Takes its parts.
-
+        """
         Args:
-            policies: what is told.
+            policies: what is sent to them.
+            watchers: keeps which of them are connected.
             store: keeps what shadows said.
             monitor: judges versions by what Routers saw of them.
-            wake: called after every report, for it may end a candidate.
+            wake: called after every report, because it may end a candidate.
             replayed: id → the expert set, while it is held for a replay.
         """
         self._policies = policies
@@ -70,17 +49,7 @@ class RolloutFeedService(control_pb2_grpc.RolloutFeedServicer):
         self._monitor = monitor
         self._wake = wake
         self._replayed = replayed
-        self._watchers: dict[str, _Watcher] = {}
-        self.taken_up = Changes()
-
-    def watching(self, kind: WatcherKind = "router") -> frozenset[str]:
-        """The Routers, or gateways, that are connected now; from any thread."""
-        return frozenset(name for name, watcher in list(self._watchers.items()) if watcher.kind == kind)
-
-    def behind(self, policy_version: int) -> tuple[str, ...]:
-        """The names of those connected in which another policy is in force than this one; from any thread."""
-        watchers = list(self._watchers.items())
-        return tuple(sorted(name for name, watcher in watchers if watcher.policy_version != policy_version))
+        self._watchers = watchers
 
     async def WatchPolicy(
         self, request: control_pb2.WatchPolicyRequest, context: grpc.aio.ServicerContext
@@ -89,31 +58,24 @@ class RolloutFeedService(control_pb2_grpc.RolloutFeedServicer):
         await asyncio.to_thread(self._policies.outrun, request.identity, request.policy_version, request.policy_digest)
         kind: WatcherKind = "router" if request.router else "gateway"
         name = request.router or request.gateway
-        watcher = self._watchers.setdefault(name, _Watcher(kind)) if name else _Watcher(kind)
-        watcher.streams += 1
-        self.taken_up.announce()
+        self._watchers.open(kind, name)
         try:
             async for policy in self._policies.watch():
                 yield policy
         finally:
-            watcher.streams -= 1
-            if not watcher.streams:
-                self._watchers.pop(name, None)
-            self.taken_up.announce()
+            self._watchers.close(name)
 
     async def TakenUp(
         self, request: control_pb2.TakenUpRequest, context: grpc.aio.ServicerContext
     ) -> control_pb2.TakenUpResponse:
-        """Takes note of the policy in force in a watcher. One that is no longer connected says it again when it is."""
-        if (watcher := self._watchers.get(request.watcher)) is not None:
-            watcher.policy_version = request.policy_version
-            self.taken_up.announce()
+        """Records the policy in force in a watcher; see `Watchers.take_up`."""
+        self._watchers.take_up(request.watcher, request.policy_version)
         return control_pb2.TakenUpResponse()
 
     async def Report(
         self, request: control_pb2.ReportRequest, context: grpc.aio.ServicerContext
     ) -> control_pb2.ReportResponse:
-        """Takes note of what a Router saw."""
+        """Records what a Router observed."""
         if len(request.observations) + len(request.shadows) > MAX_OBSERVATIONS:
             raise InvalidRequestError("observations", f"has more than {MAX_OBSERVATIONS} entries, shadows included")
         for observation in request.observations:
@@ -147,7 +109,7 @@ class RolloutFeedService(control_pb2_grpc.RolloutFeedServicer):
             try:
                 self._store.record_shadow(rollout_id, of_rollout)
             except UnknownRolloutError as error:
-                # Of another database: the Router would send it again for ever.
+                # Of another database: the Router would send it again forever.
                 logger.warning("what a shadow said is thrown away: %s", error)
 
 

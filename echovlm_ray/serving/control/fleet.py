@@ -30,8 +30,7 @@ class GrpcFleet:
         element_bytes: int,
         channels: InnerChannels = PLAIN_CHANNELS,
     ) -> None:
-        """Opens nothing yet.
-
+        """
         Args:
             experts: organ → the replicas of its group now.
             routers: the Routers' replicas now.
@@ -90,7 +89,6 @@ class GrpcFleet:
             raise _converted(error) from None
 
     def unload(self, replica: str, organ: str, digest: str) -> None:
-        """See `Fleet`."""
         stub = expert_pb2_grpc.ExpertGroupStub(self._channel_of(replica, organ))
         try:
             stub.Unload(expert_pb2.UnloadRequest(bundle_digest=digest), timeout=UNLOAD_TIMEOUT_S)

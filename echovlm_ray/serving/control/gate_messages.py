@@ -1,4 +1,4 @@
-"""What gates and evaluations look like in messages."""
+"""Gates and evaluations as protobuf messages."""
 
 from collections.abc import Callable
 

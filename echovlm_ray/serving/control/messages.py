@@ -1,4 +1,4 @@
-"""What the rollouts' own objects look like in messages."""
+"""Rollouts, bundles and expert sets as protobuf messages."""
 
 from collections.abc import Callable, Collection, Sequence
 from datetime import datetime

@@ -1,4 +1,4 @@
-"""Threads for what operators ask: they do not give way as the rest of Control does."""
+"""Threads for operators' calls, which keep the normal priority while the rest of Control has a lower one."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""Has the expert group of an organ that is new run, and that of an organ that was retired end."""
+"""Deploys the expert group of a new organ, and removes that of a retired one."""
 
 import logging
 import threading
@@ -28,8 +28,7 @@ class OrganApplications:
         remove: Callable[[str], None],
         watch: Callable[[str], None],
     ) -> None:
-        """Takes what it works with; all of it may block and is called on the thread.
-
+        """
         Args:
             store: the state.
             views: organ → what its replicas held when the controller last looked.
@@ -50,7 +49,6 @@ class OrganApplications:
         self._unsubscribe = store.subscribe(self._wake.set)
 
     def start(self) -> None:
-        """Begins."""
         self._thread.start()
 
     def stop(self) -> None:

@@ -1,4 +1,4 @@
-"""The policy that Routers apply: read after every change of the database, kept in a file, and told to who watches."""
+"""The policy that Routers apply: read after every change of the database, kept in a file, and sent to watchers."""
 
 import asyncio
 import logging
@@ -24,7 +24,7 @@ class PolicyPublisher:
     """A policy is published only once it stands in the file. Made, started and watched on one event loop.
 
     It is published by the thread that changed the database, before anything else begins that the change leads to: a
-    `promote` is in force once Routers hear of it, and whatever runs beside would only make that later.
+    `promote` is in force once Routers receive it, and anything that runs beside would delay that.
     """
 
     def __init__(self, store: RolloutStore, version_of: VersionOf, path: Path | None) -> None:
@@ -97,7 +97,6 @@ class PolicyPublisher:
             self._publish()
 
     def stop(self) -> None:
-        """Ends."""
         if self._unsubscribe is not None:
             self._unsubscribe()
         with self._lock:

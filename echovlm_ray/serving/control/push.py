@@ -1,4 +1,4 @@
-"""Takes in a bundle that is pushed, piece by piece, into a folder that is gone if anything is wrong."""
+"""Receives a pushed bundle into a temporary folder, which is removed if anything is wrong."""
 
 import asyncio
 import os
@@ -39,7 +39,7 @@ class PushReceiver:
         self._pushes: Counter[bytes] = Counter()
 
     def clear(self) -> None:
-        """Throws away what pushes left behind that ended with their process; for before the first push."""
+        """Deletes what unfinished pushes left behind; to be called before the first push."""
         shutil.rmtree(self._incoming, ignore_errors=True)
 
     async def receive(self, requests: AsyncIterator[control_pb2.PushRequest]) -> Manifest:

@@ -1,4 +1,4 @@
-"""Whether the bundles of a past expert set are still what they were: there, undamaged, and admitted."""
+"""Checks that the bundles of a past expert set are present, undamaged and admitted."""
 
 from collections.abc import Callable, Collection, Mapping
 

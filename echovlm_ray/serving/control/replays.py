@@ -1,4 +1,4 @@
-"""Past expert sets that answer again: loaded beside what is served, for as long as a caller asks for it."""
+"""Loads past expert sets beside the live one, for as long as a caller holds them."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ from router.expert_set import ExpertSet, ExpertSetMember
 from router.rollouts.controller import RolloutController
 from router.rollouts.fleet import Fleet, ReplicaLostError
 from router.rollouts.leases import Lease, Leases
-from router.rollouts.outcome import words
+from router.rollouts.outcome import format_error
 from router.rollouts.room import missing_on, waits_for_room
 from router.rollouts.settings import RolloutSettings
 from router.rollouts.store import RolloutStore
@@ -81,7 +81,7 @@ class Replays:
                 yield control_pb2.ReplayState(phase=control_pb2.ReplayState.PHASE_READY)
                 await asyncio.sleep(deadline - asyncio.get_running_loop().time())
         raise DeadlineError(
-            f"the replay was held for {limit_s:g} s (rollouts.max_replay_s), and has let go of its experts: begin again"
+            f"the replay was held for {limit_s:g} s (rollouts.max_replay_s), and has released its experts: begin again"
         )
 
     @contextlib.contextmanager
@@ -174,7 +174,7 @@ class Replays:
         while reason := await self._run(look):
             waits_for.append(reason)
             del waits_for[:-1]
-            # What was let go of is unloaded by the controller, which looks once a second.
+            # What was released is unloaded by the controller, which looks once a second.
             self._controller.wake()
             await asyncio.sleep(LOOK_PERIOD_S)
         waits_for.clear()
@@ -198,10 +198,10 @@ class Replays:
             self._fleet.load(replica, member.organ, digest, self._settings.max_replay_s)
         except (InvalidBundleError, UnknownBundleError) as error:
             version = versions.get(digest, "") or f"{digest[:12]}…"
-            reason = f"cannot be loaded any more: {words(error)}"
+            reason = f"cannot be loaded any more: {format_error(error)}"
             raise ReplayRefusedError(member.organ, version, reason) from None
         except TimeoutError as error:
-            raise DeadlineError(f"{member.organ}: {words(error)} (rollouts.max_replay_s)") from None
+            raise DeadlineError(f"{member.organ}: {format_error(error)} (rollouts.max_replay_s)") from None
 
     def _past_set(self, request: control_pb2.ReplayRequest) -> ExpertSet:
         snapshot = self._store.snapshot()
@@ -218,7 +218,7 @@ class Replays:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, call, *arguments)
         except ReplicaLostError as error:
-            raise PartUnavailableError("a replica of the experts", words(error)) from None
+            raise PartUnavailableError("a replica of the experts", format_error(error)) from None
 
 
 def _organs_of(expert_set: ExpertSet, request: control_pb2.ReplayRequest) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Keeps the metrics of rollouts as the database has them."""
+"""Updates the metrics of rollouts from the database."""
 
 import asyncio
 import logging
@@ -10,7 +10,7 @@ from router.rollouts.store import RolloutStore
 
 logger = logging.getLogger(__name__)
 
-# Changes are told of at once. But Ray forgets a gauge that was not set for two of its reports, 20 s by default.
+# Changes are announced at once. But Ray forgets a gauge that was not set for two of its reports, 20 s by default.
 PERIOD_S = 5.0
 
 
@@ -18,8 +18,7 @@ class RolloutMetrics:
     """Reads the state whenever it changes. Made on the event loop on which it runs."""
 
     def __init__(self, store: RolloutStore, version_of: Callable[[str], str]) -> None:
-        """Begins.
-
+        """
         Args:
             store: the state.
             version_of: digest → version.
@@ -32,7 +31,6 @@ class RolloutMetrics:
         self._task = asyncio.get_running_loop().create_task(self._follow())
 
     def stop(self) -> None:
-        """Ends."""
         self._unsubscribe()
         self._task.cancel()
 

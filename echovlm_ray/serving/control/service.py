@@ -51,8 +51,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
         notices: Callable[[], Sequence[str]] = tuple,
         replays: Replays | None = None,
     ) -> None:
-        """Takes its parts.
-
+        """
         Args:
             store: the state.
             operations: what changes it; None where experts run in the router's process and cannot be replaced.

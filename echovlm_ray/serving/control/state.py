@@ -1,4 +1,4 @@
-"""What operators see: the live set, the rollouts, and what every replica holds."""
+"""The state that operators see: the live set, the rollouts, and what every replica holds."""
 
 import asyncio
 import threading
@@ -42,8 +42,7 @@ class StateReader:
         controller: RolloutController,
         not_taken_up: Callable[[int], Iterable[str]] = lambda sequence: (),
     ) -> None:
-        """Asks nothing yet.
-
+        """
         Args:
             store: the rollouts.
             fleet: the replicas.
@@ -124,7 +123,7 @@ class StateWatch:
         self._unsubscribe = store.subscribe(self._changes.announce)
 
     def stop(self) -> None:
-        """No change is heard of any more."""
+        """Ends the subscription to changes."""
         self._unsubscribe()
 
     async def watch(self) -> AsyncIterator[control_pb2.ControlState]:

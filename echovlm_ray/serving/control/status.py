@@ -1,4 +1,4 @@
-"""What runs where: every replica describes itself, Control gathers the whole."""
+"""The status of the system: Control asks every replica to describe itself."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -39,8 +39,7 @@ class SystemStatusService(status_pb2_grpc.SystemStatusServicer):
         notices: Callable[[], Sequence[str]] = tuple,
         channels: InnerChannels = PLAIN_CHANNELS,
     ) -> None:
-        """Takes what there is to ask.
-
+        """
         Args:
             applications: those that there should be now, in the order in which status shows them; may block, and is
                 called on a thread.

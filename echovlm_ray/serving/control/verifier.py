@@ -1,4 +1,4 @@
-"""Judges bundles in a process of their own, so that one that crashes or exhausts memory does not take Control along."""
+"""Checks bundles in a separate process, so that one that crashes or exhausts memory does not end Control."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -34,8 +34,7 @@ class SubprocessVerifier:
         rollouts: RolloutsSection,
         backbone: "Callable[[], Manifest]",
     ) -> None:
-        """Takes the configuration.
-
+        """
         Args:
             model: where the checkpoint is, and the dtype in which it is served.
             experts: where bundles are, which may load, and the kernel.
@@ -46,14 +45,10 @@ class SubprocessVerifier:
         self._experts = experts
         self._rollouts = rollouts
         self._backbone = backbone
-        self._checks = IsolatedChecks(gives_way=True)
-
-    def start(self) -> None:
-        """Begins to make ready for the first check, which otherwise waits for it."""
-        self._checks.start()
+        self._checks = IsolatedChecks(idle_priority=True)
 
     def close(self) -> None:
-        """Ends the process that checks come from."""
+        """Ends the process that checks are forked from."""
         self._checks.close()
 
     def verify(self, organ: str, digest: str) -> None:

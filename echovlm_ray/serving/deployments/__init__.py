@@ -1,1 +1,1 @@
-"""The Ray Serve deployments: each builds one part, starts its gRPC server, and tells Serve where it listens."""
+"""The Ray Serve deployments: each builds one part, starts its gRPC server, and publishes its address."""

@@ -1,4 +1,4 @@
-"""What all deployments have in common: servers that start and end in order, and what Serve asks a replica.
+"""The base of all deployments: servers that start and stop in order, and what Serve calls.
 
 The modules of this package import nothing heavy when they are loaded, only when a replica starts: Ray Serve loads them
 in a process of its own for every application that it builds, and an expert group must not pay for another part's
@@ -212,9 +212,9 @@ def dtype_of(settings: ReplicaSettings) -> "torch.dtype | None":
 
 def arithmetic_of(dtype: "torch.dtype", device: "torch.device") -> str:
     """What multiplies packed weights on the CPU, and why not the C library, for status; "" on a GPU."""
-    from experts.kernels.packed_linear import products_in_words
+    from experts.kernels.packed_linear import describe_products
 
-    return products_in_words(dtype) if device.type == "cpu" else ""
+    return describe_products(dtype) if device.type == "cpu" else ""
 
 
 def environment_of(settings: ReplicaSettings) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What each deployment is started with: its own sections of the configuration and no other.
+"""The settings of each deployment: only the sections of the configuration that it needs.
 
 Serve restarts an application's replicas when what they were started with changes. As each part gets only what it
 uses, a new limit of the gateway restarts no expert group.
@@ -100,7 +100,6 @@ class GatewaySettings(ReplicaSettings):
 
     @property
     def resources(self) -> Resources:
-        """See `ReplicaSettings`."""
         return self.gateway.resources
 
 
@@ -111,7 +110,6 @@ class VisionSettings(ReplicaSettings):
 
     @property
     def resources(self) -> Resources:
-        """See `ReplicaSettings`."""
         return self.vision.resources
 
 
@@ -128,7 +126,6 @@ class RouterSettings(ReplicaSettings):
 
     @property
     def resources(self) -> Resources:
-        """See `ReplicaSettings`."""
         return self.router.resources
 
 
@@ -145,7 +142,6 @@ class ExpertGroupSettings(ReplicaSettings):
 
     @property
     def resources(self) -> Resources:
-        """See `ReplicaSettings`."""
         return self.experts.resources_of(self.organ)
 
 
@@ -162,7 +158,6 @@ class ControlSettings(ReplicaSettings):
 
     @property
     def resources(self) -> Resources:
-        """See `ReplicaSettings`."""
         return Resources(replicas=1, num_cpus=self.control.num_cpus)
 
     def expert_group(self, organ: str) -> ExpertGroupSettings:

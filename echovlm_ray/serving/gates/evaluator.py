@@ -30,8 +30,7 @@ class GateEvaluator:
         limits: RouterSection,
         default_organ: str,
     ) -> None:
-        """Takes its parts.
-
+        """
         Args:
             served: the checkpoint, whose tokenizer and image processor are used.
             routers: their addresses now.
@@ -53,7 +52,6 @@ class GateEvaluator:
         self._default_organ = default_organ
 
     def declare(self, gate: Gate) -> Gate:
-        """See `Evaluator.declare`."""
         from echovlm_ray.serving.gates.figures import check_metric
 
         if missing := self._served.missing_text_files:
@@ -63,7 +61,6 @@ class GateEvaluator:
         return gate.model_copy(update={"dataset_digest": dataset.digest})
 
     def evaluate(self, run: GateRun) -> Evidence:
-        """See `Evaluator.evaluate`."""
         from echovlm_ray.serving.gates.figures import check_metric, evidence_of
         from echovlm_ray.serving.gates.questions import Questioner
 

@@ -1,4 +1,4 @@
-"""From answers to a gate's figures: the metric, its interval, and the paired difference from the incumbent."""
+"""Computes a gate's figures from answers: the metric, its interval, and the paired difference from the incumbent."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""A gateway of Control's own, whose requests are answered by one version. Only evaluations use it."""
+"""A client of the Routers for Control, whose requests are pinned to one version. Only evaluations use it."""
 
 import asyncio
 import tempfile
@@ -24,7 +24,6 @@ class Pace:
     """Spaces requests so that no more than so many begin in a second. Belongs to one event loop."""
 
     def __init__(self, per_second: float) -> None:
-        """Takes the rate."""
         self._interval_s = 1 / per_second
         self._next = time.monotonic()
 
@@ -54,7 +53,6 @@ class PinnedRouterClient(RouterClient):
     async def generate(
         self, request: router_pb2.RouterGenerateRequest, *, deadline: float, request_id: str
     ) -> AsyncGenerator[router_pb2.RouterGenerateResponse, None]:
-        """See `RouterClient.generate`."""
         await self._pace.turn()
         request.evaluated_bundle = self._digest
         async with aclosing(super().generate(request, deadline=deadline, request_id=request_id)) as messages:

@@ -13,7 +13,7 @@ from echovlm_ray.data.media import UnusableImageError
 from echovlm_ray.errors import PartUnavailableError
 from echovlm_ray.evaluation.answers import Answer, AnswerLog
 from echovlm_ray.evaluation.asking import Asking, Outcome, ServiceLostError, Work, ask_all
-from echovlm_ray.evaluation.settings import AskSettings, Patience
+from echovlm_ray.evaluation.settings import AskSettings, RequestLimits
 from echovlm_ray.model.processing import EchoVLMProcessor
 from echovlm_ray.serving.gates.dataset import GateDataset
 from echovlm_ray.serving.gates.figures import SEED
@@ -27,8 +27,8 @@ from router.rollouts.gates import EvaluationInterruptedError, Gate, GateRun, Unu
 # A report of the demo's model has some hundred tokens.
 MAX_NEW_TOKENS = 256
 CANCEL_POLL_S = 0.2
-# A system that is busy for longer lets the evaluation begin anew later.
-PATIENCE = Patience(concurrency=1, timeout_s=120.0, patience_s=900.0)
+# A system that is busy for longer lets the evaluation begin again later.
+REQUEST_LIMITS = RequestLimits(concurrency=1, timeout_s=120.0, retry_s=900.0)
 
 T = TypeVar("T")
 
@@ -119,7 +119,7 @@ class Questioner:
         with tempfile.TemporaryDirectory(prefix="echovlm-gate-answers-") as folder:
             async with (
                 gateway as address,
-                AsyncEchoVLMClient(address, timeout_s=PATIENCE.timeout_s, retry=False) as client,
+                AsyncEchoVLMClient(address, timeout_s=REQUEST_LIMITS.timeout_s, retry=False) as client,
             ):
                 with AnswerLog(Path(folder) / "answers.jsonl") as log:
                     work = [Work(item, item, "model") for item in dataset.items]
@@ -129,7 +129,7 @@ class Questioner:
                         self.gateway.max_frames,
                         self.gateway.crop_to_regions,
                     )
-                    asked = Asking(dataset.root, log, digest, asking, PATIENCE, limits, SEED)
+                    asked = Asking(dataset.root, log, digest, asking, REQUEST_LIMITS, limits, SEED)
                     return await ask_all(client, work, asked, advance)
 
     def _describe(self) -> ModelDescription:

@@ -1,7 +1,7 @@
 """A decoder's answer, and what the gateway checks of it.
 
 A decoder reads hostile bytes and may be controlled by their sender. So its answer is JSON of known fields, and
-nothing of it is believed that has not been checked (P17).
+nothing of it is used that has not been checked (P17).
 """
 
 from typing import Annotated, Self

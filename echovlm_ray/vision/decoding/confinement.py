@@ -1,4 +1,4 @@
-"""What a decoder process gives up before it sees the first byte of a caller.
+"""Drops the privileges of a decoder process before it reads a caller's first byte.
 
 The limits hold for code that has been taken over, too, except where that runs as root: root may raise them again.
 """

@@ -1,4 +1,4 @@
-"""One decoder process, as the gateway sees it."""
+"""The gateway's handle of one decoder process."""
 
 import asyncio
 import math
@@ -50,7 +50,6 @@ class DecoderEndedError(RuntimeError):
     """
 
     def __init__(self, status: int | None) -> None:
-        """Takes the status."""
         super().__init__("the decoder ended without an answer")
         self.status = status
 
@@ -67,11 +66,11 @@ class Decoder:
     """A process that decodes one file at a time. Belongs to one event loop."""
 
     def __init__(self, server: ForkServer, settings: DecoderSettings, *, max_cpu_s: float) -> None:
-        """Asks for the process; `started` waits for it.
+        """Requests the process; `started` waits for it.
 
         Args:
             server: runs `echovlm_ray.vision.decoding.fork_server` with the same settings.
-            settings: what the process was told.
+            settings: those of the process.
             max_cpu_s: processor time for one file.
 
         Raises:
@@ -159,7 +158,7 @@ class Decoder:
         if cpu_s > self._max_cpu_s:
             raise DecoderLimitError(
                 f"takes more than {self._max_cpu_s:g} s of processor time to decode (gateway.decoders.max_cpu_s): "
-                "export it anew, scaled down or less compressed"
+                "export it again, scaled down or less compressed"
             )
         if resident_bytes - self._idle_bytes > self._settings.max_memory_bytes:
             raise self._out_of_memory()
@@ -219,7 +218,7 @@ class Decoder:
         return int(REPORT.unpack(report)[0]) if len(report) == REPORT.size else None
 
     def close(self) -> None:
-        """Lets go of what was shared with the process, which then ends unless it decodes."""
+        """Releases the memory shared with the process, which then ends unless it decodes."""
         self._jobs.close()
         self._report.close()
 

@@ -1,6 +1,6 @@
 """Memory that the gateway shares with one decoder process.
 
-It is a file of memfd_create: it has no name, so nothing of it is left when both processes have ended, in whatever way.
+It is a file of memfd_create: it has no name, so nothing of it is left when both processes have ended.
 The gateway copies out of it and never maps it: a decoder in hostile hands could change what is being read, or take the
 pages away.
 """

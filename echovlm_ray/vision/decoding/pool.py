@@ -44,8 +44,7 @@ class DecoderPool:
     """
 
     def __init__(self, settings: DecoderSettings, *, processes: int, max_cpu_s: float) -> None:
-        """Starts nothing yet.
-
+        """
         Args:
             settings: limits of a file, its frames' size, and memory.
             processes: files that are decoded at once.
@@ -106,7 +105,7 @@ class DecoderPool:
             content: the whole file.
             field: the file's place in the request, for errors.
             request_id: for the log.
-            caller: whose turn it takes.
+            caller: callers take turns.
 
         Raises:
             InvalidRequestError: the file cannot be decoded, or not within the limits.

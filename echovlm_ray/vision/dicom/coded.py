@@ -47,7 +47,7 @@ class CodedFrames:
         has_palette: bool,
         notices: list[str],
     ) -> None:
-        """Settles what the frames are.
+        """Determines the frames.
 
         Raises:
             InvalidDicomError: none of them can be decoded.

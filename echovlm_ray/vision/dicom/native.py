@@ -61,7 +61,7 @@ class NativeFrames:
     """
 
     def __init__(self, element: PixelElement, header: PixelHeader, has_palette: bool, notices: list[str]) -> None:
-        """Settles what the frames are.
+        """Determines the frames.
 
         Raises:
             InvalidDicomError: attributes contradict each other or the number of bytes.

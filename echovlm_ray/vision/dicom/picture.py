@@ -267,7 +267,7 @@ def _decoded(
 ) -> tuple[tuple[int, ...], dict[int, tuple[npt.NDArray[Any], str]], int]:
     """The sampled frames by their index, once their size is known to be within the limits, and how many were lost.
 
-    Where one cannot be decoded, frames are sampled anew from the others.
+    Where one cannot be decoded, frames are sampled again from the others.
     """
     usable = list(source.usable)
     decoded: dict[int, tuple[npt.NDArray[Any], str]] = {}

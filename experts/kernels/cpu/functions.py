@@ -15,8 +15,7 @@ class PackedExpertMatrices:
     """
 
     def __init__(self, gate_up_E: Sequence[PackedMatrix], down_E: Sequence[PackedMatrix], inner_size: int) -> None:
-        """Lists the matrices.
-
+        """
         Args:
             gate_up_E: gate and up of each expert in one matrix.
             down_E: the down of each expert.

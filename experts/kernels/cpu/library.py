@@ -105,8 +105,7 @@ class CpuLibrary:
     mix: Callable[..., None]
 
     def __init__(self, path: Path, variant: str | None) -> None:
-        """Loads the library.
-
+        """
         Args:
             path: the shared library.
             variant: one of `VARIANTS`; None chooses the fastest that the processor runs.

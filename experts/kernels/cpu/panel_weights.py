@@ -72,14 +72,12 @@ class PanelWeights:
         return []
 
     def product(self, x_TI: torch.Tensor) -> torch.Tensor:
-        """See `PackedWeights`."""
         rows = x_TI.shape[0]
         output_TO = x_TI.new_empty((rows, self._out_features))
         self.product_into(x_TI, output_TO, 0, rows)
         return output_TO
 
     def product_into(self, x_TI: torch.Tensor, output_TO: torch.Tensor, first: int, end: int) -> None:
-        """See `PackedWeights`."""
         if self.matrix is None:
             x_TI = F.pad(x_TI, (0, 1))
         elif x_TI.stride(1) != 1:

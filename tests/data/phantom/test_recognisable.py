@@ -1,4 +1,4 @@
-"""Whether pictures can be told apart by their pixels, with the simplest means: least squares on block averages."""
+"""Whether pictures can be distinguished by their pixels, with the simplest means: least squares on block averages."""
 
 import numpy as np
 import numpy.typing as npt

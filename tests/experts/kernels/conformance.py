@@ -1,7 +1,7 @@
 """What every kernel must compute, against the float32 loop of `reference`: cases that any test may run on any device.
 
 A test runs `check_case(kernel, case, dtype, device)` for each of `CASES` (those with `large` set are too much for an
-interpreter), `check_gradients` where the kernel has them, and `check_nobody_is_exactly_zero`.
+interpreter), `check_gradients` where the kernel has them, and `check_no_expert_is_exactly_zero`.
 """
 
 import math
@@ -47,7 +47,7 @@ def same_expert_twice(tokens: int, top_k: int, experts: int, generator: torch.Ge
     return torch.randint(0, experts, (tokens, 1), generator=generator, dtype=torch.int32).repeat(1, top_k)
 
 
-def nobody(tokens: int, top_k: int, _: int, __: torch.Generator) -> torch.Tensor:
+def no_expert(tokens: int, top_k: int, _: int, __: torch.Generator) -> torch.Tensor:
     """This group has no part in any pair."""
     return torch.full((tokens, top_k), NO_EXPERT, dtype=torch.int32)
 
@@ -76,7 +76,7 @@ CASES = (
     Case("empty experts", experts=7, routing=every_second_expert),
     Case("all rows to one expert", tokens=50, routing=last_expert_only),
     Case("one expert twice a token", routing=same_expert_twice),
-    Case("no part in any pair", routing=nobody),
+    Case("no part in any pair", routing=no_expert),
     Case("hidden 72, inner 40", hidden=72, inner=40),
     Case("hidden 33, inner 17", hidden=33, inner=17, tokens=9),
     Case("hidden 136, inner 264", hidden=136, inner=264, tokens=70),
@@ -132,11 +132,11 @@ def check_case(kernel: ExpertKernel, case: Case, dtype: torch.dtype, device: tor
     assert prepared.nbytes >= weights.nbytes
 
 
-def check_nobody_is_exactly_zero(
+def check_no_expert_is_exactly_zero(
     kernel: ExpertKernel, dtype: torch.dtype, device: torch.device | str = "cpu", hidden: int = 64, inner: int = 48
 ) -> None:
     """A pair without an expert adds nothing, whatever its weight is and whatever else is in the call."""
-    case = Case("nobody", experts=2, hidden=hidden, inner=inner, tokens=6, routing=distinct)
+    case = Case("no expert", experts=2, hidden=hidden, inner=inner, tokens=6, routing=distinct)
     weights = on_device(make_weights(case.experts, case.hidden, case.inner, dtype), device, dtype)
     x_TD, index_TK, weight_TK = make_exchange(case, dtype)
     index_TK[2], weight_TK[2] = NO_EXPERT, float("nan")

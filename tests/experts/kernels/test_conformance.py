@@ -14,7 +14,7 @@ from tests.experts.kernels.conformance import (
     Case,
     check_case,
     check_gradients,
-    check_nobody_is_exactly_zero,
+    check_no_expert_is_exactly_zero,
 )
 
 CPU_KERNELS = ("reference", "cpu_packed", "torch_grouped", "auto")
@@ -35,8 +35,8 @@ def test_packed_in_every_layout(layout: Any, dtype: torch.dtype, case: Case) -> 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", CPU_KERNELS)
-def test_nobody_is_exactly_zero(name: str, dtype: torch.dtype) -> None:
-    check_nobody_is_exactly_zero(get_kernel(name), dtype)
+def test_no_expert_is_exactly_zero(name: str, dtype: torch.dtype) -> None:
+    check_no_expert_is_exactly_zero(get_kernel(name), dtype)
 
 
 @pytest.mark.parametrize(("hidden", "inner"), [(72, 40), (33, 17)])

@@ -42,7 +42,7 @@ def run(code: str, *arguments: str) -> list[str]:
 )
 # The layout stays the same for all examples.
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_token_has_the_same_bits_in_any_company(
+def test_a_token_has_the_same_bits_in_any_batch(
     layout: Any, dtype: torch.dtype, tokens: int, experts: int, top_k: int, hidden: int, inner: int, data: st.DataObject
 ) -> None:
     case = Case("any", experts=experts, hidden=hidden, inner=inner, tokens=tokens, top_k=top_k, routing=anywhere)

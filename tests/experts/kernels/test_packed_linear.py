@@ -15,7 +15,7 @@ from experts.kernels.cpu import library, panel_weights
 from experts.kernels.cpu.library import ENVIRONMENT, NONE, cpu_library
 from experts.kernels.cpu.panel_weights import PanelWeights
 from experts.kernels.onednn_product import MAX_ROWS, OneDnnWeights, padded_rows
-from experts.kernels.packed_linear import PackedLinear, packing_available, products_in_words, unavailable_reason
+from experts.kernels.packed_linear import PackedLinear, describe_products, packing_available, unavailable_reason
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
@@ -126,7 +126,7 @@ def test_some_rows_are_computed_in_place(layout: Any, dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_not_finite_stays_in_its_row(layout: Any, dtype: torch.dtype) -> None:
-    """Not even padding may carry it over: nought times infinity is no number."""
+    """Not even padding may carry it over: zero times infinity is no number."""
     linear = PackedLinear(random(33, 7, dtype=dtype))
     x_TI = random(5, 7, dtype=dtype)
     expected_TO = linear(x_TI)
@@ -221,7 +221,7 @@ def test_operators_that_do_not_work_are_found_out(
     with caplog.at_level(logging.WARNING):
         assert not packing_available(torch.float32)
         assert not packing_available(torch.float32)
-    assert sum("weights in" in record.message for record in caplog.records) == 1, "told once"
+    assert sum("weights in" in record.message for record in caplog.records) == 1, "logged once"
     assert how in caplog.text
 
 
@@ -246,8 +246,8 @@ def test_onednn_takes_over_where_the_c_library_does_not_work(
         linear = PackedLinear(random(20, 30, dtype=torch.float32))
     assert isinstance(linear._weights, OneDnnWeights)
     assert reason in caplog.text
-    assert reason in products_in_words(torch.float32)
-    assert products_in_words(torch.float32).startswith("oneDNN; ")
+    assert reason in describe_products(torch.float32)
+    assert describe_products(torch.float32).startswith("oneDNN; ")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -262,7 +262,7 @@ def test_the_c_library_is_for_one_thread(
     with caplog.at_level(logging.INFO):
         assert isinstance(PackedLinear(weight_OI)._weights, OneDnnWeights)
     assert "torch has 3 threads" in caplog.text
-    assert "torch has 3 threads" in products_in_words(dtype)
+    assert "torch has 3 threads" in describe_products(dtype)
 
 
 @pytest.mark.usefixtures("fresh")
@@ -287,7 +287,7 @@ def test_processors_are_judged_by_their_instructions(fresh: pytest.MonkeyPatch) 
 @pytest.mark.usefixtures("fresh")
 def test_a_variant_that_is_named_is_taken_or_refused(fresh: pytest.MonkeyPatch) -> None:
     fresh.setenv(ENVIRONMENT, "plain")
-    assert products_in_words(torch.bfloat16) == "the C library (plain)"
+    assert describe_products(torch.bfloat16) == "the C library (plain)"
     fresh.setenv(ENVIRONMENT, NONE)
     assert cpu_library() is None
     fresh.setenv(ENVIRONMENT, "sse9")

@@ -18,7 +18,7 @@ from tests.experts.kernels.conformance import (
     CASES,
     Case,
     check_case,
-    check_nobody_is_exactly_zero,
+    check_no_expert_is_exactly_zero,
     make_exchange,
     make_weights,
     on_device,
@@ -45,8 +45,8 @@ def test_case(name: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nobody_is_exactly_zero(name: str) -> None:
-    check_nobody_is_exactly_zero(get_kernel(name), torch.float32)
+def test_no_expert_is_exactly_zero(name: str) -> None:
+    check_no_expert_is_exactly_zero(get_kernel(name), torch.float32)
 
 
 @pytest.mark.parametrize("name", NAMES)

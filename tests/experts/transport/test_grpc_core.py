@@ -4,7 +4,7 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -12,6 +12,7 @@ import pytest
 from grpc._cython import cygrpc
 
 from experts.transport.grpc_core import MAX_UNSENT, DirectCall, DirectServer, ServerStream, StreamEndedError, missing
+from tests.waiting import until
 
 METHOD = "/test.Echo/Forward"
 UNLIMITED = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
@@ -73,13 +74,6 @@ def call(channel: grpc.Channel, echo: Echo) -> Iterator[DirectCall]:
     yield call
     call.cancel("the test is over")
     call.drain()
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def test_messages_of_all_sizes_come_back_in_order(call: DirectCall) -> None:

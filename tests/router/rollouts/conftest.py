@@ -12,9 +12,10 @@ from router.rollouts.database import Database
 from router.rollouts.health import HealthMonitor
 from router.rollouts.history import GENESIS
 from router.rollouts.operations import RolloutOperations
+from router.rollouts.settings import RolloutSettings
 from router.rollouts.store import RolloutStore
 from tests.router.rollouts.postgres import programs, running_postgres, url_of
-from tests.router.rollouts.support import QUICK, Clock, controller_of, set_of
+from tests.router.rollouts.support import QUICK, Clock, FolderFleet, controller_of, set_of
 from tests.router.rollouts.world import TroubledFleet, World
 
 _numbers = itertools.count(1)
@@ -115,3 +116,22 @@ def world(database: Database, clock: Clock, tmp_path: Path) -> World:
     controller = controller_of(store, fleet, monitor=monitor)
     operations = RolloutOperations(store, fleet, QUICK)
     return World(store, fleet, monitor, controller, operations, clock, keys["heart"])
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> FolderFleet:
+    fleet = FolderFleet(tmp_path / "fleet")
+    for organ in ("heart", "lung"):
+        fleet.add_replica(organ, f"{organ}-1")
+        fleet.add_replica(organ, f"{organ}-2")
+    return fleet
+
+
+@pytest.fixture
+def operations(store: RolloutStore, fleet: FolderFleet) -> RolloutOperations:
+    return RolloutOperations(store, fleet, RolloutSettings(max_previous=3))
+
+
+@pytest.fixture
+def new(fleet: FolderFleet) -> str:
+    return fleet.push("new")

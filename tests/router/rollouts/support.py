@@ -18,6 +18,7 @@ from router.rollouts.history import Entry
 from router.rollouts.leases import Leases
 from router.rollouts.settings import RolloutSettings, Thresholds
 from router.rollouts.store import RolloutStore
+from tests.waiting import until
 
 
 def digest(name: str) -> str:
@@ -191,10 +192,7 @@ def reconcile_until(
     timeout_s: float = 10.0,
 ) -> None:
     """Passes until something is true."""
-    deadline = time.monotonic() + timeout_s
-    while not done(controller.reconcile_once()):
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.002)
+    until(lambda: done(controller.reconcile_once()), timeout_s=timeout_s)
 
 
 def settle(controller: RolloutController, passes: int = 12) -> None:

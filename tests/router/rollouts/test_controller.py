@@ -22,6 +22,7 @@ from tests.router.rollouts.support import (
     settle,
 )
 from tests.router.rollouts.world import World, waiting_for
+from tests.waiting import until
 
 
 def test_a_staged_candidate_is_verified_loaded_everywhere_and_waits(world: World) -> None:
@@ -281,10 +282,7 @@ def test_the_thread_follows_changes_and_survives_what_goes_wrong(
     controller.start()
     with caplog.at_level(logging.ERROR):
         world.stage()
-        deadline = time.monotonic() + 10
-        while world.rollout().state != State.WARM:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until(lambda: world.rollout().state == State.WARM)
     # Three passes failed in the same way, and one of them is logged.
     assert [record.message for record in caplog.records] == [
         "a pass over the rollouts failed; the next one tries again"

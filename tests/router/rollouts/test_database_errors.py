@@ -1,4 +1,4 @@
-"""What operators are told when the database cannot go on. Each case is SQLite's own error, of a real file."""
+"""What operators read when the database cannot go on. Each case is SQLite's own error, of a real file."""
 
 import os
 import sqlite3

@@ -11,10 +11,8 @@ from router.rollouts.outcome import Outcome
 from router.rollouts.settings import RolloutSettings
 from router.rollouts.states import Action, State
 from router.rollouts.store import RolloutStore
+from tests.router.rollouts.operation_steps import staged, unchanged
 from tests.router.rollouts.support import Clock, FolderFleet, digest
-from tests.router.rollouts.test_operations import fleet, staged, unchanged
-
-__all__ = ["fleet"]
 
 VERSIONS = {digest("b"): "1.0.0"}
 

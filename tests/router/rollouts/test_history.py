@@ -59,7 +59,7 @@ def swap(connection: Connection) -> None:
 
 
 def swap_with_sequence_rehashed(connection: Connection) -> None:
-    """As `swap`, with the hashes made anew."""
+    """As `swap`, with the hashes made again."""
     swap(connection)
     for sequence in (3, 4):
         rehash(connection, sequence)

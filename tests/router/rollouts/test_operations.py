@@ -1,3 +1,5 @@
+"""Beginning rollouts and bringing candidates into traffic."""
+
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -6,79 +8,16 @@ from typing import Any
 import pytest
 
 from experts.errors import UnknownBundleError
-from router.errors import InvalidRolloutRequestError, RolloutStateError, UnknownOrganError, UnknownRolloutError
+from router.errors import InvalidRolloutRequestError, RolloutStateError, UnknownOrganError
 from router.rollouts.operations import RolloutOperations
 from router.rollouts.outcome import Outcome
 from router.rollouts.rollout_file import RolloutFile
 from router.rollouts.settings import RolloutPlan, RolloutSettings, Step, Thresholds
-from router.rollouts.states import IN_FLIGHT, Action, State
+from router.rollouts.states import IN_FLIGHT, State
 from router.rollouts.store import RolloutStore
 from router.rollouts.traffic import TrafficPolicy
+from tests.router.rollouts.operation_steps import staged, to_state, unchanged
 from tests.router.rollouts.support import Clock, FolderFleet, actions, digest, set_of
-
-
-@pytest.fixture
-def fleet(tmp_path: Path) -> FolderFleet:
-    fleet = FolderFleet(tmp_path / "fleet")
-    for organ in ("heart", "lung"):
-        fleet.add_replica(organ, f"{organ}-1")
-        fleet.add_replica(organ, f"{organ}-2")
-    return fleet
-
-
-@pytest.fixture
-def operations(store: RolloutStore, fleet: FolderFleet) -> RolloutOperations:
-    return RolloutOperations(store, fleet, RolloutSettings(max_previous=3))
-
-
-@pytest.fixture
-def new(fleet: FolderFleet) -> str:
-    return fleet.push("new")
-
-
-def to_state(store: RolloutStore, fleet: FolderFleet, rollout_id: str, state: State) -> None:
-    """Takes a staged rollout there as the controller does."""
-    path = {
-        State.STAGED: (),
-        State.VERIFIED: (Action.VERIFY,),
-        State.WARM: (Action.VERIFY, Action.WARM_UP),
-        State.SHADOW: (Action.VERIFY, Action.WARM_UP, Action.SHADOW),
-        State.CANARY: (Action.VERIFY, Action.WARM_UP, Action.CANARY),
-        State.STABLE: (Action.VERIFY, Action.WARM_UP),
-        State.FAILED: (Action.FAIL,),
-        State.ROLLED_BACK: (Action.ROLL_BACK,),
-    }[state]
-    with store.write() as transaction:
-        rollout = transaction.rollout(rollout_id)
-        for action in path:
-            percent = 5.0 if action in (Action.SHADOW, Action.CANARY) else None
-            rollout = transaction.move(rollout, action, actor="controller", percent=percent, reason="because")
-        if state == State.STABLE:
-            transaction.promote(rollout, actor="controller", max_previous=3)
-    for replica in fleet.replicas(rollout.organ):
-        fleet.load(replica, rollout.organ, rollout.digest, 1)
-
-
-def staged(
-    operations: RolloutOperations,
-    store: RolloutStore,
-    fleet: FolderFleet,
-    name: str,
-    state: State,
-    organ: str = "heart",
-) -> str:
-    outcome = operations.stage(organ, fleet.push(name), actor="ann")
-    assert outcome.rollout is not None
-    to_state(store, fleet, outcome.rollout.id, state)
-    return outcome.rollout.digest
-
-
-def unchanged(store: RolloutStore, ask: Callable[[], Outcome]) -> Outcome:
-    """The answer to something that must touch nothing."""
-    before = store.head(), store.snapshot(), store.rollouts()
-    outcome = ask()
-    assert (store.head(), store.snapshot(), store.rollouts()) == before
-    return outcome
 
 
 def test_staging_begins_a_rollout_and_gives_it_no_traffic(
@@ -272,62 +211,6 @@ def test_at_most_one_rollout_per_organ_is_stable_and_it_is_the_live_one(
     assert (live.stable_digest, live.previous) == (keys[3], tuple(keys[:3]))
 
 
-def test_rolling_back_the_stable_version_brings_back_the_one_before_once_it_is_warm(
-    store: RolloutStore, operations: RolloutOperations, fleet: FolderFleet
-) -> None:
-    first, second = (staged(operations, store, fleet, name, State.STABLE) for name in ("v1", "v2"))
-    dry = unchanged(store, lambda: operations.roll_back_stable("heart", second, actor="ann", dry_run=True))
-    assert [memory.replica for memory in dry.memory] == ["heart-1", "heart-2"]
-    restore = operations.roll_back_stable("heart", second, actor="ann", reason="worse").rollout
-    assert restore is not None
-    assert (restore.digest, restore.restores, restore.automatic, restore.plan.promote) == (first, True, True, True)
-    assert store.policy().stable.bundle_digest("heart") == second
-    # While it is under way, asking again is no second rollback, and nothing else is possible but to stop it.
-    again = unchanged(store, lambda: operations.roll_back_stable("heart", second, actor="ann"))
-    assert (again.changed, again.rollout) == (False, restore)
-    assert "is being brought back already: ann asked 0 s ago" in again.steps[0]
-    for named in (None, second):
-        with pytest.raises(RolloutStateError):
-            operations.rollback("heart", actor="bob", digest=named)
-    with pytest.raises(RolloutStateError, match="brings back an earlier version"):
-        operations.promote("heart", actor="ann")
-
-    to_state(store, fleet, restore.id, State.STABLE)
-    live = store.snapshot().live("heart")
-    assert live is not None
-    assert (live.stable_digest, live.previous) == (first, (digest("b"),))
-    by_digest = {rollout.digest: rollout.state for rollout in reversed(store.rollouts("heart"))}
-    assert by_digest == {first: State.STABLE, second: State.ROLLED_BACK}
-    # The repetition of a call that names its version is harmless.
-    again = unchanged(store, lambda: operations.roll_back_stable("heart", second, actor="bob"))
-    assert not again.changed
-    assert "done already: ann went back from" in again.steps[0]
-
-
-def test_a_rollback_under_way_can_be_stopped(
-    store: RolloutStore, operations: RolloutOperations, fleet: FolderFleet
-) -> None:
-    first, second = (staged(operations, store, fleet, name, State.STABLE) for name in ("v1", "v2"))
-    operations.roll_back_stable("heart", second, actor="ann")
-    assert operations.rollback("heart", actor="ann", digest=first).changed
-    assert store.snapshot().candidate("heart") is None
-    assert store.policy().stable.bundle_digest("heart") == second
-
-
-def test_rollback_needs_something_to_go_back_to(
-    store: RolloutStore, operations: RolloutOperations, fleet: FolderFleet
-) -> None:
-    with pytest.raises(RolloutStateError, match="has none before it"):
-        operations.roll_back_stable("heart", digest("b"), actor="ann")
-    with pytest.raises(UnknownRolloutError, match="neither the stable version"):
-        operations.rollback("heart", actor="ann", digest=digest("?"))
-    staged(operations, store, fleet, "new", State.CANARY)
-    with pytest.raises(RolloutStateError, match="roll it back or promote it before going back from the stable version"):
-        operations.roll_back_stable("heart", digest("b"), actor="ann")
-    with pytest.raises(RolloutStateError, match="which a rollback of the candidate does not touch"):
-        operations.rollback("heart", actor="ann", digest=digest("b"))
-
-
 def test_operations_can_name_the_candidate_that_they_mean(
     store: RolloutStore, operations: RolloutOperations, fleet: FolderFleet
 ) -> None:
@@ -359,41 +242,6 @@ def test_a_new_organ_joins_the_live_set_at_its_end(
     operations.promote("lung", actor="ann")
     assert store.policy().stable.organs == ("breast", "heart", "liver", "lung")
     assert store.policy().stable.bundle_digest("lung") == key
-
-
-def test_an_organ_can_be_retired_and_come_back(
-    store: RolloutStore, operations: RolloutOperations, fleet: FolderFleet
-) -> None:
-    operations.retire_organ("heart", actor="ann", reason="not wanted")
-    assert store.policy().stable.organs == ("breast", "liver")
-    assert "heart" in store.snapshot().known_organs
-    with pytest.raises(RolloutStateError, match=r"nothing is in flight for .heart.*heart is not served"):
-        operations.rollback("heart", actor="ann")
-    key = staged(operations, store, fleet, "new", State.STABLE)
-    assert store.policy().stable.organs == ("breast", "liver", "heart")
-    assert store.policy().stable.bundle_digest("heart") == key
-    assert ("heart", "") not in store.snapshot().retired
-
-
-def test_the_last_organ_stays(store: RolloutStore, operations: RolloutOperations) -> None:
-    for organ in ("breast", "heart"):
-        operations.retire_organ(organ, actor="ann")
-    with pytest.raises(RolloutStateError, match="the last organ"):
-        operations.retire_organ("liver", actor="ann")
-
-
-def test_a_retired_version_is_neither_staged_nor_gone_back_to(
-    store: RolloutStore, operations: RolloutOperations, fleet: FolderFleet
-) -> None:
-    first, second = (staged(operations, store, fleet, name, State.STABLE) for name in ("v1", "v2"))
-    operations.retire_version("heart", first, actor="ann")
-    with pytest.raises(RolloutStateError, match="was retired"):
-        operations.stage("heart", first, actor="ann")
-    assert {rollout.digest: rollout.state for rollout in store.rollouts("heart")}[first] == State.RETIRED
-    restored = operations.roll_back_stable("heart", second, actor="ann").rollout
-    assert restored is not None
-    assert restored.digest == digest("b")
-    assert second != restored.digest
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from echovlm_ray.vision.decoding.pool import DecoderPool
 from echovlm_ray.vision.decoding.settings import DecoderSettings
 from echovlm_ray.vision.images import ImageLimits
 from echovlm_ray.vision.scaling import Scaling
+from tests.waiting import until_async
 
 LIMITS = ImageLimits(max_image_bytes=64 * 2**20, max_image_pixels=40_000_000, max_frames=8)
 SCALING = Scaling(28, 3136, 196 * 28 * 28, 196, 3)
@@ -53,12 +54,6 @@ def large_png(side: int = 6000) -> bytes:
     return buffer.getvalue()
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
 def fork_server_of(pool: DecoderPool) -> psutil.Process:
     """What all decoders are forked from. Between it and every decoder is a process that watches the decoder."""
     watcher = psutil.Process(pool.process_ids[0]).parent()
@@ -81,10 +76,10 @@ async def held_job(pool: DecoderPool, job: Callable[[], Awaitable[object]]) -> A
     """A job that its decoder has and does not go on with: the process of the pool, the only one, is stopped."""
     (pid,) = pool.process_ids
     os.kill(pid, signal.SIGSTOP)
-    await until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    await until_async(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
     done = sum(pool.outcomes.values())
     task = asyncio.ensure_future(job())
-    await until(lambda: pool.queue_length > 0)
+    await until_async(lambda: pool.queue_length > 0)
     # Long enough for the job to be sent, and for the watch to begin.
     await asyncio.sleep(0.1)
     assert sum(pool.outcomes.values()) == done

@@ -12,8 +12,9 @@ import psutil
 import pytest
 
 from echovlm_ray.vision.decoding.pool import DecoderPool
-from tests.vision.decoding.pools import FIELD, fork_server_of, is_gone, png, running_pool, until
+from tests.vision.decoding.pools import FIELD, fork_server_of, is_gone, png, running_pool
 from tests.vision.dicom_samples import real
+from tests.waiting import until_async
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 HEAVY = ("torch", "transformers", "ray", "grpc", "pydantic", "google")
@@ -76,7 +77,7 @@ async def test_limits_of_the_process_are_in_force() -> None:
 async def test_closing_ends_all_processes() -> None:
     async with running_pool(processes=2) as pool:
         processes = family(pool)
-    await until(lambda: all(map(is_gone, processes)))
+    await until_async(lambda: all(map(is_gone, processes)))
 
 
 GATEWAY = """
@@ -110,7 +111,7 @@ async def test_nothing_is_left_of_a_gateway_that_was_killed(number: signal.Signa
         assert "/dev/shm/" not in Path(f"/proc/{pid}/maps").read_text()
     process.send_signal(number)
     await process.wait()
-    await until(lambda: all(map(is_gone, processes)))
+    await until_async(lambda: all(map(is_gone, processes)))
 
 
 async def test_a_pool_may_be_started_from_a_thread() -> None:

@@ -25,9 +25,9 @@ from tests.vision.decoding.pools import (
     picture,
     png,
     running_pool,
-    until,
 )
 from tests.vision.dicom_samples import made, real
+from tests.waiting import until_async
 
 FILES = ["examples_rgb_color.dcm", "examples_ybr_color.dcm", "examples_jpeg2k.dcm", "examples_palette.dcm"]
 
@@ -179,7 +179,7 @@ async def test_a_file_that_loses_two_decoders_is_refused() -> None:
     async with running_pool() as pool, held_job(pool, lambda: decode(pool, large_png())) as job:
         (first,) = pool.process_ids
         os.kill(first, signal.SIGKILL)
-        await until(lambda: bool(pool.process_ids) and pool.process_ids != [first])
+        await until_async(lambda: bool(pool.process_ids) and pool.process_ids != [first])
         await asyncio.sleep(0.1)
         os.kill(pool.process_ids[0], signal.SIGKILL)
         with pytest.raises(InvalidRequestError, match="its decoder was killed 2 times"):
@@ -192,7 +192,7 @@ async def test_idle_processes_that_were_killed_cost_no_file() -> None:
         before = pool.process_ids
         for pid in before:
             os.kill(pid, signal.SIGSEGV)
-        await until(lambda: all(map(is_gone, before)))
+        await until_async(lambda: all(map(is_gone, before)))
         await asyncio.gather(*(decode(pool, png()) for _ in range(4)))
         assert pool.outcomes == {"ok": 4}
 
@@ -201,10 +201,10 @@ async def test_a_killed_fork_server_is_replaced() -> None:
     async with running_pool(processes=2) as pool:
         before = pool.process_ids
         os.kill(fork_server_of(pool).pid, signal.SIGKILL)
-        await until(lambda: all(map(is_gone, before)))
+        await until_async(lambda: all(map(is_gone, before)))
         await asyncio.gather(*(decode(pool, png()) for _ in range(4)))
         assert pool.outcomes == {"ok": 4}
-        await until(lambda: len(pool.process_ids) == 2)
+        await until_async(lambda: len(pool.process_ids) == 2)
 
 
 async def test_cancelling_ends_the_process_at_once() -> None:
@@ -223,9 +223,9 @@ async def test_a_waiting_file_that_is_cancelled_costs_nothing() -> None:
     async with running_pool() as pool, held_job(pool, lambda: decode(pool, png())) as job:
         (pid,) = pool.process_ids
         waiting = asyncio.ensure_future(decode(pool, png()))
-        await until(lambda: pool.queue_length == 2)
+        await until_async(lambda: pool.queue_length == 2)
         waiting.cancel()
-        await until(lambda: pool.queue_length == 1)
+        await until_async(lambda: pool.queue_length == 1)
         os.kill(pid, signal.SIGCONT)
         await job
         assert pool.process_ids == [pid]
@@ -257,12 +257,12 @@ async def test_closing_ends_jobs_under_way_and_waiting() -> None:
     async with running_pool() as pool, held_job(pool, lambda: decode(pool, png())) as job:
         (pid,) = pool.process_ids
         waiting = asyncio.ensure_future(decode(pool, png()))
-        await until(lambda: pool.queue_length == 2)
+        await until_async(lambda: pool.queue_length == 2)
         await pool.close()
         for each in (job, waiting):
             with pytest.raises(ShuttingDownError):
                 await each
-        await until(lambda: is_gone(pid))
+        await until_async(lambda: is_gone(pid))
         with pytest.raises(ShuttingDownError):
             await decode(pool, png())
 
@@ -277,4 +277,4 @@ async def test_no_descriptor_is_left_behind() -> None:
     async with running_pool() as pool:
         numbers = [await cancel_and_decode() for _ in range(6)]
         # What a killed process held is closed when its end is noticed, which may be after the next job.
-        await until(lambda: psutil.Process().num_fds() <= numbers[1])
+        await until_async(lambda: psutil.Process().num_fds() <= numbers[1])

@@ -13,6 +13,12 @@ IN_FLIGHT = sa.text("state IN ('staged', 'verified', 'warm', 'shadow', 'canary')
 
 def upgrade() -> None:
     """Makes the tables."""
+    _make_live_set()
+    _make_rollouts()
+    _make_history()
+
+
+def _make_live_set() -> None:
     op.create_table(
         "live_set",
         sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
@@ -26,6 +32,9 @@ def upgrade() -> None:
         sa.Column("stable_digest", sa.String(64), nullable=False),
         sa.Column("previous", sa.Text, nullable=False),
     )
+
+
+def _make_rollouts() -> None:
     op.create_table(
         "rollouts",
         sa.Column("id", sa.String(96), primary_key=True),
@@ -69,6 +78,9 @@ def upgrade() -> None:
         sa.Column("report", sa.Text, nullable=False),
         sa.Column("updated_at", sa.Double, nullable=False),
     )
+
+
+def _make_history() -> None:
     op.create_table(
         "history",
         sa.Column("sequence", sa.Integer, primary_key=True, autoincrement=False),

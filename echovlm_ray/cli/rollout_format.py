@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from echovlm_ray.cli.gate_words import gate_as_dict
+from echovlm_ray.cli.gate_format import gate_as_dict
 
 if TYPE_CHECKING:
     from protos.control_pb2 import (
@@ -25,13 +25,13 @@ _SHOWN_DIGEST = 12
 Versions = Mapping[str, str]
 
 
-def state_in_words(rollout: "Rollout") -> str:
+def format_state(rollout: "Rollout") -> str:
     """A rollout's state with its part of the traffic, for example "canary 5 %"."""
     state = rollout.state.replace("_", " ")
-    return f"{state} {number_in_words(rollout.percent)} %" if rollout.percent else state
+    return f"{state} {format_number(rollout.percent)} %" if rollout.percent else state
 
 
-def number_in_words(number: float) -> str:
+def format_number(number: float) -> str:
     """A number with as few digits as tell it from every other: 5 or 99.99999, never 100 for that."""
     short = f"{number:g}"
     return short if float(short) == number or number != number else repr(number)
@@ -54,7 +54,7 @@ def versions_of(bundles: Iterable["BundleInfo"], rollouts: Iterable["Rollout"] =
     return known | {bundle.digest: bundle.version for bundle in bundles}
 
 
-def version_in_words(digest: str, versions: Versions) -> str:
+def format_version(digest: str, versions: Versions) -> str:
     """A bundle's version, or where that is not known the beginning of its digest."""
     return versions.get(digest) or f"{digest[:_SHOWN_DIGEST]}…"
 
@@ -64,7 +64,7 @@ def short(digest: str) -> str:
     return digest[:_SHOWN_DIGEST]
 
 
-def size_in_words(nbytes: float) -> str:
+def format_size(nbytes: float) -> str:
     """Bytes with a unit that keeps the number short."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if nbytes >= size:
@@ -72,7 +72,7 @@ def size_in_words(nbytes: float) -> str:
     return f"{nbytes:.0f} B"
 
 
-def age_in_words(since: float, now: float | None = None) -> str:
+def format_age(since: float, now: float | None = None) -> str:
     """How long ago a time was, for example "3 min"."""
     seconds = max(0.0, (time.time() if now is None else now) - since)
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
@@ -81,7 +81,7 @@ def age_in_words(since: float, now: float | None = None) -> str:
     return f"{seconds:.0f} s"
 
 
-def shadow_in_words(report: "ShadowReport") -> str:
+def format_shadow(report: "ShadowReport") -> str:
     """How far a shadow agrees with the incumbent."""
     text = f"{report.requests} compared, {report.identical} identical, token overlap {report.token_overlap:.3g}"
     if report.HasField("mean_first_divergence"):

@@ -86,7 +86,7 @@ def world(
     request: pytest.FixtureRequest, golden_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[World]:
     split = split_golden(
-        golden_dir / request.param / "checkpoint", tmp_path_factory.mktemp("company"), GROUPS, "organs"
+        golden_dir / request.param / "checkpoint", tmp_path_factory.mktemp("invariance"), GROUPS, "organs"
     )
     seen: dict[int, list[torch.Tensor]] = defaultdict(list)
     # Before the first engine's experts are packed: their layout depends on it.

@@ -1,4 +1,4 @@
-"""When a call that found no server, or lost it before anything was answered, is sent again."""
+"""Retries a call that found no server, or lost it before any part of the answer arrived."""
 
 import math
 import random
@@ -21,12 +21,11 @@ _JITTER = 0.2
 Waiting = Callable[[EchoVLMError], None]
 
 
-class Patience:
+class Retries:
     """The tries of one call, with pauses between them that grow, until the call's own timeout is over."""
 
     def __init__(self, timeout_s: float | None, *, retry: bool, waiting: Waiting | None = None) -> None:
-        """Begins now.
-
+        """
         Args:
             timeout_s: of the call with all its tries, in seconds; None for no limit, and then tries end after 60 s.
             retry: false allows one try.

@@ -1,4 +1,4 @@
-"""The engine says once of every request when it has let go of it, and not before the last thing it has to say."""
+"""The engine says once of every request when it has released it, after the last output."""
 
 import time
 from dataclasses import replace
@@ -12,6 +12,7 @@ from echovlm_ray.errors import DeadlineError, ShuttingDownError
 from tests.engines import engine_request, local_experts, running_engine
 from tests.golden_cases import golden_rows
 from tests.split_golden import SplitGolden, split_golden
+from tests.waiting import until
 
 ALL = (0, 1, 2, 3)
 
@@ -34,16 +35,10 @@ class Listener:
         self.sequence = engine.submit(request, self.heard.append, lambda: self.heard.append("gone"))
 
     def wait_for(self, count: int) -> None:
-        give_up = time.monotonic() + 20
-        while len(self.heard) < count:
-            assert time.monotonic() < give_up
-            time.sleep(0.005)
+        until(lambda: len(self.heard) >= count)
 
     def wait_until_gone(self) -> None:
-        give_up = time.monotonic() + 20
-        while "gone" not in self.heard:
-            assert time.monotonic() < give_up
-            time.sleep(0.005)
+        until(lambda: "gone" in self.heard)
 
 
 def test_however_a_request_ends_the_engine_lets_go_of_it_once(split: SplitGolden, endless: SequenceRequest) -> None:

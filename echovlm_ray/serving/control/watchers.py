@@ -1,0 +1,63 @@
+"""The Routers and gateways that are connected to Control, and the policy that each of them applies."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from echovlm_ray.serving.control.changes import Changes
+
+WatcherKind = Literal["router", "gateway"]
+
+
+@dataclass(slots=True)
+class Watcher:
+    """A process that watches the policy.
+
+    Attributes:
+        streams: how many of its calls are open: two for a moment when it connects again.
+        policy_version: of the policy in force in it; 0 before it has said so.
+    """
+
+    kind: WatcherKind
+    streams: int = 0
+    policy_version: int = 0
+
+
+class Watchers:
+    """Made on the event loop that serves them. Changed on it alone, read from any thread.
+
+    Attributes:
+        changes: announces every connection, disconnection and policy taken up.
+    """
+
+    def __init__(self) -> None:
+        self.changes = Changes()
+        self._watchers: dict[str, Watcher] = {}
+
+    def connected(self, kind: WatcherKind = "router") -> frozenset[str]:
+        """The names of the Routers, or gateways, that are connected now."""
+        return frozenset(name for name, watcher in list(self._watchers.items()) if watcher.kind == kind)
+
+    def behind(self, policy_version: int) -> tuple[str, ...]:
+        """The names of those connected in which another policy is in force than this one."""
+        watchers = list(self._watchers.items())
+        return tuple(sorted(name for name, watcher in watchers if watcher.policy_version != policy_version))
+
+    def open(self, kind: WatcherKind, name: str) -> None:
+        """Counts one more open call of a watcher; without a name it only announces the change."""
+        if name:
+            self._watchers.setdefault(name, Watcher(kind)).streams += 1
+        self.changes.announce()
+
+    def close(self, name: str) -> None:
+        """Counts one open call less; a watcher without any is removed."""
+        if (watcher := self._watchers.get(name)) is not None:
+            watcher.streams -= 1
+            if not watcher.streams:
+                del self._watchers[name]
+        self.changes.announce()
+
+    def take_up(self, name: str, policy_version: int) -> None:
+        """Records the policy in force in a watcher. One that is not connected says it again when it is."""
+        if (watcher := self._watchers.get(name)) is not None:
+            watcher.policy_version = policy_version
+            self.changes.announce()
