@@ -5,24 +5,10 @@ from dataclasses import dataclass
 
 from echovlm_ray.config import GatewaySection, RouterSection
 from echovlm_ray.errors import InvalidRequestError
-from echovlm_ray.prompts import NEEDS_IMAGE, NEEDS_PROMPT, Language, Task
 from echovlm_ray.sampling_ranges import REPETITION_PENALTIES, TEMPERATURES, TOP_P, in_range, words
+from echovlm_ray.tasks import TASKS, Language, Task, TaskName, language_of, task_of
 from protos import echovlm_pb2, router_pb2
 
-TASK_NAMES: dict[int, Task] = {
-    echovlm_pb2.TASK_UNSPECIFIED: "free",
-    echovlm_pb2.TASK_REPORT: "report",
-    echovlm_pb2.TASK_FINDINGS: "findings",
-    echovlm_pb2.TASK_IMPRESSION: "impression",
-    echovlm_pb2.TASK_DIAGNOSIS: "diagnosis",
-    echovlm_pb2.TASK_CAPTION: "caption",
-    echovlm_pb2.TASK_VQA: "vqa",
-}
-LANGUAGE_NAMES: dict[int, Language] = {
-    echovlm_pb2.LANGUAGE_UNSPECIFIED: "en",
-    echovlm_pb2.LANGUAGE_ENGLISH: "en",
-    echovlm_pb2.LANGUAGE_CHINESE: "zh",
-}
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_ORGANS = 16
@@ -39,7 +25,7 @@ _SHA_256 = re.compile(r"[0-9a-f]{64}")
 class CheckedRequest:
     """What is asked, in the terms of `echovlm_ray.prompts`, defaults filled in."""
 
-    task: Task
+    task: TaskName
     language: Language
     prompt: str
     organs: tuple[str, ...]
@@ -59,11 +45,11 @@ def check_request(
     Raises:
         InvalidRequestError: names the first field at fault, what is wrong with it and what is allowed.
     """
-    task = TASK_NAMES.get(request.task)
+    task = task_of(request.task)
     if task is None:
-        names = ", ".join(name for name in echovlm_pb2.Task.keys() if name != "TASK_UNSPECIFIED")  # noqa: SIM118
+        names = ", ".join(task.label for task in TASKS.values() if task.value != echovlm_pb2.TASK_UNSPECIFIED)
         raise InvalidRequestError("task", f"{request.task} is no task; use one of {names}, or a prompt alone")
-    language = LANGUAGE_NAMES.get(request.language)
+    language = language_of(request.language)
     if language is None:
         raise InvalidRequestError(
             "language", f"{request.language} is no language; use LANGUAGE_ENGLISH or LANGUAGE_CHINESE"
@@ -83,7 +69,7 @@ def check_request(
             "fewer, or for 0 to take the default",
         )
     return CheckedRequest(
-        task=task,
+        task=task.name,
         language=language,
         prompt=request.prompt,
         organs=tuple(request.organs),
@@ -141,10 +127,10 @@ def check_expert_set_id(expert_set_id: str, *, may_be_empty: bool = False) -> No
 
 
 def _check_prompt(request: echovlm_pb2.GenerateRequest, task: Task, router: RouterSection) -> None:
-    if task in NEEDS_PROMPT and not request.prompt.strip():
-        if task == "free":
+    if task.needs_prompt and not request.prompt.strip():
+        if task.value == echovlm_pb2.TASK_UNSPECIFIED:
             raise InvalidRequestError("task", "is not set and there is no prompt either; set a task, or write a prompt")
-        raise InvalidRequestError("prompt", "is empty; TASK_VQA needs a question")
+        raise InvalidRequestError("prompt", f"is empty; {task.label} needs a question")
     limit = router.max_prompt_tokens * PROMPT_CHARACTERS_PER_TOKEN
     if len(request.prompt) > limit:
         raise InvalidRequestError(
@@ -160,8 +146,8 @@ def _check_images(request: echovlm_pb2.GenerateRequest, task: Task, gateway: Gat
             "images",
             f"has {len(request.images)} files and the limit is {gateway.max_images} (gateway.max_images)",
         )
-    if task in NEEDS_IMAGE and not request.images:
-        raise InvalidRequestError("images", f"is empty; TASK_{task.upper()} needs at least one image")
+    if task.needs_image and not request.images:
+        raise InvalidRequestError("images", f"is empty; {task.label} needs at least one image")
 
 
 def _check_strings(request: echovlm_pb2.GenerateRequest) -> None:
