@@ -44,14 +44,21 @@ from echovlm_ray.errors import InvalidRequestError
 from echovlm_ray.evaluation.items import item_of
 from echovlm_ray.evaluation.judging import judge
 from echovlm_ray.prompts import build_messages
+from echovlm_ray.serving.gateway import request_from_proto
 from echovlm_ray.serving.request_checks import check_request
 from echovlm_ray.training.recipe import PhantomSection
 from protos import echovlm_pb2
 
 
+def check(message):
+    request = request_from_proto(message)
+    check_request(request, GatewaySection(), RouterSection())
+    return request
+
+
 def refusal(message):
     try:
-        check_request(message, GatewaySection(), RouterSection())
+        check(message)
     except InvalidRequestError as error:
         return str(error)
 
@@ -64,7 +71,7 @@ judgement = judge(item, record.target)
 runner = CliRunner()
 print(json.dumps({
     "client": message.task,
-    "gateway": check_request(message, GatewaySection(), RouterSection()).task,
+    "gateway": check(message).task.name,
     "no image": refusal(echovlm_pb2.GenerateRequest(task=7)),
     "no task": refusal(echovlm_pb2.GenerateRequest(task=99)),
     "prompt": build_messages("measurements", "en", "", [])[1]["content"][0]["text"],

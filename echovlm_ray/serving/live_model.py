@@ -6,7 +6,7 @@ import logging
 import uuid
 from collections.abc import Callable, Sequence
 
-from echovlm_ray.serving.gateway import ModelDescription, OrganDescription
+from echovlm_ray.serving.core.description import ModelDescription, OrganDescription
 from echovlm_ray.serving.policy_follower import PolicyFollower
 from experts.errors import InvalidBundleError, RegistryAwayError, UnknownBundleError
 from experts.manifest import Manifest

@@ -7,12 +7,11 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 
 import grpc
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
 
 from echovlm_ray.errors import DeadlineError, PartUnavailableError
 from echovlm_ray.serving.absence import Absence
-from echovlm_ray.serving.errors import ORGAN_PENDING
+from echovlm_ray.serving.core.failures import ORGAN_PENDING, SHUTTING_DOWN, PartRefusedError
+from echovlm_ray.serving.errors import failure_of_call, said_by_part
 from echovlm_ray.serving.request_id import REQUEST_ID_KEY
 from experts.transport.inner_channel import PLAIN_CHANNELS, InnerChannels
 from protos import router_pb2, router_pb2_grpc
@@ -52,7 +51,7 @@ class RouterClient:
         Raises:
             PartUnavailableError: no router answered in time, or one was lost in the middle of an answer.
             DeadlineError: the answer was not complete in time.
-            grpc.aio.AioRpcError: the router refused or failed the request, with its own status.
+            PartRefusedError: the router refused or failed the request, and said so.
         """
         give_up = min(deadline, time.monotonic() + RETRY_FOR_S)
         lost: Counter[str] = Counter()
@@ -74,10 +73,11 @@ class RouterClient:
                     if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
                         raise DeadlineError("the deadline passed before the answer was complete") from error
                     if not _is_passing(error):
-                        raise
+                        raise PartRefusedError(failure_of_call(error)) from error
                     if begun:
                         raise PartUnavailableError(PART, "the replica was lost during the answer") from error
-                    reason = error.details() if _reason(error) == ORGAN_PENDING else LOST
+                    said = said_by_part(error)
+                    reason = LOST if said is None or said.reason != ORGAN_PENDING else said.text
                     lost[address] += 1
             if time.monotonic() + RETRY_INTERVAL_S >= give_up:
                 raise PartUnavailableError(PART, reason)
@@ -122,16 +122,5 @@ def _is_passing(error: grpc.aio.AioRpcError) -> bool:
     """Whether a replica went away or is about to know a new organ, rather than saying that a part behind it is lost."""
     if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return False
-    return _reason(error) in (None, "SHUTTING_DOWN", ORGAN_PENDING)
-
-
-def _reason(error: grpc.aio.AioRpcError) -> str | None:
-    """The reason that a living replica gave; none where gRPC itself says that the call failed."""
-    try:
-        status = rpc_status.from_call(error)
-    except ValueError:
-        return None
-    if status is None:
-        return None
-    info = error_details_pb2.ErrorInfo()
-    return next((info.reason for detail in status.details if detail.Unpack(info)), "")
+    said = said_by_part(error)
+    return said is None or said.reason in (SHUTTING_DOWN, ORGAN_PENDING)
