@@ -301,7 +301,7 @@ class ExpertSets:
         return gate.choose(traits.organs, traits.anatomy_terms, traits.pooled_D, expert_set)
 
     def _admit_to(self, traits: RequestTraits, expert_set: ExpertSet) -> Admission:
-        return Admission(self._hold(expert_set, self._choose(expert_set, traits)), None)
+        return Admission(self._hold(expert_set, self._choose(expert_set, traits)))
 
     def _hold(self, expert_set: ExpertSet, choice: OrganChoice) -> PinnedExperts:
         known = self._add(expert_set)
