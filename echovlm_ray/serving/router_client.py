@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 import grpc
@@ -12,6 +12,7 @@ from echovlm_ray.errors import DeadlineError, PartUnavailableError
 from echovlm_ray.serving.absence import Absence
 from echovlm_ray.serving.core.failures import ORGAN_PENDING, SHUTTING_DOWN, PartRefusedError
 from echovlm_ray.serving.errors import failure_of_call, said_by_part
+from echovlm_ray.serving.replica_pool import ReplicaPool
 from echovlm_ray.serving.request_id import REQUEST_ID_KEY
 from experts.transport.inner_channel import PLAIN_CHANNELS, InnerChannels
 from protos import router_pb2, router_pb2_grpc
@@ -33,9 +34,7 @@ class RouterClient:
     def __init__(self, addresses: Callable[[], Sequence[str]], channels: InnerChannels = PLAIN_CHANNELS) -> None:
         """`addresses` gives the live replicas at any time, and `channels` connects to them."""
         self._addresses = addresses
-        self._connections = channels
-        self._channels: dict[str, grpc.aio.Channel] = {}
-        self._in_flight: dict[str, int] = {}
+        self._pool: ReplicaPool[grpc.aio.Channel] = ReplicaPool(channels.asynchronous)
         self._absence = Absence(RETRY_FOR_S)
 
     async def generate(
@@ -57,7 +56,7 @@ class RouterClient:
         lost: Counter[str] = Counter()
         while True:
             reason = "no replica is running"
-            address = self._least_busy(lost)
+            address = self._pool.least_busy(self._addresses(), lost)
             if address is None:
                 give_up = min(give_up, self._absence.ends())
             else:
@@ -85,37 +84,23 @@ class RouterClient:
 
     async def close(self) -> None:
         """Closes all channels."""
-        channels, self._channels = list(self._channels.values()), {}
-        for channel in channels:
+        for channel in self._pool.keep_only(()):
             await channel.close()
 
     async def _call(
         self, address: str, request: router_pb2.RouterGenerateRequest, deadline: float, request_id: str
     ) -> AsyncGenerator[router_pb2.RouterGenerateResponse, None]:
-        channel = self._channels.get(address)
-        if channel is None:
-            channel = self._channels[address] = self._connections.asynchronous(address)
-        self._in_flight[address] = self._in_flight.get(address, 0) + 1
-        call = router_pb2_grpc.RouterStub(channel).Generate(
-            request,
-            timeout=max(0.0, deadline - time.monotonic()),
-            metadata=((REQUEST_ID_KEY, request_id),),
-        )
-        try:
-            async for message in call:
-                yield message
-        finally:
-            call.cancel()
-            self._in_flight[address] -= 1
-
-    def _least_busy(self, lost: Mapping[str, int]) -> str | None:
-        live = self._addresses()
-        for address in set(self._channels) - set(live):
-            if not self._in_flight.get(address):
-                # Nothing runs on it, so dropping it is enough: grpc closes it with its last reference.
-                del self._channels[address]
-                self._in_flight.pop(address, None)
-        return min(live, key=lambda address: (lost.get(address, 0), self._in_flight.get(address, 0)), default=None)
+        with self._pool.call(address) as channel:
+            call = router_pb2_grpc.RouterStub(channel).Generate(
+                request,
+                timeout=max(0.0, deadline - time.monotonic()),
+                metadata=((REQUEST_ID_KEY, request_id),),
+            )
+            try:
+                async for message in call:
+                    yield message
+            finally:
+                call.cancel()
 
 
 def _is_passing(error: grpc.aio.AioRpcError) -> bool:
