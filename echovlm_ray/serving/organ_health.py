@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 from echovlm_ray.serving.health import organ_service
 from echovlm_ray.serving.known_policy import wanted_digests
@@ -46,7 +47,8 @@ class OrganHealth:
         self._publish = publish
         self._policy = policy
         self._said: bool | None = None
-        self._follower = PolicyFollower(addresses, self._take, channels, identity=identity)
+        watcher = partial(control_pb2.WatchPolicyRequest, identity=identity)
+        self._follower = PolicyFollower(addresses, self._take, channels, watcher=watcher)
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -80,7 +82,7 @@ class OrganHealth:
 
     async def stop(self) -> None:
         """Ends."""
-        await self._follower.stop()
+        await self._follower.close()
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
