@@ -17,6 +17,28 @@ logger = logging.getLogger(__name__)
 PERIOD_S = 0.5
 
 
+class OrganPolicy:
+    """What Control says of one organ: the bundles that its requests may get.
+
+    Attributes:
+        newest: the policy that is known; None before the first.
+    """
+
+    def __init__(self, organ: str, newest: control_pb2.TrafficPolicy | None) -> None:
+        """Takes what is known at the start."""
+        self.organ = organ
+        self.newest = newest
+
+    @property
+    def wanted(self) -> list[str]:
+        """The digests that requests may get, the stable one first; none while nothing is known."""
+        return [] if self.newest is None else wanted_digests(self.newest, self.organ)
+
+    def version(self, digest: str) -> str:
+        """The version of a bundle; "" where it is not known."""
+        return "" if self.newest is None else self.newest.versions.get(digest, "")
+
+
 class OrganHealth:
     """Publishes SERVING of the organ's service while the stable version is resident. Belongs to one event loop.
 
@@ -29,7 +51,7 @@ class OrganHealth:
         group: ExpertGroup,
         addresses: Callable[[], Sequence[str]],
         publish: Callable[[str, bool], Awaitable[None]],
-        policy: control_pb2.TrafficPolicy | None,
+        policy: OrganPolicy,
         channels: InnerChannels = PLAIN_CHANNELS,
         identity: str = "",
     ) -> None:
@@ -39,7 +61,7 @@ class OrganHealth:
             group: what is resident, and what could not be loaded.
             addresses: where Control's internal server is now; empty while it is away.
             publish: is called with the organ's service and whether it serves.
-            policy: what is known at the start.
+            policy: of the group's organ; kept up to date from now on.
             channels: connects to Control.
             identity: of the deployment; another one's policy is refused. "" accepts all.
         """
@@ -52,27 +74,21 @@ class OrganHealth:
         self._task: asyncio.Task[None] | None = None
 
     @property
-    def wanted(self) -> list[str]:
-        """The digests that requests may get, the stable one first; none while nothing is known."""
-        return [] if self._policy is None else wanted_digests(self._policy, self._group.organ)
-
-    @property
     def serving(self) -> bool:
         """Whether the organ's requests can be answered here."""
         resident = {resident.digest for resident in self._group.resident()}
-        wanted = self.wanted
+        wanted = self._policy.wanted
         return bool(resident) if not wanted else wanted[0] in resident
 
     def problem(self) -> str:
         """Why they cannot, for operators; "" if they can."""
-        wanted = self.wanted
+        wanted = self._policy.wanted
         if self.serving or not wanted:
             return ""
         digest = wanted[0]
-        version = self._policy.versions.get(digest, "") if self._policy is not None else ""
         failure = self._group.failure(digest)
         reason = failure.text if failure is not None else "it is not loaded yet"
-        return f"does not hold {self._group.organ} {version or digest[:12]}: {reason}"
+        return f"does not hold {self._group.organ} {self._policy.version(digest) or digest[:12]}: {reason}"
 
     async def start(self) -> None:
         """Begins to publish."""
@@ -88,7 +104,7 @@ class OrganHealth:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _take(self, policy: control_pb2.TrafficPolicy) -> None:
-        self._policy = policy
+        self._policy.newest = policy
         await self._say()
 
     async def _run(self) -> None:

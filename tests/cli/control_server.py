@@ -12,7 +12,6 @@ import torch
 
 from echovlm_ray.serving.control import CONTROL_SERVICE
 from echovlm_ray.serving.control.catalogue import Catalogue
-from echovlm_ray.serving.control.feed import RolloutFeedService
 from echovlm_ray.serving.control.operation_threads import operation_threads
 from echovlm_ray.serving.control.policies import PolicyPublisher
 from echovlm_ray.serving.control.push import PushReceiver
@@ -21,6 +20,7 @@ from echovlm_ray.serving.control.replays import Replays
 from echovlm_ray.serving.control.service import ExpertControlService
 from echovlm_ray.serving.control.state import StateReader, StateWatch
 from echovlm_ray.serving.control.take_up import TakeUp
+from echovlm_ray.serving.control.watchers import Watchers
 from echovlm_ray.serving.server import GrpcServer, ServerOptions
 from experts.bundle_layout import expected_tensors
 from experts.bundle_writer import write_bundle
@@ -187,7 +187,6 @@ def _serving(system: System, options: ServerOptions) -> Iterator[str]:
         catalogue = Catalogue(system.registry)
         policies = PolicyPublisher(system.store, catalogue.version, None)
         await policies.start()
-        feed = RolloutFeedService(policies, system.store, system.monitor, system.controller.wake)
         reader = StateReader(system.store, system.fleet, catalogue.version, 1.0, system.controller)
         watch = StateWatch(reader, system.store)
         check = ReplayCheck(system.registry, SignaturePolicy().admit, catalogue.version)
@@ -199,7 +198,7 @@ def _serving(system: System, options: ServerOptions) -> Iterator[str]:
             pushes=PushReceiver(system.registry, system.directory / "incoming", max_bytes=10**7),
             reader=reader,
             watch=watch,
-            take_up=TakeUp(policies, feed, dict, timeout_s=1.0),
+            take_up=TakeUp(policies, Watchers(), dict, timeout_s=1.0),
             default_organ="breast",
             threads=threads,
             replays=replays,

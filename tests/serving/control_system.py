@@ -14,7 +14,7 @@ from echovlm_ray.checkpoint.layout import read_index, registry_root
 from echovlm_ray.config import ExpertsSection, ModelSection, RolloutsSection
 from echovlm_ray.serving.control import CONTROL_SERVICE, FEED_SERVICE
 from echovlm_ray.serving.control.catalogue import Catalogue
-from echovlm_ray.serving.control.feed import RolloutFeedService, WatcherKind
+from echovlm_ray.serving.control.feed import RolloutFeedService
 from echovlm_ray.serving.control.fleet import GrpcFleet
 from echovlm_ray.serving.control.operation_threads import operation_threads
 from echovlm_ray.serving.control.policies import PolicyPublisher
@@ -23,6 +23,7 @@ from echovlm_ray.serving.control.service import ExpertControlService
 from echovlm_ray.serving.control.state import StateReader, StateWatch
 from echovlm_ray.serving.control.take_up import TakeUp
 from echovlm_ray.serving.control.verifier import SubprocessVerifier
+from echovlm_ray.serving.control.watchers import WatcherKind, Watchers
 from echovlm_ray.serving.endpoints import ReplicaAddresses
 from echovlm_ray.serving.inner_server import inner_server
 from echovlm_ray.serving.rollout_files import RolloutFiles
@@ -145,13 +146,13 @@ async def control_system(
     router = PinningRouter()
     running: dict[WatcherKind, int] = {}
     monitor = HealthMonitor()
-    feeds: list[RolloutFeedService] = []
+    watchers = Watchers()
     async with contextlib.AsyncExitStack() as stack:
         served = await stack.enter_async_context(serving_router(router))
         fleet = GrpcFleet(
             lambda organ: replicas.get(organ, []),
             lambda: [ReplicaAddresses(served.address, "", "router-1")],
-            lambda: feeds[0].watching(),
+            watchers.connected,
             catalogue.manifest,
             element_bytes=4,
         )
@@ -165,9 +166,8 @@ async def control_system(
         await policies.start()
         stack.callback(policies.stop)
         router.follows = lambda: policies.current
-        feed = RolloutFeedService(policies, store, monitor, controller.wake)
-        feeds.append(feed)
-        take_up = TakeUp(policies, feed, lambda: running, section.take_up_timeout_s)
+        feed = RolloutFeedService(policies, watchers, store, monitor, controller.wake)
+        take_up = TakeUp(policies, watchers, lambda: running, section.take_up_timeout_s)
         status_timeout_s = section.status_timeout_s
         reader = StateReader(store, fleet, catalogue.version, status_timeout_s, controller, take_up.missing)
         watch = StateWatch(reader, store)

@@ -3,15 +3,13 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from typing import Literal
 
 import grpc
 
 from echovlm_ray.errors import InvalidRequestError
-from echovlm_ray.serving.control.changes import Changes
 from echovlm_ray.serving.control.messages import expert_set_to_proto
 from echovlm_ray.serving.control.policies import PolicyPublisher
+from echovlm_ray.serving.control.watchers import WatcherKind, Watchers
 from protos import control_pb2, control_pb2_grpc
 from router.errors import UnknownExpertSetError, UnknownRolloutError
 from router.expert_set import ExpertSet
@@ -24,33 +22,14 @@ logger = logging.getLogger(__name__)
 
 MAX_OBSERVATIONS = 10_000
 
-WatcherKind = Literal["router", "gateway"]
-
-
-@dataclass(slots=True)
-class _Watcher:
-    """A process that watches the policy.
-
-    Attributes:
-        streams: how many of its calls are open: two for a moment when it connects anew.
-        policy_version: of the policy in force in it; 0 before it has said so.
-    """
-
-    kind: WatcherKind
-    streams: int = 0
-    policy_version: int = 0
-
 
 class RolloutFeedService(control_pb2_grpc.RolloutFeedServicer):
-    """Serves `echovlm.v1.RolloutFeed` to the system's own Routers and gateways. Made on the event loop that serves.
-
-    Attributes:
-        taken_up: wakes what waits for watchers to come, to go, or to take up a policy.
-    """
+    """Serves `echovlm.v1.RolloutFeed` to the system's own Routers and gateways."""
 
     def __init__(
         self,
         policies: PolicyPublisher,
+        watchers: Watchers,
         store: RolloutStore,
         monitor: HealthMonitor,
         wake: Callable[[], None],
@@ -60,6 +39,7 @@ class RolloutFeedService(control_pb2_grpc.RolloutFeedServicer):
 
         Args:
             policies: what is told.
+            watchers: those that it is told to.
             store: keeps what shadows said.
             monitor: judges versions by what Routers saw of them.
             wake: called after every report, for it may end a candidate.
@@ -70,17 +50,7 @@ class RolloutFeedService(control_pb2_grpc.RolloutFeedServicer):
         self._monitor = monitor
         self._wake = wake
         self._replayed = replayed
-        self._watchers: dict[str, _Watcher] = {}
-        self.taken_up = Changes()
-
-    def watching(self, kind: WatcherKind = "router") -> frozenset[str]:
-        """The Routers, or gateways, that are connected now; from any thread."""
-        return frozenset(name for name, watcher in list(self._watchers.items()) if watcher.kind == kind)
-
-    def behind(self, policy_version: int) -> tuple[str, ...]:
-        """The names of those connected in which another policy is in force than this one; from any thread."""
-        watchers = list(self._watchers.items())
-        return tuple(sorted(name for name, watcher in watchers if watcher.policy_version != policy_version))
+        self._watchers = watchers
 
     async def WatchPolicy(
         self, request: control_pb2.WatchPolicyRequest, context: grpc.aio.ServicerContext
@@ -88,26 +58,15 @@ class RolloutFeedService(control_pb2_grpc.RolloutFeedServicer):
         """The policy now, and again whenever it changes. Routers and gateways give their name; others just ask."""
         await asyncio.to_thread(self._policies.outrun, request.identity, request.policy_version, request.policy_digest)
         kind: WatcherKind = "router" if request.router else "gateway"
-        name = request.router or request.gateway
-        watcher = self._watchers.setdefault(name, _Watcher(kind)) if name else _Watcher(kind)
-        watcher.streams += 1
-        self.taken_up.announce()
-        try:
+        with self._watchers.watching(kind, request.router or request.gateway):
             async for policy in self._policies.watch():
                 yield policy
-        finally:
-            watcher.streams -= 1
-            if not watcher.streams:
-                self._watchers.pop(name, None)
-            self.taken_up.announce()
 
     async def TakenUp(
         self, request: control_pb2.TakenUpRequest, context: grpc.aio.ServicerContext
     ) -> control_pb2.TakenUpResponse:
-        """Takes note of the policy in force in a watcher. One that is no longer connected says it again when it is."""
-        if (watcher := self._watchers.get(request.watcher)) is not None:
-            watcher.policy_version = request.policy_version
-            self.taken_up.announce()
+        """Takes note of the policy in force in a watcher."""
+        self._watchers.applies(request.watcher, request.policy_version)
         return control_pb2.TakenUpResponse()
 
     async def Report(

@@ -3,8 +3,8 @@
 import asyncio
 from collections.abc import Callable, Mapping
 
-from echovlm_ray.serving.control.feed import RolloutFeedService, WatcherKind
 from echovlm_ray.serving.control.policies import PolicyPublisher
+from echovlm_ray.serving.control.watchers import WatcherKind, Watchers
 
 # No event tells of a replica that Serve no longer counts, nor of a policy that is published by another thread.
 LOOK_AGAIN_S = 0.1
@@ -16,7 +16,7 @@ class TakeUp:
     def __init__(
         self,
         policies: PolicyPublisher,
-        feed: RolloutFeedService,
+        watchers: Watchers,
         running: Callable[[], Mapping[WatcherKind, int]],
         timeout_s: float,
     ) -> None:
@@ -24,12 +24,12 @@ class TakeUp:
 
         Args:
             policies: what was published.
-            feed: who is connected, and applies what.
+            watchers: who is connected, and applies what.
             running: how many Routers and gateways there are now, connected or not.
             timeout_s: the longest to wait.
         """
         self._policies = policies
-        self._feed = feed
+        self._watchers = watchers
         self._running = running
         self._timeout_s = timeout_s
 
@@ -41,9 +41,9 @@ class TakeUp:
         """
         if self._policies.sequence < sequence:
             return ("Control has not published the policy yet",)
-        missing = [f"{name} does not apply it yet" for name in self._feed.behind(self._policies.current.version)]
+        missing = [f"{name} does not apply it yet" for name in self._watchers.behind(self._policies.current.version)]
         for kind, running in self._running().items():
-            connected = len(self._feed.watching(kind))
+            connected = len(self._watchers.connected(kind))
             if connected < running:
                 missing.append(f"{running - connected} of {running} {kind}s not connected to Control")
         return tuple(missing)
@@ -54,7 +54,7 @@ class TakeUp:
         Returns:
             What `missing` says at the end.
         """
-        with self._feed.taken_up.listener() as changed:
+        with self._watchers.changes.listener() as changed:
             try:
                 async with asyncio.timeout(self._timeout_s):
                     while missing := self.missing(sequence):

@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
     from echovlm_ray.serving.control.catalogue import Catalogue
     from echovlm_ray.serving.control.database_watch import DatabaseWatch
-    from echovlm_ray.serving.control.feed import WatcherKind
     from echovlm_ray.serving.control.fleet import GrpcFleet
     from echovlm_ray.serving.control.organs import OrganApplications
     from echovlm_ray.serving.control.policies import PolicyPublisher
     from echovlm_ray.serving.control.status import ApplicationState
     from echovlm_ray.serving.control.verifier import SubprocessVerifier
+    from echovlm_ray.serving.control.watchers import WatcherKind
     from echovlm_ray.serving.gates.evaluator import GateEvaluator
     from echovlm_ray.serving.served import ServedCheckpoint
     from experts.transport.inner_channel import InnerChannels
@@ -76,6 +76,7 @@ class ControlReplica(Replica):
         from echovlm_ray.serving.control.state import StateReader, StateWatch
         from echovlm_ray.serving.control.status import SystemStatusService
         from echovlm_ray.serving.control.take_up import TakeUp
+        from echovlm_ray.serving.control.watchers import Watchers
         from echovlm_ray.serving.served import served_checkpoint
         from router.rollouts.controller import RolloutController
         from router.rollouts.health import HealthMonitor
@@ -98,14 +99,9 @@ class ControlReplica(Replica):
         registry = open_registry(parsed.experts, served.directory)
         catalogue = Catalogue(registry, open_kept(parsed.experts, served.directory))
         monitor = HealthMonitor()
-        # The feed knows which Routers are connected, and is made of what the fleet is needed for.
-        feeds: list[RolloutFeedService] = []
         channels = self._channels_of(parsed)
-
-        def watching() -> frozenset[str]:
-            return feeds[0].watching() if feeds else frozenset()
-
-        fleet = _fleet(parsed, endpoints, catalogue, watching, channels)
+        watchers = Watchers()
+        fleet = _fleet(parsed, endpoints, catalogue, watchers.connected, channels)
         endpoints.on_change(lambda: fleet.keep_only(_reachable(endpoints)))
         verifier = _verifier(parsed, store, catalogue)
         leases = Leases()
@@ -113,9 +109,8 @@ class ControlReplica(Replica):
         controller = RolloutController(store, fleet, verifier, parsed.rollouts, monitor, leases, evaluator)
         policies = PolicyPublisher(store, catalogue.version, files.policy if remote else None)
         await policies.start()
-        feed = RolloutFeedService(policies, store, monitor, controller.wake, leases.ready_set)
-        feeds.append(feed)
-        take_up = TakeUp(policies, feed, lambda: _watchers(endpoints), parsed.rollouts.take_up_timeout_s)
+        feed = RolloutFeedService(policies, watchers, store, monitor, controller.wake, leases.ready_set)
+        take_up = TakeUp(policies, watchers, lambda: _watchers(endpoints), parsed.rollouts.take_up_timeout_s)
         status_timeout_s = parsed.rollouts.status_timeout_s
         reader = StateReader(store, fleet, catalogue.version, status_timeout_s, controller, take_up.missing)
         watch = StateWatch(reader, store)
