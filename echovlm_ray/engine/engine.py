@@ -135,8 +135,7 @@ class Engine:
             ShuttingDownError: the engine is shutting down.
         """
         experts = self.dispatcher.gates(request.expert_set_id).expert_set.used(request.shares)
-        sequence = Sequence.start(request, sink, experts, self._max_request_s)
-        sequence.gone = gone
+        sequence = Sequence.start(request, sink, experts, self._max_request_s, gone)
         with self._condition:
             if self._stopping:
                 raise ShuttingDownError("the router is shutting down")

@@ -155,6 +155,7 @@ class Sequence:
         sink: Sink,
         experts: tuple[ExpertSetMember, ...],
         max_seconds: float = math.inf,
+        gone: Callable[[], None] | None = None,
     ) -> "Sequence":
         """A sequence at its first step, which ends at its deadline or after `max_seconds`, whichever is first."""
         generator = None
@@ -165,7 +166,7 @@ class Sequence:
         if request.deadline is not None:
             deadline = min(deadline, request.deadline)
         prefix = PrefixKeys(request, experts)
-        return cls(request, sink, experts, list(request.input_ids), generator, deadline, prefix)
+        return cls(request, sink, experts, list(request.input_ids), generator, deadline, prefix, gone=gone)
 
     @property
     def num_prompt(self) -> int:
