@@ -30,7 +30,9 @@ from benchmarks.measure_table import measure_table
 from echovlm_ray.checkpoint.demo import make_demo
 from echovlm_ray.config import GatewaySection, RouterSection
 from echovlm_ray.model.processing import EchoVLMProcessor
-from echovlm_ray.serving.gateway import GatewayService, ModelDescription
+from echovlm_ray.serving.core.description import ModelDescription
+from echovlm_ray.serving.core.parts import GenerateParts
+from echovlm_ray.serving.gateway import GatewayService
 from echovlm_ray.serving.router_client import RouterClient
 from echovlm_ray.serving.server import GrpcServer, ServerOptions
 from echovlm_ray.vision.decoding.pool import DecoderPool
@@ -95,16 +97,14 @@ class ThreadDecoders(DecoderPool):
         return DecodedImage(frames, decoded.frames_taken, decoded.source_frames, decoded.anatomy_terms, decoded.notices)
 
 
-class ThreadedGateway(GatewayService):
-    """Decodes, cuts up and builds texts on the same two threads, as the gateway once did."""
-
-    def __init__(self, processor: EchoVLMProcessor, router: RouterClient, gateway: GatewaySection) -> None:
-        super().__init__(processor, router, _describe, gateway=gateway, limits=RouterSection())
-        threads = ThreadPoolExecutor(THREADS)
-        self._text_threads = self._picture_threads = threads
-        limits = ImageLimits(gateway.max_image_bytes, gateway.max_image_pixels, gateway.max_frames)
-        settings = DecoderSettings(limits, processor.scaling(gateway.max_visual_tokens), 0)
-        self._decoders = ThreadDecoders(settings, threads)
+def threaded_parts(processor: EchoVLMProcessor, router: RouterClient, gateway: GatewaySection) -> GenerateParts:
+    """Parts that decode and build texts on the same two threads, as the gateway once did."""
+    threads = ThreadPoolExecutor(THREADS)
+    limits = ImageLimits(gateway.max_image_bytes, gateway.max_image_pixels, gateway.max_frames)
+    decoders = ThreadDecoders(DecoderSettings(limits, processor.scaling(gateway.max_visual_tokens), 0), threads)
+    parts = GenerateParts(processor, router, _describe, gateway=gateway, limits=RouterSection(), decoders=decoders)
+    parts.text_threads = threads
+    return parts
 
 
 def _describe() -> ModelDescription:
@@ -112,7 +112,7 @@ def _describe() -> ModelDescription:
 
 
 @asynccontextmanager
-async def gateways() -> AsyncIterator[tuple[Any, Any, GatewayService]]:
+async def gateways() -> AsyncIterator[tuple[Any, Any, GenerateParts]]:
     """Stubs of the one on threads and the one with processes, and the latter itself."""
     if not DEMO.is_dir():
         make_demo(DEMO)
@@ -124,20 +124,20 @@ async def gateways() -> AsyncIterator[tuple[Any, Any, GatewayService]]:
         )
         client = RouterClient(lambda: [router])
         stack.push_async_callback(client.close)
-        threaded = ThreadedGateway(processor, client, section)
-        service = GatewayService(processor, client, _describe, gateway=section, limits=RouterSection())
+        threaded = threaded_parts(processor, client, section)
+        served = GenerateParts(processor, client, _describe, gateway=section, limits=RouterSection())
         stubs = []
-        for each in (threaded, service):
+        for each in (threaded, served):
             await each.start()
             stack.push_async_callback(each.close)
             address = await stack.enter_async_context(
-                _served(echovlm_pb2_grpc.add_EchoVLMServicer_to_server, each, "echovlm.v1.EchoVLM")
+                _served(echovlm_pb2_grpc.add_EchoVLMServicer_to_server, GatewayService(each), "echovlm.v1.EchoVLM")
             )
             channel = await stack.enter_async_context(
                 grpc.aio.insecure_channel(address, options=[("grpc.max_send_message_length", -1)])
             )
             stubs.append(echovlm_pb2_grpc.EchoVLMStub(channel))
-        yield stubs[0], stubs[1], service
+        yield stubs[0], stubs[1], served
 
 
 @asynccontextmanager

@@ -25,7 +25,7 @@ from benchmarks.systems.protocol import SystemFailedError, exit_on_sigterm
 from benchmarks.terminal import progress_of_parts, show_result
 from echovlm_ray.evaluation.baselines import VARIANTS
 from echovlm_ray.evaluation.result import EvaluationResult, GroupScores
-from echovlm_ray.prompts import LANGUAGES
+from echovlm_ray.tasks import LANGUAGES
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ECHORAY = Path(sys.executable).with_name("echoray")

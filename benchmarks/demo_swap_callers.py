@@ -14,7 +14,7 @@ from echovlm_ray.data.phantom.catalogue import all_classes
 from echovlm_ray.data.phantom.corpus import Corpus, png_bytes
 from echovlm_ray.data.phantom.parsing import parse_diagnosis
 from echovlm_ray.data.phantom.schema import Organ
-from echovlm_ray.prompts import LANGUAGES, Language
+from echovlm_ray.tasks import LANGUAGES, Language
 
 ORGAN: Final = "breast"
 LEFT_OUT: Final = "simple_cyst"
@@ -95,7 +95,7 @@ def draw_questions(seed: int, left_out: int, organ: int, others: int) -> list[Qu
     for corpus in corpora:
         for index in corpus.indices:
             phantom = corpus.picture(index)
-            language = LANGUAGES[index % len(LANGUAGES)]
+            language = tuple(LANGUAGES)[index % len(LANGUAGES)]
             picture = png_bytes(phantom.image)
             questions.append(Question(next(numbers), phantom.organ, phantom.class_name, language, picture))
     return questions

@@ -33,7 +33,7 @@ from echovlm_ray.evaluation.answers import AnswerLog
 from echovlm_ray.evaluation.asking import Asking, ask_all, target_of, work_of
 from echovlm_ray.evaluation.items import load_items
 from echovlm_ray.evaluation.settings import AskSettings, RequestLimits, settings_digest
-from echovlm_ray.prompts import INSTRUCTIONS
+from echovlm_ray.tasks import TASKS
 from echovlm_ray.vision.images import ImageLimits
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -50,7 +50,7 @@ def write_dataset(folder: Path, records: int, run: int) -> Path:
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG")
         (folder / f"{number}.png").write_bytes(buffer.getvalue())
-        question = INSTRUCTIONS["en" if number % 2 == 0 else "zh"]["report"]
+        question = TASKS["report"].instructions["en" if number % 2 == 0 else "zh"]
         turns = [{"from": "human", "value": f"<image>{question}"}, {"from": "gpt", "value": "-"}]
         lines.append(json.dumps({"id": str(number), "image": [f"{number}.png"], "conversations": turns}))
     path = folder / "data.jsonl"

@@ -9,6 +9,7 @@ import typer
 
 from echovlm_ray.cli.terminal import console_of, say, say_json
 from echovlm_ray.cli.work import fail
+from echovlm_ray.tasks import LANGUAGES, phantom_tasks
 
 if TYPE_CHECKING:
     from echovlm_ray.data.phantom.corpus import Corpus
@@ -39,9 +40,7 @@ def phantom_command(
     language: Annotated[str, typer.Option(help="en, zh or both.")] = "both",
     task: Annotated[
         str,
-        typer.Option(
-            help="What is asked, separated by commas: report, findings, impression, diagnosis, caption, vqa; or all."
-        ),
+        typer.Option(help=f"What is asked, separated by commas: {', '.join(phantom_tasks())}; or all."),
     ] = "report",
     questions: Annotated[int, typer.Option(min=1, help="With vqa: how many questions each.")] = 2,
     format_: Annotated[str, typer.Option("--format", help="png; dicom; or cine, a loop as multi-frame DICOM.")] = "png",
@@ -142,22 +141,20 @@ def _with_options(
     from dataclasses import replace
 
     from echovlm_ray.data.phantom.corpus import FILE_FORMATS
-    from echovlm_ray.data.phantom.records import PHANTOM_TASKS
-    from echovlm_ray.prompts import LANGUAGES
 
     wanted = _names(task)
     if wanted == ("all",):
-        wanted = PHANTOM_TASKS
-    unknown = set(wanted) - set(PHANTOM_TASKS)
+        wanted = phantom_tasks()
+    unknown = set(wanted) - set(phantom_tasks())
     if unknown or not wanted:
-        fail(f"--task {task!r} is not among {', '.join(PHANTOM_TASKS)}, all", code=2)
+        fail(f"--task {task!r} is not among {', '.join(phantom_tasks())}, all", code=2)
     if language not in (*LANGUAGES, "both"):
         fail(f"--language {language!r} is not among en, zh, both", code=2)
     if format_ not in FILE_FORMATS:
         fail(f"--format {format_!r} is not among {', '.join(FILE_FORMATS)}", code=2)
     return replace(
         corpus,
-        tasks=tuple(name for name in PHANTOM_TASKS if name in wanted),
+        tasks=tuple(name for name in phantom_tasks() if name in wanted),
         languages=tuple(name for name in LANGUAGES if language in (name, "both")),
         questions_each=questions,
         file_format=next(name for name in FILE_FORMATS if name == format_),

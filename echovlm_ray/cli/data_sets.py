@@ -185,7 +185,7 @@ def convert_command(
 
     Example: `echoray data convert busi.jsonl back.json --to published`
     """
-    from echovlm_ray.prompts import LANGUAGES, TASKS
+    from echovlm_ray.tasks import LANGUAGES, TASKS
 
     if to not in ("published", "swift", "openai"):
         fail(f"--to {to!r} is none of published, swift and openai", code=EXIT_USAGE)

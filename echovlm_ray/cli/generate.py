@@ -39,7 +39,8 @@ from echovlm_ray.client import (
     UnavailableError,
 )
 from echovlm_ray.client.connection import DEFAULT_ADDRESS
-from echovlm_ray.client.request import GenerateOptions, Image, Language, Task, read_images
+from echovlm_ray.client.request import GenerateOptions, Image, read_images
+from echovlm_ray.tasks import TASKS, Language, TaskName
 
 EXIT_FAILED = 1
 EXIT_INVALID = 2
@@ -48,6 +49,7 @@ EXIT_DEADLINE = 4
 EXIT_CREDENTIALS = 5
 EXIT_INTERRUPTED = 130
 MAX_DESCRIPTION = 2000
+ASK_PROMPT = " and ".join(task.name for task in TASKS.values() if task.needs_prompt)
 
 Server = Annotated[str, typer.Option(help="host:port of the gateway.", envvar="ECHORAY_SERVER")]
 Timeout = Annotated[float, typer.Option(min=0.001, callback=finite, help="Give up after this many seconds.")]
@@ -62,7 +64,7 @@ def generate(
         list[str] | None,
         typer.Argument(help="DICOM files, stills (PNG, JPEG, TIFF …) or videos (MP4, AVI …); - reads one from stdin."),
     ] = None,
-    task: Annotated[Task, typer.Option(help="What to write; vqa and free need --prompt.")] = "report",
+    task: Annotated[TaskName, typer.Option(help=f"What to write; {ASK_PROMPT} need --prompt.")] = "report",
     language: Annotated[Language, typer.Option(help="Language of the answer.")] = "en",
     prompt: Annotated[str, typer.Option(help="The question, or what else the model should know.")] = "",
     organ: Annotated[list[str] | None, typer.Option(help="An organ shown, if known; may be repeated.")] = None,

@@ -16,8 +16,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from echovlm_ray.client.request import GenerateOptions, Image, Language, Task
+from echovlm_ray.client.request import GenerateOptions, Image
 from echovlm_ray.client.types import Summary
+from echovlm_ray.tasks import Language, TaskName
 
 # A gateway takes less in one request, and base64 makes a third more of it.
 MAX_FILE_BYTES = 1024**3
@@ -91,7 +92,7 @@ class SavedRequest(_Strict):
 
     format: Literal["echoray-request"] = "echoray-request"
     version: Literal[1] = 1
-    task: Task
+    task: TaskName
     language: Language
     prompt: str
     organs: Annotated[tuple[str, ...], Field(max_length=64)]

@@ -3,30 +3,15 @@
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypedDict, get_args
+from typing import Any, BinaryIO, TypedDict
 
 from echovlm_ray.client.arguments import MAX_FLOAT32, integer, invalid, number, text, texts
 from echovlm_ray.client.errors import InvalidRequestError
+from echovlm_ray.tasks import LANGUAGES, TASKS, Language, TaskName
 from protos import echovlm_pb2, router_pb2
 
 # A path, the bytes of a file, or a file opened for reading bytes (also `io.BytesIO`), read from where it stands.
 Image = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
-Task = Literal["report", "findings", "impression", "diagnosis", "caption", "vqa", "free"]
-Language = Literal["en", "zh"]
-
-TASKS: dict[str, echovlm_pb2.Task] = {
-    "free": echovlm_pb2.TASK_UNSPECIFIED,
-    "report": echovlm_pb2.TASK_REPORT,
-    "findings": echovlm_pb2.TASK_FINDINGS,
-    "impression": echovlm_pb2.TASK_IMPRESSION,
-    "diagnosis": echovlm_pb2.TASK_DIAGNOSIS,
-    "caption": echovlm_pb2.TASK_CAPTION,
-    "vqa": echovlm_pb2.TASK_VQA,
-}
-LANGUAGES: dict[str, echovlm_pb2.Language] = {
-    "en": echovlm_pb2.LANGUAGE_ENGLISH,
-    "zh": echovlm_pb2.LANGUAGE_CHINESE,
-}
 WHAT_IMAGES_ARE = "a path, or the bytes or an open file of a DICOM file, a still or a video"
 # A protobuf message cannot be longer than 2 GiB.
 MAX_REQUEST_BYTES = 2**31 - 64 * 1024
@@ -39,7 +24,7 @@ class GenerateOptions(TypedDict, total=False):
 
     # "report" (the default), "findings", "impression", "diagnosis", "caption", "vqa" (a question about the images),
     # or "free" (the prompt is all that is asked).
-    task: Task
+    task: TaskName
     # The language of the answer: "en" (the default) or "zh".
     language: Language
     # The question of "vqa", the text of "free", or for other tasks what else the model should know.
@@ -74,7 +59,7 @@ class GenerateOptions(TypedDict, total=False):
 def build_request(
     images: Image | Sequence[Image] = (),
     *,
-    task: Task = "report",
+    task: TaskName = "report",
     language: Language = "en",
     prompt: str = "",
     organs: Sequence[str] = (),
@@ -97,10 +82,10 @@ def build_request(
             cannot be read, is empty, or makes the request too long. It names the argument. The server checks the rest.
     """
     if text("task", task) not in TASKS:
-        raise invalid("task", f"is {task!r}; it must be one of {', '.join(get_args(Task))}")
+        raise invalid("task", f"is {task!r}; it must be one of {', '.join(TASKS)}")
     if text("language", language) not in LANGUAGES:
         raise invalid("language", f"is {language!r}; it must be one of {', '.join(LANGUAGES)}")
-    if not text("prompt", prompt).strip() and task in ("free", "vqa"):
+    if not text("prompt", prompt).strip() and TASKS[task].needs_prompt:
         raise invalid("prompt", f"is empty, and the task {task!r} asks nothing without it: give a prompt")
     if max_new_tokens is not None and integer("max_new_tokens", max_new_tokens, 0, MAX_UINT32) == 0:
         raise invalid("max_new_tokens", "is 0; ask for at least one token, or leave it out for the server's default")
@@ -115,7 +100,7 @@ def build_request(
     )
     contents = read_images(images)
     return echovlm_pb2.GenerateRequest(
-        task=TASKS[task],
+        task=TASKS[task].value,
         language=LANGUAGES[language],
         prompt=prompt,
         images=[echovlm_pb2.ImageFile(content=content) for content in contents],

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from echovlm_ray.prompts import FURTHER, INSTRUCTIONS, LANGUAGES, Language, Task
+from echovlm_ray.prompts import FURTHER
+from echovlm_ray.tasks import LANGUAGES, TASKS, Language, TaskName
 
 IMAGE_MARK = "<image>"
 VIDEO_MARK = "<video>"
@@ -43,7 +44,7 @@ class Record:
         videos: paths of cine loops, likewise.
         turns: an optional system turn, then human and gpt in alternation; the last is gpt's.
         organ: the region shown, if known.
-        task: one of `prompts.TASKS`, if known.
+        task: a name of `tasks.TASKS`, if known.
         language: "en" or "zh", if known.
         patient: whose images these are, if known; splits keep a patient on one side.
         options: the answers to choose from, of a question that offers some.
@@ -115,7 +116,7 @@ def language_of(record: Record) -> Language:
 class Request:
     """How a record's question is asked of a service, so that the model reads the same words."""
 
-    task: Task
+    task: TaskName
     language: Language
     prompt: str
 
@@ -124,17 +125,21 @@ def request_of(record: Record) -> Request:
     """The request that makes the service ask the record's question: the inverse of `prompts.build_messages`.
 
     A question in the words of a task's own instruction becomes that task, with what follows the instruction as the
-    prompt. Any other question is asked as it stands, by "vqa" where the record says so, else by "free".
+    prompt. Any other question is asked as it stands, by the record's task where that needs a prompt, else by "free".
     """
     language = language_of(record)
     question = record.question
-    for task, instruction in INSTRUCTIONS[language].items():
+    for task in TASKS.values():
+        instruction = task.instructions.get(language)
+        if instruction is None:
+            continue
         if question == instruction:
-            return Request(task, language, "")
+            return Request(task.name, language, "")
         introduction = f"{instruction}\n{FURTHER[language]}"
         if question.startswith(introduction):
-            return Request(task, language, question[len(introduction) :])
-    return Request("vqa" if record.task == "vqa" else "free", language, question)
+            return Request(task.name, language, question[len(introduction) :])
+    named = TASKS.get(record.task or "")
+    return Request("free" if named is None or named.instructions else named.name, language, question)
 
 
 def task_of(record: Record) -> str:

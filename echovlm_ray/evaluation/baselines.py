@@ -68,13 +68,13 @@ def commonest_answers(items: Sequence[Item]) -> list[str]:
 
 
 def _group(item: Item) -> tuple[str, ...]:
-    asked = item.question.text if item.question is not None else item.request.prompt if item.task == "vqa" else ""
+    asked = item.question.text if item.question is not None else item.request.prompt if item.kind == "question" else ""
     return item.organ, item.task, item.language, asked
 
 
 def _meaning(item: Item) -> str:
     if item.attributes is None or item.question is not None:
         return item.references[0]
-    if item.task in ("diagnosis", "impression", "caption"):
+    if item.states and "values" not in item.states:
         return str(item.attributes.class_name)
     return attributes_key(item.attributes)

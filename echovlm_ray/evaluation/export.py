@@ -16,7 +16,7 @@ from pathlib import Path
 from echovlm_ray.checkpoint.atomic import naming_file, new_folder
 from echovlm_ray.data.phantom.catalogue import find_class
 from echovlm_ray.data.record import InvalidDataError
-from echovlm_ray.evaluation.items import TEXT_TASKS, Item
+from echovlm_ray.evaluation.items import Item
 from echovlm_ray.evaluation.judging import judge
 
 PREDICTIONS_FILE = "multimodal_test_results_echovlm.jsonl"
@@ -57,7 +57,7 @@ def export_u2_bench(
             raise InvalidDataError("the names of dataset and model may hold letters, digits, '.', '_' and '-' only")
     reports, classes = [], []
     for item, text in zip(items, texts, strict=True):
-        if item.task in TEXT_TASKS:
+        if item.kind == "text":
             reports.append((item, text, item.references[0]))
         elif (pair := _classified(item, text)) is not None:
             classes.append((item, pair[1] or UNKNOWN_CLASS, pair[0]))

@@ -17,11 +17,13 @@ from echovlm_ray.config import Config
 from echovlm_ray.model.checkpoint import load_vision_tower
 from echovlm_ray.model.processing import EchoVLMProcessor
 from echovlm_ray.serving.bundles import open_registry
+from echovlm_ray.serving.core.description import ModelDescription, OrganDescription
+from echovlm_ray.serving.core.parts import GenerateParts
 from echovlm_ray.serving.deployments.replica import device_of, dtype_of
 from echovlm_ray.serving.deployments.router import build_engine
 from echovlm_ray.serving.deployments.settings import ROUTER, VISION, RouterSettings, VisionSettings, settings_of
 from echovlm_ray.serving.endpoints import Endpoints
-from echovlm_ray.serving.gateway import GatewayService, ModelDescription, OrganDescription
+from echovlm_ray.serving.gateway import GatewayService
 from echovlm_ray.serving.interceptor import CallInterceptor
 from echovlm_ray.serving.router import RouterService
 from echovlm_ray.serving.router.outcomes import Outcomes
@@ -82,21 +84,21 @@ async def answering_checkpoint(checkpoint: Path, *, threads: int = 1) -> AsyncIt
         )
         router = RouterService(engine, model, expert_sets, vision, config.router, Outcomes())
         client = RouterClient(lambda: [sockets["router"]], PLAIN_CHANNELS)
-        gateway = GatewayService(processor, client, lambda: description, gateway=config.gateway, limits=config.router)
+        parts = GenerateParts(processor, client, lambda: description, gateway=config.gateway, limits=config.router)
         async with AsyncExitStack() as stack:
             engine.start()
             stack.callback(engine.stop)
             stack.push_async_callback(encoder.close)
             stack.push_async_callback(vision.close)
             stack.push_async_callback(client.close)
-            stack.push_async_callback(gateway.close)
-            await gateway.start()
-            parts: dict[str, tuple[Callable[[Any, grpc.aio.Server], None], object]] = {
+            stack.push_async_callback(parts.close)
+            await parts.start()
+            servicers: dict[str, tuple[Callable[[Any, grpc.aio.Server], None], object]] = {
                 "vision": (vision_pb2_grpc.add_VisionEncoderServicer_to_server, VisionEncoderService(encoder)),
                 "router": (router_pb2_grpc.add_RouterServicer_to_server, router),
-                "gateway": (echovlm_pb2_grpc.add_EchoVLMServicer_to_server, gateway),
+                "gateway": (echovlm_pb2_grpc.add_EchoVLMServicer_to_server, GatewayService(parts)),
             }
-            for name, (register, servicer) in parts.items():
+            for name, (register, servicer) in servicers.items():
                 await stack.enter_async_context(_listening(sockets[name], register, servicer))
             yield sockets["gateway"]
 

@@ -11,10 +11,7 @@ from echovlm_ray.data.phantom.catalogue import UNKNOWN_ATTRIBUTES, UnknownClassE
 from echovlm_ray.data.phantom.questions import Question, questions
 from echovlm_ray.data.phantom.wording.render import STYLES, all_wordings, render_findings, render_impression
 from echovlm_ray.data.record import InvalidDataError, Record, Request, language_of, media_paths, request_of, task_of
-from echovlm_ray.prompts import Language
-
-# Tasks whose answer is a text about the whole picture.
-TEXT_TASKS = ("report", "findings", "impression", "caption", "free")
+from echovlm_ray.tasks import TASKS, AnswerKind, Language, Stated
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +46,16 @@ class Item:
     question: Question | None = None
     options: tuple[str, ...] = ()
     answer: str | None = None
+
+    @property
+    def kind(self) -> AnswerKind | None:
+        """By which metrics the answer is judged; None of a task that is not known here."""
+        return TASKS[self.task].answer if self.task in TASKS else None
+
+    @property
+    def states(self) -> tuple[Stated, ...]:
+        """What of the attributes the answer states; nothing of a task that is not known here."""
+        return TASKS[self.task].states if self.task in TASKS else ()
 
 
 # Of texts that records carry about themselves: how many are shown, and how much of each.
@@ -135,10 +142,11 @@ def item_of(record: Record, index: int) -> Item:
 
 def _references(record: Record, task: str, language: Language, attributes: Attributes | None) -> tuple[str, ...]:
     wordings: Sequence[str] = ()
-    if attributes is not None and task == "report":
+    wording = TASKS[task].phantoms if task in TASKS else None
+    if attributes is not None and wording == "report":
         wordings = all_wordings(attributes, language)
-    elif attributes is not None and task in ("findings", "impression"):
-        render = render_findings if task == "findings" else render_impression
+    elif attributes is not None and wording in ("findings", "impression"):
+        render = render_findings if wording == "findings" else render_impression
         wordings = [render(attributes, language, style) for style in range(STYLES)]
     found = dict.fromkeys((record.target, *record.references, *wordings))
     return tuple(text for text in found if text.strip())

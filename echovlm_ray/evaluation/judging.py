@@ -14,17 +14,9 @@ from echovlm_ray.data.phantom.parsing import parse, parse_diagnosis
 from echovlm_ray.data.phantom.polarity import Polarity, polarities
 from echovlm_ray.data.phantom.questions import read_answer
 from echovlm_ray.evaluation.items import Item
-from echovlm_ray.prompts import Language
+from echovlm_ray.tasks import Language
 
 NORMAL, ABNORMAL = "normal", "abnormal"
-# What of the attributes a text of each task states.
-_STATED = {
-    "report": ("organ", "values", "diagnosis"),
-    "findings": ("organ", "values"),
-    "impression": ("diagnosis",),
-    "diagnosis": ("diagnosis",),
-    "caption": ("organ", "diagnosis"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +42,14 @@ class Judgement:
 
 def judge(item: Item, answer: str) -> Judgement:
     """Compares an answer with what is known of its record."""
-    if item.task in _STATED and item.attributes is not None:
+    if item.states and item.attributes is not None:
         return _judge_text(item, item.attributes, answer)
     if item.question is not None:
         return Judgement(choice=(f"{item.question.about}: {item.question.expected}", _read(item, answer)))
     if item.answer is not None and item.options:
         truth, given = item.answer, match_option(answer, item.options, item.language)
-        return Judgement(diagnosis=(truth, given)) if item.task == "diagnosis" else Judgement(choice=(truth, given))
-    if item.answer is not None and item.task == "vqa":
+        return Judgement(diagnosis=(truth, given)) if item.kind == "diagnosis" else Judgement(choice=(truth, given))
+    if item.answer is not None and item.kind == "question":
         return Judgement(choice=(item.answer, item.answer if _plain(answer) == _plain(item.answer) else None))
     return Judgement()
 
@@ -69,10 +61,10 @@ def _read(item: Item, answer: str) -> str | None:
 
 
 def _judge_text(item: Item, truth: Attributes, answer: str) -> Judgement:
-    stated = _STATED[item.task]
+    stated = item.states
     # A text that should name its region counts only for the one that it names.
     found = parse(answer, item.language, None if "organ" in stated else truth.organ)
-    if item.task in ("diagnosis", "impression") and truth.organ is not None:
+    if stated == ("diagnosis",) and truth.organ is not None:
         class_name = parse_diagnosis(answer, item.language, truth.organ)
     else:
         class_name = found.class_name

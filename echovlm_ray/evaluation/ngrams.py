@@ -18,7 +18,7 @@ from sacrebleu import BLEU
 
 from echovlm_ray.evaluation.statistics import Array, NotComputableError, Statistic, mean_statistic
 from echovlm_ray.evaluation.tokens import Tokenization, tokenizations
-from echovlm_ray.prompts import Language
+from echovlm_ray.tasks import Language
 
 MAX_ORDER = 4
 ROUGE_KINDS = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}

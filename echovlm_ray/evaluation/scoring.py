@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from echovlm_ray.evaluation.baselines import Variant
-from echovlm_ray.evaluation.items import TEXT_TASKS, Item
+from echovlm_ray.evaluation.items import Item
 from echovlm_ray.evaluation.judging import ABNORMAL, NORMAL, Judgement, judge
 from echovlm_ray.evaluation.ngrams import bert_score_metric, ngram_metrics
 from echovlm_ray.evaluation.result import WITHHELD, Dimension, GroupScores, Score, shows_substance
@@ -21,7 +21,7 @@ from echovlm_ray.evaluation.statistics import (
     macro_f1_statistic,
     mean_statistic,
 )
-from echovlm_ray.prompts import LANGUAGES
+from echovlm_ray.tasks import LANGUAGES
 
 _NO_TRUTH = {
     "attribute F1": "no record with a report, findings, impression, diagnosis or caption carries attributes",
@@ -78,7 +78,7 @@ def metrics_of(
     judgements = [judge(item, text) for item, text in zip(items, answered.texts, strict=True)]
     metrics = [*_substance(judgements), _organ_gate(items, answered)]
     for language in LANGUAGES:
-        places = [place for place, item in enumerate(items) if item.language == language and item.task in TEXT_TASKS]
+        places = [place for place, item in enumerate(items) if item.language == language and item.kind == "text"]
         if not places:
             continue
         texts = [answered.texts[place] for place in places]
@@ -142,7 +142,7 @@ def _organ_gate(items: Sequence[Item], answered: Answered) -> Metric:
 
 
 def _bert_score(items: Sequence[Item], answered: Answered, model: Path) -> Metric:
-    places = tuple(place for place, item in enumerate(items) if item.task in TEXT_TASKS)
+    places = tuple(place for place, item in enumerate(items) if item.kind == "text")
     try:
         found = bert_score_metric(
             [answered.texts[place] for place in places], [items[place].references for place in places], model

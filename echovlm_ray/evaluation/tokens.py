@@ -15,7 +15,7 @@ import jieba
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
 
-from echovlm_ray.prompts import Language
+from echovlm_ray.tasks import Language
 
 jieba.setLogLevel(logging.WARNING)
 

@@ -1,81 +1,25 @@
-"""The gateway's gRPC service: image files and a task in, text out. The only part that callers see."""
+"""The gateway's gRPC service, `echovlm.v1.EchoVLM`: messages to `serving.core`, and its events back."""
 
-import asyncio
-import functools
-import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import AbstractContextManager, aclosing, nullcontext
+from typing import Any
 
 import grpc
 
-from echovlm_ray.config import GatewaySection, RouterSection
-from echovlm_ray.errors import DeadlineError, InvalidRequestError, OverloadedError, TextUnavailableError
-from echovlm_ray.model.processing import EchoVLMProcessor, VisionPatches
-from echovlm_ray.prompts import Medium, build_messages
+from echovlm_ray.config import GatewaySection
+from echovlm_ray.errors import InvalidRequestError
 from echovlm_ray.serving.caller import current_caller
-from echovlm_ray.serving.prompt_identity import check_prompt, prompt_digest
-from echovlm_ray.serving.quotas import Quotas
+from echovlm_ray.serving.core.parts import GenerateParts
+from echovlm_ray.serving.core.request import Accepted, Event, GenerateRequest, SamplingOptions, Summary, Text
+from echovlm_ray.serving.core.session import GenerateSession
 from echovlm_ray.serving.received_bytes import current_receipt
-from echovlm_ray.serving.request_checks import CheckedRequest, check_request
 from echovlm_ray.serving.request_id import current_request_id, request_id_of
-from echovlm_ray.serving.router_client import RouterClient
 from echovlm_ray.serving.server import MESSAGE_SLACK_BYTES, ServerOptions
-from echovlm_ray.serving.text_stream import Detokenizer, StopStrings
-from echovlm_ray.vision.decoding.pool import DecoderPool
-from echovlm_ray.vision.decoding.settings import DecoderSettings
-from echovlm_ray.vision.images import DecodedImage, ImageLimits
-from protos import echovlm_pb2, echovlm_pb2_grpc, router_pb2, tensor_pb2, vision_pb2
+from echovlm_ray.tasks import TASKS, language_of, task_of
+from protos import echovlm_pb2, echovlm_pb2_grpc
 
-# Text and pictures have threads of their own, so that no text waits for a picture.
-TEXT_THREADS = 2
 # The methods that take a place among `gateway.max_requests`.
 GENERATING = ("Generate", "GenerateStream")
-NOT_A_DEVICE = "EchoVLM-Ray is not a medical device: nothing it writes is a diagnosis."
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class OrganDescription:
-    """An organ that is served, and the live version of its experts."""
-
-    organ: str
-    bundle_version: str
-    bundle_digest: str
-    num_experts: int
-
-
-@dataclass(frozen=True, slots=True)
-class ModelDescription:
-    """What the gateway says about the model.
-
-    Attributes:
-        description: what it is for and what it is not for.
-        notices: sent with every answer, for example that the demo's text means nothing.
-        policy_version: of Control's policy that it describes; 0 before the first one.
-    """
-
-    name: str
-    version: str
-    description: str
-    backbone_digest: str
-    expert_set_id: str
-    organs: tuple[OrganDescription, ...]
-    default_organ: str
-    notices: tuple[str, ...] = ()
-    policy_version: int = 0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Prepared:
-    """A request as the router takes it, and what the caller is told about it."""
-
-    router_request: router_pb2.RouterGenerateRequest
-    accepted: echovlm_pb2.RequestAccepted
-    notices: tuple[str, ...]
 
 
 def server_options(gateway: GatewaySection) -> ServerOptions:
@@ -93,62 +37,15 @@ def server_options(gateway: GatewaySection) -> ServerOptions:
 
 
 class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
-    """Serves `echovlm.v1.EchoVLM`."""
+    """Adapts the sessions of a gateway to gRPC."""
 
-    def __init__(
-        self,
-        processor: EchoVLMProcessor | None,
-        router: RouterClient,
-        describe: Callable[[], ModelDescription],
-        *,
-        gateway: GatewaySection,
-        limits: RouterSection,
-    ) -> None:
-        """Takes its parts.
+    def __init__(self, parts: GenerateParts) -> None:
+        """Takes what the sessions share."""
+        self._parts = parts
 
-        Args:
-            processor: of the served checkpoint; None where it has no tokenizer, and then every request is refused.
-            router: where tokens come from.
-            describe: what is served at this moment.
-            gateway: the limits of images and of requests under way.
-            limits: the limits of tokens.
-        """
-        self._processor = processor
-        self._router = router
-        self._describe = describe
-        self._gateway = gateway
-        self._limits = limits
-        self._decoders = None if processor is None else _decoder_pool(processor, gateway)
-        self._quotas = Quotas(gateway.quota, gateway.quotas, gateway.max_requests)
-        self._under_way = 0
-        self._text_threads = ThreadPoolExecutor(max_workers=TEXT_THREADS, thread_name_prefix="text")
-        self._picture_threads = ThreadPoolExecutor(gateway.decoders.processes, thread_name_prefix="picture")
-
-    @property
-    def queue_length(self) -> int:
-        """Requests under way, for status."""
-        return self._under_way
-
-    @property
-    def decoders(self) -> DecoderPool | None:
-        """The processes that decode; None where every request is refused."""
-        return self._decoders
-
-    async def start(self) -> None:
-        """Starts the decoders. To be called once, before the first request.
-
-        Raises:
-            PartUnavailableError: they cannot be started.
-        """
-        if self._decoders is not None:
-            await self._decoders.start()
-
-    async def close(self) -> None:
-        """Ends the decoders and the threads."""
-        if self._decoders is not None:
-            await self._decoders.close()
-        for threads in (self._text_threads, self._picture_threads):
-            threads.shutdown(wait=False, cancel_futures=True)
+    def admit(self, method: str) -> AbstractContextManager[None]:
+        """The place of a call of a method, to be taken before its message is read; see `serving.interceptor`."""
+        return self._parts.place(current_caller()) if method.rpartition("/")[2] in GENERATING else nullcontext()
 
     async def Generate(
         self, request: echovlm_pb2.GenerateRequest, context: "grpc.aio.ServicerContext[Any, Any]"
@@ -156,14 +53,14 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
         """The whole answer at once."""
         response = echovlm_pb2.GenerateResponse()
         pieces = []
-        answer = self._answer(_Files(request), context)
+        session = self._session(request, context)
         del request
-        async with aclosing(answer) as events:
+        async with aclosing(session.events()) as events:
             async for event in events:
-                if event.WhichOneof("event") == "text":
+                if isinstance(event, Text):
                     pieces.append(event.text)
-                elif event.WhichOneof("event") == "summary":
-                    response.summary.CopyFrom(event.summary)
+                elif isinstance(event, Summary):
+                    response.summary.CopyFrom(_summary_to_proto(event))
         response.text = "".join(pieces)
         return response
 
@@ -171,17 +68,18 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
         self, request: echovlm_pb2.GenerateRequest, context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> AsyncGenerator[echovlm_pb2.GenerateEvent, None]:
         """The answer while it is written; a caller that leaves ends it everywhere."""
-        answer = self._answer(_Files(request), context)
+        session = self._session(request, context)
         del request
-        async with aclosing(answer) as events:
+        async with aclosing(session.events()) as events:
             async for event in events:
-                yield event
+                yield _event_to_proto(event)
 
     async def GetModelInfo(
         self, request: echovlm_pb2.GetModelInfoRequest, context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> echovlm_pb2.ModelInfo:
         """What is served, and what a request may hold."""
-        model = self._describe()
+        parts = self._parts
+        model, gateway, router = parts.describe(), parts.gateway, parts.limits
         return echovlm_pb2.ModelInfo(
             name=model.name,
             version=model.version,
@@ -197,235 +95,104 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
                 for organ in model.organs
             ],
             limits=echovlm_pb2.Limits(
-                max_images=self._gateway.max_images,
-                max_image_bytes=self._gateway.max_image_bytes,
-                max_image_pixels=self._gateway.max_image_pixels,
-                max_frames=self._gateway.max_frames,
-                max_prompt_tokens=self._limits.max_prompt_tokens,
-                max_new_tokens=self._limits.max_new_tokens,
+                max_images=gateway.max_images,
+                max_image_bytes=gateway.max_image_bytes,
+                max_image_pixels=gateway.max_image_pixels,
+                max_frames=gateway.max_frames,
+                max_prompt_tokens=router.max_prompt_tokens,
+                max_new_tokens=router.max_new_tokens,
             ),
             default_organ=model.default_organ,
             description=model.description,
         )
 
-    async def _answer(
-        self, files: "_Files", context: "grpc.aio.ServicerContext[Any, Any]"
-    ) -> AsyncGenerator[echovlm_pb2.GenerateEvent, None]:
-        self._text_processor()
-        deadline = time.monotonic() + self._seconds_left(context)
-        request_id = current_request_id() or request_id_of(context.invocation_metadata() or ())
-        checked = check_request(files.request, self._gateway, self._limits)
-        prepared = await self._prepare(files, checked, deadline, request_id)
-        self._quotas.charge(current_caller(), prepared.accepted.prompt_tokens)
-        yield echovlm_pb2.GenerateEvent(accepted=prepared.accepted)
-        async with aclosing(self._write(prepared, checked, deadline, request_id)) as events:
-            async for event in events:
-                yield event
-
-    def _text_processor(self) -> EchoVLMProcessor:
-        if self._processor is None:
-            raise TextUnavailableError(
-                "the served checkpoint has no tokenizer or no image processor, so it can only be called with token "
-                "ids, at the router: copy those files into its backbone/ folder and serve again"
-            )
-        return self._processor
-
-    def admit(self, method: str) -> AbstractContextManager[None]:
-        """The place of a call of a method, to be taken before its message is read; see `serving.interceptor`."""
-        return self._place() if method.rpartition("/")[2] in GENERATING else nullcontext()
-
-    @contextmanager
-    def _place(self) -> Iterator[None]:
-        if self._under_way >= self._gateway.max_requests:
-            raise OverloadedError(
-                f"{self._under_way} requests are under way and that is the limit (gateway.max_requests): "
-                "send the request again a little later"
-            )
-        with self._quotas.place(current_caller()):
-            self._under_way += 1
-            try:
-                yield
-            finally:
-                self._under_way -= 1
-
-    def _seconds_left(self, context: "grpc.aio.ServicerContext[Any, Any]") -> float:
-        remaining: float | None = context.time_remaining()
-        return self._gateway.default_deadline_s if remaining is None else remaining
-
-    async def _prepare(self, files: "_Files", checked: CheckedRequest, deadline: float, request_id: str) -> _Prepared:
-        """Decodes and cuts up the images one after the other, so that no caller takes all decoders; then the prompt.
-
-        Then nothing needs the request any more.
-        """
-        try:
-            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                images = []
-                for index in range(len(files.request.images)):
-                    field = f"images[{index}].content"
-                    images.append(await self._load_image(files.request.images[index].content, field, request_id))
-                sampling = router_pb2.Sampling()
-                sampling.CopyFrom(files.request.sampling)
-                files.forget()
-                caller = current_caller().id
-                return await self._on(self._text_threads, self._build, checked, sampling, images, caller)
-        except TimeoutError:
-            raise DeadlineError("the deadline passed while the images were decoded") from None
-
-    async def _on(self, threads: ThreadPoolExecutor, function: Callable[..., T], *arguments: object) -> T:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(threads, functools.partial(function, *arguments))
-
-    async def _load_image(self, content: bytes, field: str, request_id: str) -> "_LoadedImage":
-        assert self._decoders is not None
-        decoded = await self._decoders.decode(content, field=field, request_id=request_id, caller=current_caller().id)
-        return await self._on(self._picture_threads, self._cut, decoded)
-
-    def _cut(self, decoded: DecodedImage) -> "_LoadedImage":
-        frames = decoded.frames if decoded.is_video else decoded.frames[:1]
-        patches = self._text_processor().scaled_patches(frames, is_video=decoded.is_video)
-        return _LoadedImage(_ImageNote.of(decoded), patches, _to_proto(patches))
-
-    def _build(
-        self,
-        checked: CheckedRequest,
-        sampling: router_pb2.Sampling,
-        images: Sequence["_LoadedImage"],
-        caller: bytes,
-    ) -> _Prepared:
-        vision = [image.patches for image in images]
-        media: list[Medium] = ["video" if item.is_video else "image" for item in vision]
-        messages = build_messages(checked.task, checked.language, checked.prompt, media)
-        input_ids = self._text_processor().encode_chat(messages, vision)
-        check_prompt(input_ids, checked.prompt_digest)
-        visual_tokens = sum(item.num_tokens for item in vision)
-        if len(input_ids) > self._limits.max_prompt_tokens:
-            raise InvalidRequestError(
-                "images" if visual_tokens > len(input_ids) - visual_tokens else "prompt",
-                f"the request takes {len(input_ids)} tokens, {visual_tokens} for the images and "
-                f"{len(input_ids) - visual_tokens} for text, and the limit is {self._limits.max_prompt_tokens} "
-                "(router.max_prompt_tokens): send fewer images or a shorter prompt",
-            )
-        terms = dict.fromkeys(term for image in images for term in image.note.anatomy_terms)
-        router_request = router_pb2.RouterGenerateRequest(
-            input_ids=input_ids,
-            vision_inputs=[image.vision_input for image in images],
-            organ_hints=router_pb2.OrganHints(organs=checked.organs, anatomy_terms=terms),
-            sampling=sampling,
-            max_new_tokens=checked.max_new_tokens,
-            session_key=checked.session_key,
-            policy_version=self._describe().policy_version,
-            expert_set_id=checked.expert_set_id,
-            cache_salt=caller if self._gateway.share_caches == "token" else b"",
-            caller=caller,
+    def _session(
+        self, message: echovlm_pb2.GenerateRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> GenerateSession:
+        return GenerateSession(
+            self._parts,
+            request_from_proto(message),
+            caller=current_caller(),
+            request_id=current_request_id() or request_id_of(context.invocation_metadata() or ()),
+            deadline_s=context.time_remaining(),
         )
-        accepted = echovlm_pb2.RequestAccepted(
-            prompt_tokens=len(input_ids),
-            visual_tokens=visual_tokens,
-            frames=[image.note.frames_taken for image in images],
-        )
-        notices = tuple(
-            f"images[{index}]: {notice}" for index, image in enumerate(images) for notice in image.note.notices
-        )
-        return _Prepared(router_request, accepted, notices)
-
-    async def _write(
-        self, prepared: _Prepared, checked: CheckedRequest, deadline: float, request_id: str
-    ) -> AsyncGenerator[echovlm_pb2.GenerateEvent, None]:
-        """Turns the router's tokens into text events, then sends the summary."""
-        summary = echovlm_pb2.GenerateSummary(request_id=request_id, prompt_tokens=prepared.accepted.prompt_tokens)
-        if checked.for_replay:
-            summary.prompt_digest = prompt_digest(prepared.router_request.input_ids)
-        characters, stop = Detokenizer(self._text_processor().decode), StopStrings(checked.stop)
-        messages = self._router.generate(prepared.router_request, deadline=deadline, request_id=request_id)
-        async with aclosing(messages):
-            async for message in messages:
-                summary.completion_tokens += len(message.token_ids)
-                self._quotas.charge(current_caller(), len(message.token_ids))
-                if checked.for_replay:
-                    summary.token_ids.extend(message.token_ids)
-                if message.HasField("provenance"):
-                    summary.provenance.CopyFrom(message.provenance)
-                if message.HasField("summary"):
-                    summary.provenance.CopyFrom(message.summary.provenance)
-                    summary.finish_reason = message.summary.finish_reason
-                if piece := stop.push(characters.push(message.token_ids)):
-                    yield echovlm_pb2.GenerateEvent(text=piece)
-                if stop.stopped:
-                    break
-        if not stop.stopped and (piece := stop.push(characters.finish()) + stop.finish()):
-            yield echovlm_pb2.GenerateEvent(text=piece)
-        if stop.stopped:
-            summary.finish_reason = router_pb2.FINISH_REASON_STOP
-        summary.notices.extend(self._notices(prepared, summary.provenance.organ_source))
-        yield echovlm_pb2.GenerateEvent(summary=summary)
-
-    def _notices(self, prepared: _Prepared, organ_source: router_pb2.OrganSource) -> list[str]:
-        model = self._describe()
-        notices = list(prepared.notices)
-        if organ_source == router_pb2.ORGAN_SOURCE_DEFAULT:
-            notices.append(
-                f"Which organ the images show was not known, so the experts of {model.default_organ!r} answered; "
-                "name it in `organs`."
-            )
-        return [*notices, *model.notices, NOT_A_DEVICE]
 
 
-class _Files:
-    """A caller's request, for as long as its files are needed: protobuf frees nothing of a message before all of it."""
+class _MessageImages:
+    """The files of a message. It is freed with the last one: protobuf frees nothing of a message before all of it."""
 
-    def __init__(self, request: echovlm_pb2.GenerateRequest) -> None:
-        self.request = request
+    def __init__(self, message: echovlm_pb2.GenerateRequest) -> None:
+        self._message = message
 
-    def forget(self) -> None:
-        """Frees it, where nothing else holds it."""
-        self.request = echovlm_pb2.GenerateRequest()
+    def __len__(self) -> int:
+        return len(self._message.images)
+
+    def __iter__(self) -> Iterator[bytes]:
+        for index in range(len(self)):
+            yield self._message.images[index].content
+        self._message = echovlm_pb2.GenerateRequest()
         current_receipt().release()
 
 
-@dataclass(frozen=True, slots=True)
-class _ImageNote:
-    """What is still needed of a decoded image once its pixels are cut into patches and gone."""
+def request_from_proto(message: echovlm_pb2.GenerateRequest) -> GenerateRequest:
+    """The request of a message; it keeps the message until its images are taken.
 
-    frames_taken: int
-    anatomy_terms: tuple[str, ...]
-    notices: tuple[str, ...]
-
-    @classmethod
-    def of(cls, image: DecodedImage) -> "_ImageNote":
-        notices = image.notices
-        if image.frames_taken < image.source_frames:
-            spread = f"{image.frames_taken} of its {image.source_frames} frames were looked at, evenly spread."
-            notices = (spread, *notices)
-        return cls(image.frames_taken, image.anatomy_terms, notices)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _LoadedImage:
-    """An image that is decoded and cut into patches."""
-
-    note: _ImageNote
-    patches: VisionPatches
-    vision_input: vision_pb2.VisionInput
-
-
-def _decoder_pool(processor: EchoVLMProcessor, gateway: GatewaySection) -> DecoderPool:
-    limits = ImageLimits(
-        max_image_bytes=gateway.max_image_bytes,
-        max_image_pixels=gateway.max_image_pixels,
-        max_frames=gateway.max_frames,
-        crop_to_regions=gateway.crop_to_regions,
+    Raises:
+        InvalidRequestError: its task or its language is none.
+    """
+    task = task_of(message.task)
+    if task is None:
+        names = ", ".join(known.label for known in TASKS.values() if known.value != echovlm_pb2.TASK_UNSPECIFIED)
+        raise InvalidRequestError("task", f"{message.task} is no task; use one of {names}, or a prompt alone")
+    language = language_of(message.language)
+    if language is None:
+        raise InvalidRequestError(
+            "language", f"{message.language} is no language; use LANGUAGE_ENGLISH or LANGUAGE_CHINESE"
+        )
+    sampling = message.sampling
+    return GenerateRequest(
+        task=task,
+        language=language,
+        prompt=message.prompt,
+        images=_MessageImages(message),
+        organs=tuple(message.organs),
+        sampling=SamplingOptions(
+            sampling.temperature,
+            sampling.top_k,
+            sampling.top_p,
+            sampling.repetition_penalty,
+            sampling.seed if sampling.HasField("seed") else None,
+        ),
+        max_new_tokens=message.max_new_tokens,
+        stop=tuple(message.stop),
+        session_key=message.session_key,
+        expert_set_id=message.expert_set_id,
+        for_replay=message.for_replay,
+        prompt_digest=message.prompt_digest,
     )
-    scaling = processor.scaling(gateway.max_visual_tokens)
-    settings = DecoderSettings(limits, scaling, gateway.decoders.max_memory_bytes)
-    return DecoderPool(settings, processes=gateway.decoders.processes, max_cpu_s=gateway.decoders.max_cpu_s)
 
 
-def _to_proto(item: VisionPatches) -> vision_pb2.VisionInput:
-    kind = vision_pb2.VISION_KIND_VIDEO if item.is_video else vision_pb2.VISION_KIND_IMAGE
-    grid_t, grid_h, grid_w = item.grid
-    patches = tensor_pb2.Tensor(
-        dtype=tensor_pb2.DATA_TYPE_FLOAT32,
-        shape=item.patches.shape,
-        data=item.patches.astype("<f4", copy=False).tobytes(),
+def _event_to_proto(event: Event) -> echovlm_pb2.GenerateEvent:
+    match event:
+        case Accepted(prompt_tokens, visual_tokens, frames):
+            accepted = echovlm_pb2.RequestAccepted(
+                prompt_tokens=prompt_tokens, visual_tokens=visual_tokens, frames=frames
+            )
+            return echovlm_pb2.GenerateEvent(accepted=accepted)
+        case Text(text):
+            return echovlm_pb2.GenerateEvent(text=text)
+        case Summary():
+            return echovlm_pb2.GenerateEvent(summary=_summary_to_proto(event))
+
+
+def _summary_to_proto(summary: Summary) -> echovlm_pb2.GenerateSummary:
+    return echovlm_pb2.GenerateSummary(
+        request_id=summary.request_id,
+        finish_reason=summary.finish_reason,
+        prompt_tokens=summary.prompt_tokens,
+        completion_tokens=summary.completion_tokens,
+        provenance=summary.provenance,
+        notices=summary.notices,
+        token_ids=summary.token_ids,
+        prompt_digest=summary.prompt_digest,
     )
-    return vision_pb2.VisionInput(kind=kind, grid_t=grid_t, grid_h=grid_h, grid_w=grid_w, patches=patches)

@@ -6,11 +6,12 @@ while the replica holds the version that requests get.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from echovlm_ray.serving.replica_pool import ReplicaPool
 from experts.transport.inner_channel import PLAIN_CHANNELS, InnerChannels
 
 PERIOD_S = 1.0
@@ -62,9 +63,8 @@ class HealthMonitor:
         self._speaks_text = speaks_text
         self._live_parts = live_parts
         self._experts_apart = experts_apart
-        self._connections = channels
+        self._pool: ReplicaPool[grpc.aio.Channel] = ReplicaPool(channels.asynchronous)
         self._published: set[str] = set()
-        self._channels: dict[str, grpc.aio.Channel] = {}
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -85,8 +85,7 @@ class HealthMonitor:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        for channel in self._channels.values():
-            await channel.close()
+        await self._close_all_but(())
 
     async def _run(self) -> None:
         while True:
@@ -118,16 +117,14 @@ class HealthMonitor:
         return any(await asyncio.gather(*[self._serves(asked, address) for address in addresses]))
 
     async def _serves(self, service: str, address: str) -> bool:
-        channel = self._channels.get(address)
-        if channel is None:
-            channel = self._channels[address] = self._connections.asynchronous(address)
+        stub = health_pb2_grpc.HealthStub(self._pool.channel(address))
         try:
             request = health_pb2.HealthCheckRequest(service=service)
-            response = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=PROBE_TIMEOUT_S)
+            response = await stub.Check(request, timeout=PROBE_TIMEOUT_S)
         except grpc.aio.AioRpcError:
             return False
         return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
-    async def _close_all_but(self, live: set[str]) -> None:
-        for address in set(self._channels) - live:
-            await self._channels.pop(address).close()
+    async def _close_all_but(self, live: Collection[str]) -> None:
+        for channel in self._pool.keep_only(live):
+            await channel.close()

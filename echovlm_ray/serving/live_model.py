@@ -5,8 +5,9 @@ import dataclasses
 import logging
 import uuid
 from collections.abc import Callable, Sequence
+from functools import partial
 
-from echovlm_ray.serving.gateway import ModelDescription, OrganDescription
+from echovlm_ray.serving.core.description import ModelDescription, OrganDescription
 from echovlm_ray.serving.policy_follower import PolicyFollower
 from experts.errors import InvalidBundleError, RegistryAwayError, UnknownBundleError
 from experts.manifest import Manifest
@@ -39,7 +40,8 @@ class LiveModel:
         self.name = f"gateway-{uuid.uuid4().hex}"
         self._current = description
         self._manifest = manifest
-        self._follower = PolicyFollower(addresses, self._take, channels, gateway=self.name, identity=identity)
+        watcher = partial(control_pb2.WatchPolicyRequest, gateway=self.name, identity=identity)
+        self._follower = PolicyFollower(addresses, self._take, channels, watcher=watcher)
 
     def describe(self) -> ModelDescription:
         """What is served at this moment."""
@@ -50,7 +52,8 @@ class LiveModel:
         await self._follower.start()
 
     async def stop(self) -> None:
-        await self._follower.stop()
+        """Ends."""
+        await self._follower.close()
 
     async def _take(self, policy: control_pb2.TrafficPolicy) -> None:
         organs = await asyncio.to_thread(self._describe, policy)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 from echovlm_ray.serving.health import organ_service
 from echovlm_ray.serving.known_policy import wanted_digests
@@ -14,6 +15,28 @@ from protos import control_pb2
 logger = logging.getLogger(__name__)
 
 PERIOD_S = 0.5
+
+
+class OrganPolicy:
+    """What Control says of one organ: the bundles that its requests may get.
+
+    Attributes:
+        newest: the policy that is known; None before the first.
+    """
+
+    def __init__(self, organ: str, newest: control_pb2.TrafficPolicy | None) -> None:
+        """Takes what is known at the start."""
+        self.organ = organ
+        self.newest = newest
+
+    @property
+    def wanted(self) -> list[str]:
+        """The digests that requests may get, the stable one first; none while nothing is known."""
+        return [] if self.newest is None else wanted_digests(self.newest, self.organ)
+
+    def version(self, digest: str) -> str:
+        """The version of a bundle; "" where it is not known."""
+        return "" if self.newest is None else self.newest.versions.get(digest, "")
 
 
 class OrganHealth:
@@ -28,7 +51,7 @@ class OrganHealth:
         group: ExpertGroup,
         addresses: Callable[[], Sequence[str]],
         publish: Callable[[str, bool], Awaitable[None]],
-        policy: control_pb2.TrafficPolicy | None,
+        policy: OrganPolicy,
         channels: InnerChannels = PLAIN_CHANNELS,
         identity: str = "",
     ) -> None:
@@ -37,7 +60,7 @@ class OrganHealth:
             group: what is resident, and what could not be loaded.
             addresses: where Control's internal server is now; empty while it is away.
             publish: is called with the organ's service and whether it serves.
-            policy: what is known at the start.
+            policy: of the group's organ; kept up to date from now on.
             channels: connects to Control.
             identity: of the deployment; another one's policy is refused. "" accepts all.
         """
@@ -45,31 +68,26 @@ class OrganHealth:
         self._publish = publish
         self._policy = policy
         self._said: bool | None = None
-        self._follower = PolicyFollower(addresses, self._take, channels, identity=identity)
+        watcher = partial(control_pb2.WatchPolicyRequest, identity=identity)
+        self._follower = PolicyFollower(addresses, self._take, channels, watcher=watcher)
         self._task: asyncio.Task[None] | None = None
-
-    @property
-    def wanted(self) -> list[str]:
-        """The digests that requests may get, the stable one first; none while nothing is known."""
-        return [] if self._policy is None else wanted_digests(self._policy, self._group.organ)
 
     @property
     def serving(self) -> bool:
         """Whether the organ's requests can be answered here."""
         resident = {resident.digest for resident in self._group.resident()}
-        wanted = self.wanted
+        wanted = self._policy.wanted
         return bool(resident) if not wanted else wanted[0] in resident
 
     def problem(self) -> str:
         """Why they cannot, for operators; "" if they can."""
-        wanted = self.wanted
+        wanted = self._policy.wanted
         if self.serving or not wanted:
             return ""
         digest = wanted[0]
-        version = self._policy.versions.get(digest, "") if self._policy is not None else ""
         failure = self._group.failure(digest)
         reason = failure.text if failure is not None else "it is not loaded yet"
-        return f"does not hold {self._group.organ} {version or digest[:12]}: {reason}"
+        return f"does not hold {self._group.organ} {self._policy.version(digest) or digest[:12]}: {reason}"
 
     async def start(self) -> None:
         """Begins to publish."""
@@ -78,13 +96,14 @@ class OrganHealth:
         self._task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
-        await self._follower.stop()
+        """Ends."""
+        await self._follower.close()
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _take(self, policy: control_pb2.TrafficPolicy) -> None:
-        self._policy = policy
+        self._policy.newest = policy
         await self._say()
 
     async def _run(self) -> None:

@@ -1,28 +1,13 @@
 """Checks a `GenerateRequest` field by field before anything is decoded."""
 
 import re
-from dataclasses import dataclass
 
 from echovlm_ray.config import GatewaySection, RouterSection
 from echovlm_ray.errors import InvalidRequestError
-from echovlm_ray.prompts import NEEDS_IMAGE, NEEDS_PROMPT, Language, Task
 from echovlm_ray.sampling_ranges import REPETITION_PENALTIES, TEMPERATURES, TOP_P, format_range, in_range
+from echovlm_ray.serving.core.request import GenerateRequest, SamplingOptions
 from protos import echovlm_pb2, router_pb2
 
-TASK_NAMES: dict[int, Task] = {
-    echovlm_pb2.TASK_UNSPECIFIED: "free",
-    echovlm_pb2.TASK_REPORT: "report",
-    echovlm_pb2.TASK_FINDINGS: "findings",
-    echovlm_pb2.TASK_IMPRESSION: "impression",
-    echovlm_pb2.TASK_DIAGNOSIS: "diagnosis",
-    echovlm_pb2.TASK_CAPTION: "caption",
-    echovlm_pb2.TASK_VQA: "vqa",
-}
-LANGUAGE_NAMES: dict[int, Language] = {
-    echovlm_pb2.LANGUAGE_UNSPECIFIED: "en",
-    echovlm_pb2.LANGUAGE_ENGLISH: "en",
-    echovlm_pb2.LANGUAGE_CHINESE: "zh",
-}
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_ORGANS = 16
@@ -35,41 +20,14 @@ PROMPT_CHARACTERS_PER_TOKEN = 32
 _SHA_256 = re.compile(r"[0-9a-f]{64}")
 
 
-@dataclass(frozen=True, slots=True)
-class CheckedRequest:
-    """What is asked, in the terms of `echovlm_ray.prompts`, defaults filled in."""
-
-    task: Task
-    language: Language
-    prompt: str
-    organs: tuple[str, ...]
-    max_new_tokens: int
-    stop: tuple[str, ...]
-    session_key: str
-    expert_set_id: str
-    prompt_digest: str
-    for_replay: bool
-
-
-def check_request(
-    request: echovlm_pb2.GenerateRequest, gateway: GatewaySection, router: RouterSection
-) -> CheckedRequest:
+def check_request(request: GenerateRequest, gateway: GatewaySection, router: RouterSection) -> None:
     """Checks everything but the content of the images.
 
     Raises:
         InvalidRequestError: names the first field at fault, what is wrong with it and what is allowed.
     """
-    task = TASK_NAMES.get(request.task)
-    if task is None:
-        names = ", ".join(name for name in echovlm_pb2.Task.keys() if name != "TASK_UNSPECIFIED")  # noqa: SIM118
-        raise InvalidRequestError("task", f"{request.task} is no task; use one of {names}, or a prompt alone")
-    language = LANGUAGE_NAMES.get(request.language)
-    if language is None:
-        raise InvalidRequestError(
-            "language", f"{request.language} is no language; use LANGUAGE_ENGLISH or LANGUAGE_CHINESE"
-        )
-    _check_prompt(request, task, router)
-    _check_images(request, task, gateway)
+    _check_prompt(request, router)
+    _check_images(request, gateway)
     _check_strings(request)
     check_sampling(request.sampling)
     check_session_key(request.session_key)
@@ -82,21 +40,9 @@ def check_request(
             f"is {request.max_new_tokens} and the limit is {router.max_new_tokens} (router.max_new_tokens): ask for "
             "fewer, or for 0 to take the default",
         )
-    return CheckedRequest(
-        task=task,
-        language=language,
-        prompt=request.prompt,
-        organs=tuple(request.organs),
-        max_new_tokens=request.max_new_tokens or gateway.default_new_tokens,
-        stop=tuple(request.stop),
-        session_key=request.session_key,
-        expert_set_id=request.expert_set_id,
-        prompt_digest=request.prompt_digest,
-        for_replay=request.for_replay,
-    )
 
 
-def check_sampling(sampling: router_pb2.Sampling) -> None:
+def check_sampling(sampling: router_pb2.Sampling | SamplingOptions) -> None:
     """Checks the numbers of a sampling request; what passes cannot overflow in float32, alone or together.
 
     Raises:
@@ -140,11 +86,11 @@ def check_expert_set_id(expert_set_id: str, *, may_be_empty: bool = False) -> No
         )
 
 
-def _check_prompt(request: echovlm_pb2.GenerateRequest, task: Task, router: RouterSection) -> None:
-    if task in NEEDS_PROMPT and not request.prompt.strip():
-        if task == "free":
+def _check_prompt(request: GenerateRequest, router: RouterSection) -> None:
+    if request.task.needs_prompt and not request.prompt.strip():
+        if request.task.value == echovlm_pb2.TASK_UNSPECIFIED:
             raise InvalidRequestError("task", "is not set and there is no prompt either; set a task, or write a prompt")
-        raise InvalidRequestError("prompt", "is empty; TASK_VQA needs a question")
+        raise InvalidRequestError("prompt", f"is empty; {request.task.label} needs a question")
     limit = router.max_prompt_tokens * PROMPT_CHARACTERS_PER_TOKEN
     if len(request.prompt) > limit:
         raise InvalidRequestError(
@@ -154,17 +100,17 @@ def _check_prompt(request: echovlm_pb2.GenerateRequest, task: Task, router: Rout
         )
 
 
-def _check_images(request: echovlm_pb2.GenerateRequest, task: Task, gateway: GatewaySection) -> None:
+def _check_images(request: GenerateRequest, gateway: GatewaySection) -> None:
     if len(request.images) > gateway.max_images:
         raise InvalidRequestError(
             "images",
             f"has {len(request.images)} files and the limit is {gateway.max_images} (gateway.max_images)",
         )
-    if task in NEEDS_IMAGE and not request.images:
-        raise InvalidRequestError("images", f"is empty; TASK_{task.upper()} needs at least one image")
+    if request.task.needs_image and not len(request.images):
+        raise InvalidRequestError("images", f"is empty; {request.task.label} needs at least one image")
 
 
-def _check_strings(request: echovlm_pb2.GenerateRequest) -> None:
+def _check_strings(request: GenerateRequest) -> None:
     if len(request.stop) > MAX_STOP_STRINGS:
         raise InvalidRequestError("stop", f"has {len(request.stop)} strings; at most {MAX_STOP_STRINGS} are allowed")
     for index, string in enumerate(request.stop):

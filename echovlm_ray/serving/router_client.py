@@ -3,16 +3,16 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 import grpc
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
 
 from echovlm_ray.errors import DeadlineError, PartUnavailableError
 from echovlm_ray.serving.absence import Absence
-from echovlm_ray.serving.errors import ORGAN_PENDING
+from echovlm_ray.serving.core.failures import ORGAN_PENDING, SHUTTING_DOWN, PartRefusedError
+from echovlm_ray.serving.errors import failure_of_call, said_by_part
+from echovlm_ray.serving.replica_pool import ReplicaPool
 from echovlm_ray.serving.request_id import REQUEST_ID_KEY
 from experts.transport.inner_channel import PLAIN_CHANNELS, InnerChannels
 from protos import router_pb2, router_pb2_grpc
@@ -34,9 +34,7 @@ class RouterClient:
     def __init__(self, addresses: Callable[[], Sequence[str]], channels: InnerChannels = PLAIN_CHANNELS) -> None:
         """`addresses` gives the live replicas at any time, and `channels` connects to them."""
         self._addresses = addresses
-        self._connections = channels
-        self._channels: dict[str, grpc.aio.Channel] = {}
-        self._in_flight: dict[str, int] = {}
+        self._pool: ReplicaPool[grpc.aio.Channel] = ReplicaPool(channels.asynchronous)
         self._absence = Absence(RETRY_FOR_S)
 
     async def generate(
@@ -52,13 +50,13 @@ class RouterClient:
         Raises:
             PartUnavailableError: no router answered in time, or one was lost in the middle of an answer.
             DeadlineError: the answer was not complete in time.
-            grpc.aio.AioRpcError: the router refused or failed the request, with its own status.
+            PartRefusedError: the router refused or failed the request, and said so.
         """
         give_up = min(deadline, time.monotonic() + RETRY_FOR_S)
         lost: Counter[str] = Counter()
         while True:
             reason = "no replica is running"
-            address = self._least_busy(lost)
+            address = self._pool.least_busy(self._addresses(), lost)
             if address is None:
                 give_up = min(give_up, self._absence.ends())
             else:
@@ -74,10 +72,11 @@ class RouterClient:
                     if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
                         raise DeadlineError("the deadline passed before the answer was complete") from error
                     if not _is_passing(error):
-                        raise
+                        raise PartRefusedError(failure_of_call(error)) from error
                     if begun:
                         raise PartUnavailableError(PART, "the replica was lost during the answer") from error
-                    reason = error.details() if _reason(error) == ORGAN_PENDING else LOST
+                    said = said_by_part(error)
+                    reason = LOST if said is None or said.reason != ORGAN_PENDING else said.text
                     lost[address] += 1
             if time.monotonic() + RETRY_INTERVAL_S >= give_up:
                 raise PartUnavailableError(PART, reason)
@@ -85,53 +84,28 @@ class RouterClient:
 
     async def close(self) -> None:
         """Closes all channels."""
-        channels, self._channels = list(self._channels.values()), {}
-        for channel in channels:
+        for channel in self._pool.keep_only(()):
             await channel.close()
 
     async def _call(
         self, address: str, request: router_pb2.RouterGenerateRequest, deadline: float, request_id: str
     ) -> AsyncGenerator[router_pb2.RouterGenerateResponse, None]:
-        channel = self._channels.get(address)
-        if channel is None:
-            channel = self._channels[address] = self._connections.asynchronous(address)
-        self._in_flight[address] = self._in_flight.get(address, 0) + 1
-        call = router_pb2_grpc.RouterStub(channel).Generate(
-            request,
-            timeout=max(0.0, deadline - time.monotonic()),
-            metadata=((REQUEST_ID_KEY, request_id),),
-        )
-        try:
-            async for message in call:
-                yield message
-        finally:
-            call.cancel()
-            self._in_flight[address] -= 1
-
-    def _least_busy(self, lost: Mapping[str, int]) -> str | None:
-        live = self._addresses()
-        for address in set(self._channels) - set(live):
-            if not self._in_flight.get(address):
-                # Nothing runs on it, so dropping it is enough: grpc closes it with its last reference.
-                del self._channels[address]
-                self._in_flight.pop(address, None)
-        return min(live, key=lambda address: (lost.get(address, 0), self._in_flight.get(address, 0)), default=None)
+        with self._pool.call(address) as channel:
+            call = router_pb2_grpc.RouterStub(channel).Generate(
+                request,
+                timeout=max(0.0, deadline - time.monotonic()),
+                metadata=((REQUEST_ID_KEY, request_id),),
+            )
+            try:
+                async for message in call:
+                    yield message
+            finally:
+                call.cancel()
 
 
 def _is_passing(error: grpc.aio.AioRpcError) -> bool:
     """Whether a replica went away or is about to know a new organ, rather than saying that a part behind it is lost."""
     if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return False
-    return _reason(error) in (None, "SHUTTING_DOWN", ORGAN_PENDING)
-
-
-def _reason(error: grpc.aio.AioRpcError) -> str | None:
-    """The reason that a living replica gave; none where gRPC itself says that the call failed."""
-    try:
-        status = rpc_status.from_call(error)
-    except ValueError:
-        return None
-    if status is None:
-        return None
-    info = error_details_pb2.ErrorInfo()
-    return next((info.reason for detail in status.details if detail.Unpack(info)), "")
+    said = said_by_part(error)
+    return said is None or said.reason in (SHUTTING_DOWN, ORGAN_PENDING)

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 
 from echovlm_ray.errors import DeadlineError, PartUnavailableError
 from echovlm_ray.serving.absence import Absence
+from echovlm_ray.serving.replica_pool import ReplicaPool
 from experts.transport.codec import tensor_from_proto
 from experts.transport.inner_channel import InnerChannels
 from protos import vision_pb2, vision_pb2_grpc
@@ -38,10 +40,7 @@ class VisionClient:
     def __init__(self, addresses: Callable[[], Sequence[str]], channels: InnerChannels) -> None:
         """`addresses` gives the live replicas at any time, and `channels` connects to them."""
         self._addresses = addresses
-        self._connections = channels
-        self._channels: dict[str, grpc.aio.Channel] = {}
-        self._in_flight: dict[str, int] = {}
-        self._closing: set[asyncio.Task[None]] = set()
+        self._pool: ReplicaPool[grpc.aio.Channel] = ReplicaPool(channels.asynchronous)
         self._absence = Absence(RETRY_FOR_S)
 
     async def encode(
@@ -68,13 +67,13 @@ class VisionClient:
         """
         request = vision_pb2.EncodeRequest(inputs=inputs, cache_salt=cache_salt, caller=caller)
         give_up = None if deadline is None else min(deadline, time.monotonic() + RETRY_FOR_S)
-        tried: set[str] = set()
+        tried: Counter[str] = Counter()
         reason = "no replica is running"
         while True:
-            address = self._least_busy(tried)
-            if address is not None:
+            address = self._pool.least_busy(self._addresses(), tried)
+            if address is not None and address not in tried:
                 self._absence.is_over()
-                tried.add(address)
+                tried[address] += 1
                 try:
                     response = await self._call(address, request, deadline)
                     return [
@@ -98,33 +97,14 @@ class VisionClient:
 
     async def close(self) -> None:
         """Closes all channels."""
-        channels, self._channels = list(self._channels.values()), {}
-        for channel in channels:
+        for channel in self._pool.keep_only(()):
             await channel.close()
 
     async def _call(
         self, address: str, request: vision_pb2.EncodeRequest, deadline: float | None
     ) -> vision_pb2.EncodeResponse:
-        channel = self._channels.get(address)
-        if channel is None:
-            channel = self._channels[address] = self._connections.asynchronous(address)
         timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
-        self._in_flight[address] = self._in_flight.get(address, 0) + 1
-        try:
+        with self._pool.call(address) as channel:
             stub = vision_pb2_grpc.VisionEncoderStub(channel)
             response: vision_pb2.EncodeResponse = await stub.Encode(request, timeout=timeout)
             return response
-        finally:
-            self._in_flight[address] -= 1
-
-    def _least_busy(self, tried: set[str]) -> str | None:
-        live = self._addresses()
-        for address in set(self._channels) - set(live):
-            if not self._in_flight.get(address):
-                self._in_flight.pop(address, None)
-                closing = asyncio.ensure_future(self._channels.pop(address).close())
-                # The loop holds tasks weakly.
-                self._closing.add(closing)
-                closing.add_done_callback(self._closing.discard)
-        fresh = [address for address in live if address not in tried]
-        return min(fresh, key=lambda address: self._in_flight.get(address, 0), default=None)

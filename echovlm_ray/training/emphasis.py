@@ -4,7 +4,7 @@ import re
 
 from echovlm_ray.data.phantom.attributes import Attributes
 from echovlm_ray.data.phantom.wording.render import stated_words
-from echovlm_ray.prompts import Language
+from echovlm_ray.tasks import Language
 
 
 def emphasised(attributes: Attributes, language: Language, answers: str) -> tuple[str, ...]:

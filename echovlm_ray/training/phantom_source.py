@@ -12,7 +12,8 @@ from echovlm_ray.data.phantom.regions import REGIONS
 from echovlm_ray.data.phantom.scores import category
 from echovlm_ray.data.phantom.settings import Settings
 from echovlm_ray.model.processing import Picture
-from echovlm_ray.prompts import LANGUAGES, Language, Medium
+from echovlm_ray.prompts import Medium
+from echovlm_ray.tasks import LANGUAGES, Language
 from echovlm_ray.training.emphasis import emphasised
 from echovlm_ray.training.examples import Example
 from echovlm_ray.training.phantom_pool import LOOP_FRAMES, Bytes, PhantomPool
@@ -49,7 +50,7 @@ class PhantomSource:
         rng = draws(section.seed, phantom_index, f"example {epoch} {repeat}")
         attributes = attributes_at(section.seed, phantom_index, self._pool.classes)
         task = self._tasks[rng.choice(len(self._tasks), p=self._shares)]
-        language = LANGUAGES[rng.integers(len(LANGUAGES))]
+        language = tuple(LANGUAGES)[rng.integers(len(LANGUAGES))]
         picture, tissue, attributes = self._shown(number, attributes, rng)
         medium: Medium = "video" if isinstance(picture, list) else "image"
         # Questions, options and wording are drawn by it, so that they differ between epochs.

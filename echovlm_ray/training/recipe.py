@@ -6,11 +6,11 @@ Every field says what to do with it in the form "when this, do that". Reading a 
 
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from echovlm_ray.config import ContradictionError, NonNegativeFloat, PositiveFloat, PositiveInt, Section
-from echovlm_ray.data.phantom.records import PhantomTask
 from echovlm_ray.data.phantom.schema import Organ
+from echovlm_ray.tasks import TaskName, phantom_tasks
 
 # The parts of the model that a stage can train; `echovlm_ray.training.parts` says which tensors they are.
 Part = Literal[
@@ -53,12 +53,19 @@ class PhantomSection(Section):
     # When a class is to be kept unseen, name it like breast/simple_cyst.
     exclude: tuple[str, ...] = ()
     # When an answer of one kind stays poor, raise its weight: how often each task is asked for.
-    tasks: Annotated[dict[PhantomTask, PositiveFloat], Field(min_length=1)] = Field(
+    tasks: Annotated[dict[TaskName, PositiveFloat], Field(min_length=1)] = Field(
         default={"report": 5.0, "diagnosis": 2.0, "vqa": 2.0, "findings": 0.4, "impression": 0.4, "caption": 0.2}
     )
     # When pictures of other machines are to be read, leave it true: gain, sharpness, compression and, where the anatomy
     # allows it, left and right vary.
     vary: bool = True
+
+    @field_validator("tasks")
+    @classmethod
+    def _are_asked_about_phantoms(cls, tasks: dict[TaskName, float]) -> dict[TaskName, float]:
+        if others := sorted(set(tasks) - set(phantom_tasks())):
+            raise ValueError(f"{', '.join(others)} cannot be asked about phantoms: name {', '.join(phantom_tasks())}")
+        return tasks
 
     @property
     def picture_indices(self) -> range:

@@ -9,7 +9,8 @@ from echovlm_ray.checkpoint.atomic import new_folder
 from echovlm_ray.checkpoint.demo_tokenizer import special_token_ids, train_tokenizer, write_text_files
 from echovlm_ray.data.phantom.catalogue import all_classes
 from echovlm_ray.data.phantom.phantom import attributes_at
-from echovlm_ray.data.phantom.records import PHANTOM_TASKS, records
+from echovlm_ray.data.phantom.records import records
+from echovlm_ray.tasks import phantom_tasks
 from echovlm_ray.training.recipe import Recipe, UpcyclingSection
 from echovlm_ray.training.start import Start
 
@@ -96,5 +97,5 @@ def small_config(vocab_size: int, special_ids: dict[str, int], sizes: UpcyclingS
 
 def _phantom_texts() -> Iterator[str]:
     for index in range(_PHANTOMS_EACH * len(all_classes())):
-        for record in records(attributes_at(0, index), 0, index, path="-", tasks=PHANTOM_TASKS):
+        for record in records(attributes_at(0, index), 0, index, path="-", tasks=phantom_tasks()):
             yield from (turn["value"] for turn in record["conversations"])

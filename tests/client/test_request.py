@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from echovlm_ray.client import AsyncEchoVLMClient, EchoVLMClient, InvalidRequestError
 from echovlm_ray.client.arguments import MAX_TIMEOUT_S, timeout
 from echovlm_ray.client.control import ExpertControlClient
-from echovlm_ray.client.request import LANGUAGES, TASKS, build_request
+from echovlm_ray.client.request import build_request
+from echovlm_ray.tasks import LANGUAGES, TASKS
 from protos import echovlm_pb2
 
 
@@ -81,7 +82,7 @@ def test_a_lone_organ_is_not_taken_letter_by_letter() -> None:
 
 
 def test_every_task_and_language_of_the_contract_can_be_asked_for() -> None:
-    assert sorted(TASKS.values()) == sorted(echovlm_pb2.Task.values())
+    assert sorted(task.value for task in TASKS.values()) == sorted(echovlm_pb2.Task.values())
     named = set(echovlm_pb2.Language.values()) - {echovlm_pb2.LANGUAGE_UNSPECIFIED}
     assert set(LANGUAGES.values()) == named
 

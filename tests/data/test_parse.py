@@ -6,7 +6,8 @@ import pytest
 
 from echovlm_ray.data.parse import is_blank, parse_record
 from echovlm_ray.data.record import language_of, request_of, task_of
-from echovlm_ray.prompts import FURTHER, INSTRUCTIONS
+from echovlm_ray.prompts import FURTHER
+from echovlm_ray.tasks import TASKS
 from tests.data.records import record, turns
 
 PRIVATE = "MUELLER-ANNA-1961"
@@ -108,7 +109,7 @@ def test_problems_quote_nothing() -> None:
 
 
 def test_language_and_task_are_told_where_the_record_does_not_say() -> None:
-    question = INSTRUCTIONS["zh"]["report"]
+    question = TASKS["report"].instructions["zh"]
     parsed, _ = parse_record(record("x", conversations=turns(f"<image>{question}", "超声所见：无回声区 3 mm。")))
     assert parsed is not None
     assert (language_of(parsed), task_of(parsed)) == ("zh", "report")
@@ -118,7 +119,7 @@ def test_language_and_task_are_told_where_the_record_does_not_say() -> None:
 
 
 def test_the_service_is_asked_the_record_s_own_question() -> None:
-    instruction = INSTRUCTIONS["en"]["diagnosis"]
+    instruction = TASKS["diagnosis"].instructions["en"]
     cases = {
         instruction: ("diagnosis", ""),
         f"{instruction}\n{FURTHER['en']}Options: cyst; mass": ("diagnosis", "Options: cyst; mass"),

@@ -14,7 +14,8 @@ from echovlm_ray.data.phantom.questions import diagnosis_options, options_text, 
 from echovlm_ray.data.phantom.schema import Organ
 from echovlm_ray.data.phantom.wording.render import render, render_diagnosis
 from echovlm_ray.evaluation.items import Item, load_items
-from echovlm_ray.prompts import FURTHER, INSTRUCTIONS, Language
+from echovlm_ray.prompts import FURTHER
+from echovlm_ray.tasks import TASKS, Language
 from tests.data.records import png, turns, write_lines
 
 CLASSES: tuple[tuple[Organ, str], ...] = (
@@ -33,11 +34,11 @@ def phantom_record(
     assert attributes.organ is not None
     more: dict[str, Any] = {}
     if task == "report":
-        question, answer = INSTRUCTIONS[language]["report"], render(attributes, language)
+        question, answer = TASKS["report"].instructions[language], render(attributes, language)
     elif task == "diagnosis":
         options = diagnosis_options(attributes.organ, language, np.random.default_rng(0))
         more["options"] = list(options)
-        question = f"{INSTRUCTIONS[language]['diagnosis']}\n{FURTHER[language]}{options_text(options, language)}"
+        question = f"{TASKS['diagnosis'].instructions[language]}\n{FURTHER[language]}{options_text(options, language)}"
         answer = render_diagnosis(attributes, language)
     else:
         asked = questions(attributes, language)[0]

@@ -1,18 +1,16 @@
 """What an answer got right; nothing said is nothing right."""
 
-from typing import get_args
-
 import numpy as np
 import pytest
 
 from echovlm_ray.data.parse import parse_record
 from echovlm_ray.data.phantom.catalogue import all_classes, attribute_sets, draw_attributes
 from echovlm_ray.data.phantom.questions import questions
-from echovlm_ray.data.phantom.records import PhantomTask, records
+from echovlm_ray.data.phantom.records import records
 from echovlm_ray.data.phantom.wording.render import all_wordings, render, render_diagnosis
 from echovlm_ray.evaluation.items import Item, item_of
 from echovlm_ray.evaluation.judging import judge, match_option
-from echovlm_ray.prompts import Language
+from echovlm_ray.tasks import Language, TaskName, phantom_tasks
 from tests.data.records import record, turns
 from tests.evaluation.phantom_records import CLASSES, phantom_record
 
@@ -44,8 +42,8 @@ def test_every_wording_of_the_truth_is_right(language: Language) -> None:
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
-@pytest.mark.parametrize("task", get_args(PhantomTask))
-def test_every_answer_of_every_class_is_right(task: PhantomTask, language: Language) -> None:
+@pytest.mark.parametrize("task", phantom_tasks())
+def test_every_answer_of_every_class_is_right(task: TaskName, language: Language) -> None:
     """The truth of each record that `echoray data phantom` writes has full marks."""
     for number, (organ, class_name) in enumerate(all_classes()):
         attributes = draw_attributes(np.random.default_rng(number), organ, class_name)

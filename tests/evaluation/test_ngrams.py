@@ -16,7 +16,7 @@ from echovlm_ray.evaluation import tokens
 from echovlm_ray.evaluation.ngrams import bleu_metrics, ngram_metrics
 from echovlm_ray.evaluation.statistics import NotComputableError
 from echovlm_ray.evaluation.tokens import tokenizations
-from echovlm_ray.prompts import Language
+from echovlm_ray.tasks import Language
 
 VALUES = {
     "tissue": "fatty",

@@ -15,7 +15,9 @@ from echovlm_ray.checkpoint.layout import CheckpointIndex, backbone_directory, r
 from echovlm_ray.config import GatewaySection, RouterSection
 from echovlm_ray.model.checkpoint import load_vision_tower
 from echovlm_ray.model.processing import EchoVLMProcessor
-from echovlm_ray.serving.gateway import GatewayService, ModelDescription, OrganDescription, server_options
+from echovlm_ray.serving.core.description import ModelDescription, OrganDescription
+from echovlm_ray.serving.core.parts import GenerateParts
+from echovlm_ray.serving.gateway import GatewayService, server_options
 from echovlm_ray.serving.interceptor import Admit
 from echovlm_ray.serving.router_client import RouterClient
 from echovlm_ray.serving.server import GrpcServer, ServerOptions
@@ -34,7 +36,7 @@ class GatewaySystem:
     """What a test speaks to, and looks into."""
 
     stub: Any
-    service: GatewayService
+    service: GenerateParts
     processor: EchoVLMProcessor | None
     address: str
 
@@ -76,8 +78,9 @@ async def gateway(
     """A gateway in front of given routers."""
     model = description(read_index(checkpoint))
     client = RouterClient(lambda: routers)
-    service = GatewayService(processor, client, lambda: model, gateway=section, limits=limits)
-    await service.start()
+    parts = GenerateParts(processor, client, lambda: model, gateway=section, limits=limits)
+    service = GatewayService(parts)
+    await parts.start()
     async with (
         served(
             echovlm_pb2_grpc.add_EchoVLMServicer_to_server,
@@ -88,9 +91,9 @@ async def gateway(
         ) as address,
         grpc.aio.insecure_channel(address) as channel,
     ):
-        yield GatewaySystem(echovlm_pb2_grpc.EchoVLMStub(channel), service, processor, address)
+        yield GatewaySystem(echovlm_pb2_grpc.EchoVLMStub(channel), parts, processor, address)
     await client.close()
-    await service.close()
+    await parts.close()
 
 
 @asynccontextmanager

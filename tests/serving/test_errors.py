@@ -8,7 +8,8 @@ from grpc_status import rpc_status
 
 from echovlm_ray import errors as own_errors
 from echovlm_ray.errors import DeadlineError, InvalidRequestError, OverloadedError, PartUnavailableError
-from echovlm_ray.serving.errors import INTERNAL_TEXT, to_status
+from echovlm_ray.serving.core.failures import INTERNAL_TEXT
+from echovlm_ray.serving.errors import to_status
 from experts import errors as expert_errors
 from router import errors as router_errors
 from router.errors import (

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from echovlm_ray.serving.gateway import ModelDescription
+from echovlm_ray.serving.core.description import ModelDescription
 from echovlm_ray.serving.live_model import LiveModel
 from experts.registry import Registry
 from router.rollouts.traffic import TrafficPolicy

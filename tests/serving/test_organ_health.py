@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from echovlm_ray.serving.control.messages import policy_to_proto
-from echovlm_ray.serving.organ_health import OrganHealth
+from echovlm_ray.serving.organ_health import OrganHealth, OrganPolicy
 from experts.errors import ExpertCapacityError, UnknownBundleError
 from experts.group import ExpertGroup
 from experts.kernels.registry import get_kernel
@@ -45,7 +45,7 @@ async def published(
     async def publish(service: str, serving: bool) -> None:
         said[service] = serving
 
-    health = OrganHealth(group, lambda: list(control.addresses), publish, policy)
+    health = OrganHealth(group, lambda: list(control.addresses), publish, OrganPolicy("liver", policy))
     await health.start()
     try:
         yield health, said

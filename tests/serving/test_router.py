@@ -305,6 +305,19 @@ async def test_the_same_prompt_and_pictures_are_computed_once(served: Served, ro
     assert served.engine.prefix_hits == reused + before_picture
 
 
+async def test_a_request_that_cannot_be_laid_out_keeps_no_experts(served: Served, rows: list[GoldenRow]) -> None:
+    row = max(rows, key=lambda row: row.input_ids.count(990))
+    request = router_request(row, organs=("liver",))
+    second = row.input_ids.index(990) + 1
+    # As many placeholders as before, and no picture fits where they stand.
+    request.input_ids[second], request.input_ids[-1] = request.input_ids[-1], request.input_ids[second]
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await generate(served, request)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "in the order of the prompt" in caught.value.details()
+    assert [known.runs for known in served.service._expert_sets._sets.values()] == [0]
+
+
 async def test_images_and_videos_go_where_their_placeholders_are(served: Served, rows: list[GoldenRow]) -> None:
     row = next(row for row in rows if {item.kind for item in row.vision} == {1, 2})
     request = router_request(row)

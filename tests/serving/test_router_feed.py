@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from echovlm_ray.engine.sampler import NonFiniteLogitsError
 from echovlm_ray.errors import DeadlineError
+from echovlm_ray.serving.policy_follower import UnusablePolicyError
 from echovlm_ray.serving.router.admission import UsedBundle
 from echovlm_ray.serving.router.feed import policy_from_proto
 from echovlm_ray.serving.router.outcomes import Outcomes, report_of
-from echovlm_ray.serving.router.pinning import UnusablePolicyError
 from protos import control_pb2
 from router.errors import ExpertsFailedError, ExpertsUnavailableError, ExpertsUnusableError
 from router.expert_set import ExpertSet, ExpertSetMember

@@ -8,7 +8,7 @@ import pytest
 from echovlm_ray.data.phantom.parsing import parse
 from echovlm_ray.data.phantom.phantom import phantom
 from echovlm_ray.data.phantom.schema import SIDE
-from echovlm_ray.prompts import Language
+from echovlm_ray.tasks import Language
 from echovlm_ray.training.errors import TrainingError
 from echovlm_ray.training.examples import Example, ExampleError
 from echovlm_ray.training.phantom_pool import LOOP_FRAMES, PhantomPool

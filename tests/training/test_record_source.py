@@ -11,7 +11,8 @@ import pytest
 from echovlm_ray.data.phantom.catalogue import all_classes, attributes_of, draw_attributes
 from echovlm_ray.data.phantom.wording.render import STYLES, render, render_diagnosis
 from echovlm_ray.model.processing import IMAGE_TOKEN, EchoVLMProcessor
-from echovlm_ray.prompts import SYSTEM, Language, build_messages
+from echovlm_ray.prompts import SYSTEM, build_messages
+from echovlm_ray.tasks import Language
 from echovlm_ray.training.encode import IGNORED
 from echovlm_ray.training.examples import ExampleError
 from echovlm_ray.training.record_source import RecordSource

@@ -17,11 +17,14 @@ from setuptools import build_meta
 FOLDER = Path(__file__).resolve().parent
 CLIENT = FOLDER.parent
 ROOT = CLIENT.parent.parent
+# What client and server have in common.
+TASKS = CLIENT.parent / "tasks.py"
 # What callers and operators need; the others are between the parts of the server.
 CONTRACTS = ("control", "echovlm", "router", "tensor", "vision")
 # In the order in which they are applied.
 IMPORTS = (
     (r"\bechovlm_ray\.client\b", "echovlm_ray_client"),
+    (r"\bechovlm_ray\.tasks\b", "echovlm_ray_client.tasks"),
     (r"\bfrom protos import\b", "from echovlm_ray_client.protos import"),
 )
 # protobuf's default pool holds one file of a name and one message of a name. A service may have a `protos/tensor.proto`
@@ -58,7 +61,7 @@ def stage(target: Path) -> None:
     package = target / "echovlm_ray_client"
     contracts = package / "protos"
     contracts.mkdir(parents=True)
-    for source in CLIENT.glob("*.py"):
+    for source in (*CLIENT.glob("*.py"), TASKS):
         (package / source.name).write_text(_renamed(source.read_text()))
     (package / "py.typed").touch()
     (contracts / "__init__.py").write_text('"""The contracts with the server, and the code generated from them."""\n')

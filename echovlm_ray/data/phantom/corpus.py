@@ -17,11 +17,11 @@ from PIL.PngImagePlugin import PngInfo
 from echovlm_ray.checkpoint.atomic import naming_file, require_vacant
 from echovlm_ray.data.phantom.dicom_file import dicom_bytes
 from echovlm_ray.data.phantom.phantom import NOTICE, ImageArray, Phantom, attributes_at, cine_frames, phantom
-from echovlm_ray.data.phantom.records import PhantomTask, Record, records
+from echovlm_ray.data.phantom.records import Record, records
 from echovlm_ray.data.phantom.schema import Organ
 from echovlm_ray.data.phantom.settings import Settings
 from echovlm_ray.data.source import RECORDS_FILE
-from echovlm_ray.prompts import Language
+from echovlm_ray.tasks import Language, TaskName
 
 FileFormat = Literal["png", "dicom", "cine"]
 FILE_FORMATS: tuple[FileFormat, ...] = get_args(FileFormat)
@@ -48,7 +48,7 @@ class Corpus:
     seed: int
     indices: range
     classes: tuple[tuple[Organ, str], ...]
-    tasks: tuple[PhantomTask, ...] = ("report",)
+    tasks: tuple[TaskName, ...] = ("report",)
     languages: tuple[Language, ...] = ("en", "zh")
     questions_each: int = 2
     file_format: FileFormat = "png"

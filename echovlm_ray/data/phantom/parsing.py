@@ -15,7 +15,7 @@ from echovlm_ray.data.phantom.polarity import Polarity, polarities, without_doub
 from echovlm_ray.data.phantom.regions import REGIONS
 from echovlm_ray.data.phantom.schema import Organ, Region
 from echovlm_ray.data.phantom.scores import category
-from echovlm_ray.prompts import Language
+from echovlm_ray.tasks import Language
 
 # What begins a section.
 _MARKS = {

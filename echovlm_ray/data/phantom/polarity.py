@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from enum import Enum
 
-from echovlm_ray.prompts import Language
+from echovlm_ray.tasks import Language
 
 Span = tuple[int, int]
 

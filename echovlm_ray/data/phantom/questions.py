@@ -10,7 +10,7 @@ from echovlm_ray.data.phantom.parsing import parse_values, read_yes_or_no
 from echovlm_ray.data.phantom.regions import REGIONS
 from echovlm_ray.data.phantom.schema import SIDE, Organ, Region, words
 from echovlm_ray.data.phantom.wording.render import lead_sentence, value_words
-from echovlm_ray.prompts import Language
+from echovlm_ray.tasks import Language
 
 CANNOT_BE_TOLD = "cannot_be_told"
 _CANNOT = words("This cannot be told from the image", "图像无法判断", "cannot be told", "无法判断")

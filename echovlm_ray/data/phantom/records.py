@@ -1,7 +1,7 @@
 """Records about a phantom, in the form that EchoVLM's authors publish: what a model is asked, and the true answer."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 from echovlm_ray.data.phantom.attributes import Attributes
 from echovlm_ray.data.phantom.draws import draws
@@ -17,10 +17,9 @@ from echovlm_ray.data.phantom.wording.render import (
     render_impression,
     value_of_class,
 )
-from echovlm_ray.prompts import Language, Medium, Task, build_messages
+from echovlm_ray.prompts import Medium, build_messages
+from echovlm_ray.tasks import TASKS, Language, TaskName, Wording
 
-PhantomTask = Literal["report", "findings", "impression", "diagnosis", "caption", "vqa"]
-PHANTOM_TASKS: tuple[PhantomTask, ...] = get_args(PhantomTask)
 Record = dict[str, Any]
 
 
@@ -31,7 +30,7 @@ def records(
     *,
     path: str,
     medium: Medium = "image",
-    tasks: Sequence[PhantomTask] = ("report",),
+    tasks: Sequence[TaskName] = ("report",),
     languages: Sequence[Language] = ("en", "zh"),
     questions_each: int = 2,
 ) -> Iterator[Record]:
@@ -43,14 +42,15 @@ def records(
         index: of the phantom.
         path: of its file, as the record has it.
         medium: "video" for a loop.
-        tasks: what is asked.
+        tasks: what is asked, of `phantom_tasks`.
         languages: of question and answer.
         questions_each: how many of the questions there are ("vqa") are asked, in each language.
     """
     for language in languages:
         for task in tasks:
             rng = draws(seed, index, f"{task} {language}")
-            if task == "vqa":
+            wording = TASKS[task].phantoms
+            if wording == "question":
                 available = questions(attributes, language)
                 picked = sorted(rng.permutation(len(available))[:questions_each])
                 for number, question in enumerate(available[place] for place in picked):
@@ -59,26 +59,27 @@ def records(
                     yield _answered(start, question.answer, extra, f"-{number + 1}")
                 continue
             prompt, extra = "", {}
-            if task == "diagnosis":
+            if wording == "diagnosis":
                 assert attributes.organ is not None
                 options = diagnosis_options(attributes.organ, language, rng)
                 prompt = options_text(options, language)
                 extra = {"options": list(options), "answer": value_of_class(attributes, language)}
-            answer = _answer(attributes, task, language, int(rng.integers(STYLES)))
-            if task == "report":
+            answer = _answer(attributes, wording, language, int(rng.integers(STYLES)))
+            if wording == "report":
                 extra = {"references": [text for text in all_wordings(attributes, language) if text != answer]}
             yield _answered(_record(attributes, seed, index, path, medium, task, language, prompt), answer, extra)
 
 
-def _answer(attributes: Attributes, task: PhantomTask, language: Language, style: int) -> str:
-    if task == "report":
+def _answer(attributes: Attributes, wording: Wording | None, language: Language, style: int) -> str:
+    if wording == "report":
         return render(attributes, language, style)
-    if task == "findings":
+    if wording == "findings":
         return render_findings(attributes, language, style)
-    if task == "impression":
+    if wording == "impression":
         return render_impression(attributes, language, style)
-    if task == "caption":
+    if wording == "caption":
         return render_caption(attributes, language)
+    assert wording == "diagnosis", "no phantom answers this task"
     return render_diagnosis(attributes, language)
 
 
@@ -88,7 +89,7 @@ def _record(
     index: int,
     path: str,
     medium: Medium,
-    task: Task,
+    task: TaskName,
     language: Language,
     prompt: str,
 ) -> Record:

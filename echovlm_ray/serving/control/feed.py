@@ -57,13 +57,9 @@ class RolloutFeedService(control_pb2_grpc.RolloutFeedServicer):
         """The policy now, and again whenever it changes. Routers and gateways give their name; others just ask."""
         await asyncio.to_thread(self._policies.outrun, request.identity, request.policy_version, request.policy_digest)
         kind: WatcherKind = "router" if request.router else "gateway"
-        name = request.router or request.gateway
-        self._watchers.open(kind, name)
-        try:
+        with self._watchers.watching(kind, request.router or request.gateway):
             async for policy in self._policies.watch():
                 yield policy
-        finally:
-            self._watchers.close(name)
 
     async def TakenUp(
         self, request: control_pb2.TakenUpRequest, context: grpc.aio.ServicerContext

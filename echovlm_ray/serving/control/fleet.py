@@ -1,11 +1,11 @@
 """The replicas of all expert groups, reached over gRPC, and the Routers that use them."""
 
-import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import grpc
 
 from echovlm_ray.serving.endpoints import ReplicaAddresses
+from echovlm_ray.serving.replica_pool import ReplicaPool
 from experts.errors import ExpertCapacityError, InvalidBundleError, UnknownBundleError
 from experts.manifest import Manifest
 from experts.transport.inner_channel import PLAIN_CHANNELS, InnerChannels
@@ -45,9 +45,7 @@ class GrpcFleet:
         self._watching = watching
         self._manifest = manifest
         self._element_bytes = element_bytes
-        self._connections = channels
-        self._lock = threading.Lock()
-        self._channels: dict[str, grpc.Channel] = {}
+        self._pool: ReplicaPool[grpc.Channel] = ReplicaPool(channels.blocking)
 
     def replicas(self, organ: str) -> Sequence[str]:
         """See `Fleet`: the ids that Serve gave the replicas, which it gives to no other."""
@@ -111,7 +109,7 @@ class GrpcFleet:
             raise ReplicaLostError("no Router is known")
         if len(connected := [name for name in self._watching() if name]) > len(routers):
             raise ReplicaLostError(f"{len(connected)} Routers are connected and only {len(routers)} can be asked")
-        stubs = [router_pb2_grpc.RouterStub(self._channel(router.address)) for router in routers]
+        stubs = [router_pb2_grpc.RouterStub(self._pool.channel(router.address)) for router in routers]
         try:
             calls = [stub.Pins.future(router_pb2.PinsRequest(), timeout=PINS_TIMEOUT_S) for stub in stubs]
             answers: list[router_pb2.PinsResponse] = [call.result() for call in calls]
@@ -132,7 +130,7 @@ class GrpcFleet:
         """
         routers = self._routers()
         try:
-            stubs = [router_pb2_grpc.RouterStub(self._channel(router.address)) for router in routers]
+            stubs = [router_pb2_grpc.RouterStub(self._pool.channel(router.address)) for router in routers]
             calls = [stub.Pins.future(router_pb2.PinsRequest(), timeout=timeout_s) for stub in stubs]
         except ValueError:
             return {}
@@ -146,30 +144,18 @@ class GrpcFleet:
 
     def close(self) -> None:
         """Closes all channels; calls under way end."""
-        with self._lock:
-            channels, self._channels = list(self._channels.values()), {}
-        for channel in channels:
-            channel.close()
+        self.keep_only(())
 
     def keep_only(self, addresses: Collection[str]) -> None:
         """Closes the channels to all other addresses."""
-        with self._lock:
-            gone = [self._channels.pop(address) for address in set(self._channels) - set(addresses)]
-        for channel in gone:
+        for channel in self._pool.keep_only(addresses):
             channel.close()
 
     def _channel_of(self, replica: str, organ: str) -> grpc.Channel:
         for found in self._experts(organ):
             if found.replica == replica:
-                return self._channel(found.address)
+                return self._pool.channel(found.address)
         raise ReplicaLostError("it does not run any more")
-
-    def _channel(self, address: str) -> grpc.Channel:
-        with self._lock:
-            channel = self._channels.get(address)
-            if channel is None:
-                channel = self._channels[address] = self._connections.blocking(address)
-            return channel
 
 
 # What replicas answer, in the types that the controller tells apart.

@@ -1,5 +1,7 @@
 """The Routers and gateways that are connected to Control, and the policy that each of them applies."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +11,7 @@ WatcherKind = Literal["router", "gateway"]
 
 
 @dataclass(slots=True)
-class Watcher:
+class _Watcher:
     """A process that watches the policy.
 
     Attributes:
@@ -31,7 +33,7 @@ class Watchers:
 
     def __init__(self) -> None:
         self.changes = Changes()
-        self._watchers: dict[str, Watcher] = {}
+        self._watchers: dict[str, _Watcher] = {}
 
     def connected(self, kind: WatcherKind = "router") -> frozenset[str]:
         """The names of the Routers, or gateways, that are connected now."""
@@ -42,19 +44,19 @@ class Watchers:
         watchers = list(self._watchers.items())
         return tuple(sorted(name for name, watcher in watchers if watcher.policy_version != policy_version))
 
-    def open(self, kind: WatcherKind, name: str) -> None:
-        """Counts one more open call of a watcher; without a name it only announces the change."""
-        if name:
-            self._watchers.setdefault(name, Watcher(kind)).streams += 1
+    @contextmanager
+    def watching(self, kind: WatcherKind, name: str) -> Iterator[None]:
+        """Counts a call of a watcher for the block; one without a name is not counted."""
+        watcher = self._watchers.setdefault(name, _Watcher(kind)) if name else _Watcher(kind)
+        watcher.streams += 1
         self.changes.announce()
-
-    def close(self, name: str) -> None:
-        """Counts one open call less; a watcher without any is removed."""
-        if (watcher := self._watchers.get(name)) is not None:
+        try:
+            yield
+        finally:
             watcher.streams -= 1
             if not watcher.streams:
-                del self._watchers[name]
-        self.changes.announce()
+                self._watchers.pop(name, None)
+            self.changes.announce()
 
     def take_up(self, name: str, policy_version: int) -> None:
         """Records the policy in force in a watcher. One that is not connected says it again when it is."""

@@ -11,7 +11,7 @@ from echovlm_ray.serving.deployments.replica import Part, Replica, Service, arit
 from echovlm_ray.serving.deployments.settings import CONTROL, DEPLOYMENTS, ExpertGroupSettings
 from echovlm_ray.serving.endpoints import Endpoints, addresses_now
 from echovlm_ray.serving.errors import to_status
-from echovlm_ray.serving.known_policy import ask_policy, check_identity, read_policy, wanted_digests
+from echovlm_ray.serving.known_policy import ask_policy, check_identity, read_policy
 from protos import expert_pb2
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class ExpertGroupReplica(Replica):
         import torch
 
         from echovlm_ray.serving.bundles import open_kept, signature_policy
-        from echovlm_ray.serving.organ_health import OrganHealth
+        from echovlm_ray.serving.organ_health import OrganHealth, OrganPolicy
         from echovlm_ray.serving.served import expert_exchange, served_checkpoint
         from experts.group import ExpertGroup
         from experts.kernels.registry import get_kernel
@@ -56,14 +56,10 @@ class ExpertGroupReplica(Replica):
         served = served_checkpoint(parsed.model)
         exchange = expert_exchange(parsed.model)
         channels = self._channels_of(parsed)
-        policy = await asyncio.to_thread(_policy, parsed, served, channels)
-        wanted = [] if policy is None else wanted_digests(policy, parsed.organ)
-
-        healths: list[OrganHealth] = []
+        policy = OrganPolicy(parsed.organ, await asyncio.to_thread(_policy, parsed, served, channels))
 
         def in_use() -> set[str]:
-            now = healths[0].wanted if healths else wanted
-            return {*now, *(resident.digest for resident in group.resident())}
+            return {*policy.wanted, *(resident.digest for resident in group.resident())}
 
         group = ExpertGroup(
             parsed.organ,
@@ -77,11 +73,10 @@ class ExpertGroupReplica(Replica):
             backbone_digest=served.expert_set.backbone_digest,
             admit=signature_policy(parsed.experts).admit,
         )
-        await asyncio.to_thread(_load, group, wanted, served)
+        await asyncio.to_thread(_load, group, policy.wanted, served)
         endpoints = Endpoints({CONTROL: DEPLOYMENTS[CONTROL]}, parsed.system_id)
         endpoints.start()
         health = OrganHealth(group, endpoints.source(CONTROL), self.publish_health, policy, channels, parsed.identity)
-        healths.append(health)
         service = ExpertGroupService(
             group, to_status=to_status, max_queue=parsed.experts.max_queue, secret=channels.secret
         )

@@ -18,7 +18,7 @@ from echovlm_ray.serving.metrics import DecodingMetrics
 from protos import echovlm_pb2, echovlm_pb2_grpc
 
 if TYPE_CHECKING:
-    from echovlm_ray.serving.gateway import ModelDescription
+    from echovlm_ray.serving.core.description import ModelDescription
     from echovlm_ray.serving.health import Addresses, HealthMonitor
     from echovlm_ray.serving.live_model import LiveModel
     from echovlm_ray.serving.served import ServedCheckpoint
@@ -36,6 +36,7 @@ class GatewayReplica(Replica):
         """Takes the fields of `GatewaySettings`."""
         from echovlm_ray.model.processing import EchoVLMProcessor
         from echovlm_ray.serving.bundles import open_kept
+        from echovlm_ray.serving.core.parts import GenerateParts
         from echovlm_ray.serving.gateway import GatewayService, server_options
         from echovlm_ray.serving.live_model import LiveModel
         from echovlm_ray.serving.router_client import RouterClient
@@ -54,17 +55,18 @@ class GatewayReplica(Replica):
         description = await asyncio.to_thread(_describe, parsed, served, bundles)
         live = LiveModel(endpoints.source(CONTROL), description, bundles.manifest, channels, parsed.identity)
         router = RouterClient(endpoints.source(ROUTER), channels)
-        service = GatewayService(processor, router, live.describe, gateway=section, limits=parsed.router)
-        await service.start()
+        shared = GenerateParts(processor, router, live.describe, gateway=section, limits=parsed.router)
+        await shared.start()
         public = server_options(section)
         monitor = _monitor(self, parsed, served, endpoints, live, channels)
         decoding = DecodingMetrics()
         part = Part(
             services=[],
-            queue_length=lambda: service.queue_length,
-            measure=lambda: _measure(decoding, service.decoders),
-            closing=[monitor.stop, live.stop, router.close, service.close, endpoints.stop],
+            queue_length=lambda: shared.queue_length,
+            measure=lambda: _measure(decoding, shared.decoders),
+            closing=[monitor.stop, live.stop, router.close, shared.close, endpoints.stop],
         )
+        service = GatewayService(shared)
         clients = Service(echovlm_pb2_grpc.add_EchoVLMServicer_to_server, service, SERVICE_NAME, service.admit)
         await self._start(parsed, part, public, [clients])
         await live.start()
@@ -114,7 +116,7 @@ def _monitor(
 
 def _describe(settings: GatewaySettings, served: "ServedCheckpoint", bundles: "KeptBundles") -> "ModelDescription":
     from echovlm_ray.checkpoint import demo
-    from echovlm_ray.serving.gateway import ModelDescription
+    from echovlm_ray.serving.core.description import ModelDescription
     from echovlm_ray.serving.live_model import describe_organ
 
     index, expert_set = served.index, served.expert_set

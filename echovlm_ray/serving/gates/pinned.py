@@ -11,7 +11,9 @@ import grpc
 
 from echovlm_ray.config import GatewaySection, RouterSection
 from echovlm_ray.model.processing import EchoVLMProcessor
-from echovlm_ray.serving.gateway import GatewayService, ModelDescription
+from echovlm_ray.serving.core.description import ModelDescription
+from echovlm_ray.serving.core.parts import GenerateParts
+from echovlm_ray.serving.gateway import GatewayService
 from echovlm_ray.serving.interceptor import CallInterceptor
 from echovlm_ray.serving.router_client import RouterClient
 from experts.transport.inner_channel import InnerChannels
@@ -73,15 +75,15 @@ async def answering_version(
     Raises:
         PartUnavailableError: the processes that decode images cannot be started.
     """
-    service = GatewayService(processor, router, describe, gateway=gateway, limits=limits)
+    parts = GenerateParts(processor, router, describe, gateway=gateway, limits=limits)
     with tempfile.TemporaryDirectory(prefix="echovlm-gate-") as folder:
         address = f"unix:{Path(folder) / 'gateway'}"
         async with AsyncExitStack() as stack:
             stack.push_async_callback(router.close)
-            stack.push_async_callback(service.close)
-            await service.start()
+            stack.push_async_callback(parts.close)
+            await parts.start()
             server = grpc.aio.server(interceptors=[CallInterceptor(None)], options=UNLIMITED)
-            echovlm_pb2_grpc.add_EchoVLMServicer_to_server(service, server)
+            echovlm_pb2_grpc.add_EchoVLMServicer_to_server(GatewayService(parts), server)
             server.add_insecure_port(address)
             await server.start()
             stack.push_async_callback(server.stop, 0)

@@ -65,4 +65,10 @@ class Admission:
     """
 
     experts: PinnedExperts
-    shadow: PinnedExperts | None
+    shadow: PinnedExperts | None = None
+
+    def release(self) -> None:
+        """Lets go of the experts, where no run takes them over."""
+        self.experts.release()
+        if self.shadow is not None:
+            self.shadow.release()

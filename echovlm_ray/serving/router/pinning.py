@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from echovlm_ray.serving.policy_follower import UnusablePolicyError
 from echovlm_ray.serving.router.admission import Admission, PinnedExperts, RequestTraits, UsedBundle
 from protos import router_pb2
 from router.dispatch import Dispatcher
@@ -22,10 +23,6 @@ from router.rollouts.traffic import CandidateTraffic, TrafficPolicy, assign, giv
 # Sets without a run that are kept because the next request may get them, besides the stable one.
 MAX_IDLE_SETS = 16
 MAX_ORGAN_GATES = 64
-
-
-class UnusablePolicyError(ValueError):
-    """A policy that no request of this Router can follow, and a later try would not change that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +298,7 @@ class ExpertSets:
         return gate.choose(traits.organs, traits.anatomy_terms, traits.pooled_D, expert_set)
 
     def _admit_to(self, traits: RequestTraits, expert_set: ExpertSet) -> Admission:
-        return Admission(self._hold(expert_set, self._choose(expert_set, traits)), None)
+        return Admission(self._hold(expert_set, self._choose(expert_set, traits)))
 
     def _hold(self, expert_set: ExpertSet, choice: OrganChoice) -> PinnedExperts:
         known = self._add(expert_set)

@@ -1,5 +1,6 @@
 """What a `RouterGenerateRequest` must be, and how it becomes the engine's request."""
 
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from echovlm_ray.errors import InvalidRequestError
 from echovlm_ray.model.configuration import EchoVLMConfig
 from echovlm_ray.model.positions import PlaceholderMismatchError, mrope_positions
 from echovlm_ray.serving.request_checks import check_expert_set_id, check_sampling, check_session_key
+from echovlm_ray.serving.router.admission import Admission
 from echovlm_ray.serving.vision_client import EncodedPicture
 from protos import router_pb2, vision_pb2
 from router.expert_gates import BundleGates
@@ -129,9 +131,13 @@ class RequestReader:
         return [(self.visual_tokens(item), self._model.config.text_config.hidden_size) for item in inputs]
 
     def sequence_request(
-        self, request: router_pb2.RouterGenerateRequest, pictures: list[EncodedPicture], deadline: float
+        self,
+        request: router_pb2.RouterGenerateRequest,
+        pictures: list[EncodedPicture],
+        deadline: float,
+        admission: Admission,
     ) -> SequenceRequest:
-        """The engine's request, of which only the experts are left open.
+        """The engine's request with its experts; beside a shadow it gets a seed, so that the shadow draws as it does.
 
         Raises:
             InvalidRequestError: the placeholders do not fit the images.
@@ -156,18 +162,19 @@ class RequestReader:
             input_ids=tuple(request.input_ids),
             position_ids_3T=position_ids,
             position_delta=delta,
-            expert_set_id="",
-            shares=(),
+            expert_set_id=admission.experts.expert_set.id,
+            shares=admission.experts.choice.shares,
             max_new_tokens=request.max_new_tokens,
             vision_rows_V=rows,
             vision_embeddings_VD=visual,
             vision_digests=digests,
-            sampling=_sampling(request.sampling),
+            sampling=_sampling(request.sampling, needs_seed=admission.shadow is not None),
             stop_token_ids=stop_token_ids,
             return_logits=request.return_logits,
             deadline=deadline,
             cache_salt=request.cache_salt,
             caller=request.caller,
+            background=bool(request.evaluated_bundle),
         )
 
     def place_vision(
@@ -193,12 +200,15 @@ class RequestReader:
         return rows, torch.cat([picture.embedding for _, picture in places]), tuple(digests)
 
 
-def _sampling(sampling: router_pb2.Sampling) -> SamplingParams:
+def _sampling(sampling: router_pb2.Sampling, *, needs_seed: bool) -> SamplingParams:
+    seed = sampling.seed if sampling.HasField("seed") else None
+    if seed is None and needs_seed and sampling.temperature > 0:
+        seed = secrets.randbits(64)
     # Zero is proto3's "not set": for top_p and the penalty that means no change.
     return SamplingParams(
         temperature=sampling.temperature,
         top_k=sampling.top_k,
         top_p=sampling.top_p or 1.0,
         repetition_penalty=sampling.repetition_penalty or 1.0,
-        seed=sampling.seed if sampling.HasField("seed") else None,
+        seed=seed,
     )

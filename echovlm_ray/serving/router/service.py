@@ -1,7 +1,6 @@
 """The router's gRPC service: checks a request, has its images encoded, pins it, and streams the engine's tokens."""
 
 import asyncio
-import dataclasses
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
@@ -22,7 +21,7 @@ from echovlm_ray.serving.router.pinning import ExpertSets
 from echovlm_ray.serving.router.provenance import provenance_of
 from echovlm_ray.serving.router.request import RequestReader, ServedModel
 from echovlm_ray.serving.router.runs import Run
-from echovlm_ray.serving.router.shadow import Shadow, Shadows, drawn_seed
+from echovlm_ray.serving.router.shadow import Shadow, Shadows
 from echovlm_ray.serving.vision_client import EncodedPicture, VisionClient
 from experts.transport.codec import tensor_to_proto
 from protos import router_pb2, router_pb2_grpc, vision_pb2
@@ -112,11 +111,14 @@ class RouterService(router_pb2_grpc.RouterServicer):
             raise OverloadedError(NO_ROOM)
         deadline = self._deadline(context)
         pictures = await self._encode(request.vision_inputs, deadline, request.cache_salt, request.caller)
-        unpinned = self._reader.sequence_request(request, pictures, deadline)
         traits = _traits(request.organ_hints, pictures, request.session_key, context, request.policy_version)
         admission = await self._admit(traits, request.expert_set_id, evaluated)
         experts = admission.experts
-        pinned = _pinned(unpinned, admission)
+        try:
+            pinned = self._reader.sequence_request(request, pictures, deadline, admission)
+        except BaseException:
+            admission.release()
+            raise
         shadow = None if admission.shadow is None else self._shadows.prepare(admission.shadow, pinned)
         completed, complete = 0, False
         try:
@@ -153,7 +155,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
         try:
             if not self._shadows.has_room(len(request.input_ids) + request.max_new_tokens):
                 raise OverloadedError(NO_ROOM)
-            return self._engine.submit(dataclasses.replace(request, background=True), run.sink, run.gone)
+            return self._engine.submit(request, run.sink, run.gone)
         except BaseException:
             run.drop()
             raise
@@ -194,7 +196,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
     async def _admit(self, traits: RequestTraits, expert_set_id: str, evaluated: str = "") -> Admission:
         try:
             if evaluated:
-                return Admission(self._expert_sets.admit_evaluation(traits, evaluated), None)
+                return Admission(self._expert_sets.admit_evaluation(traits, evaluated))
             if not expert_set_id:
                 return self._expert_sets.admit(traits)
             if (admission := self._expert_sets.admit_to(traits, expert_set_id)) is not None:
@@ -242,16 +244,6 @@ def _with_version(error: Exception, experts: PinnedExperts) -> Exception:
         return error
     versions = {used.digest: used.version for used in experts.used}
     return ExpertsUnusableError(error.organ, error.digest, error.reason, versions.get(error.digest, ""))
-
-
-def _pinned(request: SequenceRequest, admission: Admission) -> SequenceRequest:
-    """The request with its experts; one that has a shadow gets a seed, so that the shadow draws as it does."""
-    experts, sampling = admission.experts, request.sampling
-    if admission.shadow is not None and sampling.temperature > 0 and sampling.seed is None:
-        sampling = dataclasses.replace(sampling, seed=drawn_seed())
-    return dataclasses.replace(
-        request, expert_set_id=experts.expert_set.id, shares=experts.choice.shares, sampling=sampling
-    )
 
 
 def _response(

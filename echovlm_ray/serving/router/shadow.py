@@ -7,7 +7,6 @@ soon as another request could use their place.
 import asyncio
 import dataclasses
 import logging
-import secrets
 import threading
 import time
 
@@ -202,8 +201,3 @@ class Shadow:
             candidate_s_per_token=self._run.seconds_per_token,
         )
         self._outcomes.record_shadow(self._rollout_ids, record)
-
-
-def drawn_seed() -> int:
-    """A seed for a request that has none, so that its shadow draws as it does."""
-    return secrets.randbits(64)

@@ -16,10 +16,10 @@ from echovlm_ray.data.phantom.corpus import Corpus, png_bytes, sample, write_cor
 from echovlm_ray.data.phantom.dicom_file import dicom_bytes
 from echovlm_ray.data.phantom.parsing import parse, parse_diagnosis
 from echovlm_ray.data.phantom.phantom import NOTICE, attributes_at, cine_frames, phantom
-from echovlm_ray.data.phantom.records import PHANTOM_TASKS
 from echovlm_ray.data.phantom.schema import ORGANS, Organ
 from echovlm_ray.data.phantom.settings import Settings
-from echovlm_ray.prompts import FURTHER, INSTRUCTIONS, SYSTEM
+from echovlm_ray.prompts import FURTHER, SYSTEM
+from echovlm_ray.tasks import TASKS, phantom_tasks
 from echovlm_ray.vision.images import ImageLimits, decode_image_file
 
 LIMITS = ImageLimits(max_image_bytes=10**8, max_image_pixels=10**8, max_frames=16)
@@ -35,7 +35,7 @@ def records_in(directory: Path) -> list[dict[str, Any]]:
 
 
 def test_the_bytes_do_not_depend_on_processes(tmp_path: Path) -> None:
-    corpus = Corpus(seed=1, indices=range(5, 9), classes=all_classes(), tasks=PHANTOM_TASKS)
+    corpus = Corpus(seed=1, indices=range(5, 9), classes=all_classes(), tasks=phantom_tasks())
     write_corpus(tmp_path / "one", corpus)
     write_corpus(tmp_path / "two", corpus, workers=2)
     assert content_of(tmp_path / "one") == content_of(tmp_path / "two")
@@ -50,7 +50,7 @@ def test_a_larger_corpus_begins_with_the_smaller_one(tmp_path: Path) -> None:
 
 
 def test_records_have_the_published_form_and_true_answers(tmp_path: Path) -> None:
-    corpus = Corpus(seed=2, indices=range(43), classes=all_classes(), tasks=PHANTOM_TASKS)
+    corpus = Corpus(seed=2, indices=range(43), classes=all_classes(), tasks=phantom_tasks())
     counts = write_corpus(tmp_path / "corpus", corpus)
     assert counts == {f"{organ}/{name}": 1 for organ, name in all_classes()}
     found = records_in(tmp_path / "corpus")
@@ -73,7 +73,7 @@ def test_records_have_the_published_form_and_true_answers(tmp_path: Path) -> Non
         if task in ("report", "impression", "diagnosis", "caption"):
             assert parse_diagnosis(answer["value"], language, truth["organ"]) == truth["class"]
         if task != "vqa":
-            assert human["value"].startswith(f"<image>{INSTRUCTIONS[language][task]}")
+            assert human["value"].startswith(f"<image>{TASKS[task].instructions[language]}")
         if task == "report":
             assert len({*record["references"], answer["value"]}) == 3
         if task == "diagnosis":

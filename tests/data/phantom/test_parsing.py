@@ -9,7 +9,7 @@ from echovlm_ray.data.phantom.parsing import parse, parse_diagnosis, parse_organ
 from echovlm_ray.data.phantom.regions import REGIONS
 from echovlm_ray.data.phantom.schema import ORGANS, Organ
 from echovlm_ray.data.phantom.wording.render import render, render_impression
-from echovlm_ray.prompts import Language
+from echovlm_ray.tasks import Language
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])

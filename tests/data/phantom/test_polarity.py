@@ -6,7 +6,7 @@ from echovlm_ray.data.phantom.parsing import parse, parse_diagnosis, parse_value
 from echovlm_ray.data.phantom.polarity import Polarity, polarities
 from echovlm_ray.data.phantom.regions import REGIONS
 from echovlm_ray.data.phantom.schema import ORGANS, Organ
-from echovlm_ray.prompts import Language
+from echovlm_ray.tasks import Language
 
 STATED = {
     "en": ("{}.", "There is {}.", "Consistent with {}.", "Suggests {}, BI-RADS 2", "Yes, {}.", "No doubt? No. {}"),

@@ -4,7 +4,7 @@ import pytest
 
 from echovlm_ray.data.phantom.catalogue import all_classes, attribute_sets
 from echovlm_ray.data.phantom.questions import CANNOT_BE_TOLD, Question, questions, read_answer
-from echovlm_ray.prompts import LANGUAGES, Language
+from echovlm_ray.tasks import LANGUAGES, Language
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

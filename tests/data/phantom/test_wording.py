@@ -19,7 +19,7 @@ from echovlm_ray.data.phantom.wording.render import (
     render_findings,
     render_impression,
 )
-from echovlm_ray.prompts import LANGUAGES, Language
+from echovlm_ray.tasks import LANGUAGES, Language
 from tests.data.phantom.generators import generator
 
 CLASSES = all_classes()

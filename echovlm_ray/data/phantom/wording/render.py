@@ -9,7 +9,7 @@ from echovlm_ray.data.phantom.regions import REGIONS
 from echovlm_ray.data.phantom.schema import SIDE, Region, Words
 from echovlm_ray.data.phantom.scores import category
 from echovlm_ray.data.phantom.wording import chinese, english
-from echovlm_ray.prompts import Language
+from echovlm_ray.tasks import Language
 
 STYLES = 3
 _GRAMMAR: dict[Language, ModuleType] = {"en": english, "zh": chinese}

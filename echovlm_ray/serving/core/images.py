@@ -1,0 +1,95 @@
+"""Image files to patches: decoded in other processes, cut up on threads of their own."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from echovlm_ray.config import GatewaySection
+from echovlm_ray.model.processing import EchoVLMProcessor, VisionPatches
+from echovlm_ray.vision.decoding.pool import DecoderPool
+from echovlm_ray.vision.decoding.settings import DecoderSettings
+from echovlm_ray.vision.images import DecodedImage, ImageLimits
+from protos import tensor_pb2, vision_pb2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedImage:
+    """An image that is decoded and cut into patches.
+
+    Attributes:
+        frames_taken: 1 for a still image.
+        anatomy_terms: what its DICOM object says.
+        notices: what the caller should know of it.
+        patches: the pixels.
+        vision_input: the same, as the router takes them.
+    """
+
+    frames_taken: int
+    anatomy_terms: tuple[str, ...]
+    notices: tuple[str, ...]
+    patches: VisionPatches
+    vision_input: vision_pb2.VisionInput
+
+
+class ImageLoader:
+    """Decodes and cuts up image files. Belongs to one event loop."""
+
+    def __init__(self, processor: EchoVLMProcessor, decoders: DecoderPool, threads: int) -> None:
+        """Takes what cuts up, what decodes, and the number of threads to cut up on."""
+        self._processor = processor
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="picture")
+        self.decoders = decoders
+
+    async def load(self, content: bytes, *, field: str, request_id: str, caller: bytes) -> LoadedImage:
+        """The image of a file.
+
+        Args:
+            content: of the file.
+            field: of the request, for the error.
+            request_id: for the log.
+            caller: callers share the decoders equally.
+
+        Raises:
+            InvalidRequestError: it cannot be decoded, or not within the limits.
+            ShuttingDownError: the decoders have ended.
+        """
+        decoded = await self.decoders.decode(content, field=field, request_id=request_id, caller=caller)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._cut, decoded)
+
+    async def close(self) -> None:
+        """Ends the decoders and the threads."""
+        await self.decoders.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _cut(self, decoded: DecodedImage) -> LoadedImage:
+        frames = decoded.frames if decoded.is_video else decoded.frames[:1]
+        patches = self._processor.scaled_patches(frames, is_video=decoded.is_video)
+        notices = decoded.notices
+        if decoded.frames_taken < decoded.source_frames:
+            spread = f"{decoded.frames_taken} of its {decoded.source_frames} frames were looked at, evenly spread."
+            notices = (spread, *notices)
+        return LoadedImage(decoded.frames_taken, decoded.anatomy_terms, notices, patches, _to_proto(patches))
+
+
+def decoder_pool(processor: EchoVLMProcessor, gateway: GatewaySection) -> DecoderPool:
+    """The decoders of a gateway, not started yet."""
+    limits = ImageLimits(
+        max_image_bytes=gateway.max_image_bytes,
+        max_image_pixels=gateway.max_image_pixels,
+        max_frames=gateway.max_frames,
+        crop_to_regions=gateway.crop_to_regions,
+    )
+    scaling = processor.scaling(gateway.max_visual_tokens)
+    settings = DecoderSettings(limits, scaling, gateway.decoders.max_memory_bytes)
+    return DecoderPool(settings, processes=gateway.decoders.processes, max_cpu_s=gateway.decoders.max_cpu_s)
+
+
+def _to_proto(item: VisionPatches) -> vision_pb2.VisionInput:
+    kind = vision_pb2.VISION_KIND_VIDEO if item.is_video else vision_pb2.VISION_KIND_IMAGE
+    grid_t, grid_h, grid_w = item.grid
+    patches = tensor_pb2.Tensor(
+        dtype=tensor_pb2.DATA_TYPE_FLOAT32,
+        shape=item.patches.shape,
+        data=item.patches.astype("<f4", copy=False).tobytes(),
+    )
+    return vision_pb2.VisionInput(kind=kind, grid_t=grid_t, grid_h=grid_h, grid_w=grid_w, patches=patches)

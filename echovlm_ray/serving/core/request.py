@@ -1,0 +1,87 @@
+"""What a caller asks for, and what it gets: plain types that no transport appears in."""
+
+from collections.abc import Iterable, Sized
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from echovlm_ray.tasks import Language, Task
+from protos import router_pb2
+
+
+class ImageFiles(Iterable[bytes], Sized, Protocol):
+    """The files of a request, each as it was sent. Taken once, in order; a transport may free them with the last."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How tokens are drawn; 0 means not set. See `router_pb2.Sampling`."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 0.0
+    repetition_penalty: float = 0.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GenerateRequest:
+    """A request, not checked yet. See `echovlm_pb2.GenerateRequest` for the fields."""
+
+    task: Task
+    language: Language
+    prompt: str = ""
+    images: ImageFiles = ()
+    organs: tuple[str, ...] = ()
+    sampling: SamplingOptions = field(default=SamplingOptions())
+    # 0: the server's default.
+    max_new_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    session_key: str = ""
+    expert_set_id: str = ""
+    for_replay: bool = False
+    prompt_digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The images are decoded and the request is under way; the first event.
+
+    Attributes:
+        prompt_tokens: length of the whole prompt, visual tokens included.
+        visual_tokens: how many of them stand for images.
+        frames: frames taken of each image, in order; 1 for a still image.
+    """
+
+    prompt_tokens: int
+    visual_tokens: int
+    frames: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Further text of the answer: whole characters only."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """How an answer came about; the last event.
+
+    Attributes:
+        provenance: which experts answered, as the router said it.
+        notices: what the caller should know.
+        token_ids, prompt_digest: of a request with `for_replay`.
+    """
+
+    request_id: str
+    finish_reason: router_pb2.FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    provenance: router_pb2.Provenance
+    notices: tuple[str, ...]
+    token_ids: tuple[int, ...] = ()
+    prompt_digest: str = ""
+
+
+Event = Accepted | Text | Summary
