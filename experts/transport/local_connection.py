@@ -25,6 +25,8 @@ _SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 # struct ucred of socket(7): process, user and group.
 _CREDENTIALS = struct.Struct("3i")
 _DESCRIPTOR = struct.Struct("i")
+_TIMEVAL = struct.Struct("@ll")
+_SILENT = "the other process does not answer"
 
 
 class LocalConnectionError(ConnectionError):
@@ -83,7 +85,9 @@ class LocalConnection:
         """
         connecting = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            connecting.settimeout(timeout_s)
+            # Of the system, and not of the socket object: that would make `send` wait as well.
+            connecting.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(timeout_s))
+            connecting.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(timeout_s))
             connecting.connect(path)
         except FileNotFoundError:
             connecting.close()
@@ -106,7 +110,7 @@ class LocalConnection:
     def set_timeout(self, timeout_s: float | None) -> None:
         """How long `receive` waits from now on; None for ever."""
         with suppress(OSError):
-            self._socket.settimeout(timeout_s)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(timeout_s))
 
     def send(self, packet: bytes, descriptor: int | None = None) -> None:
         """Sends a packet, and a descriptor with it. Never waits.
@@ -138,6 +142,8 @@ class LocalConnection:
             try:
                 # With MSG_TRUNC the whole length is returned, of a packet that does not fit too.
                 length = self._socket.recv_into(self._buffer, 0, socket.MSG_TRUNC)
+            except BlockingIOError:
+                raise LocalConnectionError(_SILENT) from None
             except OSError as error:
                 raise LocalConnectionError(_reason(error)) from None
             _check_length(length)
@@ -154,6 +160,8 @@ class LocalConnection:
                 packet, ancillary, flags, _ = self._socket.recvmsg(
                     MAX_PACKET_BYTES, socket.CMSG_LEN(_DESCRIPTOR.size), socket.MSG_CMSG_CLOEXEC
                 )
+            except BlockingIOError:
+                raise LocalConnectionError(_SILENT) from None
             except OSError as error:
                 raise LocalConnectionError(_reason(error)) from None
         descriptors = [
@@ -197,7 +205,11 @@ def _check_length(length: int) -> None:
         raise LocalConnectionError(f"a packet of more than {MAX_PACKET_BYTES} bytes came")
 
 
+def _timeval(seconds: float | None) -> bytes:
+    """As `SO_RCVTIMEO` of socket(7) takes it, where 0 is for ever."""
+    microseconds = 0 if seconds is None else max(1, round(seconds * 1e6))
+    return _TIMEVAL.pack(*divmod(microseconds, 1_000_000))
+
+
 def _reason(error: OSError) -> str:
-    if isinstance(error, TimeoutError):
-        return "the other process does not answer"
     return error.strerror or type(error).__name__

@@ -3,7 +3,6 @@
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -197,7 +196,7 @@ def test_another_user_that_gets_through_to_the_socket_is_refused() -> None:
     name = f"\0echovlm-test-{os.getpid()}"
     with listen_on(name) as listening:
         code = f"import socket; s = socket.socket(socket.AF_UNIX, 5); s.connect({name!r}); print(s.recv(1))"
-        command = [sys.executable, "-c", code]
+        command = ["python3", "-c", code]
         with subprocess.Popen(command, user=65534, group=65534, stdout=subprocess.PIPE, text=True) as other:
             with pytest.raises(LocalConnectionError, match="is of user 65534"):
                 LocalConnection(listening.accept()[0])
