@@ -85,6 +85,7 @@ class SharedMemory:
         Raises:
             OSError: the system refuses.
         """
+        self._descriptor = -1
         self.size = budget.limit_bytes
         self.budget = budget
         self._descriptor = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)

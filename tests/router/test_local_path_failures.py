@@ -325,9 +325,10 @@ class TestAtTheOpening:
         self, replica: Replica, warnings: Callable[[], list[str]], caplog: pytest.LogCaptureFixture
     ) -> None:
         """It has warned itself."""
-        replica.server.socket_path = ""
+        path, replica.server.socket_path = replica.server.socket_path, ""
         with replica.router() as experts:
             replica.compute(experts)
+        replica.server.socket_path = path
         assert "the replica offers no shared memory" in caplog.text
         assert not warnings()
 
