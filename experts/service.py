@@ -10,27 +10,26 @@ import grpc
 from google.rpc import status_pb2
 from grpc.aio import ServicerContext
 
-from experts.doorbell import Doorbell
 from experts.errors import InvalidTensorError
-from experts.exchanges import Exchanges
+from experts.expert_calls import ExpertCalls
 from experts.group import ExpertGroup
 from experts.loaded import Resident
+from experts.local_server import LocalTransportServer
 from experts.transport import wire
-from experts.transport.host import host_id
 from experts.transport.secret import NO_SECRET, SystemSecret
 from protos import expert_pb2
 
 _Answer = Callable[[bytes], Awaitable[None]]
-# The socket's thread holds up nothing else while it computes: not the event loop, and with it health checks.
+# A local caller's thread holds up nothing else while it computes: not the event loop, and with it health checks.
 _LOCAL_INLINE_FACTOR = 8
 
 
 class ExpertGroupService:
     """Serves one group on a grpc.aio server, and on a Unix socket for callers on the same host.
 
-    Exchanges of all streams overlap and are answered as they finish. What goes wrong with one is its answer; the
-    stream goes on. When a stream ends its exchanges are dropped: they are pure functions, and the caller sends them
-    again elsewhere. Load, Unload and Status raise, and leave the status to the server.
+    Expert calls of all streams overlap and are answered as they finish. What goes wrong with one is its answer; the
+    stream goes on. When a stream ends its calls are dropped: they are pure functions, and the caller sends them again
+    elsewhere. Load, Unload and Status raise, and leave the status to the server.
     """
 
     def __init__(
@@ -43,26 +42,26 @@ class ExpertGroupService:
         inline_multiply_adds: int = 8_000_000,
         secret: SystemSecret = NO_SECRET,
     ) -> None:
-        """Starts the threads that compute, and the one that serves callers on the same host.
+        """Starts the threads that compute, and the server for callers on the same host.
 
         Args:
             group: what is served.
             to_status: turns an exception into the status that the caller sees.
-            max_queue: when more exchanges than this are received and not yet answered, further ones are refused.
-            workers: exchanges computed at the same time.
-            inline_multiply_adds: an exchange of at most this many is computed on the event loop when nothing else
+            max_queue: when more calls than this are received and not yet answered, further ones are refused.
+            workers: calls computed at the same time.
+            inline_multiply_adds: a call of at most this many is computed on the event loop when nothing else
                 waits. Passing it to a thread and back takes 110 to 160 µs (measured, grpcio 1.85, one thread), while
                 a core does this many in less than 1 ms. On the Unix socket it may be eight times as large. 0 computes
                 all in threads.
-            secret: what callers on the Unix socket must carry.
+            secret: what callers on the Unix socket must send first.
         """
         self._group = group
         self._inline_multiply_adds = inline_multiply_adds
-        self._exchanges = Exchanges(group, to_status=to_status, max_queue=max_queue)
+        self._calls = ExpertCalls(group, to_status=to_status, max_queue=max_queue)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix=f"experts-{group.organ}")
         self._instance = secrets.token_hex(16)
-        self._doorbell = Doorbell(
-            self._exchanges,
+        self._local_server = LocalTransportServer(
+            self._calls,
             self._pool,
             instance=self._instance,
             inline_multiply_adds=_LOCAL_INLINE_FACTOR * inline_multiply_adds,
@@ -71,21 +70,21 @@ class ExpertGroupService:
 
     @property
     def exchanges_in_flight(self) -> int:
-        """Exchanges received and not yet answered."""
-        return self._exchanges.in_flight
+        """Calls received and not yet answered."""
+        return self._calls.in_flight
 
     @property
     def exchanges_received(self) -> int:
-        """All exchanges since the start, refused ones too."""
-        return self._exchanges.received
+        """All calls since the start, refused ones too."""
+        return self._calls.received
 
     def resident_bundles(self) -> list[expert_pb2.ResidentBundle]:
         """What can be used now, as status shows it."""
         return [_resident_to_proto(resident) for resident in self._group.resident()]
 
     def close(self) -> None:
-        """Ends the streams on the Unix socket and stops the threads; for after the server has stopped."""
-        self._doorbell.stop()
+        """Ends the connections on the Unix socket and stops the threads; for after the gRPC server has stopped."""
+        self._local_server.stop()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     async def Forward(self, request_iterator: AsyncIterator[bytes], context: "ServicerContext[bytes, bytes]") -> None:
@@ -98,7 +97,7 @@ class ExpertGroupService:
                 await context.write(response)
 
         unreadable = False
-        async with asyncio.TaskGroup() as exchanges:
+        async with asyncio.TaskGroup() as calls:
             async for message in request_iterator:
                 try:
                     request, data = wire.parse(expert_pb2.ForwardRequest, message)
@@ -106,21 +105,21 @@ class ExpertGroupService:
                     # Raised below: a task group would wrap it.
                     unreadable = True
                     break
-                before = self._exchanges.begin()
+                before = self._calls.begin()
                 if before is None:
                     # Awaited here, so that a caller that reads no answers is not read either.
-                    await answer(self._exchanges.refusal(request))
+                    await answer(self._calls.refusal(request))
                     continue
-                cost = self._exchanges.multiply_adds(request)
+                cost = self._calls.multiply_adds(request)
                 if before == 0 and cost is not None and cost <= self._inline_multiply_adds:
                     try:
-                        await answer(self._exchanges.compute(request, data))
+                        await answer(self._calls.compute(request, data))
                     finally:
-                        self._exchanges.end()
+                        self._calls.end()
                 else:
-                    exchange = exchanges.create_task(self._exchange(request, data, answer))
+                    call = calls.create_task(self._call(request, data, answer))
                     # Not in the task itself: one that is cancelled before it starts runs nothing.
-                    exchange.add_done_callback(self._exchanges.end)
+                    call.add_done_callback(self._calls.end)
         if unreadable:
             raise InvalidTensorError("a message of the stream is no ForwardRequest")
 
@@ -134,7 +133,7 @@ class ExpertGroupService:
     async def Unload(
         self, request: expert_pb2.UnloadRequest, context: "ServicerContext[Any, Any]"
     ) -> expert_pb2.UnloadResponse:
-        """Forgets a bundle once its exchanges have ended."""
+        """Forgets a bundle once its calls have ended."""
         await asyncio.to_thread(self._group.unload, request.bundle_digest)
         return expert_pb2.UnloadResponse()
 
@@ -146,9 +145,8 @@ class ExpertGroupService:
             organ=self._group.organ,
             bundles=self.resident_bundles(),
             exchanges_in_flight=self.exchanges_in_flight,
-            local_address=self._doorbell.address,
+            local_socket=self._local_server.socket_path,
             instance=self._instance,
-            host=host_id(),
             limit_bytes=self._group.max_resident_bytes,
             loading=[
                 expert_pb2.LoadingBundle(digest=digest, progress=progress)
@@ -156,9 +154,9 @@ class ExpertGroupService:
             ],
         )
 
-    async def _exchange(self, request: expert_pb2.ForwardRequest, data: memoryview | None, answer: _Answer) -> None:
+    async def _call(self, request: expert_pb2.ForwardRequest, data: memoryview | None, answer: _Answer) -> None:
         loop = asyncio.get_running_loop()
-        await answer(await loop.run_in_executor(self._pool, self._exchanges.compute, request, data))
+        await answer(await loop.run_in_executor(self._pool, self._calls.compute, request, data))
 
 
 def add_expert_group_to_server(service: ExpertGroupService, server: grpc.aio.Server) -> None:

@@ -1,6 +1,6 @@
-"""Test exchanges that a bundle must answer on the serving replica before it counts as loaded.
+"""The expert calls that a bundle must answer on the serving replica before it counts as loaded.
 
-They take the way of every exchange: built as a router builds them, in its dtype and with its number of experts per
+They take the way of every call: built as a router builds them, in its dtype and with its number of experts per
 token, serialised, checked, computed by the loaded kernel on its device, and serialised again. What fails here would
 fail in every request. Where the bundle brought a probe, the answers must also be the recorded ones: verification may
 have run another kernel than the one that serves, on another device.
@@ -14,7 +14,7 @@ from google.rpc import code_pb2, status_pb2
 from experts.bundle import Bundle
 from experts.convert import dtype_name
 from experts.errors import WarmUpError
-from experts.exchanges import Computes, Exchanges
+from experts.expert_calls import ExpertCalls, SupportsForward
 from experts.finite import is_finite
 from experts.manifest import ProbeSizes
 from experts.probe import TOLERANCES, ProbeInputs, make_inputs, probe_sizes
@@ -22,7 +22,7 @@ from experts.transport import wire
 from protos import expert_pb2
 
 
-def warm_up(group: Computes, bundle: Bundle, *, dtype: torch.dtype, top_k: int) -> None:
+def warm_up(group: SupportsForward, bundle: Bundle, *, dtype: torch.dtype, top_k: int) -> None:
     """Has every layer compute several tokens, among which every expert is asked, and one token alone.
 
     Args:
@@ -32,16 +32,16 @@ def warm_up(group: Computes, bundle: Bundle, *, dtype: torch.dtype, top_k: int) 
         top_k: experts per token that a router asks for, where the bundle has as many.
 
     Raises:
-        WarmUpError: an exchange failed, or its answer is not what it must be; the text says in which layer and why.
+        WarmUpError: a call failed, or its answer is not what it must be; the text says in which layer and why.
     """
-    exchanges = Exchanges(group, to_status=_told, max_queue=1)
+    calls = ExpertCalls(group, to_status=_to_status, max_queue=1)
     for layer in range(bundle.manifest.num_layers):
         for inputs in _inputs(bundle, layer, top_k):
-            _exchange(exchanges, bundle, layer, inputs, dtype)
+            _call(calls, bundle, layer, inputs, dtype)
         if bundle.manifest.probe is not None:
             parts = bundle.probe(layer)
             recorded = ProbeInputs(parts["hidden_states"], parts["expert_index"], parts["weight"])
-            _compare(layer, _exchange(exchanges, bundle, layer, recorded, dtype), parts["output"])
+            _compare(layer, _call(calls, bundle, layer, recorded, dtype), parts["output"])
 
 
 def _inputs(bundle: Bundle, layer: int, top_k: int) -> Iterator[ProbeInputs]:
@@ -52,13 +52,11 @@ def _inputs(bundle: Bundle, layer: int, top_k: int) -> Iterator[ProbeInputs]:
     yield ProbeInputs(several.hidden_states_TD[:1], several.expert_index_TK[:1], several.weight_TK[:1])
 
 
-def _exchange(
-    exchanges: Exchanges, bundle: Bundle, layer: int, inputs: ProbeInputs, dtype: torch.dtype
-) -> torch.Tensor:
+def _call(calls: ExpertCalls, bundle: Bundle, layer: int, inputs: ProbeInputs, dtype: torch.dtype) -> torch.Tensor:
     x_TD = inputs.hidden_states_TD.to(dtype)
     message = wire.forward_request(1, bundle.digest, layer, x_TD, inputs.expert_index_TK, inputs.weight_TK.to(dtype))
     request, data = wire.parse(expert_pb2.ForwardRequest, message)
-    response, data = wire.parse(expert_pb2.ForwardResponse, exchanges.compute(request, data))
+    response, data = wire.parse(expert_pb2.ForwardResponse, calls.compute(request, data))
     tokens = f"{len(x_TD)} {'token' if len(x_TD) == 1 else 'tokens'}"
     if response.HasField("error"):
         raise WarmUpError(
@@ -82,6 +80,6 @@ def _compare(layer: int, found_TD: torch.Tensor, expected_TD: torch.Tensor) -> N
         )
 
 
-def _told(error: Exception) -> status_pb2.Status:
+def _to_status(error: Exception) -> status_pb2.Status:
     # An operator reads it, and inputs are made up: nothing of a request can be in the text.
     return status_pb2.Status(code=code_pb2.FAILED_PRECONDITION, message=f"{type(error).__name__}: {str(error)[:500]}")

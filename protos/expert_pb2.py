@@ -26,7 +26,7 @@ from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from protos import tensor_pb2 as protos_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/expert.proto\x12\nechovlm.v1\x1a\x17google/rpc/status.proto\x1a\x13protos/tensor.proto\"\x9c\x02\n\x0e\x46orwardRequest\x12\x16\n\x0e\x63orrelation_id\x18\x01 \x01(\x04\x12\x15\n\rbundle_digest\x18\x02 \x01(\t\x12\r\n\x05layer\x18\x03 \x01(\r\x12(\n\x0c\x65xpert_index\x18\x04 \x01(\x0b\x32\x12.echovlm.v1.Tensor\x12\"\n\x06weight\x18\x05 \x01(\x0b\x32\x12.echovlm.v1.Tensor\x12(\n\x06\x61ttach\x18\x06 \x01(\x0b\x32\x18.echovlm.v1.SharedMemory\x12)\n\x06shared\x18\x07 \x01(\x0b\x32\x19.echovlm.v1.SharedTensors\x12)\n\rhidden_states\x18\x0f \x01(\x0b\x32\x12.echovlm.v1.Tensor\"S\n\x0cSharedMemory\x12\x12\n\nprocess_id\x18\x01 \x01(\r\x12\x12\n\ndescriptor\x18\x02 \x01(\r\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\r\n\x05token\x18\x04 \x01(\x0c\"x\n\rSharedTensors\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12#\n\x05\x64type\x18\x02 \x01(\x0e\x32\x14.echovlm.v1.DataType\x12\x0e\n\x06tokens\x18\x03 \x01(\r\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\r\n\x05top_k\x18\x05 \x01(\r\"\xaf\x01\n\x0f\x46orwardResponse\x12\x16\n\x0e\x63orrelation_id\x18\x01 \x01(\x04\x12!\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.Status\x12\x12\n\ncompute_ns\x18\x03 \x01(\x04\x12\x17\n\x0foutput_in_place\x18\x04 \x01(\x08\x12\x10\n\x08\x61ttached\x18\x05 \x01(\t\x12\"\n\x06output\x18\x0f \x01(\x0b\x32\x12.echovlm.v1.Tensor\"$\n\x0bLoadRequest\x12\x15\n\rbundle_digest\x18\x01 \x01(\t\":\n\x0cLoadResponse\x12*\n\x06\x62undle\x18\x01 \x01(\x0b\x32\x1a.echovlm.v1.ResidentBundle\"&\n\rUnloadRequest\x12\x15\n\rbundle_digest\x18\x01 \x01(\t\"\x10\n\x0eUnloadResponse\"\x1a\n\x18\x45xpertGroupStatusRequest\"\xec\x01\n\x19\x45xpertGroupStatusResponse\x12\r\n\x05organ\x18\x01 \x01(\t\x12+\n\x07\x62undles\x18\x02 \x03(\x0b\x32\x1a.echovlm.v1.ResidentBundle\x12\x1b\n\x13\x65xchanges_in_flight\x18\x03 \x01(\r\x12\x15\n\rlocal_address\x18\x04 \x01(\t\x12\x10\n\x08instance\x18\x05 \x01(\t\x12\x0c\n\x04host\x18\x06 \x01(\t\x12\x13\n\x0blimit_bytes\x18\x07 \x01(\x04\x12*\n\x07loading\x18\x08 \x03(\x0b\x32\x19.echovlm.v1.LoadingBundle\"1\n\rLoadingBundle\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x10\n\x08progress\x18\x02 \x01(\x01\"\x8c\x01\n\x0eResidentBundle\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x16\n\x0eresident_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06kernel\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x14\n\x0c\x62undle_dtype\x18\x07 \x01(\t2\xa8\x02\n\x0b\x45xpertGroup\x12\x46\n\x07\x46orward\x12\x1a.echovlm.v1.ForwardRequest\x1a\x1b.echovlm.v1.ForwardResponse(\x01\x30\x01\x12\x39\n\x04Load\x12\x17.echovlm.v1.LoadRequest\x1a\x18.echovlm.v1.LoadResponse\x12?\n\x06Unload\x12\x19.echovlm.v1.UnloadRequest\x1a\x1a.echovlm.v1.UnloadResponse\x12U\n\x06Status\x12$.echovlm.v1.ExpertGroupStatusRequest\x1a%.echovlm.v1.ExpertGroupStatusResponseB?\n\nechovlm.v1B\x0b\x45xpertProtoP\x01Z\x15\x65\x63hovlm-ray/echovlmv1\xaa\x02\nEchovlm.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/expert.proto\x12\nechovlm.v1\x1a\x17google/rpc/status.proto\x1a\x13protos/tensor.proto\"\x9c\x02\n\x0e\x46orwardRequest\x12\x16\n\x0e\x63orrelation_id\x18\x01 \x01(\x04\x12\x15\n\rbundle_digest\x18\x02 \x01(\t\x12\r\n\x05layer\x18\x03 \x01(\r\x12(\n\x0c\x65xpert_index\x18\x04 \x01(\x0b\x32\x12.echovlm.v1.Tensor\x12\"\n\x06weight\x18\x05 \x01(\x0b\x32\x12.echovlm.v1.Tensor\x12(\n\x06\x61ttach\x18\x06 \x01(\x0b\x32\x18.echovlm.v1.SharedMemory\x12)\n\x06shared\x18\x07 \x01(\x0b\x32\x19.echovlm.v1.SharedTensors\x12)\n\rhidden_states\x18\x0f \x01(\x0b\x32\x12.echovlm.v1.Tensor\"o\n\x0cSharedMemory\x12\x16\n\nprocess_id\x18\x01 \x01(\rB\x02\x18\x01\x12\x16\n\ndescriptor\x18\x02 \x01(\rB\x02\x18\x01\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\x11\n\x05token\x18\x04 \x01(\x0c\x42\x02\x18\x01\x12\x0e\n\x06secret\x18\x05 \x01(\t\"x\n\rSharedTensors\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12#\n\x05\x64type\x18\x02 \x01(\x0e\x32\x14.echovlm.v1.DataType\x12\x0e\n\x06tokens\x18\x03 \x01(\r\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\r\n\x05top_k\x18\x05 \x01(\r\"\xaf\x01\n\x0f\x46orwardResponse\x12\x16\n\x0e\x63orrelation_id\x18\x01 \x01(\x04\x12!\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.Status\x12\x12\n\ncompute_ns\x18\x03 \x01(\x04\x12\x17\n\x0foutput_in_place\x18\x04 \x01(\x08\x12\x10\n\x08\x61ttached\x18\x05 \x01(\t\x12\"\n\x06output\x18\x0f \x01(\x0b\x32\x12.echovlm.v1.Tensor\"$\n\x0bLoadRequest\x12\x15\n\rbundle_digest\x18\x01 \x01(\t\":\n\x0cLoadResponse\x12*\n\x06\x62undle\x18\x01 \x01(\x0b\x32\x1a.echovlm.v1.ResidentBundle\"&\n\rUnloadRequest\x12\x15\n\rbundle_digest\x18\x01 \x01(\t\"\x10\n\x0eUnloadResponse\"\x1a\n\x18\x45xpertGroupStatusRequest\"\x8a\x02\n\x19\x45xpertGroupStatusResponse\x12\r\n\x05organ\x18\x01 \x01(\t\x12+\n\x07\x62undles\x18\x02 \x03(\x0b\x32\x1a.echovlm.v1.ResidentBundle\x12\x1b\n\x13\x65xchanges_in_flight\x18\x03 \x01(\r\x12\x19\n\rlocal_address\x18\x04 \x01(\tB\x02\x18\x01\x12\x10\n\x08instance\x18\x05 \x01(\t\x12\x10\n\x04host\x18\x06 \x01(\tB\x02\x18\x01\x12\x13\n\x0blimit_bytes\x18\x07 \x01(\x04\x12*\n\x07loading\x18\x08 \x03(\x0b\x32\x19.echovlm.v1.LoadingBundle\x12\x14\n\x0clocal_socket\x18\t \x01(\t\"1\n\rLoadingBundle\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x10\n\x08progress\x18\x02 \x01(\x01\"\x8c\x01\n\x0eResidentBundle\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x16\n\x0eresident_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06kernel\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x14\n\x0c\x62undle_dtype\x18\x07 \x01(\t2\xa8\x02\n\x0b\x45xpertGroup\x12\x46\n\x07\x46orward\x12\x1a.echovlm.v1.ForwardRequest\x1a\x1b.echovlm.v1.ForwardResponse(\x01\x30\x01\x12\x39\n\x04Load\x12\x17.echovlm.v1.LoadRequest\x1a\x18.echovlm.v1.LoadResponse\x12?\n\x06Unload\x12\x19.echovlm.v1.UnloadRequest\x1a\x1a.echovlm.v1.UnloadResponse\x12U\n\x06Status\x12$.echovlm.v1.ExpertGroupStatusRequest\x1a%.echovlm.v1.ExpertGroupStatusResponseB?\n\nechovlm.v1B\x0b\x45xpertProtoP\x01Z\x15\x65\x63hovlm-ray/echovlmv1\xaa\x02\nEchovlm.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,30 +34,40 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.expert_pb2', _global
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\nechovlm.v1B\013ExpertProtoP\001Z\025echovlm-ray/echovlmv1\252\002\nEchovlm.V1'
+  _globals['_SHAREDMEMORY'].fields_by_name['process_id']._loaded_options = None
+  _globals['_SHAREDMEMORY'].fields_by_name['process_id']._serialized_options = b'\030\001'
+  _globals['_SHAREDMEMORY'].fields_by_name['descriptor']._loaded_options = None
+  _globals['_SHAREDMEMORY'].fields_by_name['descriptor']._serialized_options = b'\030\001'
+  _globals['_SHAREDMEMORY'].fields_by_name['token']._loaded_options = None
+  _globals['_SHAREDMEMORY'].fields_by_name['token']._serialized_options = b'\030\001'
+  _globals['_EXPERTGROUPSTATUSRESPONSE'].fields_by_name['local_address']._loaded_options = None
+  _globals['_EXPERTGROUPSTATUSRESPONSE'].fields_by_name['local_address']._serialized_options = b'\030\001'
+  _globals['_EXPERTGROUPSTATUSRESPONSE'].fields_by_name['host']._loaded_options = None
+  _globals['_EXPERTGROUPSTATUSRESPONSE'].fields_by_name['host']._serialized_options = b'\030\001'
   _globals['_FORWARDREQUEST']._serialized_start=82
   _globals['_FORWARDREQUEST']._serialized_end=366
   _globals['_SHAREDMEMORY']._serialized_start=368
-  _globals['_SHAREDMEMORY']._serialized_end=451
-  _globals['_SHAREDTENSORS']._serialized_start=453
-  _globals['_SHAREDTENSORS']._serialized_end=573
-  _globals['_FORWARDRESPONSE']._serialized_start=576
-  _globals['_FORWARDRESPONSE']._serialized_end=751
-  _globals['_LOADREQUEST']._serialized_start=753
-  _globals['_LOADREQUEST']._serialized_end=789
-  _globals['_LOADRESPONSE']._serialized_start=791
-  _globals['_LOADRESPONSE']._serialized_end=849
-  _globals['_UNLOADREQUEST']._serialized_start=851
-  _globals['_UNLOADREQUEST']._serialized_end=889
-  _globals['_UNLOADRESPONSE']._serialized_start=891
-  _globals['_UNLOADRESPONSE']._serialized_end=907
-  _globals['_EXPERTGROUPSTATUSREQUEST']._serialized_start=909
-  _globals['_EXPERTGROUPSTATUSREQUEST']._serialized_end=935
-  _globals['_EXPERTGROUPSTATUSRESPONSE']._serialized_start=938
-  _globals['_EXPERTGROUPSTATUSRESPONSE']._serialized_end=1174
-  _globals['_LOADINGBUNDLE']._serialized_start=1176
-  _globals['_LOADINGBUNDLE']._serialized_end=1225
-  _globals['_RESIDENTBUNDLE']._serialized_start=1228
-  _globals['_RESIDENTBUNDLE']._serialized_end=1368
-  _globals['_EXPERTGROUP']._serialized_start=1371
-  _globals['_EXPERTGROUP']._serialized_end=1667
+  _globals['_SHAREDMEMORY']._serialized_end=479
+  _globals['_SHAREDTENSORS']._serialized_start=481
+  _globals['_SHAREDTENSORS']._serialized_end=601
+  _globals['_FORWARDRESPONSE']._serialized_start=604
+  _globals['_FORWARDRESPONSE']._serialized_end=779
+  _globals['_LOADREQUEST']._serialized_start=781
+  _globals['_LOADREQUEST']._serialized_end=817
+  _globals['_LOADRESPONSE']._serialized_start=819
+  _globals['_LOADRESPONSE']._serialized_end=877
+  _globals['_UNLOADREQUEST']._serialized_start=879
+  _globals['_UNLOADREQUEST']._serialized_end=917
+  _globals['_UNLOADRESPONSE']._serialized_start=919
+  _globals['_UNLOADRESPONSE']._serialized_end=935
+  _globals['_EXPERTGROUPSTATUSREQUEST']._serialized_start=937
+  _globals['_EXPERTGROUPSTATUSREQUEST']._serialized_end=963
+  _globals['_EXPERTGROUPSTATUSRESPONSE']._serialized_start=966
+  _globals['_EXPERTGROUPSTATUSRESPONSE']._serialized_end=1232
+  _globals['_LOADINGBUNDLE']._serialized_start=1234
+  _globals['_LOADINGBUNDLE']._serialized_end=1283
+  _globals['_RESIDENTBUNDLE']._serialized_start=1286
+  _globals['_RESIDENTBUNDLE']._serialized_end=1426
+  _globals['_EXPERTGROUP']._serialized_start=1429
+  _globals['_EXPERTGROUP']._serialized_end=1725
 # @@protoc_insertion_point(module_scope)

@@ -29,16 +29,18 @@ class ForwardRequest(_message.Message):
     def __init__(self, correlation_id: _Optional[int] = ..., bundle_digest: _Optional[str] = ..., layer: _Optional[int] = ..., expert_index: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., weight: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., attach: _Optional[_Union[SharedMemory, _Mapping]] = ..., shared: _Optional[_Union[SharedTensors, _Mapping]] = ..., hidden_states: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class SharedMemory(_message.Message):
-    __slots__ = ("process_id", "descriptor", "size", "token")
+    __slots__ = ("process_id", "descriptor", "size", "token", "secret")
     PROCESS_ID_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTOR_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
+    SECRET_FIELD_NUMBER: _ClassVar[int]
     process_id: int
     descriptor: int
     size: int
     token: bytes
-    def __init__(self, process_id: _Optional[int] = ..., descriptor: _Optional[int] = ..., size: _Optional[int] = ..., token: _Optional[bytes] = ...) -> None: ...
+    secret: str
+    def __init__(self, process_id: _Optional[int] = ..., descriptor: _Optional[int] = ..., size: _Optional[int] = ..., token: _Optional[bytes] = ..., secret: _Optional[str] = ...) -> None: ...
 
 class SharedTensors(_message.Message):
     __slots__ = ("offset", "dtype", "tokens", "hidden_size", "top_k")
@@ -97,7 +99,7 @@ class ExpertGroupStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ExpertGroupStatusResponse(_message.Message):
-    __slots__ = ("organ", "bundles", "exchanges_in_flight", "local_address", "instance", "host", "limit_bytes", "loading")
+    __slots__ = ("organ", "bundles", "exchanges_in_flight", "local_address", "instance", "host", "limit_bytes", "loading", "local_socket")
     ORGAN_FIELD_NUMBER: _ClassVar[int]
     BUNDLES_FIELD_NUMBER: _ClassVar[int]
     EXCHANGES_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
@@ -106,6 +108,7 @@ class ExpertGroupStatusResponse(_message.Message):
     HOST_FIELD_NUMBER: _ClassVar[int]
     LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
     LOADING_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_SOCKET_FIELD_NUMBER: _ClassVar[int]
     organ: str
     bundles: _containers.RepeatedCompositeFieldContainer[ResidentBundle]
     exchanges_in_flight: int
@@ -114,7 +117,8 @@ class ExpertGroupStatusResponse(_message.Message):
     host: str
     limit_bytes: int
     loading: _containers.RepeatedCompositeFieldContainer[LoadingBundle]
-    def __init__(self, organ: _Optional[str] = ..., bundles: _Optional[_Iterable[_Union[ResidentBundle, _Mapping]]] = ..., exchanges_in_flight: _Optional[int] = ..., local_address: _Optional[str] = ..., instance: _Optional[str] = ..., host: _Optional[str] = ..., limit_bytes: _Optional[int] = ..., loading: _Optional[_Iterable[_Union[LoadingBundle, _Mapping]]] = ...) -> None: ...
+    local_socket: str
+    def __init__(self, organ: _Optional[str] = ..., bundles: _Optional[_Iterable[_Union[ResidentBundle, _Mapping]]] = ..., exchanges_in_flight: _Optional[int] = ..., local_address: _Optional[str] = ..., instance: _Optional[str] = ..., host: _Optional[str] = ..., limit_bytes: _Optional[int] = ..., loading: _Optional[_Iterable[_Union[LoadingBundle, _Mapping]]] = ..., local_socket: _Optional[str] = ...) -> None: ...
 
 class LoadingBundle(_message.Message):
     __slots__ = ("digest", "progress")

@@ -61,9 +61,9 @@ class ExpertGroupServicer(object):
 
     def Forward(self, request_iterator, context):
         """The token loop. One long-lived stream per caller; exchanges carry a correlation id, may overlap, and may be
-        answered out of order. Experts are pure functions: an exchange may always be sent again. On every address all
-        tensors may travel in the messages. A caller on the replica's host may instead open the stream on the address that
-        Status names as local_address and share memory with it: see SharedMemory.
+        answered out of order. Experts are pure functions: an exchange may always be sent again. Here all tensors travel in
+        the messages. A caller on the replica's host may send the same messages over the Unix socket that Status names as
+        local_socket, with the tensors in memory that both share: see SharedMemory.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

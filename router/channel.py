@@ -1,23 +1,25 @@
-"""The exchanges with one replica of an expert group, over one long-lived stream."""
+"""The expert calls of one replica: over a local path where that can be had, else and meanwhile over gRPC."""
 
 import itertools
 import logging
 import threading
 import time
+import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum
 
 import grpc
-import torch
 
 from experts.transport import wire
-from experts.transport.grpc_core import missing
-from experts.transport.host import host_id
+from experts.transport.host import is_this_machine
 from experts.transport.inner_channel import PLAIN_CHANNELS, InnerChannels, Option
-from experts.transport.shared_memory import MemoryBudget, SharedMemory
+from experts.transport.shared_memory import MemoryBudget
 from protos import expert_pb2, expert_pb2_grpc
-from router.links import DirectLink, Link, LinkLostError, ThreadedLink
-from router.tokens import Place, Tokens, TokenWriter
+from router.links import GrpcLink, Link, LinkLostError
+from router.local_path import LocalPath, open_local_path
+from router.pending_call import PendingCall, ReplicaLostError
+from router.tokens import Tokens
 
 MAX_MESSAGE_BYTES = 512 * 1024 * 1024
 # Beside those of every channel between the parts.
@@ -40,10 +42,6 @@ BROKEN = "the connection to a replica broke"
 logger = logging.getLogger(__name__)
 
 
-class ReplicaLostError(ConnectionError):
-    """The stream to a replica broke before an exchange was answered; the text says why."""
-
-
 class ChannelState(Enum):
     """Connecting, then ready, then closed; a closed channel is never used again."""
 
@@ -52,59 +50,15 @@ class ChannelState(Enum):
     CLOSED = "closed"
 
 
-class SentExchange:
-    """An exchange that a replica was sent, until it is answered."""
-
-    __slots__ = ("_channel", "_data", "_place", "_response", "deadline", "gather_s")
-
-    def __init__(self, channel: "ReplicaChannel", place: Place | None, deadline: float, gather_s: float = 0.0) -> None:
-        """Made by the channel; `deadline` is of `time.monotonic`, `gather_s` how long the rows took to be collected."""
-        self.deadline = deadline
-        self.gather_s = gather_s
-        self._channel = channel
-        # Held until the answer: the replica writes to it.
-        self._place = place
-        self._response: expert_pb2.ForwardResponse | None = None
-        self._data: memoryview | None = None
-
-    def answered(self) -> bool:
-        """Whether the response is there."""
-        return self._response is not None
-
-    def answer(self, response: expert_pb2.ForwardResponse, data: memoryview | None) -> None:
-        """Called by the channel."""
-        self._response, self._data = response, data
-
-    def response(self) -> expert_pb2.ForwardResponse:
-        """Waits for the response.
-
-        Raises:
-            ReplicaLostError: there will be none.
-        """
-        if self._response is None:
-            self._channel.wait(self)
-        assert self._response is not None
-        return self._response
-
-    def output_TD(self) -> torch.Tensor:
-        """What the replica computed, of a response that is no error: a view of where it came.
-
-        Raises:
-            InvalidTensorError: the response's tensor is malformed.
-        """
-        assert self._response is not None
-        if self._response.output_in_place and self._place is not None:
-            return self._place.output_TD()
-        return wire.tensor_of(self._response.output, self._data, "output")
-
-
 class ReplicaChannel:
-    """Carries exchanges of one organ to one replica, several at a time.
+    """Carries calls of one organ to one replica, several at a time.
 
     Connecting happens in the background and includes one answer of the replica itself, so a replica whose process
-    hangs never becomes ready. Where both are on one host, the tensors lie in shared memory; otherwise, and where that
-    cannot be had, in the messages. When the stream breaks, its exchanges fail at once and the channel is closed; its
-    memory is never used again, so a replica that still writes to it does no harm.
+    hangs never becomes ready. Where its Unix socket can be reached, tensors lie in shared memory. What does not fit
+    there, and everything where the socket cannot be reached, goes over a gRPC stream, tensors in the messages. When the
+    local path fails, now or later, its calls are sent again over gRPC and it is not used any more. When the stream
+    fails, the replica is lost: its calls fail at once and the channel is closed. Memory of a local path that ended is
+    never used again, so a replica that still writes to it does no harm.
 
     One thread sends and waits. `close`, `retire` and `watch` may be called from any.
     """
@@ -116,7 +70,7 @@ class ReplicaChannel:
         *,
         channels: InnerChannels = PLAIN_CHANNELS,
         connect_timeout_s: float = 5.0,
-        exchange_timeout_s: float = 10.0,
+        call_timeout_s: float = 10.0,
         budget: MemoryBudget | None = None,
     ) -> None:
         """Starts connecting and returns at once.
@@ -126,30 +80,28 @@ class ReplicaChannel:
             address: host and port.
             channels: opens the connections to it.
             connect_timeout_s: a replica that does not answer for so long is given up.
-            exchange_timeout_s: an exchange without an answer for so long closes the channel, when `watch` sees it.
+            call_timeout_s: a call without an answer for so long closes the channel, when `watch` sees it.
             budget: of the memory to be shared; None for none.
         """
         self.organ = organ
         self.address = address
-        self._timeout_s = exchange_timeout_s
+        self._connect_timeout_s = connect_timeout_s
+        self._timeout_s = call_timeout_s
         self._lock = threading.Lock()
         self._state = ChannelState.CONNECTING
         self._retiring = False
         self._reason = "a replica is being connected"
-        self._pending: dict[int, SentExchange] = {}
+        self._pending: dict[int, PendingCall] = {}
         self._correlation_ids = itertools.count(1)
-        self._link: Link | None = None
-        self._writer: TokenWriter | None = None
+        self._local: LocalPath | None = None
+        self._stream: GrpcLink | None = None
         self._channels = channels
         self._channel = channels.blocking(address, *_OPTIONS)
-        self._opener = threading.Thread(
-            target=self._open, args=(connect_timeout_s, budget), daemon=True, name=f"open-{organ}"
-        )
-        self._opener.start()
+        self._start(self._open, budget)
 
     @property
     def state(self) -> ChannelState:
-        """Whether exchanges can be sent."""
+        """Whether calls can be sent."""
         return self._state
 
     @property
@@ -159,72 +111,78 @@ class ReplicaChannel:
 
     @property
     def in_flight(self) -> int:
-        """Exchanges sent and not answered."""
+        """Calls sent and not answered."""
         return len(self._pending)
 
     @property
     def shares_memory(self) -> bool:
         """Whether tensors lie in shared memory."""
-        return self._writer is not None
+        return self._local is not None
 
-    def send(self, tokens: Tokens) -> SentExchange:
-        """Sends an exchange.
+    def send(self, tokens: Tokens) -> PendingCall:
+        """Sends a call.
 
         Raises:
             ReplicaLostError: the channel is not ready, or breaks.
         """
-        link, writer = self._link, self._writer
-        if self._state is not ChannelState.READY or link is None:
+        if self._state is not ChannelState.READY:
             raise ReplicaLostError(self._reason)
         correlation_id = next(self._correlation_ids)
-        place = None
         started = time.perf_counter()
-        written = None if writer is None else writer.write(tokens, correlation_id)
-        if written is None:
-            message = tokens.message(correlation_id)
-        else:
-            message, place = written
-        sent = SentExchange(self, place, time.monotonic() + self._timeout_s, time.perf_counter() - started)
+        local = self._local
+        written = None if local is None else local.writer.write(tokens, correlation_id)
+        link: Link
+        try:
+            if local is None or written is None:
+                link, message, place = self._open_stream(), tokens.message(correlation_id), None
+            else:
+                link, (message, place) = local.link, written
+        except LinkLostError:
+            raise ReplicaLostError(self._reason) from None
+        gather_s = time.perf_counter() - started
+        deadline = time.monotonic() + self._timeout_s
+        call = PendingCall(self.wait, correlation_id, tokens, link, place, deadline=deadline, gather_s=gather_s)
         with self._lock:
             if self._state is not ChannelState.READY:
                 raise ReplicaLostError(self._reason)
-            self._pending[correlation_id] = sent
+            self._pending[correlation_id] = call
         try:
             link.send(message)
         except LinkLostError as error:
-            self.close(str(error))
-            raise ReplicaLostError(self._reason) from None
-        return sent
+            self._link_lost(link, str(error))
+            if self._given_up(call):
+                raise ReplicaLostError(self._reason) from None
+        return call
 
-    def wait(self, sent: SentExchange) -> None:
-        """Waits until an exchange is answered.
+    def wait(self, call: PendingCall) -> None:
+        """Waits until a call is answered.
 
         Raises:
             ReplicaLostError: it will not be.
         """
-        link = self._link
-        try:
-            if link is None:
-                raise LinkLostError(self._reason)
-            link.wait(sent.answered)
-        except LinkLostError as error:
-            self.close(str(error))
-            raise ReplicaLostError(self._reason) from None
+        while not call.answered():
+            link = call.link
+            try:
+                link.wait(call.answered)
+            except LinkLostError as error:
+                self._link_lost(link, str(error))
+            if self._given_up(call):
+                raise ReplicaLostError(self._reason)
 
     def watch(self, now: float) -> None:
         """Looks after the channel; to be called several times a second, with the time of `time.monotonic`."""
         with self._lock:
-            oldest = next(iter(self._pending.values()), None)
-            link, writer = self._link, self._writer
-        if oldest is not None and link is not None and oldest.deadline <= now:
-            self._look_once_more(link, oldest)
-        elif oldest is None and self._state is ChannelState.READY and link is not None and not link.connected:
-            self.close(BROKEN)
-        elif writer is not None:
-            writer.memory.give_back_if_idle(now)
+            oldest = min(self._pending.values(), key=lambda call: call.deadline, default=None)
+            local = self._local
+        if oldest is not None and oldest.deadline <= now:
+            self._look_once_more(oldest)
+        elif oldest is None and local is not None and not local.link.connected:
+            self._link_lost(local.link, "the other process closed the connection")
+        elif local is not None:
+            local.writer.memory.give_back_if_idle(now)
 
     def retire(self) -> None:
-        """Takes no further exchanges, and closes when those under way are answered."""
+        """Takes no further calls, and closes when those under way are answered."""
         with self._lock:
             under_way = bool(self._pending)
             if under_way:
@@ -233,131 +191,180 @@ class ReplicaChannel:
             self.close(RETIRED)
 
     def close(self, reason: str) -> None:
-        """Closes now; exchanges under way fail with the reason. Harmless when repeated."""
+        """Closes now; calls under way fail with the reason. Harmless when repeated."""
         with self._lock:
             if self._state is not ChannelState.CLOSED:
                 self._state, self._reason = ChannelState.CLOSED, reason
                 logger.info("experts of %s at %s: %s", self.organ, self.address, reason)
             self._retiring = False
             self._pending = {}
-            link, self._link = self._link, None
-            writer, self._writer = self._writer, None
-        if link is not None:
-            link.close()
-        if writer is not None:
-            writer.memory.close()
+            local, self._local = self._local, None
+            stream, self._stream = self._stream, None
+        if local is not None:
+            local.close()
+        if stream is not None:
+            stream.close()
         self._channel.close()
 
-    def _look_once_more(self, link: Link, oldest: SentExchange) -> None:
+    def _look_once_more(self, oldest: PendingCall) -> None:
         reason = f"a replica did not answer within {self._timeout_s:g} s (router.exchange_timeout_s)"
+        link = oldest.link
         if link.being_read:
             self.close(reason)
             return
         # The answer may have come, and the thread that will read it does something else.
-        impatience = threading.Timer(_LAST_LOOK_S, self.close, [reason])
-        impatience.start()
-        with suppress(LinkLostError):
+        closing = threading.Timer(_LAST_LOOK_S, self.close, [reason])
+        closing.start()
+        try:
             link.wait(oldest.answered)
-        impatience.cancel()
+        except LinkLostError as error:
+            self._link_lost(link, str(error))
+        closing.cancel()
 
-    def _open(self, timeout_s: float, budget: MemoryBudget | None) -> None:
+    def _start(self, in_background: Callable[..., None], *arguments: object) -> None:
+        threading.Thread(target=in_background, args=arguments, daemon=True, name=f"open-{self.organ}").start()
+
+    def _open(self, budget: MemoryBudget | None) -> None:
         try:
             stub = expert_pb2_grpc.ExpertGroupStub(self._channel)
+            timeout_s = self._connect_timeout_s
             status = stub.Status(expert_pb2.ExpertGroupStatusRequest(), wait_for_ready=True, timeout=timeout_s)
             if status.organ != self.organ:
                 self.close(f"a replica serves {status.organ!r}")
                 return
-            if budget is None or not self._open_shared(status, budget, timeout_s):
-                self._ready(ThreadedLink(self._channel, self._received, self._lost, f"to-{self.organ}"), None)
+            local = None if budget is None else self._open_local(status, budget)
+            if local is None:
+                self._open_stream()
+            self._ready(local)
         except grpc.RpcError as error:
             self.close(f"the stream to a replica broke ({error.code().name})")
+        except LinkLostError as error:
+            self.close(str(error))
         except ValueError:
             # gRPC's answer to a call on a channel that was closed meanwhile.
             self.close(RETIRED)
+        except Exception as error:
+            # The channel must not stay in the state of connecting: the next one may succeed.
+            places = "".join(traceback.format_tb(error.__traceback__))
+            logger.error("connecting to experts of %s failed: %s\n%s", self.organ, type(error).__name__, places)
+            self.close("connecting to a replica failed")
 
-    def _open_shared(
-        self, status: expert_pb2.ExpertGroupStatusResponse, budget: MemoryBudget, timeout_s: float
-    ) -> bool:
-        reason = _why_not(status)
-        # The unexpected is worth a warning.
-        level = logging.WARNING if reason is None else logging.INFO
-        if reason is None:
-            try:
-                memory = SharedMemory(budget)
-            except OSError as error:
-                reason = f"no memory can be had ({error.strerror})"
-            else:
-                local = self._channels.local(status.local_address, *_OPTIONS)
-                link = DirectLink(local, self._received, self._channels.secret.metadata)
-                reason = self._attach(link, memory, status.instance, timeout_s)
-                if reason is None:
-                    self._ready(link, TokenWriter(memory))
-                    self._channel.close()
-                    return True
-                link.close()
-                memory.close()
-        logger.log(level, "experts of %s at %s: tensors travel in the messages: %s", self.organ, self.address, reason)
-        return False
-
-    def _attach(self, link: DirectLink, memory: SharedMemory, instance: str, timeout_s: float) -> str | None:
-        """Why the replica does not share the memory, or None."""
-        correlation_id = next(self._correlation_ids)
-        attaching = SentExchange(self, None, time.monotonic() + timeout_s)
-        self._pending[correlation_id] = attaching
-        request = expert_pb2.ForwardRequest(correlation_id=correlation_id, attach=memory.attach_message())
-        impatience = threading.Timer(timeout_s, link.close)
-        impatience.start()
+    def _open_local(self, status: expert_pb2.ExpertGroupStatusResponse, budget: MemoryBudget) -> LocalPath | None:
+        if not status.local_socket:
+            self._log_fallback(logging.INFO, "the replica offers no shared memory")
+            return None
         try:
-            link.send(request.SerializeToString())
-            link.wait(attaching.answered)
-        except LinkLostError as error:
-            return str(error)
-        finally:
-            impatience.cancel()
-            with self._lock:
-                self._pending.pop(correlation_id, None)
-        response = attaching.response()
-        if response.HasField("error"):
-            return str(response.error.message)
-        if response.attached != instance:
-            return "another process answers at its local address"
-        memory.attached()
+            return open_local_path(status, secret=self._channels.secret, budget=budget, received=self._received_locally)
+        except FileNotFoundError:
+            here = is_this_machine(self.address)
+            reason = "its local socket is not there" if here else "it is on another host, or in another container"
+            self._log_fallback(logging.WARNING if here else logging.INFO, reason)
+        except ConnectionError as error:
+            self._log_fallback(logging.WARNING, str(error))
+        except Exception as error:
+            # Whatever it is, gRPC remains.
+            self._log_fallback(logging.WARNING, f"the local path cannot be opened: {type(error).__name__}: {error}")
         return None
 
-    def _ready(self, link: Link, writer: TokenWriter | None) -> None:
+    def _log_fallback(self, level: int, reason: str) -> None:
+        logger.log(level, "experts of %s at %s: tensors travel in the messages: %s", self.organ, self.address, reason)
+
+    def _ready(self, local: LocalPath | None) -> None:
         with self._lock:
             if self._state is ChannelState.CONNECTING:
-                self._state, self._link, self._writer = ChannelState.READY, link, writer
+                self._state, self._local = ChannelState.READY, local
                 return
-        link.close()
+        if local is not None:
+            local.close()
 
-    def _lost(self, reason: str) -> None:
-        link = self._link
-        if link is not None:
-            # Answers that came before the end are answers.
-            with suppress(LinkLostError):
-                link.wait(lambda: not self._pending)
+    def _open_stream(self) -> GrpcLink:
+        """The gRPC stream, opened when it is first needed.
+
+        Raises:
+            LinkLostError: the channel is closed.
+        """
+        with self._lock:
+            if self._stream is None:
+                if self._state is ChannelState.CLOSED and not self._retiring:
+                    raise LinkLostError(self._reason)
+                self._stream = GrpcLink(self._channel, self._received_message, self._stream_lost, f"to-{self.organ}")
+            return self._stream
+
+    def _given_up(self, call: PendingCall) -> bool:
+        return not call.answered() and self._pending.get(call.correlation_id) is not call
+
+    def _link_lost(self, link: Link, reason: str) -> None:
+        """Goes on over gRPC when the local path failed; closes the channel when the stream did."""
+        with self._lock:
+            is_stream = link is self._stream
+            local = self._local
+            if local is not None and local.link is link:
+                self._local = None
+            else:
+                local = None
+        if is_stream:
+            self.close(reason)
+            return
+        link.close()
+        if local is not None:
+            threading.Thread(
+                target=self._confirm_fallback, args=(reason,), daemon=True, name=f"open-{self.organ}"
+            ).start()
+        with self._lock:
+            unanswered = [call for call in self._pending.values() if call.link is link]
+        for call in unanswered:
+            self._send_again(call, link)
+
+    def _send_again(self, call: PendingCall, lost: Link) -> None:
+        """Over gRPC, what was sent over the local path."""
+        message = call.tokens.message(call.correlation_id)
+        try:
+            stream = self._open_stream()
+            with self._lock:
+                if call.link is not lost or self._pending.get(call.correlation_id) is not call:
+                    return
+                call.link, call.place = stream, None
+                call.deadline = time.monotonic() + self._timeout_s
+            stream.send(message)
+        except LinkLostError as error:
+            self.close(str(error))
+
+    def _confirm_fallback(self, reason: str) -> None:
+        """Warns of the failed local path if the replica still answers; closes the channel if the replica has ended."""
+        stub = expert_pb2_grpc.ExpertGroupStub(self._channel)
+        try:
+            stub.Status(expert_pb2.ExpertGroupStatusRequest(), timeout=self._connect_timeout_s)
+        except (grpc.RpcError, ValueError):
+            self.close(BROKEN)
+        else:
+            self._log_fallback(logging.WARNING, reason)
+
+    def _stream_lost(self, stream: GrpcLink, reason: str) -> None:
+        # Answers that came before the end are answers.
+        with suppress(LinkLostError):
+            stream.wait(lambda: not self._pending)
         self.close(reason)
 
-    def _received(self, message: bytes) -> None:
+    def _received_message(self, message: bytes) -> None:
         try:
             response, data = wire.parse(expert_pb2.ForwardResponse, message)
         except wire.DecodeError:
-            self.close("a replica answered with what is no ForwardResponse")
-            return
+            raise LinkLostError("a replica answered with what is no ForwardResponse") from None
+        self._received(response, data)
+
+    def _received_locally(self, response: expert_pb2.ForwardResponse) -> None:
+        if not (response.output_in_place or response.HasField("error")):
+            raise LinkLostError("an answer has neither an output nor an error")
+        if not self._received(response, None) and self._state is ChannelState.READY:
+            raise LinkLostError("an answer is to no call")
+
+    def _received(self, response: expert_pb2.ForwardResponse, data: memoryview | None) -> bool:
+        """Answers the call, if there is one."""
         with self._lock:
-            sent = self._pending.pop(response.correlation_id, None)
+            call = self._pending.pop(response.correlation_id, None)
             last = self._retiring and not self._pending
-        if sent is not None:
-            sent.answer(response, data)
+        if call is not None:
+            call.answer(response, data)
         if last:
             self.close(RETIRED)
-
-
-def _why_not(status: expert_pb2.ExpertGroupStatusResponse) -> str | None:
-    """Why no memory can be shared with a replica, before anything is tried."""
-    if not status.local_address:
-        return "the replica offers no shared memory"
-    if not status.host or status.host != host_id():
-        return "it is on another host"
-    return missing()
+        return call is not None

@@ -1,7 +1,7 @@
 """Sends the tokens of one forward pass to the organs' experts, layer by layer, and adds up what comes back.
 
-For each layer, every organ that gets any token is sent one exchange with those tokens alone. Experts in process and
-experts behind gRPC differ only in the `ExpertPlacement` that carries the exchange, so their results are the same bits.
+For each layer, every organ that gets any token is sent one call with those tokens alone. Experts in process and
+experts behind gRPC differ only in the `ExpertPlacement` that carries the call, so their results are the same bits.
 """
 
 import time
@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import torch
 
 from router.errors import ExpertsFailedError, ExpertsUnavailableError
-from router.exchange import Exchange, ExpertPlacement
+from router.expert_call import ExpertCall, ExpertPlacement
 from router.expert_gates import ExpertGates
-from router.step_plan import FlatRows, Member, OrganRows, StepPlan, TokenAssignment, plan_step
+from router.step_plan import FlatRows, OrganRows, RowGroup, StepPlan, TokenAssignment, plan_step
 from router.stopwatch import Stopwatch
 from router.token_gate import TokenRouting, choose_experts
 
@@ -71,25 +71,25 @@ class Dispatcher:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
-    """A member's rows in one layer."""
+class _RoutedRows:
+    """A row group in one layer, with the experts that the gate chose."""
 
-    member: Member
+    row_group: RowGroup
     index_RK: torch.Tensor
     weight_RK: torch.Tensor
 
 
 @dataclass(slots=True)
-class _Parcel:
-    """What is sent to one organ in one layer: the parts of one or more members with the same bundle."""
+class _DispatchGroup:
+    """What is sent to one organ in one layer: one or more row groups with the same bundle."""
 
-    parts: list[_Part] = field(default_factory=list)
-    exchange: Exchange | None = None
+    routed: list[_RoutedRows] = field(default_factory=list)
+    call: ExpertCall | None = None
 
     @property
-    def members(self) -> list[Member]:
+    def row_groups(self) -> list[RowGroup]:
         """Whose rows they are."""
-        return [part.member for part in self.parts]
+        return [rows.row_group for rows in self.routed]
 
 
 class DispatchStep:
@@ -125,20 +125,20 @@ class DispatchStep:
         self._layers_of_plan += 1
         stopwatch = self.stopwatch
         started = 0.0 if stopwatch is None else time.perf_counter()
-        parcels: dict[tuple[str, str, int], _Parcel] = {}
-        parts: list[_Part] = []
+        dispatch_groups: dict[tuple[str, str, int], _DispatchGroup] = {}
+        routed: list[_RoutedRows] = []
         for organ_rows in plan.organ_sets:
-            parts += self._gate_organs(organ_rows, layer, x_TD)
+            routed += self._gate_organs(organ_rows, layer, x_TD)
         for flat_rows in plan.flat_sets:
-            parts += self._gate_flat(flat_rows, layer, x_TD)
-        for part in parts:
-            key = (part.member.organ, part.member.digest, part.index_RK.shape[1])
-            parcels.setdefault(key, _Parcel()).parts.append(part)
+            routed += self._gate_flat(flat_rows, layer, x_TD)
+        for rows in routed:
+            key = (rows.row_group.organ, rows.row_group.digest, rows.index_RK.shape[1])
+            dispatch_groups.setdefault(key, _DispatchGroup()).routed.append(rows)
         if stopwatch is not None:
             stopwatch.lap("gate", started)
-        for parcel in parcels.values():
-            self._send(parcel, layer, x_TD)
-        return PendingLayer(self, plan, list(parcels.values()), [part.member for part in parts], x_TD)
+        for dispatch_group in dispatch_groups.values():
+            self._send(dispatch_group, layer, x_TD)
+        return PendingLayer(self, plan, list(dispatch_groups.values()), [rows.row_group for rows in routed], x_TD)
 
     def pair_counts(self, index: int) -> dict[str, int]:
         """(token, layer, expert) pairs per organ that the gates chose for an assignment, over the layers so far."""
@@ -161,32 +161,32 @@ class DispatchStep:
         pairs_OT = counted_TO[assignment.start : assignment.end].T.tolist()
         return {organ: pairs_T for organ, pairs_T in zip(organs, pairs_OT, strict=True) if any(pairs_T)}
 
-    def fail(self, members: Iterable[Member], error: DispatchFailure) -> None:
-        """Marks the sequences that have rows in a parcel that failed."""
-        for member in members:
-            for index in self._sequences_of(member):
+    def fail(self, row_groups: Iterable[RowGroup], error: DispatchFailure) -> None:
+        """Marks the sequences that have rows in a dispatch group that failed."""
+        for row_group in row_groups:
+            for index in self._sequences_of(row_group):
                 self.failures.setdefault(index, error)
         self._count_organs()
         self._plan = None
 
-    def _gate_organs(self, organ_rows: OrganRows, layer: int, x_TD: torch.Tensor) -> Iterator[_Part]:
-        gates, members = organ_rows.gates, organ_rows.members
+    def _gate_organs(self, organ_rows: OrganRows, layer: int, x_TD: torch.Tensor) -> Iterator[_RoutedRows]:
+        gates, row_groups = organ_rows.gates, organ_rows.row_groups
         logits_TE = gates.logits(layer, x_TD)
         if organ_rows.organ_M is None:
-            for member in members:
-                start, end = gates.expert_range(member.organ)
+            for row_group in row_groups:
+                start, end = gates.expert_range(row_group.organ)
                 own_TE = logits_TE[:, start:end]
-                weight_RK, index_RK = self._choose(own_TE if member.row_R is None else own_TE[member.row_R])
-                yield _Part(member, index_RK, weight_RK)
+                weight_RK, index_RK = self._choose(own_TE if row_group.row_R is None else own_TE[row_group.row_R])
+                yield _RoutedRows(row_group, index_RK, weight_RK)
             return
         # One softmax and choice for all organs: each row takes its own.
         logits_TOE = logits_TE.unflatten(1, (len(gates.expert_set.organs), -1))
         weight_MK, index_MK = self._choose(logits_TOE[organ_rows.row_M, organ_rows.organ_M])
         sizes = organ_rows.sizes
-        for part in zip(members, index_MK.split(sizes), weight_MK.split(sizes), strict=True):
-            yield _Part(*part)
+        for rows in zip(row_groups, index_MK.split(sizes), weight_MK.split(sizes), strict=True):
+            yield _RoutedRows(*rows)
 
-    def _gate_flat(self, flat_rows: FlatRows, layer: int, x_TD: torch.Tensor) -> Iterator[_Part]:
+    def _gate_flat(self, flat_rows: FlatRows, layer: int, x_TD: torch.Tensor) -> Iterator[_RoutedRows]:
         gates, row_S, split = flat_rows.gates, flat_rows.row_S, flat_rows.split
         logits_TE = gates.logits(layer, x_TD)
         logits_SE = logits_TE if row_S is None else logits_TE[row_S]
@@ -198,50 +198,52 @@ class DispatchStep:
             if not len(row_R):
                 continue
             in_pass_R = row_R if row_S is None else row_S[row_R]
-            # A member's rows ascend, so as many as there are means all of them in order.
+            # A row group's rows ascend, so as many as there are means all of them in order.
             all_rows = len(row_R) == self._num_rows
-            member = Member(organ, gates.expert_set.bundle_digest(organ), None if all_rows else in_pass_R, None)
-            yield _Part(member, index_RK, weight_RK)
+            row_group = RowGroup(organ, gates.expert_set.bundle_digest(organ), None if all_rows else in_pass_R, None)
+            yield _RoutedRows(row_group, index_RK, weight_RK)
 
     def _choose(self, logits_RE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # A group may have fewer experts than the model chooses per token.
         top_k = min(self._dispatcher.top_k, logits_RE.shape[1])
         return choose_experts(logits_RE, top_k, self._dispatcher.norm_topk_prob)
 
-    def _send(self, parcel: _Parcel, layer: int, x_TD: torch.Tensor) -> None:
+    def _send(self, dispatch_group: _DispatchGroup, layer: int, x_TD: torch.Tensor) -> None:
         stopwatch = self.stopwatch
         started = 0.0 if stopwatch is None else time.perf_counter()
-        first = parcel.parts[0]
-        row_R, index_RK, weight_RK = first.member.row_R, first.index_RK, first.weight_RK
-        if len(parcel.parts) > 1:
-            # No member has all rows, for each row is of one set only.
-            row_R = torch.cat([part.member.row_R for part in parcel.parts if part.member.row_R is not None])
-            index_RK = torch.cat([part.index_RK for part in parcel.parts])
-            weight_RK = torch.cat([part.weight_RK for part in parcel.parts])
+        first = dispatch_group.routed[0]
+        row_R, index_RK, weight_RK = first.row_group.row_R, first.index_RK, first.weight_RK
+        if len(dispatch_group.routed) > 1:
+            # No row group has all rows, for each row is of one set only.
+            row_R = torch.cat(
+                [rows.row_group.row_R for rows in dispatch_group.routed if rows.row_group.row_R is not None]
+            )
+            index_RK = torch.cat([rows.index_RK for rows in dispatch_group.routed])
+            weight_RK = torch.cat([rows.weight_RK for rows in dispatch_group.routed])
         try:
-            exchange = self._dispatcher.placement.send(
-                first.member.organ, first.member.digest, layer, x_TD, index_RK, weight_RK, row_R
+            call = self._dispatcher.placement.send(
+                first.row_group.organ, first.row_group.digest, layer, x_TD, index_RK, weight_RK, row_R
             )
         except (ExpertsUnavailableError, ExpertsFailedError) as error:
-            self.fail(parcel.members, error)
+            self.fail(dispatch_group.row_groups, error)
             return
-        parcel.exchange = exchange
+        dispatch_group.call = call
         if stopwatch is not None:
-            stopwatch.add("gather", exchange.gather_s)
+            stopwatch.add("gather", call.gather_s)
             # In this process the kernel has run by now.
-            stopwatch.add("send", time.perf_counter() - started - exchange.gather_s - exchange.compute_s)
+            stopwatch.add("send", time.perf_counter() - started - call.gather_s - call.compute_s)
 
     def _count_organs(self) -> None:
         if self._plan is None or not self._layers_of_plan:
             return
         for organ_rows in self._plan.organ_sets:
-            for member in organ_rows.members:
-                top_k = min(self._dispatcher.top_k, organ_rows.gates.num_experts(member.organ))
-                for index in self._sequences_of(member):
+            for row_group in organ_rows.row_groups:
+                top_k = min(self._dispatcher.top_k, organ_rows.gates.num_experts(row_group.organ))
+                for index in self._sequences_of(row_group):
                     assignment = self._assignments[index]
                     pairs = (assignment.end - assignment.start) * top_k * self._layers_of_plan
                     counted = self._organ_pairs[index]
-                    counted[member.organ] = counted.get(member.organ, 0) + pairs
+                    counted[row_group.organ] = counted.get(row_group.organ, 0) + pairs
         self._layers_of_plan = 0
 
     def _count_flat(
@@ -258,24 +260,24 @@ class DispatchStep:
             own_SO = torch.zeros(len(row_S), num_organs, dtype=torch.int64, device=organ_SK.device)
             counted_TO.index_add_(0, row_S, own_SO.scatter_add_(1, organ_SK, torch.ones_like(organ_SK)))
 
-    def _sequences_of(self, member: Member) -> list[int]:
-        """The assignments that have rows in a member."""
-        if member.row_R is None:
+    def _sequences_of(self, row_group: RowGroup) -> list[int]:
+        """The assignments that have rows in a row group."""
+        if row_group.row_R is None:
             return list(range(len(self._assignments)))
         ends = torch.tensor([assignment.end for assignment in self._assignments])
-        indices: list[int] = torch.searchsorted(ends, member.row_R.cpu(), right=True).unique().tolist()
+        indices: list[int] = torch.searchsorted(ends, row_group.row_R.cpu(), right=True).unique().tolist()
         return indices
 
 
 @dataclass(frozen=True, slots=True)
 class PendingLayer:
-    """One layer's exchanges under way."""
+    """One layer's calls under way."""
 
     step: DispatchStep
     plan: StepPlan
-    parcels: list[_Parcel]
+    dispatch_groups: list[_DispatchGroup]
     # In the order of the expert set's organs; a row belongs to one set only.
-    members: list[Member]
+    row_groups: list[RowGroup]
     x_TD: torch.Tensor
 
     def result(self) -> torch.Tensor:
@@ -288,25 +290,25 @@ class PendingLayer:
         """
         stopwatch = self.step.stopwatch
         started = 0.0
-        outputs: dict[Member, torch.Tensor] = {}
-        for parcel in self.parcels:
-            if parcel.exchange is None:
+        outputs: dict[RowGroup, torch.Tensor] = {}
+        for dispatch_group in self.dispatch_groups:
+            if dispatch_group.call is None:
                 continue
             if stopwatch is not None:
                 started = time.perf_counter()
             try:
-                output_RD = parcel.exchange.result()
+                output_RD = dispatch_group.call.result()
             except (ExpertsUnavailableError, ExpertsFailedError) as error:
-                self.step.fail(parcel.members, error)
+                self.step.fail(dispatch_group.row_groups, error)
                 continue
             if stopwatch is not None:
                 stopwatch.lap("wait", started)
-                stopwatch.add("kernel", parcel.exchange.compute_s)
-            if len(parcel.parts) == 1:
-                outputs[parcel.parts[0].member] = output_RD
+                stopwatch.add("kernel", dispatch_group.call.compute_s)
+            if len(dispatch_group.routed) == 1:
+                outputs[dispatch_group.routed[0].row_group] = output_RD
             else:
-                sizes = [len(part.index_RK) for part in parcel.parts]
-                outputs.update(zip(parcel.members, output_RD.split(sizes), strict=True))
+                sizes = [len(rows.index_RK) for rows in dispatch_group.routed]
+                outputs.update(zip(dispatch_group.row_groups, output_RD.split(sizes), strict=True))
         if stopwatch is None:
             return self._sum(outputs)
         started = time.perf_counter()
@@ -314,27 +316,27 @@ class PendingLayer:
         stopwatch.lap("scatter", started)
         return total_TD
 
-    def _sum(self, outputs: dict[Member, torch.Tensor]) -> torch.Tensor:
-        x_TD, members = self.x_TD, self.members
-        if len(members) == len(outputs) == 1 and members[0].row_R is None and members[0].share_R1 is None:
-            return outputs[members[0]]
-        if self.plan.disjoint and self.plan.complete and len(outputs) == len(members):
+    def _sum(self, outputs: dict[RowGroup, torch.Tensor]) -> torch.Tensor:
+        x_TD, row_groups = self.x_TD, self.row_groups
+        if len(row_groups) == len(outputs) == 1 and row_groups[0].row_R is None and row_groups[0].share_R1 is None:
+            return outputs[row_groups[0]]
+        if self.plan.disjoint and self.plan.complete and len(outputs) == len(row_groups):
             # Every row is written, and once.
             total_TD = torch.empty_like(x_TD)
-            for member, output_RD in outputs.items():
-                assert member.row_R is not None, "a member that has all rows has others beside it"
-                total_TD.index_copy_(0, member.row_R, output_RD)
+            for row_group, output_RD in outputs.items():
+                assert row_group.row_R is not None, "a row group that has all rows has others beside it"
+                total_TD.index_copy_(0, row_group.row_R, output_RD)
             return total_TD
         # Minus zero, because adding to it changes no bit, not even the sign of a zero.
         sum_TD = torch.full(x_TD.shape, -0.0, dtype=torch.float32, device=x_TD.device)
-        for member in members:
-            if member not in outputs:
+        for row_group in row_groups:
+            if row_group not in outputs:
                 continue
-            part_RD = outputs[member].float()
-            if member.share_R1 is not None:
-                part_RD = part_RD * member.share_R1
-            if member.row_R is None:
+            part_RD = outputs[row_group].float()
+            if row_group.share_R1 is not None:
+                part_RD = part_RD * row_group.share_R1
+            if row_group.row_R is None:
                 sum_TD += part_RD
             else:
-                sum_TD.index_add_(0, member.row_R, part_RD)
+                sum_TD.index_add_(0, row_group.row_R, part_RD)
         return sum_TD.to(x_TD.dtype)

@@ -61,7 +61,7 @@ class ExpertsUnusableError(ExpertsUnavailableError):
 
 
 class ExpertsFailedError(RuntimeError):
-    """An organ's experts answered that they cannot compute an exchange; sending it again would not help."""
+    """An organ's experts answered that they cannot compute a call; sending it again would not help."""
 
     def __init__(self, organ: str, reason: str) -> None:
         super().__init__(f"the experts of {organ!r} failed: {reason}")

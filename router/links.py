@@ -1,8 +1,4 @@
-"""The two ways in which messages travel on one stream to a replica.
-
-On the host itself the thread that waits reads the socket, see `experts.transport.grpc_core`. To other hosts, and where
-that cannot be had, threads of gRPC and one of ours do, through its public interface.
-"""
+"""The two ways in which messages travel to a replica: over a local connection on one host, over gRPC between hosts."""
 
 import queue
 import threading
@@ -11,7 +7,7 @@ from typing import Any, Protocol
 
 import grpc
 
-from experts.transport.grpc_core import DirectCall, StreamEndedError
+from experts.transport.local_connection import MAX_UNANSWERED, LocalConnection, LocalConnectionError
 
 FORWARD = "/echovlm.v1.ExpertGroup/Forward"
 
@@ -19,17 +15,17 @@ Received = Callable[[bytes], None]
 
 
 class LinkLostError(ConnectionError):
-    """The stream is over. The text says why, without addresses."""
+    """The link is over. The text says why, without addresses."""
 
 
 class Link(Protocol):
-    """One stream to a replica. One thread sends; any may wait and close."""
+    """A way to a replica. One thread sends; any may wait and close."""
 
     def send(self, message: bytes) -> None:
         """Sends a message.
 
         Raises:
-            LinkLostError: the stream is over.
+            LinkLostError: the link is over.
         """
         ...
 
@@ -39,138 +35,147 @@ class Link(Protocol):
         The caller watches the time and closes the link.
 
         Raises:
-            LinkLostError: the stream is over.
+            LinkLostError: the link is over.
         """
         ...
 
     def close(self) -> None:
-        """Ends the stream now and frees it; releases those that wait. Harmless when repeated."""
-        ...
-
-    @property
-    def connected(self) -> bool:
-        """Whether the connection stands, as far as is known."""
+        """Ends the link now and releases threads that wait. Harmless when repeated."""
         ...
 
     @property
     def being_read(self) -> bool:
-        """Whether answers are being read now; otherwise some may lie there."""
+        """Whether a thread receives messages now; otherwise some may lie there."""
         ...
 
 
-class DirectLink:
-    """A stream that the waiting thread reads. A thread that never waits never receives anything."""
+class LocalLink:
+    """A local connection, which the waiting thread reads itself. Without a thread that waits nothing is received."""
 
-    def __init__(self, channel: grpc.Channel, received: Received, metadata: tuple[tuple[str, str], ...] = ()) -> None:
-        """Opens the stream, which carries the metadata; `received` is called by a thread that waits."""
-        self._channel = channel
-        self._call = DirectCall(channel, FORWARD, metadata)
+    def __init__(self, connection: LocalConnection, received: Received) -> None:
+        """Takes over a connection.
+
+        Args:
+            connection: to the replica; the memory is attached.
+            received: called by a thread that waits, with each message; it may raise `LinkLostError`.
+        """
+        self._connection = connection
         self._received = received
-        self._readers = 0
-        self._closed = False
+        self._lock = threading.Lock()
+        self._being_read = False
+        # Each is changed by one thread at a time.
+        self._num_sent = 0
+        self._num_received = 0
 
     @property
     def connected(self) -> bool:
-        """See `Link`; a broken connection is noticed only when its sockets are looked at."""
-        return not self._closed and self._call.connected
+        """Whether the replica has not closed the connection."""
+        return self._connection.connected
 
     @property
     def being_read(self) -> bool:
         """See `Link`."""
-        return self._readers > 0
+        return self._being_read
 
     def send(self, message: bytes) -> None:
-        """See `Link`."""
+        """See `Link`; waits for answers when too many messages have none."""
+        if self._num_sent - self._num_received >= MAX_UNANSWERED:
+            self.wait(lambda: self._num_sent - self._num_received < MAX_UNANSWERED)
+        self._num_sent += 1
         try:
-            self._call.send(message)
-        except StreamEndedError as error:
-            raise LinkLostError(_broke(error)) from None
+            self._connection.send(message)
+        except LocalConnectionError as error:
+            raise LinkLostError(str(error)) from None
 
     def wait(self, is_done: Callable[[], bool]) -> None:
         """See `Link`."""
-        self._readers += 1
-        try:
-            self._call.read_until(is_done, self._received)
-        except StreamEndedError as error:
-            raise LinkLostError(_broke(error)) from None
-        finally:
-            self._readers -= 1
+        with self._lock:
+            self._being_read = True
+            try:
+                while not is_done():
+                    message = self._connection.receive()
+                    self._num_received += 1
+                    self._received(message)
+            except LocalConnectionError as error:
+                raise LinkLostError(str(error)) from None
+            finally:
+                self._being_read = False
 
     def close(self) -> None:
         """See `Link`."""
-        if not self._closed:
-            self._closed = True
-            self._call.cancel("closed")
-            self._call.drain()
-            self._channel.close()
+        self._connection.close()
 
 
-class ThreadedLink:
-    """A stream whose socket threads of gRPC serve, and from which one of ours takes the messages."""
+class GrpcLink:
+    """A gRPC stream whose socket gRPC's threads serve, and from which a thread of this link takes the messages."""
 
-    def __init__(self, channel: grpc.Channel, received: Received, lost: Callable[[str], None], name: str) -> None:
-        """Opens the stream; `received` is called by a thread that waits, `lost` by ours, whose name is given."""
-        self._channel = channel
+    def __init__(
+        self, channel: grpc.Channel, received: Received, lost: Callable[["GrpcLink", str], None], name: str
+    ) -> None:
+        """Opens the stream.
+
+        Args:
+            channel: to the replica.
+            received: called by a thread that waits, with each message; it may raise `LinkLostError`.
+            lost: called by the link's thread with the reason when the stream is over.
+            name: the thread's.
+
+        Raises:
+            LinkLostError: the channel was closed.
+        """
         self._received = received
         self._lost = lost
-        # Reentrant: what is done with a message may close the link.
-        self._lock = threading.RLock()
-        self._readers = 0
-        self._over: str | None = None
+        self._lock = threading.Lock()
+        self._being_read = False
+        self._reason: str | None = None
         # None ends the stream in both.
         self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._responses: Any = channel.stream_stream(FORWARD)(iter(self._requests.get, None))
+        try:
+            self._responses: Any = channel.stream_stream(FORWARD)(iter(self._requests.get, None))
+        except ValueError:
+            raise LinkLostError("the connection to a replica was closed") from None
         threading.Thread(target=self._read, daemon=True, name=name).start()
-
-    @property
-    def connected(self) -> bool:
-        """See `Link`; our thread learns at once when the connection breaks."""
-        return self._over is None
 
     @property
     def being_read(self) -> bool:
         """See `Link`."""
-        return self._readers > 0
+        return self._being_read
 
     def send(self, message: bytes) -> None:
         """See `Link`."""
-        if self._over is not None:
-            raise LinkLostError(self._over)
+        if self._reason is not None:
+            raise LinkLostError(self._reason)
         self._requests.put(message)
 
     def wait(self, is_done: Callable[[], bool]) -> None:
         """See `Link`."""
         with self._lock:
-            self._readers += 1
+            self._being_read = True
             try:
                 while not is_done():
                     message = self._messages.get()
                     if message is None:
                         # For the next to ask.
                         self._messages.put(None)
-                        raise LinkLostError(self._over)
+                        raise LinkLostError(self._reason)
                     self._received(message)
             finally:
-                self._readers -= 1
+                self._being_read = False
 
     def close(self) -> None:
         """See `Link`."""
         self._requests.put(None)
-        self._channel.close()
+        self._responses.cancel()
 
     def _read(self) -> None:
         reason = "a replica ended the stream"
         try:
             for message in self._responses:
                 self._messages.put(message)
-        except grpc.RpcError as error:
-            reason = f"the stream to a replica broke ({error.code().name})"
-        self._over = reason
+        except Exception as error:
+            what = error.code().name if isinstance(error, grpc.RpcError) else type(error).__name__
+            reason = f"the stream to a replica broke ({what})"
+        self._reason = reason
         self._messages.put(None)
-        self._lost(reason)
-
-
-def _broke(error: StreamEndedError) -> str:
-    # The status alone: its text may hold an address.
-    return f"the stream to a replica broke ({str(error).partition(':')[0]})"
+        self._lost(self, reason)

@@ -12,17 +12,20 @@ from router.errors import ExpertsFailedError, ExpertsUnavailableError
 
 
 @dataclass(slots=True)
-class _Computed:
+class CompletedCall:
+    """An `ExpertCall` whose output is there."""
+
     output_TD: torch.Tensor
     gather_s: float
     compute_s: float
 
     def result(self) -> torch.Tensor:
+        """The output; see `ExpertCall.result`."""
         return self.output_TD
 
 
 class LocalExperts:
-    """An `ExpertPlacement` of groups in this process; an exchange is computed while it is sent."""
+    """An `ExpertPlacement` of groups in this process; a call is computed while it is sent."""
 
     def __init__(self, groups: Mapping[str, ExpertGroup]) -> None:
         """`groups` maps organs to groups that have loaded the bundles in use."""
@@ -37,8 +40,8 @@ class LocalExperts:
         expert_index_RK: torch.Tensor,
         weight_RK: torch.Tensor,
         row_R: torch.Tensor | None = None,
-    ) -> _Computed:
-        """Computes the exchange; see `ExpertPlacement.send`."""
+    ) -> CompletedCall:
+        """Computes the call; see `ExpertPlacement.send`."""
         if (reason := self.unavailable(organ)) is not None:
             raise reason
         started = time.perf_counter()
@@ -50,7 +53,7 @@ class LocalExperts:
             raise ExpertsUnavailableError(organ, str(error)) from error
         except Exception as error:
             raise ExpertsFailedError(organ, str(error)) from error
-        return _Computed(output, gathered - started, time.perf_counter() - gathered)
+        return CompletedCall(output, gathered - started, time.perf_counter() - gathered)
 
     def unavailable(self, organ: str) -> ExpertsUnavailableError | None:
         """An error when there is no group of that organ."""

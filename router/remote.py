@@ -1,4 +1,4 @@
-"""Experts behind gRPC: chooses a replica for every exchange, and another when one is lost."""
+"""Experts behind gRPC: chooses a replica for every call, and another when one is lost."""
 
 import threading
 import time
@@ -11,8 +11,9 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from experts.errors import BUNDLE_UNUSABLE, InvalidTensorError
 from experts.transport.inner_channel import PLAIN_CHANNELS, InnerChannels
 from experts.transport.shared_memory import MemoryBudget
-from router.channel import ChannelState, ReplicaChannel, ReplicaLostError, SentExchange
+from router.channel import ChannelState, ReplicaChannel
 from router.errors import ExpertsFailedError, ExpertsUnavailableError, ExpertsUnusableError
+from router.pending_call import PendingCall, ReplicaLostError
 from router.tokens import Tokens
 
 # What a replica may answer while it is overloaded, starting, stopping, or has not loaded the bundle yet.
@@ -49,7 +50,7 @@ class RemoteExperts:
 
         Args:
             addresses: the live replicas of an organ at any time; must return at once.
-            exchange_timeout_s: a replica that has not answered an exchange for so long counts as lost; it is used
+            exchange_timeout_s: a replica that has not answered a call for so long counts as lost; it is used
                 again after it has answered a status call.
             channels: opens the connections to replicas.
             shared_memory_bytes: the most that is shared with replicas on this host, all together; what does not fit
@@ -76,9 +77,9 @@ class RemoteExperts:
         expert_index_RK: torch.Tensor,
         weight_RK: torch.Tensor,
         row_R: torch.Tensor | None = None,
-    ) -> "RemoteExchange":
-        """Sends to the replica with the fewest exchanges in flight; see `ExpertPlacement.send`."""
-        return RemoteExchange(self, organ, Tokens(bundle_digest, layer, x_TD, row_R, expert_index_RK, weight_RK))
+    ) -> "RemoteExpertCall":
+        """Sends to the replica with the fewest calls in flight; see `ExpertPlacement.send`."""
+        return RemoteExpertCall(self, organ, Tokens(bundle_digest, layer, x_TD, row_R, expert_index_RK, weight_RK))
 
     def unavailable(self, organ: str) -> ExpertsUnavailableError | None:
         """None when at least one replica of the organ is connected."""
@@ -110,8 +111,8 @@ class RemoteExperts:
         self._channels.clear()
         self._retired = []
 
-    def start(self, organ: str, tokens: Tokens, tried: set[str]) -> tuple[ReplicaChannel, SentExchange]:
-        """Sends an exchange to a replica whose address is not in `tried`.
+    def start(self, organ: str, tokens: Tokens, tried: set[str]) -> tuple[ReplicaChannel, PendingCall]:
+        """Sends a call to a replica whose address is not in `tried`.
 
         Raises:
             ExpertsUnavailableError: there is none.
@@ -161,7 +162,7 @@ class RemoteExperts:
                     organ,
                     address,
                     channels=self._connections,
-                    exchange_timeout_s=self._timeout_s,
+                    call_timeout_s=self._timeout_s,
                     budget=self._budget,
                 )
         return list(channels.values())
@@ -191,15 +192,15 @@ def _watch(watched: "weakref.ref[RemoteExperts]", closing: threading.Event, peri
         del experts
 
 
-class RemoteExchange:
-    """An exchange under way. Experts are pure, so it is simply sent again when a replica is lost.
+class RemoteExpertCall:
+    """A call under way. Experts are pure, so it is simply sent again when a replica is lost.
 
     Attributes:
-        gather_s: see `Exchange`.
-        compute_s: see `Exchange`.
+        gather_s: see `ExpertCall`.
+        compute_s: see `ExpertCall`.
     """
 
-    __slots__ = ("_channel", "_experts", "_organ", "_passing", "_sent", "_tokens", "_tried", "compute_s", "gather_s")
+    __slots__ = ("_channel", "_experts", "_organ", "_passing", "_pending", "_tokens", "_tried", "compute_s", "gather_s")
 
     def __init__(self, experts: RemoteExperts, organ: str, tokens: Tokens) -> None:
         """Sends the tokens.
@@ -217,12 +218,12 @@ class RemoteExchange:
         self._start()
 
     def _start(self) -> None:
-        self._channel, self._sent = self._experts.start(self._organ, self._tokens, self._tried)
+        self._channel, self._pending = self._experts.start(self._organ, self._tokens, self._tried)
         self._tried.add(self._channel.address)
-        self.gather_s = self._sent.gather_s
+        self.gather_s = self._pending.gather_s
 
     def result(self) -> torch.Tensor:
-        """Waits; see `Exchange.result`."""
+        """Waits; see `ExpertCall.result`."""
         while True:
             outcome = self._wait()
             if isinstance(outcome, torch.Tensor):
@@ -233,28 +234,28 @@ class RemoteExchange:
                 self._passing = outcome
             try:
                 self._start()
-            except ExpertsUnavailableError as nobody_else:
+            except ExpertsUnavailableError as no_other:
                 try:
-                    raise self._verdict(outcome, nobody_else) from None
+                    raise self._verdict(outcome, no_other) from None
                 finally:
                     # Its traceback holds this frame, which would hold it, and with it the shared memory.
                     del outcome
                     self._passing = None
 
     def _verdict(
-        self, last: ExpertsUnavailableError | ExpertsFailedError, nobody_else: ExpertsUnavailableError
+        self, last: ExpertsUnavailableError | ExpertsFailedError, no_other: ExpertsUnavailableError
     ) -> ExpertsUnavailableError | ExpertsFailedError:
         """Waiting is of no use only where every replica there is could not load the bundle."""
         if isinstance(last, ExpertsUnusableError):
             if self._passing is not None:
                 return self._passing
             if self._experts.is_connecting(self._organ):
-                return ExpertsUnavailableError(self._organ, str(nobody_else))
+                return ExpertsUnavailableError(self._organ, str(no_other))
         return last
 
     def _wait(self) -> torch.Tensor | ExpertsUnavailableError | ExpertsFailedError:
         try:
-            response = self._sent.response()
+            response = self._pending.response()
         except ReplicaLostError as error:
             return ExpertsUnavailableError(self._organ, str(error))
         if response.HasField("error"):
@@ -265,7 +266,7 @@ class RemoteExchange:
             return ExpertsFailedError(self._organ, response.error.message)
         self.compute_s = response.compute_ns * 1e-9
         try:
-            output_TD = self._sent.output_TD()
+            output_TD = self._pending.output_TD()
         except InvalidTensorError as error:
             return ExpertsFailedError(self._organ, str(error))
         x_TD, shape = self._tokens.x_TD, self._tokens.shape

@@ -6,7 +6,7 @@ import torch
 
 
 class PendingExperts(Protocol):
-    """An exchange that was begun: the experts compute while the caller does something else."""
+    """Calls of experts that were begun: they compute while the caller does something else."""
 
     def result(self) -> torch.Tensor:
         """Waits, and returns `Σ_k w_k · SwiGLU_k(x)`: tokens × hidden, in x's dtype."""

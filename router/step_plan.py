@@ -26,7 +26,7 @@ class TokenAssignment:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Member:
+class RowGroup:
     """The rows that one expert set's sequences send to one organ, in ascending order.
 
     Attributes:
@@ -42,19 +42,19 @@ class Member:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OrganRows:
-    """One set routed by organ: its members, and for their rows one behind the other, which row and which organ.
+    """One set routed by organ: its row groups, and for their rows one behind the other, which row and which organ.
 
     Attributes:
         gates: the set's.
-        members: in the set's order.
-        sizes: rows of each member.
-        row_M: the rows of all members.
+        row_groups: in the set's order.
+        sizes: rows of each row group.
+        row_M: the rows of all row groups.
         organ_M: the place of each row's organ in the set's order. None where experts cannot be chosen for all
-            organs at once, because they differ in their number of experts, or because there is one member only.
+            organs at once, because they differ in their number of experts, or because there is one row group only.
     """
 
     gates: ExpertGates
-    members: tuple[Member, ...]
+    row_groups: tuple[RowGroup, ...]
     sizes: tuple[int, ...]
     row_M: torch.Tensor
     organ_M: torch.Tensor | None
@@ -74,7 +74,7 @@ class StepPlan:
     """The plan of one pass, for the sequences that have not failed.
 
     Attributes:
-        disjoint: every row goes to one organ at most, with a share of 1: parts need no adding up.
+        disjoint: every row goes to one organ at most, with a share of 1: outputs need no adding up.
         complete: every row goes somewhere.
     """
 
@@ -109,7 +109,7 @@ def plan_step(
         else:
             organ_sets.append(_organ_rows(own, gates, num_rows, device))
     whole = all(len(assignment.shares) == 1 for own in by_set.values() for assignment in own)
-    plain = all(member.share_R1 is None for planned in organ_sets for member in planned.members)
+    plain = all(row_group.share_R1 is None for planned in organ_sets for row_group in planned.row_groups)
     disjoint = not flat_sets and whole and plain
     return StepPlan(tuple(organ_sets), tuple(flat_sets), disjoint, complete=not failed)
 
@@ -136,7 +136,7 @@ def _by_set(
 
 
 def _organ_rows(own: Sequence[TokenAssignment], gates: ExpertGates, num_rows: int, device: torch.device) -> OrganRows:
-    members, sizes, rows, places = [], [], [], []
+    row_groups, sizes, rows, places = [], [], [], []
     for place, organ in enumerate(gates.expert_set.organs):
         users = [(each, share) for each in own if (share := dict(each.shares).get(organ, 0.0))]
         if not users:
@@ -149,16 +149,16 @@ def _organ_rows(own: Sequence[TokenAssignment], gates: ExpertGates, num_rows: in
             share_R1 = torch.repeat_interleave(shares, torch.tensor(counts))[:, None].to(device)
         all_rows = len(row_R) == num_rows
         row_R = row_R.to(device)
-        members.append(Member(organ, gates.expert_set.bundle_digest(organ), None if all_rows else row_R, share_R1))
+        row_groups.append(RowGroup(organ, gates.expert_set.bundle_digest(organ), None if all_rows else row_R, share_R1))
         sizes.append(len(row_R))
         rows.append(row_R)
         places.append(place)
-    stackable = len(members) > 1 and len({gates.num_experts(organ) for organ in gates.expert_set.organs}) == 1
+    stackable = len(row_groups) > 1 and len({gates.num_experts(organ) for organ in gates.expert_set.organs}) == 1
     organ_M = None
     if stackable:
         organ_M = torch.repeat_interleave(torch.tensor(places), torch.tensor(sizes)).to(device)
     row_M = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64, device=device)
-    return OrganRows(gates, tuple(members), tuple(sizes), row_M, organ_M)
+    return OrganRows(gates, tuple(row_groups), tuple(sizes), row_M, organ_M)
 
 
 def _rows(own: Sequence[TokenAssignment], num_rows: int, device: torch.device) -> torch.Tensor | None:

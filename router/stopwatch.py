@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping
 
-# In the order in which an exchange passes through them.
+# In the order in which a call passes through them.
 STAGES = ("gate", "gather", "send", "wait", "kernel", "scatter")
 
 

@@ -1,4 +1,4 @@
-"""What one exchange sends, and the two forms in which it goes: in the message, or in shared memory."""
+"""What one expert call sends, and the two forms in which it goes: in the message, or in shared memory."""
 
 import logging
 from collections.abc import Hashable
@@ -14,13 +14,13 @@ from protos import expert_pb2
 
 logger = logging.getLogger(__name__)
 
-# The same few exchanges come again and again; their views are kept until there are so many.
-_MAX_KEPT = 256
+# The same few calls come again and again; their views are kept until there are so many.
+_MAX_VIEWS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The tokens of an exchange. The tensors must not change before its answer: it may have to be sent again.
+    """The tokens of a call. The tensors must not change before its answer: it may have to be sent again.
 
     Attributes:
         row_R: which rows of `x_TD`, in the order of the other two; None for all of them.
@@ -50,7 +50,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where an exchange lies in shared memory. As long as it is kept, or its output is, nothing else gets there."""
+    """Where a call lies in shared memory. As long as it is kept, or its output is, nothing else gets there."""
 
     area: Area
     layout: Layout
@@ -71,7 +71,7 @@ class _Views:
 
 
 class TokenWriter:
-    """Puts exchanges into one shared memory. Used by one thread at a time."""
+    """Puts calls into one shared memory. Used by one thread at a time."""
 
     def __init__(self, memory: SharedMemory) -> None:
         """Nothing is written yet."""
@@ -89,7 +89,7 @@ class TokenWriter:
             return None
         allocated = self.memory.allocate(layout.nbytes)
         if allocated is None:
-            if self.memory.budget.tell_once():
+            if self.memory.budget.warn_once():
                 logger.warning(
                     "the memory shared with expert replicas (router.shared_memory_bytes = %d) does not hold all that "
                     "is under way: what does not fit travels in the messages",
@@ -99,7 +99,7 @@ class TokenWriter:
         area, offset = allocated
         views = self._views.get((offset, kind))
         if views is None:
-            if len(self._views) >= _MAX_KEPT:
+            if len(self._views) >= _MAX_VIEWS:
                 self._views.clear()
             views = self._views[offset, kind] = self._make_views(offset, layout)
         x_TD = tokens.x_TD.detach() if tokens.x_TD.requires_grad else tokens.x_TD
@@ -134,5 +134,5 @@ def _layout(tokens: int, hidden_size: int, top_k: int, dtype: torch.dtype) -> La
     try:
         return Layout.of(tokens, hidden_size, top_k, dtype)
     except InvalidTensorError:
-        # An empty exchange, or a dtype that the replica should refuse with its own words.
+        # An empty call, or a dtype that the replica should refuse with its own words.
         return None

@@ -19,7 +19,7 @@ from echovlm_ray.model.configuration import EchoVLMConfig
 from echovlm_ray.model.positions import mrope_positions
 from protos import vision_pb2
 from router.dispatch import Dispatcher
-from router.exchange import ExpertPlacement
+from router.expert_call import ExpertPlacement
 from router.expert_gates import ExpertGates
 from router.local import LocalExperts
 from router.remote import RemoteExperts

@@ -68,6 +68,13 @@ def test_expert_processes_do_not_load_transformers() -> None:
     assert loaded.stdout.strip() == "False"
 
 
+def test_nothing_private_of_grpcio_is_used() -> None:
+    """Of what grpcio's own generator writes there is no choice."""
+    private = re.compile(r"(from|import) grpc(\.\w+)*\._|from grpc(\.\w+)* import .*\b_|cygrpc")
+    files = [path for package in LAYERS for path in sources(package) if not path.name.endswith("_pb2_grpc.py")]
+    assert not [str(path.relative_to(ROOT)) for path in files if private.search(path.read_text())]
+
+
 def test_channels_are_opened_in_two_places_only() -> None:
     """One for the parts among themselves, one for clients: each with its options, proxy and secret in one place."""
     opening = re.compile(r"grpc\.(aio\.)?(in)?secure_channel\b")

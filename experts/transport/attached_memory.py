@@ -5,29 +5,27 @@ import mmap
 import os
 import stat
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from experts.errors import InvalidTensorError
-from experts.transport.layout import ALIGNMENT, HEADER_BYTES, Area, Layout
-from experts.transport.shared_memory import NAME_PREFIX, TOKEN_BYTES
+from experts.transport.layout import ALIGNMENT, Area, Layout
 from protos import expert_pb2
 
 # Only addresses: the caller's pages count against the caller's own limit.
 MAX_BYTES = 2**40
-# The same few exchanges come again and again; their views are kept until there are so many.
-_MAX_KEPT = 256
+# The same few calls come again and again; their views are kept until there are so many.
+_MAX_VIEWS = 256
 
 
 class AttachError(InvalidTensorError):
-    """What a caller offered is not memory that can be shared. The text says why, without naming a path."""
+    """What a caller offered is not memory that can be shared. The text says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class SharedViews:
-    """The tensors of one exchange, in the caller's memory."""
+    """The tensors of one call, in the caller's memory."""
 
     hidden_states_TD: torch.Tensor
     output_TD: torch.Tensor
@@ -36,54 +34,51 @@ class SharedViews:
 
 
 class AttachedMemory:
-    """A caller's memory, mapped here. It goes when no view of it is left."""
+    """A caller's memory, mapped here. It is unmapped when no view of it is left."""
 
-    def __init__(self, offer: expert_pb2.SharedMemory) -> None:
-        """Maps it, after looking at all that the caller says of it.
+    def __init__(self, descriptor: int, size: int) -> None:
+        """Maps it.
+
+        Args:
+            descriptor: what the caller handed over; it stays open.
+            size: bytes, as the caller says.
 
         Raises:
-            AttachError: it is not memory of a process of this user on this host, or not as the contract says.
+            AttachError: it is not memory of this user, or its size is another or can change.
         """
-        if not HEADER_BYTES < offer.size <= MAX_BYTES:
-            raise AttachError(f"size is {offer.size}; it must be above {HEADER_BYTES} and at most {MAX_BYTES}")
-        if len(offer.token) != TOKEN_BYTES:
-            raise AttachError(f"token has {len(offer.token)} bytes; it must have {TOKEN_BYTES}")
-        descriptor = _open(offer)
+        if not 0 < size <= MAX_BYTES:
+            raise AttachError(f"size is {size}; it must be above 0 and at most {MAX_BYTES}")
+        _check(descriptor, size)
         try:
-            _check(descriptor, offer)
-            mapped = mmap.mmap(descriptor, offer.size)
-        except OSError as error:
-            raise AttachError(f"the memory cannot be mapped: {error.strerror}") from None
-        finally:
-            os.close(descriptor)
-        if mapped[:TOKEN_BYTES] != offer.token:
-            raise AttachError("the token is not in the memory: it is another process's")
-        self.size = offer.size
+            mapped = mmap.mmap(descriptor, size)
+        except (OSError, ValueError) as error:
+            raise AttachError(f"the memory cannot be mapped: {error}") from None
+        self.size = size
         self._octets: Area = np.frombuffer(mapped, dtype=np.uint8)
-        self._kept: dict[tuple[int, int, int, int, int], SharedViews] = {}
+        self._views_of: dict[tuple[int, int, int, int, int], SharedViews] = {}
 
     def views(self, shared: expert_pb2.SharedTensors) -> SharedViews:
-        """The tensors of an exchange.
+        """The tensors of a call.
 
         Raises:
             InvalidTensorError: they are not all inside the memory, or are none that can be computed with.
         """
         key = (shared.offset, shared.dtype, shared.tokens, shared.hidden_size, shared.top_k)
-        views = self._kept.get(key)
+        views = self._views_of.get(key)
         if views is None:
-            views = self._views(shared)
-            if len(self._kept) >= _MAX_KEPT:
-                self._kept.clear()
-            self._kept[key] = views
+            views = self._make_views(shared)
+            if len(self._views_of) >= _MAX_VIEWS:
+                self._views_of.clear()
+            self._views_of[key] = views
         return views
 
-    def _views(self, shared: expert_pb2.SharedTensors) -> SharedViews:
+    def _make_views(self, shared: expert_pb2.SharedTensors) -> SharedViews:
         layout = Layout.from_proto(shared)
         start, end = shared.offset, shared.offset + layout.nbytes
-        if start < HEADER_BYTES or start % ALIGNMENT or end > self.size:
+        if start % ALIGNMENT or end > self.size:
             raise InvalidTensorError(
-                f"shared reaches from {start} to {end}; it must begin at a multiple of {ALIGNMENT} that is at least "
-                f"{HEADER_BYTES}, and end within {self.size}"
+                f"shared reaches from {start} to {end}; it must begin at a multiple of {ALIGNMENT} and end within "
+                f"{self.size}"
             )
         area = self._octets[start:end]
         return SharedViews(
@@ -91,24 +86,17 @@ class AttachedMemory:
         )
 
 
-def _open(offer: expert_pb2.SharedMemory) -> int:
-    # Two numbers make the path, so it leads nowhere else; and the link is read before it is followed, so that nothing
-    # is opened that does something when it is.
-    path = Path("/proc") / str(offer.process_id) / "fd" / str(offer.descriptor)
+def _check(descriptor: int, size: int) -> None:
     try:
-        if not str(path.readlink()).startswith(f"/memfd:{NAME_PREFIX}"):
-            raise AttachError("the descriptor is no memory of this protocol")
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise AttachError(f"the caller's memory cannot be seen from here: {error.strerror}") from None
-
-
-def _check(descriptor: int, offer: expert_pb2.SharedMemory) -> None:
-    status = os.fstat(descriptor)
+        status = os.fstat(descriptor)
+        seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+    except OSError:
+        # Files on a disk, sockets and pipes have no seals.
+        raise AttachError("the descriptor is not of memory made by memfd_create") from None
     if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
         raise AttachError("the memory belongs to another user")
-    if status.st_size != offer.size:
-        raise AttachError(f"the memory has {status.st_size} bytes, and the caller says {offer.size}")
-    seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
-    if fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & seals != seals:
+    if status.st_size != size:
+        raise AttachError(f"the memory has {status.st_size} bytes, and the caller says {size}")
+    wanted = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+    if seals & wanted != wanted:
         raise AttachError("the memory's size is not sealed")

@@ -56,10 +56,6 @@ class InnerChannels:
         """A `grpc` channel; see `asynchronous`."""
         return self._open(grpc.insecure_channel, grpc.secure_channel, address, further)
 
-    def local(self, address: str, *further: Option) -> Any:
-        """A `grpc` channel to a Unix socket on this machine, whose calls carry only what they are given."""
-        return grpc.insecure_channel(address, options=_options(further))
-
     def _open(
         self, insecure: Callable[..., Any], secure: Callable[..., Any], address: str, further: Sequence[Option]
     ) -> Any:

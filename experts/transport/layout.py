@@ -1,4 +1,4 @@
-"""Where the tensors of one exchange lie in shared memory; see `SharedTensors` in protos/expert.proto."""
+"""Where the tensors of one expert call lie in shared memory; see `SharedTensors` in protos/expert.proto."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -14,15 +14,13 @@ from protos import expert_pb2
 Area = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
 ALIGNMENT = 64
-# The token, and nothing else, is in front of the first exchange.
-HEADER_BYTES = 64
 _FLOATING_POINT = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _INDEX_TYPE = torch.int32
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The sizes of an exchange, and what follows from them. Offsets count from the beginning of its area."""
+    """The sizes of a call, and what follows from them. Offsets count from the beginning of its area."""
 
     tokens: int
     hidden_size: int
@@ -35,7 +33,7 @@ class Layout:
 
     @classmethod
     def of(cls, tokens: int, hidden_size: int, top_k: int, dtype: torch.dtype) -> Self:
-        """Lays out an exchange.
+        """Lays out a call.
 
         Raises:
             InvalidTensorError: a size is 0, or the dtype cannot be computed with.

@@ -8,7 +8,6 @@ can shrink it under the other, which would then die of SIGBUS. Pages exist once 
 import fcntl
 import mmap
 import os
-import secrets
 import threading
 import time
 import weakref
@@ -16,13 +15,10 @@ from collections import deque
 
 import numpy as np
 
-from experts.transport.layout import ALIGNMENT, HEADER_BYTES, Area
-from protos import expert_pb2
+from experts.transport.layout import ALIGNMENT, Area
 
-# What the name of the file begins with; the other end looks for it.
-NAME_PREFIX = "echovlm-"
-TOKEN_BYTES = 16
-_NAME = NAME_PREFIX + "exchanges"
+# Shown in /proc/<process>/maps; nothing is found by it.
+_NAME = "echovlm-expert-calls"
 # Never given back: as much as a step of decoding takes.
 RESIDENT_BYTES = 1024 * 1024
 # What a prompt took beyond that is given back when it was not used for so long.
@@ -38,7 +34,7 @@ class MemoryBudget:
         self._lock = threading.Lock()
         self._used = 0
         self._memories: weakref.WeakSet[SharedMemory] = weakref.WeakSet()
-        self._told = False
+        self._warned = False
 
     @property
     def used_bytes(self) -> int:
@@ -65,10 +61,10 @@ class MemoryBudget:
                 self._used += nbytes
             return fits
 
-    def tell_once(self) -> bool:
+    def warn_once(self) -> bool:
         """True the first time that the budget is found used up, to warn once."""
-        told, self._told = self._told, True
-        return not told
+        warned, self._warned = self._warned, True
+        return not warned
 
     def give(self, nbytes: int) -> None:
         """Counts bytes as no longer used."""
@@ -77,7 +73,7 @@ class MemoryBudget:
 
 
 class SharedMemory:
-    """The caller's end, for the exchanges with one replica.
+    """The caller's end, for the calls of one replica.
 
     Areas are handed out as arrays. One that is no longer referred to, by a tensor either, is free to be used again, so
     an answer needs no copy and no rule for how long it may be kept.
@@ -89,7 +85,8 @@ class SharedMemory:
         Raises:
             OSError: the system refuses.
         """
-        self.size = HEADER_BYTES + budget.limit_bytes
+        self._descriptor = -1
+        self.size = budget.limit_bytes
         self.budget = budget
         self._descriptor = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
@@ -101,12 +98,10 @@ class SharedMemory:
             os.close(self._descriptor)
             raise
         self._octets: Area = np.frombuffer(self._map, dtype=np.uint8)
-        self._token = secrets.token_bytes(TOKEN_BYTES)
-        self._map[:TOKEN_BYTES] = self._token
         self._lock = threading.Lock()
         # What is free below `_touched`, as [start, end), in ascending order; all above is free and has no pages.
         self._free: list[tuple[int, int]] = []
-        self._touched = HEADER_BYTES
+        self._touched = 0
         self._freed: deque[tuple[int, int]] = deque()
         self._references: dict[int, weakref.ref[Area]] = {}
         self._used_at = time.monotonic()
@@ -115,16 +110,10 @@ class SharedMemory:
         self._counted = _Counted(budget)
         weakref.finalize(self._octets, self._counted.give_all)
 
-    def attach_message(self) -> expert_pb2.SharedMemory:
-        """What the replica must know to map it."""
-        return expert_pb2.SharedMemory(
-            process_id=os.getpid(), descriptor=self._descriptor, size=self.size, token=self._token
-        )
-
-    def attached(self) -> None:
-        """To be called when the replica has mapped it: no other process can, from now on."""
-        os.close(self._descriptor)
-        self._descriptor = -1
+    @property
+    def descriptor(self) -> int:
+        """What the replica maps it by; -1 when it is closed."""
+        return self._descriptor
 
     def allocate(self, nbytes: int) -> tuple[Area, int] | None:
         """An area and its offset, or None where the budget is used up."""
@@ -152,7 +141,7 @@ class SharedMemory:
             if not self._free or self._free[-1][1] != self._touched:
                 return
             start = self._free[-1][0]
-            keep = max(start, HEADER_BYTES + RESIDENT_BYTES)
+            keep = max(start, RESIDENT_BYTES)
             # Pages are given back whole.
             keep = -(-keep // mmap.PAGESIZE) * mmap.PAGESIZE
             if keep >= self._touched:
@@ -166,17 +155,17 @@ class SharedMemory:
 
     def give_back_if_idle(self, now: float) -> None:
         """The same, when nothing was allocated for `IDLE_S` seconds; `now` is of `time.monotonic`."""
-        if now - self._used_at > IDLE_S and self._touched > HEADER_BYTES + RESIDENT_BYTES:
+        if now - self._used_at > IDLE_S and self._touched > RESIDENT_BYTES:
             self.give_back()
 
-    def close(self) -> None:
-        """Lets the memory go, as soon as no area of it is referred to any more."""
+    def close_descriptor(self) -> None:
+        """To be called when the replica has mapped it: no other process can, from now on. Harmless when repeated."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
     def __del__(self) -> None:
-        self.close()
+        self.close_descriptor()
 
     def _collect(self) -> None:
         while self._freed:

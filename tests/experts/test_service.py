@@ -267,11 +267,10 @@ async def test_memory_is_shared_on_the_unix_socket_only(serve: Serve, group: Exp
     await call.write(expert_pb2.ForwardRequest(correlation_id=1, bundle_digest=pushed.digest, shared=shared))
     response = await read(call)
     assert response.error.code == code_pb2.INVALID_ARGUMENT
-    assert "shares no memory" in response.error.message
+    assert "no memory is shared here" in response.error.message
     status = await served.stub.Status(expert_pb2.ExpertGroupStatusRequest())
-    assert Path(status.local_address.removeprefix("unix:")).is_socket()
+    assert Path(status.local_socket).is_socket()
     assert len(status.instance) == 32
-    assert status.host
 
 
 async def test_a_full_queue_refuses_and_disturbs_nothing(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from experts.kernels.base import NO_EXPERT
 from router.dispatch import Dispatcher, TokenAssignment
 from router.errors import ExpertsUnavailableError
-from router.exchange import Exchange
+from router.expert_call import ExpertCall
 from router.expert_gates import ExpertGates
 from router.expert_set import ExpertSet, ExpertSetMember, Routing
 from router.stopwatch import STAGES, Stopwatch
@@ -48,7 +48,7 @@ class ScalingExperts:
         expert_index_TK: torch.Tensor,
         weight_TK: torch.Tensor,
         row_R: torch.Tensor | None = None,
-    ) -> Exchange:
+    ) -> ExpertCall:
         if organ in self.lost:
             raise ExpertsUnavailableError(organ, "lost")
         assert expert_index_TK.dtype in (torch.int32, torch.int64)

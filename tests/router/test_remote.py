@@ -14,8 +14,9 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from experts.errors import BUNDLE_UNUSABLE
 from experts.transport.codec import tensor_from_proto, tensor_to_proto
 from protos import expert_pb2, expert_pb2_grpc
-from router.channel import ChannelState, ReplicaChannel, ReplicaLostError
+from router.channel import ChannelState, ReplicaChannel
 from router.errors import ExpertsFailedError, ExpertsUnavailableError, ExpertsUnusableError
+from router.pending_call import ReplicaLostError
 from router.remote import RemoteExperts
 from router.tokens import Tokens
 from tests.waiting import until

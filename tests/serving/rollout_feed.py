@@ -21,7 +21,7 @@ from echovlm_ray.serving.vision_client import VisionClient
 from experts.transport.inner_channel import PLAIN_CHANNELS
 from protos import control_pb2, control_pb2_grpc, router_pb2, router_pb2_grpc
 from router.errors import UnknownExpertSetError
-from router.exchange import ExpertPlacement
+from router.expert_call import ExpertPlacement
 from router.expert_gates import ExpertGates
 from router.expert_set import ExpertSet, ExpertSetMember
 from router.local import LocalExperts

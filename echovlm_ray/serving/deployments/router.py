@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from echovlm_ray.serving.served import ServedCheckpoint
     from experts.bundle import Bundle
     from experts.registry import Registry
-    from router.exchange import ExpertPlacement
+    from router.expert_call import ExpertPlacement
     from router.expert_gates import BundleGates
     from router.organ_gate import OrganGate
     from router.rollouts.traffic import TrafficPolicy

@@ -1,7 +1,9 @@
+import fcntl
 import gc
 import itertools
 import mmap
 import os
+import socket
 import tempfile
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from experts.errors import InvalidTensorError
 from experts.transport.attached_memory import AttachedMemory, AttachError
-from experts.transport.layout import ALIGNMENT, HEADER_BYTES, Layout
+from experts.transport.layout import ALIGNMENT, Layout
 from experts.transport.shared_memory import IDLE_S, RESIDENT_BYTES, MemoryBudget, SharedMemory
 from protos import expert_pb2, tensor_pb2
 
@@ -23,6 +25,10 @@ FLOAT = tensor_pb2.DATA_TYPE_FLOAT32
 @pytest.fixture
 def memory() -> SharedMemory:
     return SharedMemory(MemoryBudget(LIMIT))
+
+
+def attach(memory: SharedMemory) -> AttachedMemory:
+    return AttachedMemory(memory.descriptor, memory.size)
 
 
 def pages(memory: SharedMemory) -> int:
@@ -38,8 +44,8 @@ def test_both_ends_see_the_same_bytes(memory: SharedMemory) -> None:
     allocated = memory.allocate(layout.nbytes)
     assert allocated is not None
     area, offset = allocated
-    attached = AttachedMemory(memory.attach_message())
-    memory.attached()
+    attached = attach(memory)
+    memory.close_descriptor()
     views = attached.views(layout.to_proto(offset))
     x_TD = torch.randn(3, 5).to(torch.bfloat16)
     layout.hidden_states_TD(area).copy_(x_TD)
@@ -94,7 +100,7 @@ def fill(memory: SharedMemory, sizes: list[tuple[int, bool]]) -> None:
             continue
         area, offset = allocated
         assert offset % ALIGNMENT == 0
-        assert HEADER_BYTES <= offset <= memory.size - len(area)
+        assert 0 <= offset <= memory.size - len(area)
         assert all(offset + len(area) <= start or end <= offset for start, end in kept.items())
         if keep:
             kept[offset] = offset + len(area)
@@ -127,7 +133,7 @@ def test_memory_that_was_needed_once_goes_back_to_the_system(memory: SharedMemor
     allocated = memory.allocate(12 * 1024 * 1024)
     assert allocated is not None
     allocated[0][:] = 1
-    attached = AttachedMemory(memory.attach_message())
+    attached = attach(memory)
     assert pages(memory) >= 12 * 1024 * 1024
     memory.give_back_if_idle(memory._used_at + IDLE_S + 1)
     assert pages(memory) >= 12 * 1024 * 1024, "it was still in use"
@@ -171,64 +177,61 @@ def test_its_size_cannot_be_changed_by_anybody(memory: SharedMemory) -> None:
 
 
 class TestOffersThatAreRefused:
-    def test_numbers_that_are_wrong(self, memory: SharedMemory) -> None:
-        offer = memory.attach_message()
-        for changes, reason in (
-            ({"size": 0}, "size is 0"),
-            ({"size": 2**60}, "at most"),
-            ({"size": offer.size - 1}, "the caller says"),
-            ({"token": b""}, "token has 0 bytes"),
-            ({"token": b"x" * 16}, "another process"),
-            ({"descriptor": 2**31}, "cannot be seen from here"),
-            ({"process_id": 2**31}, "cannot be seen from here"),
-            ({"process_id": 0}, "cannot be seen from here"),
+    def test_sizes_that_are_wrong(self, memory: SharedMemory) -> None:
+        for size, reason in (
+            (0, "size is 0"),
+            (2**60, "at most"),
+            (memory.size - 1, "the caller says"),
+            (memory.size + 1, "the caller says"),
         ):
-            changed = expert_pb2.SharedMemory()
-            changed.CopyFrom(offer)
-            for name, value in changes.items():
-                setattr(changed, name, value)
-            with pytest.raises(AttachError, match=reason) as refused:
-                AttachedMemory(changed)
-            assert "/proc" not in str(refused.value)
+            with pytest.raises(AttachError, match=reason):
+                AttachedMemory(memory.descriptor, size)
 
     def test_files_that_are_something_else(self) -> None:
-        token = b"t" * 16
         reading, writing = os.pipe()
-        unsealed = os.memfd_create("echovlm-unsealed", os.MFD_ALLOW_SEALING)
-        other = os.memfd_create("something-else", os.MFD_ALLOW_SEALING)
-        for descriptor in (unsealed, other):
+        unsealed = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
+        growing = os.memfd_create("growing", os.MFD_ALLOW_SEALING)
+        for descriptor in (unsealed, growing):
             os.ftruncate(descriptor, 4096)
-            os.pwrite(descriptor, token, 0)
-        with tempfile.TemporaryFile() as file:
+        fcntl.fcntl(growing, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        with tempfile.TemporaryFile() as file, socket.socket() as connection:
             file.truncate(4096)
             for descriptor, reason in (
-                (file.fileno(), "no memory of this protocol"),
-                (other, "no memory of this protocol"),
-                (reading, "no memory of this protocol"),
+                (file.fileno(), "not of memory|not sealed"),
+                (connection.fileno(), "not of memory"),
+                (reading, "not of memory"),
+                (2**31 - 1, "not of memory"),
                 (unsealed, "not sealed"),
+                (growing, "not sealed"),
             ):
-                offer = expert_pb2.SharedMemory(process_id=os.getpid(), descriptor=descriptor, size=4096, token=token)
                 with pytest.raises(AttachError, match=reason):
-                    AttachedMemory(offer)
-        for descriptor in (reading, writing, unsealed, other):
+                    AttachedMemory(descriptor, 4096)
+        for descriptor in (reading, writing, unsealed, growing):
             os.close(descriptor)
+
+    def test_memory_that_cannot_be_written(self) -> None:
+        sealed = os.memfd_create("read-only", os.MFD_ALLOW_SEALING)
+        os.ftruncate(sealed, 4096)
+        fcntl.fcntl(sealed, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
+        with pytest.raises(AttachError, match="cannot be mapped"):
+            AttachedMemory(sealed, 4096)
+        os.close(sealed)
 
     def test_memory_of_another_user(self, memory: SharedMemory, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
         with pytest.raises(AttachError, match="another user"):
-            AttachedMemory(memory.attach_message())
+            attach(memory)
 
     def test_memory_whose_owner_has_closed_the_way_to_it(self, memory: SharedMemory) -> None:
-        offer = memory.attach_message()
-        memory.attached()
+        memory.close_descriptor()
         with pytest.raises(AttachError):
-            AttachedMemory(offer)
+            attach(memory)
 
 
 @pytest.fixture(scope="module")
 def attached() -> AttachedMemory:
     memory = SharedMemory(MemoryBudget(1024 * 1024))
-    return AttachedMemory(memory.attach_message())
+    return attach(memory)
 
 
 @settings(max_examples=300, deadline=None)
@@ -255,13 +258,13 @@ def test_no_numbers_lead_out_of_the_memory(
         return
     tensors = (views.hidden_states_TD, views.output_TD, views.expert_index_TK, views.weight_TK)
     spans = sorted((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors)
-    assert spans[0][0] >= start + HEADER_BYTES
+    assert spans[0][0] >= start
     assert spans[-1][1] <= start + attached.size
     assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans)), "they overlap"
 
 
 def test_places_outside_are_refused_in_words(attached: AttachedMemory) -> None:
-    for offset, tokens, reason in ((0, 1, "at least 64"), (65, 1, "multiple of 64"), (64, 10**6, "end within")):
+    for offset, tokens, reason in ((65, 1, "multiple of 64"), (64, 10**6, "end within")):
         shared = expert_pb2.SharedTensors(offset=offset, dtype=FLOAT, tokens=tokens, hidden_size=8, top_k=1)
         with pytest.raises(InvalidTensorError, match=reason):
             attached.views(shared)
@@ -270,7 +273,7 @@ def test_places_outside_are_refused_in_words(attached: AttachedMemory) -> None:
 def test_the_other_end_goes_with_its_last_view() -> None:
     memory = SharedMemory(MemoryBudget(LIMIT))
     before = mappings()
-    views = AttachedMemory(memory.attach_message()).views(Layout.of(2, 8, 1, torch.float32).to_proto(64))
+    views = attach(memory).views(Layout.of(2, 8, 1, torch.float32).to_proto(64))
     gc.collect()
     assert mappings() == before + 1
     views.output_TD.fill_(1)

@@ -1,4 +1,4 @@
-"""One exchange of the token loop, whichever way it came: checked, computed, answered, counted."""
+"""One call of an expert group, whichever way it came: checked, computed, answered, counted."""
 
 import logging
 import threading
@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 _INT32_BYTES = 4
 
 
-class Computes(Protocol):
-    """What exchanges need of an `experts.group.ExpertGroup`."""
+class SupportsForward(Protocol):
+    """What calls need of an `experts.group.ExpertGroup`."""
 
     @property
     def organ(self) -> str:
@@ -42,10 +42,12 @@ class Computes(Protocol):
         """See `experts.group.ExpertGroup.parameters_per_expert`."""
 
 
-class Exchanges:
-    """The exchanges of a group, over all streams. May be used from any thread."""
+class ExpertCalls:
+    """The calls of a group, over all streams and connections. May be used from any thread."""
 
-    def __init__(self, group: Computes, *, to_status: Callable[[Exception], status_pb2.Status], max_queue: int) -> None:
+    def __init__(
+        self, group: SupportsForward, *, to_status: Callable[[Exception], status_pb2.Status], max_queue: int
+    ) -> None:
         """See `experts.service.ExpertGroupService`."""
         self.group = group
         self._to_status = to_status
@@ -57,19 +59,19 @@ class Exchanges:
 
     @property
     def in_flight(self) -> int:
-        """Exchanges received and not yet answered."""
+        """Calls received and not yet answered."""
         return self._in_flight
 
     @property
     def received(self) -> int:
-        """All exchanges since the start, refused ones too."""
+        """All calls since the start, refused ones too."""
         return self._received
 
     def begin(self) -> int | None:
-        """Counts an exchange that came; `end` must follow.
+        """Counts a call that came; `end` must follow.
 
         Returns:
-            how many were under way before it; None when that is the limit, and then it is to be refused.
+            how many were under way before it; None when that is the limit, and then it must be refused.
         """
         with self._lock:
             self._received += 1
@@ -79,7 +81,7 @@ class Exchanges:
             return self._in_flight - 1
 
     def end(self, _: object = None) -> None:
-        """Counts an exchange that was answered or dropped."""
+        """Counts a call that was answered or dropped."""
         with self._lock:
             self._in_flight -= 1
 
@@ -100,12 +102,12 @@ class Exchanges:
     def compute(
         self, request: expert_pb2.ForwardRequest, data: memoryview | None, memory: AttachedMemory | None = None
     ) -> bytes:
-        """The serialised answer to an exchange, an error among them; raises nothing.
+        """The serialised answer to a call, an error among them; raises nothing.
 
         Args:
             request: as `wire.parse` gave it.
             data: as `wire.parse` gave it.
-            memory: what the stream's caller shares.
+            memory: what the connection's caller shares.
         """
         try:
             if request.HasField("shared"):
@@ -120,20 +122,20 @@ class Exchanges:
             return self.failure(request, error)
 
     def refusal(self, request: expert_pb2.ForwardRequest) -> bytes:
-        """The answer to an exchange for which there is no place."""
+        """The answer to a call for which there is no place."""
         reason = (
-            f"the expert group of {self.group.organ!r} has {self._in_flight} exchanges waiting, its limit "
+            f"the expert group of {self.group.organ!r} has {self._in_flight} calls waiting, its limit "
             f"max_queue = {self._max_queue}; send this one again later or to another replica"
         )
         return self.failure(request, ExpertCapacityError(reason))
 
     def failure(self, request: expert_pb2.ForwardRequest, error: Exception) -> bytes:
-        """The answer to an exchange that failed."""
+        """The answer to a call that failed."""
         status = self._to_status(error)
         if status.code == code_pb2.INTERNAL:
             # The places in the code, not the exception's text: that may show what was computed.
             logger.error(
-                "an exchange with bundle %.64s, layer %d failed: %s\n%s",
+                "a call with bundle %.64s, layer %d failed: %s\n%s",
                 request.bundle_digest,
                 request.layer,
                 type(error).__name__,
@@ -143,7 +145,7 @@ class Exchanges:
 
     def _compute_shared(self, request: expert_pb2.ForwardRequest, memory: AttachedMemory | None) -> bytes:
         if memory is None:
-            raise InvalidTensorError("this stream shares no memory: send the tensors in the message, or attach first")
+            raise InvalidTensorError("no memory is shared here: send the tensors in the message")
         views = memory.views(request.shared)
         # Copied, because a kernel uses them as addresses after they were checked, and the caller could change them.
         expert_index_TK = views.expert_index_TK.clone()

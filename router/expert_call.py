@@ -7,7 +7,7 @@ import torch
 from router.errors import ExpertsUnavailableError
 
 
-class Exchange(Protocol):
+class ExpertCall(Protocol):
     """Tokens that were handed to an organ's experts.
 
     Attributes:
@@ -42,8 +42,8 @@ class ExpertPlacement(Protocol):
         expert_index_RK: torch.Tensor,
         weight_RK: torch.Tensor,
         row_R: torch.Tensor | None = None,
-    ) -> Exchange:
-        """Starts an exchange and returns without waiting for its result.
+    ) -> ExpertCall:
+        """Starts a call and returns without waiting for its result.
 
         Args:
             organ: whose experts.
@@ -60,7 +60,7 @@ class ExpertPlacement(Protocol):
         ...
 
     def unavailable(self, organ: str) -> ExpertsUnavailableError | None:
-        """Why an exchange with the organ would fail at once, or None; never waits, and starts connecting."""
+        """Why a call of the organ would fail at once, or None; never waits, and starts connecting."""
         ...
 
     def close(self) -> None:
