@@ -150,7 +150,7 @@ def test_words_are_withheld_where_nothing_says_what_is_right(tmp_path: Path) -> 
     assert everything.substance["attribute F1"].value is None
     assert "carries attributes" in everything.substance["attribute F1"].error
     page = report_page(result)
-    assert "BLEU-1 (words): withheld" in page
+    assert "BLEU-1 (words)</bdi>: <bdi>withheld" in page
     assert not draw_scores(result, tmp_path / "scores.png")
 
 

@@ -369,4 +369,4 @@ def test_a_promotion_says_where_latency_was_not_judged(world: World) -> None:
     report(world, key, 20)
     rollout = world.reach(State.STABLE)
     assert "latency was not judged: only 0 of its requests ended beside the incumbent's" in rollout.reason
-    assert world.store.history("heart")[-2].reason == rollout.reason
+    assert world.store.history("heart")[-1].reason == rollout.reason
