@@ -20,7 +20,7 @@ from echovlm_ray.serving import serve_api
 from echovlm_ray.serving.system_id import SystemId
 
 _PREFIX = "system/"
-TAKE_OVER = "To replace it on purpose add --take-over; to run beside it give another --name"
+TAKE_OVER = "To replace it on purpose add --take-over; to run beside it give another --name and rollouts.database"
 
 
 class OwnedByAnotherError(RuntimeError):
