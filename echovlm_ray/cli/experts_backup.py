@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from echovlm_ray.cli.control import SystemName
 from echovlm_ray.cli.experts_targets import EXIT_INVALID, AsJSON
 from echovlm_ray.cli.terminal import say, say_json
 from echovlm_ray.cli.work import clear_errors, fail
 
 if TYPE_CHECKING:
     from echovlm_ray.config import Config
+    from echovlm_ray.serving.rollout_files import RolloutFiles
 
 ConfigFile = Annotated[Path | None, typer.Option(help="The YAML file that the system is served with.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="The checkpoint that it serves; wins over the file.")]
@@ -22,9 +24,12 @@ def backup(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to make; one that exists is never replaced.")],
     config: ConfigFile = None,
     checkpoint: Checkpoint = None,
+    name: SystemName = None,
     as_json: AsJSON = False,
 ) -> None:
     """Copies the rollouts' database into one file, also while a system uses it.
+
+    Without options it is that of the system that you run on this machine, and while none runs, that of the defaults.
 
     In it is which versions are live, every rollout, and the history, whose chain of hashes is checked. Copying
     rollouts.db by other means may leave out what was written last. The bundles are not in it: the registry is a folder
@@ -38,15 +43,20 @@ def backup(
     """
     with _failures():
         from echovlm_ray.serving.rollout_backup import back_up
-        from echovlm_ray.serving.rollout_files import RolloutFiles
 
-        parsed = _load(config, checkpoint)
-        found = back_up(RolloutFiles.of(parsed.rollouts, parsed.model.checkpoint), file.absolute())
-    shown: dict[str, Any] = {"file": str(file), "entries": found.entries, "head": found.head, "bytes": found.size_bytes}
+        files = _files_of(config, checkpoint, name)
+        found = back_up(files, file.absolute())
+    shown: dict[str, Any] = {
+        "file": str(file),
+        "database": str(files.base),
+        "entries": found.entries,
+        "head": found.head,
+        "bytes": found.size_bytes,
+    }
     if as_json:
         say_json(shown, indent=2)
         return
-    say(f"{file} has the whole state, in {found.size_bytes:,} bytes.")
+    say(f"{file} has the whole state of {files.base}, in {found.size_bytes:,} bytes.")
     say(f"Its history is intact: {found.entries} entries, head {found.head}")
 
 
@@ -89,6 +99,40 @@ def restore(
     if kept is not None:
         say(f"What was there before is kept as {kept}.")
     say("Next: echoray serve, and then echoray experts list")
+
+
+def _files_of(config: Path | None, checkpoint: Path | None, name: str | None) -> "RolloutFiles":
+    """Where the state lies of the system that the options name, or else of the one that runs here."""
+    from echovlm_ray.cli.state import LocalSystem, running_systems, system_named
+    from echovlm_ray.serving.rollout_files import SQLITE, RolloutFiles
+
+    named = config is not None or checkpoint is not None
+    if named and name is not None:
+        fail("--name is the running system's: leave --config and --checkpoint away", EXIT_INVALID)
+    system: LocalSystem | None = None
+    try:
+        if name is not None:
+            system = system_named(name)
+        elif not named:
+            running = running_systems()
+            if len(running) > 1:
+                which = ", ".join(f"{found.name or found.pid} ({found.database or 'no file'})" for found in running)
+                fail(
+                    f"several systems of yours run here, {which}: say which with --name, --config or --checkpoint",
+                    EXIT_INVALID,
+                )
+            system = running[0] if running else None
+    except ValueError as error:
+        fail(str(error), EXIT_INVALID)
+    if system is None:
+        parsed = _load(config, checkpoint)
+        return RolloutFiles.of(parsed.rollouts, parsed.model.checkpoint)
+    if not system.database:
+        fail(
+            f"the system that runs here as process {system.pid} keeps its state in PostgreSQL, or keeps none: with "
+            "PostgreSQL use pg_dump"
+        )
+    return RolloutFiles(f"{SQLITE}{system.database}", Path(system.database))
 
 
 def _load(config: Path | None, checkpoint: Path | None) -> "Config":

@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from echovlm_ray.client.connection import DEFAULT_ADDRESS
 if TYPE_CHECKING:
     from echovlm_ray.config import Config
     from echovlm_ray.serving.app import RunningSystem
+    from echovlm_ray.serving.rollout_files import RolloutFiles
 
 EXIT_FAILED = 1
 EXIT_INVALID = 2
@@ -84,13 +85,16 @@ def serve(
         check_ray_auth(insecure=insecure_ray)
         parsed = load_system_config(config, checkpoint)
         options = _Options(address, detach, check_name(name), take_over, begin_anew)
-        where = {"name": name, "address": address or ""}
+        where = {"name": name, "address": address or "", "database": _database_of(parsed)}
         control, gateway = (host_port(section.host, section.port) for section in (parsed.control, parsed.gateway))
-        known = nullcontext() if detach else announced(str(parsed.model.checkpoint), control, gateway, **where)
         # Held here, above the process that serves: it lasts over a restart.
-        with nullcontext() if address else _alone(parsed), known:
+        with ExitStack() as held:
+            if not address:
+                held.enter_context(_alone(parsed))
+            if not detach:
+                held.enter_context(announced(str(parsed.model.checkpoint), control, gateway, **where))
             code = supervised(
-                partial(_serve_below, parsed, options, console),
+                partial(_serve_below, parsed, options, console, held),
                 restart=restart,
                 say=partial(_say, console),
                 leave=partial(_show_cursor, console),
@@ -102,20 +106,37 @@ def serve(
 def _alone(config: "Config") -> Iterator[None]:
     """Refuses what another `echoray serve` of this machine is about to use, even if it has only begun to start."""
     from echovlm_ray.cli.state import claimed
-    from echovlm_ray.serving.preflight import resolve_paths
-    from echovlm_ray.serving.rollout_files import RolloutFiles
+    from echovlm_ray.serving.held_file import remove_if_free
 
     resources = {
         f"port {section.port}": f"set {name}.port to another port, or to 0 for any free one"
         for name, section in (("gateway", config.gateway), ("control", config.control))
         if section.port
     }
-    if config.router.experts == "remote":
-        resolved = resolve_paths(config)
-        files = RolloutFiles.of(resolved.rollouts, resolved.model.checkpoint)
-        resources = {f"the rollouts' database {files.base}": "set rollouts.database to another one", **resources}
-    with claimed(resources):
-        yield
+    with ExitStack() as left:
+        if config.router.experts == "remote":
+            files = _rollout_files(config)
+            resources = {f"the rollouts' database {files.base}": "set rollouts.database to another one", **resources}
+            # A Control that was killed has left it.
+            left.callback(remove_if_free, files.lock)
+        with claimed(resources):
+            yield
+
+
+def _rollout_files(config: "Config") -> "RolloutFiles":
+    from echovlm_ray.serving.preflight import resolve_paths
+    from echovlm_ray.serving.rollout_files import RolloutFiles
+
+    resolved = resolve_paths(config)
+    return RolloutFiles.of(resolved.rollouts, resolved.model.checkpoint)
+
+
+def _database_of(config: "Config") -> str:
+    """The file of the rollouts' database, for `echoray experts backup`; "" where there is none."""
+    if config.router.experts == "local":
+        return ""
+    files = _rollout_files(config)
+    return str(files.base) if files.is_file else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +150,17 @@ class _Options:
     begin_anew: bool
 
 
-def _serve_below(config: "Config", options: _Options, console: Console, supervisor: int) -> int:
+def _serve_below(config: "Config", options: _Options, console: Console, held: ExitStack, supervisor: int) -> int:
     """Serves in a process below the one that the user sees; returns its exit status."""
-    with _failures():
-        return _serve(config, options, console, supervisor)
-    return EXIT_FAILED
+    above = os.getppid()
+    try:
+        with _failures():
+            return _serve(config, options, console, supervisor)
+        return EXIT_FAILED
+    finally:
+        if os.getppid() != above:
+            # The process above was killed, and so has not removed what it holds.
+            held.close()
 
 
 def _serve(config: "Config", options: _Options, console: Console, supervisor: int) -> int:

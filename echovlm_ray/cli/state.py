@@ -23,6 +23,7 @@ class LocalSystem:
         name: of the system; "" is the default one.
         address: of the Ray cluster that it joined; "" where it has a Ray of its own.
         gateway: where clients reach it. Both addresses are the configured ones until the system is ready.
+        database: the file of its rollouts' database; "" where it has none, or none that is a file.
     """
 
     pid: int
@@ -32,6 +33,7 @@ class LocalSystem:
     name: str = ""
     address: str = ""
     gateway: str = ""
+    database: str = ""
 
     @property
     def process(self) -> psutil.Process | None:
@@ -44,9 +46,12 @@ class LocalSystem:
 
 
 @contextmanager
-def announced(checkpoint: str, control: str, gateway: str, *, name: str = "", address: str = "") -> Iterator[None]:
+def announced(
+    checkpoint: str, control: str, gateway: str, *, name: str = "", address: str = "", database: str = ""
+) -> Iterator[None]:
     """Lets this process be found by `running_systems` while the block lasts."""
-    system = LocalSystem(os.getpid(), psutil.Process().create_time(), checkpoint, control, name, address, gateway)
+    created = psutil.Process().create_time()
+    system = LocalSystem(os.getpid(), created, checkpoint, control, name, address, gateway, database)
     path = _folder() / f"{system.pid}.json"
     path.touch(0o600)
     path.write_text(json.dumps(asdict(system)))
@@ -77,6 +82,11 @@ def claimed(resources: Mapping[str, str]) -> Iterator[None]:
             try:
                 held.enter_context(_held(f"{hashlib.sha256(resource.encode()).hexdigest()[:16]}.claim"))
             except HeldError as error:
+                if not error.holder:
+                    raise ValueError(
+                        f"another `echoray serve` here with {resource} was killed, and what it started still ends: try "
+                        f"again in a few seconds; or {remedy}"
+                    ) from None
                 raise ValueError(
                     f"another `echoray serve` (process {error.holder}) is starting or running here with {resource}: "
                     f"`echoray stop --pid {error.holder}` ends it; or {remedy}"
@@ -110,8 +120,13 @@ def ready_at(pid: int, control: str, gateway: str) -> None:
 
 def running_systems() -> list[LocalSystem]:
     """The systems that run now; files that a killed one left behind are removed."""
+    from echovlm_ray.serving.held_file import remove_if_free
+
+    folder = _folder()
+    for path in folder.glob("*.claim"):
+        remove_if_free(path)
     systems = []
-    for path in sorted(_folder().glob("*.json")):
+    for path in sorted(folder.glob("*.json")):
         try:
             system = LocalSystem(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError):
@@ -120,6 +135,8 @@ def running_systems() -> list[LocalSystem]:
             path.unlink(missing_ok=True)
         else:
             systems.append(system)
+    if not systems:
+        _remove_folder_if_empty()
     return systems
 
 

@@ -6,14 +6,13 @@ the cursor, colour, hide or reorder text is shown as its escape, for example \\x
 
 import json
 import os
-import unicodedata
 from typing import Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from experts.invisible import INVISIBLE
+from experts.invisible import is_safe, visible
 
 # A pipe has no width to fit into, and a reason that is cut off is of no use.
 PIPE_WIDTH = 200
@@ -23,18 +22,6 @@ MAX_NAME = 60
 MAX_CELL = 600
 # A path has at most 4096; what is longer than people read ends in an ellipsis.
 MAX_LINE = 1000
-
-
-def is_safe(letter: str) -> bool:
-    """Whether a character draws itself and nothing else; spaces of all widths do, line ends and tabs do not."""
-    return (letter.isprintable() or unicodedata.category(letter) == "Zs") and letter not in INVISIBLE
-
-
-def visible(text: str) -> str:
-    """The text with everything that could steer a terminal as its escape; line ends and tabs stay."""
-    return "".join(
-        letter if is_safe(letter) or letter in "\n\t" else _escaped(letter) for letter in text.replace("\r\n", "\n")
-    )
 
 
 def line(text: str, limit: int = MAX_LINE) -> str:
@@ -82,10 +69,6 @@ def say_json(value: Any, *, indent: int | None = None) -> None:
     """Prints a value, or JSON that is text already, so that it reads back as it was and steers no terminal."""
     text = value if isinstance(value, str) else json.dumps(value, indent=indent, ensure_ascii=False)
     typer.echo("".join(letter if is_safe(letter) or letter in "\n\t" else _json_escape(letter) for letter in text))
-
-
-def _escaped(letter: str) -> str:
-    return letter.encode("unicode_escape").decode() if ord(letter) < 0xD800 or ord(letter) > 0xDFFF else "\\ufffd"
 
 
 def _json_escape(letter: str) -> str:

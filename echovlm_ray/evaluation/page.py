@@ -1,7 +1,7 @@
 """One page of HTML that needs nothing else: scores, baselines, example images side by side.
 
-Everything that a model or a dataset wrote is escaped by the template engine, and the page itself forbids scripts and
-any connection.
+Everything that a model or a dataset wrote is escaped by the template engine, what would change the direction of text or
+show nothing is seen as its escape, and the page itself forbids scripts and any connection.
 """
 
 import base64
@@ -10,6 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from echovlm_ray.evaluation.result import EvaluationResult, GroupScores, Score
+from experts.invisible import visible
 
 _TITLES = {
     "language": "By language",
@@ -29,7 +30,9 @@ def report_page(result: EvaluationResult, figure: Path | None = None) -> str:
         figure: a PNG to put into it.
     """
     loader = PackageLoader("echovlm_ray.evaluation", ".")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, loader=loader)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, loader=loader, finalize=_shown
+    )
     everything: list[tuple[str, GroupScores]] = [(found.variant, found) for found in result.groups if found.by == "all"]
     tables = [("The model and its baselines", everything, *_columns([found for _, found in everything]))]
     for by, title in _TITLES.items():
@@ -50,6 +53,10 @@ def report_page(result: EvaluationResult, figure: Path | None = None) -> str:
         cell=_cell,
         interval=_interval,
     )
+
+
+def _shown(value: object) -> object:
+    return visible(value) if isinstance(value, str) else value
 
 
 def _columns(groups: list[GroupScores]) -> tuple[list[str], list[str]]:

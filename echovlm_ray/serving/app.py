@@ -32,6 +32,7 @@ from echovlm_ray.serving.ownership import (
     OwnedByAnotherError,
     SystemRecord,
     all_records,
+    check_database,
     claim,
     is_ours,
     record_of,
@@ -198,6 +199,8 @@ def _owned_name(
     """
     record = SystemRecord.of_this_process(system, config, attached=attached)
     try:
+        if config.router.experts == "remote":
+            check_database(record, lambda other: bool(_ours(other)))
         before = claim(record, deployed=cluster and bool(_ours(system)), take_over=take_over)
     except OwnedByAnotherError as error:
         raise StartError(str(error)) from None

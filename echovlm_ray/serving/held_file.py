@@ -1,20 +1,25 @@
 """A file that one process at a time holds and that is removed when the process releases it.
 
 The lock is the system's own (flock), so it is free again when its process ends, however it ends. The file of a process
-that was killed stays, and the next one takes it.
+that was killed stays until the next one takes it or `remove_if_free` finds it.
 """
 
 import fcntl
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
+
+# `remove_if_free` has a lock for so long at most.
+LOOK_S = 0.05
+_POLL_S = 0.005
 
 
 class HeldError(Exception):
     """Another process holds the file.
 
     Attributes:
-        holder: its process id; "" if the file does not say it.
+        holder: its process id; "" if the file does not say it, or names one that has ended: what it started still ends.
     """
 
     def __init__(self, holder: str) -> None:
@@ -36,6 +41,7 @@ def hold(path: Path, mode: int) -> int:
         HeldError: another process holds it.
         OSError: it cannot be made or locked.
     """
+    deadline = time.monotonic() + LOOK_S
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)
         try:
@@ -49,8 +55,13 @@ def hold(path: Path, mode: int) -> int:
                 return descriptor
         except BlockingIOError:
             content = os.pread(descriptor, 32, 0)
+            holder = content.decode() if content.isdigit() and _runs(int(content)) else ""
+            if not holder and time.monotonic() < deadline:
+                time.sleep(_POLL_S)
+                os.close(descriptor)
+                continue
             os.close(descriptor)
-            raise HeldError(content.decode() if content.isdigit() else "") from None
+            raise HeldError(holder) from None
         except OSError:
             os.close(descriptor)
             raise
@@ -64,6 +75,28 @@ def release(descriptor: int, path: Path) -> None:
         if _has_name(descriptor, path):
             path.unlink()
     os.close(descriptor)
+
+
+def remove_if_free(path: Path) -> None:
+    """Removes the file that a process left behind when it was killed; one that is held stays."""
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _has_name(descriptor, path):
+                path.unlink()
+        finally:
+            os.close(descriptor)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _has_name(descriptor: int, path: Path) -> bool:

@@ -52,12 +52,17 @@ def write_policy(path: Path, policy: control_pb2.TrafficPolicy) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json_format.MessageToJson(policy, preserving_proto_field_name=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as partial:
-        partial.write(text + "\n")
-        partial.flush()
-        os.fsync(partial.fileno())
-    Path(partial.name).chmod(0o600)
-    Path(partial.name).replace(path)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    partial = Path(name)
+    try:
+        with open(descriptor, "w") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        # On a full disk it is tried again and again.
+        partial.unlink(missing_ok=True)
 
 
 def read_policy(path: Path) -> control_pb2.TrafficPolicy | None:

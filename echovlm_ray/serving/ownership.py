@@ -9,7 +9,7 @@ import json
 import os
 import socket
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 
@@ -20,7 +20,7 @@ from echovlm_ray.serving import serve_api
 from echovlm_ray.serving.system_id import SystemId
 
 _PREFIX = "system/"
-TAKE_OVER = "To replace it on purpose add --take-over; to run beside it give another --name"
+TAKE_OVER = "To replace it on purpose add --take-over; to run beside it give another --name and rollouts.database"
 
 
 class OwnedByAnotherError(RuntimeError):
@@ -135,6 +135,27 @@ def claim(record: SystemRecord, *, deployed: bool, take_over: bool) -> SystemRec
         )
     serve_api.write_record(_key(record.name), _encoded(record), replace=True)
     return before if deployed and not same else None
+
+
+def check_database(record: SystemRecord, deployed: Callable[[SystemId], bool]) -> None:
+    """Refuses a database that another system of the cluster uses: its identity is that system's.
+
+    Args:
+        record: who wants to start.
+        deployed: whether applications of a system are on the cluster.
+
+    Raises:
+        OwnedByAnotherError: names the other system.
+    """
+    for name, other in all_records().items():
+        if name == record.name or other.identity != record.identity:
+            continue
+        if (other.attached and not other.has_ended) or deployed(other.system):
+            option = f" --name {name}" if name else ""
+            raise OwnedByAnotherError(
+                f"{other.system} on this cluster, {other.owner}, uses the same rollouts' database: set "
+                f"rollouts.database to another one, or end that system first (`echoray stop --address …{option}`)"
+            )
 
 
 def is_ours(record: SystemRecord) -> bool:

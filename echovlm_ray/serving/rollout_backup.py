@@ -23,6 +23,7 @@ from router.errors import RolloutDatabaseError, RolloutStateError
 from router.expert_set import ExpertSet
 from router.rollouts import history
 from router.rollouts.database import Database
+from router.rollouts.database_file import DatabaseFile
 from router.rollouts.store import RolloutStore
 
 PARTIAL_SUFFIX = ".partial"
@@ -66,6 +67,7 @@ def back_up(files: RolloutFiles, target: Path) -> Backup:
         )
     if target.exists():
         raise FileExistsError(17, "exists, and a backup is never overwritten: give another name", str(target))
+    _check_contents(source)
     with _partial(target) as partial:
         _copy(source, partial)
         found = check(partial, f"the rollouts' database {source}")
@@ -205,6 +207,18 @@ def _copy(source: Path, target: Path) -> None:
         raise RolloutDatabaseError(f"{source} cannot be copied to {target.parent}: {error}") from None
 
 
+def _check_contents(database: Path) -> None:
+    """Looks before SQLite brings a log into the file that may be another one's.
+
+    Raises:
+        RolloutDatabaseError: it is, or this is no rollouts' database.
+    """
+    try:
+        DatabaseFile.opened(database).check_contents()
+    except sqlite3.Error as error:
+        raise RolloutDatabaseError(f"the rollouts' database {database} cannot be read: {error}") from None
+
+
 def _make_single(path: Path) -> None:
     """Brings all of a database into its one file, and the file onto the disk."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
@@ -219,8 +233,10 @@ def _keep_aside(database: Path) -> Path | None:
         return None
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
     kept = database.with_name(f"{database.name}.before-restore-{stamp}")
-    with suppress(sqlite3.Error), closing(sqlite3.connect(database, isolation_level=None)) as connection:
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    with suppress(sqlite3.Error, RolloutDatabaseError):
+        _check_contents(database)
+        with closing(sqlite3.connect(database, isolation_level=None)) as connection:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     _link_or_copy(database, kept)
     log = database.with_name(f"{database.name}-wal")
     if log.exists() and log.stat().st_size:

@@ -90,9 +90,14 @@ class RolloutFiles:
         return _aside(self.policy)
 
     @property
+    def is_file(self) -> bool:
+        """Whether the database is a file."""
+        return self.database.startswith(SQLITE)
+
+    @property
     def is_new(self) -> bool:
         """Whether the database is a file that does not exist yet."""
-        return self.database.startswith(SQLITE) and not self.base.exists()
+        return self.is_file and not self.base.exists()
 
 
 def default_folder(checkpoint: Path) -> Path:

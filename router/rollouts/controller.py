@@ -19,7 +19,7 @@ from router.rollouts.fleet_view import FleetObserver, OrganView
 from router.rollouts.gate_runs import EVALUABLE, GateRuns
 from router.rollouts.gates import Evaluator
 from router.rollouts.health import HealthMonitor
-from router.rollouts.judge import judge
+from router.rollouts.judge import judge, unjudged_latency
 from router.rollouts.leases import Leases
 from router.rollouts.moments import Moments
 from router.rollouts.outcome import format_error, listed
@@ -286,7 +286,15 @@ class RolloutController:
             return ""
         since = self._moments.traffic_since(rollout)
         elsewhere = other_versions(snapshot, rollout.organ)
-        return judge(self._monitor, rollout, self._thresholds(rollout), since, rollout.incumbent_digest, elsewhere)
+        return judge(
+            self._monitor,
+            rollout,
+            self._thresholds(rollout),
+            since,
+            rollout.incumbent_digest,
+            elsewhere,
+            self._moments.state_since(rollout),
+        )
 
     def _thresholds(self, rollout: Rollout) -> Thresholds:
         return rollout.plan.thresholds or self._settings.thresholds
@@ -324,8 +332,13 @@ class RolloutController:
         elif rollout.plan.promote:
             with self._store.write() as transaction:
                 if current := _unmoved(transaction, rollout):
-                    reason = _lasting(rollout) or "all steps are done"
+                    reason = _lasting(rollout) or f"all steps are done{self._unjudged(rollout)}"
                     transaction.promote(current, actor=ACTOR, reason=reason, max_previous=self._settings.max_previous)
+
+    def _unjudged(self, rollout: Rollout) -> str:
+        since = self._moments.traffic_since(rollout)
+        found = unjudged_latency(self._monitor, rollout, self._thresholds(rollout), since) if rollout.plan.steps else ""
+        return f"; {found}" if found else ""
 
     def _move(self, rollout: Rollout, action: Action, reason: str = "", **changes: Any) -> None:
         """Moves a rollout, unless it was moved since it was looked at."""

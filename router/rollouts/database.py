@@ -64,6 +64,7 @@ class Database:
                     if create:
                         make_database_file(self._path, lambda partial: _make_tables(parsed.set(database=str(partial))))
                     self._file = DatabaseFile.opened(self._path)
+                    self._file.check_contents()
                     self.engine = _sqlite(parsed, self._file)
                 else:
                     self.engine = _postgresql(parsed)

@@ -88,7 +88,8 @@ def _of_sqlite(cause: sqlite3.Error, database: str, path: Path | None, waited_s:
         )
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return RolloutDatabaseError(
-            f"{database} is damaged: {first_line(cause)}. Stop the system, put a copy in its place, and start it again"
+            f"{database} is damaged: {first_line(cause)}. Stop the system, put a backup in its place (`echoray experts "
+            "restore`), and start it again"
         )
     return None
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import secrets
 import sqlite3
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +36,20 @@ class DatabaseFile:
                 # From before it was made for its user alone, or from a copy.
                 path.chmod(0o600)
         except FileNotFoundError:
+            if path.is_symlink():
+                raise RolloutDatabaseError(
+                    f"the rollouts' database {path} is a link to {path.readlink()}, which does not exist: bring that "
+                    "back, or remove the link and start with `echoray serve --begin-anew` to begin from the "
+                    "checkpoint's own experts"
+                ) from None
             raise RolloutDatabaseError(
                 f"the rollouts' database {path} does not exist: restore a backup of it (`echoray experts restore`), or "
                 "start with `echoray serve --begin-anew` to begin from the checkpoint's own experts"
             ) from None
         except OSError as error:
             raise RolloutDatabaseError(f"the rollouts' database {path} cannot be opened: {error.strerror}") from None
+        if stat.S_ISDIR(found.st_mode):
+            raise RolloutDatabaseError(f"{path} is a folder: set rollouts.database to a file in it")
         if not found.st_size:
             raise RolloutDatabaseError(
                 f"the rollouts' database {path} is an empty file: what it said is lost. Restore a backup of it "
@@ -68,6 +77,37 @@ class DatabaseFile:
                 f"another file was put in the place of the rollouts' database {self.path} while it was in use, so "
                 "nothing can be changed until this deployment's own database is there, which Control then opens: what "
                 "is served stays as it is"
+            )
+
+    def check_contents(self) -> None:
+        """Checks that the file is a rollouts' database, and that a write-ahead log beside it is its own.
+
+        SQLite takes every log of that name for the file's own: beside a backup that was copied there, the log of the
+        database before makes one broken database of both. Nothing is written, so that the backup stays whole.
+
+        Raises:
+            RolloutDatabaseError: it is another program's database, or it is broken together with its log.
+            sqlite3.Error: it cannot be read.
+        """
+        log = self._beside("-wal")
+        with contextlib.closing(sqlite3.connect(f"file:{quote(str(self.path))}?mode=ro", uri=True)) as looking:
+            tables = {row[0] for row in looking.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            if tables and "history_head" not in tables:
+                raise RolloutDatabaseError(
+                    f"{self.path} is another program's database, with the table {min(tables)[:60]!r}: set "
+                    "rollouts.database to another file"
+                )
+            if not log.exists() or not log.stat().st_size:
+                return
+            try:
+                sound = looking.execute("PRAGMA integrity_check(1)").fetchone() == ("ok",)
+            except sqlite3.DatabaseError:
+                sound = False
+        if not sound:
+            raise RolloutDatabaseError(
+                f"the rollouts' database {self.path} is broken together with {log.name}, which was written beside "
+                f"another one: if you put a backup there, remove {log.name} and {self._beside('-shm').name}; otherwise "
+                "put one there with `echoray experts restore`"
             )
 
     def check_log(self) -> None:

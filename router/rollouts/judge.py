@@ -23,6 +23,7 @@ def judge(
     since: float,
     reference: str | None,
     elsewhere: Iterable[tuple[str, str]] = (),
+    step_since: float | None = None,
 ) -> str:
     """Why a rollout's version must go back, in words; "" if it may stay.
 
@@ -33,15 +34,14 @@ def judge(
         since: its requests count from here on, in seconds of the monitor's clock.
         reference: the version before it; none for a new organ, whose latency has no measure.
         elsewhere: (organ, digest) of the versions that serve the other organs.
+        step_since: when the present step began; by default with its first requests. Latency is judged by this step
+            alone: in another one the versions had other shares of the requests, at another load.
     """
     own = monitor.slices(rollout.organ, rollout.digest, since)
     usual = [] if reference is None else monitor.slices(rollout.organ, reference)
     recent = max(since, monitor.clock() - thresholds.window_s)
-    own_recent = [each for each in own if each.start >= recent]
-    usual_recent = [each for each in usual if each.start >= recent]
-    candidate = total(rollout.organ, rollout.digest, own_recent)
-    candidate_beside = total(rollout.organ, rollout.digest, _beside(own_recent, usual_recent))
-    incumbent_beside = total(rollout.organ, reference or "", _beside(usual_recent, own_recent))
+    step = since if step_since is None else max(since, step_since)
+    candidate = total(rollout.organ, rollout.digest, [each for each in own if each.start >= recent])
     others: list[Slice] = []
     if sum(each.seen.errors for each in own) >= MIN_FAILURES:
         found = (monitor.slices(organ, digest, since - thresholds.window_s) for organ, digest in elsewhere)
@@ -49,8 +49,44 @@ def judge(
     return (
         _not_finite(thresholds, candidate)
         or _failing(thresholds, own, usual, others)
-        or _slow(thresholds, candidate_beside.latency, incumbent_beside.latency)
+        or _slow(thresholds, *_comparable(thresholds, own, usual, (max(recent, step), step)))
     )
+
+
+def unjudged_latency(monitor: HealthMonitor, rollout: Rollout, thresholds: Thresholds, since: float) -> str:
+    """Says that too little was seen of a candidate to judge its latency; "" where it was enough, and for new organs.
+
+    Args:
+        monitor: what was observed.
+        rollout: the candidate's.
+        thresholds: the limits.
+        since: its requests count from here on, in seconds of the monitor's clock.
+    """
+    if rollout.incumbent_digest is None:
+        return ""
+    own = monitor.slices(rollout.organ, rollout.digest, since)
+    usual = monitor.slices(rollout.organ, rollout.incumbent_digest)
+    compared = min(times.count for times in _comparable(thresholds, own, usual, (since,)))
+    if compared >= thresholds.min_requests:
+        return ""
+    return (
+        f"latency was not judged: only {compared} of its requests ended beside the incumbent's "
+        f"(min_requests {thresholds.min_requests})"
+    )
+
+
+def _comparable(
+    thresholds: Thresholds, own: Sequence[Slice], usual: Sequence[Slice], starts: Sequence[float]
+) -> tuple[LatencyHistogram, LatencyHistogram]:
+    """Times of both versions that were measured beside each other, from the first start that leaves enough of them."""
+    for start in starts:
+        own_since = [each for each in own if each.start >= start]
+        usual_since = [each for each in usual if each.start >= start]
+        candidate = total("", "", _beside(own_since, usual_since)).latency
+        incumbent = total("", "", _beside(usual_since, own_since)).latency
+        if min(candidate.count, incumbent.count) >= thresholds.min_requests:
+            break
+    return candidate, incumbent
 
 
 def _beside(slices: Sequence[Slice], others: Sequence[Slice]) -> list[Slice]:
@@ -83,7 +119,6 @@ def _failing(
         elsewhere,
         limit=limit,
         window_s=thresholds.window_s,
-        min_requests=thresholds.min_requests,
     )
     if excess is None:
         return ""

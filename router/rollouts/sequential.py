@@ -23,6 +23,8 @@ from itertools import accumulate
 from router.rollouts.health import Slice
 
 ALPHA = 1e-3
+# With fewer requests of the reference within the window, its rate is that of all that is known of it.
+ENOUGH_REQUESTS = 50
 # Fewer failures may all have one cause that lies elsewhere.
 MIN_FAILURES = 3
 # The usual rate is at least this part of the rate that rolls a candidate back: versions as good as that may stay.
@@ -59,7 +61,6 @@ def find_excess(
     *,
     limit: float,
     window_s: float,
-    min_requests: int,
 ) -> Excess | None:
     """Tests whether a candidate fails more often than its reference and than is allowed.
 
@@ -68,8 +69,8 @@ def find_excess(
         reference: what was seen of the version before, as far back as is known, in order; empty for a new organ.
         elsewhere: what was seen of other organs' versions, in order: what they share with the candidate may fail.
         limit: a rate of failures that rolls a candidate back.
-        window_s: the reference's rate is that of so many seconds around, where it had enough requests then.
-        min_requests: so many are enough; with fewer, all that is known of it counts.
+        window_s: the reference's rate is that of so many seconds around, where it had enough requests then; where it
+            had not, all that is known of it counts.
 
     Returns:
         None while it may stay.
@@ -78,7 +79,7 @@ def find_excess(
         return None
     floor = max(limit * USUAL_PART, 1e-6)
     rates = _rates(max(limit, 2 * floor))
-    usual_rates = _UsualRates(_Counts(reference), _Counts(elsewhere), floor, window_s, min_requests)
+    usual_rates = _UsualRates(_Counts(reference), _Counts(elsewhere), floor, window_s)
     least = math.log(ALPHA)
     capitals = [0.0] * len(rates)
     failures = requests = 0
@@ -125,19 +126,16 @@ class _Counts:
 class _UsualRates:
     """The rate at which requests fail at a time for reasons that are not the candidate's own."""
 
-    def __init__(
-        self, reference: _Counts, elsewhere: _Counts, floor: float, window_s: float, min_requests: int
-    ) -> None:
+    def __init__(self, reference: _Counts, elsewhere: _Counts, floor: float, window_s: float) -> None:
         self._reference = reference
         self._elsewhere = elsewhere
         self._floor = floor
         self._window_s = window_s
-        self._min_requests = min_requests
 
     def at(self, time: float) -> float:
         """The largest of: the floor; the reference's recent rate, estimated from above; any rate just then."""
         errors, requests = self._reference.near(time, self._window_s, self._window_s)
-        if requests < self._min_requests:
+        if requests < ENOUGH_REQUESTS:
             errors, requests = self._reference.near(time, math.inf, math.inf)
         found = [self._floor]
         if requests:

@@ -17,8 +17,8 @@ class Thresholds(BaseModel):
 
     # When a step may end on fewer successful requests of the candidate, lower it; 0 lets time alone end a step.
     min_successes: Annotated[int, Field(ge=0)] = 20
-    # When latency is noisy, raise it: with fewer requests within the window nothing is said of latency.
-    min_requests: PositiveInt = 50
+    # When latency is noisy, raise it: with fewer requests beside the incumbent's nothing is said of latency.
+    min_requests: PositiveInt = 20
     # When a candidate that fails this often may stay, raise it; 1 switches this off. From the first request on, a
     # sequential test compares this rate with the usual one: the incumbent's, or an eighth of this where that is less.
     max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.02
@@ -28,8 +28,8 @@ class Thresholds(BaseModel):
     max_latency_ratio: PositiveFloat = 1.5
     # When rare slow answers matter more than the usual ones, raise it: the quantile of time per token that is compared.
     latency_quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    # When traffic is thin, lengthen it: only what Routers reported within so many seconds counts for latency and
-    # outputs that are not finite. Failed requests count since the candidate first had traffic.
+    # When traffic is thin, lengthen it: what Routers reported within so many seconds counts for outputs that are not
+    # finite, and for latency where that is enough. Failed requests count since the candidate first had traffic.
     window_s: PositiveFloat = 300.0
 
 

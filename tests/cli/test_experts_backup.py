@@ -8,6 +8,7 @@ from typer.testing import CliRunner, Result
 
 from echovlm_ray.checkpoint.layout import read_index
 from echovlm_ray.cli.experts import app
+from echovlm_ray.cli.state import announced
 from echovlm_ray.config import RolloutsSection
 from echovlm_ray.serving.rollout_files import DatabaseLock, RolloutFiles
 from router.rollouts.database import Database
@@ -49,6 +50,7 @@ def checkpoint(demo_checkpoint: Path, tmp_path: Path) -> Path:
 def test_there_and_back(checkpoint: Path, tmp_path: Path) -> None:
     file = tmp_path / "monday.db"
     shown = json.loads(done("backup", file, "--checkpoint", checkpoint, "--json"))
+    assert shown["database"] == str(checkpoint / "rollouts" / "rollouts.db")
     assert (shown["file"], shown["entries"], shown["bytes"]) == (str(file), 1, file.stat().st_size)
     text = done("restore", file, "--checkpoint", checkpoint)
     assert f"1 entries of history, head {shown['head']}" in text
@@ -70,3 +72,21 @@ def test_what_goes_wrong_is_one_line(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "other.yaml").write_text("rollouts: {database: postgresql://ann@db/rollouts}\n")
     text = refused("backup", tmp_path / "b.db", "--config", tmp_path / "other.yaml", "--checkpoint", checkpoint)
     assert "use `pg_dump" in text
+
+
+def test_without_options_it_is_the_running_system(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    database = str(checkpoint / "rollouts" / "rollouts.db")
+    with announced("elsewhere", "control", "gateway", name="team-a", database=database):
+        assert json.loads(done("backup", "a.db", "--json"))["database"] == database
+        assert json.loads(done("backup", "b.db", "--name", "team-a", "--json"))["database"] == database
+        refusal = echoray("backup", "c.db", "--name", "team-b")
+        assert (refusal.exit_code, "team-a" in refusal.stderr) == (2, True)
+    with announced("elsewhere", "control", "gateway"):
+        assert "pg_dump" in refused("backup", "c.db")
+    # None runs: it is that of the defaults.
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    assert "/echovlm-ray/demo-" in refused("backup", "c.db")

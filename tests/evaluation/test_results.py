@@ -150,7 +150,7 @@ def test_words_are_withheld_where_nothing_says_what_is_right(tmp_path: Path) -> 
     assert everything.substance["attribute F1"].value is None
     assert "carries attributes" in everything.substance["attribute F1"].error
     page = report_page(result)
-    assert "BLEU-1 (words): withheld" in page
+    assert "BLEU-1 (words)</bdi>: <bdi>withheld" in page
     assert not draw_scores(result, tmp_path / "scores.png")
 
 
@@ -214,6 +214,17 @@ def test_whatever_was_written_is_escaped(phantoms: Path) -> None:
     assert HOSTILE in "".join(parsed.text)
     assert html.escape("{{ 7 * 7 }}") in page
     assert "default-src 'none'" in page
+
+
+def test_what_changes_the_direction_of_text_or_shows_nothing_is_seen_in_the_page(phantoms: Path) -> None:
+    """Also in the title, which can hold no element that isolates it."""
+    hostile = "a\u202eb\u2067c\u200b"
+    result = evaluate(phantoms, {"model": lambda item: hostile})
+    target = TARGET.model_copy(update={"name": hostile, "organs": {hostile: hostile}})
+    page = report_page(result.model_copy(update={"dataset": hostile, "notices": [hostile], "target": target}))
+    assert not set(page) & set("\u202e\u2067\u200b")
+    assert page.count(r"a\u202eb\u2067c\u200b") > 12
+    assert rf"<bdi>{hostile.encode('unicode_escape').decode()}</bdi>. Backbone" in page
 
 
 def test_the_page_shows_images_side_by_side(phantoms: Path) -> None:

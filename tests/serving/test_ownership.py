@@ -15,6 +15,7 @@ from echovlm_ray.serving.ownership import (
     OwnedByAnotherError,
     SystemRecord,
     all_records,
+    check_database,
     claim,
     is_ours,
     record_of,
@@ -80,6 +81,20 @@ def test_systems_run_side_by_side_by_name_but_not_on_one_port() -> None:
         claim(record("team-a", THEIRS, port=50051), deployed=False, take_over=False)
     claim(record("team-a", THEIRS, port=50061), deployed=False, take_over=False)
     assert set(all_records()) == {"", "team-a"}
+
+
+def test_one_database_is_not_served_by_two_names() -> None:
+    claim(record("team-a"), deployed=False, take_over=False)
+    with pytest.raises(OwnedByAnotherError, match=r"system 'team-a' .*rollouts\.database .*--name team-a"):
+        check_database(record("team-b"), lambda other: False)
+    check_database(record("team-b", THEIRS), lambda other: True)
+    check_database(record("team-a"), lambda other: True)
+    # Its process was killed: what counts is whether its applications are still there.
+    forget("team-a")
+    claim(ended(record("team-a")), deployed=False, take_over=False)
+    check_database(record("team-b"), lambda other: False)
+    with pytest.raises(OwnedByAnotherError, match="team-a"):
+        check_database(record("team-b"), lambda other: other.name == "team-a")
 
 
 def test_what_was_left_running_is_updated_by_the_same_deployment_only() -> None:

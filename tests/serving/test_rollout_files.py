@@ -1,4 +1,5 @@
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -132,3 +133,20 @@ def test_a_policy_of_another_deployment_is_refused() -> None:
     check_identity(control_pb2.TrafficPolicy(identity=theirs), "", "the file")
     with pytest.raises(ForeignPolicyError, match=r"the file is of the deployment bbbb.*--take-over"):
         check_identity(control_pb2.TrafficPolicy(identity=theirs), ours, "the file")
+
+
+def test_a_policy_that_finds_no_room_leaves_the_one_before_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "rollouts.db.policy.json"
+    write_policy(path, control_pb2.TrafficPolicy(version=7))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4, hard))
+    try:
+        for _ in range(3):
+            with pytest.raises(OSError, match="File too large"):
+                write_policy(path, control_pb2.TrafficPolicy(version=8))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == [path]
+    found = read_policy(path)
+    assert found is not None
+    assert found.version == 7

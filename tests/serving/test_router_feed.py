@@ -191,6 +191,18 @@ def test_whose_error_it_is() -> None:
     assert not observations(outcomes)
 
 
+def test_what_was_cut_short_before_its_second_token_is_no_success() -> None:
+    """Where every answer takes too long, nothing else is ever seen of a version."""
+    outcomes = Outcomes()
+    for error in (DeadlineError("late"), None):
+        outcomes.record(
+            [used("liver", "l")], error, tokens=1, seconds_per_token=None, last_progress=1.0, complete=False
+        )
+    assert not observations(outcomes)
+    outcomes.record([used("liver", "l")], None, tokens=1, seconds_per_token=None, last_progress=1.0, complete=True)
+    assert observations(outcomes)["l"].requests == 1
+
+
 def test_a_lost_organ_is_no_versions_error_but_a_version_that_is_missing_alone_is() -> None:
     outcomes = Outcomes()
     lost = ExpertsUnavailableError("liver", "gone")
@@ -201,8 +213,9 @@ def test_a_lost_organ_is_no_versions_error_but_a_version_that_is_missing_alone_i
     record(outcomes, [used("liver", "new")], lost, tokens=0)
     assert not observations(outcomes)
     outcomes.note_token([used("heart", "other")], 110.0)
-    record(outcomes, [used("liver", "new")], lost)
-    assert observations(outcomes)["new"].errors == 0
+    # It was cut off, so it is no success either; the other organ's experts did what they should.
+    record(outcomes, [used("liver", "new"), used("heart", "h")], lost)
+    assert {digest: each.errors for digest, each in observations(outcomes).items()} == {"h": 0}
     outcomes.note_token([used("liver", "old")], 102.0)
     record(outcomes, [used("liver", "new"), used("heart", "h")], lost, tokens=0)
     found = observations(outcomes)

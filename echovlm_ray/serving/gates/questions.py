@@ -116,21 +116,20 @@ class Questioner:
             run.progress(answered, total)
 
         gateway = answering_version(router, processor, self._describe, self.gateway, self.limits)
-        with tempfile.TemporaryDirectory(prefix="echovlm-gate-answers-") as folder:
-            async with (
-                gateway as address,
-                AsyncEchoVLMClient(address, timeout_s=REQUEST_LIMITS.timeout_s, retry=False) as client,
-            ):
-                with AnswerLog(Path(folder) / "answers.jsonl") as log:
-                    work = [Work(item, item, "model") for item in dataset.items]
-                    limits = ImageLimits(
-                        self.gateway.max_image_bytes,
-                        self.gateway.max_image_pixels,
-                        self.gateway.max_frames,
-                        self.gateway.crop_to_regions,
-                    )
-                    asked = Asking(dataset.root, log, digest, asking, REQUEST_LIMITS, limits, SEED)
-                    return await ask_all(client, work, asked, advance)
+        async with (
+            gateway as address,
+            AsyncEchoVLMClient(address, timeout_s=REQUEST_LIMITS.timeout_s, retry=False) as client,
+        ):
+            with _nameless_log() as log:
+                work = [Work(item, item, "model") for item in dataset.items]
+                limits = ImageLimits(
+                    self.gateway.max_image_bytes,
+                    self.gateway.max_image_pixels,
+                    self.gateway.max_frames,
+                    self.gateway.crop_to_regions,
+                )
+                asked = Asking(dataset.root, log, digest, asking, REQUEST_LIMITS, limits, SEED)
+                return await ask_all(client, work, asked, advance)
 
     def _describe(self) -> ModelDescription:
         index = self.served.index
@@ -174,3 +173,9 @@ async def _cancellable(asked: Coroutine[Any, Any, T], run: GateRun) -> T:
             raise EvaluationInterruptedError("it is not wanted any more")
         await asyncio.wait([task], timeout=CANCEL_POLL_S)
     return task.result()
+
+
+def _nameless_log() -> AnswerLog:
+    """A file of answers whose name is gone already: however this process ends, no answer stays on the disk."""
+    with tempfile.TemporaryDirectory(prefix="echovlm-gate-answers-") as folder:
+        return AnswerLog(Path(folder) / "answers.jsonl")

@@ -88,6 +88,7 @@ class Outcomes:
         tokens: int,
         seconds_per_token: float | None,
         last_progress: float,
+        complete: bool = True,
     ) -> None:
         """Adds what a run says of the versions that it used, or of those that its rollout is about.
 
@@ -97,16 +98,21 @@ class Outcomes:
             tokens: that it made.
             seconds_per_token: between them, if it was measured.
             last_progress: when its experts last computed for it, or when it came.
+            complete: whether it made its last token.
         """
-        if not tokens and not isinstance(error, ExpertsFailedError | ExpertsUnavailableError | NonFiniteLogitsError):
-            # It never reached its experts.
+        blamed = isinstance(error, ExpertsFailedError | ExpertsUnavailableError | NonFiniteLogitsError)
+        if not blamed and (not tokens or (tokens == 1 and not complete)):
+            # It never reached its experts, or was cut short before anything could be said of their speed: where every
+            # answer takes too long, none of them is a success.
             return
         nonfinite = isinstance(error, NonFiniteLogitsError)
         suspects = [bundle for bundle in used if bundle.rollout is not None] or used
         for bundle in used:
             is_nonfinite = nonfinite and bundle in suspects
             failed = is_nonfinite or self._is_error_of(bundle, error, last_progress)
-            if not failed and isinstance(error, ExpertsUnavailableError) and not tokens:
+            ended_by_experts = isinstance(error, ExpertsFailedError | ExpertsUnavailableError)
+            if not failed and ended_by_experts and (not tokens or error.organ == bundle.organ):
+                # Neither its fault nor a success.
                 continue
             spoilt = failed or nonfinite or isinstance(error, ExpertsFailedError)
             seconds = None if spoilt else seconds_per_token

@@ -81,6 +81,7 @@ class Run:
                     tokens=len(self.token_ids),
                     seconds_per_token=self.seconds_per_token,
                     last_progress=self._last_at,
+                    complete=self.complete,
                 )
         finally:
             self.drop()

@@ -101,7 +101,7 @@ def test_a_database_that_is_none_is_told(path: Path) -> None:
 
 def test_a_folder_in_its_place_is_told(path: Path) -> None:
     path.mkdir()
-    with pytest.raises(RolloutDatabaseUnavailableError, match=f"{path} cannot be reached: unable to open"):
+    with pytest.raises(RolloutDatabaseError, match=rf"{path} is a folder: set rollouts\.database"):
         Database(f"sqlite:///{path}")
 
 

@@ -17,8 +17,8 @@ CAREFUL = RolloutSettings(period_s=0.02, status_timeout_s=0.5, loss_pause_s=0, w
 STEPS = (Step(mode="shadow", percent=50, hold_s=60), Step(percent=50, hold_s=60))
 
 
-def report(world: World, key: str, requests: int, errors: int = 0, organ: str = "heart") -> None:
-    latency = LatencyHistogram.of([0.01] * (requests - errors))
+def report(world: World, key: str, requests: int, errors: int = 0, organ: str = "heart", time_s: float = 0.01) -> None:
+    latency = LatencyHistogram.of([time_s] * (requests - errors))
     world.monitor.record(Observation(organ, key, requests, errors, latency=latency))
 
 
@@ -325,3 +325,48 @@ def test_settings_fill_what_a_plan_leaves_open(world: World) -> None:
     world.operations.rollback("heart", actor="ann")
     world.stage("v3", plan=RolloutPlan(watch_after_promotion_s=7))
     assert world.rollout().plan.watch_after_promotion_s == 7
+
+
+# Latency.
+
+
+def test_a_slow_candidate_is_taken_back_however_thin_the_traffic(world: World) -> None:
+    key = stage(world, steps=STEPS[1:], promote=True)
+    world.reach(State.CANARY)
+    for _ in range(20):
+        # Five within the window.
+        world.clock.move(60)
+        report(world, world.v1, 1)
+        report(world, key, 1, time_s=0.05)
+        settle(world.controller, 2)
+    rollout = world.rollout()
+    assert rollout.state == State.ROLLED_BACK
+    assert "times as much" in rollout.reason
+
+
+def test_times_of_another_step_are_not_compared(world: World) -> None:
+    """At night few requests reached the candidate, by day half of all, and by day all of them are slower."""
+    steps = (Step(percent=5, hold_s=60), Step(percent=50, hold_s=60))
+    key = stage(world, steps=steps)
+    world.reach(State.CANARY)
+    report(world, world.v1, 400)
+    report(world, key, 20)
+    world.clock.move(60)
+    reconcile_until(world.controller, lambda _: world.rollout().percent == 50)
+    settle(world.controller, 2)
+    world.clock.move(2)
+    report(world, world.v1, 30, time_s=0.05)
+    report(world, key, 30, time_s=0.05)
+    settle(world.controller, 3)
+    assert world.rollout().state == State.CANARY
+
+
+def test_a_promotion_says_where_latency_was_not_judged(world: World) -> None:
+    key = stage(world, steps=STEPS[1:], promote=True)
+    world.reach(State.CANARY)
+    report(world, world.v1, 20)
+    world.clock.move(60)
+    report(world, key, 20)
+    rollout = world.reach(State.STABLE)
+    assert "latency was not judged: only 0 of its requests ended beside the incumbent's" in rollout.reason
+    assert world.store.history("heart")[-1].reason == rollout.reason

@@ -94,6 +94,64 @@ def test_a_file_without_tables_is_refused(path: Path, create: bool) -> None:
         opened(path, create=create)
 
 
+def test_another_programs_database_is_left_as_it_is(path: Path) -> None:
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE patients (id INTEGER)")
+    connection.commit()
+    connection.close()
+    before = path.read_bytes()
+    with pytest.raises(RolloutDatabaseError, match=r"another program's database, with the table 'patients'"):
+        opened(path)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_link_to_nothing_is_told_as_one(path: Path) -> None:
+    path.symlink_to(path.with_name("elsewhere.db"))
+    with pytest.raises(RolloutDatabaseError, match=r"is a link to .*elsewhere\.db, which does not exist"):
+        opened(path)
+
+
+def test_a_log_that_was_written_beside_another_database_breaks_no_backup(path: Path) -> None:
+    """A system was killed, and a backup copied to where its database was; its log is still there."""
+    log = path.with_name(f"{path.name}-wal")
+    store = opened(path)
+    store.adopt(set_of(liver="a"), actor="start")
+    with store.database.engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    backup = path.read_bytes()
+    for number in range(60):
+        if number == 50:
+            with store.database.engine.connect() as connection:
+                connection.exec_driver_sql("PRAGMA wal_checkpoint(RESTART)")
+        with store.write() as transaction:
+            transaction.retire_version("liver", digest(f"{number}"), actor="ann", reason="x" * 400)
+    written = log.read_bytes()
+    store.database.close()
+    assert written
+    path.write_bytes(backup)
+    log.write_bytes(written)
+    with pytest.raises(RolloutDatabaseError, match=r"broken together with rollouts\.db-wal.*remove"):
+        opened(path)
+    assert (path.read_bytes(), log.read_bytes()) == (backup, written)
+    log.unlink()
+    assert opened(path).head().count == 1
+
+
+def test_a_killed_systems_own_log_is_taken_up(path: Path) -> None:
+    log = path.with_name(f"{path.name}-wal")
+    store = opened(path)
+    store.adopt(set_of(heart="a"), actor="start")
+    with store.database.engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    stage(store)
+    left = path.read_bytes(), log.read_bytes()
+    store.database.close()
+    path.write_bytes(left[0])
+    log.write_bytes(left[1])
+    assert opened(path).head().count == 2
+
+
 def test_a_database_appears_whole_and_leaves_nothing_beside_it(path: Path) -> None:
     opened(path).database.close()
     assert [found.name for found in path.parent.iterdir()] == [path.name]

@@ -20,7 +20,7 @@ def slices(*counts: tuple[int, int], start: float = 0.0) -> list[Slice]:
 def found(
     candidate: Sequence[Slice], reference: Sequence[Slice] = (), elsewhere: Sequence[Slice] = (), limit: float = LIMIT
 ) -> Excess | None:
-    return find_excess(candidate, reference, elsewhere, limit=limit, window_s=300, min_requests=50)
+    return find_excess(candidate, reference, elsewhere, limit=limit, window_s=300)
 
 
 def drawn(seed: int, rate: float, seconds: int, requests: int = 1) -> list[Slice]:
