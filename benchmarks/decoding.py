@@ -29,6 +29,7 @@ from benchmarks.machine import describe
 from benchmarks.measure_table import measure_table
 from echovlm_ray.checkpoint.demo import make_demo
 from echovlm_ray.config import GatewaySection, RouterSection
+from echovlm_ray.fair_queue import FairThreads
 from echovlm_ray.model.processing import EchoVLMProcessor
 from echovlm_ray.serving.gateway import GatewayService, ModelDescription
 from echovlm_ray.serving.router_client import RouterClient
@@ -103,7 +104,7 @@ class ThreadedGateway(GatewayService):
         """Takes the parts that the gateway takes."""
         super().__init__(processor, router, _describe, gateway=gateway, limits=RouterSection())
         threads = ThreadPoolExecutor(THREADS)
-        self._text_threads = self._picture_threads = threads
+        self._text_threads = self._picture_threads = FairThreads(threads, THREADS)
         limits = ImageLimits(gateway.max_image_bytes, gateway.max_image_pixels, gateway.max_frames)
         settings = DecoderSettings(limits, processor.scaling(gateway.max_visual_tokens), 0)
         self._decoders = ThreadDecoders(settings, threads)

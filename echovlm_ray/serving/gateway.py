@@ -1,18 +1,18 @@
 """The gateway's gRPC service: image files and a task in, text out. The only part that callers see."""
 
 import asyncio
-import functools
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 
 from echovlm_ray.config import GatewaySection, RouterSection
 from echovlm_ray.errors import DeadlineError, InvalidRequestError, OverloadedError, TextUnavailableError
+from echovlm_ray.fair_queue import FairThreads
 from echovlm_ray.model.processing import EchoVLMProcessor, VisionPatches
 from echovlm_ray.prompts import Medium, build_messages
 from echovlm_ray.serving.caller import current_caller
@@ -34,8 +34,6 @@ TEXT_THREADS = 2
 # The methods that take a place among `gateway.max_requests`.
 GENERATING = ("Generate", "GenerateStream")
 NOT_A_DEVICE = "EchoVLM-Ray is not a medical device: nothing it writes is a diagnosis."
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +119,8 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
         self._decoders = None if processor is None else _decoder_pool(processor, gateway)
         self._quotas = Quotas(gateway.quota, gateway.quotas, gateway.max_requests)
         self._under_way = 0
-        self._text_threads = ThreadPoolExecutor(max_workers=TEXT_THREADS, thread_name_prefix="text")
-        self._picture_threads = ThreadPoolExecutor(gateway.decoders.processes, thread_name_prefix="picture")
+        self._text_threads = _threads("text", TEXT_THREADS)
+        self._picture_threads = _threads("picture", gateway.decoders.processes)
 
     @property
     def queue_length(self) -> int:
@@ -148,7 +146,7 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
         if self._decoders is not None:
             await self._decoders.close()
         for threads in (self._text_threads, self._picture_threads):
-            threads.shutdown(wait=False, cancel_futures=True)
+            threads.shutdown()
 
     async def Generate(
         self, request: echovlm_pb2.GenerateRequest, context: "grpc.aio.ServicerContext[Any, Any]"
@@ -267,18 +265,15 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
                 sampling.CopyFrom(files.request.sampling)
                 files.forget()
                 caller = current_caller().id
-                return await self._on(self._text_threads, self._build, checked, sampling, images, caller)
+                return await self._text_threads.run(caller, self._build, checked, sampling, images, caller)
         except TimeoutError:
             raise DeadlineError("the deadline passed while the images were decoded") from None
 
-    async def _on(self, threads: ThreadPoolExecutor, function: Callable[..., T], *arguments: object) -> T:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(threads, functools.partial(function, *arguments))
-
     async def _load_image(self, content: bytes, field: str, request_id: str) -> "_LoadedImage":
         assert self._decoders is not None
-        decoded = await self._decoders.decode(content, field=field, request_id=request_id, caller=current_caller().id)
-        return await self._on(self._picture_threads, self._cut, decoded)
+        caller = current_caller().id
+        decoded = await self._decoders.decode(content, field=field, request_id=request_id, caller=caller)
+        return await self._picture_threads.run(caller, self._cut, decoded)
 
     def _cut(self, decoded: DecodedImage) -> "_LoadedImage":
         frames = decoded.frames if decoded.is_video else decoded.frames[:1]
@@ -406,6 +401,10 @@ class _LoadedImage:
     note: _ImageNote
     patches: VisionPatches
     vision_input: vision_pb2.VisionInput
+
+
+def _threads(name: str, count: int) -> FairThreads:
+    return FairThreads(ThreadPoolExecutor(count, thread_name_prefix=name), count)
 
 
 def _decoder_pool(processor: EchoVLMProcessor, gateway: GatewaySection) -> DecoderPool:
