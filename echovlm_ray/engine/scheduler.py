@@ -18,6 +18,10 @@ BACKGROUND_PREFILL_TOKENS = BLOCK_SIZE
 # the next prompt of another one does not wait for a long step to end.
 SHARED_S = 10.0
 SHARED_PREFILL = 4
+# While one waits for more blocks than are free, others are let past it for so long: those that never take more than
+# this part of the cache, one of each caller that has none running.
+PASSED_S = 30.0
+SHORT = 32
 
 # Says, without waiting, why a sequence's experts cannot be reached now, or None.
 Unavailable = Callable[[Sequence], ExpertsUnavailableError | None]
@@ -49,6 +53,7 @@ class Scheduler:
     With several callers, this holds for the sequences of each. Among callers, the one that was served least is first:
     to be admitted, for which a caller with more sequences in the batch or more blocks is preempted, and in prefill, of
     which a step computes that of one caller only, so that short prompts are not computed beside long ones of others.
+    While the first waits for room in the cache, short sequences of others are let past it.
 
     A sequence whose experts do not answer is stalled: it counts for nothing in the batch, and is preempted before
     any other, so that a lost organ does not keep the other organs' requests waiting. Tokens whose blocks were
@@ -74,6 +79,9 @@ class Scheduler:
         self.prefix_reuse = prefix_reuse
         self._callers = ServiceCounters()
         self._shared_until = -math.inf
+        # What waits for blocks while others are let past it, and until when they are.
+        self._passed: Sequence | None = None
+        self._passed_until = -math.inf
         # In the order of arrival; those that were preempted are the oldest, and in front.
         self.waiting: deque[Sequence] = deque()
         # In the order of admission, which is that of arrival; stalled ones included.
@@ -208,15 +216,38 @@ class Scheduler:
                 return
         while self.waiting:
             sequence = self._next_waiting()
-            if len(ready) >= self.max_batch_size and not self._make_place(sequence, ready):
+            if not self._admit_one(sequence, ready, now):
+                self._let_past(sequence, ready, now)
                 return
-            if self._ready([sequence], now):
-                while not self._take_blocks(sequence, ready):
-                    if not self._make_blocks(sequence, ready):
-                        return
-                ready.append(sequence)
-            self.waiting.remove(sequence)
-            self.running.append(sequence)
+
+    def _admit_one(self, sequence: Sequence, ready: list[Sequence], now: float) -> bool:
+        if len(ready) >= self.max_batch_size and not self._make_place(sequence, ready):
+            return False
+        if self._ready([sequence], now):
+            while not self._take_blocks(sequence, ready):
+                if not self._make_blocks(sequence, ready):
+                    return False
+            ready.append(sequence)
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        return True
+
+    def _let_past(self, first: Sequence, ready: list[Sequence], now: float) -> None:
+        """Admits short sequences of other callers while the first one waits, but not for ever."""
+        if self._callers.num_active == 1:
+            return
+        if first is not self._passed:
+            self._passed, self._passed_until = first, now + PASSED_S
+        if now > self._passed_until:
+            return
+        seen = {_owner(other) for other in (first, *self.running)}
+        for sequence in tuple(self.waiting):
+            caller = _owner(sequence)
+            if caller is None or caller in seen:
+                continue
+            seen.add(caller)
+            if BlockPool.blocks_for(sequence.max_tokens) <= self.pool.num_blocks // SHORT:
+                self._admit_one(sequence, ready, now)
 
     def _next_waiting(self) -> Sequence:
         # The usual case, which is asked for in every step while a full batch keeps others waiting.

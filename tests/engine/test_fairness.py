@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echovlm_ray.engine.fairness import DECODED_TOKEN, MAX_CREDIT, ServiceCounters
-from echovlm_ray.engine.scheduler import SHARED_S, Scheduler
+from echovlm_ray.engine.scheduler import PASSED_S, SHARED_S, Scheduler
 from echovlm_ray.engine.sequence import Sequence
 from tests.engine.test_scheduler import Outage, advance, scheduler, sequence
 
@@ -60,6 +60,47 @@ def test_more_than_an_equal_share_of_the_cache_is_waited_for() -> None:
     assert own.num_generated
     # One made its place in the batch; the blocks came from those that ended.
     assert planned.preemptions == 1
+
+
+def filled() -> tuple[Scheduler, Sequence]:
+    """A scheduler whose cache six callers fill, and a sequence that waits for more of it than is its caller's share."""
+    planned = scheduler(256, batch=16, queue=80, prefill=64, prefix_reuse=False)
+    for index in range(24):
+        planned.add(prompt(b"%d" % (index % 6), 200, index, max_new_tokens=200))
+    for _ in range(80):
+        step(planned)
+    large = prompt(FLOOD, 2000, 100)
+    planned.add(large)
+    step(planned)
+    assert planned.waiting[0] is not large
+    assert large in planned.waiting
+    return planned, large
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one_that_the_cache_has_no_room_for() -> None:
+    planned, large = filled()
+    planned.add(prompt(OTHER, 20))
+    assert (OTHER, 20) in step(planned)
+    # The next one of this caller, whose first one runs, and what is not short, are not let past.
+    later = [prompt(OTHER, 20, 200), prompt(b"third", 300, 201)]
+    for each in later:
+        planned.add(each)
+    step(planned)
+    assert all(each in planned.waiting for each in (large, *later))
+
+
+def test_short_prompts_do_not_keep_a_long_one_waiting_for_ever() -> None:
+    planned, large = filled()
+    assert planned._passed is large
+    planned._passed_until -= PASSED_S
+    planned.add(prompt(OTHER, 20))
+    step(planned)
+    assert not large.block_table
+    for _ in range(3000):
+        if large.block_table:
+            break
+        assert not any(chunk[0] == OTHER for chunk in step(planned))
+    assert large.block_table
 
 
 def test_callers_with_as_many_sequences_do_not_preempt_each_other() -> None:
