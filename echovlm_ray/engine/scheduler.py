@@ -53,11 +53,12 @@ class Scheduler:
     With several callers, this holds for the sequences of each. Among callers, the one that was served least is first:
     to be admitted, for which a caller with more sequences in the batch or more blocks is preempted, and in prefill, of
     which a step computes that of one caller only, so that short prompts are not computed beside long ones of others.
-    While the first waits for room in the cache, short sequences of others are let past it.
 
     A sequence whose experts do not answer is stalled: it counts for nothing in the batch, and is preempted before
     any other, so that a lost organ does not keep the other organs' requests waiting. Tokens whose blocks were
     freed are computed again.
+
+    While the next sequence waits for room in the cache, short ones of other callers are let past it for a time.
     """
 
     def __init__(
@@ -79,9 +80,6 @@ class Scheduler:
         self.prefix_reuse = prefix_reuse
         self._callers = ServiceCounters()
         self._shared_until = -math.inf
-        # What waits for blocks while others are let past it, and until when they are.
-        self._passed: Sequence | None = None
-        self._passed_until = -math.inf
         # In the order of arrival; those that were preempted are the oldest, and in front.
         self.waiting: deque[Sequence] = deque()
         # In the order of admission, which is that of arrival; stalled ones included.
@@ -89,6 +87,9 @@ class Scheduler:
         # Since the start: tokens that were not computed because their blocks were there, and sequences sent back.
         self.prefix_hits = 0
         self.preemptions = 0
+        # What waits for blocks while others are let past it, and until when they are.
+        self._passed: Sequence | None = None
+        self._passed_until = -math.inf
 
     def add(self, sequence: Sequence) -> None:
         """Puts a sequence at the end of the queue.
