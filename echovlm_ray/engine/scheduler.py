@@ -18,6 +18,8 @@ BACKGROUND_PREFILL_TOKENS = BLOCK_SIZE
 # the next prompt of another one does not wait for a long step to end.
 SHARED_S = 10.0
 SHARED_PREFILL = 4
+# Of the prompts of a caller that was served more than another one whose answer is being written, in one step.
+AHEAD_PREFILL_TOKENS = 2 * BLOCK_SIZE
 # While one waits for more blocks than are free, others are let past it for so long: those that never take more than
 # this part of the cache, one of each caller that has none running.
 PASSED_S = 30.0
@@ -57,6 +59,9 @@ class Scheduler:
     A sequence whose experts do not answer is stalled: it counts for nothing in the batch, and is preempted before
     any other, so that a lost organ does not keep the other organs' requests waiting. Tokens whose blocks were
     freed are computed again.
+
+    A caller that was served more than another one whose answers are being written gets small pieces of its prompts
+    computed, so that steps are short.
 
     While the next sequence waits for room in the cache, short ones of other callers are let past it for a time.
     """
@@ -148,6 +153,8 @@ class Scheduler:
             if sequence.num_pending > 1:
                 if prefilling not in (None, caller):
                     continue
+                if prefilling is None and self._is_ahead(sequence, ready):
+                    budget = min(budget, AHEAD_PREFILL_TOKENS)
                 end = self._cut(sequence, budget)
             count = end - sequence.num_computed
             if not count or not self._grow(sequence, end, ready, chunks):
@@ -160,6 +167,13 @@ class Scheduler:
             if not chunk.sequence.request.background:
                 self._callers.charge(chunk.sequence.request.caller, chunk.end - chunk.start)
         return chunks
+
+    def _is_ahead(self, sequence: Sequence, ready: Iterable[Sequence]) -> bool:
+        """Whether a sequence's caller was served more than another one of which a sequence decodes."""
+        if self._callers.num_active == 1 or sequence.request.background:
+            return False
+        callers = {_owner(other) for other in ready if other.num_pending == 1 and other.block_table}
+        return self._callers.is_ahead(sequence.request.caller, callers - {None})
 
     def _cut(self, sequence: Sequence, budget: int) -> int:
         """Up to which of its tokens a sequence is computed in a step, within a budget.

@@ -1,10 +1,10 @@
 """Callers share the engine: one with many long prompts keeps no other waiting, and is not starved either."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echovlm_ray.engine.fairness import DECODED_TOKEN, MAX_CREDIT, ServiceCounters
-from echovlm_ray.engine.scheduler import PASSED_S, SHARED_S, Scheduler
+from echovlm_ray.engine.scheduler import AHEAD_PREFILL_TOKENS, PASSED_S, SHARED_S, Scheduler
 from echovlm_ray.engine.sequence import Sequence
 from tests.engine.test_scheduler import Outage, advance, scheduler, sequence
 
@@ -159,6 +159,47 @@ def test_steps_are_short_while_another_caller_may_come_back() -> None:
     assert step(planned) == [(FLOOD, 16)]
     planned._shared_until -= SHARED_S
     assert step(planned) == [(FLOOD, 64)]
+
+
+def test_many_prompts_do_not_slow_down_the_answers_of_another_caller() -> None:
+    planned = scheduler(2000, batch=8, queue=80, prefill=512, prefix_reuse=False)
+    answers = [prompt(OTHER, 20, index, max_new_tokens=400) for index in range(4)]
+    for each in answers:
+        planned.add(each)
+    step(planned)
+    tokens = {FLOOD: 0, OTHER: 0}
+    for index in range(200):
+        planned.add(prompt(FLOOD, 500, 10 + index, max_new_tokens=1))
+        for caller, count in step(planned):
+            tokens[caller] += count
+        if len(planned.waiting) > 60:
+            planned.finish(planned.waiting[-1])
+    assert tokens[OTHER] == 4 * 200
+    # A step takes as long as its tokens. As many as one step may hold come at the beginning.
+    assert tokens[FLOOD] <= 512 + 200 * AHEAD_PREFILL_TOKENS
+    # Nothing is held back from a caller that was served less.
+    planned._callers._served[OTHER] += 10_000
+    assert sum(count for caller, count in step(planned) if caller == FLOOD) > 400
+
+
+ASKED = st.tuples(st.sampled_from([b"a", b"b", b"c"]), st.integers(1, 400), st.integers(1, 40), st.integers(0, 9))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(ASKED, min_size=1, max_size=20))
+def test_every_sequence_ends_whatever_callers_ask(asked: list[tuple[bytes, int, int, int]]) -> None:
+    planned = scheduler(40, batch=4, queue=80, prefill=64, prefix_reuse=False)
+    left = [
+        (prompt(caller, count, index, max_new_tokens=new), at) for index, (caller, count, new, at) in enumerate(asked)
+    ]
+    for number in range(4000):
+        for own, _ in [each for each in left if each[1] <= number]:
+            planned.add(own)
+        left = [each for each in left if each[1] > number]
+        if not left and not planned.running and not planned.waiting:
+            return
+        assert step(planned) or (not planned.running and not planned.waiting), "nothing is computed"
+    raise AssertionError("a sequence does not end")
 
 
 def test_one_caller_alone_is_served_in_order_of_arrival() -> None:
