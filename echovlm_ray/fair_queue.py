@@ -133,10 +133,10 @@ class FairSemaphore:
 class FairThreads:
     """Threads that callers take in turn. Belongs to one event loop."""
 
-    def __init__(self, threads: Executor, count: int) -> None:
-        """Takes the threads, and how many of them may be used."""
+    def __init__(self, threads: Executor, count: int, most_of_one: int | None = None) -> None:
+        """Takes the threads, how many there are, and how many of them one caller may have; None for all."""
         self._threads = threads
-        self._places = FairSemaphore(count)
+        self._places = FairSemaphore(count, most_of_one)
 
     async def run(self, caller: bytes, function: Callable[..., T], *arguments: object) -> T:
         """What a function returns that is called on one of the threads."""

@@ -1,12 +1,14 @@
 """Callers take turns, and a place is never lost."""
 
 import asyncio
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echovlm_ray.fair_queue import FairQueue, FairSemaphore
+from echovlm_ray.fair_queue import FairQueue, FairSemaphore, FairThreads
 
 
 def test_callers_take_turns_and_each_is_served_in_order() -> None:
@@ -95,5 +97,21 @@ def test_a_place_that_one_caller_may_not_have_is_free_for_another() -> None:
                 assert places.must_wait(b"b")
             assert not waiting.done()
         await waiting
+
+    asyncio.run(run())
+
+
+def test_threads_are_left_for_other_callers() -> None:
+    async def run() -> None:
+        with ThreadPoolExecutor(2) as pool:
+            threads = FairThreads(pool, 2, 1)
+            busy = threading.Event()
+            long = [asyncio.create_task(threads.run(b"a", busy.wait, 10)) for _ in range(3)]
+            await asyncio.sleep(0)
+            async with asyncio.timeout(5):
+                assert await threads.run(b"b", abs, -1) == 1
+            assert not any(each.done() for each in long)
+            busy.set()
+            assert await asyncio.gather(*long) == [True] * 3
 
     asyncio.run(run())

@@ -29,8 +29,9 @@ from echovlm_ray.vision.decoding.settings import DecoderSettings
 from echovlm_ray.vision.images import DecodedImage, ImageLimits
 from protos import echovlm_pb2, echovlm_pb2_grpc, router_pb2, tensor_pb2, vision_pb2
 
-# Text and pictures have threads of their own, so that no text waits for a picture.
-TEXT_THREADS = 2
+# Text and pictures have threads of their own, so that no text waits for a picture. The longest prompt takes seconds to
+# cut into tokens, so no caller gets all of those for text.
+TEXT_THREADS = 3
 # The methods that take a place among `gateway.max_requests`.
 GENERATING = ("Generate", "GenerateStream")
 NOT_A_DEVICE = "EchoVLM-Ray is not a medical device: nothing it writes is a diagnosis."
@@ -119,7 +120,7 @@ class GatewayService(echovlm_pb2_grpc.EchoVLMServicer):
         self._decoders = None if processor is None else _decoder_pool(processor, gateway)
         self._quotas = Quotas(gateway.quota, gateway.quotas, gateway.max_requests)
         self._under_way = 0
-        self._text_threads = _threads("text", TEXT_THREADS)
+        self._text_threads = _threads("text", TEXT_THREADS, TEXT_THREADS - 1)
         self._picture_threads = _threads("picture", gateway.decoders.processes)
 
     @property
@@ -403,8 +404,8 @@ class _LoadedImage:
     vision_input: vision_pb2.VisionInput
 
 
-def _threads(name: str, count: int) -> FairThreads:
-    return FairThreads(ThreadPoolExecutor(count, thread_name_prefix=name), count)
+def _threads(name: str, count: int, most_of_one: int | None = None) -> FairThreads:
+    return FairThreads(ThreadPoolExecutor(count, thread_name_prefix=name), count, most_of_one)
 
 
 def _decoder_pool(processor: EchoVLMProcessor, gateway: GatewaySection) -> DecoderPool:
