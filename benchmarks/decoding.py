@@ -29,6 +29,7 @@ from benchmarks.machine import describe
 from benchmarks.measure_table import measure_table
 from echovlm_ray.checkpoint.demo import make_demo
 from echovlm_ray.config import GatewaySection, RouterSection
+from echovlm_ray.fair_queue import FairThreads
 from echovlm_ray.model.processing import EchoVLMProcessor
 from echovlm_ray.serving.core.description import ModelDescription
 from echovlm_ray.serving.core.parts import GenerateParts
@@ -103,7 +104,7 @@ def threaded_parts(processor: EchoVLMProcessor, router: RouterClient, gateway: G
     limits = ImageLimits(gateway.max_image_bytes, gateway.max_image_pixels, gateway.max_frames)
     decoders = ThreadDecoders(DecoderSettings(limits, processor.scaling(gateway.max_visual_tokens), 0), threads)
     parts = GenerateParts(processor, router, _describe, gateway=gateway, limits=RouterSection(), decoders=decoders)
-    parts.text_threads = threads
+    parts.text_threads = FairThreads(threads, THREADS)
     return parts
 
 

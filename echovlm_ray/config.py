@@ -15,6 +15,7 @@ from router.rollouts.settings import RolloutSettings
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 PositiveInt = Annotated[int, Field(ge=1)]
+Quota = Annotated[int, Field(ge=1, le=10**12)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 
@@ -106,14 +107,14 @@ class DecodersSection(Section):
 class QuotaSection(Section):
     """What one caller may take of each gateway replica; what is not set is not limited but as it says."""
 
-    # When one caller should have fewer requests under way at once, give a number; when unset, all of
-    # gateway.max_requests but a sixteenth, so that the others always find a place.
-    concurrent: PositiveInt | None = None
+    # When one caller should have fewer requests under way at once, give a number. The last sixteenth of
+    # gateway.max_requests is for callers that have none under way in any case.
+    concurrent: Quota | None = None
     # When one caller should send fewer requests, give how many a minute; those that it saved up are at most that many.
-    requests_per_minute: PositiveInt | None = None
+    requests_per_minute: Quota | None = None
     # When one caller should compute less, give how many tokens a minute, prompts and answers together. A request is let
     # in while there are any left; what it takes beyond them is owed.
-    tokens_per_minute: PositiveInt | None = None
+    tokens_per_minute: Quota | None = None
 
 
 class GatewaySection(Section):

@@ -1,8 +1,10 @@
 """Fair queues: callers are served in turn, so that one caller's many items do not delay another's."""
 
 import asyncio
-from collections import OrderedDict, deque
-from collections.abc import AsyncIterator
+import functools
+from collections import Counter, OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Container
+from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from typing import Generic, TypeVar
 
@@ -18,6 +20,15 @@ class FairQueue(Generic[T]):
     def __len__(self) -> int:
         return sum(len(items) for items in self._items.values())
 
+    @property
+    def num_callers(self) -> int:
+        """Callers with items."""
+        return len(self._items)
+
+    def count(self, caller: bytes) -> int:
+        """Items of a caller."""
+        return len(self._items.get(caller, ()))
+
     def append(self, caller: bytes, item: T) -> None:
         """Adds an item behind those of its caller."""
         self._items.setdefault(caller, deque()).append(item)
@@ -28,13 +39,12 @@ class FairQueue(Generic[T]):
 
     def pop(self) -> T:
         """Takes the next item, and puts its caller behind all others; the queue must not be empty."""
-        caller, items = next(iter(self._items.items()))
-        item = items.popleft()
-        if items:
-            self._items.move_to_end(caller)
-        else:
-            del self._items[caller]
-        return item
+        return self._pop(next(iter(self._items)))
+
+    def pop_without(self, callers: Container[bytes]) -> tuple[bytes, T] | None:
+        """As `pop`, passing over some callers, whose turn stays; the caller and the item, None if there is none."""
+        caller = next((caller for caller in self._items if caller not in callers), None)
+        return None if caller is None else (caller, self._pop(caller))
 
     def discard(self, caller: bytes, item: T) -> bool:
         """Takes an item out of its turn; whether it was there."""
@@ -50,25 +60,45 @@ class FairQueue(Generic[T]):
         """Drops all items."""
         self._items.clear()
 
+    def _pop(self, caller: bytes) -> T:
+        items = self._items[caller]
+        item = items.popleft()
+        if items:
+            self._items.move_to_end(caller)
+        else:
+            del self._items[caller]
+        return item
+
 
 class FairSemaphore:
     """A number of places that callers take in turn. Belongs to one event loop."""
 
-    def __init__(self, places: int) -> None:
+    def __init__(self, places: int, most_of_one: int | None = None) -> None:
+        """Takes how many there are, and how many of them one caller may hold; None for all."""
         self._free = places
+        self._most_of_one = places if most_of_one is None else most_of_one
+        self._held: Counter[bytes] = Counter()
         self._waiting: FairQueue[asyncio.Future[None]] = FairQueue()
+
+    def has_most(self, caller: bytes) -> bool:
+        """Whether a caller holds as many places as it may."""
+        return self._held[caller] >= self._most_of_one
+
+    def must_wait(self, caller: bytes) -> bool:
+        """Whether a caller would wait for a place."""
+        return not self._free or self.has_most(caller)
 
     @asynccontextmanager
     async def place(self, caller: bytes) -> AsyncIterator[None]:
         """Waits for a place and holds it for the block."""
-        if self._free:
-            self._free -= 1
-        else:
+        if self.must_wait(caller):
             await self._wait(caller)
+        else:
+            self._take(caller)
         try:
             yield
         finally:
-            self._release()
+            self._release(caller)
 
     async def _wait(self, caller: bytes) -> None:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -78,13 +108,42 @@ class FairSemaphore:
         except asyncio.CancelledError:
             # Cancelled in the moment in which it got the place, which is then the next one's.
             if not self._waiting.discard(caller, turn) and not turn.cancelled():
-                self._release()
+                self._release(caller)
             raise
 
-    def _release(self) -> None:
-        while self._waiting:
-            turn = self._waiting.pop()
-            if not turn.done():
-                turn.set_result(None)
-                return
+    def _take(self, caller: bytes) -> None:
+        self._free -= 1
+        self._held[caller] += 1
+
+    def _release(self, caller: bytes) -> None:
         self._free += 1
+        self._held[caller] -= 1
+        if not self._held[caller]:
+            del self._held[caller]
+        while self._free:
+            full = {holder for holder, held in self._held.items() if held >= self._most_of_one}
+            if (found := self._waiting.pop_without(full)) is None:
+                return
+            waiter, turn = found
+            if not turn.done():
+                self._take(waiter)
+                turn.set_result(None)
+
+
+class FairThreads:
+    """Threads that callers take in turn. Belongs to one event loop."""
+
+    def __init__(self, threads: Executor, count: int, most_of_one: int | None = None) -> None:
+        """Takes the threads, how many there are, and how many of them one caller may have; None for all."""
+        self._threads = threads
+        self._places = FairSemaphore(count, most_of_one)
+
+    async def run(self, caller: bytes, function: Callable[..., T], *arguments: object) -> T:
+        """What a function returns that is called on one of the threads."""
+        async with self._places.place(caller):
+            call = functools.partial(function, *arguments)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+    def shutdown(self) -> None:
+        """Ends them; what was not begun is cancelled."""
+        self._threads.shutdown(wait=False, cancel_futures=True)

@@ -1,12 +1,14 @@
 """Callers take turns, and a place is never lost."""
 
 import asyncio
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echovlm_ray.fair_queue import FairQueue, FairSemaphore
+from echovlm_ray.fair_queue import FairQueue, FairSemaphore, FairThreads
 
 
 def test_callers_take_turns_and_each_is_served_in_order() -> None:
@@ -32,21 +34,25 @@ def test_an_item_can_leave_out_of_its_turn() -> None:
     assert not queue
 
 
-@given(st.lists(st.tuples(st.sampled_from([b"a", b"b"]), st.integers(0, 3), st.booleans()), max_size=30))
-def test_no_place_is_lost(calls: list[tuple[bytes, int, bool]]) -> None:
+@given(
+    st.sampled_from([1, 2, 3]),
+    st.lists(st.tuples(st.sampled_from([b"a", b"b"]), st.integers(0, 3), st.booleans()), max_size=30),
+)
+def test_no_place_is_lost(most_of_one: int, calls: list[tuple[bytes, int, bool]]) -> None:
     async def run() -> None:
-        places = FairSemaphore(2)
-        held: Counter[str] = Counter()
+        places = FairSemaphore(3, most_of_one)
+        held: Counter[bytes] = Counter()
 
         async def call(caller: bytes, turns: int) -> None:
             async with places.place(caller):
-                held["now"] += 1
-                assert held["now"] <= 2
+                held[caller] += 1
+                assert held[caller] <= most_of_one
+                assert held.total() <= 3
                 try:
                     for _ in range(turns):
                         await asyncio.sleep(0)
                 finally:
-                    held["now"] -= 1
+                    held[caller] -= 1
 
         tasks = []
         for caller, turns, cancelled in calls:
@@ -56,8 +62,8 @@ def test_no_place_is_lost(calls: list[tuple[bytes, int, bool]]) -> None:
             if cancelled:
                 task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        async with places.place(b"c"), places.place(b"c"):
-            assert not held["now"]
+        async with places.place(b"c"), places.place(b"d"), places.place(b"e"):
+            assert not held.total()
 
     asyncio.run(run())
 
@@ -76,5 +82,36 @@ def test_one_caller_with_many_does_not_keep_another_waiting() -> None:
             await asyncio.sleep(0)
         await asyncio.gather(*waiting)
         assert order == [b"a", b"b", b"a", b"a"]
+
+    asyncio.run(run())
+
+
+def test_a_place_that_one_caller_may_not_have_is_free_for_another() -> None:
+    async def run() -> None:
+        places = FairSemaphore(3, 2)
+        async with places.place(b"a"), places.place(b"a"):
+            assert places.must_wait(b"a")
+            waiting = asyncio.create_task(places.place(b"a").__aenter__())
+            await asyncio.sleep(0)
+            async with asyncio.timeout(1), places.place(b"b"):
+                assert places.must_wait(b"b")
+            assert not waiting.done()
+        await waiting
+
+    asyncio.run(run())
+
+
+def test_threads_are_left_for_other_callers() -> None:
+    async def run() -> None:
+        with ThreadPoolExecutor(2) as pool:
+            threads = FairThreads(pool, 2, 1)
+            busy = threading.Event()
+            long = [asyncio.create_task(threads.run(b"a", busy.wait, 10)) for _ in range(3)]
+            await asyncio.sleep(0)
+            async with asyncio.timeout(5):
+                assert await threads.run(b"b", abs, -1) == 1
+            assert not any(each.done() for each in long)
+            busy.set()
+            assert await asyncio.gather(*long) == [True] * 3
 
     asyncio.run(run())

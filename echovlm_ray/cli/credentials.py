@@ -1,11 +1,15 @@
 """Shared by the commands that call a server: the token to send, and the certificates."""
 
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from echovlm_ray.client.connection import TLS
+
+if TYPE_CHECKING:
+    from echovlm_ray.config import ControlSection, GatewaySection
 
 TokenFile = Annotated[Path | None, typer.Option(help="File with the token to send.")]
 Authority = Annotated[
@@ -17,7 +21,7 @@ Key = Annotated[Path | None, typer.Option(help="PEM file of your certificate's k
 
 
 def token_of(path: Path | None) -> str | None:
-    """The first token of a file; the server's own will do: it may hold comments, and one token a line.
+    """The first token of a file; the server's own will do: it may hold comments, and names behind its tokens.
 
     Raises:
         ValueError: there is none in it.
@@ -25,8 +29,8 @@ def token_of(path: Path | None) -> str | None:
     """
     if path is None:
         return None
-    lines = [line.strip() for line in path.read_text().splitlines()]
-    token = next((line for line in lines if line and not line.startswith("#")), None)
+    lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+    token = next((line.split()[0] for line in lines if line and not line.startswith("#")), None)
     if token is None:
         raise ValueError(f"{path} holds no token: write it on a line of its own")
     return token
@@ -37,3 +41,15 @@ def tls_of(authority: Path | None, certificate: Path | None, key: Path | None) -
     if authority or certificate or key:
         return TLS(authority=authority, certificate=certificate, key=key)
     return None
+
+
+def options_for(section: "GatewaySection | ControlSection") -> str:
+    """The options with which a command calls a server; capitals stand for what the caller must have."""
+    options = ""
+    if section.tls is not None:
+        options += " --ca AUTHORITY.pem"
+        if section.tls.client_authority is not None:
+            options += " --certificate CERTIFICATE.pem --key KEY.pem"
+    if section.token_file is not None:
+        options += f" --token-file {shlex.quote(str(section.token_file))}"
+    return options

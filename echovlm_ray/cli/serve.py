@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from echovlm_ray.cli.credentials import options_for
 from echovlm_ray.cli.readiness import notify_ready
 from echovlm_ray.cli.signals import EXIT_KILLED, StopRequest
 from echovlm_ray.cli.terminal import MAX_CELL, console_of, line, styled
@@ -338,8 +339,11 @@ def _print_ready(system: "RunningSystem", config: "Config", console: Console, op
     server = "" if system.gateway_address == DEFAULT_ADDRESS else f" --server {system.gateway_address}"
     control = "" if system.control_address == DEFAULT_CONTROL else f" --control {system.control_address}"
     console.print("Next, in another shell (any DICOM, still or video of an ultrasound):")
-    console.print(f"  {command} generate IMAGE --task report{server}", style="bold")
-    console.print(f"  {command} status{control}", style="bold")
+    for text in (
+        f"generate IMAGE --task report{server}{options_for(config.gateway)}",
+        f"status{control}{options_for(config.control)}",
+    ):
+        console.print(f"  {command} {text}", style="bold", soft_wrap=True)
     if not options.detach:
         console.print("Ctrl-C stops it.")
 

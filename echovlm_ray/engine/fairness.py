@@ -1,6 +1,7 @@
 """Fair scheduling among callers: which one is served next."""
 
 from collections import Counter
+from collections.abc import Iterable
 
 # A decoded token takes a step of its own; prompt tokens are computed many at a time.
 PROMPT_TOKEN = 1.0
@@ -51,3 +52,7 @@ class ServiceCounters:
         """Sorts active callers: the one that was served least is first, then the one with the fewest sequences."""
         leader = max(self._served[other] for other in self._sequences)
         return max(self._served[caller], leader - MAX_CREDIT), self._sequences[caller]
+
+    def is_ahead(self, caller: bytes, others: Iterable[bytes]) -> bool:
+        """Whether a caller was served more than one of these active callers."""
+        return any(self._served[other] < self._served[caller] for other in others)

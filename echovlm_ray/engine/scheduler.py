@@ -18,6 +18,12 @@ BACKGROUND_PREFILL_TOKENS = BLOCK_SIZE
 # the next prompt of another one does not wait for a long step to end.
 SHARED_S = 10.0
 SHARED_PREFILL = 4
+# Of the prompts of a caller that was served more than another one whose answer is being written, in one step.
+AHEAD_PREFILL_TOKENS = 2 * BLOCK_SIZE
+# While one waits for more blocks than are free, others are let past it for so long: those that never take more than
+# this part of the cache, one of each caller that has none running.
+PASSED_S = 30.0
+SHORT = 32
 
 # Says, without waiting, why a sequence's experts cannot be reached now, or None.
 Unavailable = Callable[[Sequence], ExpertsUnavailableError | None]
@@ -53,6 +59,11 @@ class Scheduler:
     A sequence whose experts do not answer is stalled: it counts for nothing in the batch, and is preempted before
     any other, so that a lost organ does not keep the other organs' requests waiting. Tokens whose blocks were
     freed are computed again.
+
+    A caller that was served more than another one whose answers are being written gets small pieces of its prompts
+    computed, so that steps are short.
+
+    While the next sequence waits for room in the cache, short ones of other callers are let past it for a time.
     """
 
     def __init__(
@@ -81,6 +92,9 @@ class Scheduler:
         # Since the start: tokens that were not computed because their blocks were there, and sequences sent back.
         self.prefix_hits = 0
         self.preemptions = 0
+        # What waits for blocks while others are let past it, and until when they are.
+        self._passed: Sequence | None = None
+        self._passed_until = -math.inf
 
     def add(self, sequence: Sequence) -> None:
         """Puts a sequence at the end of the queue.
@@ -139,6 +153,8 @@ class Scheduler:
             if sequence.num_pending > 1:
                 if prefilling not in (None, caller):
                     continue
+                if prefilling is None and self._is_ahead(sequence, ready):
+                    budget = min(budget, AHEAD_PREFILL_TOKENS)
                 end = self._cut(sequence, budget)
             count = end - sequence.num_computed
             if not count or not self._grow(sequence, end, ready, chunks):
@@ -151,6 +167,13 @@ class Scheduler:
             if not chunk.sequence.request.background:
                 self._callers.charge(chunk.sequence.request.caller, chunk.end - chunk.start)
         return chunks
+
+    def _is_ahead(self, sequence: Sequence, ready: Iterable[Sequence]) -> bool:
+        """Whether a sequence's caller was served more than another one of which a sequence decodes."""
+        if self._callers.num_active == 1 or sequence.request.background:
+            return False
+        callers = {_owner(other) for other in ready if other.num_pending == 1 and other.block_table}
+        return self._callers.is_ahead(sequence.request.caller, callers - {None})
 
     def _cut(self, sequence: Sequence, budget: int) -> int:
         """Up to which of its tokens a sequence is computed in a step, within a budget.
@@ -208,15 +231,38 @@ class Scheduler:
                 return
         while self.waiting:
             sequence = self._next_waiting()
-            if len(ready) >= self.max_batch_size and not self._make_place(sequence, ready):
+            if not self._admit_one(sequence, ready, now):
+                self._let_past(sequence, ready, now)
                 return
-            if self._ready([sequence], now):
-                while not self._take_blocks(sequence, ready):
-                    if not self._make_blocks(sequence, ready):
-                        return
-                ready.append(sequence)
-            self.waiting.remove(sequence)
-            self.running.append(sequence)
+
+    def _admit_one(self, sequence: Sequence, ready: list[Sequence], now: float) -> bool:
+        if len(ready) >= self.max_batch_size and not self._make_place(sequence, ready):
+            return False
+        if self._ready([sequence], now):
+            while not self._take_blocks(sequence, ready):
+                if not self._make_blocks(sequence, ready):
+                    return False
+            ready.append(sequence)
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        return True
+
+    def _let_past(self, first: Sequence, ready: list[Sequence], now: float) -> None:
+        """Admits short sequences of other callers while the first one waits, but not for ever."""
+        if self._callers.num_active == 1:
+            return
+        if first is not self._passed:
+            self._passed, self._passed_until = first, now + PASSED_S
+        if now > self._passed_until:
+            return
+        seen = {_owner(other) for other in (first, *self.running)}
+        for sequence in tuple(self.waiting):
+            caller = _owner(sequence)
+            if caller is None or caller in seen:
+                continue
+            seen.add(caller)
+            if BlockPool.blocks_for(sequence.max_tokens) <= self.pool.num_blocks // SHORT:
+                self._admit_one(sequence, ready, now)
 
     def _next_waiting(self) -> Sequence:
         # The usual case, which is asked for in every step while a full batch keeps others waiting.

@@ -30,11 +30,11 @@ class Caller:
 
     Attributes:
         id: 32 bytes; none where callers show no credentials, or none that are checked.
-        name: of its token, or in its certificate; quotas go by it.
+        names: of its token, or else those in its certificate; quotas go by them.
     """
 
     id: bytes = b""
-    name: str = ""
+    names: tuple[str, ...] = ()
 
 
 NOT_KNOWN = Caller()
@@ -63,7 +63,8 @@ def caller_of(token: KnownToken | None, peer_identities: Iterable[bytes] | None)
     shown += identities
     if not shown:
         return NOT_KNOWN
-    name = token.name if token is not None else identities[0].decode(errors="replace")
+    named = token is not None and token.name
+    names = (token.name,) if named else tuple(identity.decode(errors="replace") for identity in identities)
     # Each with its length, so that no two lists look alike.
     joined = b"".join(len(each).to_bytes(8) + each for each in shown)
-    return Caller(hmac.digest(_SECRET, joined, hashlib.sha256), name)
+    return Caller(hmac.digest(_SECRET, joined, hashlib.sha256), names)

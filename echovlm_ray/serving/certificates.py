@@ -99,6 +99,8 @@ def _configuration(contents: tuple[bytes, ...]) -> grpc.ServerCertificateConfigu
 
 def _read(path: Path, field: str) -> bytes:
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{field} {path} is no regular file: give the path of one")
         return path.read_bytes()
     except OSError as error:
         raise ValueError(f"{field} {path} cannot be read: {error.strerror}") from None

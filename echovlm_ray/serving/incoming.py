@@ -13,6 +13,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from echovlm_ray.errors import DeadlineError, InvalidRequestError, MessageTooLargeError
+from echovlm_ray.serving.caller import current_caller
 from echovlm_ray.serving.received_bytes import ReceivedBytes
 from experts.transport.fields import next_field
 
@@ -45,8 +46,13 @@ class Incoming:
         self._received = received
         self._idle_s = idle_s
 
-    async def one(self, context: "grpc.aio.ServicerContext[Any, Any]", parse: Parse) -> Any:
+    async def one(self, context: "grpc.aio.ServicerContext[Any, Any]", parse: Parse, *, is_check: bool = False) -> Any:
         """The message of a call that has one.
+
+        Args:
+            context: of the call.
+            parse: makes the message of its bytes.
+            is_check: whether it is a health check, which may carry no credentials.
 
         Raises:
             InvalidRequestError: none came, or it is not what the method takes.
@@ -56,13 +62,13 @@ class Incoming:
         if self._received is None:
             raw = await context.read()
         else:
-            async with self._received.arriving():
+            async with self._received.arrivals(of_checks=is_check).place(_sender(context)):
                 raw = await context.read()
         if not isinstance(raw, bytes):
             raise InvalidRequestError("request", "did not come: the call ended without a message")
         raw = await self._inflated(raw)
         if self._received is not None:
-            self._received.hold(len(raw))
+            self._received.hold(_sender(context), len(raw))
         return _parsed(raw, parse)
 
     async def each(self, context: "grpc.aio.ServicerContext[Any, Any]", parse: Parse) -> AsyncIterator[Any]:
@@ -71,8 +77,9 @@ class Incoming:
         Raises:
             DeadlineError: nothing came for too long.
         """
+        arrivals = None if self._received is None else self._received.arrivals(of_checks=False)
         while True:
-            async with nullcontext() if self._received is None else self._received.arriving():
+            async with nullcontext() if arrivals is None else arrivals.place(_sender(context)):
                 try:
                     async with asyncio.timeout(self._idle_s) as limit:
                         raw = await context.read()
@@ -90,6 +97,11 @@ class Incoming:
         if len(raw) <= SMALL_BYTES // 64:
             return inflate(raw, self._max_bytes)
         return await asyncio.to_thread(inflate, raw, self._max_bytes)
+
+
+def _sender(context: "grpc.aio.ServicerContext[Any, Any]") -> bytes:
+    """The caller, or the machine that the call comes from where it shows no credentials."""
+    return current_caller().id or context.peer().rpartition(":")[0].encode()
 
 
 def inflate(raw: bytes, max_bytes: int) -> bytes:

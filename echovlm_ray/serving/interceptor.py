@@ -8,9 +8,10 @@ is logged with its place in the code but without its text, which may hold a pati
 """
 
 import asyncio
+import hashlib
 import logging
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import (
     AbstractContextManager,
     ExitStack,
@@ -21,7 +22,7 @@ from contextlib import (
 )
 from math import inf
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import grpc
 from google.rpc import code_pb2
@@ -193,7 +194,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     def _wrap(self, method: str, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
         behaviour = handler.stream_stream or handler.stream_unary or handler.unary_stream or handler.unary_unary
-        taken = self._taking(behaviour, handler)
+        taken = self._taking(behaviour, handler, is_check=method.startswith(HEALTH))
         if handler.response_streaming:
             return grpc.stream_stream_rpc_method_handler(
                 self._streaming(method, taken), None, handler.response_serializer
@@ -201,7 +202,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return grpc.stream_unary_rpc_method_handler(self._single(method, taken), None, handler.response_serializer)
 
     def _taking(
-        self, behaviour: Behaviour, handler: grpc.RpcMethodHandler
+        self, behaviour: Behaviour, handler: grpc.RpcMethodHandler, *, is_check: bool
     ) -> Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]:
         """What begins the behaviour once its message has come."""
         parse, incoming = handler.request_deserializer, self._incoming
@@ -211,7 +212,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             sending = asyncio.get_running_loop().create_task(_send_initial_metadata(context))
             try:
                 # Not kept in a variable, so that a behaviour that is done with its message frees its memory.
-                return behaviour(await incoming.one(context, parse), context)
+                return behaviour(await incoming.one(context, parse, is_check=is_check), context)
             finally:
                 await sending
 
@@ -251,7 +252,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         try:
             with ExitStack() as held:
                 token = self._admit(method, metadata)
-                set_caller(caller_of(token, context.peer_identities() if self._certificates else None))
+                set_caller(caller_of(token, _identities(context) if self._certificates else None))
                 held.enter_context(self._place(method))
                 held.callback(new_receipt().release)
                 held.enter_context(self._counted(method))
@@ -300,6 +301,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             self._active -= 1
             if not self._active:
                 self._idle.set()
+
+
+def _identities(context: grpc.aio.ServicerContext) -> Iterable[bytes]:
+    """The names in the client's certificate; of one without names, its digest."""
+    if names := context.peer_identities():
+        return cast(Iterable[bytes], names)
+    return [hashlib.sha256(pem).hexdigest().encode() for pem in context.auth_context().get("x509_pem_cert", ())]
 
 
 async def _send_initial_metadata(context: grpc.aio.ServicerContext) -> None:

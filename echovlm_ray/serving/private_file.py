@@ -1,4 +1,4 @@
-"""Files that only this process's user may read and write: tokens and keys."""
+"""Files that only this process's user, or root, may read and write: tokens and keys."""
 
 import os
 import stat
@@ -16,16 +16,19 @@ def read_private(path: Path, field: str) -> bytes:
         field: what the configuration calls it.
 
     Raises:
-        ValueError: it cannot be read, or others can read or write it as well; the text says what to type.
+        ValueError: it cannot be read, it is another user's, or others can read or write it as well; the text says what
+            to type.
     """
     try:
         # Token files are read with every call, and `open` takes three times as long. A pipe must not block.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            mode = os.fstat(descriptor).st_mode
-            if not stat.S_ISREG(mode):
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
                 raise ValueError(f"{field} {path} is no regular file: give the path of one")
-            if mode & _OTHERS:
+            if found.st_uid not in (os.geteuid(), 0):
+                raise ValueError(f"{field} {path} belongs to another user: chown {os.geteuid()} {path}")
+            if found.st_mode & _OTHERS:
                 raise ValueError(f"{field} {path} can be read or written by other users: chmod 600 {path}")
             content = os.read(descriptor, _CHUNK_BYTES)
             while more := os.read(descriptor, _CHUNK_BYTES):

@@ -9,7 +9,7 @@ from echovlm_ray.config import QuotaSection
 from echovlm_ray.errors import OverloadedError
 from echovlm_ray.serving.caller import Caller
 
-# Of the places of a gateway, one in so many is left to others where the quota says nothing.
+# Of the places of a gateway, one in so many, but one at least, is for callers that have no request under way.
 RESERVED = 16
 # A place is free when one of the caller's own requests ends, which is not known beforehand.
 RETRY_PLACE_S = 1.0
@@ -52,9 +52,8 @@ class Allowance:
 class _Account:
     """What one caller has taken."""
 
-    def __init__(self, quota: QuotaSection, max_requests: int) -> None:
+    def __init__(self, quota: QuotaSection) -> None:
         self.quota = quota
-        self.places = quota.concurrent or max(1, max_requests - max_requests // RESERVED)
         self.under_way = 0
         self.requests = Allowance(quota.requests_per_minute)
         self.tokens = Allowance(quota.tokens_per_minute)
@@ -71,7 +70,9 @@ class Quotas:
         """Takes `gateway.quota`, `gateway.quotas` and `gateway.max_requests`."""
         self._quota = quota
         self._quotas = quotas
-        self._max_requests = max_requests
+        self._reserved = max(1, max_requests // RESERVED)
+        self._open_to_all = max_requests - self._reserved
+        self._under_way = 0
         self._accounts: dict[bytes, _Account] = {}
 
     @contextmanager
@@ -86,13 +87,25 @@ class Quotas:
             yield
             return
         account = self._account(caller)
+        self._check_places(account)
         _check(account)
+        self._under_way += 1
         account.under_way += 1
         account.requests.take(1)
         try:
             yield
         finally:
             account.under_way -= 1
+            self._under_way -= 1
+
+    def _check_places(self, account: _Account) -> None:
+        if account.under_way and self._under_way >= self._open_to_all:
+            raise OverloadedError(
+                f"{self._under_way} requests are under way, {account.under_way} of this caller, and the last "
+                f"{self._reserved} of gateway.max_requests are for callers that have none: send the request again when "
+                "one has ended",
+                RETRY_PLACE_S,
+            )
 
     def charge(self, caller: Caller, num_tokens: int) -> None:
         """Counts tokens of a prompt or an answer."""
@@ -104,17 +117,16 @@ class Quotas:
         if account is None:
             for known in [known for known, other in self._accounts.items() if other.is_idle]:
                 del self._accounts[known]
-            quota = self._quotas.get(caller.name, self._quota)
-            account = self._accounts[caller.id] = _Account(quota, self._max_requests)
+            quota = next((self._quotas[name] for name in caller.names if name in self._quotas), self._quota)
+            account = self._accounts[caller.id] = _Account(quota)
         return account
 
 
 def _check(account: _Account) -> None:
     quota = account.quota
-    if account.under_way >= account.places:
-        limit = "quota.concurrent" if quota.concurrent else "gateway.max_requests, of which a part is for others"
+    if quota.concurrent is not None and account.under_way >= quota.concurrent:
         raise OverloadedError(
-            f"{account.under_way} requests of this caller are under way and that is the limit ({limit}): "
+            f"{account.under_way} requests of this caller are under way and that is the limit (quota.concurrent): "
             "send the request again when one has ended",
             RETRY_PLACE_S,
         )

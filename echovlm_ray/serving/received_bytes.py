@@ -1,19 +1,32 @@
 """A bound on the bytes of requests in a server's memory, over all calls together.
 
 How long a message is shows only when it has come, so one that is arriving counts as the longest that there may be: a
-few places are given out one after the other. A call that waits for a place costs no memory, because nothing of it is
-read. When a message has come, its own length counts until the call ends or says that it is done with it.
+few places are given out, to one sender after the other. No sender gets all of them, and health checks, which carry no
+credentials, have their own. So a sender whose messages do not come keeps no other one waiting. A call that waits for a
+place costs no memory for its message, because nothing of it is read. When a message has come, its own length counts
+until the call ends or says that it is done with it.
 """
 
 import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
-from types import TracebackType
 
 from echovlm_ray.errors import DeadlineError, OverloadedError
+from echovlm_ray.fair_queue import FairSemaphore
 
 # A message that takes longer to arrive than the first ends its call, and than the second while others wait for a place.
 ARRIVE_WITHIN_S = 300.0
 ARRIVE_WITHIN_BUSY_S = 10.0
+# The second, of a health check, whose message comes together with its headers.
+CHECK_WITHIN_BUSY_S = 1.0
+# Of the places and the bytes, one in so many is kept from each sender.
+RESERVED = 4
+# Places for health checks, besides the others.
+CHECKS = 2
+# Calls of one sender that may wait for a place.
+MAX_WAITING = 1000
 
 
 class Receipt:
@@ -21,16 +34,17 @@ class Receipt:
 
     def __init__(self) -> None:
         self._received: ReceivedBytes | None = None
+        self._sender = b""
         self._nbytes = 0
 
-    def fill(self, received: "ReceivedBytes", nbytes: int) -> None:
+    def fill(self, received: "ReceivedBytes", sender: bytes, nbytes: int) -> None:
         """Called when they are counted."""
-        self._received, self._nbytes = received, nbytes
+        self._received, self._sender, self._nbytes = received, sender, nbytes
 
     def release(self) -> None:
         """Says that the messages are not in memory any more; harmless when repeated."""
         if self._received is not None:
-            self._received.held_bytes -= self._nbytes
+            self._received.let_go(self._sender, self._nbytes)
         self._nbytes = 0
 
 
@@ -49,33 +63,78 @@ def new_receipt() -> Receipt:
     return receipt
 
 
-class _Arrival:
-    """One message that is being read."""
+class Arrivals:
+    """Places in which messages arrive, one each. Belongs to one event loop."""
 
-    def __init__(self, received: "ReceivedBytes") -> None:
-        self._received = received
+    def __init__(self, places: int, most_of_one: int, busy_s: float) -> None:
+        """Takes how many there are, how many one sender may hold, and for how long while others wait."""
+        self._places = FairSemaphore(places, most_of_one)
+        self._busy_s = busy_s
+        self._waiting: Counter[bytes] = Counter()
+        # Of each message that is arriving: its time limit, its sender, and when it ends while others wait.
+        self._arriving: dict[asyncio.Timeout, tuple[bytes, float]] = {}
 
-    async def __aenter__(self) -> None:
-        await self._received.take_place()
-        now = asyncio.get_running_loop().time()
-        self._busy_at = now + ARRIVE_WITHIN_BUSY_S
-        self._limit = asyncio.timeout_at(now + ARRIVE_WITHIN_S)
-        await self._limit.__aenter__()
-        self._received.begin(self._limit, self._busy_at)
+    @asynccontextmanager
+    async def place(self, sender: bytes) -> AsyncIterator[None]:
+        """To be held while one message is read; waits for a place.
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._received.end(self._limit)
+        Raises:
+            OverloadedError: too many of the sender wait, or it took too long while others waited.
+            DeadlineError: it took too long.
+        """
+        if self._waiting[sender] >= MAX_WAITING:
+            raise OverloadedError(
+                f"{MAX_WAITING} requests of this caller wait to be received, and that is the limit: send the request "
+                "again when some have come"
+            )
+        self._waiting[sender] += 1
+        self._hurry()
         try:
-            await self._limit.__aexit__(kind, error, trace)
+            place = self._places.place(sender)
+            await place.__aenter__()
+        finally:
+            self._waiting[sender] -= 1
+            if not self._waiting[sender]:
+                del self._waiting[sender]
+        try:
+            async with self._limited(sender):
+                yield
+        finally:
+            await place.__aexit__(None, None, None)
+
+    @asynccontextmanager
+    async def _limited(self, sender: bytes) -> AsyncIterator[None]:
+        now = asyncio.get_running_loop().time()
+        busy_at = now + self._busy_s
+        limit = asyncio.timeout_at(now + ARRIVE_WITHIN_S)
+        try:
+            async with limit:
+                self._arriving[limit] = sender, busy_at
+                self._hurry()
+                yield
         except TimeoutError:
-            if self._limit.when() == self._busy_at:
+            if not limit.expired():
+                raise
+            if limit.when() == busy_at:
                 raise OverloadedError(
-                    f"the request did not arrive within {ARRIVE_WITHIN_BUSY_S:g} seconds, while others waited to be "
-                    "received: send it again"
+                    f"the request did not arrive within {self._busy_s:g} seconds, while others waited to be received: "
+                    "send it again"
                 ) from None
             raise DeadlineError(f"the request did not arrive within {ARRIVE_WITHIN_S:g} seconds") from None
+        finally:
+            self._arriving.pop(limit, None)
+
+    def _hurry(self) -> None:
+        """Limits the time of the messages for whose places others wait."""
+        waiting = [sender for sender in self._waiting if self._places.must_wait(sender)]
+        if not waiting:
+            return
+        # A sender that holds as many as it may waits for its own places only.
+        for_any = any(not self._places.has_most(sender) for sender in waiting)
+        for limit, (sender, busy_at) in self._arriving.items():
+            when = limit.when()
+            if (for_any or sender in waiting) and not limit.expired() and (when is None or when > busy_at):
+                limit.reschedule(busy_at)
 
 
 class ReceivedBytes:
@@ -90,46 +149,21 @@ class ReceivedBytes:
         self.held_bytes = 0
         self._max_bytes = max_bytes
         self._max_held = max_bytes // 2
-        self._places = asyncio.Semaphore(max(1, max_bytes // 2 // max_message_bytes))
-        self._waiting = 0
-        # Of each message that is arriving: its time limit, and when it must give way while others wait.
-        self._arriving: dict[asyncio.Timeout, float] = {}
+        self._max_held_by_one = max(max_message_bytes, self._max_held - self._max_held // RESERVED)
+        self._held: Counter[bytes] = Counter()
+        places = max(1, max_bytes // 2 // max_message_bytes)
+        self._arrivals = Arrivals(places, max(1, places - max(1, places // RESERVED)), ARRIVE_WITHIN_BUSY_S)
+        self._checks = Arrivals(CHECKS, CHECKS - 1, CHECK_WITHIN_BUSY_S)
 
-    def arriving(self) -> "_Arrival":
-        """To be held while one message is read; waits for a place.
+    def arrivals(self, *, of_checks: bool) -> Arrivals:
+        """Where the messages of health checks arrive, or all others."""
+        return self._checks if of_checks else self._arrivals
 
-        Raises:
-            OverloadedError: it took too long while others waited.
-            DeadlineError: it took too long.
-        """
-        return _Arrival(self)
-
-    async def take_place(self) -> None:
-        """Waits for a place, and has those that have one hurry."""
-        if self._places.locked():
-            self._hurry()
-        self._waiting += 1
-        try:
-            await self._places.acquire()
-        finally:
-            self._waiting -= 1
-
-    def begin(self, limit: asyncio.Timeout, busy_at: float) -> None:
-        """Records a message that is arriving, and when its time is over while others wait."""
-        self._arriving[limit] = busy_at
-        if self._waiting:
-            self._hurry()
-
-    def end(self, limit: asyncio.Timeout) -> None:
-        """Gives a place back."""
-        self._arriving.pop(limit, None)
-        self._places.release()
-
-    def hold(self, nbytes: int) -> None:
+    def hold(self, sender: bytes, nbytes: int) -> None:
         """Counts a message that has come, on the receipt of the call that is being served.
 
         Raises:
-            OverloadedError: there are too many others.
+            OverloadedError: there are too many others, or too many of the sender.
         """
         if self.held_bytes + nbytes > self._max_held:
             raise OverloadedError(
@@ -137,11 +171,19 @@ class ReceivedBytes:
                 f"than half of the {self._max_bytes} that the server keeps (max_received_bytes): send it again a "
                 "little later"
             )
+        if self._held[sender] + nbytes > self._max_held_by_one:
+            raise OverloadedError(
+                f"requests of this caller of {self._held[sender]} bytes are under way, and with this one's {nbytes} "
+                f"there would be more than the {self._max_held_by_one} that the server keeps of one caller "
+                "(max_received_bytes, of which a part is for others): send it again a little later"
+            )
         self.held_bytes += nbytes
-        current_receipt().fill(self, nbytes)
+        self._held[sender] += nbytes
+        current_receipt().fill(self, sender, nbytes)
 
-    def _hurry(self) -> None:
-        for limit, busy_at in self._arriving.items():
-            when = limit.when()
-            if not limit.expired() and (when is None or when > busy_at):
-                limit.reschedule(busy_at)
+    def let_go(self, sender: bytes, nbytes: int) -> None:
+        """Called by a receipt."""
+        self.held_bytes -= nbytes
+        self._held[sender] -= nbytes
+        if not self._held[sender]:
+            del self._held[sender]

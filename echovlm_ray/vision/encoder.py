@@ -5,7 +5,9 @@ Lives on an event loop; the forward pass runs on a thread of its own.
 
 import asyncio
 import hashlib
+import math
 import struct
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +20,13 @@ from echovlm_ray.fair_queue import FairQueue
 from echovlm_ray.model.packing import pack_linears
 from echovlm_ray.model.vision_tower import EchoVLMVisionTower
 from experts.digest import digest_of
+
+# For so long after inputs of several callers waited, a forward pass takes this part of the patches that it may, so that
+# one caller's input does not wait for many of another's, nor is computed beside them.
+SHARED_S = 10.0
+SHARED_BATCH = 16
+# Of the places in the queue, one in so many is for callers of which nothing waits.
+RESERVED = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,6 +132,7 @@ class VisionEncoder:
         self._max_queue = max_queue
         self._jobs: dict[str, _Job] = {}
         self._waiting: FairQueue[str] = FairQueue()
+        self._shared_until = -math.inf
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vision")
         self._worker: asyncio.Task[None] | None = None
@@ -178,6 +188,13 @@ class VisionEncoder:
                 f"{len(self._waiting)} images wait for the vision encoder, and with {len(new)} more they would be over "
                 f"the limit of {self._max_queue} (vision.max_queue)"
             )
+        share = self._max_queue - self._max_queue // RESERVED
+        caller = wanted[new[0]].caller if new else b""
+        if caller and self._waiting.count(caller) and len(self._waiting) + len(new) > share:
+            raise OverloadedError(
+                f"{len(self._waiting)} images wait for the vision encoder, some of this caller, and the last "
+                f"{self._max_queue - share} places are for callers of which none waits (vision.max_queue)"
+            )
         loop = asyncio.get_running_loop()
         for digest in new:
             self._jobs[digest] = _Job(wanted[digest], loop.create_future())
@@ -225,11 +242,15 @@ class VisionEncoder:
                     job.result.set_result(embedding)
 
     def _next_batch(self) -> list[str]:
+        now = time.monotonic()
+        if self._waiting.num_callers > 1:
+            self._shared_until = now + SHARED_S
+        limit = self.max_batch_patches // SHARED_BATCH if now < self._shared_until else self.max_batch_patches
         digests: list[str] = []
         patches = 0
         while self._waiting:
             patches += len(self._jobs[self._waiting.first()].item.patches)
-            if digests and patches > self.max_batch_patches:
+            if digests and patches > limit:
                 break
             digests.append(self._waiting.pop())
         return digests

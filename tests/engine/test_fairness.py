@@ -1,10 +1,10 @@
 """Callers share the engine: one with many long prompts keeps no other waiting, and is not starved either."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echovlm_ray.engine.fairness import DECODED_TOKEN, MAX_CREDIT, ServiceCounters
-from echovlm_ray.engine.scheduler import SHARED_S, Scheduler
+from echovlm_ray.engine.scheduler import AHEAD_PREFILL_TOKENS, PASSED_S, SHARED_S, Scheduler
 from echovlm_ray.engine.sequence import Sequence
 from tests.engine.test_scheduler import Outage, advance, scheduler, sequence
 
@@ -60,6 +60,47 @@ def test_more_than_an_equal_share_of_the_cache_is_waited_for() -> None:
     assert own.num_generated
     # One made its place in the batch; the blocks came from those that ended.
     assert planned.preemptions == 1
+
+
+def filled() -> tuple[Scheduler, Sequence]:
+    """A scheduler whose cache six callers fill, and a sequence that waits for more of it than is its caller's share."""
+    planned = scheduler(256, batch=16, queue=80, prefill=64, prefix_reuse=False)
+    for index in range(24):
+        planned.add(prompt(b"%d" % (index % 6), 200, index, max_new_tokens=200))
+    for _ in range(80):
+        step(planned)
+    large = prompt(FLOOD, 2000, 100)
+    planned.add(large)
+    step(planned)
+    assert planned.waiting[0] is not large
+    assert large in planned.waiting
+    return planned, large
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one_that_the_cache_has_no_room_for() -> None:
+    planned, large = filled()
+    planned.add(prompt(OTHER, 20))
+    assert (OTHER, 20) in step(planned)
+    # The next one of this caller, whose first one runs, and what is not short, are not let past.
+    later = [prompt(OTHER, 20, 200), prompt(b"third", 300, 201)]
+    for each in later:
+        planned.add(each)
+    step(planned)
+    assert all(each in planned.waiting for each in (large, *later))
+
+
+def test_short_prompts_do_not_keep_a_long_one_waiting_for_ever() -> None:
+    planned, large = filled()
+    assert planned._passed is large
+    planned._passed_until -= PASSED_S
+    planned.add(prompt(OTHER, 20))
+    step(planned)
+    assert not large.block_table
+    for _ in range(3000):
+        if large.block_table:
+            break
+        assert not any(chunk[0] == OTHER for chunk in step(planned))
+    assert large.block_table
 
 
 def test_callers_with_as_many_sequences_do_not_preempt_each_other() -> None:
@@ -118,6 +159,47 @@ def test_steps_are_short_while_another_caller_may_come_back() -> None:
     assert step(planned) == [(FLOOD, 16)]
     planned._shared_until -= SHARED_S
     assert step(planned) == [(FLOOD, 64)]
+
+
+def test_many_prompts_do_not_slow_down_the_answers_of_another_caller() -> None:
+    planned = scheduler(2000, batch=8, queue=80, prefill=512, prefix_reuse=False)
+    answers = [prompt(OTHER, 20, index, max_new_tokens=400) for index in range(4)]
+    for each in answers:
+        planned.add(each)
+    step(planned)
+    tokens = {FLOOD: 0, OTHER: 0}
+    for index in range(200):
+        planned.add(prompt(FLOOD, 500, 10 + index, max_new_tokens=1))
+        for caller, count in step(planned):
+            tokens[caller] += count
+        if len(planned.waiting) > 60:
+            planned.finish(planned.waiting[-1])
+    assert tokens[OTHER] == 4 * 200
+    # A step takes as long as its tokens. As many as one step may hold come at the beginning.
+    assert tokens[FLOOD] <= 512 + 200 * AHEAD_PREFILL_TOKENS
+    # Nothing is held back from a caller that was served less.
+    planned._callers._served[OTHER] += 10_000
+    assert sum(count for caller, count in step(planned) if caller == FLOOD) > 400
+
+
+ASKED = st.tuples(st.sampled_from([b"a", b"b", b"c"]), st.integers(1, 400), st.integers(1, 40), st.integers(0, 9))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(ASKED, min_size=1, max_size=20))
+def test_every_sequence_ends_whatever_callers_ask(asked: list[tuple[bytes, int, int, int]]) -> None:
+    planned = scheduler(40, batch=4, queue=80, prefill=64, prefix_reuse=False)
+    left = [
+        (prompt(caller, count, index, max_new_tokens=new), at) for index, (caller, count, new, at) in enumerate(asked)
+    ]
+    for number in range(4000):
+        for own, _ in [each for each in left if each[1] <= number]:
+            planned.add(own)
+        left = [each for each in left if each[1] > number]
+        if not left and not planned.running and not planned.waiting:
+            return
+        assert step(planned) or (not planned.running and not planned.waiting), "nothing is computed"
+    raise AssertionError("a sequence does not end")
 
 
 def test_one_caller_alone_is_served_in_order_of_arrival() -> None:

@@ -81,6 +81,15 @@ def test_a_file_that_others_can_read_or_write_is_refused_with_what_to_type(path:
         BearerTokens(path)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_file_of_another_user_is_refused_with_what_to_type(path: Path) -> None:
+    tokens = BearerTokens(path)
+    os.chown(path, 12345, -1)
+    with pytest.raises(ValueError, match=f"belongs to another user: chown 0 {path}"):
+        BearerTokens(path)
+    assert not passes(tokens, "first")
+
+
 def test_a_file_longer_than_one_read_is_taken_whole(path: Path) -> None:
     path.write_text("".join(f"token-{number}\n" for number in range(20_000)))
     tokens = BearerTokens(path)

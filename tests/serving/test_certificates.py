@@ -1,6 +1,7 @@
 """The certificates of a server, refused with a reason and replaced while it serves."""
 
 import logging
+import os
 import shutil
 import ssl
 from pathlib import Path
@@ -47,6 +48,14 @@ def test_what_cannot_be_used_is_named(directory: Path, name: str, content: bytes
 def test_a_file_that_is_missing_is_named(directory: Path, name: str) -> None:
     (directory / name).unlink()
     with pytest.raises(ValueError, match=rf"{name} cannot be read: No such file"):
+        CertificateFiles(section(directory))
+
+
+@pytest.mark.parametrize("name", ["server.pem", "server.key", "ca.pem"])
+def test_a_pipe_is_not_waited_for(directory: Path, name: str) -> None:
+    (directory / name).unlink()
+    os.mkfifo(directory / name, 0o600)
+    with pytest.raises(ValueError, match=rf"{name} is no regular file"):
         CertificateFiles(section(directory))
 
 

@@ -14,13 +14,15 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from echovlm_ray.config import TLSSection
 from echovlm_ray.errors import InvalidRequestError, MessageTooLargeError, OverloadedError
 from echovlm_ray.serving import auth, interceptor, received_bytes
 from echovlm_ray.serving.caller import Caller, KnownToken, caller_of, current_caller
 from echovlm_ray.serving.incoming import MAX_FIELDS, has_fields_beyond, inflate
-from echovlm_ray.serving.received_bytes import ReceivedBytes, current_receipt, new_receipt
+from echovlm_ray.serving.received_bytes import Arrivals, ReceivedBytes, current_receipt, new_receipt
 from echovlm_ray.serving.server import GrpcServer, ServerOptions
 from protos import echovlm_pb2, echovlm_pb2_grpc
+from tests.certificates import write_certificates
 
 SERVICE = "echovlm.v1.EchoVLM"
 LIMIT = 1024 * 1024
@@ -108,13 +110,13 @@ async def test_nothing_of_a_message_is_read_before_the_token_and_the_place(
     tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = []
-    arriving = ReceivedBytes.arriving
+    place = Arrivals.place
 
-    def counted(self: ReceivedBytes) -> Any:
-        read.append(self)
-        return arriving(self)
+    def counted(self: Arrivals, sender: bytes) -> Any:
+        read.append(sender)
+        return place(self, sender)
 
-    monkeypatch.setattr(ReceivedBytes, "arriving", counted)
+    monkeypatch.setattr(Arrivals, "place", counted)
     model = Model()
     async with serving(model, token_file=tokens) as server, grpc.aio.insecure_channel(server.address) as channel:
         for body in (b"", b"\xff" * 1000, bytes(400_000), gzip.compress(bytes(4_000_000))):
@@ -213,14 +215,60 @@ async def test_messages_arrive_in_places_and_a_slow_one_gives_way(monkeypatch: p
         assert "did not arrive within 0.3 seconds" in str(error.details())
 
 
+def silent(channel: grpc.aio.Channel, path: str, count: int, **options: Any) -> list[Any]:
+    """Calls of which no message comes."""
+    return [channel.stream_unary(path)(**options) for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", ["Generate", "GetModelInfo"])
+async def test_a_caller_whose_messages_do_not_come_keeps_no_other_waiting(tokens: Path, name: str) -> None:
+    model = Model()
+    model.places = 100
+    async with (
+        serving(model, token_file=tokens, max_received_bytes=8 * LIMIT) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        calls = silent(channel, f"/{SERVICE}/{name}", 50, metadata=bearer("one"))
+        await calls[-1].wait_for_connection()
+        await asyncio.sleep(0.2)
+        async with asyncio.timeout(received_bytes.ARRIVE_WITHIN_BUSY_S / 2):
+            assert await asyncio.gather(*[method(channel)(prompt("abc"), metadata=bearer("two")) for _ in range(20)])
+        assert not any(call.done() for call in calls)
+
+
+async def test_health_checks_whose_messages_do_not_come_keep_no_caller_waiting(
+    tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(received_bytes, "CHECK_WITHIN_BUSY_S", 0.05)
+    monkeypatch.setattr(received_bytes, "MAX_WAITING", 10)
+    async with (
+        serving(Model(), token_file=tokens, max_received_bytes=8 * LIMIT) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        calls = silent(channel, "/grpc.health.v1.Health/Check", 50)
+        await calls[-1].wait_for_connection()
+        async with asyncio.timeout(5):
+            # Some were refused at once, and those that wait end one after the other.
+            while sum(call.done() for call in calls) < 45:
+                await asyncio.sleep(0.01)
+            assert await method(channel)(prompt("abc"), metadata=bearer("one"))
+            await channel.unary_unary("/grpc.health.v1.Health/Check")(b"")
+        ended = [call for call in calls if call.done()]
+        assert {await call.code() for call in ended} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        texts = [str(await call.details()) for call in ended]
+        assert sum("10 requests of this caller wait" in text for text in texts) > 20
+
+
 async def test_the_bytes_of_all_messages_that_have_come_are_bounded() -> None:
     received = ReceivedBytes(10, 200)
     first = new_receipt()
-    received.hold(60)
+    received.hold(b"a", 60)
     new_receipt()
     with pytest.raises(OverloadedError, match="of 60 bytes are under way, and with this one's 41"):
-        received.hold(41)
-    received.hold(40)
+        received.hold(b"b", 41)
+    with pytest.raises(OverloadedError, match=r"of this caller of 60 bytes .* this one's 16 .* more than the 75"):
+        received.hold(b"a", 16)
+    received.hold(b"b", 40)
     first.release()
     first.release()
     assert received.held_bytes == 40
@@ -352,12 +400,34 @@ async def test_a_token_that_is_not_checked_makes_no_caller() -> None:
     assert model.callers == [Caller(), Caller()]
 
 
+async def test_callers_are_told_apart_by_their_certificates_also_without_names(tmp_path: Path) -> None:
+    write_certificates(tmp_path)
+    authority = (tmp_path / "ca.pem").read_bytes()
+    model = Model()
+    tls = TLSSection(
+        certificate=tmp_path / "server.pem", key=tmp_path / "server.key", client_authority=tmp_path / "ca.pem"
+    )
+    async with serving(model, tls=tls) as server:
+        for name in ("client", "nameless", "client"):
+            own = [(tmp_path / f"{name}.{kind}").read_bytes() for kind in ("key", "pem")]
+            credentials = grpc.ssl_channel_credentials(authority, *own)
+            async with grpc.aio.secure_channel(server.address, credentials) as channel:
+                await method(channel)(prompt("abc"))
+    first, second, again = model.callers
+    assert first == again
+    assert set(first.names) == {"localhost", "127.0.0.1", "::1"}
+    assert len(second.id) == 32
+    assert second.id != first.id
+
+
 def test_what_makes_a_caller() -> None:
     one, two = KnownToken(b"1" * 32), KnownToken(b"2" * 32)
     assert caller_of(one, None) == caller_of(one, None) != caller_of(two, None)
     assert caller_of(None, None) == Caller()
     assert caller_of(None, [b"a", b"b"]).id != caller_of(None, [b"ab"]).id
-    assert caller_of(None, [b"ward"]).name == "ward"
+    assert caller_of(None, [b"ward", b"10.0.0.5"]).names == ("10.0.0.5", "ward")
+    assert caller_of(one, [b"ward"]).names == ("ward",)
+    assert caller_of(KnownToken(b"1" * 32, "night"), [b"ward"]).names == ("night",)
     # Tokens of one name are one caller's, so that it can replace one by another.
     assert caller_of(KnownToken(b"1" * 32, "ward"), None) == caller_of(KnownToken(b"2" * 32, "ward"), None)
     assert caller_of(KnownToken(b"1" * 32, "ward"), None) != caller_of(None, [b"ward"])

@@ -90,7 +90,7 @@ def test_one_database_is_not_served_by_two_names() -> None:
     check_database(record("team-b", THEIRS), lambda other: True)
     check_database(record("team-a"), lambda other: True)
     # Its process was killed: what counts is whether its applications are still there.
-    forget("team-a")
+    release_name("team-a")
     claim(ended(record("team-a")), deployed=False, take_over=False)
     check_database(record("team-b"), lambda other: False)
     with pytest.raises(OwnedByAnotherError, match="team-a"):

@@ -10,7 +10,7 @@ from echovlm_ray.errors import OverloadedError
 from echovlm_ray.serving.caller import Caller
 from echovlm_ray.serving.quotas import Quotas
 
-ONE, TWO = Caller(b"1" * 32), Caller(b"2" * 32, "ward")
+ONE, TWO = Caller(b"1" * 32), Caller(b"2" * 32, ("10.0.0.5", "ward"))
 
 
 class Clock:
@@ -48,9 +48,32 @@ def test_one_caller_leaves_places_to_others() -> None:
     with ExitStack() as held:
         for _ in range(60):
             held.enter_context(own.place(ONE))
-        assert "60 requests of this caller are under way" in str(refused(own))
+        assert "60 requests are under way, 60 of this caller, and the last 4 of" in str(refused(own))
         ask(own, TWO)
     ask(own)
+
+
+@pytest.mark.parametrize("named", [{}, {"ward": QuotaSection(concurrent=40)}])
+def test_several_callers_together_leave_places_to_others(named: dict[str, QuotaSection]) -> None:
+    own = quotas(max_requests=64, named=named)
+    with ExitStack() as held:
+        for _ in range(30):
+            held.enter_context(own.place(ONE))
+            held.enter_context(own.place(TWO))
+        refused(own)
+        refused(own, TWO)
+        for number in range(4):
+            other = Caller(b"%d" % number)
+            held.enter_context(own.place(other))
+            refused(own, other)
+
+
+def test_a_gateway_with_few_places_leaves_one() -> None:
+    own = quotas(max_requests=2)
+    with own.place(ONE):
+        refused(own)
+        ask(own, TWO)
+    ask(quotas(max_requests=1))
 
 
 def test_so_many_at_once() -> None:
@@ -127,6 +150,16 @@ def test_accounts_end_when_nothing_is_left_to_count(clock: Clock) -> None:
         ask(own, Caller(b"%d" % number))
         clock.now += 30
     assert len(own._accounts) <= 2
+
+
+@pytest.mark.parametrize("field", list(QuotaSection.model_fields))
+def test_the_numbers_that_a_quota_may_be(field: str) -> None:
+    for number in (1, 10**12):
+        own = Quotas(QuotaSection.model_validate({field: number}), {}, 64)
+        ask(own)
+    for number in (0, -1, 10**400):
+        with pytest.raises(ValueError, match=field):
+            QuotaSection.model_validate({field: number})
 
 
 @pytest.mark.parametrize("gateway", [{"quota": {"concurrent": 3}}, {"quotas": {"ward": {}}}])

@@ -1,6 +1,7 @@
 """The vision encoder: the reference's embeddings, whatever else is in the batch, each picture once."""
 
 import asyncio
+import dataclasses
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -49,6 +50,10 @@ async def closing(each: VisionEncoder) -> AsyncIterator[VisionEncoder]:
         yield each
     finally:
         await each.close()
+
+
+def of(caller: bytes, seed: int) -> EncoderInput:
+    return dataclasses.replace(item(seed), caller=caller)
 
 
 class Gate:
@@ -270,3 +275,41 @@ async def test_callers_whose_time_is_up_leave_the_queue(tower: EchoVLMVisionTowe
         gate.open.set()
         await running
     assert gate.batches == [1]
+
+
+async def test_an_input_is_not_computed_beside_many_of_another_caller(tower: EchoVLMVisionTower) -> None:
+    async with closing(encoder(tower, max_batch_patches=24 * 16)) as each:
+        gate = Gate(each)
+        flood = [asyncio.create_task(each.encode([of(b"flood", 0)]))]
+        await gate.until_entered()
+        flood += [asyncio.create_task(each.encode([of(b"flood", seed)])) for seed in range(1, 8)]
+        while each.queue_length < 8:
+            await asyncio.sleep(0)
+        other = asyncio.create_task(each.encode([of(b"other", 100)]))
+        while each.queue_length < 9:
+            await asyncio.sleep(0)
+        gate.open.set()
+        await other
+        assert len(gate.batches) <= 4
+        await asyncio.gather(*flood)
+        assert set(gate.batches) == {1}
+        # The other one may come back.
+        await asyncio.gather(*[each.encode([of(b"flood", seed)]) for seed in range(20, 24)])
+        assert set(gate.batches) == {1}
+
+
+async def test_callers_with_many_inputs_leave_places_in_the_queue(tower: EchoVLMVisionTower) -> None:
+    async with closing(encoder(tower, max_queue=8)) as each:
+        gate = Gate(each)
+        first = asyncio.create_task(each.encode([of(b"a", 0)]))
+        await gate.until_entered()
+        waiting = [asyncio.create_task(each.encode([of(b"ab"[seed % 2 :][:1], seed)])) for seed in range(1, 7)]
+        while each.queue_length < 7:
+            await asyncio.sleep(0)
+        for caller in (b"a", b"b"):
+            with pytest.raises(OverloadedError, match="the last 2 places are for callers of which none waits"):
+                await each.encode([of(caller, 50)])
+        other = asyncio.create_task(each.encode([of(b"c", 60), of(b"c", 61)]))
+        gate.open.set()
+        assert len(await other) == 2
+        await asyncio.gather(first, *waiting)

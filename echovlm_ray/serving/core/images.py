@@ -1,10 +1,10 @@
 """Image files to patches: decoded in other processes, cut up on threads of their own."""
 
-import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from echovlm_ray.config import GatewaySection
+from echovlm_ray.fair_queue import FairThreads
 from echovlm_ray.model.processing import EchoVLMProcessor, VisionPatches
 from echovlm_ray.vision.decoding.pool import DecoderPool
 from echovlm_ray.vision.decoding.settings import DecoderSettings
@@ -37,7 +37,7 @@ class ImageLoader:
     def __init__(self, processor: EchoVLMProcessor, decoders: DecoderPool, threads: int) -> None:
         """Takes what cuts up, what decodes, and the number of threads to cut up on."""
         self._processor = processor
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="picture")
+        self._threads = FairThreads(ThreadPoolExecutor(threads, thread_name_prefix="picture"), threads)
         self.decoders = decoders
 
     async def load(self, content: bytes, *, field: str, request_id: str, caller: bytes) -> LoadedImage:
@@ -47,19 +47,19 @@ class ImageLoader:
             content: of the file.
             field: of the request, for the error.
             request_id: for the log.
-            caller: callers share the decoders equally.
+            caller: callers share decoders and threads equally.
 
         Raises:
             InvalidRequestError: it cannot be decoded, or not within the limits.
             ShuttingDownError: the decoders have ended.
         """
         decoded = await self.decoders.decode(content, field=field, request_id=request_id, caller=caller)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._cut, decoded)
+        return await self._threads.run(caller, self._cut, decoded)
 
     async def close(self) -> None:
         """Ends the decoders and the threads."""
         await self.decoders.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown()
 
     def _cut(self, decoded: DecodedImage) -> LoadedImage:
         frames = decoded.frames if decoded.is_video else decoded.frames[:1]

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from echovlm_ray.config import GatewaySection, RouterSection
 from echovlm_ray.errors import OverloadedError, TextUnavailableError
+from echovlm_ray.fair_queue import FairThreads
 from echovlm_ray.model.processing import EchoVLMProcessor
 from echovlm_ray.serving.caller import Caller
 from echovlm_ray.serving.core.description import ModelDescription
@@ -15,8 +16,9 @@ from echovlm_ray.serving.quotas import Quotas
 from echovlm_ray.vision.decoding.pool import DecoderPool
 from protos import router_pb2
 
-# Text and pictures have threads of their own, so that no text waits for a picture.
-TEXT_THREADS = 2
+# Text and pictures have threads of their own, so that no text waits for a picture. The longest prompt takes seconds to
+# cut into tokens, so no caller gets all of those for text.
+TEXT_THREADS = 3
 
 
 class TokenSource(Protocol):
@@ -58,7 +60,8 @@ class GenerateParts:
         self.gateway = gateway
         self.limits = limits
         self.quotas = Quotas(gateway.quota, gateway.quotas, gateway.max_requests)
-        self.text_threads = ThreadPoolExecutor(max_workers=TEXT_THREADS, thread_name_prefix="text")
+        threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
+        self.text_threads = FairThreads(threads, TEXT_THREADS, TEXT_THREADS - 1)
         self._under_way = 0
         self._images = None
         if processor is not None:
@@ -108,7 +111,7 @@ class GenerateParts:
         """Ends the decoders and the threads."""
         if self._images is not None:
             await self._images.close()
-        self.text_threads.shutdown(wait=False, cancel_futures=True)
+        self.text_threads.shutdown()
 
     @contextmanager
     def place(self, caller: Caller) -> Iterator[None]:

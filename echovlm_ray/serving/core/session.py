@@ -85,8 +85,7 @@ class GenerateSession:
         try:
             async with asyncio.timeout(max(0.0, self._deadline - time.monotonic())):
                 images = await self._load_images()
-                loop = asyncio.get_running_loop()
-                return await loop.run_in_executor(self._parts.text_threads, self._build, images)
+                return await self._parts.text_threads.run(self._caller.id, self._build, images)
         except TimeoutError:
             raise DeadlineError("the deadline passed while the images were decoded") from None
 
