@@ -55,6 +55,8 @@ class Scheduler:
     With several callers, this holds for the sequences of each. Among callers, the one that was served least is first:
     to be admitted, for which a caller with more sequences in the batch or more blocks is preempted, and in prefill, of
     which a step computes that of one caller only, so that short prompts are not computed beside long ones of others.
+    A prompt of that caller that fits into one step is computed without the others' tokens if those are more, in every
+    other step at most, so that its first token does not wait for a whole batch.
 
     A sequence whose experts do not answer is stalled: it counts for nothing in the batch, and is preempted before
     any other, so that a lost organ does not keep the other organs' requests waiting. Tokens whose blocks were
@@ -85,6 +87,8 @@ class Scheduler:
         self.prefix_reuse = prefix_reuse
         self._callers = ServiceCounters()
         self._shared_until = -math.inf
+        # Whether the last step was of one caller alone while others were ready.
+        self._was_exclusive = False
         # In the order of arrival; those that were preempted are the oldest, and in front.
         self.waiting: deque[Sequence] = deque()
         # In the order of admission, which is that of arrival; stalled ones included.
@@ -131,8 +135,6 @@ class Scheduler:
         now = time.monotonic()
         ready = self._ready(self.running, now)
         self._admit(ready, now)
-        if len({_owner(sequence) for sequence in ready}) > 1:
-            ready.sort(key=self._order)
         budget = self.max_prefill_tokens
         if self._callers.num_active > 1:
             self._shared_until = now + SHARED_S
@@ -140,7 +142,13 @@ class Scheduler:
             budget = max(BLOCK_SIZE, budget // SHARED_PREFILL)
         prefilling: bytes | None = None
         chunks: list[Chunk] = []
-        for sequence in ready:
+        turn = ready
+        if len({_owner(sequence) for sequence in ready}) > 1:
+            ready.sort(key=self._order)
+            turn = self._turn(ready, budget)
+        else:
+            self._was_exclusive = False
+        for sequence in turn:
             if sequence.request.background and chunks and not chunks[-1].sequence.request.background:
                 budget = min(budget, BACKGROUND_PREFILL_TOKENS)
             if len(chunks) == self.max_batch_size:
@@ -174,6 +182,17 @@ class Scheduler:
             return False
         callers = {_owner(other) for other in ready if other.num_pending == 1 and other.block_table}
         return self._callers.is_ahead(sequence.request.caller, callers - {None})
+
+    def _turn(self, ready: list[Sequence], budget: int) -> list[Sequence]:
+        """Those that may take part in the next step: of the first caller alone, if it is for a short prompt of it.
+
+        Not of a caller with as many as all others: it would gain little from their absence.
+        """
+        own = [sequence for sequence in ready if _owner(sequence) == _owner(ready[0])]
+        prompt = next((sequence for sequence in own if sequence.num_pending > 1 and sequence.block_table), None)
+        fits = prompt is not None and prompt.num_pending <= budget
+        self._was_exclusive = fits and len(own) < len(ready) - len(own) and not self._was_exclusive
+        return own if self._was_exclusive else ready
 
     def _cut(self, sequence: Sequence, budget: int) -> int:
         """Up to which of its tokens a sequence is computed in a step, within a budget.

@@ -32,11 +32,31 @@ def step(planned: Scheduler) -> list[tuple[bytes, int]]:
     return [(chunk.sequence.request.caller, chunk.end - chunk.start) for chunk in chunks]
 
 
-def test_a_short_prompt_is_computed_in_the_next_step_whatever_another_caller_asked() -> None:
+def test_a_short_prompt_is_computed_in_a_step_of_its_own_whatever_another_caller_asked() -> None:
     planned = flooded()
     planned.add(prompt(OTHER, 20))
+    assert step(planned) == [(OTHER, 20)]
     chunks = step(planned)
-    assert chunks[0] == (OTHER, 20)
+    assert len(chunks) == 4
+    assert (OTHER, 1) in chunks
+    assert chunks.count((FLOOD, 1)) >= 2
+
+
+def test_short_prompts_take_at_most_every_other_step() -> None:
+    planned = flooded(batch=8)
+    alone = 0
+    steps = 100
+    for index in range(steps):
+        planned.add(prompt(OTHER, 20, 100 + index, max_new_tokens=1))
+        alone += all(caller == OTHER for caller, _ in step(planned))
+    assert 1 < alone <= steps // 2
+
+
+def test_a_prompt_that_does_not_fit_into_a_step_is_computed_beside_the_others() -> None:
+    planned = flooded()
+    planned.add(prompt(OTHER, 200))
+    chunks = step(planned)
+    assert chunks[0] == (OTHER, 64)
     assert all(chunk == (FLOOD, 1) for chunk in chunks[1:]), "a long prompt was computed beside it"
     assert len(chunks) == 4
 
