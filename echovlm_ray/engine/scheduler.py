@@ -18,6 +18,8 @@ BACKGROUND_PREFILL_TOKENS = BLOCK_SIZE
 # the next prompt of another one does not wait for a long step to end.
 SHARED_S = 10.0
 SHARED_PREFILL = 4
+# A prompt of so many tokens is computed without the others' tokens, if its caller has the smaller part of the batch.
+SHORT_PROMPT_TOKENS = 128
 # Of the prompts of a caller that was served more than another one whose answer is being written, in one step.
 AHEAD_PREFILL_TOKENS = 2 * BLOCK_SIZE
 # While one waits for more blocks than are free, others are let past it for so long: those that never take more than
@@ -55,8 +57,8 @@ class Scheduler:
     With several callers, this holds for the sequences of each. Among callers, the one that was served least is first:
     to be admitted, for which a caller with more sequences in the batch or more blocks is preempted, and in prefill, of
     which a step computes that of one caller only, so that short prompts are not computed beside long ones of others.
-    A prompt of that caller that fits into one step is computed without the others' tokens if those are more, in every
-    other step at most, so that its first token does not wait for a whole batch.
+    A short prompt of that caller is computed without the others' tokens if those are more, in every other step at most,
+    so that its first token does not wait for a whole batch.
 
     A sequence whose experts do not answer is stalled: it counts for nothing in the batch, and is preempted before
     any other, so that a lost organ does not keep the other organs' requests waiting. Tokens whose blocks were
@@ -181,7 +183,7 @@ class Scheduler:
         if self._callers.num_active == 1 or sequence.request.background:
             return False
         callers = {_owner(other) for other in ready if other.num_pending == 1 and other.block_table}
-        return self._callers.is_ahead(sequence.request.caller, callers - {None})
+        return self._callers.is_ahead(sequence.request.caller, (caller for caller in callers if caller is not None))
 
     def _turn(self, ready: list[Sequence], budget: int) -> list[Sequence]:
         """Those that may take part in the next step: of the first caller alone, if it is for a short prompt of it.
@@ -190,7 +192,7 @@ class Scheduler:
         """
         own = [sequence for sequence in ready if _owner(sequence) == _owner(ready[0])]
         prompt = next((sequence for sequence in own if sequence.num_pending > 1 and sequence.block_table), None)
-        fits = prompt is not None and prompt.num_pending <= budget
+        fits = prompt is not None and prompt.num_pending <= min(budget, SHORT_PROMPT_TOKENS)
         self._was_exclusive = fits and len(own) < len(ready) - len(own) and not self._was_exclusive
         return own if self._was_exclusive else ready
 

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,10 @@ def caller(service: ExpertGroupService, kernel: WatchedKernel) -> Iterator[Calle
 def mapped(name: str = "memfd:echovlm") -> list[tuple[int, int]]:
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if name in line]
     return [tuple(int(part, 16) for part in line[0].split("-")) for line in lines]  # type: ignore[misc]
+
+
+def _has_answered(service: ExpertGroupService, number: int) -> bool:
+    return service.exchanges_received == number and not service.exchanges_in_flight
 
 
 def test_answers_are_those_of_the_group_and_lie_where_they_were_wanted(
@@ -314,7 +319,7 @@ def test_a_caller_that_reads_nothing_is_cut_off_and_holds_up_no_other(
     request = expert_pb2.ForwardRequest(correlation_id=1, bundle_digest=pushed.digest, layer=99, shared=shared)
     for number in range(1, MAX_UNANSWERED + 1):
         caller.send(request)
-        until(lambda wanted=number: service.exchanges_received == wanted and not service.exchanges_in_flight)
+        until(partial(_has_answered, service, number))
     assert {caller.read().error.code for _ in range(MAX_UNANSWERED)} == {code_pb2.INVALID_ARGUMENT}
 
     def flood() -> None:

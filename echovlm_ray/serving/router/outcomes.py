@@ -110,8 +110,8 @@ class Outcomes:
         for bundle in used:
             is_nonfinite = nonfinite and bundle in suspects
             failed = is_nonfinite or self._is_error_of(bundle, error, last_progress)
-            ended_by_experts = isinstance(error, ExpertsFailedError | ExpertsUnavailableError)
-            if not failed and ended_by_experts and (not tokens or error.organ == bundle.organ):
+            organ = error.organ if isinstance(error, ExpertsFailedError | ExpertsUnavailableError) else None
+            if organ is not None and not failed and (not tokens or organ == bundle.organ):
                 # Neither its fault nor a success.
                 continue
             spoilt = failed or nonfinite or isinstance(error, ExpertsFailedError)

@@ -25,7 +25,7 @@ from tests.random_checkpoint import make_random
 from tests.vision.decoding.pools import png
 
 ROOT = Path(__file__).resolve().parents[3]
-CALLER = Caller(b"1" * 32, "ward")
+CALLER = Caller(b"1" * 32, ("ward",))
 MODEL = ModelDescription("test", "1.0.0", "", "", "", (), "breast", ("It means nothing.",), policy_version=7)
 
 
