@@ -8,7 +8,7 @@ from typing import TypeVar
 Found = TypeVar("Found")
 
 TIMEOUT_S = 20.0
-PAUSE_S = 0.005
+PAUSE_S = 0.01
 
 
 def until(
