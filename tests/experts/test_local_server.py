@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -319,9 +320,13 @@ def test_a_caller_that_reads_nothing_is_cut_off_and_holds_up_no_other(
     caller = Caller(service)
     shared, _, _ = caller.place(1)
     request = expert_pb2.ForwardRequest(correlation_id=1, bundle_digest=pushed.digest, layer=99, shared=shared)
+
+    def answered(number: int) -> bool:
+        return service.exchanges_received == number and not service.exchanges_in_flight
+
     for number in range(1, MAX_UNANSWERED + 1):
         caller.send(request)
-        until(lambda wanted=number: service.exchanges_received == wanted and not service.exchanges_in_flight)
+        until(partial(answered, number))
     assert {caller.read().error.code for _ in range(MAX_UNANSWERED)} == {code_pb2.INVALID_ARGUMENT}
 
     def flood() -> None:

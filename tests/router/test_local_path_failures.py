@@ -25,6 +25,7 @@ from protos import expert_pb2
 from router import channel, local_path
 from router.channel import ChannelState
 from router.local import LocalExperts
+from router.pending_call import ReplicaLostError
 from router.remote import RemoteExperts
 from tests.expert_servers import ServerThread, expert_group, server_thread
 from tests.split_golden import SplitGolden, split_golden
@@ -452,7 +453,7 @@ class TestLater:
 
         with scripted(replica, script), replica.router(timeout_s=0.5) as experts:
             call = experts.send(ORGAN, replica.digest, 0, *replica.inputs(0))
-            with pytest.raises(channel.ReplicaLostError, match="did not answer within"):
+            with pytest.raises(ReplicaLostError, match="did not answer within"):
                 call._pending.response()
             experts.wait_until_connected([ORGAN], PATIENCE_S)
             replica.compute(experts)
