@@ -148,10 +148,6 @@ def mapped(name: str = "memfd:echovlm") -> list[tuple[int, int]]:
     return [tuple(int(part, 16) for part in line[0].split("-")) for line in lines]  # type: ignore[misc]
 
 
-def _has_answered(service: ExpertGroupService, number: int) -> bool:
-    return service.exchanges_received == number and not service.exchanges_in_flight
-
-
 def test_answers_are_those_of_the_group_and_lie_where_they_were_wanted(
     caller: Caller, group: ExpertGroup, kernel: WatchedKernel, pushed: Manifest
 ) -> None:
@@ -317,9 +313,13 @@ def test_a_caller_that_reads_nothing_is_cut_off_and_holds_up_no_other(
     caller = Caller(service)
     shared, _, _ = caller.place(1)
     request = expert_pb2.ForwardRequest(correlation_id=1, bundle_digest=pushed.digest, layer=99, shared=shared)
+
+    def answered(number: int) -> bool:
+        return service.exchanges_received == number and not service.exchanges_in_flight
+
     for number in range(1, MAX_UNANSWERED + 1):
         caller.send(request)
-        until(partial(_has_answered, service, number))
+        until(partial(answered, number))
     assert {caller.read().error.code for _ in range(MAX_UNANSWERED)} == {code_pb2.INVALID_ARGUMENT}
 
     def flood() -> None:

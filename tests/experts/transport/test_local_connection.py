@@ -3,6 +3,7 @@
 import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -205,5 +206,5 @@ def test_another_user_that_gets_through_to_the_socket_is_refused() -> None:
 
 def test_other_systems_are_not_supported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert unsupported() is None
-    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr(sys, "platform", "darwin")
     assert unsupported() == "it needs Linux"
