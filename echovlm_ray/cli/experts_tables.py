@@ -6,10 +6,11 @@ from typing import Any
 from rich.text import Text
 
 from echovlm_ray.cli.tables import Listing
-from echovlm_ray.cli.terminal import MAX_CELL, console_of, line, name_of, styled, visible
+from echovlm_ray.cli.terminal import MAX_CELL, console_of, line, name_of, styled
 from experts.bundle import Bundle
 from experts.bundle_check import CheckResult
 from experts.bundle_diff import BundleDiff
+from experts.invisible import visible
 from experts.manifest import Manifest
 
 _SHOWN_DIGEST = 12

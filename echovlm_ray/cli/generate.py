@@ -19,7 +19,7 @@ from echovlm_ray.cli.credentials import Authority, Certificate, Key, TokenFile, 
 from echovlm_ray.cli.interruptible import interruptible
 from echovlm_ray.cli.saved_request import check_place, saved_request, write_request
 from echovlm_ray.cli.tables import Listing
-from echovlm_ray.cli.terminal import console_of, line, name_of, say_json, styled, visible
+from echovlm_ray.cli.terminal import console_of, line, name_of, say_json, styled
 from echovlm_ray.cli.work import finite
 from echovlm_ray.client import (
     Accepted,
@@ -40,6 +40,7 @@ from echovlm_ray.client import (
 )
 from echovlm_ray.client.connection import DEFAULT_ADDRESS
 from echovlm_ray.client.request import GenerateOptions, Image, Language, Task, read_images
+from experts.invisible import visible
 
 EXIT_FAILED = 1
 EXIT_INVALID = 2

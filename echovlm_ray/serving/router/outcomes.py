@@ -110,8 +110,11 @@ class Outcomes:
         for bundle in used:
             is_nonfinite = nonfinite and bundle in suspects
             failed = is_nonfinite or self._is_error_of(bundle, error, last_progress)
-            ended_by_experts = isinstance(error, ExpertsFailedError | ExpertsUnavailableError)
-            if not failed and ended_by_experts and (not tokens or error.organ == bundle.organ):
+            if (
+                not failed
+                and isinstance(error, ExpertsFailedError | ExpertsUnavailableError)
+                and (not tokens or error.organ == bundle.organ)
+            ):
                 # Neither its fault nor a success.
                 continue
             spoilt = failed or nonfinite or isinstance(error, ExpertsFailedError)
