@@ -110,6 +110,12 @@ def explain(error: EchoVLMError, address: str) -> tuple[str, int]:
                 f"what answers at {address} is a web server, not Control: name Control with --control",
                 EXIT_UNAVAILABLE,
             )
+        case UnavailableError(reached=False) if (pid := _process_of(address)) is not None:
+            return (
+                f"nothing answers at {address} now, and the system that you run here (process {pid}) does run: it is "
+                "starting or stopping, or replaces a Control that was lost. Try again in some seconds",
+                EXIT_UNAVAILABLE,
+            )
         case UnavailableError(reached=False):
             return (
                 f"nothing answers at {address}: start the system with `echoray serve`, or name its Control with "
@@ -131,6 +137,16 @@ def explain(error: EchoVLMError, address: str) -> tuple[str, int]:
             return _line(f"{error} (request {error.request_id})"), EXIT_FAILED
         case _:
             return _line(str(error)), EXIT_FAILED
+
+
+def _process_of(address: str) -> int | None:
+    """The process of the system of this user's on this machine whose Control has an address, if there is one."""
+    from echovlm_ray.cli.state import running_systems
+
+    try:
+        return next((system.pid for system in running_systems() if system.control == address), None)
+    except (ValueError, OSError):
+        return None
 
 
 def _with_control(command: Callable[..., None], control: inspect.Parameter) -> Callable[..., None]:

@@ -236,6 +236,15 @@ def test_nothing_there_is_one_clear_line() -> None:
     assert "--control" in done.stderr
 
 
+def test_a_control_that_is_away_for_a_moment_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    with announced("checkpoint", "127.0.0.1:1", "gateway"):
+        result = CliRunner().invoke(app, ["promote", "heart", "--control", "127.0.0.1:1"])
+    assert result.exit_code == 3
+    assert f"(process {os.getpid()}) does run" in result.stderr
+    assert "start the system" not in result.stderr
+
+
 def test_json_says_all_of_it(system: System) -> None:
     shown = done_json(system, "stage", "heart", "1.1.0", "--wait", "--actor", "ann")
     assert shown["changed"]

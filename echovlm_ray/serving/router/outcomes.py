@@ -110,8 +110,11 @@ class Outcomes:
         for bundle in used:
             is_nonfinite = nonfinite and bundle in suspects
             failed = is_nonfinite or self._is_error_of(bundle, error, last_progress)
-            organ = error.organ if isinstance(error, ExpertsFailedError | ExpertsUnavailableError) else None
-            if organ is not None and not failed and (not tokens or organ == bundle.organ):
+            if (
+                not failed
+                and isinstance(error, ExpertsFailedError | ExpertsUnavailableError)
+                and (not tokens or error.organ == bundle.organ)
+            ):
                 # Neither its fault nor a success.
                 continue
             spoilt = failed or nonfinite or isinstance(error, ExpertsFailedError)
