@@ -63,11 +63,10 @@ def caller_of(token: KnownToken | None, peer_identities: Iterable[bytes] | None)
     shown += identities
     if not shown:
         return NOT_KNOWN
-    names = (
-        (token.name,)
-        if token is not None and token.name
-        else tuple(identity.decode(errors="replace") for identity in identities)
-    )
+    if token is not None and token.name:
+        names: tuple[str, ...] = (token.name,)
+    else:
+        names = tuple(identity.decode(errors="replace") for identity in identities)
     # Each with its length, so that no two lists look alike.
     joined = b"".join(len(each).to_bytes(8) + each for each in shown)
     return Caller(hmac.digest(_SECRET, joined, hashlib.sha256), names)
