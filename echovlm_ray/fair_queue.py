@@ -88,34 +88,15 @@ class FairSemaphore:
         """Whether a caller would wait for a place."""
         return not self._free or self.has_most(caller)
 
-    @asynccontextmanager
-    async def place(self, caller: bytes) -> AsyncIterator[None]:
-        """Waits for a place and holds it for the block."""
+    async def acquire(self, caller: bytes) -> None:
+        """Waits for a place, which is the caller's until `release`."""
         if self.must_wait(caller):
             await self._wait(caller)
         else:
             self._take(caller)
-        try:
-            yield
-        finally:
-            self._release(caller)
 
-    async def _wait(self, caller: bytes) -> None:
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(caller, turn)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            # Cancelled in the moment in which it got the place, which is then the next one's.
-            if not self._waiting.discard(caller, turn) and not turn.cancelled():
-                self._release(caller)
-            raise
-
-    def _take(self, caller: bytes) -> None:
-        self._free -= 1
-        self._held[caller] += 1
-
-    def _release(self, caller: bytes) -> None:
+    def release(self, caller: bytes) -> None:
+        """Ends the use of a place; the next caller in turn gets it."""
         self._free += 1
         self._held[caller] -= 1
         if not self._held[caller]:
@@ -129,6 +110,30 @@ class FairSemaphore:
                 self._take(waiter)
                 turn.set_result(None)
 
+    @asynccontextmanager
+    async def place(self, caller: bytes) -> AsyncIterator[None]:
+        """Waits for a place and holds it for the block."""
+        await self.acquire(caller)
+        try:
+            yield
+        finally:
+            self.release(caller)
+
+    async def _wait(self, caller: bytes) -> None:
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(caller, turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            # Cancelled in the moment in which it got the place, which is then the next one's.
+            if not self._waiting.discard(caller, turn) and not turn.cancelled():
+                self.release(caller)
+            raise
+
+    def _take(self, caller: bytes) -> None:
+        self._free -= 1
+        self._held[caller] += 1
+
 
 class FairThreads:
     """Threads that callers take in turn. Belongs to one event loop."""
@@ -139,10 +144,21 @@ class FairThreads:
         self._places = FairSemaphore(count, most_of_one)
 
     async def run(self, caller: bytes, function: Callable[..., T], *arguments: object) -> T:
-        """What a function returns that is called on one of the threads."""
-        async with self._places.place(caller):
-            call = functools.partial(function, *arguments)
-            return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        """What a function returns that is called on one of the threads.
+
+        When the wait for it is cancelled, the function goes on and its thread stays taken until it ends.
+        """
+        await self._places.acquire(caller)
+        call = functools.partial(function, *arguments)
+        future = asyncio.get_running_loop().run_in_executor(self._threads, call)
+        future.add_done_callback(functools.partial(self._ended, caller))
+        return await asyncio.shield(future)
+
+    def _ended(self, caller: bytes, future: asyncio.Future[T]) -> None:
+        # Retrieved, so that what a cancelled call raised is not logged: its text may hold a patient's data.
+        if not future.cancelled():
+            future.exception()
+        self._places.release(caller)
 
     def shutdown(self) -> None:
         """Ends them; what was not begun is cancelled."""

@@ -115,3 +115,21 @@ def test_threads_are_left_for_other_callers() -> None:
             assert await asyncio.gather(*long) == [True] * 3
 
     asyncio.run(run())
+
+
+def test_a_cancelled_call_keeps_its_thread_until_it_ends() -> None:
+    async def run() -> None:
+        with ThreadPoolExecutor(2) as pool:
+            threads = FairThreads(pool, 2, 1)
+            busy = threading.Event()
+            first = asyncio.create_task(threads.run(b"a", busy.wait, 10))
+            await asyncio.sleep(0)
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+            again = [asyncio.create_task(threads.run(b"a", busy.wait, 10)) for _ in range(3)]
+            async with asyncio.timeout(5):
+                assert await threads.run(b"b", abs, -1) == 1
+            busy.set()
+            assert await asyncio.gather(*again) == [True] * 3
+
+    asyncio.run(run())
