@@ -143,7 +143,8 @@ class GenerateSession:
         """Turns the router's tokens into text events, then says the summary."""
         stop = StopStrings(self._request.stop)
         for_replay = self._request.for_replay
-        num_tokens, token_ids = 0, []
+        num_tokens = 0
+        token_ids: list[int] = []
         provenance, finish_reason = router_pb2.Provenance(), router_pb2.FINISH_REASON_UNSPECIFIED
         messages = self._parts.router.generate(
             prepared.router_request, deadline=self._deadline, request_id=self._request_id
