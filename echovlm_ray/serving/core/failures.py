@@ -8,6 +8,7 @@ carries nothing but that, for its text may hold paths, addresses or a patient's 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from dataclasses import field as with_default
+from operator import attrgetter
 from typing import Any
 
 from google.rpc import code_pb2
@@ -111,111 +112,104 @@ def _violation(name: str, description: str) -> Failure:
     return Failure(code_pb2.INVALID_ARGUMENT, f"{name}: {description}", name, description)
 
 
-def _plain(code: int) -> _Convert:
-    return lambda error: Failure(code, str(error))
+def _never(error: Any) -> None:
+    return None
 
 
-def _later(code: int, reason: str = "", after_s: float | None = None) -> _Convert:
-    """Of what another try may change; after as long as the error says where `after_s` does not."""
-    return lambda error: Failure(
-        code, str(error), retry_after_s=error.retry_after_s if after_s is None else after_s, reason=reason
-    )
+def _soon(error: Any) -> float:
+    return RETRY_AFTER_S
 
 
-def _refused(reason: str, facts: Callable[[Any], Mapping[str, str]] = lambda error: {}) -> _Convert:
-    """Of what another try does not change."""
-    return lambda error: Failure(code_pb2.FAILED_PRECONDITION, str(error), reason=reason, facts=facts(error))
+def _after_a_while(error: Any) -> float:
+    return DISK_RETRY_AFTER_S
 
 
-def _experts_unavailable(error: ExpertsUnavailableError) -> Failure:
+def _as(
+    code: int,
+    reason: str = "",
+    *,
+    retry: Callable[[Any], float | None] = _never,
+    facts: Callable[[Any], Mapping[str, str]] = lambda error: {},
+    text: Callable[[Any], str] = str,
+) -> _Convert:
+    return lambda error: Failure(code, text(error), retry_after_s=retry(error), reason=reason, facts=facts(error))
+
+
+def _facts(*names: str, **renamed: str) -> Callable[[Any], Mapping[str, str]]:
+    """What an error has under these names."""
+    attributes = {name: name for name in names} | renamed
+    return lambda error: {name: getattr(error, attribute) for name, attribute in attributes.items()}
+
+
+def _experts_unavailable(error: ExpertsUnavailableError) -> str:
     # The reason names addresses inside the system; it belongs into the log.
-    text = f"the experts of {error.organ!r} are not available now; sending the request again is safe"
-    return Failure(
-        code_pb2.UNAVAILABLE,
-        text,
-        retry_after_s=error.retry_after_s,
-        reason="EXPERTS_UNAVAILABLE",
-        facts={"organ": error.organ},
-    )
+    return f"the experts of {error.organ!r} are not available now; sending the request again is safe"
 
 
-def _experts_unusable(error: ExpertsUnusableError) -> Failure:
-    version = error.version or f"{error.digest[:12]}…"
-    text = (
+def _unusable_facts(error: ExpertsUnusableError) -> Mapping[str, str]:
+    return {"organ": error.organ, "version": error.version or f"{error.digest[:12]}…", "why": error.reason}
+
+
+def _experts_unusable(error: ExpertsUnusableError) -> str:
+    version = _unusable_facts(error)["version"]
+    return (
         f"the experts of {error.organ!r} cannot answer: no replica could load version {version}, because "
         f"{error.reason}. Sending the request again does not help until an operator has mended it; "
         "`echoray status` says more"
     )
-    facts = {"organ": error.organ, "version": version, "why": error.reason}
-    return Failure(code_pb2.FAILED_PRECONDITION, text, reason="EXPERTS_UNUSABLE", facts=facts)
 
 
-def _experts_failed(error: ExpertsFailedError) -> Failure:
-    text = f"the experts of {error.organ!r} could not compute the request; {INTERNAL_TEXT}"
-    return Failure(code_pb2.INTERNAL, text, reason="EXPERTS_FAILED", facts={"organ": error.organ})
+def _experts_failed(error: ExpertsFailedError) -> str:
+    return f"the experts of {error.organ!r} could not compute the request; {INTERNAL_TEXT}"
 
 
-def _part_unavailable(error: PartUnavailableError) -> Failure:
-    return Failure(
-        code_pb2.UNAVAILABLE,
-        str(error),
-        retry_after_s=error.retry_after_s,
-        reason="PART_UNAVAILABLE",
-        facts={"part": error.part},
-    )
-
-
-def _canary(error: OrganInCanaryError) -> Mapping[str, str]:
-    return {"organ": error.organ, "percent": f"{error.percent:g}"}
-
-
-def _replay(error: ReplayRefusedError) -> Mapping[str, str]:
-    return {"organ": error.organ, "version": error.version, "why": error.reason}
-
-
-def _bundle(error: BundleUnusableError) -> Mapping[str, str]:
-    return {"organ": error.organ, "why": error.reason}
-
-
+_as_said = attrgetter("retry_after_s")
 _INVALID, _MISSING = code_pb2.INVALID_ARGUMENT, code_pb2.NOT_FOUND
 _UNAVAILABLE, _EXHAUSTED, _STATE = code_pb2.UNAVAILABLE, code_pb2.RESOURCE_EXHAUSTED, code_pb2.FAILED_PRECONDITION
+
 # Asked from top to bottom; the first type that fits decides.
 _CATALOGUE: tuple[tuple[type[BaseException], _Convert], ...] = (
     (PartRefusedError, lambda error: error.failure),
     (InvalidRequestError, lambda error: _violation(error.field, error.description)),
-    (MessageTooLargeError, _plain(_EXHAUSTED)),
-    (InvalidTensorError, _plain(_INVALID)),
+    (MessageTooLargeError, _as(_EXHAUSTED)),
+    (InvalidTensorError, _as(_INVALID)),
     (TooManyOrgansError, lambda error: _violation("organs", str(error))),
-    (UnknownOrganError, _plain(_MISSING)),
-    (UnknownServiceError, _plain(_MISSING)),
-    (OrganPendingError, _later(_UNAVAILABLE, ORGAN_PENDING)),
-    (OrganInCanaryError, _refused("ORGAN_IN_CANARY", _canary)),
-    (UnknownExpertSetError, _plain(_MISSING)),
-    (ExpertSetNotServedError, _refused("EXPERT_SET_NOT_SERVED")),
-    (ReplayRefusedError, _refused("REPLAY_REFUSED", _replay)),
-    (PromptChangedError, _refused("PROMPT_CHANGED")),
-    (UnknownBundleError, _plain(_MISSING)),
-    (UnknownRolloutError, _plain(_MISSING)),
-    (RolloutStateError, _plain(_STATE)),
+    (UnknownOrganError, _as(_MISSING)),
+    (UnknownServiceError, _as(_MISSING)),
+    (OrganPendingError, _as(_UNAVAILABLE, ORGAN_PENDING, retry=_as_said)),
+    (
+        OrganInCanaryError,
+        _as(_STATE, "ORGAN_IN_CANARY", facts=lambda error: {"organ": error.organ, "percent": f"{error.percent:g}"}),
+    ),
+    (UnknownExpertSetError, _as(_MISSING)),
+    (ExpertSetNotServedError, _as(_STATE, "EXPERT_SET_NOT_SERVED")),
+    (ReplayRefusedError, _as(_STATE, "REPLAY_REFUSED", facts=_facts("organ", "version", why="reason"))),
+    (PromptChangedError, _as(_STATE, "PROMPT_CHANGED")),
+    (UnknownBundleError, _as(_MISSING)),
+    (UnknownRolloutError, _as(_MISSING)),
+    (RolloutStateError, _as(_STATE)),
     (InvalidRolloutRequestError, lambda error: _violation(error.field, error.description)),
-    (RolloutDatabaseUnavailableError, _later(_UNAVAILABLE, "DATABASE_UNAVAILABLE", RETRY_AFTER_S)),
-    (RolloutDatabaseFullError, _later(_EXHAUSTED, "DISK_FULL", DISK_RETRY_AFTER_S)),
-    (RolloutDatabaseError, _plain(_STATE)),
-    (BundleUnusableError, _refused(BUNDLE_UNUSABLE, _bundle)),
-    (BundleNotResidentError, _plain(_STATE)),
-    (InvalidBundleError, _plain(_STATE)),
-    (RegistryFullError, _later(_EXHAUSTED, "DISK_FULL", DISK_RETRY_AFTER_S)),
-    (RegistryError, _plain(_STATE)),
+    (RolloutDatabaseUnavailableError, _as(_UNAVAILABLE, "DATABASE_UNAVAILABLE", retry=_soon)),
+    (RolloutDatabaseFullError, _as(_EXHAUSTED, "DISK_FULL", retry=_after_a_while)),
+    (RolloutDatabaseError, _as(_STATE)),
+    (BundleUnusableError, _as(_STATE, BUNDLE_UNUSABLE, facts=_facts("organ", why="reason"))),
+    (BundleNotResidentError, _as(_STATE)),
+    (InvalidBundleError, _as(_STATE)),
+    (RegistryFullError, _as(_EXHAUSTED, "DISK_FULL", retry=_after_a_while)),
+    (RegistryError, _as(_STATE)),
     # Not UNAVAILABLE: the part that was called is there, and its callers would take it for lost.
-    (RegistryAwayError, _plain(_STATE)),
-    (ExpertCapacityError, _later(_EXHAUSTED, after_s=RETRY_AFTER_S)),
-    (OverloadedError, _later(_EXHAUSTED)),
-    (ExpertsUnusableError, _experts_unusable),
-    (ExpertsUnavailableError, _experts_unavailable),
-    (ExpertsFailedError, _experts_failed),
-    (PartUnavailableError, _part_unavailable),
-    (ShuttingDownError, _later(_UNAVAILABLE, SHUTTING_DOWN, RETRY_AFTER_S)),
-    (DeadlineError, _plain(code_pb2.DEADLINE_EXCEEDED)),
-    (TextUnavailableError, _plain(_STATE)),
-    (UnauthenticatedError, _plain(code_pb2.UNAUTHENTICATED)),
+    (RegistryAwayError, _as(_STATE)),
+    (ExpertCapacityError, _as(_EXHAUSTED, retry=_soon)),
+    (OverloadedError, _as(_EXHAUSTED, retry=_as_said)),
+    (ExpertsUnusableError, _as(_STATE, "EXPERTS_UNUSABLE", facts=_unusable_facts, text=_experts_unusable)),
+    (
+        ExpertsUnavailableError,
+        _as(_UNAVAILABLE, "EXPERTS_UNAVAILABLE", retry=_as_said, facts=_facts("organ"), text=_experts_unavailable),
+    ),
+    (ExpertsFailedError, _as(code_pb2.INTERNAL, "EXPERTS_FAILED", facts=_facts("organ"), text=_experts_failed)),
+    (PartUnavailableError, _as(_UNAVAILABLE, "PART_UNAVAILABLE", retry=_as_said, facts=_facts("part"))),
+    (ShuttingDownError, _as(_UNAVAILABLE, SHUTTING_DOWN, retry=_soon)),
+    (DeadlineError, _as(code_pb2.DEADLINE_EXCEEDED)),
+    (TextUnavailableError, _as(_STATE)),
+    (UnauthenticatedError, _as(code_pb2.UNAUTHENTICATED)),
 )
