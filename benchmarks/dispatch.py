@@ -208,8 +208,8 @@ def markdown(found: list[Measured], load: tuple[float, float]) -> str:
         "to itself the scheduler often puts those two on one core, where waking takes a tenth, but nothing could "
         "overlap.",
         "",
-        f"Load average of the machine before and after: {load[0]:.1f} and {load[1]:.1f}. Well above 1, other processes had "
-        "the cores as well, and ways with more instructions lose more by that.",
+        f"Load average of the machine before and after: {load[0]:.1f} and {load[1]:.1f}. Well above 1, other processes "
+        "had the cores as well, and ways with more instructions lose more by that.",
     ]
     for place, title in PLACES.items():
         rows = [measured for measured in found if measured.place == place]
