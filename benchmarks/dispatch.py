@@ -195,8 +195,8 @@ def _measure_size(
     return Measured(place, size, times)
 
 
-def markdown(found: list[Measured]) -> str:
-    """The result file's text."""
+def markdown(found: list[Measured], load: tuple[float, float]) -> str:
+    """The result file's text; `load` is the machine's load average over a minute, before and after."""
     lines = [
         "# One dispatch to an expert group and back",
         "",
@@ -207,6 +207,9 @@ def markdown(found: list[Measured]) -> str:
         "the dispatch does, and wake each other through an eventfd. Nothing that wakes another process is faster. Left "
         "to itself the scheduler often puts those two on one core, where waking takes a tenth, but nothing could "
         "overlap.",
+        "",
+        f"Load average of the machine before and after: {load[0]:.1f} and {load[1]:.1f}. Well above 1, other processes "
+        "had the cores as well, and ways with more instructions lose more by that.",
     ]
     for place, title in PLACES.items():
         rows = [measured for measured in found if measured.place == place]
@@ -282,13 +285,14 @@ def main() -> None:
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         os.execve(sys.executable, [sys.executable, "-m", "benchmarks.dispatch", *sys.argv[1:]], os.environ | wanted)
     torch.set_num_threads(1)
+    load_before = os.getloadavg()[0]
     console = Console(stderr=options.json)
     with Progress(console=console) as progress:
         found = [row for place in PLACES for row in measure(place, options.repetitions, progress)]
     if options.json:
         print(as_json(found))
         return
-    text = markdown(found)
+    text = markdown(found, (load_before, os.getloadavg()[0]))
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "dispatch.md").write_text(text)
     plot(found, options.output / "dispatch.png")

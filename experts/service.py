@@ -133,7 +133,7 @@ class ExpertGroupService:
     async def Unload(
         self, request: expert_pb2.UnloadRequest, context: "ServicerContext[Any, Any]"
     ) -> expert_pb2.UnloadResponse:
-        """Forgets a bundle once its calls have ended."""
+        """Unloads a bundle once its calls have ended."""
         await asyncio.to_thread(self._group.unload, request.bundle_digest)
         return expert_pb2.UnloadResponse()
 

@@ -14,6 +14,7 @@ import grpc
 from experts.transport import wire
 from experts.transport.host import is_this_machine
 from experts.transport.inner_channel import PLAIN_CHANNELS, InnerChannels, Option
+from experts.transport.local_connection import MAX_PACKET_BYTES
 from experts.transport.shared_memory import MemoryBudget
 from protos import expert_pb2, expert_pb2_grpc
 from router.links import GrpcLink, Link, LinkLostError
@@ -133,7 +134,7 @@ class ReplicaChannel:
         written = None if local is None else local.writer.write(tokens, correlation_id)
         link: Link
         try:
-            if local is None or written is None:
+            if local is None or written is None or len(written[0]) > MAX_PACKET_BYTES:
                 link, message, place = self._open_stream(), tokens.message(correlation_id), None
             else:
                 link, (message, place) = local.link, written

@@ -40,7 +40,7 @@ class Dispatcher:
         self._gates.setdefault(gates.expert_set.id, gates)
 
     def remove_set(self, expert_set_id: str) -> None:
-        """Forgets a set that no sequence is pinned to any more."""
+        """Removes a set that no sequence is pinned to any more."""
         self._gates.pop(expert_set_id, None)
 
     def gates(self, expert_set_id: str) -> ExpertGates:

@@ -36,9 +36,10 @@ def test_the_table_has_percentiles_ratios_and_verdicts(found: list[Measured]) ->
     assert row.percentile(FLOOR, 50) == 51
     assert row.percentile(SHARED, 99) == 400
     assert row.ratio(SHARED) == 4
-    text = markdown(found)
+    text = markdown(found, (0.25, 1.5))
     assert "| 64 KiB | 204 | 400 |" in text
     assert text.count("≤ 2.5: **missed**") == text.count("≤ 1.3: **missed**") == 1
+    assert "before and after: 0.2 and 1.5" in text
     assert "dispatch.png" in text
 
 

@@ -24,6 +24,7 @@ from experts.transport.secret import SystemSecret
 from protos import expert_pb2
 from router import channel, local_path
 from router.channel import ChannelState
+from router.errors import ExpertsUnavailableError
 from router.local import LocalExperts
 from router.pending_call import ReplicaLostError
 from router.remote import RemoteExperts
@@ -480,6 +481,16 @@ class TestLater:
             assert all(torch.equal(call.result(), wanted_TD) for call in calls)
             assert retired.state is ChannelState.CLOSED
             assert retired.in_flight == 0
+
+
+def test_what_is_too_long_for_a_packet_goes_over_grpc(replica: Replica, warnings: Callable[[], list[str]]) -> None:
+    with replica.router() as experts:
+        (channel,) = experts._refresh(ORGAN)
+        with pytest.raises(ExpertsUnavailableError, match="is not loaded"):
+            experts.send(ORGAN, "0" * MAX_PACKET_BYTES, 0, *replica.inputs(1)).result()
+        assert channel.shares_memory
+        replica.compute(experts)
+    assert not warnings()
 
 
 def test_what_opening_a_channel_raises_does_not_leave_it_connecting(
