@@ -13,6 +13,7 @@ from echovlm_ray.cli.terminal import say, say_json
 from echovlm_ray.cli.work import clear_errors, fail
 
 if TYPE_CHECKING:
+    from echovlm_ray.cli.state import LocalSystem
     from echovlm_ray.config import Config
     from echovlm_ray.serving.rollout_files import RolloutFiles
 
@@ -103,30 +104,32 @@ def restore(
 
 def _files_of(config: Path | None, checkpoint: Path | None, name: str | None) -> "RolloutFiles":
     """Where the state lies of the system that the options name, or else of the one that runs here."""
-    from echovlm_ray.cli.state import LocalSystem, running_systems, system_named
-    from echovlm_ray.serving.rollout_files import SQLITE, RolloutFiles
+    from echovlm_ray.cli.state import running_systems, system_named
+    from echovlm_ray.serving.rollout_files import RolloutFiles
 
     named = config is not None or checkpoint is not None
     if named and name is not None:
         fail("--name is the running system's: leave --config and --checkpoint away", EXIT_INVALID)
-    system: LocalSystem | None = None
     try:
-        if name is not None:
-            system = system_named(name)
-        elif not named:
-            running = running_systems()
-            if len(running) > 1:
-                which = ", ".join(f"{found.name or found.pid} ({found.database or 'no file'})" for found in running)
-                fail(
-                    f"several systems of yours run here, {which}: say which with --name, --config or --checkpoint",
-                    EXIT_INVALID,
-                )
-            system = running[0] if running else None
+        running = [] if named else running_systems() if name is None else [system_named(name)]
     except ValueError as error:
         fail(str(error), EXIT_INVALID)
-    if system is None:
-        parsed = _load(config, checkpoint)
-        return RolloutFiles.of(parsed.rollouts, parsed.model.checkpoint)
+    if len(running) == 1:
+        return _files_of_running(running[0])
+    parsed = _load(config, checkpoint)
+    files = RolloutFiles.of(parsed.rollouts, parsed.model.checkpoint)
+    if running and all(system.database != str(files.base) for system in running):
+        which = ", ".join(f"{system.name or system.pid} ({system.database or 'no file'})" for system in running)
+        fail(
+            f"several systems of yours run here, {which}: say which with --name, --config or --checkpoint",
+            EXIT_INVALID,
+        )
+    return files
+
+
+def _files_of_running(system: "LocalSystem") -> "RolloutFiles":
+    from echovlm_ray.serving.rollout_files import SQLITE, RolloutFiles
+
     if not system.database:
         fail(
             f"the system that runs here as process {system.pid} keeps its state in PostgreSQL, or keeps none: with "
