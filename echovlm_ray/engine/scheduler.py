@@ -168,13 +168,6 @@ class Scheduler:
                 self._callers.charge(chunk.sequence.request.caller, chunk.end - chunk.start)
         return chunks
 
-    def _is_ahead(self, sequence: Sequence, ready: Iterable[Sequence]) -> bool:
-        """Whether a sequence's caller was served more than another one of which a sequence decodes."""
-        if self._callers.num_active == 1 or sequence.request.background:
-            return False
-        callers = {_owner(other) for other in ready if other.num_pending == 1 and other.block_table}
-        return self._callers.is_ahead(sequence.request.caller, callers - {None})
-
     def _cut(self, sequence: Sequence, budget: int) -> int:
         """Up to which of its tokens a sequence is computed in a step, within a budget.
 
@@ -184,6 +177,13 @@ class Scheduler:
         if end < len(sequence.token_ids):
             end -= end % BLOCK_SIZE
         return max(end, sequence.num_computed)
+
+    def _is_ahead(self, sequence: Sequence, ready: Iterable[Sequence]) -> bool:
+        """Whether a sequence's caller was served more than another one of which a sequence decodes."""
+        if self._callers.num_active == 1 or sequence.request.background:
+            return False
+        callers = {_owner(other) for other in ready if other.num_pending == 1 and other.block_table}
+        return self._callers.is_ahead(sequence.request.caller, callers - {None})
 
     def publish(self, sequence: Sequence) -> None:
         """Lets others begin with a sequence's full blocks; call it when a token that is a number came out of them."""
