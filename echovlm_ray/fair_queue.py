@@ -91,14 +91,18 @@ class FairSemaphore:
     @asynccontextmanager
     async def place(self, caller: bytes) -> AsyncIterator[None]:
         """Waits for a place and holds it for the block."""
+        await self.acquire(caller)
+        try:
+            yield
+        finally:
+            self.release(caller)
+
+    async def acquire(self, caller: bytes) -> None:
+        """Waits for a place and takes it."""
         if self.must_wait(caller):
             await self._wait(caller)
         else:
             self._take(caller)
-        try:
-            yield
-        finally:
-            self._release(caller)
 
     async def _wait(self, caller: bytes) -> None:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -108,14 +112,15 @@ class FairSemaphore:
         except asyncio.CancelledError:
             # Cancelled in the moment in which it got the place, which is then the next one's.
             if not self._waiting.discard(caller, turn) and not turn.cancelled():
-                self._release(caller)
+                self.release(caller)
             raise
 
     def _take(self, caller: bytes) -> None:
         self._free -= 1
         self._held[caller] += 1
 
-    def _release(self, caller: bytes) -> None:
+    def release(self, caller: bytes) -> None:
+        """Gives one of a caller's places to the next one."""
         self._free += 1
         self._held[caller] -= 1
         if not self._held[caller]:

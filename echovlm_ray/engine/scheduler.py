@@ -182,8 +182,9 @@ class Scheduler:
         """Whether a sequence's caller was served more than another one of which a sequence decodes."""
         if self._callers.num_active == 1 or sequence.request.background:
             return False
-        callers = {_owner(other) for other in ready if other.num_pending == 1 and other.block_table}
-        return self._callers.is_ahead(sequence.request.caller, callers - {None})
+        decoding = (other for other in ready if other.num_pending == 1 and other.block_table)
+        callers = {other.request.caller for other in decoding if not other.request.background}
+        return self._callers.is_ahead(sequence.request.caller, callers)
 
     def publish(self, sequence: Sequence) -> None:
         """Lets others begin with a sequence's full blocks; call it when a token that is a number came out of them."""
