@@ -1,4 +1,4 @@
-"""Fair queues: callers are served in turn, so that one caller's many items do not delay another's."""
+"""Queues in which callers take turns, so that one with many items does not keep another's single one waiting."""
 
 import asyncio
 import functools
@@ -88,28 +88,6 @@ class FairSemaphore:
         """Whether a caller would wait for a place."""
         return not self._free or self.has_most(caller)
 
-    async def acquire(self, caller: bytes) -> None:
-        """Waits for a place, which is the caller's until `release`."""
-        if self.must_wait(caller):
-            await self._wait(caller)
-        else:
-            self._take(caller)
-
-    def release(self, caller: bytes) -> None:
-        """Ends the use of a place; the next caller in turn gets it."""
-        self._free += 1
-        self._held[caller] -= 1
-        if not self._held[caller]:
-            del self._held[caller]
-        while self._free:
-            full = {holder for holder, held in self._held.items() if held >= self._most_of_one}
-            if (found := self._waiting.pop_without(full)) is None:
-                return
-            waiter, turn = found
-            if not turn.done():
-                self._take(waiter)
-                turn.set_result(None)
-
     @asynccontextmanager
     async def place(self, caller: bytes) -> AsyncIterator[None]:
         """Waits for a place and holds it for the block."""
@@ -118,6 +96,13 @@ class FairSemaphore:
             yield
         finally:
             self.release(caller)
+
+    async def acquire(self, caller: bytes) -> None:
+        """Waits for a place and takes it."""
+        if self.must_wait(caller):
+            await self._wait(caller)
+        else:
+            self._take(caller)
 
     async def _wait(self, caller: bytes) -> None:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -133,6 +118,21 @@ class FairSemaphore:
     def _take(self, caller: bytes) -> None:
         self._free -= 1
         self._held[caller] += 1
+
+    def release(self, caller: bytes) -> None:
+        """Gives one of a caller's places to the next one."""
+        self._free += 1
+        self._held[caller] -= 1
+        if not self._held[caller]:
+            del self._held[caller]
+        while self._free:
+            full = {holder for holder, held in self._held.items() if held >= self._most_of_one}
+            if (found := self._waiting.pop_without(full)) is None:
+                return
+            waiter, turn = found
+            if not turn.done():
+                self._take(waiter)
+                turn.set_result(None)
 
 
 class FairThreads:

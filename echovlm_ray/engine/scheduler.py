@@ -176,14 +176,10 @@ class Scheduler:
         for chunk in chunks:
             if not chunk.sequence.request.background:
                 self._callers.charge(chunk.sequence.request.caller, chunk.end - chunk.start)
+        if self._was_exclusive and chunks:
+            # It kept the others waiting for as long as the weights are read, however few its tokens are.
+            self._callers.charge(chunks[0].sequence.request.caller, BLOCK_SIZE)
         return chunks
-
-    def _is_ahead(self, sequence: Sequence, ready: Iterable[Sequence]) -> bool:
-        """Whether a sequence's caller was served more than another one of which a sequence decodes."""
-        if self._callers.num_active == 1 or sequence.request.background:
-            return False
-        callers = {_owner(other) for other in ready if other.num_pending == 1 and other.block_table}
-        return self._callers.is_ahead(sequence.request.caller, (caller for caller in callers if caller is not None))
 
     def _turn(self, ready: list[Sequence], budget: int) -> list[Sequence]:
         """Those that may take part in the next step: of the first caller alone, if it is for a short prompt of it.
@@ -205,6 +201,14 @@ class Scheduler:
         if end < len(sequence.token_ids):
             end -= end % BLOCK_SIZE
         return max(end, sequence.num_computed)
+
+    def _is_ahead(self, sequence: Sequence, ready: Iterable[Sequence]) -> bool:
+        """Whether a sequence's caller was served more than another one of which a sequence decodes."""
+        if self._callers.num_active == 1 or sequence.request.background:
+            return False
+        decoding = (other for other in ready if other.num_pending == 1 and other.block_table)
+        callers = {other.request.caller for other in decoding if not other.request.background}
+        return self._callers.is_ahead(sequence.request.caller, callers)
 
     def publish(self, sequence: Sequence) -> None:
         """Makes a sequence's full blocks available to others; to be called when its logits were finite."""

@@ -82,35 +82,18 @@ class Arrivals:
             OverloadedError: too many of the sender wait, or it took too long while others waited.
             DeadlineError: it took too long.
         """
-        if self._waiting[sender] >= MAX_WAITING:
-            raise OverloadedError(
-                f"{MAX_WAITING} requests of this caller wait to be received, and that is the limit: send the request "
-                "again when some have come"
-            )
-        self._waiting[sender] += 1
-        self._hurry()
-        try:
-            place = self._places.place(sender)
-            await place.__aenter__()
-        finally:
-            self._waiting[sender] -= 1
-            if not self._waiting[sender]:
-                del self._waiting[sender]
-        try:
-            async with self._limited(sender):
-                yield
-        finally:
-            await place.__aexit__(None, None, None)
-
-    @asynccontextmanager
-    async def _limited(self, sender: bytes) -> AsyncIterator[None]:
+        if self._places.must_wait(sender):
+            await self._wait(sender)
+        else:
+            await self._places.acquire(sender)
         now = asyncio.get_running_loop().time()
         busy_at = now + self._busy_s
         limit = asyncio.timeout_at(now + ARRIVE_WITHIN_S)
         try:
             async with limit:
                 self._arriving[limit] = sender, busy_at
-                self._hurry()
+                if self._waiting:
+                    self._hurry()
                 yield
         except TimeoutError:
             if not limit.expired():
@@ -123,12 +106,26 @@ class Arrivals:
             raise DeadlineError(f"the request did not arrive within {ARRIVE_WITHIN_S:g} seconds") from None
         finally:
             self._arriving.pop(limit, None)
+            self._places.release(sender)
+
+    async def _wait(self, sender: bytes) -> None:
+        if self._waiting[sender] >= MAX_WAITING:
+            raise OverloadedError(
+                f"{MAX_WAITING} requests of this caller wait to be received, and that is the limit: send the request "
+                "again when some have come"
+            )
+        self._waiting[sender] += 1
+        self._hurry()
+        try:
+            await self._places.acquire(sender)
+        finally:
+            self._waiting[sender] -= 1
+            if not self._waiting[sender]:
+                del self._waiting[sender]
 
     def _hurry(self) -> None:
         """Limits the time of the messages for whose places others wait."""
         waiting = [sender for sender in self._waiting if self._places.must_wait(sender)]
-        if not waiting:
-            return
         # A sender that holds as many as it may waits for its own places only.
         for_any = any(not self._places.has_most(sender) for sender in waiting)
         for limit, (sender, busy_at) in self._arriving.items():

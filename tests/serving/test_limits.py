@@ -365,6 +365,18 @@ async def test_calls_end_with_their_token_also_where_nothing_is_read(
             assert await unread.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
+async def test_callers_that_are_gone_already_are_no_failures(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(Model()) as server, grpc.aio.insecure_channel(server.address) as channel:
+        for _ in range(100):
+            call = method(channel)(prompt("abc"), timeout=0.001)
+            await asyncio.sleep(0.0005)
+            call.cancel()
+        await asyncio.sleep(0.2)
+        while server.active_calls:
+            await asyncio.sleep(0.01)
+    assert not [record for record in caplog.records if "failed" in record.message]
+
+
 async def test_thousands_at_once_all_get_a_typed_answer() -> None:
     model = Model()
     model.places = 8
