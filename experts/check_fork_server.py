@@ -1,7 +1,8 @@
-"""Starts checks of bundles by forking itself: `python -m experts.check_fork_server FD`.
+"""Starts checks of bundles by forking itself: `python -m experts.check_fork_server FD [idle]`.
 
 Importing torch takes seconds of a core, more than checking a small bundle. This process does it once, and imports what
 else most checks need. `experts.isolated_check` starts it with the first check and ends it when there are no more.
+With `idle` the checks have idle priority, but not the imports: on busy cores the first check would wait for minutes.
 """
 
 import importlib
@@ -12,9 +13,11 @@ import traceback
 from collections.abc import Sequence
 
 from experts import bundle_check
-from experts.fork_server import ForkServer, serve
+from experts.fork_server import ForkServer, serve, set_idle_priority
 
 NUM_DESCRIPTORS = 4
+# The argument for checks that compute only when nothing else does.
+IDLE = "idle"
 # What the registry and the kernel `auto` import only when they are asked for.
 _PRELOADED = (
     "experts.kernels.auto",
@@ -45,6 +48,8 @@ def main() -> int:
     connection = socket.socket(fileno=int(sys.argv[1]))
     for module in _PRELOADED:
         importlib.import_module(module)
+    if IDLE in sys.argv[2:]:
+        set_idle_priority()
     serve(connection, NUM_DESCRIPTORS, _check)
     return 0
 

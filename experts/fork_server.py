@@ -29,16 +29,13 @@ _PR_SET_PDEATHSIG = 1
 class ForkServer:
     """A running fork server, seen from the program that started it. May be used from several threads, one at a time."""
 
-    def __init__(
-        self, module: str, *arguments: str, environment: Mapping[str, str], idle_priority: bool = False
-    ) -> None:
+    def __init__(self, module: str, *arguments: str, environment: Mapping[str, str]) -> None:
         """Starts `python -m module FD arguments` and does not wait for its imports.
 
         Args:
             module: calls `serve` with the socket FD.
             arguments: given to the module after FD.
             environment: all that the process and those that it forks see of the environment.
-            idle_priority: they compute only when nothing else on the machine does.
         """
         self._connection, other_end = socket.socketpair()
         with other_end:
@@ -53,8 +50,6 @@ class ForkServer:
                 # within it (sched(7), autogroup).
                 process_group=0,
             )
-        if idle_priority:
-            _set_idle_priority(self._process.pid)
 
     @property
     def process_id(self) -> int:
@@ -163,13 +158,12 @@ def _end_with_parent(parent_id: int) -> None:
         os._exit(1)
 
 
-def _set_idle_priority(pid: int) -> None:
-    # Before it has threads of its own, which inherit it. It may have ended already.
-    with suppress(ProcessLookupError):
-        if hasattr(os, "SCHED_IDLE"):
-            os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
-        else:
-            os.setpriority(os.PRIO_PROCESS, pid, 19)
+def set_idle_priority() -> None:
+    """From now on this process, and those that it forks, compute only when nothing else on the machine does."""
+    if hasattr(os, "SCHED_IDLE"):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    else:
+        os.setpriority(os.PRIO_PROCESS, 0, 19)
 
 
 def _import_root() -> Path:

@@ -14,7 +14,7 @@ from typing import BinaryIO
 from pydantic import ValidationError
 
 from experts.bundle_check import CheckRequest, CheckResult
-from experts.check_fork_server import start_check
+from experts.check_fork_server import IDLE, start_check
 from experts.fork_server import REPORT, ForkServer
 
 DEFAULT_TIMEOUT_S = 600.0
@@ -37,7 +37,8 @@ class IsolatedChecks:
         """
         Args:
             idle_priority: the checks get only processor time that nothing else wants, so that they do not slow down
-                replicas on the same cores; where the cores are never idle, a check then takes very long.
+                replicas on the same cores; where the cores are never idle, a check then takes very long. The fork
+                server itself imports at the priority of this process.
             idle_s: how long the fork server waits for another check.
         """
         self._idle_priority = idle_priority
@@ -120,9 +121,8 @@ class IsolatedChecks:
                 try:
                     with self._lock:
                         if self._server is None:
-                            self._server = ForkServer(
-                                "experts.check_fork_server", environment=os.environ, idle_priority=self._idle_priority
-                            )
+                            arguments = [IDLE] if self._idle_priority else []
+                            self._server = ForkServer("experts.check_fork_server", *arguments, environment=os.environ)
                         start_check(self._server, wanted, output, errors, report_of_check.fileno())
                 except OSError:
                     self.close()
