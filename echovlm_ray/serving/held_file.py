@@ -10,6 +10,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 # `remove_if_free` has a lock for so long at most.
 LOOK_S = 0.05
 _POLL_S = 0.005
@@ -91,12 +93,9 @@ def remove_if_free(path: Path) -> None:
 
 def _runs(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    except OSError:
-        return True
-    return True
 
 
 def _has_name(descriptor: int, path: Path) -> bool:

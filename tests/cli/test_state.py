@@ -91,7 +91,6 @@ def test_what_the_child_of_a_killed_one_still_has_is_refused_without_a_process_t
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "claimed\n"
-        other.wait()
         with pytest.raises(ValueError, match="was killed, and what it started still ends"), claimed({"port 50051": ""}):
             raise AssertionError
         other.communicate()

@@ -1,6 +1,7 @@
 """How a change of the rollouts' database becomes a policy: at once, in the file first, and in the end in any case."""
 
 import asyncio
+import resource
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,6 +83,27 @@ async def test_who_watches_hears_of_it_and_of_nothing_that_changes_no_policy(
     await asyncio.sleep(0.05)
     assert not coming.done()
     coming.cancel()
+    publisher.stop()
+
+
+async def test_a_control_that_starts_on_a_full_disk_publishes_and_writes_later(
+    store: RolloutStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policies, "RETRY_S", 0.02)
+    path = tmp_path / "policy.json"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4, hard))
+    try:
+        publisher = await published(path, store)
+        assert heart(publisher.current) == "1" * 64
+        await asyncio.sleep(0.1)
+        assert read_policy(path) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    async with asyncio.timeout(10):
+        while read_policy(path) is None:
+            await asyncio.sleep(0.02)
+    assert heart(read_policy(path)) == "1" * 64
     publisher.stop()
 
 

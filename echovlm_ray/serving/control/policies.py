@@ -38,6 +38,8 @@ class PolicyPublisher:
         self._digest = ""
         # Published again, even if it says the same, until its number is above this one.
         self._seen_elsewhere = 0
+        # Whether the file says what is published.
+        self._kept = False
         # Held from reading to publishing, so that no policy comes after a newer one.
         self._lock = threading.Lock()
         self._retry: threading.Timer | None = None
@@ -63,7 +65,9 @@ class PolicyPublisher:
         Raises:
             RolloutStateError: there is no live set yet.
             ForeignPolicyError: the file is another deployment's.
-            OSError: the file cannot be written.
+
+        Where the file cannot be written now, as on a full disk, the first policy is published all the same, and written
+        later: a Control that does not start would help less.
         """
         # First, or what changes while it is published would be missed.
         self._unsubscribe = self._store.subscribe(self._publish_or_retry, first=True)
@@ -129,7 +133,9 @@ class PolicyPublisher:
                     policy.version,
                 )
                 self._outrun(known.version)
-        self._publish()
+        self._publish(first=True)
+        if not self._kept:
+            self._retry_later()
 
     def _outrun(self, version: int) -> None:
         self._store.database.advance_policies(version)
@@ -141,22 +147,35 @@ class PolicyPublisher:
             self._publish()
         except Exception:
             logger.exception("the policy cannot be published now; Routers go on with the one before")
-            with self._lock:
-                if self._unsubscribe is not None:
-                    self._retry = threading.Timer(RETRY_S, self._publish_or_retry)
-                    self._retry.daemon = True
-                    self._retry.start()
+            self._retry_later()
 
-    def _publish(self) -> None:
+    def _retry_later(self) -> None:
+        with self._lock:
+            if self._unsubscribe is not None:
+                self._retry = threading.Timer(RETRY_S, self._publish_or_retry)
+                self._retry.daemon = True
+                self._retry.start()
+
+    def _publish(self, *, first: bool = False) -> None:
         """Publishes what the database says, unless it is what is published already; from any thread."""
         with self._lock:
             snapshot = self._store.snapshot()
             policy, digest = self._of(snapshot)
             current = self._current
-            if current is not None and current.version > self._seen_elsewhere and _content(policy) == _content(current):
+            same = (
+                current is not None and current.version > self._seen_elsewhere and _content(policy) == _content(current)
+            )
+            if same and self._kept:
                 self._sequence = snapshot.sequence
                 return
-            self._keep(policy)
+            try:
+                self._keep(policy)
+                self._kept = True
+            except OSError as error:
+                self._kept = False
+                if not first:
+                    raise
+                logger.warning("the policy cannot be written to %s now: %s", self._path, error.strerror)
             self._current, self._digest, self._sequence = policy, digest, snapshot.sequence
         self._published.announce()
 
