@@ -31,7 +31,7 @@ test: $(VENV)/.dev  ## Installs what the tests need and runs all checks and test
 	@# Two processes: one for the tests that start systems, which mostly wait, and one for all others.
 	@$(BIN)/mypy . & types=$$!; $(BIN)/python -m pytest -n 2 --durations=25; tests=$$?; wait $$types && exit $$tests
 
-faults-check: $(VENV)/.dev  ## Kills processes at every stage of a rollout, and tries every kind of bad bundle; takes eight minutes.
+faults-check: $(VENV)/.dev  ## Kills processes at every stage of a rollout, and tries every kind of bad bundle; takes twenty minutes.
 	$(BIN)/python -m pytest tests/faults --every-stage
 
 demo-swap: $(VENV)/.dev  ## Replaces the demo's breast experts under load and shows what that changes; takes two minutes.

@@ -52,7 +52,7 @@ def test_a_candidate_of_another_dtype_answers_what_it_is_sent(
         assert (version, name, "float32") in [
             (bundle["version"], bundle["bundle_dtype"], bundle["dtype"]) for bundle in replica["bundles"]
         ]
-        control.rollback(organ, digest=digest, actor=WHO)
+        control.roll_back_stable(organ, digest=digest, actor=WHO)
         until(lambda: ask(system, organ)[1] == "1.0.0", "the version before")
     assert {answer[1] for answer in answered} == {"1.0.0", version}
 
