@@ -43,7 +43,7 @@ def _details(failure: Failure) -> Iterator[Message]:
 
 
 def failure_of_call(error: grpc.aio.AioRpcError) -> Failure:
-    """What a caller is told about a call that one part made to another.
+    """The failure that a caller gets when a call between two parts of the system failed.
 
     What the other part said with `to_status` is passed on. Whatever gRPC itself says is replaced: its texts name
     internal addresses.

@@ -1,4 +1,4 @@
-"""What a command sends of a token file, and what it is told to send."""
+"""The token that a command takes from a token file, and the options that a server's configuration asks of commands."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def test_the_servers_own_file_will_do(tmp_path: Path, text: str) -> None:
     assert BearerTokens(path).check([("authorization", f"Bearer {token_of(path)}")])
 
 
-def test_a_file_without_a_token_is_told(tmp_path: Path) -> None:
+def test_a_file_without_a_token_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokens").write_text("# none\n")
     with pytest.raises(ValueError, match="holds no token"):
         token_of(tmp_path / "tokens")

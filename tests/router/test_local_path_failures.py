@@ -6,36 +6,26 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from experts.group import ExpertGroup
-from experts.kernels.base import NO_EXPERT
-from experts.private_folder import private_folder
-from experts.service import ExpertGroupService
 from experts.transport import attached_memory, host, local_connection
 from experts.transport.attached_memory import AttachError
-from experts.transport.local_connection import MAX_PACKET_BYTES, LocalConnection, LocalConnectionError
+from experts.transport.local_connection import MAX_PACKET_BYTES, LocalConnection
 from experts.transport.secret import SystemSecret
 from protos import expert_pb2
 from router import channel, local_path
 from router.channel import ChannelState
 from router.errors import ExpertsUnavailableError
-from router.local import LocalExperts
 from router.pending_call import ReplicaLostError
 from router.remote import RemoteExperts
 from tests.expert_servers import ServerThread, expert_group, server_thread
+from tests.router.scripted_replica import ORGAN, PATIENCE_S, Replica, attach, read, scripted
 from tests.split_golden import SplitGolden, split_golden
-
-ORGAN = "liver"
-PATIENCE_S = 20
-
-# Serves one connection, of which it is given the number, from 0.
-Script = Callable[[LocalConnection, int], None]
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module")
@@ -55,51 +45,6 @@ def threads() -> Iterator[ServerThread]:
         yield running
 
 
-class Replica:
-    """A replica, and a router's way to it."""
-
-    def __init__(self, split: SplitGolden, group: ExpertGroup, threads: ServerThread) -> None:
-        self.digest = split.expert_set.bundle_digest(ORGAN)
-        self.local = LocalExperts({ORGAN: group})
-        self.threads = threads
-        self.address = threads.serve(group)
-        self.hidden_size = int(str(split.config["hidden_size"]))
-        self.dtype = split.tensors["lm_head.weight"].dtype
-
-    @property
-    def service(self) -> ExpertGroupService:
-        return self.threads.services[self.address]
-
-    @property
-    def server(self) -> Any:
-        return self.service._local_server
-
-    @contextmanager
-    def router(self, timeout_s: float = 10.0) -> Iterator[RemoteExperts]:
-        """The router's placement, connected."""
-        experts = RemoteExperts(lambda organ: [self.address], exchange_timeout_s=timeout_s)
-        try:
-            experts.wait_until_connected([ORGAN], PATIENCE_S)
-            yield experts
-        finally:
-            experts.close()
-
-    def inputs(self, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        return (
-            torch.randn((5, self.hidden_size), generator=generator).to(self.dtype),
-            torch.randint(NO_EXPERT, 2, (5, 2), generator=generator),
-            torch.rand((5, 2), generator=generator).to(self.dtype),
-        )
-
-    def compute(self, experts: RemoteExperts, times: int = 3) -> None:
-        """Several calls at once, all answered with the right bits."""
-        arguments = [self.inputs(seed) for seed in range(times)]
-        calls = [experts.send(ORGAN, self.digest, 1, *each) for each in arguments]
-        for call, each in zip(calls, arguments, strict=True):
-            assert torch.equal(call.result(), self.local.send(ORGAN, self.digest, 1, *each).result())
-
-
 @pytest.fixture
 def replica(split: SplitGolden, group: ExpertGroup, threads: ServerThread) -> Iterator[Replica]:
     replica = Replica(split, group, threads)
@@ -112,59 +57,6 @@ def replica(split: SplitGolden, group: ExpertGroup, threads: ServerThread) -> It
 def warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     caplog.set_level(logging.INFO)
     return lambda: [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-@contextmanager
-def scripted(replica: Replica, script: Script) -> Iterator[None]:
-    """Another process's socket, as it were, in place of the replica's: serves connections as the script says."""
-    path = private_folder() / "sockets" / f"test-{os.getpid()}"
-    listening = local_connection.listen_on(str(path))
-    connections: list[LocalConnection] = []
-
-    def serve(connection: LocalConnection, number: int) -> None:
-        with suppress(LocalConnectionError):
-            script(connection, number)
-
-    def accept() -> None:
-        with suppress(OSError):
-            while True:
-                connections.append(LocalConnection(listening.accept()[0]))
-                arguments = (connections[-1], len(connections) - 1)
-                threading.Thread(target=serve, args=arguments, daemon=True).start()
-
-    accepting = threading.Thread(target=accept)
-    accepting.start()
-    original, replica.server.socket_path = replica.server.socket_path, str(path)
-    yield
-    replica.server.socket_path = original
-    listening.shutdown(socket.SHUT_RDWR)
-    accepting.join()
-    for connection in connections:
-        connection.close()
-    listening.close()
-    path.unlink()
-
-
-def attach(connection: LocalConnection, instance: str) -> None:
-    """What a replica does first."""
-    packet, descriptor = connection.receive_with_descriptor()
-    assert descriptor is not None
-    os.close(descriptor)
-    request = expert_pb2.ForwardRequest.FromString(packet)
-    response = expert_pb2.ForwardResponse(correlation_id=request.correlation_id, attached=instance)
-    connection.send(response.SerializeToString())
-    connection.set_timeout(None)
-
-
-def read(connection: LocalConnection) -> expert_pb2.ForwardRequest:
-    return expert_pb2.ForwardRequest.FromString(connection.receive())
 
 
 class TestAtTheOpening:

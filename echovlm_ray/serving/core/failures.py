@@ -1,4 +1,4 @@
-"""The catalogue of errors: the one place that says what a caller is told about an exception, whatever the transport.
+"""The catalogue of errors: maps each exception to the failure that a caller gets, for every transport.
 
 Parts raise; a transport calls `failure_of` on what they raise and writes the failure in its own form
 (`serving.errors` for gRPC). A text that was written for the caller is passed on; any other exception is `INTERNAL` and
@@ -70,7 +70,7 @@ DISK_RETRY_AFTER_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What a caller is told about an error.
+    """The code, text and details that a caller gets for an error.
 
     Attributes:
         code: of `google.rpc.Code`, which names the status of gRPC and says that of HTTP.
@@ -101,7 +101,7 @@ class PartRefusedError(RuntimeError):
 
 
 def failure_of(exception: BaseException) -> Failure:
-    """What a caller is told about an exception."""
+    """The failure that a caller gets for an exception."""
     for kind, convert in _CATALOGUE:
         if isinstance(exception, kind):
             return convert(exception)

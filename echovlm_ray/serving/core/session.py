@@ -22,7 +22,7 @@ NOT_A_DEVICE = "EchoVLM-Ray is not a medical device: nothing it writes is a diag
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Prepared:
-    """A request as the router takes it, and what the caller is told about it."""
+    """A request as the router takes it, and the first event and the notices for its caller."""
 
     router_request: router_pb2.RouterGenerateRequest
     accepted: Accepted
