@@ -8,8 +8,8 @@ from pathlib import Path
 import grpc
 
 from echovlm_ray.config import GatewaySection
-from echovlm_ray.serving.gateway import server_options
-from echovlm_ray.serving.server import GrpcServer
+from echovlm_ray.serving.grpc.gateway import server_options
+from echovlm_ray.serving.grpc.server import GrpcServer
 from protos import echovlm_pb2, echovlm_pb2_grpc
 
 TOKEN = "a-token-of-the-benchmark"

@@ -33,9 +33,9 @@ from echovlm_ray.fair_queue import FairThreads
 from echovlm_ray.model.processing import EchoVLMProcessor
 from echovlm_ray.serving.core.description import ModelDescription
 from echovlm_ray.serving.core.parts import GenerateParts
-from echovlm_ray.serving.gateway import GatewayService
-from echovlm_ray.serving.router_client import RouterClient
-from echovlm_ray.serving.server import GrpcServer, ServerOptions
+from echovlm_ray.serving.grpc.gateway import GatewayService
+from echovlm_ray.serving.grpc.server import GrpcServer, ServerOptions
+from echovlm_ray.serving.lm.router_client import RouterClient
 from echovlm_ray.vision.decoding.pool import DecoderPool
 from echovlm_ray.vision.decoding.settings import DecoderSettings
 from echovlm_ray.vision.images import DecodedImage, ImageLimits, decode_image_file

@@ -10,7 +10,7 @@ from pathlib import Path
 import grpc
 import torch
 
-from echovlm_ray.serving.errors import to_status
+from echovlm_ray.serving.grpc.errors import to_status
 from experts.bundle_layout import expected_tensors
 from experts.bundle_writer import write_bundle
 from experts.group import ExpertGroup

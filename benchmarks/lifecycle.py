@@ -36,8 +36,8 @@ from benchmarks.terminal import progress_of_parts, show_result
 from echovlm_ray.checkpoint.demo import make_demo
 from echovlm_ray.checkpoint.layout import read_index, registry_root
 from echovlm_ray.config import Config, ModelSection
-from echovlm_ray.serving.deployments.replica import environment_of
-from echovlm_ray.serving.deployments.settings import expert_application, settings_of
+from echovlm_ray.serving.cluster.deployments.replica import environment_of
+from echovlm_ray.serving.cluster.deployments.settings import expert_application, settings_of
 from experts.bundle import Bundle
 from experts.kernels.registry import get_kernel
 from experts.registry import Registry

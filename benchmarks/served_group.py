@@ -4,8 +4,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from echovlm_ray.config import ExpertsSection
-from echovlm_ray.serving.errors import to_status
-from echovlm_ray.serving.server import GrpcServer, ServerOptions
+from echovlm_ray.serving.grpc.errors import to_status
+from echovlm_ray.serving.grpc.server import GrpcServer, ServerOptions
 from experts.group import ExpertGroup
 from experts.service import ExpertGroupService, add_expert_group_to_server
 from protos import expert_pb2

@@ -1,4 +1,4 @@
-"""Errors of a request above the expert groups. `serving.errors` maps all of it to gRPC."""
+"""Errors of a request above the expert groups. `serving.grpc.errors` maps all of it to gRPC."""
 
 
 class InvalidRequestError(ValueError):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import grpc
 
-from echovlm_ray.serving.errors import to_status
-from echovlm_ray.serving.interceptor import CallInterceptor
+from echovlm_ray.serving.grpc.errors import to_status
+from echovlm_ray.serving.grpc.interceptor import CallInterceptor
 from experts.group import ExpertGroup
 from experts.kernels.registry import get_kernel
 from experts.registry import Registry

@@ -44,8 +44,8 @@ from echovlm_ray.errors import InvalidRequestError
 from echovlm_ray.evaluation.items import item_of
 from echovlm_ray.evaluation.judging import judge
 from echovlm_ray.prompts import build_messages
-from echovlm_ray.serving.gateway import request_from_proto
-from echovlm_ray.serving.request_checks import check_request
+from echovlm_ray.serving.grpc.gateway import request_from_proto
+from echovlm_ray.serving.core.request_checks import check_request
 from echovlm_ray.training.recipe import PhantomSection
 from protos import echovlm_pb2
 

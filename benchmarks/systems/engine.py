@@ -18,10 +18,10 @@ from echovlm_ray.config import ExpertsSection, ModelSection, Resources, RouterSe
 from echovlm_ray.engine.engine import Engine
 from echovlm_ray.engine.sequence import SequenceRequest, StepOutput
 from echovlm_ray.model.positions import mrope_positions
-from echovlm_ray.serving.deployments.router import build_engine
-from echovlm_ray.serving.deployments.settings import RouterSettings
-from echovlm_ray.serving.endpoints import Endpoints
-from echovlm_ray.serving.router import ServedModel
+from echovlm_ray.serving.cluster.deployments.router import build_engine
+from echovlm_ray.serving.cluster.deployments.settings import RouterSettings
+from echovlm_ray.serving.cluster.endpoints import Endpoints
+from echovlm_ray.serving.lm.request import ServedModel
 from echovlm_ray.serving.served import served_checkpoint
 from router.organ_gate import OrganGate
 

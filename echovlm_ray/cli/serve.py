@@ -24,8 +24,8 @@ from echovlm_ray.client.connection import DEFAULT_ADDRESS
 
 if TYPE_CHECKING:
     from echovlm_ray.config import Config
-    from echovlm_ray.serving.app import RunningSystem
-    from echovlm_ray.serving.rollout_files import RolloutFiles
+    from echovlm_ray.serving.cluster.app import RunningSystem
+    from echovlm_ray.serving.control.rollout_files import RolloutFiles
 
 EXIT_FAILED = 1
 EXIT_INVALID = 2
@@ -80,8 +80,8 @@ def serve(
         from echovlm_ray.cli.supervisor import supervised
         from echovlm_ray.config_file import load_system_config
         from echovlm_ray.hosts import host_port
-        from echovlm_ray.serving.ray_auth import check_ray_auth
-        from echovlm_ray.serving.system_id import check_name
+        from echovlm_ray.serving.cluster.ray_auth import check_ray_auth
+        from echovlm_ray.serving.cluster.system_id import check_name
 
         check_ray_auth(insecure=insecure_ray)
         parsed = load_system_config(config, checkpoint)
@@ -107,7 +107,7 @@ def serve(
 def _alone(config: "Config") -> Iterator[None]:
     """Refuses what another `echoray serve` of this machine is about to use, even if it has only begun to start."""
     from echovlm_ray.cli.state import claimed
-    from echovlm_ray.serving.held_file import remove_if_free
+    from echovlm_ray.serving.cluster.held_file import remove_if_free
 
     resources = {
         f"port {section.port}": f"set {name}.port to another port, or to 0 for any free one"
@@ -125,8 +125,8 @@ def _alone(config: "Config") -> Iterator[None]:
 
 
 def _rollout_files(config: "Config") -> "RolloutFiles":
-    from echovlm_ray.serving.preflight import resolve_paths
-    from echovlm_ray.serving.rollout_files import RolloutFiles
+    from echovlm_ray.serving.cluster.preflight import resolve_paths
+    from echovlm_ray.serving.control.rollout_files import RolloutFiles
 
     resolved = resolve_paths(config)
     return RolloutFiles.of(resolved.rollouts, resolved.model.checkpoint)
@@ -203,7 +203,7 @@ def _serve(config: "Config", options: _Options, console: Console, supervisor: in
     with request.following(supervisor):
         # Everything that needs no Ray is checked before the seconds that loading it takes.
         _check(config, options)
-        from echovlm_ray.serving.app import serve_system
+        from echovlm_ray.serving.cluster.app import serve_system
 
         with (
             _no_exit_from_ray(request),
@@ -233,7 +233,7 @@ def _serve(config: "Config", options: _Options, console: Console, supervisor: in
 
 
 def _check(config: "Config", options: _Options) -> None:
-    from echovlm_ray.serving import preflight
+    from echovlm_ray.serving.cluster import preflight
 
     resolved = preflight.resolve_paths(config)
     if options.begin_anew:
@@ -301,8 +301,8 @@ def _progress(console: Console, deployed: threading.Event) -> Iterator[Callable[
 
 
 def _print_ready(system: "RunningSystem", config: "Config", console: Console, options: _Options) -> None:
-    from echovlm_ray.serving.ray_folder import logs_of_this_process
-    from echovlm_ray.serving.ray_session import metrics_addresses
+    from echovlm_ray.serving.cluster.ray_folder import logs_of_this_process
+    from echovlm_ray.serving.cluster.ray_session import metrics_addresses
 
     logs = logs_of_this_process()
     index, expert_set = system.served.index, system.served.expert_set

@@ -74,7 +74,7 @@ def claimed(resources: Mapping[str, str]) -> Iterator[None]:
     Raises:
         ValueError: another `echoray serve` of this user has it; the text names that process.
     """
-    from echovlm_ray.serving.held_file import HeldError
+    from echovlm_ray.serving.cluster.held_file import HeldError
 
     with ExitStack() as held:
         held.callback(_remove_folder_if_empty)
@@ -96,7 +96,7 @@ def claimed(resources: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _held(name: str) -> Iterator[None]:
-    from echovlm_ray.serving.held_file import hold, release
+    from echovlm_ray.serving.cluster.held_file import hold, release
 
     while True:
         path = _folder() / name
@@ -120,7 +120,7 @@ def ready_at(pid: int, control: str, gateway: str) -> None:
 
 def running_systems() -> list[LocalSystem]:
     """The systems that run now; files that a killed one left behind are removed."""
-    from echovlm_ray.serving.held_file import remove_if_free
+    from echovlm_ray.serving.cluster.held_file import remove_if_free
 
     folder = _folder()
     for path in folder.glob("*.claim"):

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from echovlm_ray.serving.system_id import SEPARATOR
+from echovlm_ray.serving.cluster.system_id import SEPARATOR
 
 if TYPE_CHECKING:
     from protos.expert_pb2 import ResidentBundle

@@ -20,7 +20,7 @@ from echovlm_ray.serving.control.service import ExpertControlService
 from echovlm_ray.serving.control.state import StateReader, StateWatch
 from echovlm_ray.serving.control.take_up import TakeUp
 from echovlm_ray.serving.control.watchers import Watchers
-from echovlm_ray.serving.server import GrpcServer, ServerOptions
+from echovlm_ray.serving.grpc.server import GrpcServer, ServerOptions
 from experts.bundle_layout import expected_tensors
 from experts.bundle_writer import write_bundle
 from experts.errors import ExpertCapacityError

@@ -6,7 +6,7 @@ import pytest
 
 from echovlm_ray.cli.credentials import options_for, token_of
 from echovlm_ray.config import ControlSection, GatewaySection, TLSSection
-from echovlm_ray.serving.auth import BearerTokens
+from echovlm_ray.serving.grpc.auth import BearerTokens
 
 
 @pytest.mark.parametrize(

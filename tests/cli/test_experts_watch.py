@@ -18,7 +18,7 @@ from echovlm_ray.cli.rollout_format import state_as_dict
 from echovlm_ray.cli.rollout_tables import state_view
 from echovlm_ray.cli.rollout_wait import has_taken_over
 from echovlm_ray.config import TLSSection
-from echovlm_ray.serving.server import ServerOptions
+from echovlm_ray.serving.grpc.server import ServerOptions
 from protos import control_pb2
 from router.rollouts.shadow import ShadowRecord
 from tests.certificates import write_certificates

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from echovlm_ray.cli.main import app
 from echovlm_ray.config import TLSSection
 from echovlm_ray.serving.control import STATUS_SERVICE
-from echovlm_ray.serving.server import GrpcServer, ServerOptions
+from echovlm_ray.serving.grpc.server import GrpcServer, ServerOptions
 from protos import control_pb2, expert_pb2, status_pb2, status_pb2_grpc
 from tests.certificates import write_certificates
 

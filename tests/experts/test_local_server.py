@@ -16,7 +16,7 @@ import pytest
 import torch
 from google.rpc import code_pb2, status_pb2
 
-from echovlm_ray.serving.errors import to_status
+from echovlm_ray.serving.grpc.errors import to_status
 from experts import local_server
 from experts.group import ExpertGroup
 from experts.kernels.base import ExpertWeights

@@ -12,8 +12,8 @@ import pytest
 import torch
 from google.rpc import code_pb2
 
-from echovlm_ray.serving.errors import to_status
-from echovlm_ray.serving.interceptor import CallInterceptor
+from echovlm_ray.serving.grpc.errors import to_status
+from echovlm_ray.serving.grpc.interceptor import CallInterceptor
 from experts.bundle import Bundle
 from experts.group import ExpertGroup
 from experts.kernels.base import ExpertWeights

@@ -17,12 +17,12 @@ from echovlm_ray.model.checkpoint import load_vision_tower
 from echovlm_ray.model.processing import EchoVLMProcessor
 from echovlm_ray.serving.core.description import ModelDescription, OrganDescription
 from echovlm_ray.serving.core.parts import GenerateParts
-from echovlm_ray.serving.gateway import GatewayService, server_options
-from echovlm_ray.serving.interceptor import Admit
-from echovlm_ray.serving.router_client import RouterClient
-from echovlm_ray.serving.server import GrpcServer, ServerOptions
-from echovlm_ray.serving.vision_client import VisionClient
-from echovlm_ray.serving.vision_encoder import VisionEncoderService
+from echovlm_ray.serving.grpc.gateway import GatewayService, server_options
+from echovlm_ray.serving.grpc.interceptor import Admit
+from echovlm_ray.serving.grpc.server import GrpcServer, ServerOptions
+from echovlm_ray.serving.lm.router_client import RouterClient
+from echovlm_ray.serving.vision.client import VisionClient
+from echovlm_ray.serving.vision.service import VisionEncoderService
 from echovlm_ray.vision.encoder import VisionEncoder, encoder_digest
 from experts.transport.inner_channel import PLAIN_CHANNELS
 from protos import echovlm_pb2_grpc, router_pb2, router_pb2_grpc, vision_pb2_grpc

@@ -14,10 +14,10 @@ from echovlm_ray.config import RouterSection
 from echovlm_ray.engine.engine import Engine
 from echovlm_ray.engine.sequence import SequenceRequest
 from echovlm_ray.serving.control.messages import expert_set_to_proto
-from echovlm_ray.serving.interceptor import CallInterceptor
-from echovlm_ray.serving.request_id import REQUEST_ID_KEY
-from echovlm_ray.serving.router.feed import RolloutFeedClient
-from echovlm_ray.serving.vision_client import VisionClient
+from echovlm_ray.serving.grpc.interceptor import CallInterceptor
+from echovlm_ray.serving.grpc.request_id import REQUEST_ID_KEY
+from echovlm_ray.serving.lm.feed import RolloutFeedClient
+from echovlm_ray.serving.vision.client import VisionClient
 from experts.transport.inner_channel import PLAIN_CHANNELS
 from protos import control_pb2, control_pb2_grpc, router_pb2, router_pb2_grpc
 from router.errors import UnknownExpertSetError

@@ -10,10 +10,11 @@ import torch
 from echovlm_ray.config import RouterSection
 from echovlm_ray.engine.engine import Engine
 from echovlm_ray.model.configuration import EchoVLMConfig
-from echovlm_ray.serving.router import RouterService, ServedModel
-from echovlm_ray.serving.router.outcomes import Outcomes
-from echovlm_ray.serving.router.pinning import ExpertSets
-from echovlm_ray.serving.vision_client import VisionClient
+from echovlm_ray.serving.lm.outcomes import Outcomes
+from echovlm_ray.serving.lm.pinning import ExpertSets
+from echovlm_ray.serving.lm.request import ServedModel
+from echovlm_ray.serving.lm.service import RouterService
+from echovlm_ray.serving.vision.client import VisionClient
 from experts.registry import Registry
 from router.expert_gates import BundleGates
 from router.organ_gate import OrganGate

@@ -33,7 +33,7 @@ RAYS = {
 FEED = """
 import time
 import ray
-from echovlm_ray.serving.ray_session import local_ray, metrics_addresses
+from echovlm_ray.serving.cluster.ray_session import local_ray, metrics_addresses
 from echovlm_ray.config import Config
 
 @ray.remote(num_cpus=0)

@@ -4,8 +4,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import grpc
 
-from echovlm_ray.serving.endpoints import ReplicaAddresses
-from echovlm_ray.serving.replica_pool import ReplicaPool
+from echovlm_ray.serving.cluster.endpoints import ReplicaAddresses
+from echovlm_ray.serving.cluster.replica_pool import ReplicaPool
 from experts.errors import ExpertCapacityError, InvalidBundleError, UnknownBundleError
 from experts.manifest import Manifest
 from experts.transport.inner_channel import PLAIN_CHANNELS, InnerChannels

@@ -6,6 +6,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from echovlm_ray.serving.bundles import signature_policy
+from echovlm_ray.serving.cluster.deployments.settings import ControlSettings
 from echovlm_ray.serving.control.parts import ControlParts
 from echovlm_ray.serving.control.push import PushReceiver
 from echovlm_ray.serving.control.replay_check import ReplayCheck
@@ -13,7 +14,6 @@ from echovlm_ray.serving.control.replays import Replays
 from echovlm_ray.serving.control.rollout_metrics import RolloutMetrics
 from echovlm_ray.serving.control.service import ExpertControlService
 from echovlm_ray.serving.control.state import StateReader, StateWatch
-from echovlm_ray.serving.deployments.settings import ControlSettings
 from router.rollouts.operations import RolloutOperations
 
 

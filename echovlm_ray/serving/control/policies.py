@@ -6,9 +6,9 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+from echovlm_ray.serving.cluster.known_policy import check_identity, read_policy, write_policy
 from echovlm_ray.serving.control.changes import Changes
 from echovlm_ray.serving.control.messages import VersionOf, policy_to_proto
-from echovlm_ray.serving.known_policy import check_identity, read_policy, write_policy
 from protos import control_pb2
 from router.errors import RolloutStateError
 from router.rollouts.records import Snapshot

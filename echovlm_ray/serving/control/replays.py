@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from echovlm_ray.errors import DeadlineError, InvalidRequestError, OverloadedError, PartUnavailableError
 from echovlm_ray.serving.control.replay_check import ReplayCheck
-from echovlm_ray.serving.request_checks import check_expert_set_id
+from echovlm_ray.serving.core.request_checks import check_expert_set_id
 from experts.errors import ExpertCapacityError, InvalidBundleError, UnknownBundleError
 from protos import control_pb2
 from router.errors import ReplayRefusedError, RolloutStateError

@@ -1,9 +1,9 @@
 """The parts of the system's status that Control itself knows."""
 
+from echovlm_ray.serving.cluster.deployments.settings import DEPLOYMENTS, expert_application
 from echovlm_ray.serving.control.database_watch import DatabaseWatch
 from echovlm_ray.serving.control.messages import problem_to_proto
 from echovlm_ray.serving.control.parts import ControlParts
-from echovlm_ray.serving.deployments.settings import DEPLOYMENTS, expert_application
 from protos import control_pb2
 from router.errors import RolloutDatabaseError
 from router.rollouts.answering import organ_problems

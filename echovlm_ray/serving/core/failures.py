@@ -1,8 +1,8 @@
 """The catalogue of errors: maps each exception to the failure that a caller gets, for every transport.
 
 Parts raise; a transport calls `failure_of` on what they raise and writes the failure in its own form
-(`serving.errors` for gRPC). A text that was written for the caller is passed on; any other exception is `INTERNAL` and
-carries nothing but that, for its text may hold paths, addresses or a patient's data.
+(`serving.grpc.errors` for gRPC). A text that was written for the caller is passed on; any other exception is `INTERNAL`
+and carries nothing but that, for its text may hold paths, addresses or a patient's data.
 """
 
 from collections.abc import Callable, Mapping

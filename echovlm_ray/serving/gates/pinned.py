@@ -13,9 +13,9 @@ from echovlm_ray.config import GatewaySection, RouterSection
 from echovlm_ray.model.processing import EchoVLMProcessor
 from echovlm_ray.serving.core.description import ModelDescription
 from echovlm_ray.serving.core.parts import GenerateParts
-from echovlm_ray.serving.gateway import GatewayService
-from echovlm_ray.serving.interceptor import CallInterceptor
-from echovlm_ray.serving.router_client import RouterClient
+from echovlm_ray.serving.grpc.gateway import GatewayService
+from echovlm_ray.serving.grpc.interceptor import CallInterceptor
+from echovlm_ray.serving.lm.router_client import RouterClient
 from experts.transport.inner_channel import InnerChannels
 from protos import echovlm_pb2_grpc, router_pb2
 

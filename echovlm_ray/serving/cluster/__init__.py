@@ -1,0 +1,1 @@
+"""The system on Ray: deployed, found by its parts, watched, and shut down in order."""

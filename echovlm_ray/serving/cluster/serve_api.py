@@ -1,0 +1,147 @@
+"""All uses of Ray Serve beyond its public interface, as of Ray 2.60.
+
+Serve's public Python interface cannot tell which replicas run now and what they said of themselves, nor give a
+deployment a version. Both are done here and nowhere else; what comes back is checked, so that another Ray fails with a
+clear text instead of somewhere else with a strange one.
+"""
+
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.serve import Deployment
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+# Where the cluster's key-value store keeps what is ours.
+RECORDS = "echovlm"
+TIMEOUT_S = 60.0
+# The controller itself answers a poll without news after a minute.
+POLL_TIMEOUT_S = 90.0
+
+# One deployment's targets, as the controller's long poll knows them.
+TargetKey = Hashable
+
+
+class UnsupportedRayError(RuntimeError):
+    """Ray Serve's internals are not as this module knows them."""
+
+
+def target_key(application: str, deployment: str) -> TargetKey:
+    """The name of a deployment's targets in `wait_for_targets`.
+
+    Raises:
+        UnsupportedRayError: this Ray keeps them otherwise.
+    """
+    try:
+        from ray.serve._private.common import DeploymentID
+        from ray.serve._private.long_poll import LongPollNamespace
+
+        return (LongPollNamespace.DEPLOYMENT_TARGETS, DeploymentID(name=deployment, app_name=application))
+    except (ImportError, AttributeError, TypeError) as error:
+        raise _unsupported() from error
+
+
+def wait_for_targets(
+    snapshots: Mapping[TargetKey, int], stopping: Callable[[], bool]
+) -> dict[TargetKey, tuple[int, list[Mapping[str, Any]]]]:
+    """Waits until the running replicas of a deployment are not those of the snapshot any more, at most a minute or so.
+
+    Args:
+        snapshots: what to watch, and the snapshot last seen of it; below zero for none.
+        stopping: asked twice a second; true ends the wait without news.
+
+    Returns:
+        for each deployment that changed, its new snapshot and what every running replica returned from
+        `record_replica_metadata`; nothing when nothing changed.
+
+    Raises:
+        UnsupportedRayError: the answer has another shape.
+        ray.exceptions.RayError: the controller is away.
+    """
+    pending: Any = _controller().listen_for_change.remote(dict(snapshots))
+    deadline = time.monotonic() + POLL_TIMEOUT_S
+    while not ray.wait([pending], timeout=0.5)[0]:
+        if stopping() or time.monotonic() > deadline:
+            return {}
+    updates: Any = ray.get(pending)
+    if not isinstance(updates, dict):
+        return {}
+    try:
+        return {
+            key: (
+                int(update.snapshot_id),
+                [replica.replica_metadata for replica in update.object_snapshot.running_replicas],
+            )
+            for key, update in updates.items()
+        }
+    except AttributeError as error:
+        raise _unsupported() from error
+
+
+def with_version(deployment: Deployment, version: str) -> Deployment:
+    """The deployment with a version of our own; deploying the same version again leaves its replicas alone.
+
+    Raises:
+        UnsupportedRayError: this Ray takes no versions.
+    """
+    try:
+        return deployment.options(version=version, _internal=True)
+    except (TypeError, ValueError) as error:
+        raise _unsupported() from error
+
+
+def delete_applications(names: Iterable[str]) -> None:
+    """Has Serve remove applications, and returns at once."""
+    ray.get(_controller().delete_apps.remote(list(names)), timeout=TIMEOUT_S)
+
+
+def read_record(key: str) -> bytes | None:
+    """What the cluster keeps under a key; it lasts as long as the cluster."""
+    value: bytes | None = _store()._internal_kv_get(key, namespace=RECORDS)
+    return value
+
+
+def write_record(key: str, value: bytes, *, replace: bool) -> bool:
+    """Keeps something under a key; without `replace`, only if nothing is there.
+
+    Returns:
+        Whether it was written.
+    """
+    there: bool = _store()._internal_kv_put(key, value, overwrite=replace, namespace=RECORDS)
+    return replace or not there
+
+
+def delete_record(key: str) -> None:
+    """Deletes the record of a key."""
+    _store()._internal_kv_del(key, namespace=RECORDS)
+
+
+def record_keys() -> list[str]:
+    """All keys under which something is kept."""
+    return [key.decode() for key in _store()._internal_kv_list(b"", namespace=RECORDS)]
+
+
+def _store() -> Any:
+    try:
+        from ray.experimental import internal_kv
+    except ImportError as error:
+        raise _unsupported() from error
+    return internal_kv
+
+
+def _controller() -> "ActorHandle[Any]":
+    try:
+        from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+    except ImportError as error:
+        raise _unsupported() from error
+    return ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+
+
+def _unsupported() -> UnsupportedRayError:
+    return UnsupportedRayError(
+        f"Ray Serve {ray.__version__} works otherwise inside than 2.60, for which "
+        "echovlm_ray.serving.cluster.serve_api is written: install the pinned version"
+    )

@@ -1,0 +1,1 @@
+"""The language-model server, called router here: a gRPC service over the engine, and the experts of each request."""

@@ -1,0 +1,34 @@
+"""Which experts made an answer, and which part each organ had in it."""
+
+from collections.abc import Mapping
+
+from echovlm_ray.serving.lm.admission import PinnedExperts
+from protos import router_pb2
+
+
+def provenance_of(experts: PinnedExperts, routed_pairs: Mapping[str, int]) -> router_pb2.Provenance:
+    """What a response says of the request's own set.
+
+    Args:
+        experts: the request's.
+        routed_pairs: (token, layer, expert) pairs per organ.
+    """
+    expert_set = experts.expert_set
+    versions = {bundle.organ: bundle.version for bundle in experts.used}
+    total = sum(routed_pairs.values())
+    organs = [
+        router_pb2.OrganProvenance(
+            organ=organ,
+            bundle_version=versions[organ],
+            bundle_digest=expert_set.bundle_digest(organ),
+            routed_share=pairs / total,
+        )
+        for organ, pairs in routed_pairs.items()
+        if pairs
+    ]
+    return router_pb2.Provenance(
+        expert_set_id=expert_set.id,
+        backbone_digest=expert_set.backbone_digest,
+        organ_source=experts.choice.source,
+        organs=organs,
+    )
