@@ -24,7 +24,7 @@ from echovlm_ray.checkpoint.layout import ORGANS
 from echovlm_ray.checkpoint.schema import ModelShape
 from echovlm_ray.checkpoint.split import Labels, split
 from echovlm_ray.checkpoint.writer import write_released
-from router.expert_set import Routing
+from router.gating.expert_set import Routing
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "benchmarks" / "configs"

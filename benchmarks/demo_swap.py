@@ -34,7 +34,7 @@ from echovlm_ray.client.control import ExpertControlClient
 from echovlm_ray.data.phantom.catalogue import all_classes
 from echovlm_ray.data.phantom.corpus import Corpus, write_corpus
 from echovlm_ray.yaml_document import write_yaml
-from experts.registry import Registry
+from experts.registry.registry import Registry
 
 BEFORE, AFTER = "1.0.0", "1.1.0"
 ECHORAY = Path(sys.executable).with_name("echoray")

@@ -30,7 +30,7 @@ from benchmarks.timings import nearest_rank
 from echovlm_ray.config import Config
 from echovlm_ray.serving.cluster.deployments.replica import environment_of
 from echovlm_ray.serving.cluster.deployments.settings import ROUTER, settings_of
-from router.remote import RemoteExperts
+from router.dispatch.remote import RemoteExperts
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ROOT = Path(__file__).resolve().parent.parent

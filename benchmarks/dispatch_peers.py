@@ -11,12 +11,12 @@ import grpc
 import torch
 
 from echovlm_ray.serving.grpc.errors import to_status
-from experts.bundle_layout import expected_tensors
-from experts.bundle_writer import write_bundle
+from experts.bundles.layout import expected_tensors
+from experts.bundles.manifest import BundleDescription
+from experts.bundles.writer import write_bundle
 from experts.group import ExpertGroup
 from experts.kernels.base import ExpertWeights
-from experts.manifest import BundleDescription
-from experts.registry import Registry
+from experts.registry.registry import Registry
 from experts.service import ExpertGroupService, add_expert_group_to_server
 
 ORGAN = "liver"

@@ -35,12 +35,12 @@ from echovlm_ray.model.checkpoint import load_backbone
 from echovlm_ray.model.configuration import EchoVLMConfig
 from experts.group import ExpertGroup
 from experts.kernels.registry import get_kernel
-from experts.registry import Registry
-from router.dispatch import Dispatcher
+from experts.registry.registry import Registry
+from router.dispatch.dispatcher import Dispatcher
+from router.dispatch.local import LocalExperts
 from router.errors import ExpertsFailedError, ExpertsUnavailableError
-from router.expert_gates import ExpertGates
-from router.expert_set import ExpertSet
-from router.local import LocalExperts
+from router.gating.expert_gates import ExpertGates
+from router.gating.expert_set import ExpertSet
 
 RESULT = Path(__file__).resolve().parent / "results" / "engine_soak.md"
 KV_CACHE_TOKENS = 512

@@ -25,7 +25,7 @@ from echovlm_ray.config import Config, ExpertsSection, ModelSection
 from experts.group import ExpertGroup
 from experts.kernels.base import ExpertKernel, ExpertWeights, PreparedExperts
 from experts.kernels.registry import get_kernel
-from experts.registry import Registry
+from experts.registry.registry import Registry
 
 ROOT = Path(__file__).resolve().parent.parent
 STOP_SECONDS = 10

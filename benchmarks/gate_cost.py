@@ -32,9 +32,9 @@ from echovlm_ray.client import EchoVLMError
 from echovlm_ray.client.control import ExpertControlClient
 from echovlm_ray.data.phantom.catalogue import all_classes
 from echovlm_ray.data.phantom.corpus import Corpus, write_corpus
-from experts.bundle_writer import write_bundle
-from experts.manifest import BundleDescription
-from experts.registry import Registry
+from experts.bundles.manifest import BundleDescription
+from experts.bundles.writer import write_bundle
+from experts.registry.registry import Registry
 from protos import control_pb2
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gate_cost.md"

@@ -33,13 +33,13 @@ from echovlm_ray.serving.vision.service import VisionEncoderService
 from echovlm_ray.vision.encoder import VisionEncoder, encoder_digest
 from experts.group import ExpertGroup
 from experts.kernels.registry import get_kernel
-from experts.registry import Registry
+from experts.registry.registry import Registry
 from experts.transport.inner_channel import PLAIN_CHANNELS
 from protos import router_pb2_grpc, vision_pb2_grpc
-from router.dispatch import Dispatcher
-from router.expert_gates import BundleGates, ExpertGates
-from router.local import LocalExperts
-from router.organ_gate import OrganGate
+from router.dispatch.dispatcher import Dispatcher
+from router.dispatch.local import LocalExperts
+from router.gating.expert_gates import BundleGates, ExpertGates
+from router.gating.organ_gate import OrganGate
 from router.rollouts.settings import RolloutSettings
 from router.rollouts.traffic import CandidateTraffic, TrafficPolicy
 

@@ -25,10 +25,10 @@ from benchmarks.gate_system import GateSystem, gate_system
 from benchmarks.machine import describe
 from echovlm_ray.checkpoint.layout import registry_root
 from echovlm_ray.evaluation.statistics import clusters_of, compare, f1_statistic
-from experts.bundle import Bundle
-from experts.bundle_writer import write_bundle
-from experts.manifest import BundleDescription
-from experts.registry import Registry
+from experts.bundles.bundle import Bundle
+from experts.bundles.manifest import BundleDescription
+from experts.bundles.writer import write_bundle
+from experts.registry.registry import Registry
 from router.rollouts.gates import Gate, GateRun, Verdict, decide
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gates.md"

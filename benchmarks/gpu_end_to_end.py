@@ -16,10 +16,10 @@ from echovlm_ray.model.checkpoint import load_backbone
 from echovlm_ray.model.positions import mrope_positions
 from experts.group import ExpertGroup
 from experts.kernels.registry import get_kernel
-from experts.registry import Registry
-from router.dispatch import Dispatcher
-from router.expert_gates import ExpertGates
-from router.local import LocalExperts
+from experts.registry.registry import Registry
+from router.dispatch.dispatcher import Dispatcher
+from router.dispatch.local import LocalExperts
+from router.gating.expert_gates import ExpertGates
 
 PROMPTS = (5, 40, 130)
 NEW_TOKENS = 16

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from router.expert_set import ExpertSet, ExpertSetMember
+from router.gating.expert_set import ExpertSet, ExpertSetMember
 from router.rollouts.controller import RolloutController
 from router.rollouts.database import Database
 from router.rollouts.fleet import ReplicaResidents

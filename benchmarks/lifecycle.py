@@ -38,9 +38,9 @@ from echovlm_ray.checkpoint.layout import read_index, registry_root
 from echovlm_ray.config import Config, ModelSection
 from echovlm_ray.serving.cluster.deployments.replica import environment_of
 from echovlm_ray.serving.cluster.deployments.settings import expert_application, settings_of
-from experts.bundle import Bundle
+from experts.bundles.bundle import Bundle
 from experts.kernels.registry import get_kernel
-from experts.registry import Registry
+from experts.registry.registry import Registry
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ORGAN = "heart"

@@ -28,7 +28,7 @@ _LIMIT = {"timeout": CALL_TIMEOUT_S}
 # A cycle that is begun again for longer is a livelock.
 CYCLE_TIMEOUT_S = 300.0
 LONGEST_PAUSE_S = 0.01
-# Of the largest output of a layer, as `experts.probe` allows in float32.
+# Of the largest output of a layer, as `experts.bundles.probe` allows in float32.
 TOLERANCE = 1e-4
 EXCHANGES = 2
 

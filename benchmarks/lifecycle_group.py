@@ -21,7 +21,7 @@ from benchmarks.systems.protocol import answers_only
 from echovlm_ray.config import ExpertsSection
 from experts.group import ExpertGroup
 from experts.kernels.registry import get_kernel
-from experts.registry import Registry
+from experts.registry.registry import Registry
 
 
 async def _serve(registry: Path, organ: str, max_resident_bytes: int, answers: IO[str]) -> None:

@@ -23,8 +23,8 @@ from echovlm_ray.serving.cluster.deployments.router import build_engine
 from echovlm_ray.serving.cluster.deployments.settings import ROUTER, RouterSettings, expert_application, settings_of
 from echovlm_ray.serving.cluster.endpoints import Endpoints
 from echovlm_ray.serving.served import served_checkpoint
-from router.expert_set import ExpertSet
-from router.remote import RemoteExperts
+from router.dispatch.remote import RemoteExperts
+from router.gating.expert_set import ExpertSet
 
 Placement = Literal["remote", "in process"]
 DTypeName = Literal["auto", "float32", "bfloat16"]

@@ -22,7 +22,7 @@ from echovlm_ray.model.decoder_layer import EchoVLMDecoderLayer
 from echovlm_ray.model.experts import EchoVLMTokenGate
 from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
 from echovlm_ray.training.objective import TrainingObjective
-from router.token_gate import choose_experts
+from router.gating.token_gate import choose_experts
 
 BASELINE, MOE = "dense", "moe"
 

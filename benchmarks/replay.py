@@ -35,7 +35,7 @@ from echovlm_ray.client.control import ExpertControlClient
 from echovlm_ray.client.request import GenerateOptions
 from echovlm_ray.data.phantom.corpus import png_bytes
 from echovlm_ray.data.phantom.phantom import phantoms
-from experts.registry import Registry
+from experts.registry.registry import Registry
 
 RESULT = Path(__file__).resolve().parent / "results" / "replay.md"
 PROMPTS = ("What is shown?", "Describe the image.", "Is there flow?")

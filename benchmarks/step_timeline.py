@@ -18,7 +18,7 @@ from echovlm_ray.engine import engine as engine_module
 from echovlm_ray.engine.engine import Engine
 from echovlm_ray.engine.sampler import next_tokens
 from echovlm_ray.model.decoder_layer import EchoVLMDecoderLayer
-from router.stopwatch import Stopwatch
+from router.dispatch.stopwatch import Stopwatch
 
 # What is noted inside a layer, in order; "other" is what remains of it. Attention comes with both norms and the
 # residual sum where they are compiled together.

@@ -14,9 +14,9 @@ import torch
 
 from echovlm_ray.client import EchoVLMError
 from echovlm_ray.client.control import ExpertControlClient
-from experts.bundle import Bundle, file_sha256
-from experts.bundle_writer import write_bundle
-from experts.manifest import BundleDescription
+from experts.bundles.bundle import Bundle, file_sha256
+from experts.bundles.manifest import BundleDescription
+from experts.bundles.writer import write_bundle
 from protos import control_pb2, router_pb2, router_pb2_grpc, status_pb2, status_pb2_grpc
 
 ACTOR = "benchmark"

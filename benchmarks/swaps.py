@@ -41,9 +41,9 @@ from echovlm_ray.checkpoint.demo import make_demo
 from echovlm_ray.checkpoint.layout import read_index, registry_root
 from echovlm_ray.client import EchoVLMClient, EchoVLMError
 from echovlm_ray.client.control import ExpertControlClient
-from experts.bundle import Bundle
-from experts.bundle_writer import link_or_copy
-from experts.registry import Registry
+from experts.bundles.bundle import Bundle
+from experts.bundles.writer import link_or_copy
+from experts.registry.registry import Registry
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PROMPTS = ("What is shown?", "Describe the image.", "Is there flow?")

@@ -9,13 +9,13 @@ from typing import Protocol
 
 import torch
 
-from experts.bundle import Bundle
-from experts.convert import OtherDtype, check_dtype, convert_experts, dtype_name
+from experts.bundles.bundle import Bundle
+from experts.bundles.convert import OtherDtype, check_dtype, convert_experts, dtype_name
+from experts.bundles.manifest import Manifest
 from experts.errors import BundleNotResidentError, BundleUnusableError, ExpertCapacityError, InvalidBundleError
 from experts.kernels.base import ExpertKernel, PreparedExperts, kernel_in_use
 from experts.load_failure import LoadFailure
 from experts.loaded import LoadedBundle, Resident
-from experts.manifest import Manifest
 from experts.warm_up import warm_up
 
 
@@ -106,7 +106,7 @@ class ExpertGroup:
             max_resident_bytes: a load that would take the weights of all versions together above this is refused.
             backbone_digest: when given, bundles that were trained against another backbone are refused.
             admit: when given, asked about every bundle before it is loaded; raises where policy forbids it, as
-                `experts.signing.SignaturePolicy.admit` does.
+                `experts.bundles.signing.SignaturePolicy.admit` does.
         """
         self.organ = organ
         self._registry = registry

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+from experts.bundles.manifest import Manifest
 from experts.errors import InvalidTensorError
 from experts.kernels.base import NO_EXPERT, PreparedExperts
-from experts.manifest import Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Resident:
     # Of the weights as the kernel keeps them. Where they are views of mapped files, processes share the memory.
     resident_bytes: int
     kernel: str
-    # Of the weights as they are computed with, and as the bundle has them; see `experts.convert`.
+    # Of the weights as they are computed with, and as the bundle has them; see `experts.bundles.convert`.
     dtype: str
     bundle_dtype: str
 

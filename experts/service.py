@@ -14,8 +14,8 @@ from experts.errors import InvalidTensorError
 from experts.expert_calls import ExpertCalls
 from experts.group import ExpertGroup
 from experts.loaded import Resident
-from experts.local_server import LocalTransportServer
 from experts.transport import wire
+from experts.transport.local_server import LocalTransportServer
 from experts.transport.secret import NO_SECRET, SystemSecret
 from protos import expert_pb2
 

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 import torch
 from google.rpc import code_pb2, status_pb2
 
-from experts.bundle import Bundle
-from experts.convert import dtype_name
+from experts.bundles.bundle import Bundle
+from experts.bundles.convert import dtype_name
+from experts.bundles.finite import is_finite
+from experts.bundles.manifest import ProbeSizes
+from experts.bundles.probe import TOLERANCES, ProbeInputs, make_inputs, probe_sizes
 from experts.errors import WarmUpError
 from experts.expert_calls import ExpertCalls, SupportsForward
-from experts.finite import is_finite
-from experts.manifest import ProbeSizes
-from experts.probe import TOLERANCES, ProbeInputs, make_inputs, probe_sizes
 from experts.transport import wire
 from protos import expert_pb2
 

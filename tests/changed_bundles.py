@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from experts.bundle import Bundle
-from experts.bundle_writer import write_bundle
-from experts.manifest import BundleDescription, Manifest
+from experts.bundles.bundle import Bundle
+from experts.bundles.manifest import BundleDescription, Manifest
+from experts.bundles.writer import write_bundle
 
 
 def amplified(tensor: torch.Tensor) -> torch.Tensor:

@@ -18,11 +18,11 @@ from echovlm_ray.model.checkpoint import load_backbone, load_vision_tower
 from echovlm_ray.model.configuration import EchoVLMConfig
 from echovlm_ray.model.positions import mrope_positions
 from protos import vision_pb2
-from router.dispatch import Dispatcher
-from router.expert_call import ExpertPlacement
-from router.expert_gates import ExpertGates
-from router.local import LocalExperts
-from router.remote import RemoteExperts
+from router.dispatch.dispatcher import Dispatcher
+from router.dispatch.expert_call import ExpertPlacement
+from router.dispatch.local import LocalExperts
+from router.dispatch.remote import RemoteExperts
+from router.gating.expert_gates import ExpertGates
 from tests.expert_servers import ServerThread, expert_group
 from tests.golden_cases import GoldenRow
 from tests.split_golden import SplitGolden

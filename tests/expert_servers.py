@@ -15,7 +15,7 @@ from echovlm_ray.serving.grpc.errors import to_status
 from echovlm_ray.serving.grpc.interceptor import CallInterceptor
 from experts.group import ExpertGroup
 from experts.kernels.registry import get_kernel
-from experts.registry import Registry
+from experts.registry.registry import Registry
 from experts.service import ExpertGroupService, add_expert_group_to_server
 
 ROOT = Path(__file__).resolve().parent.parent

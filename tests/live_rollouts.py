@@ -13,8 +13,8 @@ from echovlm_ray.checkpoint.layout import read_index, registry_root
 from echovlm_ray.client import EchoVLMClient
 from echovlm_ray.client.control import ExpertControlClient
 from echovlm_ray.client.errors import EchoVLMError
-from experts.bundle import Bundle
-from experts.registry import Registry
+from experts.bundles.bundle import Bundle
+from experts.registry.registry import Registry
 from protos import control_pb2
 from tests import waiting
 from tests.running_system import RunningSystem

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from experts.bundle import Bundle
-from experts.bundle_layout import PROTOTYPE_TENSOR
-from experts.bundle_writer import write_bundle
-from experts.manifest import BundleDescription, DTypeName
-from experts.registry import Registry
-from router.expert_set import ExpertSet, ExpertSetMember, Routing
+from experts.bundles.bundle import Bundle
+from experts.bundles.layout import PROTOTYPE_TENSOR
+from experts.bundles.manifest import BundleDescription, DTypeName
+from experts.bundles.writer import write_bundle
+from experts.registry.registry import Registry
+from router.gating.expert_set import ExpertSet, ExpertSetMember, Routing
 
 BACKBONE_DIGEST = "b" * 64
 DTYPES: dict[torch.dtype, DTypeName] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}

@@ -23,7 +23,7 @@ from echovlm_ray.serving.cluster.deployments.settings import RouterSettings
 from echovlm_ray.serving.cluster.endpoints import Endpoints
 from echovlm_ray.serving.lm.request import ServedModel
 from echovlm_ray.serving.served import served_checkpoint
-from router.organ_gate import OrganGate
+from router.gating.organ_gate import OrganGate
 
 
 def run_in_engine(engine: Engine, model: ServedModel, organ_gate: OrganGate, workload: Workload) -> Timings:

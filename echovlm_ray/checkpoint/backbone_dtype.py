@@ -7,7 +7,7 @@ from echovlm_ray.checkpoint.layout import InvalidCheckpointError, backbone_direc
 from echovlm_ray.checkpoint.reader import read_tensor_folder
 
 if TYPE_CHECKING:
-    from experts.manifest import DTypeName
+    from experts.bundles.manifest import DTypeName
 
 _EMBEDDINGS = "model.embed_tokens.weight"
 _NAMES: "dict[str, DTypeName]" = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}

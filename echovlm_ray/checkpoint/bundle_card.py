@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from echovlm_ray.checkpoint.layout import InvalidCheckpointError
 from echovlm_ray.yaml_document import NotYamlError, parse_yaml
-from experts.manifest import BundleDescription
-from experts.text import quoted
+from experts.bundles.manifest import BundleDescription
+from experts.bundles.text import quoted
 
 _MAX_FILE_BYTES = 1_000_000
 

@@ -34,11 +34,11 @@ from echovlm_ray.checkpoint.released import copy_companions
 from echovlm_ray.checkpoint.schema import ModelShape, backbone_digest, expert_name, gate_name
 from echovlm_ray.checkpoint.split_folder import open_split
 from echovlm_ray.checkpoint.writer import write_released
-from experts.bundle_layout import PROTOTYPE_TENSOR, expert_tensors_of_layer, gate_tensor
-from experts.bundle_writer import write_bundle
-from experts.manifest import PROJECTIONS, BundleDescription, Manifest
-from experts.registry import Registry
-from experts.safetensors_writer import DTYPE_NAMES
+from experts.bundles.layout import PROTOTYPE_TENSOR, expert_tensors_of_layer, gate_tensor
+from experts.bundles.manifest import PROJECTIONS, BundleDescription, Manifest
+from experts.bundles.safetensors_writer import DTYPE_NAMES
+from experts.bundles.writer import write_bundle
+from experts.registry.registry import Registry
 
 ABOUT_NAME, BACKBONE_WEIGHTS_NAME, PROTOTYPES_NAME = "about.json", "model.safetensors", "prototypes.safetensors"
 NAME: Final = "echovlm-demo"

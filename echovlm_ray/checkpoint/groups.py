@@ -6,7 +6,7 @@ from typing import Any
 
 from echovlm_ray.checkpoint.layout import InvalidCheckpointError
 from echovlm_ray.yaml_document import NotYamlError, parse_yaml
-from experts.manifest import check_organ
+from experts.bundles.manifest import check_organ
 
 # Organ → the experts' indices in the source checkpoint, ascending; in set order.
 Groups = dict[str, tuple[int, ...]]

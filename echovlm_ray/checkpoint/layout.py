@@ -13,7 +13,7 @@ from typing import Annotated, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from router.expert_set import ExpertSet, ExpertSetMember, Routing
+from router.gating.expert_set import ExpertSet, ExpertSetMember, Routing
 
 INDEX_NAME = "echovlm.json"
 BACKBONE_NAME = "backbone"

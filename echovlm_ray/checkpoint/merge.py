@@ -20,11 +20,11 @@ from echovlm_ray.checkpoint.writer import (
     specification,
     write_released,
 )
-from experts.bundle import verify_file
-from experts.bundle_layout import expert_tensor, gate_tensor
+from experts.bundles.bundle import verify_file
+from experts.bundles.layout import expert_tensor, gate_tensor
+from experts.bundles.manifest import PROJECTIONS
 from experts.errors import InvalidBundleError, UnknownBundleError
-from experts.manifest import PROJECTIONS
-from experts.registry import Registry
+from experts.registry.registry import Registry
 
 
 def merge(

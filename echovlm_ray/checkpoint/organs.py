@@ -1,4 +1,4 @@
-"""Names and descriptions of the seven organs in the manifests of bundles made here; see also `router.anatomy`."""
+"""Names and descriptions of the seven organs, for the manifests of bundles; see also `router.gating.anatomy`."""
 
 from collections.abc import Mapping
 

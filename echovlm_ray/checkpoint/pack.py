@@ -17,11 +17,11 @@ from echovlm_ray.checkpoint.released import first_problems
 from echovlm_ray.checkpoint.schema import expert_name, gate_name
 from echovlm_ray.checkpoint.split_folder import open_split
 from echovlm_ray.checkpoint.writer import DEFAULT_MAX_SHARD_BYTES, load, specification
-from experts.bundle_layout import PROTOTYPE_TENSOR, expert_tensors_of_layer, gate_tensor
-from experts.bundle_writer import write_bundle
-from experts.finite import is_finite
-from experts.manifest import PROJECTIONS, BundleDescription, DTypeName, Manifest
-from experts.probe import probe_sizes
+from experts.bundles.finite import is_finite
+from experts.bundles.layout import PROTOTYPE_TENSOR, expert_tensors_of_layer, gate_tensor
+from experts.bundles.manifest import PROJECTIONS, BundleDescription, DTypeName, Manifest
+from experts.bundles.probe import probe_sizes
+from experts.bundles.writer import write_bundle
 
 _DTYPE_NAMES: dict[torch.dtype, DTypeName] = {
     torch.float32: "float32",

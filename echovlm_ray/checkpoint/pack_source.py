@@ -16,8 +16,8 @@ from echovlm_ray.checkpoint.schema import (
     is_routed,
 )
 from echovlm_ray.checkpoint.split_folder import open_split
-from experts.bundle_layout import PROTOTYPE_TENSOR, expert_tensor, gate_tensor
-from experts.manifest import PROJECTIONS
+from experts.bundles.layout import PROTOTYPE_TENSOR, expert_tensor, gate_tensor
+from experts.bundles.manifest import PROJECTIONS
 
 
 @dataclass(frozen=True)

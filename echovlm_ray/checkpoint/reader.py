@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from echovlm_ray.checkpoint.layout import InvalidCheckpointError
-from experts import safetensors_header
+from experts.bundles import safetensors_header
 
 WEIGHTS_NAME = "model.safetensors"
 WEIGHTS_INDEX_NAME = "model.safetensors.index.json"

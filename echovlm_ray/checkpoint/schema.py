@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from echovlm_ray.checkpoint.layout import InvalidCheckpointError
-from experts.digest import digest_of
+from experts.bundles.digest import digest_of
 
 # In the order in which `inspect` lists them.
 PARTS = (

@@ -24,12 +24,12 @@ from echovlm_ray.checkpoint.reader import StoredTensor
 from echovlm_ray.checkpoint.released import ReleasedCheckpoint, copy_companions, open_released
 from echovlm_ray.checkpoint.schema import backbone_digest, expert_name, gate_name, is_routed
 from echovlm_ray.checkpoint.writer import DEFAULT_MAX_SHARD_BYTES, load, specification, write_released
-from experts.bundle import Bundle
-from experts.bundle_layout import expert_tensors_of_layer, gate_tensor
-from experts.bundle_writer import derive_bundle, write_bundle
-from experts.manifest import PROJECTIONS, BundleDescription, DTypeName, Manifest
-from experts.registry import Registry
-from router.expert_set import Routing
+from experts.bundles.bundle import Bundle
+from experts.bundles.layout import expert_tensors_of_layer, gate_tensor
+from experts.bundles.manifest import PROJECTIONS, BundleDescription, DTypeName, Manifest
+from experts.bundles.writer import derive_bundle, write_bundle
+from experts.registry.registry import Registry
+from router.gating.expert_set import Routing
 
 _DTYPE_NAMES: dict[torch.dtype, DTypeName] = {
     torch.float32: "float32",

@@ -9,10 +9,10 @@ from echovlm_ray.checkpoint.layout import CheckpointIndex, backbone_directory, r
 from echovlm_ray.checkpoint.reader import StoredTensor, read_header
 from echovlm_ray.checkpoint.released import ReleasedCheckpoint, examine
 from echovlm_ray.checkpoint.schema import ModelShape
-from experts.bundle import Bundle
+from experts.bundles.bundle import Bundle
+from experts.bundles.manifest import Manifest
 from experts.errors import InvalidBundleError, UnknownBundleError
-from experts.manifest import Manifest
-from experts.registry import Registry
+from experts.registry.registry import Registry
 
 
 @dataclass(frozen=True)

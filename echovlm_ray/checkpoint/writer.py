@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from echovlm_ray.checkpoint.reader import WEIGHTS_INDEX_NAME, WEIGHTS_NAME, StoredTensor
-from experts.safetensors_writer import DTYPE_NAMES, StreamingWriter
+from experts.bundles.safetensors_writer import DTYPE_NAMES, StreamingWriter
 
 # What transformers and the released checkpoint use.
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000

@@ -24,7 +24,7 @@ from echovlm_ray.client.control import ExpertControlClient
 
 if TYPE_CHECKING:
     from echovlm_ray.checkpoint.bundle_card import BundleCard
-    from experts.bundle_check import BackboneSizes
+    from experts.bundles.check import BackboneSizes
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -99,7 +99,7 @@ def pack(
         from echovlm_ray.checkpoint.bundle_card import BundleCard, read_card
         from echovlm_ray.checkpoint.pack import PackOptions
         from echovlm_ray.checkpoint.pack import pack as pack_bundle
-        from experts.signing import sign_bundle
+        from experts.bundles.signing import sign_bundle
 
         said = BundleCard(
             name=name,
@@ -181,9 +181,9 @@ def verify(
     """
     with clear_errors():
         from echovlm_ray.cli.experts_tables import print_check
-        from experts.bundle_check import CheckRequest
-        from experts.isolated_check import check_in_subprocess
-        from experts.signing import SignaturePolicy
+        from experts.bundles.check import CheckRequest
+        from experts.bundles.isolated_check import check_in_subprocess
+        from experts.bundles.signing import SignaturePolicy
 
         if device not in ("cpu", "cuda"):
             fail(f"--device {device!r} must be cpu or cuda", EXIT_INVALID)
@@ -223,7 +223,7 @@ def sign(
     Example: `echoray experts sign breast-1.1.0 --key release.pem`
     """
     with clear_errors():
-        from experts.signing import sign_bundle
+        from experts.bundles.signing import sign_bundle
 
         path = sign_bundle(bundle, key, password=password)
     say(f"Signed: {path}")
@@ -279,7 +279,7 @@ def diff(
     """
     with clear_errors():
         from echovlm_ray.cli.experts_tables import print_diff
-        from experts.bundle_diff import diff_bundles
+        from experts.bundles.diff import diff_bundles
 
         first, second = (source_of(target, registry, registry_option).open() for target in (before, after))
         for bundle in (first, second):
@@ -293,7 +293,7 @@ def diff(
 
 def _backbone(checkpoint: Path) -> "BackboneSizes":
     from echovlm_ray.checkpoint.split_folder import open_split
-    from experts.bundle_check import BackboneSizes
+    from experts.bundles.check import BackboneSizes
 
     opened = open_split(checkpoint)
     shape = opened.backbone.known_shape()

@@ -7,11 +7,11 @@ from rich.text import Text
 
 from echovlm_ray.cli.tables import Listing
 from echovlm_ray.cli.terminal import MAX_CELL, console_of, line, name_of, styled
-from experts.bundle import Bundle
-from experts.bundle_check import CheckResult
-from experts.bundle_diff import BundleDiff
-from experts.invisible import visible
-from experts.manifest import Manifest
+from experts.bundles.bundle import Bundle
+from experts.bundles.check import CheckResult
+from experts.bundles.diff import BundleDiff
+from experts.bundles.invisible import visible
+from experts.bundles.manifest import Manifest
 
 _SHOWN_DIGEST = 12
 # Of a description or a changelog.

@@ -41,7 +41,7 @@ from echovlm_ray.client import (
 from echovlm_ray.client.connection import DEFAULT_ADDRESS
 from echovlm_ray.client.request import GenerateOptions, Image, read_images
 from echovlm_ray.tasks import TASKS, Language, TaskName
-from experts.invisible import visible
+from experts.bundles.invisible import visible
 
 EXIT_FAILED = 1
 EXIT_INVALID = 2

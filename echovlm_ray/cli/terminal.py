@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from experts.invisible import is_safe, visible
+from experts.bundles.invisible import is_safe, visible
 
 # A pipe has no width to fit into, and a reason that is cut off is of no use.
 PIPE_WIDTH = 200

@@ -180,7 +180,7 @@ def expert_command(
         from echovlm_ray.training.expert import next_version, require_experts_only, require_later, train_expert
         from echovlm_ray.training.run import Run
         from echovlm_ray.training.start import Start, organ_bundle
-        from experts.manifest import check_version
+        from experts.bundles.manifest import check_version
 
         def new_run(folder: Path, files: "DataFiles", chosen: "Recipe") -> Run:
             if organ is None or checkpoint is None:

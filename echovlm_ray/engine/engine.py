@@ -15,7 +15,7 @@ from echovlm_ray.engine.sampler import next_tokens
 from echovlm_ray.engine.scheduler import Chunk, Scheduler
 from echovlm_ray.engine.sequence import Finish, Sequence, SequenceRequest, Sink, StepOutput
 from echovlm_ray.errors import DeadlineError, ShuttingDownError
-from router.dispatch import Dispatcher
+from router.dispatch.dispatcher import Dispatcher
 from router.errors import ExpertsUnavailableError, ExpertsUnusableError
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from collections.abc import Sequence as Sequences
 from typing import TYPE_CHECKING
 
 from echovlm_ray.engine.block_pool import BLOCK_SIZE
-from router.expert_set import ExpertSetMember
+from router.gating.expert_set import ExpertSetMember
 
 if TYPE_CHECKING:
     from echovlm_ray.engine.sequence import SequenceRequest

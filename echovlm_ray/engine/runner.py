@@ -15,9 +15,9 @@ from echovlm_ray.engine.step_batch import StepBatch, split_chunks
 from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
 from echovlm_ray.model.packing import pack_linears
 from echovlm_ray.model.text_model import ForwardPart
-from router.dispatch import Dispatcher, DispatchFailure, DispatchStep
+from router.dispatch.dispatcher import Dispatcher, DispatchFailure, DispatchStep
+from router.dispatch.routed_experts import PendingExperts, RoutedExperts
 from router.errors import ExpertsUnavailableError
-from router.routed_experts import PendingExperts, RoutedExperts
 
 
 @dataclass(frozen=True, slots=True)

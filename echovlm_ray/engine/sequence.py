@@ -14,7 +14,7 @@ import torch
 from echovlm_ray.engine.block_pool import BLOCK_SIZE
 from echovlm_ray.engine.prefix import PrefixKeys
 from router.errors import ExpertsUnavailableError
-from router.expert_set import ExpertSetMember
+from router.gating.expert_set import ExpertSetMember
 
 # A restarted expert group is noticed at once, and one that stays away is polled seldom.
 FIRST_RETRY_S = 0.02

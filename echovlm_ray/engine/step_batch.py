@@ -10,7 +10,7 @@ import torch
 from echovlm_ray.engine.attention import AttentionStep, SequenceSpan
 from echovlm_ray.engine.kv_cache import KVCache
 from echovlm_ray.engine.scheduler import Chunk
-from router.dispatch import TokenAssignment
+from router.dispatch.dispatcher import TokenAssignment
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ from experts.transport.inner_channel import PLAIN_CHANNELS
 from protos import echovlm_pb2_grpc, router_pb2_grpc, vision_pb2_grpc
 
 if TYPE_CHECKING:
-    from experts.registry import Registry
+    from experts.registry.registry import Registry
 
 
 @asynccontextmanager

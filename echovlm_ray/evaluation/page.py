@@ -10,7 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from echovlm_ray.evaluation.result import EvaluationResult, GroupScores, Score
-from experts.invisible import visible
+from experts.bundles.invisible import visible
 
 _TITLES = {
     "language": "By language",

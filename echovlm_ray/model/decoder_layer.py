@@ -19,7 +19,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
 
 from echovlm_ray.model.configuration import EchoVLMTextConfig
 from echovlm_ray.model.experts import EchoVLMSparseMoe
-from router.routed_experts import PendingExperts, RoutedExperts
+from router.dispatch.routed_experts import PendingExperts, RoutedExperts
 
 
 class DenseOutput(Protocol):

@@ -1,7 +1,8 @@
 """The mixture of experts of one decoder layer: token gate, routed experts, shared expert.
 
 The routed experts of a layer may be computed elsewhere; then the layer has neither gate nor experts, and its caller
-passes a `router.routed_experts.RoutedExperts`. `EchoVLMSparseMoe` is the same plug with its own experts behind it.
+passes a `router.dispatch.routed_experts.RoutedExperts`. `EchoVLMSparseMoe` is the same interface with experts of its
+own.
 """
 
 # transformers leaves most of its methods untyped.
@@ -19,11 +20,11 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeMLP
 from echovlm_ray.model.configuration import EchoVLMTextConfig
 from echovlm_ray.model.expert_kernels import register_expert_kernels, weights_of
 from experts.kernels.registry import get_kernel
-from router.token_gate import route_tokens
+from router.gating.token_gate import route_tokens
 
 
 class EchoVLMTokenGate(nn.Module):
-    """One layer's gate: `router.token_gate.route_tokens` with trainable rows."""
+    """One layer's gate: `router.gating.token_gate.route_tokens` with trainable rows."""
 
     def __init__(self, config: EchoVLMTextConfig) -> None:
         super().__init__()

@@ -29,7 +29,7 @@ from echovlm_ray.model.positions import batch_positions
 from echovlm_ray.model.pretrained import prepare_pretrained, require_complete
 from echovlm_ray.model.text_model import EchoVLMPreTrainedModel, EchoVLMTextModel
 from echovlm_ray.model.vision_tower import EchoVLMVisionTower
-from router.routed_experts import RoutedExperts
+from router.dispatch.routed_experts import RoutedExperts
 
 
 class EchoVLMModel(EchoVLMPreTrainedModel, Qwen2VLModel):

@@ -27,8 +27,8 @@ from echovlm_ray.checkpoint.layout import (
 from echovlm_ray.checkpoint.reader import StoredTensor, read_tensor_folder
 from echovlm_ray.checkpoint.schema import expert_name, gate_name, is_routed
 from echovlm_ray.model.configuration import EchoVLMConfig, take_text_fields
-from experts.bundle import Bundle
-from experts.registry import Registry
+from experts.bundles.bundle import Bundle
+from experts.registry.registry import Registry
 
 # Where the names of the vision tower's tensors begin, on disk.
 VISION = "visual."

@@ -22,7 +22,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from echovlm_ray.model.configuration import EchoVLMTextConfig
 from echovlm_ray.model.decoder_layer import EchoVLMDecoderLayer
 from echovlm_ray.model.experts import EchoVLMExperts, EchoVLMTokenGate
-from router.routed_experts import RoutedExperts
+from router.dispatch.routed_experts import RoutedExperts
 
 
 @dataclass(frozen=True, slots=True)

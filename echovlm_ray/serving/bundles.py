@@ -10,15 +10,15 @@ from echovlm_ray.serving.control.rollout_files import RolloutFiles
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-    from experts.bundle_source import RegistryLocation
-    from experts.kept_bundles import KeptBundles
-    from experts.registry import Registry
-    from experts.signing import SignaturePolicy
+    from experts.bundles.signing import SignaturePolicy
+    from experts.bundles.source import RegistryLocation
+    from experts.registry.kept_bundles import KeptBundles
+    from experts.registry.registry import Registry
 
 
 def registry_location(section: ExpertsSection, checkpoint: Path) -> "RegistryLocation":
     """The configured registry; the checkpoint's own, where none is configured, and besides it in any case."""
-    from experts.bundle_source import RegistryLocation
+    from experts.bundles.source import RegistryLocation
 
     own = str(registry_root(checkpoint))
     if section.registry is None:
@@ -58,7 +58,7 @@ def open_kept(
     Raises:
         RegistryError: see `open_registry`.
     """
-    from experts.kept_bundles import KeptBundles
+    from experts.registry.kept_bundles import KeptBundles
 
     folder = kept_folder(section, checkpoint)
     return KeptBundles(
@@ -71,6 +71,6 @@ def open_kept(
 
 def signature_policy(section: ExpertsSection) -> "SignaturePolicy":
     """Which bundles may load."""
-    from experts.signing import SignaturePolicy
+    from experts.bundles.signing import SignaturePolicy
 
     return SignaturePolicy(signatures=section.signatures, public_keys=section.public_keys)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from echovlm_ray.checkpoint.layout import CheckpointIndex, backbone_directory, read_index
 from echovlm_ray.config import ModelSection
-from router.expert_set import ExpertSet
+from router.gating.expert_set import ExpertSet
 
 if TYPE_CHECKING:
     import torch

@@ -54,7 +54,7 @@ from echovlm_ray.training.small_start import write_small_start
 from echovlm_ray.training.sources import DataFiles
 from echovlm_ray.training.stage import MODEL_NAME, RESULT_NAME
 from echovlm_ray.training.start import Start
-from experts.bundle import Bundle
+from experts.bundles.bundle import Bundle
 
 VERSION = "2.0.0"
 DESCRIPTION = (

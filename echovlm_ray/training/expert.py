@@ -25,8 +25,8 @@ from echovlm_ray.training.run_lock import hold_run
 from echovlm_ray.training.stage import MODEL_NAME, RESULT_NAME, StageJob, open_encoded
 from echovlm_ray.training.start import organ_bundle
 from echovlm_ray.training.validation import ValidationResult, validate
-from experts.bundle_layout import PROTOTYPE_TENSOR
-from experts.manifest import Manifest, version_key
+from experts.bundles.layout import PROTOTYPE_TENSOR
+from experts.bundles.manifest import Manifest, version_key
 
 PROTOTYPE_NAME = "prototype.safetensors"
 CARD_NAME = "MODEL_CARD.md"

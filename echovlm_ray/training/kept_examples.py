@@ -97,7 +97,7 @@ def pooled_mean(source: KeptExamples) -> torch.Tensor | None:
     """The direction in which the pictures' pooled features lie: hidden size, float32; None without any picture.
 
     Each example counts alike: the mean of the unit vectors of their pooled embeddings, which the organ gate compares
-    with a request's by cosine similarity (`router.organ_gate`).
+    with a request's by cosine similarity (`router.gating.organ_gate`).
     """
     directions = []
     for index in range(len(source)):

@@ -26,8 +26,8 @@ from echovlm_ray.model.expert_kernels import weights_of
 from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
 from echovlm_ray.training.recipe import Recipe
 from echovlm_ray.training.upcycling import is_dense, upcycle
-from experts.bundle import Bundle
-from experts.registry import Registry
+from experts.bundles.bundle import Bundle
+from experts.registry.registry import Registry
 
 
 class Start(Section):

@@ -8,7 +8,7 @@ from pydicom.charset import decode_bytes, python_encoding
 from pydicom.datadict import tag_for_keyword
 from pydicom.dataelem import RawDataElement
 
-from router import anatomy
+from router.gating import anatomy
 
 MAX_TERMS = 8
 MAX_TERM_CHARACTERS = 64
@@ -33,8 +33,8 @@ ESCAPE_SEQUENCE = re.compile("\x1b(?:\\$[()]?|[()-])[@-~]")
 def anatomy_terms(dataset: Dataset) -> tuple[str, ...]:
     """The names of what is shown: Body Part Examined, and the codes of region, structure and view.
 
-    A code that `router.anatomy` knows gives the table's English term, whatever its Code Meaning says and in which
-    language; any other gives its Code Meaning. At most `MAX_TERMS`, each of at most `MAX_TERM_CHARACTERS`.
+    A code that `router.gating.anatomy` knows gives the table's English term, whatever its Code Meaning says and in
+    which language; any other gives its Code Meaning. At most `MAX_TERMS`, each of at most `MAX_TERM_CHARACTERS`.
     """
     encodings = _encodings(dataset, ())
     terms = _text(dataset, "BodyPartExamined", encodings).split("\\")

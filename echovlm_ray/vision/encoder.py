@@ -19,7 +19,7 @@ from echovlm_ray.errors import InvalidRequestError, OverloadedError
 from echovlm_ray.fair_queue import FairQueue
 from echovlm_ray.model.packing import pack_linears
 from echovlm_ray.model.vision_tower import EchoVLMVisionTower
-from experts.digest import digest_of
+from experts.bundles.digest import digest_of
 
 # For so long after inputs of several callers waited, a forward pass takes this part of the patches that it may, so that
 # one caller's input does not wait for many of another's, nor is computed beside them.

@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, insert, select, update
 
-from experts.digest import canonical_json, digest_of
+from experts.bundles.digest import canonical_json, digest_of
 from router.rollouts import schema
 from router.rollouts.states import Action
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from router.expert_set import ExpertSet, ExpertSetMember
+from router.gating.expert_set import ExpertSet, ExpertSetMember
 
 
 @dataclass(eq=False, slots=True)

@@ -5,7 +5,7 @@ import json
 from sqlalchemy import Connection, insert, select
 
 from router.errors import UnknownExpertSetError
-from router.expert_set import ExpertSet, ExpertSetMember
+from router.gating.expert_set import ExpertSet, ExpertSetMember
 from router.rollouts import schema
 from router.rollouts.traffic import TrafficPolicy, given_sets
 

@@ -7,7 +7,7 @@ from typing import Any, Self
 from sqlalchemy import Row
 
 from router.errors import RolloutStateError
-from router.expert_set import ExpertSet, ExpertSetMember, Routing
+from router.gating.expert_set import ExpertSet, ExpertSetMember, Routing
 from router.rollouts.settings import Mode, RolloutPlan
 from router.rollouts.states import IN_FLIGHT, WITH_TRAFFIC, State
 

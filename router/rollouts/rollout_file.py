@@ -5,7 +5,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
-from experts.digest import digest_of
+from experts.bundles.digest import digest_of
 from router.rollouts.gates import Gate
 from router.rollouts.settings import RolloutPlan, Step, Thresholds
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from experts.errors import ExpertCapacityError, UnknownBundleError
-from router.expert_set import ExpertSetMember
+from router.gating.expert_set import ExpertSetMember
 from router.rollouts.fleet import Fleet, ReplicaResidents
 from router.rollouts.records import Snapshot
 from router.rollouts.states import RESIDENT

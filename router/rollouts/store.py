@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from router.errors import RolloutStateError
-from router.expert_set import ExpertSet
+from router.gating.expert_set import ExpertSet
 from router.rollouts import history, past_sets, shadow
 from router.rollouts.database import Database
 from router.rollouts.history import Entry, Head, Verification

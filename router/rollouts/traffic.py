@@ -8,8 +8,8 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from experts.digest import digest_of
-from router.expert_set import ExpertSet, ExpertSetMember
+from experts.bundles.digest import digest_of
+from router.gating.expert_set import ExpertSet, ExpertSetMember
 from router.rollouts.records import Snapshot
 from router.rollouts.settings import Mode
 from router.rollouts.states import State

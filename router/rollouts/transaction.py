@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, delete, func, insert, select, update
 
 from router.errors import RolloutStateError, UnknownRolloutError
-from router.expert_set import ExpertSet
+from router.gating.expert_set import ExpertSet
 from router.rollouts import history, schema
 from router.rollouts.evaluations import GateStanding, add_evaluation, gate_standing
 from router.rollouts.gates import Evidence, Verdict, decide

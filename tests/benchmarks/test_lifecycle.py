@@ -12,8 +12,8 @@ from benchmarks.lifecycle import ROUNDS, Findings, questions_of, table, write_ve
 from benchmarks.lifecycle_callers import TOLERANCE, Question, Tally
 from echovlm_ray.checkpoint.demo import make_demo
 from echovlm_ray.checkpoint.layout import read_index, registry_root
-from experts.bundle import Bundle
-from experts.registry import Registry
+from experts.bundles.bundle import Bundle
+from experts.registry.registry import Registry
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1024 * 1024

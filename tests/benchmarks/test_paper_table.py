@@ -15,7 +15,7 @@ from benchmarks.paper_table_scores import Gain
 from benchmarks.paper_table_variants import VARIANTS, OrganGate, build, size_of
 from echovlm_ray.model.configuration import EchoVLMConfig
 from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
-from router.token_gate import route_tokens
+from router.gating.token_gate import route_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 BY_NAME = {variant.name: variant for variant in VARIANTS}

@@ -16,7 +16,7 @@ from echovlm_ray.checkpoint.demo import demo_files, make_demo
 from echovlm_ray.checkpoint.demo_tokenizer import SPECIAL_TOKENS
 from echovlm_ray.checkpoint.inspect import inspect
 from echovlm_ray.checkpoint.layout import ORGANS, InvalidCheckpointError, read_index, registry_root
-from experts.registry import Registry
+from experts.registry.registry import Registry
 from tests.checkpoint.support import make_split, state_dict_of
 
 

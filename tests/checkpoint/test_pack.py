@@ -12,13 +12,13 @@ from echovlm_ray.checkpoint.bundle_card import BundleCard, read_card
 from echovlm_ray.checkpoint.layout import InvalidCheckpointError, read_index, registry_root
 from echovlm_ray.checkpoint.pack import PackOptions, pack
 from echovlm_ray.checkpoint.schema import is_routed
-from experts.bundle import Bundle
-from experts.bundle_layout import expert_tensor, gate_tensor
+from experts.bundles.bundle import Bundle
+from experts.bundles.layout import expert_tensor, gate_tensor
+from experts.bundles.manifest import Manifest
+from experts.bundles.probe import self_test
 from experts.errors import InvalidBundleError
 from experts.kernels.registry import get_kernel
-from experts.manifest import Manifest
-from experts.probe import self_test
-from experts.registry import Registry
+from experts.registry.registry import Registry
 from tests.checkpoint.support import Edit, StateDict, make_split, state_dict_of
 
 WORDS = BundleCard(

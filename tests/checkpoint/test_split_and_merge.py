@@ -20,11 +20,11 @@ from echovlm_ray.checkpoint.layout import (
 )
 from echovlm_ray.checkpoint.merge import merge
 from echovlm_ray.checkpoint.split import Labels
-from experts.bundle import Bundle
-from experts.bundle_layout import expert_tensor, gate_tensor
-from experts.bundle_writer import write_bundle
-from experts.manifest import BundleDescription
-from experts.registry import Registry
+from experts.bundles.bundle import Bundle
+from experts.bundles.layout import expert_tensor, gate_tensor
+from experts.bundles.manifest import BundleDescription
+from experts.bundles.writer import write_bundle
+from experts.registry.registry import Registry
 from tests.checkpoint.support import Edit, StateDict, bit_identical, make_split, state_dict_of
 
 

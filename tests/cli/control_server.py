@@ -21,14 +21,14 @@ from echovlm_ray.serving.control.state import StateReader, StateWatch
 from echovlm_ray.serving.control.take_up import TakeUp
 from echovlm_ray.serving.control.watchers import Watchers
 from echovlm_ray.serving.grpc.server import GrpcServer, ServerOptions
-from experts.bundle_layout import expected_tensors
-from experts.bundle_writer import write_bundle
+from experts.bundles.layout import expected_tensors
+from experts.bundles.manifest import BundleDescription
+from experts.bundles.signing import SignaturePolicy
+from experts.bundles.writer import write_bundle
 from experts.errors import ExpertCapacityError
-from experts.manifest import BundleDescription
-from experts.registry import Registry
-from experts.signing import SignaturePolicy
+from experts.registry.registry import Registry
 from protos import control_pb2_grpc
-from router.expert_set import ExpertSet, ExpertSetMember
+from router.gating.expert_set import ExpertSet, ExpertSetMember
 from router.rollouts.controller import RolloutController
 from router.rollouts.database import Database
 from router.rollouts.fleet import ReplicaResidents

@@ -15,8 +15,8 @@ from typer.testing import CliRunner, Result
 
 from echovlm_ray.checkpoint.schema import is_routed
 from echovlm_ray.cli.experts import app
-from experts.bundle import Bundle
-from experts.signing import check_signature
+from experts.bundles.bundle import Bundle
+from experts.bundles.signing import check_signature
 from tests.checkpoint.support import make_split, state_dict_of
 from tests.experts.bad_bundles import flip_last_byte
 from tests.experts.keys import make_keys

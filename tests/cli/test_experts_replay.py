@@ -22,8 +22,8 @@ from echovlm_ray.client.errors import (
     OverloadedError,
 )
 from echovlm_ray.serving.control.replay_check import ReplayCheck
+from experts.bundles.signing import SignaturePolicy
 from experts.errors import InvalidBundleError
-from experts.signing import SignaturePolicy
 from protos import echovlm_pb2
 from router.errors import ReplayRefusedError
 from tests.cli.control_server import System, running_control

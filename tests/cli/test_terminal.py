@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from echovlm_ray.cli.terminal import MAX_NAME, console_of, line, name_of, say, say_json, styled
-from experts.invisible import visible
+from experts.bundles.invisible import visible
 
 CLI = Path(__file__).resolve().parents[2] / "echovlm_ray" / "cli"
 HOSTILE = "a\x1b[31m\x1b]0;owned\x07\x9b2J\u202eb\u200b\u2028[red]c[/red]:smile:\r\x00\x7f\U000e0041\ud800"

@@ -13,7 +13,7 @@ from sqlalchemy import event
 from typer.testing import CliRunner
 
 from echovlm_ray.cli.main import app
-from experts.manifest import MANIFEST_NAME
+from experts.bundles.manifest import MANIFEST_NAME
 from router.rollouts import database as databases
 from tests.cli.calls import done, invoke, refused
 from tests.cli.control_server import System, make_bundle

@@ -9,7 +9,7 @@ import pytest
 
 from echovlm_ray.client import EchoVLMClient, NotFoundError, OrganInCanaryError
 from echovlm_ray.client.control import ExpertControlClient
-from experts.bundle import Bundle
+from experts.bundles.bundle import Bundle
 from tests.changed_bundles import changed_bundle, not_a_number
 from tests.live_rollouts import WHO, ask, bundle_of, held, in_state, kill, load, rollout_of, timed_load, until
 from tests.running_system import RunningSystem

@@ -18,9 +18,9 @@ from echovlm_ray.engine.scheduler import Chunk
 from echovlm_ray.engine.sequence import Finish, SequenceRequest, StepOutput
 from echovlm_ray.engine.sequence import Sequence as EngineSequence
 from echovlm_ray.errors import DeadlineError, OverloadedError, ShuttingDownError
+from router.dispatch.local import LocalExperts
+from router.dispatch.remote import RemoteExperts
 from router.errors import ExpertsFailedError, ExpertsUnavailableError, ExpertsUnusableError
-from router.local import LocalExperts
-from router.remote import RemoteExperts
 from tests.engines import Answer, engine_request, local_experts, remote_experts, run_together, running_engine, submit
 from tests.expert_servers import expert_process, server_thread
 from tests.golden_cases import golden_rows

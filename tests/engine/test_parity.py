@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from echovlm_ray.engine.sequence import SequenceRequest
-from router.expert_set import Routing
+from router.gating.expert_set import Routing
 from tests.engines import Answer, engine_request, local_experts, remote_experts, run_together, running_engine
 from tests.expert_servers import server_thread
 from tests.golden_cases import GoldenRow, golden_rows

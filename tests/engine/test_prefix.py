@@ -8,7 +8,7 @@ import torch
 from echovlm_ray.engine.block_pool import BLOCK_SIZE
 from echovlm_ray.engine.prefix import PrefixKeys
 from echovlm_ray.engine.sequence import SequenceRequest, VisionDigest
-from router.expert_set import ExpertSetMember
+from router.gating.expert_set import ExpertSetMember
 
 NUM_PROMPT = 50
 # A picture of six rows in the second block and one of ten across the second and the third.

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from echovlm_ray.engine.sequence import SamplingParams, SequenceRequest
+from router.dispatch.local import LocalExperts
 from router.errors import ExpertsFailedError
-from router.expert_set import Routing
-from router.local import LocalExperts
+from router.gating.expert_set import Routing
 from tests.engines import Answer, engine_request, local_experts, run_together, running_engine, submit, vision_digests
 from tests.golden_cases import GoldenRow, golden_rows
 from tests.split_golden import SplitGolden, split_golden

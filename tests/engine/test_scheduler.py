@@ -16,7 +16,7 @@ from echovlm_ray.engine.scheduler import Chunk, Scheduler
 from echovlm_ray.engine.sequence import Sequence, SequenceRequest
 from echovlm_ray.errors import OverloadedError
 from router.errors import ExpertsUnavailableError
-from router.expert_set import ExpertSetMember
+from router.gating.expert_set import ExpertSetMember
 
 ORGANS = ("breast", "liver")
 

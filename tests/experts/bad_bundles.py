@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from experts.bundle import file_sha256
-from experts.bundle_layout import expert_tensor, gate_tensor
-from experts.bundle_writer import write_bundle
-from experts.manifest import BundleDescription
+from experts.bundles.bundle import file_sha256
+from experts.bundles.layout import expert_tensor, gate_tensor
+from experts.bundles.manifest import BundleDescription
+from experts.bundles.writer import write_bundle
 
 SMALL = BundleDescription(
     name="b",

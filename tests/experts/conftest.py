@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from experts.bundle_layout import expected_tensors
-from experts.bundle_writer import write_bundle
+from experts.bundles.layout import expected_tensors
+from experts.bundles.manifest import BundleDescription, Manifest
+from experts.bundles.writer import write_bundle
 from experts.group import ExpertGroup
 from experts.kernels.registry import get_kernel
-from experts.manifest import BundleDescription, Manifest
-from experts.registry import Registry
+from experts.registry.registry import Registry
 
 BACKBONE = "b" * 64
 

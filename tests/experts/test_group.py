@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from experts.bundle import Bundle
+from experts.bundles.bundle import Bundle
+from experts.bundles.manifest import Manifest
 from experts.errors import (
     BundleNotResidentError,
     BundleUnusableError,
@@ -21,8 +22,7 @@ from experts.errors import (
 from experts.group import ExpertGroup
 from experts.kernels.base import ExpertWeights
 from experts.kernels.reference import ReferenceExperts, ReferenceKernel
-from experts.manifest import Manifest
-from experts.registry import Registry
+from experts.registry.registry import Registry
 
 MakeBundle = Callable[..., Path]
 # 2 layers × 3 experts × 3 matrices of 16 × 24 in float32.

@@ -14,12 +14,12 @@ from google.rpc import code_pb2
 
 from echovlm_ray.serving.grpc.errors import to_status
 from echovlm_ray.serving.grpc.interceptor import CallInterceptor
-from experts.bundle import Bundle
+from experts.bundles.bundle import Bundle
+from experts.bundles.manifest import Manifest
 from experts.group import ExpertGroup
 from experts.kernels.base import ExpertWeights
 from experts.kernels.reference import ReferenceExperts, ReferenceKernel
-from experts.manifest import Manifest
-from experts.registry import Registry
+from experts.registry.registry import Registry
 from experts.service import ExpertGroupService, add_expert_group_to_server
 from experts.transport.codec import tensor_from_proto, tensor_to_proto
 from protos import expert_pb2, expert_pb2_grpc, tensor_pb2

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from experts.bundles.manifest import Manifest
+from experts.bundles.probe import probe_sizes
 from experts.errors import ExpertCapacityError, InvalidBundleError, WarmUpError
 from experts.group import ExpertGroup
 from experts.kernels.base import ExpertWeights
 from experts.kernels.reference import ReferenceExperts, ReferenceKernel
-from experts.manifest import Manifest
-from experts.probe import probe_sizes
-from experts.registry import Registry
+from experts.registry.registry import Registry
 
 MakeBundle = Callable[..., Path]
 Change = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

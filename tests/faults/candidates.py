@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from experts.bundle import Bundle
-from experts.bundle_layout import PROBE_FILE, expert_tensor, probe_tensor
-from experts.bundle_writer import write_bundle
-from experts.digest import canonical_json
-from experts.manifest import MANIFEST_NAME, Manifest
-from experts.probe import make_inputs, probe_sizes, reference_output
+from experts.bundles.bundle import Bundle
+from experts.bundles.digest import canonical_json
+from experts.bundles.layout import PROBE_FILE, expert_tensor, probe_tensor
+from experts.bundles.manifest import MANIFEST_NAME, Manifest
+from experts.bundles.probe import make_inputs, probe_sizes, reference_output
+from experts.bundles.writer import write_bundle
 from tests.changed_bundles import changed_bundle, changed_description, not_a_number
 from tests.experts.bad_bundles import replace_tensors
 

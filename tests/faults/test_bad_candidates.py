@@ -17,10 +17,10 @@ import torch
 from echovlm_ray.checkpoint.layout import registry_root
 from echovlm_ray.client.control import ExpertControlClient
 from echovlm_ray.client.errors import EchoVLMError, FailedPreconditionError, InvalidRequestError, UnavailableError
-from experts.bundle import Bundle
-from experts.bundle_layout import expected_tensors
-from experts.bundle_writer import write_bundle
-from experts.manifest import BundleDescription
+from experts.bundles.bundle import Bundle
+from experts.bundles.layout import expected_tensors
+from experts.bundles.manifest import BundleDescription
+from experts.bundles.writer import write_bundle
 from protos import control_pb2
 from tests.experts.bad_bundles import BAD_BUNDLES, SMALL
 from tests.faults.candidates import LIMIT_BYTES, OVERFLOWS, REFUSED, REFUSED_BY_SETTING, Workshop

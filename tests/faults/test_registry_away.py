@@ -15,7 +15,7 @@ from echovlm_ray.client.errors import FailedPreconditionError
 from echovlm_ray.config import RolloutsSection
 from echovlm_ray.serving.control.rollout_files import RolloutFiles
 from echovlm_ray.serving.grpc.health import organ_service
-from experts.registry import Registry
+from experts.registry.registry import Registry
 from router.rollouts.database import Database
 from router.rollouts.store import RolloutStore
 from tests.changed_bundles import changed_bundle

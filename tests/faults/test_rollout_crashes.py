@@ -12,7 +12,7 @@ import pytest
 
 from echovlm_ray.client import EchoVLMClient, Text
 from echovlm_ray.client.control import ExpertControlClient
-from experts.bundle import Bundle
+from experts.bundles.bundle import Bundle
 from protos import control_pb2
 from tests.changed_bundles import changed_bundle
 from tests.live_rollouts import WHO, Answered, ask, bundle_of, held, in_state, load, pids_of, rollout_of, until

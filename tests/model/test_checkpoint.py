@@ -21,8 +21,8 @@ from echovlm_ray.checkpoint.schema import ModelShape
 from echovlm_ray.checkpoint.split import Labels, split
 from echovlm_ray.model.checkpoint import load_backbone, load_vision_tower
 from echovlm_ray.model.pretrained import CheckpointMismatchError
-from experts.bundle_writer import write_bundle
-from experts.registry import Registry
+from experts.bundles.writer import write_bundle
+from experts.registry.registry import Registry
 from tests.model.support import assert_same_tensors, image_prompt, small_model, stored_tensors
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ from echovlm_ray.model.experts import EchoVLMSparseMoe
 from echovlm_ray.model.positions import PlaceholderMismatchError
 from experts.kernels.base import ExpertWeights
 from experts.kernels.registry import get_kernel
-from router.token_gate import route_tokens
+from router.gating.token_gate import route_tokens
 from tests.model.support import IMAGE, START, TEXT, image_prompt, logits_of, small_model
 
 

@@ -16,8 +16,8 @@ from experts.service import ExpertGroupService
 from experts.transport import local_connection
 from experts.transport.local_connection import LocalConnection, LocalConnectionError
 from protos import expert_pb2
-from router.local import LocalExperts
-from router.remote import RemoteExperts
+from router.dispatch.local import LocalExperts
+from router.dispatch.remote import RemoteExperts
 from tests.expert_servers import ServerThread
 from tests.split_golden import SplitGolden
 

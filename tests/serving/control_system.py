@@ -28,11 +28,11 @@ from echovlm_ray.serving.control.verifier import SubprocessVerifier
 from echovlm_ray.serving.control.watchers import WatcherKind, Watchers
 from echovlm_ray.serving.grpc.inner_server import inner_server
 from echovlm_ray.serving.grpc.server import GrpcServer, ServerOptions
-from experts.registry import Registry
+from experts.registry.registry import Registry
 from experts.transport.inner_channel import InnerChannels
 from experts.transport.secret import SystemSecret
 from protos import control_pb2, control_pb2_grpc, router_pb2, router_pb2_grpc
-from router.expert_set import ExpertSet
+from router.gating.expert_set import ExpertSet
 from router.rollouts.controller import RolloutController
 from router.rollouts.database import Database
 from router.rollouts.health import HealthMonitor

@@ -20,11 +20,11 @@ from echovlm_ray.serving.lm.feed import RolloutFeedClient
 from echovlm_ray.serving.vision.client import VisionClient
 from experts.transport.inner_channel import PLAIN_CHANNELS
 from protos import control_pb2, control_pb2_grpc, router_pb2, router_pb2_grpc
+from router.dispatch.expert_call import ExpertPlacement
+from router.dispatch.local import LocalExperts
 from router.errors import UnknownExpertSetError
-from router.expert_call import ExpertPlacement
-from router.expert_gates import ExpertGates
-from router.expert_set import ExpertSet, ExpertSetMember
-from router.local import LocalExperts
+from router.gating.expert_gates import ExpertGates
+from router.gating.expert_set import ExpertSet, ExpertSetMember
 from router.rollouts.traffic import CandidateTraffic, TrafficPolicy
 from tests.engines import running_engine, submit
 from tests.expert_servers import expert_group

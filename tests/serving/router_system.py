@@ -15,9 +15,9 @@ from echovlm_ray.serving.lm.pinning import ExpertSets
 from echovlm_ray.serving.lm.request import ServedModel
 from echovlm_ray.serving.lm.service import RouterService
 from echovlm_ray.serving.vision.client import VisionClient
-from experts.registry import Registry
-from router.expert_gates import BundleGates
-from router.organ_gate import OrganGate
+from experts.registry.registry import Registry
+from router.gating.expert_gates import BundleGates
+from router.gating.organ_gate import OrganGate
 from tests.split_golden import SplitGolden
 
 

@@ -6,9 +6,9 @@ from echovlm_ray.checkpoint.layout import read_index, registry_root
 from echovlm_ray.config import Config, ContradictionError, ExpertsSection
 from echovlm_ray.serving.bundles import open_registry, registry_location, signature_policy
 from echovlm_ray.serving.cluster.preflight import check, resolve_paths
+from experts.bundles.signing import SignaturePolicy, sign_bundle
 from experts.errors import SignatureError
-from experts.registry import Registry
-from experts.signing import SignaturePolicy, sign_bundle
+from experts.registry.registry import Registry
 from tests.checkpoint.support import make_split
 from tests.experts.keys import make_keys
 

@@ -24,9 +24,9 @@ from echovlm_ray.training.recipe_file import write_recipe
 from echovlm_ray.training.record_source import RecordSource
 from echovlm_ray.training.sources import DataFiles, open_sources
 from echovlm_ray.training.start import save_model
-from experts.bundle import Bundle
-from experts.registry import Registry
-from router.expert_set import Routing
+from experts.bundles.bundle import Bundle
+from experts.registry.registry import Registry
+from router.gating.expert_set import Routing
 from tests.training.support import encoder_of, recipe, tiny_model, write_records
 
 STAGE = {

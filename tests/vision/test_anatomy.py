@@ -8,7 +8,7 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, UltrasoundImageStorage
 
 from echovlm_ray.vision.anatomy import MAX_TERM_CHARACTERS, MAX_TERMS, anatomy_terms
-from router.anatomy import organs_in
+from router.gating.anatomy import organs_in
 
 CASES = Path(__file__).parents[1] / "cases"
 

@@ -31,7 +31,7 @@ from echovlm_ray.serving.cluster.deployments.settings import (
 )
 from echovlm_ray.serving.cluster.deployments.vision import VisionReplica
 from echovlm_ray.serving.cluster.system_id import DEFAULT_SYSTEM, SystemId
-from experts.digest import digest_of
+from experts.bundles.digest import digest_of
 
 # A replica whose constructor fails this often is given up, and the reason shown.
 CONSTRUCTOR_ATTEMPTS = 2

@@ -9,8 +9,8 @@ from functools import partial
 
 from echovlm_ray.serving.cluster.policy_follower import PolicyFollower
 from echovlm_ray.serving.core.description import ModelDescription, OrganDescription
+from experts.bundles.manifest import Manifest
 from experts.errors import InvalidBundleError, RegistryAwayError, UnknownBundleError
-from experts.manifest import Manifest
 from experts.transport.inner_channel import PLAIN_CHANNELS, InnerChannels
 from protos import control_pb2
 

@@ -15,7 +15,7 @@ from echovlm_ray.serving.control.rollout_files import FOLDER, SQLITE, DatabaseLo
 from echovlm_ray.serving.grpc.auth import BearerTokens
 from echovlm_ray.serving.grpc.certificates import CertificateFiles
 from echovlm_ray.serving.served import ServedCheckpoint, served_checkpoint
-from experts.digest import digest_of
+from experts.bundles.digest import digest_of
 from experts.errors import InvalidBundleError, RegistryAwayError, UnknownBundleError
 from router.errors import RolloutDatabaseError, RolloutStateError
 

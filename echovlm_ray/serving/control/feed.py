@@ -12,7 +12,7 @@ from echovlm_ray.serving.control.policies import PolicyPublisher
 from echovlm_ray.serving.control.watchers import WatcherKind, Watchers
 from protos import control_pb2, control_pb2_grpc
 from router.errors import UnknownExpertSetError, UnknownRolloutError
-from router.expert_set import ExpertSet
+from router.gating.expert_set import ExpertSet
 from router.rollouts.health import HealthMonitor, Observation
 from router.rollouts.latency import LatencyHistogram
 from router.rollouts.shadow import ShadowRecord

@@ -6,8 +6,8 @@ import grpc
 
 from echovlm_ray.serving.cluster.endpoints import ReplicaAddresses
 from echovlm_ray.serving.cluster.replica_pool import ReplicaPool
+from experts.bundles.manifest import Manifest
 from experts.errors import ExpertCapacityError, InvalidBundleError, UnknownBundleError
-from experts.manifest import Manifest
 from experts.transport.inner_channel import PLAIN_CHANNELS, InnerChannels
 from protos import expert_pb2, expert_pb2_grpc, router_pb2, router_pb2_grpc
 from router.rollouts.fleet import ReplicaLostError, ReplicaResidents

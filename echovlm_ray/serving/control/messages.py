@@ -4,10 +4,10 @@ from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
 from functools import partial
 
-from experts.digest import canonical_json
-from experts.manifest import Manifest
+from experts.bundles.digest import canonical_json
+from experts.bundles.manifest import Manifest
 from protos import control_pb2
-from router.expert_set import ExpertSet
+from router.gating.expert_set import ExpertSet
 from router.rollouts.answering import OrganProblem
 from router.rollouts.expectation import Expectation
 from router.rollouts.fleet_view import OrganView, ReplicaView

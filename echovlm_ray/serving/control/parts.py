@@ -28,7 +28,7 @@ from echovlm_ray.serving.control.verifier import SubprocessVerifier
 from echovlm_ray.serving.control.watchers import WatcherKind, Watchers
 from echovlm_ray.serving.gates.evaluator import GateEvaluator
 from echovlm_ray.serving.served import ServedCheckpoint, expert_exchange, served_checkpoint
-from experts.registry import Registry
+from experts.registry.registry import Registry
 from experts.transport.inner_channel import InnerChannels
 from router.errors import RolloutDatabaseError
 from router.rollouts.controller import RolloutController

@@ -12,11 +12,11 @@ from typing import BinaryIO
 
 from echovlm_ray.errors import InvalidRequestError, OverloadedError
 from echovlm_ray.serving.grpc.caller import current_caller
-from experts.bundle import MAX_SIGNATURE_BYTES, SIGNATURE_NAME
+from experts.bundles.bundle import MAX_SIGNATURE_BYTES, SIGNATURE_NAME
+from experts.bundles.manifest import MANIFEST_NAME, FileEntry, Manifest
 from experts.errors import InvalidBundleError, RegistryError, RegistryFullError
 from experts.full_disk import NO_ROOM
-from experts.manifest import MANIFEST_NAME, FileEntry, Manifest
-from experts.registry import Registry
+from experts.registry.registry import Registry
 from protos import control_pb2
 
 # The manifest of one layer per file still fits.

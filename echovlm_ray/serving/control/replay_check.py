@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Collection, Mapping
 
-from experts.bundle import Bundle
+from experts.bundles.bundle import Bundle
 from experts.errors import InvalidBundleError, UnknownBundleError
-from experts.registry import Registry, reading_registry
+from experts.registry.registry import Registry, reading_registry
 from router.errors import ReplayRefusedError
-from router.expert_set import ExpertSet, ExpertSetMember
+from router.gating.expert_set import ExpertSet, ExpertSetMember
 
 MAX_VERSION = 64
 

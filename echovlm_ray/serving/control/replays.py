@@ -12,7 +12,7 @@ from echovlm_ray.serving.core.request_checks import check_expert_set_id
 from experts.errors import ExpertCapacityError, InvalidBundleError, UnknownBundleError
 from protos import control_pb2
 from router.errors import ReplayRefusedError, RolloutStateError
-from router.expert_set import ExpertSet, ExpertSetMember
+from router.gating.expert_set import ExpertSet, ExpertSetMember
 from router.rollouts.controller import RolloutController
 from router.rollouts.fleet import Fleet, ReplicaLostError
 from router.rollouts.leases import Lease, Leases

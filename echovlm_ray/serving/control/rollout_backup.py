@@ -20,7 +20,7 @@ from sqlalchemy.exc import DBAPIError
 
 from echovlm_ray.serving.control.rollout_files import SQLITE, DatabaseLock, RolloutFiles
 from router.errors import RolloutDatabaseError, RolloutStateError
-from router.expert_set import ExpertSet
+from router.gating.expert_set import ExpertSet
 from router.rollouts import history
 from router.rollouts.database import Database
 from router.rollouts.database_file import DatabaseFile

@@ -3,7 +3,7 @@
 rollouts.db                    the database, unless it is PostgreSQL
 rollouts.db.policy.json        the policy last sent to the Routers, for replicas that start while Control is away
 rollouts.db.incoming/          bundles that are being pushed
-rollouts.db.bundles/           copies of the bundles in use, unless experts.kept_bundles names another folder
+rollouts.db.bundles/           copies of the bundles in use, unless experts.registry.kept_bundles names another folder
 rollouts.db.lock               held by the one Control that uses the database, and gone when it has ended in order
 """
 

@@ -18,8 +18,8 @@ from echovlm_ray.serving.control.push import PushReceiver
 from echovlm_ray.serving.control.replays import Replays
 from echovlm_ray.serving.control.state import StateReader, StateWatch
 from echovlm_ray.serving.control.take_up import TakeUp
+from experts.bundles.manifest import Manifest
 from experts.errors import RegistryAwayError, UnknownBundleError
-from experts.manifest import Manifest
 from protos import control_pb2, control_pb2_grpc
 from router.errors import RolloutStateError
 from router.rollouts.decisions import check_known

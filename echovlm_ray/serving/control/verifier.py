@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 from echovlm_ray.checkpoint.backbone_dtype import compute_dtype
 from echovlm_ray.config import ExpertsSection, ModelSection, RolloutsSection
 from echovlm_ray.serving.bundles import kept_folder, registry_location, signature_policy
-from experts.bundle_check import BackboneSizes, CheckRequest
-from experts.bundle_source import BundleSource
+from experts.bundles.check import BackboneSizes, CheckRequest
+from experts.bundles.isolated_check import IsolatedChecks
+from experts.bundles.source import BundleSource
 from experts.errors import InvalidBundleError
-from experts.isolated_check import IsolatedChecks
 
 if TYPE_CHECKING:
-    from experts.manifest import Manifest
+    from experts.bundles.manifest import Manifest
 
 # What Control itself can compute with, where the experts' own kernel needs a GPU that Control does not have.
 CPU_KERNEL = "auto"

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from router.expert_set import ExpertSet
-from router.organ_gate import OrganChoice
+from router.gating.expert_set import ExpertSet
+from router.gating.organ_gate import OrganChoice
 from router.rollouts.traffic import CandidateTraffic
 
 

@@ -17,7 +17,7 @@ from echovlm_ray.serving.lm.outcomes import Outcomes, report_of
 from echovlm_ray.serving.lm.pinning import ExpertSets
 from experts.transport.inner_channel import PLAIN_CHANNELS, InnerChannels
 from protos import control_pb2
-from router.expert_set import ExpertSet
+from router.gating.expert_set import ExpertSet
 from router.rollouts.traffic import TrafficPolicy
 
 logger = logging.getLogger(__name__)

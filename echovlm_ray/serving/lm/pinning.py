@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from echovlm_ray.serving.cluster.policy_follower import UnusablePolicyError
 from echovlm_ray.serving.lm.admission import Admission, PinnedExperts, RequestTraits, UsedBundle
 from protos import router_pb2
-from router.dispatch import Dispatcher
+from router.dispatch.dispatcher import Dispatcher
 from router.errors import OrganInCanaryError, OrganPendingError, TooManyOrgansError, UnknownOrganError
-from router.expert_gates import BundleGates, ExpertGates
-from router.expert_set import ExpertSet
-from router.organ_gate import OrganChoice, OrganGate
+from router.gating.expert_gates import BundleGates, ExpertGates
+from router.gating.expert_set import ExpertSet
+from router.gating.organ_gate import OrganChoice, OrganGate
 from router.rollouts.traffic import CandidateTraffic, TrafficPolicy, assign, given_sets, with_candidates
 
 # Sets without a run that are kept because the next request may get them, besides the stable one.

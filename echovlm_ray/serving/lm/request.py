@@ -15,8 +15,8 @@ from echovlm_ray.serving.core.request_checks import check_expert_set_id, check_s
 from echovlm_ray.serving.lm.admission import Admission
 from echovlm_ray.serving.vision.client import EncodedPicture
 from protos import router_pb2, vision_pb2
-from router.expert_gates import BundleGates
-from router.expert_set import ExpertSet
+from router.gating.expert_gates import BundleGates
+from router.gating.expert_set import ExpertSet
 
 MAX_CACHE_SALT_BYTES = 64
 MAX_CALLER_BYTES = 64

@@ -26,7 +26,7 @@ from echovlm_ray.serving.vision.client import EncodedPicture, VisionClient
 from experts.transport.codec import tensor_to_proto
 from protos import router_pb2, router_pb2_grpc, vision_pb2
 from router.errors import ExpertSetNotServedError, ExpertsUnusableError, TooManyOrgansError
-from router.expert_set import ExpertSet
+from router.gating.expert_set import ExpertSet
 
 # A request that waits for a lost organ ends so much before its deadline that the reason still reaches the caller.
 DEADLINE_MARGIN = 0.1

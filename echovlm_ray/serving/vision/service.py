@@ -8,8 +8,8 @@ import torch
 
 from echovlm_ray.errors import InvalidRequestError
 from echovlm_ray.vision.encoder import EncoderInput, VisionEncoder
+from experts.bundles.finite import is_finite
 from experts.errors import InvalidTensorError
-from experts.finite import is_finite
 from experts.transport.codec import tensor_from_proto, tensor_to_proto
 from protos import tensor_pb2, vision_pb2, vision_pb2_grpc
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import event
 
-from router.expert_set import ExpertSet
+from router.gating.expert_set import ExpertSet
 from router.rollouts.database import Database
 from router.rollouts.operations import RolloutOperations
 from router.rollouts.rollout_file import RolloutFile

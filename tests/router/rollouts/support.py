@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from experts.errors import ExpertCapacityError, UnknownBundleError
-from router.expert_set import ExpertSet, ExpertSetMember, Routing
+from router.gating.expert_set import ExpertSet, ExpertSetMember, Routing
 from router.rollouts.controller import RolloutController
 from router.rollouts.fleet import ReplicaLostError, ReplicaResidents
 from router.rollouts.fleet_view import OrganView

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from experts.bundle_layout import expected_tensors
-from experts.bundle_writer import write_bundle
-from experts.digest import canonical_json
+from experts.bundles.digest import canonical_json
+from experts.bundles.layout import expected_tensors
+from experts.bundles.manifest import BundleDescription
+from experts.bundles.writer import write_bundle
 from experts.errors import InvalidBundleError
 from experts.group import ExpertGroup
 from experts.kernels.registry import get_kernel
-from experts.manifest import BundleDescription
-from experts.registry import Registry
-from router.expert_set import ExpertSet, ExpertSetMember
+from experts.registry.registry import Registry
+from router.gating.expert_set import ExpertSet, ExpertSetMember
 from router.rollouts.controller import RolloutController
 from router.rollouts.database import Database
 from router.rollouts.fleet import ReplicaResidents

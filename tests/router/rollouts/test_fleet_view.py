@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from router.expert_set import ExpertSet, ExpertSetMember
+from router.gating.expert_set import ExpertSet, ExpertSetMember
 from router.rollouts.database import Database
 from router.rollouts.fleet import ReplicaResidents
 from router.rollouts.fleet_view import FleetObserver

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Connection, text
 
-from experts.digest import digest_of
+from experts.bundles.digest import digest_of
 from router.rollouts import history
 from router.rollouts.history import GENESIS, Head, Verification
 from router.rollouts.states import Action

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from experts.errors import ExpertCapacityError
-from router.expert_set import ExpertSet, ExpertSetMember
+from router.gating.expert_set import ExpertSet, ExpertSetMember
 from router.rollouts.leases import Leases
 from router.rollouts.room import missing_on, waits_for_room
 from router.rollouts.states import State

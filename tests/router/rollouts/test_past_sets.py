@@ -1,7 +1,7 @@
 import pytest
 
 from router.errors import UnknownExpertSetError
-from router.expert_set import ExpertSet
+from router.gating.expert_set import ExpertSet
 from router.rollouts.settings import RolloutPlan
 from router.rollouts.states import Action
 from router.rollouts.store import RolloutStore

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from echovlm_ray.serving.cluster.live_model import LiveModel
 from echovlm_ray.serving.core.description import ModelDescription
-from experts.registry import Registry
+from experts.registry.registry import Registry
 from router.rollouts.traffic import TrafficPolicy
 from tests.serving.rollout_feed import Control, make_versions
 from tests.waiting import until_async

@@ -12,9 +12,9 @@ from echovlm_ray.serving.control.messages import policy_to_proto
 from experts.errors import ExpertCapacityError, UnknownBundleError
 from experts.group import ExpertGroup
 from experts.kernels.registry import get_kernel
-from experts.registry import Registry
+from experts.registry.registry import Registry
 from protos import control_pb2
-from router.expert_set import ExpertSet
+from router.gating.expert_set import ExpertSet
 from router.rollouts.traffic import CandidateTraffic, TrafficPolicy
 from tests.serving.rollout_feed import Control, Versions, make_versions
 from tests.waiting import until_async

@@ -11,7 +11,7 @@ from echovlm_ray.serving.cluster.known_policy import write_policy
 from echovlm_ray.serving.control.rollout_files import DatabaseLock, RolloutFiles
 from echovlm_ray.serving.served import served_checkpoint
 from protos import control_pb2
-from router.expert_set import ExpertSet, ExpertSetMember
+from router.gating.expert_set import ExpertSet, ExpertSetMember
 from router.rollouts.database import Database
 from router.rollouts.store import RolloutStore
 from tests.certificates import write_certificates

@@ -13,9 +13,9 @@ from echovlm_ray.serving.cluster.replica_status import SERVICE_NAME, ReplicaIden
 from echovlm_ray.serving.control import STATUS_SERVICE
 from echovlm_ray.serving.control.status import ApplicationState, SystemStatusService
 from echovlm_ray.serving.grpc.server import GrpcServer, ServerOptions
-from experts.bundle import Bundle
-from experts.manifest import MANIFEST_NAME, Manifest
-from experts.registry import Registry
+from experts.bundles.bundle import Bundle
+from experts.bundles.manifest import MANIFEST_NAME, Manifest
+from experts.registry.registry import Registry
 from experts.transport.inner_channel import PLAIN_CHANNELS, InnerChannels
 from experts.transport.secret import SystemSecret
 from protos import control_pb2, control_pb2_grpc, expert_pb2, status_pb2, status_pb2_grpc

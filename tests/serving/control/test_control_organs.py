@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from echovlm_ray.serving.control.organs import OrganApplications
-from router.expert_set import ExpertSet, ExpertSetMember
+from router.gating.expert_set import ExpertSet, ExpertSetMember
 from router.rollouts.database import Database
 from router.rollouts.fleet import ReplicaResidents
 from router.rollouts.fleet_view import OrganView, ReplicaView

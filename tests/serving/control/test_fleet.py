@@ -11,11 +11,11 @@ from echovlm_ray.checkpoint.layout import registry_root
 from echovlm_ray.serving.cluster.endpoints import ReplicaAddresses
 from echovlm_ray.serving.control.catalogue import Catalogue
 from echovlm_ray.serving.control.fleet import GrpcFleet
-from experts.bundle import Bundle
+from experts.bundles.bundle import Bundle
 from experts.errors import ExpertCapacityError, InvalidBundleError, UnknownBundleError
 from experts.group import ExpertGroup
 from experts.kernels.registry import get_kernel
-from experts.registry import Registry
+from experts.registry.registry import Registry
 from router.rollouts.fleet import ReplicaLostError
 from tests.changed_bundles import changed_bundle
 from tests.expert_servers import ServerThread, expert_group, expert_process, server_thread

@@ -11,7 +11,7 @@ from grpc_status import rpc_status
 
 from echovlm_ray.serving.lm.router_client import RouterClient
 from protos import router_pb2
-from router.expert_gates import BundleGates
+from router.gating.expert_gates import BundleGates
 from router.rollouts.traffic import TrafficPolicy
 from tests.serving.rollout_feed import Versions, WatchingRouter, make_versions, watching_router
 from tests.waiting import until_async

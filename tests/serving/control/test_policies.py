@@ -13,7 +13,7 @@ from echovlm_ray.serving.control import policies
 from echovlm_ray.serving.control.policies import PolicyPublisher
 from protos import control_pb2
 from router.errors import RolloutStateError
-from router.expert_set import ExpertSet, ExpertSetMember
+from router.gating.expert_set import ExpertSet, ExpertSetMember
 from router.rollouts.database import Database
 from router.rollouts.settings import RolloutPlan
 from router.rollouts.states import Action

@@ -18,7 +18,7 @@ from echovlm_ray.serving.control import rollout_backup
 from echovlm_ray.serving.control.rollout_backup import back_up, restore
 from echovlm_ray.serving.control.rollout_files import DatabaseLock, RolloutFiles
 from router.errors import RolloutDatabaseError, RolloutStateError
-from router.expert_set import ExpertSet, ExpertSetMember
+from router.gating.expert_set import ExpertSet, ExpertSetMember
 from router.rollouts.database import Database
 from router.rollouts.history import Entry
 from router.rollouts.records import Rollout, Snapshot

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from echovlm_ray.serving.control.state import MAX_READS, StateReader
-from router.expert_set import ExpertSet, ExpertSetMember
+from router.gating.expert_set import ExpertSet, ExpertSetMember
 from router.rollouts.database import Database
 from router.rollouts.fleet import ReplicaResidents
 from router.rollouts.settings import RolloutPlan

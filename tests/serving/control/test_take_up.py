@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from echovlm_ray.checkpoint.layout import registry_root
-from experts.registry import Registry
+from experts.registry.registry import Registry
 from protos import control_pb2
 from tests.changed_bundles import changed_bundle
 from tests.expert_servers import server_thread

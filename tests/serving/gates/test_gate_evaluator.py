@@ -17,8 +17,8 @@ from echovlm_ray.cli.main import app
 from echovlm_ray.evaluation import asking
 from echovlm_ray.evaluation.settings import RequestLimits
 from echovlm_ray.serving.gates import questions
-from experts.bundle_writer import write_bundle
-from experts.registry import Registry
+from experts.bundles.writer import write_bundle
+from experts.registry.registry import Registry
 from router.rollouts.gates import EvaluationInterruptedError, Gate, GateRun, UnusableGateError, decide
 from tests.changed_bundles import changed_bundle, changed_description
 

@@ -15,7 +15,7 @@ from echovlm_ray.serving.lm.feed import policy_from_proto
 from echovlm_ray.serving.lm.outcomes import Outcomes, report_of
 from protos import control_pb2
 from router.errors import ExpertsFailedError, ExpertsUnavailableError, ExpertsUnusableError
-from router.expert_set import ExpertSet, ExpertSetMember
+from router.gating.expert_set import ExpertSet, ExpertSetMember
 from router.rollouts.traffic import CandidateTraffic, TrafficPolicy
 from tests.serving.rollout_feed import Versions, make_versions, policy_to_proto, watching_router
 from tests.waiting import until_async

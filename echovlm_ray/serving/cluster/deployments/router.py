@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from echovlm_ray.serving.lm.request import ServedModel
     from echovlm_ray.serving.metrics import RouterMetrics
     from echovlm_ray.serving.served import ServedCheckpoint
-    from experts.bundle import Bundle
-    from experts.registry import Registry
-    from router.expert_call import ExpertPlacement
-    from router.expert_gates import BundleGates
-    from router.organ_gate import OrganGate
+    from experts.bundles.bundle import Bundle
+    from experts.registry.registry import Registry
+    from router.dispatch.expert_call import ExpertPlacement
+    from router.gating.expert_gates import BundleGates
+    from router.gating.organ_gate import OrganGate
     from router.rollouts.traffic import TrafficPolicy
 
 # At start, Control's policy is waited for so long; then what it last left in its file serves, and where there is none,
@@ -133,9 +133,9 @@ def build_engine(
     from echovlm_ray.model.packing import warm_up
     from echovlm_ray.serving.bundles import open_kept, open_registry
     from echovlm_ray.serving.lm.request import ServedModel
-    from router.dispatch import Dispatcher
-    from router.expert_gates import ExpertGates
-    from router.organ_gate import OrganGate
+    from router.dispatch.dispatcher import Dispatcher
+    from router.gating.expert_gates import ExpertGates
+    from router.gating.organ_gate import OrganGate
 
     backbone = load_backbone(served.directory, dtype=dtype_of(settings), device=device)
     config = backbone.config
@@ -183,7 +183,7 @@ def _measure(metrics: "RouterMetrics", engine: "Engine") -> None:
 def _gate_reader(
     open_bundle: "Callable[[str], Bundle]", num_layers: int, dtype: "torch.dtype", device: "torch.device"
 ) -> "Callable[[str], BundleGates]":
-    from router.expert_gates import BundleGates
+    from router.gating.expert_gates import BundleGates
 
     def read(digest: str) -> BundleGates:
         return BundleGates.read(open_bundle(digest), num_layers=num_layers, dtype=dtype, device=device)
@@ -204,8 +204,8 @@ def _placement(
     from echovlm_ray.serving.bundles import signature_policy
     from experts.group import ExpertGroup
     from experts.kernels.registry import get_kernel
-    from router.local import LocalExperts
-    from router.remote import RemoteExperts
+    from router.dispatch.local import LocalExperts
+    from router.dispatch.remote import RemoteExperts
 
     if settings.router.experts == "remote":
         return RemoteExperts(

@@ -1,0 +1,1 @@
+"""Bundles: one version of one organ's experts as files, written, checked, compared and signed."""

@@ -1,0 +1,1 @@
+"""Registries of bundles: by organ and version, with copies on this machine."""

@@ -1,0 +1,81 @@
+"""One expert call that was sent to a replica and is not answered yet."""
+
+from collections.abc import Callable
+
+import torch
+
+from experts.transport import wire
+from protos import expert_pb2
+from router.dispatch.links import Link
+from router.dispatch.tokens import Place, Tokens
+
+
+class ReplicaLostError(ConnectionError):
+    """The connection to a replica broke before a call was answered; the text says why."""
+
+
+class PendingCall:
+    """A call that a replica was sent, until it is answered.
+
+    Attributes:
+        correlation_id: the call's on its channel.
+        tokens: what it sends.
+        link: how it was sent.
+        place: where it lies in shared memory, if it does; held until the answer, because the replica writes there.
+        deadline: when the replica counts as lost, in `time.monotonic` seconds.
+        gather_s: how long the rows took to be collected.
+    """
+
+    __slots__ = ("_data", "_response", "_wait", "correlation_id", "deadline", "gather_s", "link", "place", "tokens")
+
+    def __init__(
+        self,
+        wait: Callable[["PendingCall"], None],
+        correlation_id: int,
+        tokens: Tokens,
+        link: Link,
+        place: Place | None,
+        *,
+        deadline: float,
+        gather_s: float,
+    ) -> None:
+        """Made by the channel, whose `wait` it is given."""
+        self.correlation_id = correlation_id
+        self.tokens = tokens
+        self.link = link
+        self.place = place
+        self.deadline = deadline
+        self.gather_s = gather_s
+        self._wait = wait
+        self._response: expert_pb2.ForwardResponse | None = None
+        self._data: memoryview | None = None
+
+    def answered(self) -> bool:
+        """Whether the response is there."""
+        return self._response is not None
+
+    def answer(self, response: expert_pb2.ForwardResponse, data: memoryview | None) -> None:
+        """Called by the channel."""
+        self._response, self._data = response, data
+
+    def response(self) -> expert_pb2.ForwardResponse:
+        """Waits for the response.
+
+        Raises:
+            ReplicaLostError: there will be none.
+        """
+        if self._response is None:
+            self._wait(self)
+        assert self._response is not None
+        return self._response
+
+    def output_TD(self) -> torch.Tensor:
+        """What the replica computed, of a response that is no error: a view of where it came.
+
+        Raises:
+            InvalidTensorError: the response's tensor is malformed.
+        """
+        assert self._response is not None
+        if self._response.output_in_place and self.place is not None:
+            return self.place.output_TD()
+        return wire.tensor_of(self._response.output, self._data, "output")

@@ -1,0 +1,47 @@
+"""Divides the choices of one gate over all experts among the organs."""
+
+from collections.abc import Sequence
+
+import torch
+
+from experts.kernels.base import NO_EXPERT
+from router.gating.token_gate import TokenRouting
+
+
+class FlatSplit:
+    """The organs' places among the experts of a flat set."""
+
+    def __init__(self, ranges: Sequence[tuple[int, int]], device: torch.device) -> None:
+        """`ranges` has for every organ, in the set's order, its first expert and the one behind its last."""
+        self.num_organs = len(ranges)
+        self._first_O = torch.tensor([start for start, _ in ranges], device=device)
+        organs = torch.arange(self.num_organs)
+        sizes = torch.tensor([end - start for start, end in ranges])
+        self._organ_E = torch.repeat_interleave(organs, sizes).to(device)
+
+    def organ_of(self, routing: TokenRouting) -> torch.Tensor:
+        """The organ of every pair, as its place in the set's order: tokens × top_k, int64."""
+        return self._organ_E[routing.index_TK]
+
+    def split(
+        self, routing: TokenRouting, organ_TK: torch.Tensor
+    ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """What every organ gets, in a number of operations that does not depend on how many there are.
+
+        Args:
+            routing: what the gate chose.
+            organ_TK: see `organ_of`.
+
+        Returns:
+            for every organ: the tokens that have an expert of it, in ascending order; for each of them the experts,
+            counted from the organ's first one, `NO_EXPERT` where a pair is another organ's; and the pairs' weights.
+        """
+        tokens = organ_TK.shape[0]
+        hit_OT = torch.zeros(tokens, self.num_organs, dtype=torch.bool, device=organ_TK.device)
+        hit_OT = hit_OT.scatter_(1, organ_TK, True).T
+        organ_N, token_N = hit_OT.nonzero(as_tuple=True)
+        own_NK = organ_TK[token_N] == organ_N[:, None]
+        index_NK = torch.where(own_NK, routing.index_TK[token_N] - self._first_O[organ_N][:, None], NO_EXPERT)
+        weight_NK = routing.weight_TK[token_N]
+        counts = hit_OT.sum(1).tolist()
+        return list(zip(*(each.split(counts) for each in (token_N, index_NK, weight_NK)), strict=True))
