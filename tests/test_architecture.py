@@ -12,6 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Each package may import itself and those before it.
 LAYERS = ("protos", "experts", "router", "echovlm_ray")
+# The rooms of the server, each with what it may import of the others: those before it.
+ROOMS = ("core", "grpc", "cluster", "vision", "lm", "gates", "control", "deploy")
 HEAVY = {"ray", "torch", "transformers"}
 
 
@@ -38,6 +40,19 @@ def test_imports_run_one_way(layer: str) -> None:
         for path in sources(layer)
         for module in imported_modules(path)
         if module.split(".")[0] in forbidden
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_rooms_of_the_server_import_one_way() -> None:
+    serving = ROOT / "echovlm_ray" / "serving"
+    assert {path.parent.name for path in serving.glob("*/__init__.py")} == set(ROOMS)
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {module}"
+        for room in ROOMS
+        for path in sources(f"echovlm_ray/serving/{room}")
+        for module in imported_modules(path)
+        if module.startswith("echovlm_ray.serving.") and ROOMS.index(module.split(".")[2]) > ROOMS.index(room)
     ]
     assert not wrong, "\n".join(wrong)
 

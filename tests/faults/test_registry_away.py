@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2
 from echovlm_ray.checkpoint.layout import read_index, registry_root
 from echovlm_ray.client.errors import FailedPreconditionError
 from echovlm_ray.config import RolloutsSection
-from echovlm_ray.serving.control.rollout_files import RolloutFiles
+from echovlm_ray.serving.cluster.rollout_files import RolloutFiles
 from echovlm_ray.serving.grpc.health import organ_service
 from experts.registry.registry import Registry
 from router.rollouts.database import Database

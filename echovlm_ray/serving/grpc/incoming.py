@@ -13,7 +13,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from echovlm_ray.errors import DeadlineError, InvalidRequestError, MessageTooLargeError
-from echovlm_ray.serving.grpc.caller import current_caller
+from echovlm_ray.serving.core.caller import current_caller
 from echovlm_ray.serving.grpc.received_bytes import ReceivedBytes
 from experts.transport.fields import next_field
 

@@ -30,8 +30,8 @@ from google.rpc import code_pb2
 from grpc_status import rpc_status
 
 from echovlm_ray.errors import DeadlineError, ShuttingDownError
+from echovlm_ray.serving.core.caller import KnownToken, caller_of, set_caller
 from echovlm_ray.serving.grpc.auth import BearerTokens
-from echovlm_ray.serving.grpc.caller import KnownToken, caller_of, set_caller
 from echovlm_ray.serving.grpc.errors import to_status
 from echovlm_ray.serving.grpc.incoming import Incoming
 from echovlm_ray.serving.grpc.received_bytes import new_receipt

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from echovlm_ray.checkpoint.layout import registry_root
 from echovlm_ray.config import ExpertsSection, RolloutsSection
-from echovlm_ray.serving.control.rollout_files import RolloutFiles
+from echovlm_ray.serving.cluster.rollout_files import RolloutFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
