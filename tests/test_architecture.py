@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,19 @@ def test_rooms_of_the_server_import_one_way() -> None:
         if module.startswith("echovlm_ray.serving.") and ROOMS.index(module.split(".")[2]) > ROOMS.index(room)
     ]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_parts_of_a_package_do_not_import_in_circles(package: str) -> None:
+    """A part is a folder or a module directly below the package."""
+    imports: dict[str, set[str]] = {}
+    for path in sources(package):
+        own = path.relative_to(ROOT / package).with_suffix("").parts[0]
+        for module in imported_modules(path):
+            names = module.split(".")
+            if names[0] == package and len(names) > 1 and names[1] != own:
+                imports.setdefault(own, set()).add(names[1])
+    TopologicalSorter(imports).prepare()
 
 
 @pytest.mark.parametrize(

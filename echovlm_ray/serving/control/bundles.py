@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
     from experts.bundles.signing import SignaturePolicy
-    from experts.bundles.source import RegistryLocation
     from experts.registry.kept_bundles import KeptBundles
     from experts.registry.registry import Registry
+    from experts.registry.source import RegistryLocation
 
 
 def registry_location(section: ExpertsSection, checkpoint: Path) -> "RegistryLocation":
     """The configured registry; the checkpoint's own, where none is configured, and besides it in any case."""
-    from experts.bundles.source import RegistryLocation
+    from experts.registry.source import RegistryLocation
 
     own = str(registry_root(checkpoint))
     if section.registry is None:

@@ -17,10 +17,10 @@ class VisionReplica(Replica):
         """Takes the fields of `VisionSettings`."""
         import torch
 
+        from echovlm_ray.engine.vision_encoder import VisionEncoder, encoder_digest
         from echovlm_ray.model.checkpoint import load_vision_tower
         from echovlm_ray.serving.cluster.served import served_checkpoint
         from echovlm_ray.serving.vision.service import VisionEncoderService
-        from echovlm_ray.vision.encoder import VisionEncoder, encoder_digest
 
         parsed = VisionSettings.model_validate(settings)
         torch.set_num_threads(parsed.model.torch_threads)

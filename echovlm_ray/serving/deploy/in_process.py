@@ -14,6 +14,7 @@ import grpc
 import torch
 
 from echovlm_ray.config import Config
+from echovlm_ray.engine.vision_encoder import VisionEncoder, encoder_digest
 from echovlm_ray.model.checkpoint import load_vision_tower
 from echovlm_ray.model.processing import EchoVLMProcessor
 from echovlm_ray.serving.cluster.endpoints import Endpoints
@@ -32,7 +33,6 @@ from echovlm_ray.serving.lm.router_client import RouterClient
 from echovlm_ray.serving.lm.service import RouterService
 from echovlm_ray.serving.vision.client import VisionClient
 from echovlm_ray.serving.vision.service import VisionEncoderService
-from echovlm_ray.vision.encoder import VisionEncoder, encoder_digest
 from experts.transport.inner_channel import PLAIN_CHANNELS
 from protos import echovlm_pb2_grpc, router_pb2_grpc, vision_pb2_grpc
 
