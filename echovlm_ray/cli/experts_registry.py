@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from echovlm_ray.cli.answering import format_problem, problem_as_dict
 from echovlm_ray.cli.control import with_control, with_named_control
 from echovlm_ray.cli.experts_targets import (
     DEFAULT_REGISTRY,
@@ -17,6 +16,7 @@ from echovlm_ray.cli.experts_targets import (
     registry_at,
 )
 from echovlm_ray.cli.experts_watch import watch_state
+from echovlm_ray.cli.organ_problem import format_problem, problem_as_dict
 from echovlm_ray.cli.rollout_format import bundle_as_dict, state_as_dict, versions_of
 from echovlm_ray.cli.rollout_tables import bundles_view, state_view
 from echovlm_ray.cli.terminal import console_of, line, say, say_json, styled

@@ -11,10 +11,10 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from echovlm_ray.cli.answering import problem_as_dict
 from echovlm_ray.cli.control import with_control
 from echovlm_ray.cli.experts_targets import AsJSON
 from echovlm_ray.cli.interruptible import interruptible
+from echovlm_ray.cli.organ_problem import problem_as_dict
 from echovlm_ray.cli.rollout_changes import changes
 from echovlm_ray.cli.rollout_format import state_as_dict, versions_of
 from echovlm_ray.cli.rollout_tables import state_view

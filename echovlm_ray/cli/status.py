@@ -7,9 +7,9 @@ import grpc
 import typer
 from rich.text import Text
 
-from echovlm_ray.cli.answering import NO_ANSWER, format_problem, problem_as_dict
 from echovlm_ray.cli.control import SystemName, control_of, explain
 from echovlm_ray.cli.credentials import Authority, Certificate, Key, TokenFile, tls_of, token_of
+from echovlm_ray.cli.organ_problem import NO_ANSWER, format_problem, problem_as_dict
 from echovlm_ray.cli.tables import Listing
 from echovlm_ray.cli.terminal import console_of, line, name_of, say_json, styled
 from echovlm_ray.cli.work import finite

@@ -19,11 +19,11 @@ from echovlm_ray.serving.control.feed import RolloutFeedService
 from echovlm_ray.serving.control.fleet import GrpcFleet
 from echovlm_ray.serving.control.operation_threads import operation_threads
 from echovlm_ray.serving.control.policies import PolicyPublisher
+from echovlm_ray.serving.control.policy_propagation import PolicyPropagation
 from echovlm_ray.serving.control.push import PushReceiver
 from echovlm_ray.serving.control.rollout_files import RolloutFiles
 from echovlm_ray.serving.control.service import ExpertControlService
 from echovlm_ray.serving.control.state import StateReader, StateWatch
-from echovlm_ray.serving.control.take_up import TakeUp
 from echovlm_ray.serving.control.verifier import SubprocessVerifier
 from echovlm_ray.serving.control.watchers import WatcherKind, Watchers
 from echovlm_ray.serving.grpc.inner_server import inner_server
@@ -173,7 +173,7 @@ async def control_system(
         stack.callback(policies.stop)
         router.follows = lambda: policies.current
         feed = RolloutFeedService(policies, watchers, store, monitor, controller.wake)
-        take_up = TakeUp(policies, watchers, lambda: running, section.take_up_timeout_s)
+        take_up = PolicyPropagation(policies, watchers, lambda: running, section.take_up_timeout_s)
         status_timeout_s = section.status_timeout_s
         reader = StateReader(store, fleet, catalogue.version, status_timeout_s, controller, take_up.missing)
         watch = StateWatch(reader, store)

@@ -8,11 +8,11 @@ from experts.bundles.digest import canonical_json
 from experts.bundles.manifest import Manifest
 from protos import control_pb2
 from router.gating.expert_set import ExpertSet
-from router.rollouts.answering import OrganProblem
-from router.rollouts.expectation import Expectation
 from router.rollouts.fleet_view import OrganView, ReplicaView
 from router.rollouts.history import Entry
+from router.rollouts.organ_problem import OrganProblem
 from router.rollouts.outcome import Outcome
+from router.rollouts.precondition import Precondition
 from router.rollouts.records import Rollout
 from router.rollouts.shadow import ShadowReport
 from router.rollouts.traffic import TrafficPolicy
@@ -97,9 +97,9 @@ def rollout_to_proto(
     return message
 
 
-def expected_of(message: control_pb2.Expected) -> Expectation:
+def expected_of(message: control_pb2.Expected) -> Precondition:
     """What a caller saw, as the operations compare it."""
-    return Expectation(
+    return Precondition(
         rollout_id=message.rollout_id,
         state=message.state,
         percent=message.percent if message.HasField("percent") else None,

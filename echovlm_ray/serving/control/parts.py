@@ -22,8 +22,8 @@ from echovlm_ray.serving.control.catalogue import Catalogue
 from echovlm_ray.serving.control.feed import RolloutFeedService
 from echovlm_ray.serving.control.fleet import GrpcFleet
 from echovlm_ray.serving.control.policies import PolicyPublisher
+from echovlm_ray.serving.control.policy_propagation import PolicyPropagation
 from echovlm_ray.serving.control.rollout_files import SQLITE, DatabaseLock, RolloutFiles
-from echovlm_ray.serving.control.take_up import TakeUp
 from echovlm_ray.serving.control.verifier import SubprocessVerifier
 from echovlm_ray.serving.control.watchers import WatcherKind, Watchers
 from echovlm_ray.serving.gates.evaluator import GateEvaluator
@@ -78,7 +78,7 @@ class ControlParts:
     controller: RolloutController
     policies: PolicyPublisher
     feed: RolloutFeedService
-    take_up: TakeUp
+    take_up: PolicyPropagation
 
 
 async def control_parts(settings: ControlSettings, channels: InnerChannels, state: ExitStack) -> ControlParts:
@@ -123,7 +123,7 @@ async def control_parts(settings: ControlSettings, channels: InnerChannels, stat
     policies = PolicyPublisher(store, catalogue.version, files.policy if remote else None)
     await policies.start()
     feed = RolloutFeedService(policies, watchers, store, monitor, controller.wake, leases.ready_set)
-    take_up = TakeUp(policies, watchers, lambda: _running(endpoints), settings.rollouts.take_up_timeout_s)
+    take_up = PolicyPropagation(policies, watchers, lambda: _running(endpoints), settings.rollouts.take_up_timeout_s)
     return ControlParts(
         store=store,
         files=files,

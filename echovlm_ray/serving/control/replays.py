@@ -17,7 +17,7 @@ from router.rollouts.controller import RolloutController
 from router.rollouts.fleet import Fleet, ReplicaLostError
 from router.rollouts.leases import Lease, Leases
 from router.rollouts.outcome import format_error
-from router.rollouts.room import missing_on, waits_for_room
+from router.rollouts.replica_memory import memory_shortage, missing_bundles
 from router.rollouts.settings import RolloutSettings
 from router.rollouts.store import RolloutStore
 
@@ -154,7 +154,7 @@ class Replays:
         for organ in (member.organ for member in lease.members):
             if not self._fleet.replicas(organ):
                 raise RolloutStateError(f"no replica of {organ!r} is running, so its experts cannot compute")
-        missing = await self._run(missing_on, self._fleet, lease.members)
+        missing = await self._run(missing_bundles, self._fleet, lease.members)
         going = self._controller.unloading()
         leaving = [
             (replica, member)
@@ -168,8 +168,8 @@ class Replays:
         members = tuple(member for member in expert_set.members if member.organ in organs)
 
         def look() -> str:
-            missing = missing_on(self._fleet, members)
-            return waits_for_room(self._fleet, self._store.snapshot(), missing)
+            missing = missing_bundles(self._fleet, members)
+            return memory_shortage(self._fleet, self._store.snapshot(), missing)
 
         while reason := await self._run(look):
             waits_for.append(reason)

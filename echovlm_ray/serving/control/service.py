@@ -14,17 +14,17 @@ from echovlm_ray.errors import InvalidRequestError
 from echovlm_ray.serving.control.catalogue import Catalogue
 from echovlm_ray.serving.control.gate_messages import evaluation_to_proto, gates_of
 from echovlm_ray.serving.control.messages import bundle_to_proto, entry_to_proto, expected_of, outcome_to_proto
+from echovlm_ray.serving.control.policy_propagation import PolicyPropagation
 from echovlm_ray.serving.control.push import PushReceiver
 from echovlm_ray.serving.control.replays import Replays
 from echovlm_ray.serving.control.state import StateReader, StateWatch
-from echovlm_ray.serving.control.take_up import TakeUp
 from experts.bundles.manifest import Manifest
 from experts.errors import RegistryAwayError, UnknownBundleError
 from protos import control_pb2, control_pb2_grpc
 from router.errors import RolloutStateError
-from router.rollouts.decisions import check_known
 from router.rollouts.evaluations import Evaluation, evaluations_of
 from router.rollouts.history import Entry
+from router.rollouts.operation_checks import check_known
 from router.rollouts.operations import RolloutOperations
 from router.rollouts.outcome import Outcome
 from router.rollouts.rollout_file import RolloutFile
@@ -45,7 +45,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
         pushes: PushReceiver,
         reader: StateReader,
         watch: StateWatch,
-        take_up: TakeUp,
+        take_up: PolicyPropagation,
         default_organ: str,
         threads: Executor,
         notices: Callable[[], Sequence[str]] = tuple,

@@ -15,10 +15,10 @@ from echovlm_ray.serving.control.messages import (
     rollout_to_proto,
 )
 from protos import control_pb2
-from router.rollouts.answering import organ_problems
 from router.rollouts.controller import RolloutController
 from router.rollouts.fleet import Fleet
 from router.rollouts.fleet_view import FleetObserver
+from router.rollouts.organ_problem import organ_problems
 from router.rollouts.shadow import report_of
 from router.rollouts.states import State
 from router.rollouts.store import RolloutStore
@@ -49,7 +49,7 @@ class StateReader:
             version_of: digest → version.
             status_timeout_s: how long a replica may take to answer.
             controller: knows what rollouts wait for, and which versions only stay to go back to.
-            not_taken_up: `TakeUp.missing`.
+            not_taken_up: `PolicyPropagation.missing`.
         """
         self._store = store
         self._controller = controller

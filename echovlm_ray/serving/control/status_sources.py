@@ -6,7 +6,7 @@ from echovlm_ray.serving.control.messages import problem_to_proto
 from echovlm_ray.serving.control.parts import ControlParts
 from protos import control_pb2
 from router.errors import RolloutDatabaseError
-from router.rollouts.answering import organ_problems
+from router.rollouts.organ_problem import organ_problems
 
 
 def wanted_applications(parts: ControlParts, *, remote: bool) -> list[str]:

@@ -10,7 +10,7 @@ from echovlm_ray.serving.control.watchers import WatcherKind, Watchers
 LOOK_AGAIN_S = 0.1
 
 
-class TakeUp:
+class PolicyPropagation:
     """Compares what was published with what Routers and gateways said that they apply."""
 
     def __init__(
