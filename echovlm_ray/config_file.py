@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
-from echovlm_ray.config import Config, ContradictionError
+from echovlm_ray.config import Config
+from echovlm_ray.config_checks import ContradictionError
 from echovlm_ray.yaml_document import Document, DocumentError, Problem, read_document
 
 if TYPE_CHECKING:
