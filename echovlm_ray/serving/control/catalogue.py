@@ -37,7 +37,7 @@ class Catalogue:
         One damaged manifest must take neither the others nor Control itself out of service.
 
         Raises:
-            RegistryAwayError: the registry cannot be read.
+            RegistryUnavailableError: the registry cannot be read.
         """
         with reading_registry(self._registry.root):
             manifests = self._registry.list(organ, damaged=lambda error: logger.warning("passed over: %s", error))
@@ -52,7 +52,7 @@ class Catalogue:
 
         Raises:
             UnknownBundleError: neither the registry nor a copy has it.
-            RegistryAwayError: no copy has it, and the registry cannot be read.
+            RegistryUnavailableError: no copy has it, and the registry cannot be read.
         """
         with self._lock:
             known = self._manifests.get(digest)
@@ -76,7 +76,7 @@ class Catalogue:
 
         Raises:
             UnknownBundleError: there is none; the text names the versions that there are.
-            RegistryAwayError: the registry cannot be read.
+            RegistryUnavailableError: the registry cannot be read.
         """
         with reading_registry(self._registry.root):
             try:

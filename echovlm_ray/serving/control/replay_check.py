@@ -33,7 +33,7 @@ class ReplayCheck:
 
         Raises:
             ReplayRefusedError: names the organ, the version and the reason.
-            RegistryAwayError: the registry cannot be read.
+            RegistryUnavailableError: the registry cannot be read.
         """
         for member in expert_set.members:
             if member.bundle_digest not in serving:

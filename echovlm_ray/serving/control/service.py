@@ -19,7 +19,7 @@ from echovlm_ray.serving.control.push import PushReceiver
 from echovlm_ray.serving.control.replays import Replays
 from echovlm_ray.serving.control.state import StateReader, StateWatch
 from experts.bundles.manifest import Manifest
-from experts.errors import RegistryAwayError, UnknownBundleError
+from experts.errors import RegistryUnavailableError, UnknownBundleError
 from protos import control_pb2, control_pb2_grpc
 from router.errors import RolloutStateError
 from router.rollouts.evaluations import Evaluation, evaluations_of
@@ -254,7 +254,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
         """The same of a bundle that is or was served, which is known while the registry is away too."""
         try:
             return self._digest(organ, version, digest)
-        except (UnknownBundleError, RegistryAwayError):
+        except (UnknownBundleError, RegistryUnavailableError):
             for manifest in self._served(organ):
                 if version in ("", manifest.version) and digest in ("", manifest.digest):
                     return manifest.digest
@@ -301,7 +301,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
     def _registered(self, organ: str | None) -> tuple[list[Manifest], str]:
         try:
             return self._catalogue.list(organ), ""
-        except RegistryAwayError as error:
+        except RegistryUnavailableError as error:
             # What is served does not need it, and its versions are known from the copies.
             return self._served(organ), str(error)
 

@@ -32,9 +32,9 @@ from experts.errors import (
     ExpertCapacityError,
     InvalidBundleError,
     InvalidTensorError,
-    RegistryAwayError,
     RegistryError,
     RegistryFullError,
+    RegistryUnavailableError,
     UnknownBundleError,
 )
 from router.errors import (
@@ -198,7 +198,7 @@ _CATALOGUE: tuple[tuple[type[BaseException], _Convert], ...] = (
     (RegistryFullError, _as(_EXHAUSTED, "DISK_FULL", retry=_after_a_while)),
     (RegistryError, _as(_STATE)),
     # Not UNAVAILABLE: the part that was called is there, and its callers would take it for lost.
-    (RegistryAwayError, _as(_STATE)),
+    (RegistryUnavailableError, _as(_STATE)),
     (ExpertCapacityError, _as(_EXHAUSTED, retry=_soon)),
     (OverloadedError, _as(_EXHAUSTED, retry=_as_said)),
     (ExpertsUnusableError, _as(_STATE, "EXPERTS_UNUSABLE", facts=_unusable_facts, text=_experts_unusable)),

@@ -139,7 +139,7 @@ def test_the_stable_version_is_left_only_if_it_is_the_one_that_is_named(
         operations.roll_back_stable("heart", second, actor="ann", expected=Precondition(stable_digest=first))
     assert operations.roll_back_stable("heart", second, actor="ann").changed
     # Rolling back what is in flight would undo that; the operator must name it.
-    with pytest.raises(RolloutStateError, match=r"brings back 1.1.0, as ann asked 0 s ago; it goes on"):
+    with pytest.raises(RolloutStateError, match=r"brings back 1.1.0, as ann asked 0 s ago; it continues"):
         operations.rollback("heart", actor="bob")
 
 
