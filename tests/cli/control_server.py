@@ -192,7 +192,7 @@ def _serving(system: System, options: ServerOptions) -> Iterator[str]:
             pushes=PushReceiver(system.registry, system.directory / "incoming", max_bytes=10**7),
             reader=reader,
             watch=watch,
-            take_up=PolicyPropagation(policies, Watchers(), dict, timeout_s=1.0),
+            propagation=PolicyPropagation(policies, Watchers(), dict, timeout_s=1.0),
             default_organ="breast",
             threads=threads,
             replays=replays,
