@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from experts.bundles.signing import SignaturePolicy
     from experts.bundles.source import RegistryLocation
-    from experts.registry.kept_bundles import KeptBundles
+    from experts.kept_bundles import KeptBundles
     from experts.registry.registry import Registry
 
 
@@ -58,7 +58,7 @@ def open_kept(
     Raises:
         RegistryError: see `open_registry`.
     """
-    from experts.registry.kept_bundles import KeptBundles
+    from experts.kept_bundles import KeptBundles
 
     folder = kept_folder(section, checkpoint)
     return KeptBundles(
