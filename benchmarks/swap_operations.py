@@ -37,7 +37,7 @@ class SwapFailedError(RuntimeError):
 
 @dataclass(slots=True)
 class Swap:
-    """One replacement. Moments are those of the monotonic clock.
+    """One replacement. StateTimers are those of the monotonic clock.
 
     Attributes:
         kind: how; see `Swapper.KINDS`.

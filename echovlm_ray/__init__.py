@@ -1,7 +1,6 @@
-"""EchoVLM-Ray: a vision-language model for ultrasound, served on Ray, one organ's experts at a time replaceable.
+"""EchoVLM-Ray serves a vision-language model for ultrasound on Ray; each organ's experts can be replaced separately.
 
-The model's classes are imported when they are first asked for: a client of the service needs neither torch nor
-transformers.
+The model's classes are imported on first use, because a client of the service needs neither torch nor transformers.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ def __getattr__(name: str) -> Any:
     """Imports one of the model's classes.
 
     Raises:
-        ImportError: torch or transformers is not installed; the text says what to install.
+        ImportError: torch or transformers is not installed; the text has the command to install it.
     """
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,8 @@
-"""The one configuration of a deployment: a YAML file, validated before anything starts.
+"""The configuration of a deployment: one YAML file, validated before anything starts.
 
-Every field says what to do with it in the form "when this, do that". The defaults serve the demo checkpoint on a
-two-core machine; `cluster/local.yaml` holds them with the same comments. Reading a file, with line numbers in the
-errors, is `echovlm_ray.config_file`.
+Each field has a comment in the form "when this, do that". The defaults serve the demo checkpoint on a machine with two
+cores; `cluster/local.yaml` repeats them with the same comments. `echovlm_ray.config_file` reads a file and reports
+errors with line numbers.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from echovlm_ray.hosts import is_loopback
+from echovlm_ray.config_checks import check_consistency
 from router.rollouts.settings import RolloutSettings
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -20,28 +20,6 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
-# Qwen2-VL's numbers: two frames are looked at together, a token stands for 2 × 2 patches of two frames with 14 × 14
-# pixels of 3 colours in float32, and a picture stands between two control tokens.
-FRAMES_PER_TOKEN = 2
-PATCHES_PER_TOKEN = 4
-PATCH_BYTES = 2 * 14 * 14 * 3 * 4
-TOKENS_AROUND_PICTURE = 2
-# What a prompt's text takes at least: the instructions of a task, and a question.
-TEXT_TOKENS = 512
-# What a message between two parts of the system holds, and one to the gateway, each with room for what is around.
-MAX_INTERNAL_BYTES = 255 * 1024 * 1024
-MAX_REQUEST_BYTES = 2**31 - 2 * 1024 * 1024
-
-
-class ContradictionError(ValueError):
-    """Two fields cannot both be as they are. The text names both and the ways out."""
-
-    def __init__(self, message: str, *fields: str) -> None:
-        """Takes the text and the dotted paths of the fields at fault, the one to look at first in front."""
-        super().__init__(message)
-        self.fields = fields
-
-
 class Section(BaseModel):
     """Base of every section: frozen, and a field that does not exist is an error."""
 
@@ -49,36 +27,36 @@ class Section(BaseModel):
 
 
 class Resources(Section):
-    """What one replica of a deployment occupies, and how many replicas there are."""
+    """The resources of one replica of a deployment, and the number of replicas."""
 
-    # When one replica cannot keep up or must not be a single point of failure, raise it.
+    # When one replica is too slow or must not be a single point of failure, raise it.
     replicas: PositiveInt = 1
-    # When Ray refuses to place the replicas, lower it; it reserves a share and limits nothing.
+    # When Ray cannot place the replicas, lower it. Ray reserves this share, but does not enforce it.
     num_cpus: NonNegativeFloat = 0.1
-    # When the part should run on a GPU, set its share of one: 1 for a whole GPU, 0.25 for four replicas on one.
+    # When the part should run on a GPU, set its share of one: 1 for a whole GPU, 0.25 for four replicas on a GPU.
     num_gpus: NonNegativeFloat = 0.0
-    # When the part must run on certain nodes of a cluster only, name a resource that their `ray start --resources`
-    # gives them, with the amount that a replica takes: {heart-node: 1}.
+    # When the part must run on certain nodes of a cluster only, name a custom resource of those nodes (`ray start
+    # --resources`) and the amount that a replica takes: {heart-node: 1}.
     node_resources: dict[str, NonNegativeFloat] = {}
 
 
 class ModelSection(Section):
     """Which weights are served, and how they are computed."""
 
-    # When you serve your own model, give the folder that `echoray checkpoint split` made.
+    # When you serve your own model, set the folder that `echoray checkpoint split` wrote.
     checkpoint: Path = Path("checkpoints/demo")
-    # When "auto", a replica with a share of a GPU uses it and any other the CPU; "cpu" and "cuda" force one.
+    # When "auto", a replica with a share of a GPU uses the GPU, and others the CPU; "cpu" and "cuda" force one.
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    # When "auto", the backbone's weights stay as the checkpoint has them; otherwise they are converted at load. Experts
-    # compute in the backbone's dtype either way.
+    # When "auto", the backbone's weights keep the checkpoint's dtype; otherwise they are converted at load. Experts
+    # always compute in the backbone's dtype.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    # When "auto", clone checkpoints are routed by organ and partitions flat, as released.
+    # When "auto", checkpoints with copies of the experts are routed by organ, and partitioned ones flat, as released.
     routing: Literal["auto", "organs", "flat"] = "auto"
-    # When nothing tells a request's organ, this one is used and the response says so.
+    # When a request's organ is unknown, this one is used, and the response reports it.
     default_organ: str = "breast"
     # When a caller names more organs than this, the request is refused.
     max_organs_per_request: PositiveInt = 2
-    # When more than one torch thread per process pays (many cores a replica), raise it.
+    # When a replica has many cores and more torch threads make it faster, raise it.
     torch_threads: PositiveInt = 1
 
 
@@ -88,79 +66,81 @@ class TLSSection(Section):
     # When clients come from other machines, give the server's certificate chain and its key.
     certificate: Path
     key: Path
-    # When clients must prove who they are, give the authority that signed their certificates.
+    # When clients must authenticate with certificates, give the authority that signed them.
     client_authority: Path | None = None
 
 
 class DecodersSection(Section):
-    """The processes beside a gateway that decode images, and what one file may take. A file over a limit is refused."""
+    """The processes of a gateway that decode images, and the limits for one file. A file over a limit is refused."""
 
-    # When many images arrive at once and cores are free, raise it: so many files are decoded at the same time.
+    # When many images arrive at once and cores are free, raise it: the number of files that are decoded in parallel.
     processes: PositiveInt = 2
-    # When sound files are refused for their processor time (seconds), raise it; so long can a hostile file keep a
-    # decoder from others.
+    # When valid files are refused for their CPU time, raise it (seconds). A hostile file can block a decoder for this
+    # long.
     max_cpu_s: PositiveFloat = 10.0
-    # When sound files are refused for the memory that decoding them takes (bytes), raise it; each process may take it.
+    # When valid files are refused for the memory that decoding takes, raise it (bytes for each process).
     max_memory_bytes: Annotated[int, Field(ge=64 * 1024 * 1024)] = 1024 * 1024 * 1024
 
 
 class QuotaSection(Section):
-    """What one caller may take of each gateway replica; what is not set is not limited but as it says."""
+    """The quota of one caller on each gateway replica. A field that is not set does not limit, except as its comment
+    says.
+    """
 
-    # When one caller should have fewer requests under way at once, give a number. The last sixteenth of
-    # gateway.max_requests is for callers that have none under way in any case.
+    # When one caller should have fewer concurrent requests, set a number. In any case the last sixteenth of
+    # gateway.max_requests is reserved for callers without a running request.
     concurrent: Quota | None = None
-    # When one caller should send fewer requests, give how many a minute; those that it saved up are at most that many.
+    # When one caller should send fewer requests, set how many a minute (a token bucket of that size).
     requests_per_minute: Quota | None = None
-    # When one caller should compute less, give how many tokens a minute, prompts and answers together. A request is let
-    # in while there are any left; what it takes beyond them is owed.
+    # When one caller should compute less, set how many tokens a minute, prompts and answers together. A request is
+    # admitted while any are left; what it takes beyond them is deducted from the following minutes.
     tokens_per_minute: Quota | None = None
 
 
 class GatewaySection(Section):
     """The public gRPC server: what it listens on, and the limits of a request."""
 
-    # When other machines call, listen on their network's address; without TLS only loopback is allowed.
+    # When other machines call, listen on an address of their network; without TLS only loopback is allowed.
     host: str = "127.0.0.1"
-    # When the port is taken, choose another; 0 lets the system choose and prints which.
+    # When the port is in use, choose another; with 0 the system chooses one and prints it.
     port: Port = 50051
     # When set, the server speaks TLS only.
     tls: TLSSection | None = None
     # When set, a call must carry "authorization: Bearer <token>" with one of the lines of this file.
     token_file: Path | None = None
-    # When more requests than this are under way at once, further ones end RESOURCE_EXHAUSTED with a retry hint.
+    # When more requests than this are running at once, further ones end RESOURCE_EXHAUSTED with a retry hint.
     max_requests: PositiveInt = 64
     # When a request has more images, it is refused.
     max_images: PositiveInt = 8
     # When one image file has more bytes, it is refused.
     max_image_bytes: PositiveInt = 64 * 1024 * 1024
-    # When an image, or all the frames taken of a cine loop, decode to more pixels, it is refused before decoding.
+    # When an image, or all sampled frames of a cine loop, have more pixels, it is refused before decoding.
     max_image_pixels: PositiveInt = 40_000_000
-    # When the text around the picture matters more than what it hides, set it to false; true keeps of a DICOM only the
-    # box around its ultrasound regions, which leaves out most burned-in text, patient names included.
+    # When you need the text around the image of a DICOM file, set it to false. With true only the box around its
+    # ultrasound regions is used, which removes most burned-in text, including patient names.
     crop_to_regions: bool = True
-    # When a cine loop has more frames, this many are taken, evenly spread; the model looks at two together.
+    # When a cine loop has more frames, this many are sampled evenly; the model encodes them in pairs.
     max_frames: Annotated[int, Field(ge=2)] = 8
     # When an image, or two frames of a cine loop, would take more visual tokens, they are scaled down to fit, also
     # below the minimum of the checkpoint's preprocessor_config.json.
     max_visual_tokens: Annotated[int, Field(ge=16)] = 196
-    # When a request does not say how long its answer may get, this many tokens.
+    # When a request does not set max_new_tokens, this many.
     default_new_tokens: PositiveInt = 256
-    # When a call carries no deadline, this one, in seconds.
+    # When a call has no deadline, this one, in seconds.
     default_deadline_s: PositiveFloat = 300.0
     # When all files of a request together have more bytes, it is refused before it is read.
     max_request_bytes: PositiveInt = 64 * 1024 * 1024
-    # When many large requests come at once and are refused although there is memory, raise it: half of it holds
-    # requests that are arriving, each counted as max_request_bytes, and half those that are being decoded.
+    # When many large requests come at once and are refused although there is memory, raise it. Half of it is for
+    # arriving requests, each counted as max_request_bytes, and half for those that are being decoded.
     max_received_bytes: PositiveInt = 1024 * 1024 * 1024
-    # When callers trust each other with what they ask, set "all": then prompts and images that begin alike are computed
-    # once for all of them. "token" does so for each token, so that the time to the first word tells no caller what
-    # another one asked. Where callers show no credentials they share in either case.
+    # When callers may learn of each other's prompts through timing, set "all": then all callers share the prefix cache.
+    # With "token" only requests with the same bearer token share it, so that the time to the first token reveals
+    # nothing about other callers. Callers without credentials always share it.
     share_caches: Literal["token", "all"] = "token"
-    # When callers should be limited, give what each may take: a caller is a token, or a client certificate.
+    # When callers should be limited, set the quota of each. A caller is a bearer token, or a client certificate.
     quota: QuotaSection = QuotaSection()
-    # When some callers may take more or less than that, name them: as the token file does behind the token, or as the
-    # certificate does.
+    # When some callers need another quota, set it by name: the name after the token in the token file, or the
+    # certificate's name.
     quotas: dict[str, QuotaSection] = {}
     decoders: DecodersSection = DecodersSection()
     resources: Resources = Resources()
@@ -169,7 +149,7 @@ class GatewaySection(Section):
 class VisionSection(Section):
     """The vision encoder."""
 
-    # When the same images come again and again, a larger cache of embeddings spares encoding them.
+    # When the same images are sent repeatedly, raise it: bytes of the cache of embeddings.
     cache_bytes: Annotated[int, Field(ge=0)] = 64 * 1024 * 1024
     # When many requests arrive at once, up to this many patches are encoded in one forward pass.
     max_batch_patches: PositiveInt = 16_384
@@ -179,38 +159,37 @@ class VisionSection(Section):
 
 
 class RouterSection(Section):
-    """The language backbone, its cache, its batch, and its streams to the expert groups."""
+    """The language backbone, its KV cache, its batch, and its streams to the expert groups."""
 
-    # When more requests should decode together, raise it; each step then takes longer.
+    # When more requests should run in one batch, raise it; each step then takes longer.
     max_batch_size: PositiveInt = 32
-    # When more requests than this wait for a place in the batch, further ones end RESOURCE_EXHAUSTED.
+    # When more requests than this wait for the batch, further ones end RESOURCE_EXHAUSTED.
     max_queue: PositiveInt = 128
-    # When a prompt has more tokens, visual ones included, it is refused. It must hold all the pictures that
-    # gateway.max_images, max_frames and max_visual_tokens allow, and 512 tokens of text.
+    # When a prompt has more tokens, visual ones included, it is refused. It must allow all images within
+    # gateway.max_images, max_frames and max_visual_tokens, and 512 tokens of text.
     max_prompt_tokens: PositiveInt = 8192
     # When a request asks for more new tokens, it is refused.
     max_new_tokens: PositiveInt = 1024
-    # When requests wait although the batch has room, raise it: the KV cache holds this many tokens in all.
+    # When requests wait although the batch is not full, raise it: the number of tokens in the KV cache.
     kv_cache_tokens: PositiveInt = 32_768
-    # When prompts are long and decoding requests stall behind them, lower it: prompt tokens computed per step, at
-    # least the 16 of a block.
+    # When long prompts stall decoding requests, lower it: prompt tokens computed per step, at least the 16 of a block.
     max_prefill_tokens: Annotated[int, Field(ge=16)] = 512
-    # When an exchange with the experts takes longer than the dense MLP and the shared expert (slow network, fast GPU),
-    # set it to 2: each step is computed in two halves, and the experts of one work during the other's attention.
+    # When expert calls take longer than the dense MLP and the shared expert (slow network, fast GPU), set it to 2: each
+    # step is computed in two halves, and the experts of one half overlap with the attention of the other.
     micro_batches: Literal[1, 2] = 1
-    # When prompts that begin alike (the same instructions, the same images) should be computed again each time, set it
-    # to false; true keeps in the KV cache what requests leave behind, as long as no other request needs the room.
+    # When shared prefixes of prompts (instructions, images) should not be cached, set it to false. With true, blocks of
+    # finished requests stay in the KV cache until other requests need them.
     prefix_reuse: bool = True
-    # When a caller asks for logits that take more bytes than this, the request is refused (tests and evaluation ask).
+    # When a request for logits (tests and evaluation) takes more bytes, it is refused.
     max_logits_bytes: PositiveInt = 64 * 1024 * 1024
-    # When a request runs longer than this, in seconds, it ends, whatever deadline its caller gave.
+    # When a request runs longer than this, in seconds, it ends, even if its deadline is later.
     max_request_s: PositiveFloat = 3600.0
-    # When an exchange with an expert replica takes longer, the replica counts as lost and its requests are retried.
+    # When an expert call takes longer, in seconds, the replica counts as lost and the call is retried on another one.
     exchange_timeout_s: PositiveFloat = 10.0
-    # When expert replicas on the router's machine should have more tokens in memory that they share with it, raise it
-    # (bytes in all, used while exchanges are under way): what does not fit travels in the messages. 0 shares none.
+    # When expert replicas run on the router's machine and large calls should use shared memory, raise it (bytes in
+    # all). Calls that do not fit are sent in messages. 0 disables shared memory.
     shared_memory_bytes: Annotated[int, Field(ge=0, le=2**36)] = 256 * 1024 * 1024
-    # When the experts should run inside the router's process (to compare, or where one GPU holds all), set "local".
+    # When the experts should run in the router's process (to compare, or if all fit on one GPU), set "local".
     experts: Literal["remote", "local"] = "remote"
     resources: Resources = Resources()
 
@@ -220,35 +199,35 @@ class ExpertsSection(Section):
 
     # When an organ gets more traffic than others, or its replicas need a GPU, name it under `organs`.
     resources: Resources = Resources()
-    # When set for an organ, these resources replace the ones above.
+    # When an organ needs other resources than the ones above, set them here.
     organs: dict[str, Resources] = {}
-    # When you compare kernels or wrote one, name it; "auto" is the packed kernel on a CPU, and measures on a GPU.
+    # When you compare kernels or wrote one, set its name. "auto" is the packed kernel on a CPU, and measures on a GPU.
     kernel: str = "auto"
-    # When only bundles may load that were packed in the dtype of the backbone, set "refuse"; "convert" converts the
-    # weights of others when they load, and `echoray status` says from what.
+    # When only bundles in the backbone's dtype may load, set "refuse". With "convert" other weights are converted at
+    # load, and `echoray status` shows the original dtype.
     other_dtype: Literal["convert", "refuse"] = "convert"
-    # When loading a bundle would take a replica's resident weights above this many bytes, the load is refused.
+    # When loading a bundle would take a replica's weights above this many bytes, the load is refused.
     max_resident_bytes: PositiveInt = 16 * 1024**3
-    # When bundles come from a registry that several machines share, give its folder or a URL like s3://bucket/experts;
-    # the checkpoint's own registry/ folder is read besides.
+    # When several machines share a registry of bundles, set its folder or a URL like s3://bucket/experts. The
+    # checkpoint's registry/ folder is read in addition.
     registry: str | None = None
-    # When the registry's file system needs settings, give fsspec's, like endpoint_url for an S3 of your own; keep
+    # When the registry's file system needs settings, set fsspec's options, like endpoint_url for your own S3. Put
     # credentials in the environment (AWS_ACCESS_KEY_ID and so on).
     registry_options: dict[str, str | int | bool] = {}
-    # When fetched bundles fill the disk of a machine, lower it; the least recently used files go first.
+    # When fetched bundles fill the disk of a machine, lower it; the least recently used files are evicted first.
     registry_cache_bytes: PositiveInt = 64 * 1024**3
-    # When the copies of the bundles in use, up to three an organ, must lie on another disk of each machine, give a
-    # folder; they let replicas and the whole system restart while the registry is away. When unset, it lies beside the
-    # rollouts' database.
+    # When the local copies of the bundles in use, up to three per organ, must be on another disk, set a folder. With
+    # them replicas and the whole system can restart while the registry is unavailable. When unset, the folder is next
+    # to the rollouts' database.
     kept_bundles: Path | None = None
-    # When only bundles signed by one of your keys may load, set "required".
+    # When only bundles that one of your keys signed may load, set "required".
     signatures: Literal["optional", "required"] = "optional"
-    # When bundles are signed, give the public keys, PEM files; a signature that is there must then be by one of them.
+    # When bundles are signed, set the public keys (PEM files); every signature must then be by one of them.
     public_keys: tuple[Path, ...] = ()
-    # When more exchanges than this wait in one replica, further ones are refused and retried by the router.
+    # When more calls than this wait in one replica, further ones are refused, and the router retries them.
     max_queue: PositiveInt = 1024
-    # When the machine runs other programs that matter less than the experts, lower it (0 to 19, as of the command
-    # nice): where cores are few, the experts' processes leave them to the router's, for which every request waits.
+    # When the experts should get more CPU time than other programs, lower it (0 to 19, as for the command nice). On few
+    # cores the router, for which every request waits, takes precedence over the experts.
     niceness: Annotated[int, Field(ge=0, le=19)] = 5
 
     def resources_of(self, organ: str) -> Resources:
@@ -259,32 +238,34 @@ class ExpertsSection(Section):
 class ControlSection(Section):
     """Control: the list of live expert versions, and the status of the system."""
 
-    # When operators work from other machines, listen on their network's address; without TLS only loopback.
+    # When operators work from other machines, listen on an address of their network; without TLS only loopback is
+    # allowed.
     host: str = "127.0.0.1"
-    # When the port is taken, choose another; 0 lets the system choose.
+    # When the port is in use, choose another; with 0 the system chooses one.
     port: Port = 50052
     # When set, the server speaks TLS only.
     tls: TLSSection | None = None
     # When set, a call must carry "authorization: Bearer <token>" with one of the lines of this file.
     token_file: Path | None = None
-    # When pushes over a slow line are cut off, raise it: seconds without a further piece of the bundle.
+    # When pushes over a slow connection are cancelled, raise it: seconds without data.
     push_idle_s: PositiveFloat = 30.0
-    # When Ray refuses to place Control, lower it. There is one replica, always: it is the only writer of what is live.
+    # When Ray cannot place Control, lower it. There is always one replica, because it is the only writer of the live
+    # set.
     num_cpus: NonNegativeFloat = 0.1
-    # When rollouts must go on however busy the machine is, lower it (0 to 19, as of the command nice): where cores are
-    # few, Control leaves them to those that answer.
+    # When rollouts must proceed on a busy machine, lower it (0 to 19, as for the command nice). On few cores the parts
+    # that answer requests take precedence over Control.
     niceness: Annotated[int, Field(ge=0, le=19)] = 10
 
 
 class RolloutsSection(Section, RolloutSettings):
-    """How an organ's experts are replaced; what is not said here is in `router.rollouts.settings`."""
+    """How an organ's experts are replaced; the other fields are in `router.rollouts.settings`."""
 
-    # When unset, a file in the checkpoint's folder, or, where that cannot be written, in your own state folder; in a
-    # cluster of several machines give a PostgreSQL URL, postgresql://user@host/name, with the password in PGPASSWORD.
+    # When unset, a file in the checkpoint's folder, or in your state folder if that is not writable. In a cluster of
+    # several machines set a PostgreSQL URL, postgresql://user@host/name, with the password in PGPASSWORD.
     database: str | None = None
     # When a pushed bundle is larger, it is refused before its first file.
     max_push_bytes: PositiveInt = 64 * 1024**3
-    # When verifying a sound bundle fails for want of memory, raise it: what that may take beside the bundle's files.
+    # When verifying a valid bundle runs out of memory, raise it: bytes in addition to the bundle's files.
     verify_memory_bytes: PositiveInt = 8 * 1024**3
 
     @field_validator("database")
@@ -300,20 +281,20 @@ class ServeSection(Section):
 
     # When a killed replica should be replaced faster, lower it (seconds between health checks).
     health_check_period_s: PositiveFloat = 1.0
-    # When a replica is slow to answer health checks under load, raise it.
+    # When a replica answers health checks slowly under load, raise it (seconds).
     health_check_timeout_s: PositiveFloat = 10.0
-    # When requests take long and should finish before a replica stops, raise it.
+    # When requests take long and should finish before a replica stops, raise it (seconds).
     graceful_shutdown_timeout_s: NonNegativeFloat = 20.0
-    # When the object store is too large for the machine, lower it; no tensor ever travels through it.
+    # When the object store is too large for the machine, lower it; no tensors are stored in it.
     object_store_bytes: Annotated[int, Field(ge=78_643_200)] = 128 * 1024 * 1024
-    # When Prometheus should find the metrics under a known port of its own, give it; 0 lets the system choose and
-    # prints which. They need no credentials: keep the port behind a firewall. A cluster has one of its own, given to
-    # ray start as --metrics-export-port.
+    # When Prometheus needs a fixed port for the metrics, set it; with 0 the system chooses one and prints it. They need
+    # no credentials: protect the port with a firewall. On an existing cluster, set it with `ray start
+    # --metrics-export-port`.
     metrics_port: Port = 0
-    # When "auto", the parts talk over loopback on one machine and over the nodes' addresses in a cluster of several;
-    # set "node" when a cluster of one node will grow, and then keep its network to yourself: it is not encrypted.
+    # When "auto", the parts use loopback on one machine and the nodes' addresses in a cluster. When a cluster of one
+    # node will grow, set "node". This traffic is not encrypted, so the network must be private.
     internal_network: Literal["auto", "loopback", "node"] = "auto"
-    # When a newer grpcio measures faster with its event engine, set it to true.
+    # When a newer grpcio is faster with its event engine, set it to true.
     grpc_event_engine: bool = False
 
 
@@ -331,164 +312,5 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        self._check_tokens()
-        self._check_pictures()
-        self._check_listeners()
-        self._check_quotas()
-        self._check_devices()
-        self._check_signatures()
-        self._check_dtypes()
+        check_consistency(self)
         return self
-
-    def _check_tokens(self) -> None:
-        if self.gateway.default_new_tokens > self.router.max_new_tokens:
-            raise ContradictionError(
-                f"gateway.default_new_tokens ({self.gateway.default_new_tokens}) is above router.max_new_tokens "
-                f"({self.router.max_new_tokens}): lower the first or raise the second",
-                "gateway.default_new_tokens",
-                "router.max_new_tokens",
-            )
-        if self.router.max_prompt_tokens + self.router.max_new_tokens > self.router.kv_cache_tokens:
-            raise ContradictionError(
-                f"router.kv_cache_tokens ({self.router.kv_cache_tokens}) cannot hold even one longest request "
-                f"(max_prompt_tokens {self.router.max_prompt_tokens} + max_new_tokens {self.router.max_new_tokens}): "
-                "raise it or lower those",
-                "router.kv_cache_tokens",
-                "router.max_prompt_tokens",
-                "router.max_new_tokens",
-            )
-
-    def _check_pictures(self) -> None:
-        """What the gateway's limits allow must pass the parts behind it."""
-        gateway = self.gateway
-        pairs = -(-gateway.max_frames // FRAMES_PER_TOKEN)
-        loop_tokens = pairs * gateway.max_visual_tokens
-        tokens = gateway.max_images * (loop_tokens + TOKENS_AROUND_PICTURE) + TEXT_TOKENS
-        if tokens > self.router.max_prompt_tokens:
-            raise ContradictionError(
-                f"router.max_prompt_tokens ({self.router.max_prompt_tokens}) cannot hold what the gateway allows: "
-                f"{gateway.max_images} cine loops (gateway.max_images) of {pairs} pairs of frames (gateway.max_frames "
-                f"{gateway.max_frames}) at {gateway.max_visual_tokens} tokens (gateway.max_visual_tokens), and "
-                f"{TEXT_TOKENS} of text, are {tokens}: raise the first or lower one of the others",
-                "router.max_prompt_tokens",
-                "gateway.max_images",
-                "gateway.max_frames",
-                "gateway.max_visual_tokens",
-            )
-        if loop_tokens * PATCHES_PER_TOKEN > self.vision.max_batch_patches:
-            raise ContradictionError(
-                f"vision.max_batch_patches ({self.vision.max_batch_patches}) cannot hold one cine loop of {pairs} "
-                f"pairs of frames (gateway.max_frames {gateway.max_frames}) at {gateway.max_visual_tokens} visual "
-                f"tokens (gateway.max_visual_tokens), {loop_tokens * PATCHES_PER_TOKEN} patches: raise the first or "
-                "lower one of the others",
-                "vision.max_batch_patches",
-                "gateway.max_frames",
-                "gateway.max_visual_tokens",
-            )
-        if gateway.max_images > self.vision.max_queue:
-            raise ContradictionError(
-                f"vision.max_queue ({self.vision.max_queue}) cannot hold the images of one request "
-                f"(gateway.max_images {gateway.max_images}): raise the first or lower the second",
-                "vision.max_queue",
-                "gateway.max_images",
-            )
-        patch_bytes = gateway.max_images * loop_tokens * PATCHES_PER_TOKEN * PATCH_BYTES
-        if patch_bytes > MAX_INTERNAL_BYTES:
-            raise ContradictionError(
-                f"gateway.max_images ({gateway.max_images}), max_frames ({gateway.max_frames}) and max_visual_tokens "
-                f"({gateway.max_visual_tokens}) make {patch_bytes} bytes of patches in one request, and a message "
-                f"between two parts holds {MAX_INTERNAL_BYTES}: lower one",
-                "gateway.max_images",
-                "gateway.max_frames",
-                "gateway.max_visual_tokens",
-            )
-        if not gateway.max_image_bytes <= gateway.max_request_bytes <= MAX_REQUEST_BYTES:
-            raise ContradictionError(
-                f"gateway.max_request_bytes ({gateway.max_request_bytes}) must hold one file of "
-                f"gateway.max_image_bytes ({gateway.max_image_bytes}), and be at most the {MAX_REQUEST_BYTES} bytes "
-                "that a gRPC message holds: change one",
-                "gateway.max_image_bytes",
-                "gateway.max_request_bytes",
-            )
-        if gateway.max_received_bytes < 2 * gateway.max_request_bytes:
-            raise ContradictionError(
-                f"gateway.max_received_bytes ({gateway.max_received_bytes}) must hold two requests of "
-                f"gateway.max_request_bytes ({gateway.max_request_bytes}): raise the first or lower the second",
-                "gateway.max_received_bytes",
-                "gateway.max_request_bytes",
-            )
-
-    def _check_listeners(self) -> None:
-        for name, server in (("gateway", self.gateway), ("control", self.control)):
-            if is_loopback(server.host):
-                continue
-            if server.tls is None:
-                raise ContradictionError(
-                    f"{name}.host is {server.host!r}, which other machines can reach, but {name}.tls is not set: "
-                    "configure certificates, or listen on 127.0.0.1",
-                    f"{name}.host",
-                    f"{name}.tls",
-                )
-            if server.token_file is None and server.tls.client_authority is None:
-                raise ContradictionError(
-                    f"{name}.host is {server.host!r}, which other machines can reach, and nothing says who may call: "
-                    f"set {name}.token_file or {name}.tls.client_authority, or listen on 127.0.0.1",
-                    f"{name}.host",
-                    f"{name}.token_file",
-                    f"{name}.tls",
-                )
-        if self.gateway.port and self.gateway.port == self.control.port:
-            raise ContradictionError(
-                f"gateway.port and control.port are both {self.gateway.port}: change one",
-                "control.port",
-                "gateway.port",
-            )
-
-    def _check_quotas(self) -> None:
-        gateway = self.gateway
-        known = gateway.token_file is not None or (gateway.tls is not None and gateway.tls.client_authority is not None)
-        if not known and (gateway.quota != QuotaSection() or gateway.quotas):
-            raise ContradictionError(
-                "gateway.quota and gateway.quotas go by callers, but callers show no credentials: set "
-                "gateway.token_file or gateway.tls.client_authority",
-                "gateway.quota",
-                "gateway.token_file",
-            )
-
-    def _check_signatures(self) -> None:
-        if self.experts.signatures == "required" and not self.experts.public_keys:
-            raise ContradictionError(
-                'experts.signatures is "required" but experts.public_keys names no key, so no bundle could load: '
-                'give the public keys, or set experts.signatures to "optional"',
-                "experts.signatures",
-                "experts.public_keys",
-            )
-
-    def _check_dtypes(self) -> None:
-        if self.experts.other_dtype == "refuse" and self.model.dtype != "auto":
-            raise ContradictionError(
-                f'model.dtype is "{self.model.dtype}", which converts all weights at load, but experts.other_dtype is '
-                '"refuse", which lets none be converted: set model.dtype to "auto" or experts.other_dtype to "convert"',
-                "experts.other_dtype",
-                "model.dtype",
-            )
-
-    def _check_devices(self) -> None:
-        if self.model.device != "cuda":
-            return
-        parts = {
-            "vision.resources": self.vision.resources,
-            "router.resources": self.router.resources,
-            "experts.resources": self.experts.resources,
-        }
-        parts |= {f"experts.organs.{organ}": resources for organ, resources in self.experts.organs.items()}
-        if self.router.experts == "local":
-            parts = {name: resources for name, resources in parts.items() if not name.startswith("experts.")}
-        for name, resources in parts.items():
-            if not resources.num_gpus:
-                raise ContradictionError(
-                    f'model.device is "cuda" but {name}.num_gpus is 0, so Ray shows that part no GPU: '
-                    'give it a share of one, or set model.device to "auto"',
-                    f"{name}.num_gpus",
-                    "model.device",
-                )

@@ -10,29 +10,30 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
-from echovlm_ray.config import Config, ContradictionError
+from echovlm_ray.config import Config
+from echovlm_ray.config_checks import ContradictionError
 from echovlm_ray.yaml_document import Document, DocumentError, Problem, read_document
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-# How like a field's name a misspelling must be to be taken for it.
+# The minimum similarity of a misspelling to a field's name.
 SIMILARITY = 0.6
 
 
 class ConfigError(DocumentError):
-    """A configuration cannot be used; the text has a line for each problem."""
+    """A configuration is invalid. The text has a line for each problem."""
 
 
 def load_config(path: Path | None, overrides: Mapping[str, tuple[Any, str]] | None = None) -> Config:
-    """The configuration of a file, or the defaults without one.
+    """Reads the configuration from a file, or returns the defaults without one.
 
     Args:
         path: a YAML file; fields that it leaves out keep their defaults.
-        overrides: dotted field → value and where it came from (for example an option's name); they win.
+        overrides: dotted field → value and its source (for example an option's name); they take precedence.
 
     Raises:
-        ConfigError: the file cannot be read, or its contents cannot be used.
+        ConfigError: the file is unreadable or invalid.
     """
     document = _Document("the configuration", {}, {})
     if path is not None:
@@ -48,7 +49,7 @@ def load_config(path: Path | None, overrides: Mapping[str, tuple[Any, str]] | No
 
 @dataclass(slots=True)
 class _Document(Document):
-    """A file's values, over which options may be laid."""
+    """A file's values, with overrides."""
 
     def set(self, field: str, value: Any, origin: str) -> None:
         path = tuple(field.split("."))
@@ -56,7 +57,7 @@ class _Document(Document):
         for name in path[:-1]:
             inner = section.get(name)
             if not isinstance(inner, dict):
-                # Something else than a section stands in the file; that is the problem to report first.
+                # The file has another value in place of a section; that problem is reported first.
                 if inner is not None:
                     return
                 inner = section[name] = {}
@@ -66,14 +67,14 @@ class _Document(Document):
 
 
 def load_system_config(path: Path | None, checkpoint: Path | None) -> Config:
-    """The configuration of a system, as commands take it: a file, and a checkpoint that wins over the file's.
+    """Reads the configuration of a system from a command's options: a file, and a checkpoint that overrides the file's.
 
     Args:
-        path: the file; None: the defaults.
-        checkpoint: what `--checkpoint` says; None: the file's own.
+        path: the file; None for the defaults.
+        checkpoint: the value of `--checkpoint`; None for the file's.
 
     Raises:
-        ConfigError: see `load_config`.
+        ConfigError: as in `load_config`.
     """
     overrides = {} if checkpoint is None else {"model.checkpoint": (str(checkpoint), "--checkpoint")}
     return load_config(path, overrides)
@@ -120,7 +121,7 @@ def _fields_of(path: tuple[str, ...]) -> list[str]:
     section: type[BaseModel] = Config
     for name in path:
         inner = _section_of(section.model_fields[name].annotation) if name in section.model_fields else None
-        # The keys of `experts.organs` are organs, and its values sections: the field itself gave their type.
+        # The keys of `experts.organs` are organs; the field has the type of its values.
         section = inner or section
     return list(section.model_fields)
 

@@ -1,26 +1,26 @@
-"""Errors of a request above the expert groups. `serving.grpc.errors` maps all of it to gRPC."""
+"""Errors of requests outside the expert groups. `serving.grpc.errors` maps them to gRPC."""
 
 
 class InvalidRequestError(ValueError):
-    """The caller sent something that cannot be served. Names the field, as `GenerateRequest` spells it."""
+    """The request is invalid. Names the field as in `GenerateRequest`."""
 
     def __init__(self, field: str, description: str) -> None:
-        """Args are the field's path, for example "images[1].content", and what is wrong with it, fix included."""
+        """Takes the field's path, for example "images[1].content", and the problem with its fix."""
         super().__init__(f"{field}: {description}")
         self.field = field
         self.description = description
 
 
 class MessageTooLargeError(ValueError):
-    """A message is longer than a server takes. The text names the limit."""
+    """A message is too long. The text names the limit."""
 
 
 class UnknownServiceError(LookupError):
-    """Nothing is known of the health of a service of that name."""
+    """There is no health status for a service of this name."""
 
 
 class OverloadedError(RuntimeError):
-    """A queue is full. The text names the limit; the caller may come back after `retry_after_s`."""
+    """A queue is full. The text names the limit; the caller may retry after `retry_after_s`."""
 
     def __init__(self, description: str, retry_after_s: float = 1.0) -> None:
         super().__init__(description)
@@ -28,21 +28,21 @@ class OverloadedError(RuntimeError):
 
 
 class PartUnavailableError(RuntimeError):
-    """A part of the system (vision encoder, router) does not answer now; sending again later is safe."""
+    """A part of the system (vision encoder, router) does not answer now. A later retry is safe."""
 
     def __init__(self, part: str, reason: str, retry_after_s: float = 1.0) -> None:
-        """Names the part, says why, and when to come back."""
+        """Takes the part, the reason, and the time before a retry."""
         super().__init__(f"{part} is not available: {reason}")
         self.part = part
         self.retry_after_s = retry_after_s
 
 
 class TextUnavailableError(RuntimeError):
-    """The checkpoint has no tokenizer or no image processor, so the router can be called, but not the gateway."""
+    """The checkpoint has no tokenizer or image processor, so only the router can be called, not the gateway."""
 
 
 class PromptChangedError(ValueError):
-    """A request no longer becomes the same prompt tokens as when it was answered first."""
+    """A request's prompt tokens differ from those of its first answer."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -53,7 +53,7 @@ class PromptChangedError(ValueError):
 
 
 class UnauthenticatedError(RuntimeError):
-    """The call carries no valid credentials."""
+    """The call has no valid credentials."""
 
 
 class DeadlineError(RuntimeError):
@@ -61,4 +61,4 @@ class DeadlineError(RuntimeError):
 
 
 class ShuttingDownError(RuntimeError):
-    """The replica that was called is about to stop; another one, or its successor, will answer."""
+    """The replica is shutting down; another one will answer."""

@@ -1,4 +1,4 @@
-"""Queues in which callers take turns, so that one with many items does not keep another's single one waiting."""
+"""Fair queues: callers take turns, so that one with many items does not delay another one's single item."""
 
 import asyncio
 import functools
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class FairQueue(Generic[T]):
-    """First in, first out for the items of one caller; among callers, round robin."""
+    """FIFO for the items of one caller, round robin among callers."""
 
     def __init__(self) -> None:
         self._items: OrderedDict[bytes, deque[T]] = OrderedDict()
@@ -22,32 +22,32 @@ class FairQueue(Generic[T]):
 
     @property
     def num_callers(self) -> int:
-        """Callers with items."""
+        """The number of callers with items."""
         return len(self._items)
 
     def count(self, caller: bytes) -> int:
-        """Items of a caller."""
+        """The number of a caller's items."""
         return len(self._items.get(caller, ()))
 
     def append(self, caller: bytes, item: T) -> None:
-        """Adds an item behind those of its caller."""
+        """Adds an item after the caller's other items."""
         self._items.setdefault(caller, deque()).append(item)
 
     def first(self) -> T:
-        """The item that `pop` would take; the queue must not be empty."""
+        """The item that `pop` would return. The queue must not be empty."""
         return next(iter(self._items.values()))[0]
 
     def pop(self) -> T:
-        """Takes the next item, and puts its caller behind all others; the queue must not be empty."""
+        """Removes and returns the next item, and moves its caller to the end. The queue must not be empty."""
         return self._pop(next(iter(self._items)))
 
     def pop_without(self, callers: Container[bytes]) -> tuple[bytes, T] | None:
-        """As `pop`, passing over some callers, whose turn stays; the caller and the item, None if there is none."""
+        """Like `pop`, but skips some callers, whose turn stays. Returns the caller and the item, or None."""
         caller = next((caller for caller in self._items if caller not in callers), None)
         return None if caller is None else (caller, self._pop(caller))
 
     def discard(self, caller: bytes, item: T) -> bool:
-        """Takes an item out of its turn; whether it was there."""
+        """Removes an item. Returns whether it was in the queue."""
         items = self._items.get(caller)
         if items is None or item not in items:
             return False
@@ -57,7 +57,7 @@ class FairQueue(Generic[T]):
         return True
 
     def clear(self) -> None:
-        """Drops all items."""
+        """Removes all items."""
         self._items.clear()
 
     def _pop(self, caller: bytes) -> T:
@@ -71,26 +71,26 @@ class FairQueue(Generic[T]):
 
 
 class FairSemaphore:
-    """A number of places that callers take in turn. Belongs to one event loop."""
+    """A semaphore whose permits callers get in turn. For one event loop."""
 
     def __init__(self, places: int, most_of_one: int | None = None) -> None:
-        """Takes how many there are, and how many of them one caller may hold; None for all."""
+        """Takes the number of permits, and the limit for one caller; None for no limit."""
         self._free = places
         self._most_of_one = places if most_of_one is None else most_of_one
         self._held: Counter[bytes] = Counter()
         self._waiting: FairQueue[asyncio.Future[None]] = FairQueue()
 
     def has_most(self, caller: bytes) -> bool:
-        """Whether a caller holds as many places as it may."""
+        """Whether a caller has reached its limit."""
         return self._held[caller] >= self._most_of_one
 
     def must_wait(self, caller: bytes) -> bool:
-        """Whether a caller would wait for a place."""
+        """Whether a caller would have to wait."""
         return not self._free or self.has_most(caller)
 
     @asynccontextmanager
     async def place(self, caller: bytes) -> AsyncIterator[None]:
-        """Waits for a place and holds it for the block."""
+        """Waits for a permit and holds it within the block."""
         await self.acquire(caller)
         try:
             yield
@@ -98,7 +98,7 @@ class FairSemaphore:
             self.release(caller)
 
     async def acquire(self, caller: bytes) -> None:
-        """Waits for a place and takes it."""
+        """Waits for a permit."""
         if self.must_wait(caller):
             await self._wait(caller)
         else:
@@ -110,7 +110,7 @@ class FairSemaphore:
         try:
             await turn
         except asyncio.CancelledError:
-            # Cancelled in the moment in which it got the place, which is then the next one's.
+            # Cancelled just when it got the permit, which goes to the next caller.
             if not self._waiting.discard(caller, turn) and not turn.cancelled():
                 self.release(caller)
             raise
@@ -120,7 +120,7 @@ class FairSemaphore:
         self._held[caller] += 1
 
     def release(self, caller: bytes) -> None:
-        """Gives one of a caller's places to the next one."""
+        """Releases a permit of a caller."""
         self._free += 1
         self._held[caller] -= 1
         if not self._held[caller]:
@@ -136,17 +136,17 @@ class FairSemaphore:
 
 
 class FairThreads:
-    """Threads that callers take in turn. Belongs to one event loop."""
+    """A thread pool that callers use in turn. For one event loop."""
 
     def __init__(self, threads: Executor, count: int, most_of_one: int | None = None) -> None:
-        """Takes the threads, how many there are, and how many of them one caller may have; None for all."""
+        """Takes the pool, its number of threads, and the limit for one caller; None for no limit."""
         self._threads = threads
         self._places = FairSemaphore(count, most_of_one)
 
     async def run(self, caller: bytes, function: Callable[..., T], *arguments: object) -> T:
-        """What a function returns that is called on one of the threads.
+        """Runs a function on one of the threads and returns its result.
 
-        When the wait for it is cancelled, the function goes on and its thread stays taken until it ends.
+        If the wait is cancelled, the function continues and its thread stays occupied until it ends.
         """
         await self._places.acquire(caller)
         call = functools.partial(function, *arguments)
@@ -155,11 +155,11 @@ class FairThreads:
         return await asyncio.shield(future)
 
     def _ended(self, caller: bytes, future: asyncio.Future[T]) -> None:
-        # Retrieved, so that what a cancelled call raised is not logged: its text may hold a patient's data.
+        # Retrieved, so that the exception of a cancelled call is not logged: its text may contain a patient's data.
         if not future.cancelled():
             future.exception()
         self._places.release(caller)
 
     def shutdown(self) -> None:
-        """Ends them; what was not begun is cancelled."""
+        """Shuts the pool down; pending calls are cancelled."""
         self._threads.shutdown(wait=False, cancel_futures=True)

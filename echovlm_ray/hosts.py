@@ -9,7 +9,7 @@ def host_port(host: str, port: int) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a host: a loopback address of IPv4 or IPv6, however written, or localhost."""
+    """Whether a host is localhost or a loopback address of IPv4 or IPv6, in any notation."""
     if host == "localhost":
         return True
     try:

@@ -1,7 +1,7 @@
 """Prompts by task and language: messages for ChatML, images first in the first user turn.
 
-The messages have the form that chat templates of transformers take. `EchoVLMProcessor.encode_chat` makes token ids of
-them in which a caller's text stays text.
+The messages have the format of transformers' chat templates. `EchoVLMProcessor.encode_chat` converts them to token ids,
+without control tokens from a caller's text.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class TextPart(TypedDict):
 
 
 class MediumPart(TypedDict):
-    """The place of an image or a video in a message."""
+    """The position of an image or a video in a message."""
 
     type: Medium
 
@@ -43,12 +43,12 @@ FURTHER: dict[Language, str] = {"en": "Further information: ", "zh": "补充信�
 
 
 def build_messages(task: TaskName, language: Language, prompt: str, media: Sequence[Medium]) -> list[Message]:
-    """The chat that asks for a task.
+    """Builds the chat for a task.
 
     Args:
-        task: what is wanted; one without instructions asks the prompt alone.
-        language: of the answer, and of our own words.
-        prompt: the caller's text; white space around it is dropped.
+        task: the task; one without instructions uses only the prompt.
+        language: the language of the answer and of the instructions.
+        prompt: the caller's text; leading and trailing white space is removed.
         media: one entry per image or video, in order.
 
     Raises:

@@ -1,7 +1,6 @@
 """The allowed ranges of sampling parameters.
 
-Beyond these ranges a number changes nothing noticeable, and far beyond them the arithmetic in float32
-overflows.
+Outside of these ranges a parameter has no noticeable effect, and far outside of them float32 overflows.
 """
 
 import struct
@@ -14,11 +13,11 @@ REPETITION_PENALTIES: Range = (0.01, 100.0)
 
 
 def in_range(value: float, allowed: Range) -> bool:
-    """Whether a number that came as a float32 is in a range, both ends included; NaN never is."""
+    """Whether a float32 number is in a range, both ends included; false for NaN."""
     low, high = (struct.unpack("f", struct.pack("f", end))[0] for end in allowed)
     return bool(low <= value <= high)
 
 
 def format_range(allowed: Range) -> str:
-    """The range for an error."""
+    """The range as text, for errors."""
     return f"from {allowed[0]:g} to {allowed[1]:g}"

@@ -1,7 +1,7 @@
-"""What can be asked for: the tasks and the languages of an answer, each in one table that all other parts read.
+"""The tasks, and the languages of an answer: one table of each for all other parts.
 
-A new task is a value in `protos/echovlm.proto`, its name in `TaskName` and its row in `TASKS`. The client, the command
-line, the gateway's checks, the prompts, datasets and evaluation follow.
+For a new task, add a value in `protos/echovlm.proto`, its name in `TaskName` and its row in `TASKS`. The client, the
+command line, the gateway's checks, the prompts, datasets and evaluation use these.
 """
 
 from collections.abc import Mapping
@@ -12,26 +12,26 @@ from protos import echovlm_pb2
 
 TaskName = Literal["report", "findings", "impression", "diagnosis", "caption", "vqa", "free"]
 Language = Literal["en", "zh"]
-# What is compared with the truth: a text about the whole picture, one diagnosis, or the answer of a question.
+# The kind of answer for evaluation: a text about the whole image, one diagnosis, or the answer to a question.
 AnswerKind = Literal["text", "diagnosis", "question"]
-# What of a picture's attributes an answer states.
+# The attributes of an image that an answer states.
 Stated = Literal["organ", "values", "diagnosis"]
-# What `data.phantom` can write about a synthetic picture.
+# The texts that `data.phantom` can write about a synthetic image.
 Wording = Literal["report", "findings", "impression", "diagnosis", "caption", "question"]
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One thing that can be asked for.
+    """One task.
 
     Attributes:
-        name: as the client and the command line spell it.
-        value: in `echovlm.v1.Task`.
-        instructions: what the model is asked in each language; none where the caller's prompt is all that it is asked.
-        needs_image: whether it is about a picture.
-        answer: by which metrics it is judged.
-        states: what the answer states where the picture's attributes are known.
-        phantoms: how a right answer about a synthetic picture is written; None where there is none.
+        name: the name in the client and the command line.
+        value: the value in `echovlm.v1.Task`.
+        instructions: the instructions for the model in each language; empty if there is only the caller's prompt.
+        needs_image: whether it needs an image.
+        answer: the kind of answer, which determines the metrics.
+        states: the attributes that the answer states, if the image's attributes are known.
+        phantoms: the text of a right answer about a synthetic image; None if there is none.
     """
 
     name: TaskName
@@ -44,12 +44,12 @@ class Task:
 
     @property
     def needs_prompt(self) -> bool:
-        """Whether it asks nothing without the caller's own words."""
+        """Whether it needs the caller's prompt."""
         return not self.instructions
 
     @property
     def label(self) -> str:
-        """Its name in `echovlm.v1.Task`, for texts about a request."""
+        """Its name in `echovlm.v1.Task`, for messages."""
         return f"TASK_{self.name.upper()}"
 
 
@@ -121,22 +121,22 @@ LANGUAGES: dict[Language, echovlm_pb2.Language] = {
     "en": echovlm_pb2.LANGUAGE_ENGLISH,
     "zh": echovlm_pb2.LANGUAGE_CHINESE,
 }
-# The language of an answer where a request does not say.
+# The default language of an answer.
 DEFAULT_LANGUAGE: Language = "en"
 
 
 def phantom_tasks() -> tuple[TaskName, ...]:
-    """The tasks that can be asked about a synthetic picture."""
+    """The tasks for synthetic images."""
     return tuple(task.name for task in TASKS.values() if task.phantoms is not None)
 
 
 def task_of(value: int) -> Task | None:
-    """The task of a value of `echovlm.v1.Task`; None where there is none."""
+    """The task of a value of `echovlm.v1.Task`, or None."""
     return next((task for task in TASKS.values() if task.value == value), None)
 
 
 def language_of(value: int) -> Language | None:
-    """The language of a value of `echovlm.v1.Language`, the default one where it is unset; None where there is none."""
+    """The language of a value of `echovlm.v1.Language`: the default if it is unset, None if it is unknown."""
     if value == echovlm_pb2.LANGUAGE_UNSPECIFIED:
         return DEFAULT_LANGUAGE
     return next((name for name, number in LANGUAGES.items() if number == value), None)

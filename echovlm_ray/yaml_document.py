@@ -1,4 +1,4 @@
-"""Reads a YAML file together with the line of every key and value, so that errors can say where."""
+"""Reads a YAML file with the line numbers of all keys and values, for errors."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,11 @@ KeyPath = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong with a file.
+    """One problem of a file.
 
     Attributes:
-        where: file and line, for example "local.yaml:12", or what else the value came from.
-        text: the field, what is wrong, and what to do.
+        where: file and line, for example "local.yaml:12", or another source of the value.
+        text: the field, the problem and the fix.
     """
 
     where: str
@@ -30,10 +30,10 @@ class Problem:
 
 
 class DocumentError(ValueError):
-    """A file cannot be used; the text has a line for each problem."""
+    """A file is invalid. The text has a line for each problem."""
 
     def __init__(self, problems: list[Problem]) -> None:
-        """Takes what is wrong, in the order of the file."""
+        """Takes the problems in the order of the file."""
         super().__init__("\n".join(map(str, problems)))
         self.problems = tuple(problems)
 
@@ -47,23 +47,23 @@ class Document:
     lines: dict[KeyPath, str]
 
     def where(self, path: KeyPath) -> str:
-        """Of the field, or of the innermost one around it that the file has."""
+        """The location of a field, or of the innermost enclosing one in the file."""
         while path and path not in self.lines:
             path = path[:-1]
         return self.lines.get(path, self.name)
 
     def order(self, where: str) -> tuple[str, int]:
-        """Sorts places as they come in the file."""
+        """The sort key of a location in the file."""
         name, _, line = where.rpartition(":")
         return (name, int(line)) if line.isdecimal() else (where, 0)
 
 
 class NotYamlError(ValueError):
-    """A text is no YAML, or holds a key twice.
+    """A text is not YAML, or has a duplicate key.
 
     Attributes:
-        line: where, counted from 1; None where that is not known.
-        reason: what is wrong there.
+        line: the line, from 1; None if it is unknown.
+        reason: the problem.
     """
 
     def __init__(self, line: int | None, reason: str) -> None:
@@ -73,10 +73,10 @@ class NotYamlError(ValueError):
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a text in YAML 1.2, which JSON is too; None for an empty one.
+    """Parses YAML 1.2, of which JSON is a subset; None for an empty text.
 
     Raises:
-        NotYamlError: it is no YAML, holds several documents, or a key twice.
+        NotYamlError: it is not YAML, or has several documents or a duplicate key.
     """
     return _load(YAML(typ="safe", pure=True), text)
 
@@ -90,14 +90,14 @@ def write_yaml(path: Path, value: Any) -> None:
 
 
 def read_document(path: Path, content: str) -> Document:
-    """The values of a file; none for an empty one.
+    """Reads the values of a file; empty for an empty file.
 
     Args:
         path: the file.
-        content: what it must hold, for the error; for example "sections such as `gateway:`, one a line".
+        content: the expected content, for errors; for example "sections such as `gateway:`, one a line".
 
     Raises:
-        DocumentError: it cannot be read, is no YAML, holds something else, or a key twice.
+        DocumentError: it is unreadable, not YAML, not a mapping, or has a duplicate key.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -133,12 +133,12 @@ def _load(yaml: YAML, text: str) -> Any:
     except RecursionError:
         raise NotYamlError(None, "it is nested too deeply") from None
     except ValueError as error:
-        # A date that does not exist.
+        # An invalid date.
         raise NotYamlError(None, str(error)) from None
 
 
 def _note_lines(value: object, path: KeyPath, document: Document, seen: set[int]) -> None:
-    # What aliases stand for is noted once: there may be many of them, and one may stand for what it is in.
+    # The target of aliases is visited once: there may be many of them, and they may be recursive.
     if id(value) in seen:
         return
     seen.add(id(value))

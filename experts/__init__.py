@@ -1,1 +1,1 @@
-"""One organ's expert group: bundles, registry, resident versions, kernels, and its gRPC service."""
+"""One organ's expert group: bundles, registry, loaded versions, kernels, and its gRPC service."""

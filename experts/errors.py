@@ -5,59 +5,59 @@ BUNDLE_UNUSABLE = "BUNDLE_UNUSABLE"
 
 
 class InvalidBundleError(ValueError):
-    """A bundle is not what its manifest says, or not what it must be. The text names the file and the reason."""
+    """A bundle is invalid or does not match its manifest. The text names the file and the reason."""
 
 
 class ProbeError(InvalidBundleError):
-    """A bundle's self-test failed: what a kernel computes with its weights is not what was recorded."""
+    """A bundle's self-test failed: a kernel's outputs differ from the recorded ones."""
 
 
 class SignatureError(InvalidBundleError):
-    """A bundle is not signed as the policy demands. The text says what is missing or wrong."""
+    """A bundle is not signed as the policy requires. The text names the problem."""
 
 
 class WarmUpError(InvalidBundleError):
-    """A bundle that was loaded cannot answer what a router would send. The text names the layer and the cause."""
+    """A loaded bundle failed a router's calls. The text names the layer and the cause."""
 
 
 class UnknownBundleError(LookupError):
-    """No such bundle in the registry. The text names what was asked for and what there is."""
+    """There is no such bundle in the registry. The text names the bundle and lists the existing ones."""
 
 
 class RegistryError(ValueError):
-    """A registry's address or its options cannot be used. The text names the address and the reason."""
+    """A registry's address or options are invalid. The text names the address and the reason."""
 
 
 class RegistryFullError(RegistryError):
-    """A registry, or the folder for bundles on their way to it, has no room. The text says where to make some."""
+    """The disk of a registry, or of its upload folder, is full. The text names the folder."""
 
 
-class RegistryAwayError(RegistryError):
-    """The registry cannot be read now: out of reach, or not permitted. The text names the registry and the reason."""
+class RegistryUnavailableError(RegistryError):
+    """The registry is unreachable or refuses access. The text names the registry and the reason."""
 
 
 class BundleNotResidentError(LookupError):
-    """An exchange asked for a bundle that this replica has not loaded."""
+    """A call needs a bundle that this replica has not loaded."""
 
 
 class BundleUnusableError(BundleNotResidentError):
-    """An exchange asked for a bundle that this replica tried to load and could not.
+    """A call needs a bundle that this replica failed to load.
 
     Attributes:
-        organ: whose experts it has.
-        reason: why, in words for callers: without paths or addresses.
+        organ: the bundle's organ.
+        reason: the reason for callers, without paths or addresses.
     """
 
     def __init__(self, organ: str, digest: str, reason: str) -> None:
-        """Names the bundle and says why it cannot be used."""
+        """Names the bundle and the reason."""
         super().__init__(f"bundle {digest[:100]!r} could not be loaded in the expert group of {organ!r}: {reason}")
         self.organ = organ
         self.reason = reason
 
 
 class ExpertCapacityError(RuntimeError):
-    """A limit of an expert replica is reached; the text names the limit. Nothing else is disturbed."""
+    """A limit of an expert replica is reached. The text names the limit."""
 
 
 class InvalidTensorError(ValueError):
-    """A tensor that arrived is not what it says, or not what its place needs. The text names the difference."""
+    """A received tensor is malformed, or does not have the expected shape or dtype. The text names the difference."""

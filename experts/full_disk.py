@@ -1,20 +1,20 @@
-"""Errors of a full disk name the folder in which to free space, which the operating system's error does not."""
+"""Adds the folder in which to free space to errors of a full disk."""
 
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# No room on the disk, and none left of what this user may take.
+# The disk is full, or the user's quota is used up.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
 def full_disk_named(folder: Path) -> Iterator[None]:
-    """Has an error of a full disk name the folder that is written while the block lasts.
+    """Adds the folder that is written within the block to errors of a full disk.
 
     Raises:
-        OSError: with the same number, the folder as its `filename`, and what to do as its `strerror`.
+        OSError: with the same number, the folder as `filename`, and the fix as `strerror`.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""The versions of one organ's experts that this process holds, and computation with any of them."""
+"""The loaded versions of one organ's experts, and the computation with them."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -20,13 +20,13 @@ from experts.warm_up import warm_up
 
 
 class BundleStore(Protocol):
-    """Where bundles come from: a `Registry`, or `KeptBundles` beside one."""
+    """The source of bundles: a `Registry`, or `KeptBundles` on top of one."""
 
     def open(self, digest: str) -> Bundle:
-        """The bundle with a digest; raises what `Registry.open` raises."""
+        """Opens the bundle with a digest. Raises the errors of `Registry.open`."""
 
 
-# More versions than are ever wanted of one organ at a time.
+# More versions than one organ ever needs at a time.
 _MAX_FAILURES = 16
 
 DEFAULT_TOP_K = 2
@@ -34,20 +34,20 @@ DEFAULT_TOP_K = 2
 
 @dataclass(slots=True)
 class _State:
-    """What the group's lock guards."""
+    """The state that the group's lock guards."""
 
     entries: dict[str, LoadedBundle] = field(default_factory=dict)
     loading: dict[str, Future[Resident]] = field(default_factory=dict)
-    # Of the loads under way, how far, from 0 to 1.
+    # Progress of the running loads, from 0 to 1.
     progress: dict[str, float] = field(default_factory=dict)
-    # Of the bundles whose last load failed, why.
+    # Why the last load of a bundle failed.
     failures: dict[str, LoadFailure] = field(default_factory=dict)
-    # Bytes of everything that is resident, being loaded, or being unloaded and not yet gone.
+    # Bytes of all bundles that are loaded, being loaded, or being unloaded.
     held_bytes: int = 0
 
 
 class _Progress:
-    """Records how far a load is: reading and checking the files is half of it, preparing the layers the other."""
+    """The progress of a load: the first half is reading and checking the files, the second preparing the layers."""
 
     def __init__(self, state: _State, digest: str, manifest: Manifest) -> None:
         self._progress = state.progress
@@ -71,12 +71,12 @@ class _Progress:
 
 
 class ExpertGroup:
-    """Holds several versions of one organ's experts. Every method may be called from any thread.
+    """Holds several versions of one organ's experts. Thread-safe.
 
-    The lock is held for look-ups only: computing never waits for a load, nor for another exchange.
+    The lock is held for look-ups only: a call never waits for a load or for another call.
 
     Attributes:
-        organ: the organ whose experts these are.
+        organ: the organ of the experts.
     """
 
     def __init__(
@@ -96,17 +96,17 @@ class ExpertGroup:
         """
         Args:
             organ: bundles of any other organ are refused.
-            registry: where bundles are loaded from.
-            kernel: computes them.
-            device: where the weights go.
-            dtype: of the hidden states that callers send, to which weights are converted; none leaves the weights as
-                each bundle has them, and callers must send that.
+            registry: the source of bundles.
+            kernel: computes the experts.
+            device: the device of the weights.
+            dtype: the dtype of callers' hidden states, to which weights are converted. With None the weights keep their
+                dtype, and callers must use that.
             other_dtype: "refuse" refuses bundles whose experts or gate rows have another dtype.
-            top_k: experts per token that callers ask for, for the warm-up.
+            top_k: experts per token in the warm-up.
             max_resident_bytes: a load that would take the weights of all versions together above this is refused.
-            backbone_digest: when given, bundles that were trained against another backbone are refused.
-            admit: when given, asked about every bundle before it is loaded; raises where policy forbids it, as
-                `experts.bundles.signing.SignaturePolicy.admit` does.
+            backbone_digest: when set, bundles that were trained against another backbone are refused.
+            admit: when set, called with every bundle before it is loaded; raises if a policy forbids it, like
+                `experts.bundles.signing.SignaturePolicy.admit`.
         """
         self.organ = organ
         self._registry = registry
@@ -122,17 +122,17 @@ class ExpertGroup:
         self._state = _State()
 
     def load(self, digest: str) -> Resident:
-        """Makes a bundle resident, after checking all of it; returns when it can be used.
+        """Checks and loads a bundle; returns when it can be used.
 
-        Before it counts as resident it has answered exchanges in every layer: see `experts.warm_up`.
+        It counts as loaded only after it has answered calls in every layer: see `experts.warm_up`.
 
-        Loading a resident bundle again only returns it; a load of the same bundle under way is waited for.
+        Idempotent: a running load of the same bundle is waited for.
 
         Raises:
-            UnknownBundleError: the registry does not have it.
-            InvalidBundleError: another organ's, another backbone's, of a dtype that must not be converted, damaged,
-                not admitted, or it cannot be computed with here.
-            ExpertCapacityError: no room; nothing was allocated.
+            UnknownBundleError: it is not in the registry.
+            InvalidBundleError: it belongs to another organ or backbone, has a dtype that must not be converted, is
+                damaged, is not admitted, or cannot be computed here.
+            ExpertCapacityError: the memory limit does not allow it; nothing was allocated.
         """
         with self._changed:
             if entry := self._state.entries.get(digest):
@@ -163,10 +163,10 @@ class ExpertGroup:
         return entry.resident
 
     def unload(self, digest: str) -> None:
-        """Unloads a bundle; returns when the exchanges under way with it have ended and its memory is free.
+        """Unloads a bundle; returns when its running calls have ended and its memory is free.
 
-        New exchanges are refused at once. Unloading an absent bundle does nothing; one that is being loaded is
-        unloaded once it is there.
+        New calls are refused immediately. Does nothing if the bundle is not loaded; one that is being loaded is
+        unloaded afterwards.
         """
         with self._changed:
             self._changed.wait_for(lambda: digest not in self._state.loading)
@@ -174,8 +174,8 @@ class ExpertGroup:
             entry = self._state.entries.pop(digest, None)
             if entry is None:
                 return
-            self._changed.wait_for(lambda: entry.exchanges == 0)
-        # Giving memory back takes a while, and no exchange should wait for it.
+            self._changed.wait_for(lambda: entry.running_calls == 0)
+        # Freeing memory takes a while, and calls must not wait for it.
         entry.layers.clear()
         with self._changed:
             self._state.held_bytes -= entry.resident.resident_bytes
@@ -188,13 +188,13 @@ class ExpertGroup:
         expert_index_TK: torch.Tensor,
         weight_TK: torch.Tensor,
     ) -> torch.Tensor:
-        """Computes `Σ_k weight · SwiGLU_k(x)` with one layer of a resident bundle.
+        """Computes `Σ_k weight · SwiGLU_k(x)` with one layer of a loaded bundle.
 
         Args:
             digest: the bundle.
             layer: the decoder layer, from 0.
-            x_TD: tokens × hidden, in the resident weights' dtype; on any device.
-            expert_index_TK: int32, from 0; `NO_EXPERT` where this group has no part in the pair.
+            x_TD: tokens × hidden, in the loaded weights' dtype; on any device.
+            expert_index_TK: int32, from 0; `NO_EXPERT` for pairs of other groups.
             weight_TK: in x's dtype.
 
         Returns:
@@ -202,34 +202,36 @@ class ExpertGroup:
 
         Raises:
             BundleNotResidentError: the bundle is not loaded.
-            BundleUnusableError: it is not loaded because the last try to load it failed.
-            InvalidTensorError: a layer, shape, dtype or expert that does not fit the bundle.
+            BundleUnusableError: it is not loaded because its last load failed.
+            InvalidTensorError: a layer, shape, dtype or expert index does not fit the bundle.
         """
         with self._in_use(digest) as entry:
             return entry.forward(digest, layer, x_TD, expert_index_TK, weight_TK)
 
     def resident(self) -> list[Resident]:
-        """What can be used now, in the order in which it was loaded."""
+        """The loaded bundles, in the order of loading."""
         with self._changed:
             return [entry.resident for entry in self._state.entries.values()]
 
     def loading(self) -> dict[str, float]:
-        """The loads under way: digest → how far, from 0 to 1."""
+        """The running loads: digest → progress from 0 to 1."""
         with self._changed:
             return {digest: self._state.progress.get(digest, 0.0) for digest in self._state.loading}
 
     def failure(self, digest: str) -> LoadFailure | None:
-        """Why the last load of a bundle failed; None if it did not, or is being tried again."""
+        """Why the last load of a bundle failed; None if it did not, or is being retried."""
         with self._changed:
             return None if digest in self._state.loading else self._state.failures.get(digest)
 
     @property
     def max_resident_bytes(self) -> int:
-        """What the weights of all versions together may take."""
+        """The limit for the weights of all versions, in bytes."""
         return self._max_resident_bytes
 
     def parameters_per_expert(self, digest: str) -> int | None:
-        """How many numbers one expert of one layer has: what a pair costs. None if the bundle is not resident."""
+        """The number of parameters of one expert in one layer, which is the cost of a pair. None if the bundle is not
+        loaded.
+        """
         with self._changed:
             entry = self._state.entries.get(digest)
         return None if entry is None else entry.parameters_per_expert(digest)
@@ -245,13 +247,13 @@ class ExpertGroup:
                 raise BundleNotResidentError(
                     f"bundle {digest[:100]!r} is not loaded in the expert group of {self.organ!r}; load it first"
                 )
-            entry.exchanges += 1
+            entry.running_calls += 1
         try:
             yield entry
         finally:
             with self._changed:
-                entry.exchanges -= 1
-                if entry.exchanges == 0:
+                entry.running_calls -= 1
+                if entry.running_calls == 0:
                     self._changed.notify_all()
 
     def _note_failure(self, digest: str, error: BaseException) -> None:
@@ -279,7 +281,7 @@ class ExpertGroup:
                 layers.append(self._prepare(bundle, layer, dtype))
                 progress.add_layer()
             resident_bytes = sum(prepared.nbytes for prepared in layers)
-            # A kernel may have padded or repacked.
+            # A kernel may have padded or repacked the weights.
             self._reserve(resident_bytes - reserved, manifest)
             reserved = resident_bytes
             resident = Resident(
@@ -331,7 +333,7 @@ class ExpertGroup:
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise ExpertCapacityError(f"{title} does not fit into the memory of {self._device}") from error
         except Exception as error:
-            # A kernel may be another package's; what it says is about weights, and an operator has to read it.
+            # A kernel may come from another package. Its error is about weights only, and operators need it.
             raise InvalidBundleError(
                 f"{title}, layer {layer}: the kernel {self._kernel.name} cannot load it in {dtype_name(dtype)} on "
                 f"{self._device}: {type(error).__name__}: {str(error)[:500]}"

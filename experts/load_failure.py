@@ -6,30 +6,30 @@ from typing import Self
 from experts.errors import (
     ExpertCapacityError,
     InvalidBundleError,
-    RegistryAwayError,
     RegistryError,
+    RegistryUnavailableError,
     SignatureError,
     UnknownBundleError,
 )
 
-# Asked from top to bottom; the first type that fits decides.
+# The first type that matches decides.
 _REASONS: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], str], ...] = (
     (UnknownBundleError, "the registry does not have the bundle"),
     (SignatureError, "the bundle is not signed as the configuration demands"),
     (InvalidBundleError, "the bundle is damaged or does not fit"),
     (ExpertCapacityError, "the memory limit of the experts leaves no room for it"),
-    ((RegistryAwayError, RegistryError), "the registry cannot be read"),
+    ((RegistryUnavailableError, RegistryError), "the registry cannot be read"),
     (MemoryError, "the replica has no memory for it"),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class LoadFailure:
-    """A load that failed.
+    """A failed load.
 
     Attributes:
-        reason: for callers of the service.
-        text: for operators: the error's own words, which may name paths and addresses.
+        reason: the reason for callers of the service.
+        text: the error's text for operators, which may contain paths and addresses.
     """
 
     reason: str
@@ -37,6 +37,6 @@ class LoadFailure:
 
     @classmethod
     def of(cls, error: BaseException) -> Self:
-        """What is kept of an error; the error itself would keep what its frames hold."""
+        """Extracts the texts of an error. The exception object would keep its frames alive."""
         reason = next((words for kinds, words in _REASONS if isinstance(error, kinds)), "loading it failed")
         return cls(reason, str(error) or type(error).__name__)

@@ -1,4 +1,4 @@
-"""One bundle in memory: its description, and the checks between an exchange and its kernel."""
+"""One loaded bundle: its description, and the checks of a call before the kernel runs."""
 
 from dataclasses import dataclass
 
@@ -11,28 +11,28 @@ from experts.kernels.base import NO_EXPERT, PreparedExperts
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """A bundle that is ready to compute."""
+    """The description of a loaded bundle."""
 
     digest: str
     name: str
     version: str
-    # Of the weights as the kernel keeps them. Where they are views of mapped files, processes share the memory.
+    # Of the weights in the kernel's layout. Views of mapped files are memory that processes share.
     resident_bytes: int
     kernel: str
-    # Of the weights as they are computed with, and as the bundle has them; see `experts.bundles.convert`.
+    # The dtype of the computation, and the bundle's dtype; see `experts.bundles.convert`.
     dtype: str
     bundle_dtype: str
 
 
 @dataclass(slots=True)
 class LoadedBundle:
-    """A bundle's experts as a kernel prepared them. It implements `experts.transport.expert_calls.SupportsForward`.
+    """A bundle's experts in a kernel's layout; an `experts.transport.expert_calls.SupportsForward` for this bundle.
 
     Attributes:
-        dtype: of the weights, and of the hidden states that it takes.
-        device: where it computes.
+        dtype: the dtype of the weights and of the hidden states.
+        device: the device of the computation.
         layers: one for each decoder layer.
-        exchanges: under way; guarded by the group's lock.
+        running_calls: the number of running calls; guarded by the group's lock.
     """
 
     resident: Resident
@@ -40,7 +40,7 @@ class LoadedBundle:
     dtype: torch.dtype
     device: torch.device
     layers: list[PreparedExperts]
-    exchanges: int = 0
+    running_calls: int = 0
 
     @property
     def organ(self) -> str:
@@ -48,7 +48,7 @@ class LoadedBundle:
         return self.manifest.organ
 
     def parameters_per_expert(self, digest: str) -> int:
-        """How many numbers one expert of one layer has."""
+        """The number of parameters of one expert in one layer."""
         return 3 * self.manifest.hidden_size * self.manifest.intermediate_size
 
     def forward(
@@ -62,7 +62,7 @@ class LoadedBundle:
         """See `experts.group.ExpertGroup.forward`.
 
         Raises:
-            InvalidTensorError: a layer, shape, dtype or expert that does not fit the bundle.
+            InvalidTensorError: a layer, shape, dtype or expert index does not fit the bundle.
         """
         _check_exchange(self, layer, x_TD, expert_index_TK, weight_TK)
         with torch.inference_mode():

@@ -1,7 +1,7 @@
-"""A folder of this machine that belongs to this user alone: for sockets, locks, secrets and what runs here.
+"""A private folder of this user on this machine: for sockets, locks, secrets and the list of running systems.
 
-It lies where every user may write, so another one may have taken its name. Then the next name is used, so that no
-user keeps another from starting.
+Its parent is writable for every user, so another user may have taken the name. Then the next name is used, so that no
+user can prevent another from starting.
 """
 
 import os
@@ -10,21 +10,22 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# A Unix socket's path has at most 107 bytes and the zero at its end.
+# A Unix socket's path has at most 107 bytes and a terminating zero.
 MAX_SOCKET_PATH = 107
 _NAMES = 1000
 _FALLBACKS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 def private_folder(base: str | None = None, *, longest: int = 4096) -> Path:
-    """The folder, made if it is missing; all processes of this user on this machine find the same one.
+    """Returns the folder, which is created if it is missing. All processes of this user on this machine get the same
+    one.
 
     Args:
-        base: the folder to make it in; by default where the system keeps what is temporary.
-        longest: bytes that its path may have; with a longer base, another one is taken that every system has.
+        base: the parent folder; by default the system's temporary folder.
+        longest: the most bytes of its path; if `base` is too long, /tmp is used.
 
     Raises:
-        ValueError: it cannot be made anywhere; the text says how to give a place.
+        ValueError: it cannot be created; the text names the fix.
     """
     bases = [tempfile.gettempdir() if base is None else base, *_FALLBACKS]
     fitting = [found for found in bases if len(os.fsencode(found)) + len(f"/echoray-{os.getuid()}-{_NAMES}") <= longest]
@@ -38,19 +39,19 @@ def private_folder(base: str | None = None, *, longest: int = 4096) -> Path:
 
 
 def runtime_folder() -> Path:
-    """The folder for what is there only while something runs: `XDG_RUNTIME_DIR` where that is this user's."""
+    """The folder for runtime files: `XDG_RUNTIME_DIR` if it belongs to this user."""
     base = os.environ.get("XDG_RUNTIME_DIR")
-    # After `su` it is still that of the user before.
+    # After `su` it still refers to the previous user's folder.
     return private_folder(base if base and os.access(base, os.W_OK | os.X_OK) else None)
 
 
 def user_folder(variable: str, under_home: str) -> Path:
-    """Where this user keeps things of a kind, as the XDG base directory specification has it.
+    """A folder of this user, by the XDG base directory specification.
 
     Args:
-        variable: names the folder if it is set, for example XDG_CACHE_HOME.
-        under_home: where it is otherwise, for example .cache. A user id without a home, or whose home it may not
-            write, as in containers, has it in `private_folder` instead.
+        variable: the environment variable with the folder, for example XDG_CACHE_HOME.
+        under_home: the default below the home folder, for example .cache. A user without a writable home, as in
+            containers, gets `private_folder` instead.
     """
     if base := os.environ.get(variable):
         return Path(base)
@@ -64,7 +65,7 @@ def user_folder(variable: str, under_home: str) -> Path:
 
 
 def is_private(path: Path) -> bool:
-    """Whether a path is a folder, no link, of this user, that no other user may enter."""
+    """Whether a path is a folder (not a link) of this user that no other user may enter."""
     try:
         found = path.lstat()
     except OSError:
@@ -80,12 +81,12 @@ def _names(base: Path) -> Iterator[Path]:
 
 
 def _ours(base: Path) -> Path | None:
-    """The first that is ours already."""
+    """The first folder that belongs to this user already."""
     for path in _names(base):
         try:
             found = path.lstat()
         except OSError:
-            # Those after a free name are looked at as well: what was taken when ours was made may be gone by now.
+            # Names after a free one are checked too: the free one may have been taken when the folder was created.
             if not any(base.glob(f"echoray-{os.getuid()}-*")):
                 return None
             continue
@@ -100,7 +101,7 @@ def _made(base: Path) -> Path | None:
         try:
             path.mkdir(mode=0o700)
         except FileExistsError:
-            # Another process of this user may just have made it.
+            # Another process of this user may have created it concurrently.
             if is_private(path):
                 return path
             continue

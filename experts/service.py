@@ -1,4 +1,4 @@
-"""The gRPC face of an expert group: the token loop, and loading and unloading."""
+"""The gRPC service of an expert group: the stream of calls, loading and unloading."""
 
 import asyncio
 import secrets
@@ -20,16 +20,16 @@ from experts.transport.secret import NO_SECRET, SystemSecret
 from protos import expert_pb2
 
 _Answer = Callable[[bytes], Awaitable[None]]
-# A local caller's thread holds up nothing else while it computes: not the event loop, and with it health checks.
+# The thread of a local caller blocks neither the event loop nor health checks while it computes.
 _LOCAL_INLINE_FACTOR = 8
 
 
 class ExpertGroupService:
     """Serves one group on a grpc.aio server, and on a Unix socket for callers on the same host.
 
-    Expert calls of all streams overlap and are answered as they finish. What goes wrong with one is its answer; the
-    stream goes on. When a stream ends its calls are dropped: they are pure functions, and the caller sends them again
-    elsewhere. Load, Unload and Status raise, and leave the status to the server.
+    Calls of all streams run concurrently and are answered as they finish. An error is the answer of its call; the
+    stream continues. When a stream ends its calls are dropped: they are pure functions, and the caller retries them on
+    another replica. Load, Unload and Status raise exceptions, which the server maps to a status.
     """
 
     def __init__(
@@ -42,18 +42,18 @@ class ExpertGroupService:
         inline_multiply_adds: int = 8_000_000,
         secret: SystemSecret = NO_SECRET,
     ) -> None:
-        """Starts the threads that compute, and the server for callers on the same host.
+        """Starts the compute threads, and the server for callers on the same host.
 
         Args:
-            group: what is served.
-            to_status: turns an exception into the status that the caller sees.
-            max_queue: when more calls than this are received and not yet answered, further ones are refused.
-            workers: calls computed at the same time.
-            inline_multiply_adds: a call of at most this many is computed on the event loop when nothing else
-                waits. Passing it to a thread and back takes 110 to 160 µs (measured, grpcio 1.85, one thread), while
-                a core does this many in less than 1 ms. On the Unix socket it may be eight times as large. 0 computes
-                all in threads.
-            secret: what callers on the Unix socket must send first.
+            group: the expert group.
+            to_status: maps an exception to the status for the caller.
+            max_queue: the most received calls without an answer; further ones are refused.
+            workers: the number of calls that are computed concurrently.
+            inline_multiply_adds: calls up to this size are computed on the event loop when nothing else waits. Passing
+                a call to a thread and back takes 110 to 160 µs (measured, grpcio 1.85, one thread), while a core
+                computes this many in less than 1 ms. On the Unix socket the limit is eight times as large. 0 computes
+                all calls in threads.
+            secret: must be sent first by callers on the Unix socket.
         """
         self._group = group
         self._inline_multiply_adds = inline_multiply_adds
@@ -70,25 +70,25 @@ class ExpertGroupService:
 
     @property
     def exchanges_in_flight(self) -> int:
-        """Calls received and not yet answered."""
+        """The number of calls received and not answered yet."""
         return self._calls.in_flight
 
     @property
     def exchanges_received(self) -> int:
-        """All calls since the start, refused ones too."""
+        """The number of calls since the start, including refused ones."""
         return self._calls.received
 
     def resident_bundles(self) -> list[expert_pb2.ResidentBundle]:
-        """What can be used now, as status shows it."""
+        """The loaded bundles, for the status."""
         return [_resident_to_proto(resident) for resident in self._group.resident()]
 
     def close(self) -> None:
-        """Ends the connections on the Unix socket and stops the threads; for after the gRPC server has stopped."""
+        """Closes the Unix socket's connections and stops the threads. Call it after the gRPC server has stopped."""
         self._local_server.stop()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     async def Forward(self, request_iterator: AsyncIterator[bytes], context: "ServicerContext[bytes, bytes]") -> None:
-        """The token loop, in serialised messages; see the .proto."""
+        """The stream of expert calls, as serialised messages; see the .proto."""
         writing = asyncio.Lock()
 
         async def answer(response: bytes) -> None:
@@ -102,12 +102,12 @@ class ExpertGroupService:
                 try:
                     request, data = wire.parse(expert_pb2.ForwardRequest, message)
                 except wire.DecodeError:
-                    # Raised below: a task group would wrap it.
+                    # Raised below, because a task group would wrap it.
                     unreadable = True
                     break
                 before = self._calls.begin()
                 if before is None:
-                    # Awaited here, so that a caller that reads no answers is not read either.
+                    # Awaited here for back pressure: a caller that does not read its answers is not read either.
                     await answer(self._calls.refusal(request))
                     continue
                 cost = self._calls.multiply_adds(request)
@@ -118,7 +118,7 @@ class ExpertGroupService:
                         self._calls.end()
                 else:
                     call = calls.create_task(self._call(request, data, answer))
-                    # Not in the task itself: one that is cancelled before it starts runs nothing.
+                    # Not in the task, because one that is cancelled before it starts does not run.
                     call.add_done_callback(self._calls.end)
         if unreadable:
             raise InvalidTensorError("a message of the stream is no ForwardRequest")
@@ -126,21 +126,21 @@ class ExpertGroupService:
     async def Load(
         self, request: expert_pb2.LoadRequest, context: "ServicerContext[Any, Any]"
     ) -> expert_pb2.LoadResponse:
-        """Makes a bundle resident; raises what `ExpertGroup.load` raises."""
+        """Loads a bundle. Raises the errors of `ExpertGroup.load`."""
         resident = await asyncio.to_thread(self._group.load, request.bundle_digest)
         return expert_pb2.LoadResponse(bundle=_resident_to_proto(resident))
 
     async def Unload(
         self, request: expert_pb2.UnloadRequest, context: "ServicerContext[Any, Any]"
     ) -> expert_pb2.UnloadResponse:
-        """Unloads a bundle once its calls have ended."""
+        """Unloads a bundle after its calls have ended."""
         await asyncio.to_thread(self._group.unload, request.bundle_digest)
         return expert_pb2.UnloadResponse()
 
     async def Status(
         self, request: expert_pb2.ExpertGroupStatusRequest, context: "ServicerContext[Any, Any]"
     ) -> expert_pb2.ExpertGroupStatusResponse:
-        """What is resident, and where callers on the same host may share memory."""
+        """The loaded bundles, and the Unix socket for callers on the same host."""
         return expert_pb2.ExpertGroupStatusResponse(
             organ=self._group.organ,
             bundles=self.resident_bundles(),
@@ -160,7 +160,7 @@ class ExpertGroupService:
 
 
 def add_expert_group_to_server(service: ExpertGroupService, server: grpc.aio.Server) -> None:
-    """What the generated `add_ExpertGroupServicer_to_server` does, with the token loop's messages left serialised."""
+    """Like the generated `add_ExpertGroupServicer_to_server`, but `Forward` gets serialised messages."""
     handlers = {
         "Forward": grpc.stream_stream_rpc_method_handler(service.Forward),
         "Load": _unary(service.Load, expert_pb2.LoadRequest, expert_pb2.LoadResponse),

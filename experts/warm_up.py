@@ -1,9 +1,9 @@
-"""The expert calls that a bundle must answer on the serving replica before it counts as loaded.
+"""The warm-up: expert calls that a bundle must answer on the serving replica before it counts as loaded.
 
-They take the way of every call: built as a router builds them, in its dtype and with its number of experts per
-token, serialised, checked, computed by the loaded kernel on its device, and serialised again. What fails here would
-fail in every request. Where the bundle brought a probe, the answers must also be the recorded ones: verification may
-have run another kernel than the one that serves, on another device.
+They run through the code of every call: built like a router's, in its dtype and with its number of experts per token,
+serialised, checked, computed by the loaded kernel on its device, and serialised again. A failure here would be a
+failure in every request. If the bundle has a probe, the answers must also match the recorded ones: the verification may
+have used another kernel or device than the serving replica.
 """
 
 from collections.abc import Iterator
@@ -23,16 +23,16 @@ from protos import expert_pb2
 
 
 def warm_up(group: SupportsForward, bundle: Bundle, *, dtype: torch.dtype, top_k: int) -> None:
-    """Has every layer compute several tokens, among which every expert is asked, and one token alone.
+    """Calls every layer with several tokens that use all experts, and with a single token.
 
     Args:
-        group: computes with the bundle.
-        bundle: what was loaded.
-        dtype: of the hidden states that a router sends.
-        top_k: experts per token that a router asks for, where the bundle has as many.
+        group: the loaded bundle.
+        bundle: its files.
+        dtype: the dtype of a router's hidden states.
+        top_k: a router's experts per token, at most the number of the bundle's experts.
 
     Raises:
-        WarmUpError: a call failed, or its answer is not what it must be; the text says in which layer and why.
+        WarmUpError: a call failed or its answer is wrong; the text has the layer and the reason.
     """
     calls = ExpertCalls(group, to_status=_to_status, max_queue=1)
     for layer in range(bundle.manifest.num_layers):
@@ -81,5 +81,5 @@ def _compare(layer: int, found_TD: torch.Tensor, expected_TD: torch.Tensor) -> N
 
 
 def _to_status(error: Exception) -> status_pb2.Status:
-    # An operator reads it, and inputs are made up: nothing of a request can be in the text.
+    # For operators. The inputs are synthetic, so the text cannot contain anything of a request.
     return status_pb2.Status(code=code_pb2.FAILED_PRECONDITION, message=f"{type(error).__name__}: {str(error)[:500]}")

@@ -2,11 +2,11 @@
 
 
 class UnknownOrganError(LookupError):
-    """A request named an organ that the expert set does not have. The text names the organs that there are."""
+    """A request named an organ that the expert set does not have. The text lists the organs."""
 
 
 class OrganPendingError(RuntimeError):
-    """A request named an organ that this router does not know, and a policy is on its way that brings new ones."""
+    """A request named an organ that is unknown here while a policy with new organs is being applied. Retrying helps."""
 
     def __init__(self, retry_after_s: float = 0.2) -> None:
         super().__init__("the organ may just have been added; sending the request again is safe")
@@ -14,10 +14,10 @@ class OrganPendingError(RuntimeError):
 
 
 class OrganInCanaryError(RuntimeError):
-    """A request named a new organ whose experts answer only a part of the requests, and it is not among them."""
+    """A request named a new organ that is still a canary, and the request is not in the canary's share."""
 
     def __init__(self, organ: str, percent: float) -> None:
-        """Names the organ and the part of the requests, in percent."""
+        """`percent` is the canary's share of the requests."""
         super().__init__(
             f"the organ {organ!r} is new and in canary: its experts answer {percent:g} % of the requests, and this one "
             "was not chosen. The same session, or request id, is chosen only once the percentage is raised: leave the "
@@ -28,21 +28,20 @@ class OrganInCanaryError(RuntimeError):
 
 
 class TooManyOrgansError(ValueError):
-    """A request named more organs than it may use. The text names the limit."""
+    """A request named more organs than the limit, which the text names."""
 
 
 class ExpertsUnavailableError(RuntimeError):
-    """No replica of an organ's expert group answers now; sending again later is safe.
+    """No replica of an organ's expert group answers now; a later retry is safe.
 
     Attributes:
-        since: from when on no replica answered the request that ended by it, in `time.monotonic` seconds; 0 where it
-            did not wait.
+        since: since when no replica answered the failed request, in `time.monotonic` seconds; 0 if it did not wait.
     """
 
     since = 0.0
 
     def __init__(self, organ: str, reason: str, retry_after_s: float = 1.0) -> None:
-        """Names the organ, says why, and how long to wait before another try."""
+        """`retry_after_s` is the time to wait before a retry."""
         super().__init__(f"the experts of {organ!r} are not available: {reason}")
         self.organ = organ
         self.reason = reason
@@ -50,10 +49,10 @@ class ExpertsUnavailableError(RuntimeError):
 
 
 class ExpertsUnusableError(ExpertsUnavailableError):
-    """No replica of an organ could load the version that a request needs, so waiting does not help it."""
+    """No replica of an organ could load the version that a request needs. A retry does not help."""
 
     def __init__(self, organ: str, digest: str, reason: str, version: str = "") -> None:
-        """Names the bundle, and its version where it is known; the reason names no place inside the system."""
+        """`reason` is shown to callers and must not name addresses or paths."""
         super().__init__(organ, f"no replica could load version {version or digest[:12]}: {reason}")
         self.digest = digest
         self.version = version
@@ -61,7 +60,7 @@ class ExpertsUnusableError(ExpertsUnavailableError):
 
 
 class ExpertsFailedError(RuntimeError):
-    """An organ's experts answered that they cannot compute a call; sending it again would not help."""
+    """An organ's experts refused or failed to compute a call. A retry does not help."""
 
     def __init__(self, organ: str, reason: str) -> None:
         super().__init__(f"the experts of {organ!r} failed: {reason}")
@@ -69,15 +68,15 @@ class ExpertsFailedError(RuntimeError):
 
 
 class RolloutStateError(ValueError):
-    """A rollout, an organ or a version is not in a state in which that can be done. The text says what can."""
+    """The operation is not possible in the current state. The text names the possible ones."""
 
 
 class UnknownRolloutError(LookupError):
-    """There is no such rollout or version. The text names what there is."""
+    """There is no such rollout or version. The text lists the existing ones."""
 
 
 class UnknownExpertSetError(LookupError):
-    """No request of this deployment ever got this expert set."""
+    """No request of this deployment was ever assigned to this expert set."""
 
     def __init__(self, expert_set_id: str) -> None:
         super().__init__(
@@ -88,7 +87,7 @@ class UnknownExpertSetError(LookupError):
 
 
 class ExpertSetNotServedError(ValueError):
-    """A request named an expert set that no request gets now. The text says how to bring it back."""
+    """A request named an expert set that is not loaded now. The text names the command that loads it."""
 
     def __init__(self, expert_set_id: str) -> None:
         super().__init__(
@@ -98,10 +97,10 @@ class ExpertSetNotServedError(ValueError):
 
 
 class ReplayRefusedError(ValueError):
-    """A past expert set cannot answer again. The text names the organ, the version and the reason."""
+    """A past expert set cannot be loaded for a replay. The text names the organ, the version and the reason."""
 
     def __init__(self, organ: str, version: str, reason: str) -> None:
-        """Says which bundle of the set cannot be used, and why."""
+        """Names the bundle that cannot be used, and the reason."""
         super().__init__(f"the answer cannot be computed again: {organ} {version} {reason}")
         self.organ = organ
         self.version = version
@@ -109,27 +108,26 @@ class ReplayRefusedError(ValueError):
 
 
 class InvalidRolloutRequestError(ValueError):
-    """What was asked of a rollout makes no sense in itself, for example a percentage of 300."""
+    """The arguments of an operation are invalid, for example a percentage of 300."""
 
     def __init__(self, field: str, description: str) -> None:
-        """Names the field of the request and what is wrong with it."""
+        """Names the field of the request and the problem."""
         super().__init__(f"{field}: {description}")
         self.field = field
         self.description = description
 
 
 class RolloutDatabaseError(RuntimeError):
-    """The rollouts' database cannot be used: another version's, out of reach, or damaged. The text says what to do."""
+    """The rollouts' database is unreachable, damaged or of another version. The text names the fix."""
 
 
 class RolloutDatabaseUnavailableError(RolloutDatabaseError):
-    """The rollouts' database is locked or out of reach now; nothing was changed, and asking again later is safe."""
+    """The rollouts' database is locked or unreachable now. Nothing was changed; a later retry is safe."""
 
 
 class RolloutDatabaseFullError(RolloutDatabaseError):
-    """The rollouts' database has no room to write; nothing was changed. The text says where to make some."""
+    """The disk of the rollouts' database is full. Nothing was changed. The text names the folder."""
 
 
 class RolloutDatabaseLostError(RolloutDatabaseError):
-    """The database that was opened is not there any more: deleted, or another one is in its place. Nothing was written.
-    The text says what to do."""
+    """The rollouts' database was deleted or replaced since it was opened. Nothing was written. The text has the fix."""

@@ -146,5 +146,11 @@ def test_the_extras_that_are_named_exist() -> None:
             assert set(extra.split(",")) <= set(project["optional-dependencies"]), f"{page.name}: no extra {extra}"
 
 
-def test_structures_says_what_the_modules_say() -> None:
+@pytest.mark.parametrize("place", write_structures.PLACES, ids=lambda place: place.change)
+def test_the_place_of_a_change_exists(place: write_structures.Place) -> None:
+    # That the paths in the last column exist is tested in tests/test_repository.py.
+    assert re.search(rf"\b{place.name}\b", (ROOT / place.path).read_text())
+
+
+def test_the_structures_page_is_up_to_date() -> None:
     assert (ROOT / "docs/structures.md").read_text() == write_structures.page(), "run `make structures`"

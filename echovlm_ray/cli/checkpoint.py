@@ -1,4 +1,4 @@
-"""`echoray checkpoint`: looks at, splits, merges and makes checkpoints. Loads torch only inside a command."""
+"""`echoray checkpoint`: inspects, splits, merges and creates checkpoints. Imports torch only inside a command."""
 
 from functools import partial
 from pathlib import Path
@@ -9,10 +9,14 @@ import typer
 from echovlm_ray.cli.terminal import say, say_json
 from echovlm_ray.cli.work import byte_progress, clear_errors, fail, parse_size
 
-app = typer.Typer(no_args_is_help=True, help="Look at, split, merge and make checkpoints.", rich_markup_mode="markdown")
+app = typer.Typer(
+    no_args_is_help=True, help="Inspect, split, merge and create checkpoints.", rich_markup_mode="markdown"
+)
 
 Source = Annotated[Path, typer.Argument(metavar="SRC", help="The checkpoint's folder.")]
-Destination = Annotated[Path, typer.Argument(metavar="DST", help="The folder to make. It must not exist, or be empty.")]
+Destination = Annotated[
+    Path, typer.Argument(metavar="DST", help="The folder to create. It must not exist, or must be empty.")
+]
 MaxShardSize = Annotated[
     str, typer.Option("--max-shard-size", help="The most bytes of weights in one file, like 5GB or 500MB.")
 ]
@@ -25,10 +29,10 @@ def inspect_command(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Any checkpoint's folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
-    """Says what a checkpoint is, how big its parts are, and what is wrong with it.
+    """Shows the kind of a checkpoint, the sizes of its parts, and its problems.
 
-    Knows the released layout (one file or shards), split folders, their backbones, and a stock Qwen2-VL.
-    Reads headers only, so it is quick whatever the size. The exit code is 1 when something is wrong.
+    Supports the released layout (one file or shards), split folders, their backbones, and a stock Qwen2-VL.
+    Reads only headers, so it is fast for any size. The exit code is 1 if there are problems.
 
     Example: `echoray checkpoint inspect checkpoints/demo`
     """
@@ -55,7 +59,7 @@ def split_command(
     ] = None,
     groups: Annotated[
         Path | None,
-        typer.Option(help="Instead: a YAML or JSON file that divides the experts, like `breast: [0, 1]` a line."),
+        typer.Option(help="A YAML or JSON file that partitions the experts, with lines like `breast: [0, 1]`."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="The checkpoint's name. [default: SRC's]")] = None,
     version: Annotated[str, typer.Option(help="The semantic version of the checkpoint and its bundles.")] = "1.0.0",
@@ -66,12 +70,12 @@ def split_command(
 ) -> None:
     """Splits a released checkpoint into a backbone and one bundle of experts per organ.
 
-    By default every organ (breast, gynaecology, heart, kidney, liver, thyroid, vessel) gets a copy of all the experts,
-    stored once, and the system computes exactly what the released model does; from then on each organ's copy is
-    trained and replaced alone. With `--groups` the experts are divided among the organs instead, and one gate spans
-    them all.
+    By default every organ (breast, gynaecology, heart, kidney, liver, thyroid, vessel) gets a copy of all experts,
+    which is stored once. The system then computes exactly what the released model does, and each organ's copy can be
+    trained and replaced separately. With `--groups` the experts are partitioned among the organs instead, with one gate
+    over all of them.
 
-    One tensor at a time is in memory. DST appears only when it is complete.
+    Only one tensor at a time is in memory. DST appears only when it is complete.
 
     Example: `echoray checkpoint split EchoVLM/ checkpoints/echovlm`
 
@@ -118,16 +122,16 @@ def merge_command(
         str | None, typer.Option(help="Write the model with this organ's experts; needed once the copies differ.")
     ] = None,
     version: Annotated[
-        str | None, typer.Option(help="Which version of that organ's bundle. [default: the checkpoint's own]")
+        str | None, typer.Option(help="The version of that organ's bundle. [default: the checkpoint's]")
     ] = None,
     max_shard_size: MaxShardSize = "5GB",
 ) -> None:
     """Joins a split checkpoint into one in the released layout: the exact inverse of `split`.
 
-    Every tensor is bit for bit what it was. Copies that no longer agree are refused, naming the first difference;
-    `--organ` then writes one organ's model. Prototypes are not part of the released layout and stay behind.
+    Every tensor is bitwise equal to the original. Copies that differ are refused with the first difference; `--organ`
+    then writes one organ's model. Prototypes are not part of the released layout and are not written.
 
-    One tensor at a time is in memory. DST appears only when it is complete.
+    Only one tensor at a time is in memory. DST appears only when it is complete.
 
     Example: `echoray checkpoint merge checkpoints/echovlm merged/`
 
@@ -153,12 +157,12 @@ def merge_command(
 def demo_command(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.")],
 ) -> None:
-    """Makes a small EchoVLM that was trained on synthetic phantoms, split for the seven organs, to try the system with.
+    """Creates a small demo EchoVLM, trained on synthetic phantoms and split for the seven organs.
 
-    It comes with tokenizer, processor and chat template, takes seconds, and has the same bytes on every machine. **It
-    has never seen a patient: what it says about real images means nothing.** `echoray data phantom` draws pictures that
-    it can read. The breast has two versions of experts, of which the second is served. A demo that is there already is
-    left alone.
+    It has a tokenizer, a processor and a chat template, takes seconds, and has the same bytes on every machine. **It
+    was never trained on a patient's images: what it writes about real images means nothing.** `echoray data phantom`
+    draws pictures that it can read. The breast has two versions of experts, and the second is live. An existing demo is
+    not changed.
 
     Example: `echoray checkpoint demo checkpoints/demo`
     """

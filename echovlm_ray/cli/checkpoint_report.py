@@ -1,4 +1,4 @@
-"""Prints what `echoray checkpoint inspect` found, for people."""
+"""Prints the report of `echoray checkpoint inspect`."""
 
 from rich.console import Console
 from rich.text import Text

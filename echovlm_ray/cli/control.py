@@ -32,7 +32,7 @@ EXIT_INVALID = 2
 EXIT_UNAVAILABLE = 3
 EXIT_CREDENTIALS = 5
 EXIT_INTERRUPTED = 130
-# What gRPC says of a server that answers in HTTP/1.
+# gRPC's error for a server that speaks HTTP/1.
 SPEAKS_HTTP = "http1"
 MAX_ERROR = 2000
 
@@ -41,35 +41,37 @@ SystemName = Annotated[
     str | None,
     typer.Option("--name", help="The system of this name that you run on this machine, instead of --control."),
 ]
-NamedControl = Annotated[str | None, typer.Option(help="host:port of Control, to go through it.")]
-Timeout = Annotated[
-    float, typer.Option(min=0.1, callback=finite, help="Give up a call to Control after this many seconds.")
-]
-Reason = Annotated[str, typer.Option(help="Why; it stands in the history.")]
+NamedControl = Annotated[str | None, typer.Option(help="host:port of Control, to use a running system.")]
+Timeout = Annotated[float, typer.Option(min=0.1, callback=finite, help="Timeout of a call to Control in seconds.")]
+Reason = Annotated[str, typer.Option(help="The reason, for the history.")]
 Actor = Annotated[
-    str | None, typer.Option(envvar="ECHORAY_ACTOR", help="Who asks; it stands in the history. [default: your login]")
+    str | None, typer.Option(envvar="ECHORAY_ACTOR", help="Your name, for the history. [default: your login]")
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would happen, also to every replica's memory.")]
-Wait = Annotated[bool, typer.Option("--wait", help="Show how it goes until it is done or has failed.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Only show the steps and the memory of every replica; change nothing.")
+]
+Wait = Annotated[bool, typer.Option("--wait", help="Show the progress until it is done or has failed.")]
 
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
 def with_control(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command the options by which Control is reached, and an `ExpertControlClient` as its first argument.
+    """Adds the options for Control to a command, and passes an `ExpertControlClient` as its first argument.
 
-    Whatever a call raises becomes one line on stderr and an exit code.
+    Errors of a call become one line on stderr and an exit code.
     """
     return _with_control(command, inspect.Parameter("control", _KEYWORD, default=DEFAULT_CONTROL, annotation=Control))
 
 
 def with_named_control(command: Callable[..., None]) -> Callable[..., None]:
-    """The same for a command that calls Control only when it is named; the first argument is None otherwise."""
+    """Like `with_control`, for a command that calls Control only with `--control`; otherwise the first argument is
+    None.
+    """
     return _with_control(command, inspect.Parameter("control", _KEYWORD, default=None, annotation=NamedControl))
 
 
 def actor_of(actor: str | None) -> str:
-    """Who asks: as given, or the user's login name."""
+    """The given name of the operator, or the user's login name."""
     if actor is not None:
         return actor
     try:
@@ -80,7 +82,7 @@ def actor_of(actor: str | None) -> str:
 
 @contextmanager
 def control_failures(address: str) -> Iterator[None]:
-    """One line and one exit code for each way in which Control refuses, or does not answer."""
+    """Converts errors of Control to one line and an exit code."""
     try:
         yield
     except KeyboardInterrupt:
@@ -90,7 +92,7 @@ def control_failures(address: str) -> Iterator[None]:
 
 
 def explain(error: EchoVLMError, address: str) -> tuple[str, int]:
-    """What to tell the user, and the exit code."""
+    """The message for an error, and the exit code."""
     retry_after_s = getattr(error, "retry_after_s", None)
     later = "" if retry_after_s is None else f"; try again in {retry_after_s:g} s"
     match error:
@@ -140,7 +142,7 @@ def explain(error: EchoVLMError, address: str) -> tuple[str, int]:
 
 
 def _process_of(address: str) -> int | None:
-    """The process of the system of this user's on this machine whose Control has an address, if there is one."""
+    """The process of this user's local system whose Control has this address, if there is one."""
     from echovlm_ray.cli.state import running_systems
 
     try:
@@ -173,7 +175,7 @@ def _with_control(command: Callable[..., None], control: inspect.Parameter) -> C
         with _open(**named) as client, control_failures(client.address):
             command(client, *arguments, **options)
 
-    # What typer reads the options from.
+    # Typer reads the options from these.
     connected.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[parameter.replace(kind=_KEYWORD) for parameter in own] + connection
     )
@@ -198,7 +200,7 @@ def _open(
 
 
 def control_of(name: str) -> str:
-    """Where the Control of a system of this user's on this machine listens; ends the command if there is none."""
+    """The address of the Control of this user's local system; ends the command if there is none."""
     from echovlm_ray.cli.state import system_named
 
     try:

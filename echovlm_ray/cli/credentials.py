@@ -21,11 +21,11 @@ Key = Annotated[Path | None, typer.Option(help="PEM file of your certificate's k
 
 
 def token_of(path: Path | None) -> str | None:
-    """The first token of a file; the server's own will do: it may hold comments, and names behind its tokens.
+    """The first token of a file, which may be the server's token file, with comments and names.
 
     Raises:
-        ValueError: there is none in it.
-        OSError: it cannot be read.
+        ValueError: it has no token.
+        OSError: it is unreadable.
     """
     if path is None:
         return None
@@ -37,14 +37,14 @@ def token_of(path: Path | None) -> str | None:
 
 
 def tls_of(authority: Path | None, certificate: Path | None, key: Path | None) -> TLS | None:
-    """TLS as soon as any of the files is named."""
+    """TLS if any of the files is given."""
     if authority or certificate or key:
         return TLS(authority=authority, certificate=certificate, key=key)
     return None
 
 
 def options_for(section: "GatewaySection | ControlSection") -> str:
-    """The options with which a command calls a server; capitals stand for what the caller must have."""
+    """The options for calling a server, for messages; placeholders are in capitals."""
     options = ""
     if section.tls is not None:
         options += " --ca AUTHORITY.pem"

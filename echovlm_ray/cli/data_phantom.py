@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from echovlm_ray.data.phantom.corpus import Corpus
     from echovlm_ray.data.phantom.settings import Settings
 
-# Of a contact sheet: phantoms of each class, and quality where it is a JPEG.
+# Contact sheets: phantoms of each class, and JPEG quality.
 _SHEET_EACH, _SHEET_QUALITY = 4, 60
 _SHEET_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def phantom_command(
     directory: Annotated[
-        Path | None, typer.Argument(metavar="OUT", help="The folder to write to. It must not exist, or be empty.")
+        Path | None, typer.Argument(metavar="OUT", help="The folder to write to. It must not exist, or must be empty.")
     ] = None,
-    count: Annotated[int, typer.Option(min=1, help="How many phantoms. Classes take turns.")] = 100,
+    count: Annotated[int, typer.Option(min=1, help="Number of phantoms. Classes alternate.")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")] = 0,
     first: Annotated[
-        int, typer.Option(min=0, help="The first phantom's number: another range of a seed has other phantoms.")
+        int, typer.Option(min=0, help="The first phantom's number. Other ranges of a seed have other phantoms.")
     ] = 0,
     organ: Annotated[
         str, typer.Option(help="Only these regions, separated by commas, like breast,liver. [default: all seven]")
@@ -36,19 +36,19 @@ def phantom_command(
         str,
         typer.Option("--class", help="Only these classes, like breast/simple_cyst or simple_cyst. [default: all]"),
     ] = "",
-    exclude: Annotated[str, typer.Option(help="Not these classes, to hold one back: breast/simple_cyst.")] = "",
+    exclude: Annotated[str, typer.Option(help="Without these classes, to hold them out: breast/simple_cyst.")] = "",
     language: Annotated[str, typer.Option(help="en, zh or both.")] = "both",
     task: Annotated[
         str,
         typer.Option(help=f"What is asked, separated by commas: {', '.join(phantom_tasks())}; or all."),
     ] = "report",
-    questions: Annotated[int, typer.Option(min=1, help="With vqa: how many questions each.")] = 2,
+    questions: Annotated[int, typer.Option(min=1, help="With vqa: the number of questions per phantom.")] = 2,
     format_: Annotated[str, typer.Option("--format", help="png; dicom; or cine, a loop as multi-frame DICOM.")] = "png",
     frames: Annotated[int, typer.Option(min=2, max=200, help="With cine: frames of a loop.")] = 12,
     settings: Annotated[
         str,
         typer.Option(
-            help="How pictures are displayed and stored, for tests of robustness: gain=1.12,blur=0.6,jpeg_quality=80. "
+            help="How images are displayed and stored, for tests of robustness: gain=1.12,blur=0.6,jpeg_quality=80. "
             "gain multiplies grey values, blur is in pixels."
         ),
     ] = "",
@@ -57,20 +57,17 @@ def phantom_command(
         typer.Option(metavar="PNG", help="Also draw a sheet (PNG or JPEG) with four phantoms of each class."),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes. The bytes do not depend on it.")] = 1,
-    list_: Annotated[
-        bool, typer.Option("--list", help="Print the classes and what can be said of each, and end.")
-    ] = False,
+    list_: Annotated[bool, typer.Option("--list", help="Print the classes and their attributes, and exit.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
-    """Writes ultrasound phantoms: synthetic pictures whose content is known, and true reports about them.
+    """Writes ultrasound phantoms: synthetic images with known content, and true reports about them.
 
-    Seven regions, each normal and with four to seven diseases. Every picture is computed from scatterers, a probe's
-    beam, and tissue that reflects and attenuates. Beside it stand the questions that a model is asked and the true
-    answers, in English and Chinese. OUT then holds `images/`, `records.json` in the form that `echoray data check`
-    and `echoray train` read, and `about.json`.
+    There are seven regions, each normal and with four to seven diseases. Every image is computed from scatterers, a
+    probe's beam, and tissue that reflects and attenuates. Records have questions and true answers, in English and
+    Chinese. OUT then contains `images/`, `records.json` for `echoray data check` and `echoray train`, and `about.json`.
 
-    Reports say what the pixels decide, and no more: a side only where a body marker shows it, sizes as classes, no
-    millimetres, no flow.
+    Reports state only what the pixels show: a side only if there is a body marker, sizes as classes, no millimetres, no
+    flow.
 
     **A demonstration corpus: no patient was examined, and a model trained on it is not for diagnosis.**
 
@@ -182,7 +179,7 @@ def _write_sheet(corpus: "Corpus", path: Path) -> None:
     from echovlm_ray.data.phantom.corpus import sample
 
     groups = [(name, [corpus.picture(index) for index in indices]) for name, indices in sample(corpus, _SHEET_EACH)]
-    # A PNG has no quality, and ignores it.
+    # PNG ignores the quality.
     contact_sheet(groups).save(path, quality=_SHEET_QUALITY)
 
 
@@ -206,7 +203,7 @@ def _print_classes(as_json: bool) -> None:
 
 @contextmanager
 def _progress(count: int) -> Iterator[Callable[[int], None]]:
-    """A bar of phantoms on stderr, where that is a terminal."""
+    """A progress bar on stderr, if it is a terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = console_of(stderr=True)

@@ -1,4 +1,4 @@
-"""`echoray data check | stats | split | convert`: datasets of records. What is heavy is loaded inside a command."""
+"""`echoray data check | stats | split | convert`: datasets of records. Heavy imports are inside the commands."""
 
 import json
 import re
@@ -32,10 +32,12 @@ Images = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 PatientPattern = Annotated[
     str | None,
-    typer.Option(help="A regular expression that finds the patient in a record's id: its first group, or all of it."),
+    typer.Option(
+        help="A regular expression that matches the patient in a record's id: its first group, or the whole match."
+    ),
 ]
 Names = Annotated[
-    bool, typer.Option("--names", help="Show ids and paths too. Leave it out where they could name a patient.")
+    bool, typer.Option("--names", help="Show ids and paths, too. Do not use it if they could identify a patient.")
 ]
 
 
@@ -50,27 +52,28 @@ def register(app: typer.Typer) -> None:
 def check_command(
     files: Files,
     images: Images = None,
-    no_images: Annotated[bool, typer.Option("--no-images", help="Check the text alone.")] = False,
+    no_images: Annotated[bool, typer.Option("--no-images", help="Check only the text.")] = False,
     patient_pattern: PatientPattern = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Also count tokens, with this checkpoint's tokenizer and image processor.")
     ] = None,
     max_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="With --checkpoint: the most tokens of a record. [default: what recipes have, 2048]"),
+        typer.Option(
+            min=1, help="With --checkpoint: the most tokens of a record. [default: that of the recipes, 2048]"
+        ),
     ] = None,
     names: Names = False,
     as_json: AsJson = False,
 ) -> None:
-    """Checks records and their images, and names the line of everything that is wrong.
+    """Checks records and their images, and reports each problem with its line.
 
-    Finds broken JSON, wrong types, missing, unreadable or truncated images, such as are too large or too long and
-    narrow for training, marks that do not match the images, empty answers, duplicate ids, paths that leave the image
-    folder, records that are too long, and, given several files (the sides of a split), patients and images that occur
-    in more than one.
+    Finds invalid JSON, wrong types, images that are missing, unreadable, truncated, too large or too narrow for
+    training, marks that do not match the images, empty answers, duplicate ids, paths outside the image folder, records
+    that are too long, and, with several files (the sides of a split), patients and images that occur in more than one.
 
-    The exit status is 0 when all is well, 1 when something was found in the records, 2 when an option or a whole file
-    cannot be used.
+    The exit status is 0 without problems, 1 if there are problems in the records, 2 if an option or a whole file cannot
+    be used.
 
     Example: `echoray data check train.jsonl test.jsonl --images pictures/`
 
@@ -98,10 +101,10 @@ def stats_command(
     patient_pattern: PatientPattern = None,
     as_json: AsJson = False,
 ) -> None:
-    """Counts what is in a dataset: organs, tasks, languages, patients, images, lengths of answers.
+    """Counts organs, tasks, languages, patients, images and lengths of answers in a dataset.
 
-    A task or language that a record does not name is found from its question and answer. Records that cannot be read
-    are left out: see `echoray data check`.
+    A missing task or language is determined from the question and the answer. Unreadable records are skipped: see
+    `echoray data check`.
 
     Example: `echoray data stats train.jsonl`
     """
@@ -123,16 +126,16 @@ def stats_command(
 def split_command(
     file: File,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder for the sides, one file each.")],
-    fractions: Annotated[str, typer.Option(help="Sides and their parts.")] = "train=0.8,validation=0.1,test=0.1",
-    by: Annotated[str, typer.Option(help="What stays on one side: patient, or id.")] = "patient",
+    fractions: Annotated[str, typer.Option(help="Sides and their fractions.")] = "train=0.8,validation=0.1,test=0.1",
+    by: Annotated[str, typer.Option(help="Records with the same value stay on one side: patient, or id.")] = "patient",
     patient_pattern: PatientPattern = None,
-    seed: Annotated[int, typer.Option(min=0, help="Another seed gives another division.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed gives another split.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Divides a dataset so that no patient is on two sides. The same seed and records give the same sides.
+    """Splits a dataset so that no patient is on two sides. The same seed and records give the same sides.
 
-    The order of the records in the file makes no difference. Each side becomes a JSON Lines file; its records are those
-    of the file, unchanged. DIR must not exist, or be empty: two divisions in one folder could mix.
+    The order of the records does not matter. Each side is a JSON Lines file with unchanged records. DIR must not exist,
+    or must be empty, because two splits in one folder could mix.
 
     Example: `echoray data split all.jsonl parts/ --fractions train=0.9,test=0.1 --seed 7`
 
@@ -161,25 +164,25 @@ def split_command(
 def convert_command(
     file: File,
     destination: Annotated[
-        Path, typer.Argument(metavar="DST", help="The file to write, which does not exist; .json or .jsonl.")
+        Path, typer.Argument(metavar="DST", help="The file to write, .json or .jsonl. It must not exist.")
     ],
     to: Annotated[str, typer.Option(help="published, swift (messages of ms-swift), or openai (chat).")] = "swift",
     images: Images = None,
     embed: Annotated[
-        bool, typer.Option("--embed", help="To openai: put the images into the file instead of their paths.")
+        bool, typer.Option("--embed", help="With openai: embed the images instead of their paths.")
     ] = False,
     extract_to: Annotated[
-        Path | None, typer.Option(help="Where images go that are embedded in the records; it becomes their root.")
+        Path | None, typer.Option(help="The folder for images that are embedded in the records.")
     ] = None,
-    organ: Annotated[str | None, typer.Option(help="The organ of records that name none.")] = None,
-    task: Annotated[str | None, typer.Option(help="The task of records that name none.")] = None,
-    language: Annotated[str | None, typer.Option(help="The language of records that name none: en or zh.")] = None,
+    organ: Annotated[str | None, typer.Option(help="The organ of records without one.")] = None,
+    task: Annotated[str | None, typer.Option(help="The task of records without one.")] = None,
+    language: Annotated[str | None, typer.Option(help="The language of records without one: en or zh.")] = None,
 ) -> None:
-    """Writes records in another form; which form they have is seen. Fields of one's own are kept.
+    """Converts records to another format; the input format is detected. Additional fields are kept.
 
-    `published`: id, image, conversations of system, human and gpt, as EchoVLM's authors publish them. `swift`: messages
-    with `<image>` marks, and images. `openai`: messages whose images are parts. There and back gives the same records.
-    An image that is named by an address (http:, file:) is refused: only files below the image folder are ever read.
+    `published`: id, image, and conversations of system, human and gpt, as published by EchoVLM's authors. `swift`:
+    messages with `<image>` marks, and images. `openai`: messages with images as parts. Converting back gives the same
+    records. Images with an address (http:, file:) are refused: only files below the image folder are read.
 
     Example: `echoray data convert BUSI.json busi.jsonl --to swift --organ breast`
 
@@ -209,7 +212,7 @@ def convert_command(
 
 @contextmanager
 def usable() -> Iterator[None]:
-    """Turns what cannot be used into one line and exit status 2."""
+    """Converts errors to one line and exit status 2."""
     with clear_errors():
         try:
             yield
@@ -250,7 +253,7 @@ def _raw(dataset: Any, index: int) -> dict[str, Any]:
 
 
 def _write_lines(path: Path, records: Iterator[dict[str, Any]], *, as_array: bool = False) -> int:
-    """Writes the records beside the file and puts it in its place at the end; returns how many."""
+    """Writes the records to a temporary file, renames it at the end, and returns their number."""
     import os
     import tempfile
 
@@ -324,7 +327,7 @@ def _options(
 def _reading_of(
     checkpoint: Path, limits: "ImageLimits", max_visual_tokens: int
 ) -> "tuple[Scaling, Callable[[Record, ImageRoot], int]]":
-    """How a checkpoint scales pictures, and how many tokens it makes of a record."""
+    """How a checkpoint scales images and counts the tokens of a record."""
     from echovlm_ray.checkpoint.layout import backbone_directory, is_split_folder
     from echovlm_ray.model.configuration import EchoVLMConfig
     from echovlm_ray.model.processing import EchoVLMProcessor

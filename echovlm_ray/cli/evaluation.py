@@ -1,4 +1,4 @@
-"""`echoray eval`: a dataset against a model, two evaluations against each other, export. Light until it is called."""
+"""`echoray eval`: evaluates a model on a dataset, compares two evaluations, exports. Imports little until it runs."""
 
 import os
 from pathlib import Path
@@ -21,7 +21,7 @@ EXIT_INTERRUPTED = 130
 
 
 class _RunsByDefault(TyperGroup):
-    """`echoray eval FILE …` is `echoray eval run FILE …`."""
+    """Makes `echoray eval FILE …` an alias of `echoray eval run FILE …`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in {*self.commands, "-h", "--help"}:
@@ -33,7 +33,7 @@ app = typer.Typer(
     cls=_RunsByDefault,
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="""Evaluate a model on a dataset: what its answers got right, against three baselines.
+    help="""Evaluate a model on a dataset, against three baselines.
 
     Example: `echoray eval test.jsonl --server 127.0.0.1:50051 --output results/`
 
@@ -48,15 +48,15 @@ app = typer.Typer(
 Dataset = Annotated[Path, typer.Argument(metavar="FILE", help="A JSON or JSON Lines file of records.")]
 Images = Annotated[Path | None, typer.Option(help="The folder that the images' paths start from. [default: FILE's]")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Limit = Annotated[int | None, typer.Option(min=2, help="Only the first so many records.")]
+Limit = Annotated[int | None, typer.Option(min=2, help="Only this many records, from the first one on.")]
 BertModel = Annotated[
     Path | None, typer.Option(help="Also BERTScore, with the BERT in this folder (needs the extra bertscore).")
 ]
 RetryS = Annotated[
-    float, typer.Option(min=0.0, callback=finite, help="Wait so many seconds for a service that is away.")
+    float, typer.Option(min=0.0, callback=finite, help="How many seconds to wait for an unavailable service.")
 ]
 Draws = Annotated[int, typer.Option(min=100, help="Resamples of the bootstrap.")]
-Seed = Annotated[int, typer.Option(min=0, help="Decides the resamples, and which images are exchanged.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the resamples and of the exchanged images.")]
 
 
 @app.command("run")
@@ -64,20 +64,21 @@ def run_command(
     dataset: Dataset,
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder for answers and results.")],
     server: Annotated[str | None, typer.Option(help="host:port of a running gateway.", envvar="ECHORAY_SERVER")] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Instead: a split checkpoint, which answers in this process.")
-    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="A split checkpoint to run in this process instead.")] = None,
     images: Images = None,
     limit: Limit = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 256,
+    concurrency: Annotated[int, typer.Option(min=1, help="Concurrent requests.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 256,
     organs: Annotated[
-        str, typer.Option(help="found: the model finds the organ. given: each record's organ is named to it.")
+        str,
+        typer.Option(
+            help="found: the model determines the organ. given: each record's organ is sent with the request."
+        ),
     ] = "found",
     bertscore_model: BertModel = None,
     draws: Draws = 1000,
     seed: Seed = 0,
-    examples: Annotated[int, typer.Option(min=0, help="Records shown in the report page.")] = 12,
+    examples: Annotated[int, typer.Option(min=0, help="Records on the report page.")] = 12,
     threads: Annotated[int, typer.Option(min=1, help="With --checkpoint: torch threads.")] = 1,
     patience: RetryS = 600.0,
     token_file: TokenFile = None,
@@ -86,10 +87,10 @@ def run_command(
     key: Key = None,
     as_json: AsJson = False,
 ) -> None:
-    """Asks a model a dataset's questions, and writes what its answers are worth.
+    """Sends a dataset's questions to a model and scores the answers.
 
-    DIR gets `answers.jsonl` (every answer as it came), `result.json`, `scores.png`, and `report.html`, one page with
-    example images side by side. The files hold what the dataset holds: keep them as private as it.
+    Writes `answers.jsonl` (all answers), `result.json`, `scores.png`, and `report.html`, a page with example images, to
+    DIR. The files contain data of the dataset: keep them as private.
 
     **What is right**: attribute F1, all attributes right, diagnosis accuracy and macro-F1, VQA accuracy and macro-F1,
     sensitivity and specificity for normal or not, and the organ gate. Per organ, task, language and class, with
@@ -97,8 +98,8 @@ def run_command(
 
     **Words**: BLEU-1 to 4, ROUGE-1, 2 and L, METEOR; in Chinese by characters and by jieba's words.
 
-    The exit status is 0 when every question has an answer, 1 when some have none, 2 when something cannot be used, 3
-    when no service answers, 5 for credentials, 130 after Ctrl-C.
+    The exit status is 0 if every question has an answer, 1 if some have none, 2 for invalid options or files, 3 if no
+    service answers, 5 for credentials, 130 after Ctrl-C.
 
     Example: `echoray eval test.jsonl --server 127.0.0.1:50051 --output results/`
 
@@ -110,7 +111,7 @@ def run_command(
     if checkpoint is not None:
         server = None
     console = console_of(stderr=True)
-    # gRPC's own notes on connections that end; what they mean for a question is said by the client's errors.
+    # gRPC's messages about ended connections; the client's errors report their effects.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     with usable():
         from echovlm_ray.cli.evaluation_run import answers_of, plan_of, write_result
@@ -141,7 +142,7 @@ def run_command(
 
 
 def _report(result: "EvaluationResult", output: Path, *, as_json: bool) -> None:
-    """Prints the result; ends the command with its own exit status where questions have no answer."""
+    """Prints the result; exits with a separate status if questions have no answer."""
     if as_json:
         say_json(result.model_dump_json(indent=2, exclude={"examples"}))
     else:
@@ -165,10 +166,10 @@ def compare_command(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Says whether two versions differ on the same questions: a paired test for every metric.
+    """Tests whether two versions differ on the same questions, with a paired test for every metric.
 
-    The p-value is that of approximate randomisation over patients (over records, where the patient is not known); the
-    interval is that of a paired bootstrap.
+    The p-value is from approximate randomisation over patients (over records, if the patient is unknown); the interval
+    is from a paired bootstrap.
 
     Example: `echoray eval compare test.jsonl results-1.0.0/ results-1.1.0/`
     """
@@ -194,17 +195,17 @@ def export_command(
     dataset: Dataset,
     evaluation: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a finished evaluation.")],
     destination: Annotated[
-        Path, typer.Argument(metavar="DST", help="The folder to write to; it must not exist, or be empty.")
+        Path, typer.Argument(metavar="DST", help="The folder to write to. It must not exist, or must be empty.")
     ],
-    name: Annotated[str, typer.Option(help="What the kit calls the dataset.")] = "echovlm",
-    model: Annotated[str | None, typer.Option(help="What the kit calls the model. [default: the model's own]")] = None,
+    name: Annotated[str, typer.Option(help="The dataset's name in the kit.")] = "echovlm",
+    model: Annotated[str | None, typer.Option(help="The model's name in the kit. [default: the model's name]")] = None,
     limit: Limit = None,
     as_json: AsJson = False,
 ) -> None:
-    """Writes predictions and references in the form that U2-BENCH's evaluation kit reads.
+    """Writes predictions and references in the format of U2-BENCH's evaluation kit.
 
-    Reports go to `report/NAME/MODEL/`, diagnoses and questions with options to `cla/NAME/MODEL/`, and the references to
-    `references/*.tsv`: name these in the kit's TSV_PATH.
+    Reports are written to `report/NAME/MODEL/`, diagnoses and questions with options to `cla/NAME/MODEL/`, and the
+    references to `references/*.tsv`: set the kit's TSV_PATH to these.
 
     Example: `echoray eval export test.jsonl results/ u2/ --name 39`
     """

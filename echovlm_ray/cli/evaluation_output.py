@@ -1,4 +1,4 @@
-"""Tables of `echoray eval`: scores and differences; text metrics never stand without clinical ones."""
+"""Tables of `echoray eval`: scores and differences. Text metrics are never shown without clinical ones."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def print_result(result: "EvaluationResult", console: Console) -> None:
-    """The model beside its baselines, then its groups; one row a metric."""
+    """Prints the model with its baselines, then its groups, with one row per metric."""
     everything = [(found.variant, found) for found in result.groups if found.by == "all"]
     shown = ("BLEU-1", "BLEU-4", "ROUGE-L", "METEOR")
     _table("the model and its baselines", everything, console, words_shown=shown, with_intervals=True)
@@ -64,7 +64,7 @@ def _classes(groups: "Sequence[GroupScores]", console: Console) -> None:
 
 
 def _names(scores: "Sequence[Mapping[str, Score]]") -> list[str]:
-    """The metrics that have a value in at least one group."""
+    """The metrics with a value in at least one group."""
     return list(dict.fromkeys(name for found in scores for name, score in found.items() if score.value is not None))
 
 
@@ -78,7 +78,7 @@ def _cell(score: "Score | None", digits: int, with_interval: bool) -> str | Text
 
 
 def print_comparison(comparison: "Comparison", console: Console) -> None:
-    """Each metric of both, with the difference, its interval and the p-value."""
+    """Prints each metric of both, with the difference, its interval and the p-value."""
     first, second = comparison.first, comparison.second
     console.print(
         f"{name_of(f'{first.name} {first.version}')} (set {line(first.expert_set_id[:12])}) against "

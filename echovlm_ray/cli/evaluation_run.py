@@ -1,4 +1,4 @@
-"""The steps of `echoray eval run`: plan, ask, score, write. Loaded by it alone."""
+"""The steps of `echoray eval run`: plan, ask, score, write. Imported only by it."""
 
 import asyncio
 import signal
@@ -52,10 +52,10 @@ def plan_of(
     examples: int,
     bert_model: Path | None,
 ) -> Plan:
-    """The plan of a command line, with the image limits that a gateway has by default.
+    """The plan of a command line, with a gateway's default limits of images.
 
     Raises:
-        ValueError: there is no folder of images.
+        ValueError: the folder of images does not exist.
     """
     gateway = GatewaySection()
     limits = ImageLimits(gateway.max_image_bytes, gateway.max_image_pixels, gateway.max_frames, gateway.crop_to_regions)
@@ -72,7 +72,7 @@ def answers_of(
     connection: dict[str, Any],
     console: Console,
 ) -> tuple[Target, Outcome]:
-    """Asks the unanswered questions; ends the command with its own exit status where that fails."""
+    """Sends the unanswered questions; exits with a separate status if that fails."""
     address = server or DEFAULT_ADDRESS
     with usable(), AnswerLog(plan.output / ANSWERS_FILE) as log:
         before = len(log)
@@ -136,7 +136,7 @@ async def _client(
 
 
 def write_result(plan: Plan, loaded: LoadedItems, target: Target, outcome: Outcome) -> EvaluationResult:
-    """Scores the answers, and writes result, picture and page, each whole or not at all."""
+    """Scores the answers, and writes the result, the plot and the page, each atomically."""
     result = score(plan, loaded, target, outcome)
     figure = plan.output / "scores.png"
     with _replacing(figure) as partial:
@@ -152,7 +152,7 @@ def write_result(plan: Plan, loaded: LoadedItems, target: Target, outcome: Outco
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A file to write that takes the place of another when the block ends; what it holds is this user's alone."""
+    """A file that replaces another one at the end of the block. Only this user can read it."""
     partial = path.with_name(f".partial-{path.name}")
     partial.touch(mode=0o600)
     try:

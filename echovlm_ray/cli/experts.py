@@ -1,4 +1,4 @@
-"""`echoray experts`: everything about expert bundles and their rollouts. Loads torch only inside a command."""
+"""`echoray experts`: expert bundles and their rollouts. Imports torch only inside a command."""
 
 import typer
 
@@ -12,7 +12,7 @@ from echovlm_ray.cli.experts_watch import watch
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Pack, check, sign and keep expert bundles, and bring them into a running system.",
+    help="Pack, verify, sign and store expert bundles, and roll them out in a running system.",
     rich_markup_mode="markdown",
 )
 BUNDLES = "Bundles"

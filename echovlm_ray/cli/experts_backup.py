@@ -1,4 +1,4 @@
-"""`echoray experts backup` and `restore`: the state of the rollouts in one file, and back."""
+"""`echoray experts backup` and `restore`: the state of the rollouts in one file."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,28 +17,30 @@ if TYPE_CHECKING:
     from echovlm_ray.config import Config
     from echovlm_ray.serving.cluster.rollout_files import RolloutFiles
 
-ConfigFile = Annotated[Path | None, typer.Option(help="The YAML file that the system is served with.")]
-Checkpoint = Annotated[Path | None, typer.Option(help="The checkpoint that it serves; wins over the file.")]
+ConfigFile = Annotated[Path | None, typer.Option(help="The system's configuration file.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="The system's checkpoint; overrides the file.")]
 
 
 def backup(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to make; one that exists is never replaced.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="The file to create. An existing file is never replaced.")
+    ],
     config: ConfigFile = None,
     checkpoint: Checkpoint = None,
     name: SystemName = None,
     as_json: AsJSON = False,
 ) -> None:
-    """Copies the rollouts' database into one file, also while a system uses it.
+    """Copies the rollouts' database to one file, also while a system uses it.
 
-    Without options it is that of the system that you run on this machine, and while none runs, that of the defaults.
+    Without options it is the database of your running local system, or of the default configuration if none runs.
 
-    In it is which versions are live, every rollout, and the history, whose chain of hashes is checked. Copying
-    rollouts.db by other means may leave out what was written last. The bundles are not in it: the registry is a folder
-    of files that never change, which any other backup copies.
+    It contains the live versions, all rollouts, and the history, whose chain of hashes is verified. Copying rollouts.db
+    in other ways may miss the last writes. It does not contain the bundles: the registry is a folder of immutable
+    files, which any backup tool can copy.
 
     A system on PostgreSQL is backed up with pg_dump.
 
-    Exit status: 0 done; 1 the database is damaged or cannot be copied; 2 wrong options.
+    Exit status: 0 done; 1 the database is damaged or cannot be copied; 2 invalid options.
 
     Example: `echoray experts backup rollouts-monday.db --checkpoint checkpoints/demo`
     """
@@ -62,19 +64,19 @@ def backup(
 
 
 def restore(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="What `echoray experts backup` made.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file of `echoray experts backup`.")],
     config: ConfigFile = None,
     checkpoint: Checkpoint = None,
     as_json: AsJSON = False,
 ) -> None:
-    """Puts a backup in the place of the rollouts' database; the system must be stopped.
+    """Replaces the rollouts' database by a backup. The system must be stopped.
 
-    The file is checked first: that it is whole, that its history's chain of hashes holds, and that it belongs to this
-    checkpoint. The database that was there is kept beside it. Bundles that the backup names must be in the registry.
+    First checks that the file is intact, that its history's chain of hashes is valid, and that it belongs to this
+    checkpoint. The previous database is renamed and kept. The backup's bundles must be in the registry.
 
     A system on PostgreSQL is restored with pg_restore.
 
-    Exit status: 0 done; 1 the file is no sound backup, or a system is running; 2 wrong options.
+    Exit status: 0 done; 1 the file is not a valid backup, or a system is running; 2 invalid options.
 
     Example: `echoray experts restore rollouts-monday.db --checkpoint checkpoints/demo`
     """
@@ -103,7 +105,7 @@ def restore(
 
 
 def _files_of(config: Path | None, checkpoint: Path | None, name: str | None) -> "RolloutFiles":
-    """Where the state lies of the system that the options name, or else of the one that runs here."""
+    """The files of the system in the options, or else of the running local system."""
     from echovlm_ray.cli.state import running_systems, system_named
     from echovlm_ray.serving.cluster.rollout_files import RolloutFiles
 

@@ -31,7 +31,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_CHECKPOINT = Path("checkpoints/demo")
 Password = Annotated[
     str | None,
-    typer.Option(envvar="ECHORAY_KEY_PASSWORD", help="The private key's password; better in the environment."),
+    typer.Option(envvar="ECHORAY_KEY_PASSWORD", help="The private key's password; preferably in the environment."),
 ]
 PackSource = Annotated[
     Path,
@@ -40,15 +40,17 @@ PackSource = Annotated[
 PackCheckpoint = Annotated[
     Path | None,
     typer.Option(
-        help="The split checkpoint for whose backbone it is. [default: SRC, if it is one, else checkpoints/demo]"
+        help="The split checkpoint with the bundle's backbone. [default: SRC, if it is one, else checkpoints/demo]"
     ),
 ]
-Card = Annotated[Path | None, typer.Option(help="A YAML file with any of the manifest's fields; options win over it.")]
-FromOrgan = Annotated[str | None, typer.Option(help="Of a split SRC, take this organ's experts. [default: --organ]")]
-ExpertIndices = Annotated[
-    str | None, typer.Option(help="Of SRC's experts only these, in this order, like 0,2. [default: all]")
+Card = Annotated[Path | None, typer.Option(help="A YAML file with fields of the manifest; options override it.")]
+FromOrgan = Annotated[
+    str | None, typer.Option(help="The organ of a split SRC whose experts are packed. [default: --organ]")
 ]
-PackDtype = Annotated[str | None, typer.Option(help="Convert to float32, bfloat16 or float16. [default: as they are]")]
+ExpertIndices = Annotated[
+    str | None, typer.Option(help="Only these of SRC's experts, in this order, like 0,2. [default: all]")
+]
+PackDtype = Annotated[str | None, typer.Option(help="Convert to float32, bfloat16 or float16. [default: unchanged]")]
 Prototype = Annotated[
     Path | None, typer.Option(help="A safetensors file with `prototype`, the organ's mean vision feature.")
 ]
@@ -57,8 +59,8 @@ Metrics = Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A
 
 def pack(
     source: PackSource,
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="The bundle's folder to make.")],
-    organ: Annotated[str, typer.Option(help="Whose experts these are.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="The folder to create.")],
+    organ: Annotated[str, typer.Option(help="The organ of the experts.")],
     version: Annotated[str | None, typer.Option(help="The semantic version, like 1.1.0.")] = None,
     checkpoint: PackCheckpoint = None,
     card: Card = None,
@@ -71,27 +73,27 @@ def pack(
     authors: Annotated[str | None, typer.Option(help="Who made the weights.")] = None,
     license_: Annotated[str | None, typer.Option("--license", help="An SPDX identifier, like Apache-2.0.")] = None,
     copyright_: Annotated[str | None, typer.Option("--copyright", help="Who holds the rights.")] = None,
-    intended_use: Annotated[str | None, typer.Option(help="What it is meant for, and what not.")] = None,
-    data_source: Annotated[str | None, typer.Option(help="Where the training data come from.")] = None,
-    training_data: Annotated[str | None, typer.Option(help="What they are, in words and numbers.")] = None,
+    intended_use: Annotated[str | None, typer.Option(help="Its intended use, and uses to avoid.")] = None,
+    data_source: Annotated[str | None, typer.Option(help="The source of the training data.")] = None,
+    training_data: Annotated[str | None, typer.Option(help="A description of the training data.")] = None,
     changelog: Annotated[str | None, typer.Option(help="What changed in this version.")] = None,
     metric: Metrics = None,
     reference: Annotated[list[str] | None, typer.Option(help="A URL or citation. Repeatable.")] = None,
-    synonym: Annotated[list[str] | None, typer.Option(help="Another word for the organ. Repeatable.")] = None,
+    synonym: Annotated[list[str] | None, typer.Option(help="A synonym of the organ. Repeatable.")] = None,
     max_file_size: Annotated[str, typer.Option(help="The most bytes of weights in one file.")] = "5GB",
     sign_with: Annotated[Path | None, typer.Option(help="Sign it with this PEM private key.")] = None,
     password: Password = None,
 ) -> None:
     """Packs one organ's experts as a bundle.
 
-    SRC is a split checkpoint, a released one whose backbone is the same, or what a training wrote: safetensors with
-    nothing but `model.layers.{i}.moe.experts.{e}.…` and `model.layers.{i}.moe.gate.weight`. Such files do not
-    say which backbone they belong to: give its split checkpoint with `--checkpoint`, as for a released one.
+    SRC is a split checkpoint, a released one with the same backbone, or the output of a training: safetensors with only
+    `model.layers.{i}.moe.experts.{e}.…` and `model.layers.{i}.moe.gate.weight`. Such files do not identify their
+    backbone: give its split checkpoint with `--checkpoint`, as for a released one.
 
-    What SRC says about itself is taken over; `--card` and the options say the rest. Inputs and outputs of every layer
-    are recorded, for `verify`.
+    SRC's metadata is copied; `--card` and the options set the other fields. Inputs and outputs of every layer are
+    recorded for `verify`.
 
-    One tensor at a time is in memory. DST appears only when it is complete.
+    Only one tensor at a time is in memory. DST appears only when it is complete.
 
     Example: `echoray experts pack trained/ breast-1.1.0 --organ breast --version 1.1.0 --checkpoint checkpoints/split`
     """
@@ -141,39 +143,35 @@ def verify(
     registry: RegistryURL = DEFAULT_REGISTRY,
     registry_option: RegistryOptions = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="A split checkpoint: the bundle must be for its backbone, and fit it.")
+        Path | None, typer.Option(help="A split checkpoint whose backbone the bundle must fit.")
     ] = None,
-    kernel: Annotated[str, typer.Option(help="Replay the self-test through this kernel.")] = "auto",
+    kernel: Annotated[str, typer.Option(help="The kernel of the self-test.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Compute in float32, bfloat16 or float16. [default: as --checkpoint's backbone; without it, as the "
-            "bundle]"
+            help="Compute in float32, bfloat16 or float16. [default: the dtype of --checkpoint's backbone, or "
+            "else the bundle's]"
         ),
     ] = None,
     other_dtype: Annotated[
         str,
-        typer.Option(
-            help="convert a bundle of another dtype, or refuse it: what experts.other_dtype is configured to."
-        ),
+        typer.Option(help="convert or refuse a bundle of another dtype, as experts.other_dtype."),
     ] = "convert",
     key: PublicKeys = None,
     unsigned: Annotated[
-        bool, typer.Option("--allow-unsigned", help="With --key: a bundle without any signature passes too.")
+        bool, typer.Option("--allow-unsigned", help="With --key: accept bundles without a signature.")
     ] = False,
-    memory: Annotated[
-        str, typer.Option(help="The most memory that checking may take beyond the bundle's own files.")
-    ] = "8GiB",
-    timeout: Annotated[float, typer.Option(min=0.1, callback=finite, help="Give up after this many seconds.")] = 600.0,
+    memory: Annotated[str, typer.Option(help="Memory limit, in addition to the bundle's files.")] = "8GiB",
+    timeout: Annotated[float, typer.Option(min=0.1, callback=finite, help="Timeout in seconds.")] = 600.0,
     as_json: AsJSON = False,
 ) -> None:
-    """Checks everything about a bundle: manifest, files, digests, shapes, finite weights, gates, signature, self-test.
+    """Verifies a bundle: manifest, files, digests, shapes, finite weights, gates, signature, self-test.
 
-    The self-test replays the inputs that were recorded when the bundle was packed, through the kernel that will serve.
-    All of it runs in a process of its own, so that a bundle that crashes the kernel ends nothing else.
+    The self-test replays the recorded inputs of the bundle through the kernel that will serve it. The verification runs
+    in a separate process, so that a bundle that crashes the kernel does no harm.
 
-    Exit status: 0 the bundle is good; 1 it is not, and why is printed; 2 wrong options.
+    Exit status: 0 the bundle is valid; 1 it is not, and the reason is printed; 2 invalid options.
 
     Example: `echoray experts verify breast-1.1.0 --checkpoint checkpoints/echovlm`
 
@@ -216,9 +214,9 @@ def sign(
     key: Annotated[Path, typer.Option(help="A PEM private key on the curve P-256, P-384 or P-521.")],
     password: Password = None,
 ) -> None:
-    """Signs a bundle: puts `model.sig` beside its manifest, in the format of OpenSSF model signing.
+    """Signs a bundle: writes `model.sig` to its folder, in the format of OpenSSF model signing.
 
-    Push it again after signing, and the registry has the signature too.
+    Push it again after signing, to add the signature to the registry.
 
     Example: `echoray experts sign breast-1.1.0 --key release.pem`
     """
@@ -237,7 +235,7 @@ def show(
     registry_option: RegistryOptions = None,
     as_json: AsJSON = False,
 ) -> None:
-    """Shows what a bundle says about itself, and with `--control` also what evaluations found about it.
+    """Shows a bundle's manifest, and with `--control` also its evaluations.
 
     Example: `echoray experts show breast@1.0.0 --registry checkpoints/echovlm`
 
@@ -254,7 +252,7 @@ def show(
     if as_json:
         content = bundle.manifest.model_dump(mode="json")
         facts = {"digest": bundle.digest, "size_bytes": bundle.manifest.size_bytes, "signed": bool(bundle.signature)}
-        # Without Control nothing is known of any evaluation, which is another thing than that there is none.
+        # Without Control the evaluations are unknown, which differs from none.
         evaluated = {} if found is None else {"evaluations": [evaluation_as_dict(each) for each in found]}
         say_json({**facts, **content, **evaluated}, indent=2)
         return
@@ -270,10 +268,10 @@ def diff(
     registry_option: RegistryOptions = None,
     as_json: AsJSON = False,
 ) -> None:
-    """Shows what changed from one bundle to another: fields, experts, and how far every layer moved.
+    """Shows the differences of two bundles: fields, experts, and the change of every layer.
 
-    How far is the norm of the difference as a share of the norm before. Experts that are equal in every bit are found
-    wherever they are; the others are compared under the same index.
+    The change is the norm of the difference, relative to the norm before. Bitwise equal experts are matched at any
+    index; the others are compared by index.
 
     Example: `echoray experts diff breast@1.0.0 breast-1.1.0`
     """
@@ -303,7 +301,7 @@ def _backbone(checkpoint: Path) -> "BackboneSizes":
 
 
 def _checkpoint_for(source: Path) -> Path:
-    """The split checkpoint for whose backbone a SRC is, where none is named."""
+    """The default split checkpoint for SRC's backbone."""
     from echovlm_ray.checkpoint.layout import is_split_folder
 
     found = next((folder for folder in (source, DEFAULT_CHECKPOINT) if is_split_folder(folder)), None)

@@ -1,4 +1,4 @@
-"""`echoray experts history`: what happened, and whether it was changed since."""
+"""`echoray experts history`: shows and verifies the history of rollouts."""
 
 import json
 from datetime import UTC, datetime
@@ -23,22 +23,20 @@ DEFAULT_LAST = 50
 @with_control
 def history(
     control: ExpertControlClient,
-    organ: Annotated[str, typer.Argument(metavar="[ORGAN]", help="Only this organ's. [default: all]")] = "",
-    last: Annotated[int, typer.Option(min=0, help="The last so many entries; 0 for all.")] = DEFAULT_LAST,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Check the whole history: every entry seals the next.")
-    ] = False,
+    organ: Annotated[str, typer.Argument(metavar="[ORGAN]", help="Only this organ. [default: all]")] = "",
+    last: Annotated[int, typer.Option(min=0, help="The number of newest entries; 0 for all.")] = DEFAULT_LAST,
+    verify: Annotated[bool, typer.Option("--verify", help="Verify the chain of hashes of the whole history.")] = False,
     head: Annotated[
-        str, typer.Option(metavar="HASH", help="The head that was noted down earlier, to be found; implies --verify.")
+        str, typer.Option(metavar="HASH", help="An earlier head that the history must contain; implies --verify.")
     ] = "",
     as_json: AsJSON = False,
 ) -> None:
-    """Shows what happened to rollouts, oldest first: when, by whom and why.
+    """Shows the history of rollouts, oldest first, with time, operator and reason.
 
-    Every entry holds the hash of the one before it, so `--verify` finds any that was changed, removed or inserted.
-    A history that was rewritten as a whole is found by `--head`, with a head that was noted down elsewhere.
+    Every entry has the hash of the previous one, so `--verify` finds changed, removed and inserted entries. `--head`
+    also finds a completely rewritten history, with a head that you stored elsewhere.
 
-    Exit status: 0 all is well; 1 the history was tampered with.
+    Exit status: 0 no problem; 1 the history was tampered with.
 
     Example: `echoray experts history heart --verify`
     """
@@ -73,7 +71,7 @@ def _table(found: "HistoryResponse") -> Listing:
 
 
 def _details(entry: "HistoryEntry") -> str:
-    """What fits into a line: single values, and of digests as much as people compare."""
+    """The details that fit on a line: scalar values, and shortened digests."""
     details = _parsed(entry.details_json)
     before, after = str(details.pop("from_state", "")), str(details.pop("to_state", ""))
     move = f"{before} → {after}".replace("_", " ").removeprefix(" ").strip() if after else ""
@@ -83,7 +81,7 @@ def _details(entry: "HistoryEntry") -> str:
 
 
 def _parsed(details_json: str) -> dict[str, Any]:
-    """The details of an entry; whatever is none is shown as it is."""
+    """The details of an entry; invalid ones are shown unchanged."""
     try:
         details = json.loads(details_json or "{}")
     except ValueError:

@@ -1,11 +1,10 @@
-"""`echoray experts list`, `push` and `pull`: what is in a system or a registry, and the ways in and out."""
+"""`echoray experts list`, `push` and `pull`: the bundles of a system or a registry."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from echovlm_ray.cli.answering import format_problem, problem_as_dict
 from echovlm_ray.cli.control import with_control, with_named_control
 from echovlm_ray.cli.experts_targets import (
     DEFAULT_REGISTRY,
@@ -17,6 +16,7 @@ from echovlm_ray.cli.experts_targets import (
     registry_at,
 )
 from echovlm_ray.cli.experts_watch import watch_state
+from echovlm_ray.cli.organ_problem import format_problem, problem_as_dict
 from echovlm_ray.cli.rollout_format import bundle_as_dict, state_as_dict, versions_of
 from echovlm_ray.cli.rollout_tables import bundles_view, state_view
 from echovlm_ray.cli.terminal import console_of, line, say, say_json, styled
@@ -29,16 +29,16 @@ def list_command(
     control: ExpertControlClient,
     registry: Annotated[
         str | None,
-        typer.Option(help="List what this registry has instead: a folder, a split checkpoint's folder, or a URL."),
+        typer.Option(help="List this registry instead: a folder, a split checkpoint's folder, or a URL."),
     ] = None,
     registry_option: RegistryOptions = None,
-    organ: Annotated[str, typer.Option(help="Only this organ's.")] = "",
-    watch: Annotated[bool, typer.Option("--watch", help="Go on showing what changes, until Ctrl-C.")] = False,
+    organ: Annotated[str, typer.Option(help="Only this organ.")] = "",
+    watch: Annotated[bool, typer.Option("--watch", help="Show changes until Ctrl-C.")] = False,
     as_json: AsJSON = False,
 ) -> None:
-    """Lists what a running system serves: live versions, rollouts, what every replica holds, and its registry.
+    """Lists a running system's live versions, rollouts, loaded bundles of every replica, and registry.
 
-    With `--registry`, what a registry has, with no system: by organ and from the oldest version to the newest.
+    With `--registry` it lists a registry's bundles without a system, sorted by organ and version.
 
     Example: `echoray experts list`
 
@@ -62,12 +62,11 @@ def push(
     registry: RegistryURL = DEFAULT_REGISTRY,
     registry_option: RegistryOptions = None,
 ) -> None:
-    """Adds a bundle to a registry, with its signature if it has one, after checking its files.
+    """Checks a bundle and adds it, with its signature, to a registry.
 
-    With `--control` it is sent to a running system, which puts it into the registry that it is configured with.
+    With `--control` it is sent to a running system, which adds it to its registry.
 
-    Half a push is never visible, and pushing again changes nothing. A version stays what it is forever: another bundle
-    of the same organ and version is refused.
+    A push is atomic and idempotent. Versions are immutable: another bundle of the same organ and version is refused.
 
     Example: `echoray experts push breast-1.1.0 --registry s3://models/experts`
 
@@ -88,12 +87,12 @@ def push(
 
 
 def pull(
-    version: Annotated[str, typer.Argument(metavar="ORGAN@VERSION", help="Which bundle.")],
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.")],
+    version: Annotated[str, typer.Argument(metavar="ORGAN@VERSION", help="The bundle.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to create.")],
     registry: RegistryURL = DEFAULT_REGISTRY,
     registry_option: RegistryOptions = None,
 ) -> None:
-    """Copies a bundle out of a registry into a folder of its own, and checks it.
+    """Copies a bundle from a registry to a new folder and checks it.
 
     Example: `echoray experts pull breast@1.1.0 breast-1.1.0 --registry s3://models/experts`
     """
@@ -113,7 +112,7 @@ def _list_registry(registry: str, options: list[str] | None, organ: str, as_json
         from experts.errors import InvalidBundleError
 
         opened = registry_at(registry, options).open()
-        # One that is damaged, on purpose or not, hides no other.
+        # A damaged manifest must not hide the other bundles.
         passed_over: list[InvalidBundleError] = []
         listed = opened.list(organ or None, damaged=passed_over.append)
         if organ and not listed and not passed_over:

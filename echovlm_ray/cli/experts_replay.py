@@ -1,4 +1,4 @@
-"""`echoray experts replay`: computes a past answer again, with the experts that gave it. Only the client's packages."""
+"""`echoray experts replay`: computes a past answer again with the same experts. Needs only the client's packages."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +22,7 @@ EXIT_DIFFERENT = 6
 
 
 def replay(
-    path: Annotated[Path, typer.Argument(metavar="REQUEST.json", help="What `generate --save-request` wrote.")],
+    path: Annotated[Path, typer.Argument(metavar="REQUEST.json", help="A file of `generate --save-request`.")],
     server: Server = DEFAULT_ADDRESS,
     control: Control = DEFAULT_CONTROL,
     name: Annotated[
@@ -31,23 +31,23 @@ def replay(
     ] = None,
     token_file: TokenFile = None,
     control_token_file: Annotated[
-        Path | None, typer.Option(help="Control's token, where it is another one. [default: that of --token-file]")
+        Path | None, typer.Option(help="Control's token file, if it differs. [default: --token-file]")
     ] = None,
     ca: Authority = None,
     certificate: Certificate = None,
     key: Key = None,
     timeout: Annotated[
-        float, typer.Option(min=0.001, callback=finite, help="Give up the answer after this many seconds.")
+        float, typer.Option(min=0.001, callback=finite, help="Timeout of the answer in seconds.")
     ] = 300.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
-    """Computes an answer again, with the expert set that gave it, and says whether all tokens are the same.
+    """Computes a saved answer again with its expert set, and compares all tokens.
 
-    Where the set's bundles are in the registry and not loaded any more, the system loads them beside those that serve,
-    within the memory that replicas may take, and unloads them afterwards. What other requests get does not change.
+    If the set's bundles are not loaded any more, the system loads them from the registry in addition to the live ones,
+    within the replicas' memory limit, and unloads them afterwards. Other requests are not affected.
 
-    Exit status: 0 equal; 6 different; 1 server; 2 request, or the set cannot answer again; 3 no answer, or no room;
-    4 time; 5 credentials; 130 Ctrl-C.
+    Exit status: 0 equal; 6 different; 1 server error; 2 invalid request, or the set cannot be loaded; 3 no answer, or
+    not enough memory; 4 timeout; 5 credentials; 130 Ctrl-C.
 
     Example: `echoray experts replay answers/visit-1.json`
     """
@@ -83,7 +83,7 @@ def _answer(
     console: Console,
     server: str,
 ) -> tuple[str, Summary]:
-    """Holds the set for as long as its answer takes."""
+    """Loads the set for the time of the answer."""
     answer = request.answer
     with control_failures(operator.address):
         held = operator.replay(

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 _DIGEST_START = re.compile(r"[0-9a-f]{6,64}")
 _WHOLE_DIGEST = 64
 
-Organ = Annotated[str, typer.Argument(metavar="ORGAN", help="Whose experts, like heart.")]
-Percent = Annotated[float, typer.Option(help="Of the organ's requests: above 0, at most 100.")]
+Organ = Annotated[str, typer.Argument(metavar="ORGAN", help="The organ, like heart.")]
+Percent = Annotated[float, typer.Option(help="Percentage of the organ's requests: above 0, at most 100.")]
 Digest = Annotated[
-    str, typer.Option(help="Only if this is the bundle in question; its first digits will do. [default: looked up]")
+    str, typer.Option(help="Only if the candidate has this digest, or a digest with this prefix. [default: looked up]")
 ]
 
 
@@ -42,12 +42,12 @@ def stage(
     wait: Wait = False,
     as_json: AsJSON = False,
 ) -> None:
-    """Begins a rollout: a bundle of the registry is verified and loaded on every replica, and gets no traffic yet.
+    """Begins a rollout: a bundle of the registry is verified and loaded on every replica, without traffic.
 
-    An organ that is not served yet is a new one. With `--wait` it ends when the candidate is loaded everywhere.
+    The organ may be a new one. With `--wait` the command ends when the candidate is loaded on every replica.
 
-    Exit status, of all these commands: 0 done, or so already; 1 refused, failed, or in a dry run no room; 2 wrong
-    options or an unknown organ or version; 3 Control does not answer; 5 credentials; 130 Ctrl-C.
+    Exit status of all these commands: 0 done, or nothing to do; 1 refused, failed, or in a dry run not enough memory; 2
+    invalid options or an unknown organ or version; 3 Control does not answer; 5 credentials; 130 Ctrl-C.
 
     Example: `echoray experts stage heart 1.1.0 --reason "finer valves" --wait`
     """
@@ -79,10 +79,10 @@ def canary(
     wait: Wait = False,
     as_json: AsJSON = False,
 ) -> None:
-    """Has the candidate answer a part of the requests. Requests of one session stay with one version.
+    """Sends a share of the requests to the candidate. Requests of one session stay with one version.
 
-    From now on the candidate is rolled back by itself when it fails too often, is too slow or computes what is no
-    number. A rollout file's own steps end with this command. With `--wait` it ends when the canary has begun.
+    The candidate is rolled back automatically if it fails too often, is too slow or computes NaN or infinity. This
+    command ends the automatic steps of a rollout file. With `--wait` it ends when the canary has begun.
 
     Example: `echoray experts canary heart --percent 5`
     """
@@ -114,9 +114,9 @@ def shadow(
     dry_run: DryRun = False,
     as_json: AsJSON = False,
 ) -> None:
-    """Has the candidate compute a part of the requests beside the incumbent; its answers are discarded.
+    """Mirrors a share of the requests to the candidate; its answers are discarded.
 
-    `echoray experts list` shows how far the two agree.
+    `echoray experts list` shows how much the answers of candidate and incumbent agree.
 
     Example: `echoray experts shadow heart --percent 20`
     """
@@ -147,11 +147,11 @@ def promote(
     wait: Wait = False,
     as_json: AsJSON = False,
 ) -> None:
-    """Makes the candidate the organ's version for all new requests; those under way end with what they have.
+    """Makes the candidate the organ's version for all new requests. Running requests keep their version.
 
-    With `--wait` it ends when no request uses the version before any more, and its memory is free.
+    With `--wait` the command ends when no request uses the previous version any more.
 
-    A candidate with evaluations that it did not pass is refused, with the figures.
+    A candidate that did not pass its evaluations is refused, with the figures.
 
     Example: `echoray experts promote heart --reason "agrees with the board" --wait`
     """
@@ -179,7 +179,7 @@ def rollback(
         str,
         typer.Option(
             metavar="VERSION|DIGEST",
-            help="Go back from this version, which must be the stable one, to the version that was stable before it.",
+            help="Roll back this version, which must be the stable one, to the previous one.",
         ),
     ] = "",
     digest: Digest = "",
@@ -189,13 +189,13 @@ def rollback(
     wait: Wait = False,
     as_json: AsJSON = False,
 ) -> None:
-    """Takes back the candidate. The stable version is touched only where `--stable` names it.
+    """Rolls back the candidate, or with `--stable` the stable version.
 
-    Where nothing is in flight, nothing is changed, and the reason says what happened since. With `--wait` it ends when
-    no request uses what was taken back, and its memory is free.
+    If nothing is in flight, nothing is changed, and the message has the last event. With `--wait` the command ends when
+    no request uses the version any more and its memory is free.
 
-    With `--stable` the version before the stable one is verified and loaded first, and the stable one serves until
-    then. If another version is stable by now, nothing is changed.
+    With `--stable` the previous version is verified and loaded first, and the stable one serves until then. If another
+    version is stable now, nothing is changed.
 
     Example: `echoray experts rollback heart --reason "misses effusions" --wait`
 
@@ -212,11 +212,11 @@ def rollback(
         return
     digest = _whole(control, organ, digest)
     expected = candidate_seen(control, organ, rollout, digest)
-    # A step of the rollout's plan in between is no reason to leave the candidate where it is.
+    # An automatic step in between must not prevent the rollback.
     expected.ClearField("state")
     expected.ClearField("percent")
     if expected.nothing_in_flight:
-        # Refused with what happened since. In earnest, a Control of an older version would take back the stable one.
+        # Sent only as a dry run, to get the last event: an older Control would roll back the stable version.
         dry_run = True
     response = control.rollback(
         organ, digest=digest, actor=actor_of(actor), reason=reason, expected=expected, dry_run=dry_run
@@ -229,14 +229,17 @@ def retire(
     control: ExpertControlClient,
     organ: Organ,
     version: Annotated[
-        str, typer.Option(help="Only bar this version, or digest, from being staged again. [default: the whole organ]")
+        str,
+        typer.Option(
+            help="Only retire this version or digest, which then cannot be staged again. [default: the whole organ]"
+        ),
     ] = "",
     reason: Reason = "",
     actor: Actor = None,
     dry_run: DryRun = False,
     as_json: AsJSON = False,
 ) -> None:
-    """Takes an organ out of service for good, or with `--version` bars one version of it.
+    """Retires an organ permanently, or with `--version` one of its versions.
 
     Example: `echoray experts retire heart --version 1.0.1 --reason "trained on the wrong labels"`
     """
@@ -264,7 +267,8 @@ def apply(
 ) -> None:
     """Begins the rollout that a file describes, with its steps and thresholds. Applying it again changes nothing.
 
-    With `--wait` it ends when the last step of the file has begun, or the candidate has taken over if the file says so.
+    With `--wait` the command ends when the last step of the file has begun, or the candidate was promoted if the file
+    says so.
 
     Example: `echoray experts apply rollout.yaml --wait`
     """
@@ -297,7 +301,7 @@ def _finish(
     as_json: bool,
     reached: Reached | None = None,
 ) -> None:
-    """Says what was done or would be, waits if that is wanted, and gives the exit status."""
+    """Prints the outcome, waits if requested, and sets the exit status."""
     if not as_json:
         _print(response, dry_run)
     if reached is not None and response.HasField("rollout") and not dry_run:
@@ -338,14 +342,14 @@ def _watch(organ: str) -> str:
 
 
 def _bundle(control: ExpertControlClient, organ: str, text: str) -> tuple[str, str]:
-    """Version and digest of which one is given; no semantic version looks like the beginning of a digest."""
+    """Version and digest, of which one is given. No semantic version looks like the prefix of a digest."""
     if _DIGEST_START.fullmatch(text):
         return "", _whole(control, organ, text)
     return text, ""
 
 
 def _whole(control: ExpertControlClient, organ: str, start: str) -> str:
-    """The digest that begins so, of the organ's bundles and rollouts."""
+    """The digest with this prefix among the organ's bundles and rollouts."""
     if not start or len(start) == _WHOLE_DIGEST:
         return start
     if not _DIGEST_START.fullmatch(start):

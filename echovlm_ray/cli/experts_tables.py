@@ -1,4 +1,4 @@
-"""Prints bundles, checks and differences, for people."""
+"""Prints bundles, checks and differences as tables."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,12 +14,12 @@ from experts.bundles.manifest import Manifest
 from experts.checks.check import CheckResult
 
 _SHOWN_DIGEST = 12
-# Of a description or a changelog.
+# The most characters of a description or a changelog.
 MAX_PROSE = 4000
 
 
 def print_versions(found: Sequence[tuple[Manifest, bool]]) -> None:
-    """Prints the bundles of a registry, each with whether it is signed."""
+    """Prints the bundles of a registry, and whether they are signed."""
     if not found:
         console_of().print("There are no bundles.")
         return
@@ -55,7 +55,7 @@ def print_bundle(bundle: Bundle) -> None:
 
 
 def print_check(result: CheckResult) -> None:
-    """Prints the result of a check that went well."""
+    """Prints the result of a successful check."""
     console = console_of()
     table = Listing("check", "result", header=False)
     table.add_row("bundle", f"{result.organ}@{result.version} {result.digest}")
@@ -111,6 +111,6 @@ def _shown(value: Any) -> str:
 
 
 def _cut(text: str) -> str:
-    """A text of several lines as far as people read it."""
+    """A text of several lines, shortened."""
     more = len(text) - MAX_PROSE
     return visible(text if more <= 0 else f"{text[:MAX_PROSE]}… ({more} characters more; --json shows all)")

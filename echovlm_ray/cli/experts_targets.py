@@ -1,4 +1,4 @@
-"""How commands name a bundle and its registry: options and their meaning."""
+"""The options and arguments for a bundle and its registry."""
 
 import re
 from pathlib import Path
@@ -29,18 +29,18 @@ RegistryOptions = Annotated[
     typer.Option(
         "--registry-option",
         metavar="KEY=VALUE",
-        help="For fsspec's file system of that URL, like endpoint_url=http://minio:9000. Repeatable.",
+        help="An option of fsspec's file system, like endpoint_url=http://minio:9000. Repeatable.",
     ),
 ]
 PublicKeys = Annotated[
     list[Path] | None,
-    typer.Option("--key", help="A PEM public key by which the bundle must be signed. Repeatable: any of them will do."),
+    typer.Option("--key", help="A PEM public key that must have signed the bundle. Repeatable: any of them suffices."),
 ]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 def registry_at(url: str, options: list[str] | None) -> "RegistryLocation":
-    """The registry that the options name; of a split checkpoint its own."""
+    """The registry of the options; for a split checkpoint its registry."""
     from echovlm_ray.checkpoint.layout import is_split_folder, registry_root
     from experts.registry.source import RegistryLocation
 
@@ -56,11 +56,11 @@ def in_registry(target: str) -> tuple[str, str] | None:
 
 
 def source_of(target: str, registry: str, options: list[str] | None) -> "BundleSource":
-    """The bundle that a target names.
+    """The bundle of a target.
 
     Raises:
-        UnknownBundleError: the registry does not have it.
-        InvalidBundleError: its manifest there is damaged.
+        UnknownBundleError: it is not in the registry.
+        InvalidBundleError: its manifest is damaged.
     """
     from experts.registry.source import BundleSource
 

@@ -11,10 +11,10 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from echovlm_ray.cli.answering import problem_as_dict
 from echovlm_ray.cli.control import with_control
 from echovlm_ray.cli.experts_targets import AsJSON
 from echovlm_ray.cli.interruptible import interruptible
+from echovlm_ray.cli.organ_problem import problem_as_dict
 from echovlm_ray.cli.rollout_changes import changes
 from echovlm_ray.cli.rollout_format import state_as_dict, versions_of
 from echovlm_ray.cli.rollout_tables import state_view
@@ -25,7 +25,7 @@ from echovlm_ray.client.errors import CallCancelledError, EchoVLMError, Internal
 if TYPE_CHECKING:
     from protos.control_pb2 import ControlState
 
-# How long Control may be away, as while it is restarted, before watching gives up.
+# How long Control may be unavailable, for example during a restart, before watching ends.
 TIMEOUT_S = 60.0
 RECONNECT_S = 0.5
 REDRAW_PER_SECOND = 4
@@ -39,9 +39,9 @@ def watch(
     organ: Annotated[str, typer.Argument(metavar="[ORGAN]", help="Only this organ.")] = "",
     as_json: AsJSON = False,
 ) -> None:
-    """Shows what is live, the rollouts and what every replica holds and loads, as it changes, until Ctrl-C.
+    """Shows live versions, rollouts, and loaded bundles of every replica until Ctrl-C.
 
-    On a terminal a live table, otherwise a line for every change; with `--json` one object a line.
+    On a terminal it is a live table, otherwise a line for every change; with `--json` one object per line.
 
     Example: `echoray experts watch heart`
     """
@@ -49,7 +49,7 @@ def watch(
 
 
 def watch_state(control: ExpertControlClient, organ: str, as_json: bool) -> None:
-    """Shows every state until Ctrl-C, which is how it is meant to end."""
+    """Shows every state until Ctrl-C."""
     names = Versions(control)
     names.check_organ(organ)
     try:
@@ -64,23 +64,23 @@ def watch_state(control: ExpertControlClient, organ: str, as_json: bool) -> None
 
 
 class Versions:
-    """The versions of the digests that are shown: asked for when a digest is new."""
+    """The versions of the shown digests; looked up for new digests."""
 
     def __init__(self, control: ExpertControlClient) -> None:
         self._control = control
         self._known: dict[str, str] = {}
 
     def check_organ(self, organ: str) -> None:
-        """Has Control refuse an organ that there is not.
+        """Checks with Control that an organ exists.
 
         Raises:
-            NotFoundError: the text names those that there are.
+            NotFoundError: there is no such organ; the text lists the existing ones.
         """
         if organ:
             self._control.list(organ)
 
     def of(self, state: "ControlState") -> dict[str, str]:
-        """Digest → version of everything in a state, as far as the registry knows it."""
+        """Digest → version of all bundles in a state, if the registry has them."""
         digests = {member.bundle_digest for member in state.live.members}
         digests |= {share.digest for replica in state.replicas for share in replica.bundles}
         self._known |= versions_of((), state.rollouts)
@@ -88,7 +88,7 @@ class Versions:
             try:
                 self._known |= versions_of(self._control.list().bundles)
             except EchoVLMError:
-                # Digests say what it is, too.
+                # Digests identify the bundles, too.
                 return self._known
             self._known |= dict.fromkeys(digests - set(self._known), "")
         return self._known
@@ -96,13 +96,13 @@ class Versions:
 
 @contextmanager
 def states(control: ExpertControlClient) -> Iterator[Iterator["ControlState"]]:
-    """Every state, also across a restart of Control, until Ctrl-C; says on stderr when Control has gone away.
+    """Yields every state until Ctrl-C, also across restarts of Control, which are reported on stderr.
 
     Args:
-        control: whom to ask; again for a minute when it has gone.
+        control: the client; retried for a minute when Control is unavailable.
 
     The iterator raises:
-        EchoVLMError: Control did not come back, or never was there.
+        EchoVLMError: Control is unavailable.
         KeyboardInterrupt: after Ctrl-C.
     """
     with interruptible(_states(control)) as found:
@@ -118,7 +118,7 @@ def _with_absences_shown(found: Iterator["ControlState | None"]) -> Iterator["Co
 
 
 def _states(control: ExpertControlClient) -> Iterator["ControlState | None"]:
-    """The states; None once when Control has gone away."""
+    """Yields the states, and None once when Control becomes unavailable."""
     seen = False
     lost_at: float | None = None
     while True:
@@ -140,13 +140,13 @@ def _states(control: ExpertControlClient) -> Iterator["ControlState | None"]:
 
 @contextmanager
 def display(names: Versions, organ: str, console: Console, note: str = "") -> Iterator[Show]:
-    """Shows states as they come: on a terminal in a table that stays in place, otherwise in lines.
+    """Shows states: on a terminal in a live table, otherwise in lines.
 
     Args:
         names: the versions.
-        organ: only this organ's, if given.
-        console: where to.
-        note: stands below the table.
+        organ: only this organ, if given.
+        console: the output.
+        note: shown below the table.
     """
     if console.is_terminal:
         with _live_table(names, organ, console, note) as show:
@@ -163,7 +163,7 @@ def _live_table(names: Versions, organ: str, console: Console, note: str) -> Ite
         if not latest:
             return Text("waiting for Control …", style="dim")
         state, versions = latest[0]
-        # Drawn again and again: times go on by themselves.
+        # Redrawn regularly, because times change.
         table = state_view(state.live, state.rollouts, state.replicas, versions, organ)
         return Group(table, Text(note, style="dim")) if note else table
 

@@ -1,4 +1,4 @@
-"""Gates and evaluations in words, tables and JSON; and the file that demands them."""
+"""Formats gates and evaluations as text, tables and JSON; reads the file of `--gates`."""
 
 from collections.abc import Iterable
 from datetime import datetime
@@ -19,18 +19,18 @@ Gates = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Only once the candidate has passed the evaluations in this YAML file, a list under `gates:`; Control "
-        "runs them, and then goes on by itself.",
+        help="First run the evaluations in this YAML file, a list under `gates:`. Control continues automatically once "
+        "the candidate has passed them.",
     ),
 ]
 Override = Annotated[
     bool,
-    typer.Option("--override", help="Although its evaluations were not passed, or have not ended; needs --reason."),
+    typer.Option("--override", help="Ignore evaluations that were not passed or have not ended; needs --reason."),
 ]
 
 
 def gates_json(path: Path | None) -> str:
-    """The gates of a file as Control takes them; "" without a file. Ends the command if it cannot be used."""
+    """The gates of a file in Control's format; "" without a file. Ends the command if the file is invalid."""
     if path is None:
         return ""
     from echovlm_ray.cli.rollout_yaml import read_gates_file
@@ -43,20 +43,20 @@ def gates_json(path: Path | None) -> str:
 
 
 def check_override(override: bool, reason: str) -> None:
-    """Ends the command where an override does not say why."""
+    """Ends the command if an override has no reason."""
     if override and not reason.strip():
         fail("--override needs --reason: it says in the history why the evaluations do not count", EXIT_INVALID)
 
 
 def failed_gates(rollout: "Rollout") -> str:
-    """What a candidate in flight did not pass, in words; "" while nothing is known against it."""
+    """The failed gates of a candidate in flight as text; "" if there are none."""
     if any(gate.state == "open" for gate in rollout.gates):
         return ""
     return "; ".join(gate.evaluation.text for gate in rollout.gates if gate.state == "failed")
 
 
 def gate_as_dict(gate: "Gate") -> dict[str, Any]:
-    """A gate; numbers as numbers."""
+    """A gate as JSON values."""
     return {
         "dataset": gate.dataset,
         "dataset_digest": gate.dataset_digest,
@@ -73,7 +73,7 @@ def gate_as_dict(gate: "Gate") -> dict[str, Any]:
 
 
 def evaluation_as_dict(evaluation: "Evaluation") -> dict[str, Any]:
-    """What an evaluation found; what it did not measure is None."""
+    """An evaluation as JSON values; None for values that it did not measure."""
     optional = ("low", "high", "incumbent_value", "difference", "difference_low", "difference_high")
     measured = {name: getattr(evaluation, name) if evaluation.HasField(name) else None for name in optional}
     return {
@@ -95,7 +95,7 @@ def evaluation_as_dict(evaluation: "Evaluation") -> dict[str, Any]:
 
 
 def print_evaluations(evaluations: Iterable["Evaluation"]) -> None:
-    """Prints what evaluations found about a version."""
+    """Prints a version's evaluations."""
     found = list(evaluations)
     if not found:
         console_of().print("No evaluation of it is known to Control.")

@@ -1,4 +1,4 @@
-"""`echoray generate` and `echoray info`: a gateway's answers on the terminal. Only the client, nothing heavy."""
+"""`echoray generate` and `echoray info`: a gateway's answers on the terminal. Needs only the client's packages."""
 
 import dataclasses
 import os
@@ -53,7 +53,7 @@ MAX_DESCRIPTION = 2000
 ASK_PROMPT = " and ".join(task.name for task in TASKS.values() if task.needs_prompt)
 
 Server = Annotated[str, typer.Option(help="host:port of the gateway.", envvar="ECHORAY_SERVER")]
-Timeout = Annotated[float, typer.Option(min=0.001, callback=finite, help="Give up after this many seconds.")]
+Timeout = Annotated[float, typer.Option(min=0.001, callback=finite, help="Timeout in seconds.")]
 Name = Annotated[
     str | None, typer.Option(help="The system of this name that you run on this machine, instead of --server.")
 ]
@@ -67,29 +67,28 @@ def generate(
     ] = None,
     task: Annotated[TaskName, typer.Option(help=f"What to write; {ASK_PROMPT} need --prompt.")] = "report",
     language: Annotated[Language, typer.Option(help="Language of the answer.")] = "en",
-    prompt: Annotated[str, typer.Option(help="The question, or what else the model should know.")] = "",
-    organ: Annotated[list[str] | None, typer.Option(help="An organ shown, if known; may be repeated.")] = None,
+    prompt: Annotated[str, typer.Option(help="The question, or further information for the model.")] = "",
+    organ: Annotated[list[str] | None, typer.Option(help="An organ in the images, if known. Repeatable.")] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="The longest answer; else the server's default.")
+        int | None, typer.Option(min=1, help="The most tokens of the answer. [default: the server's]")
     ] = None,
-    temperature: Annotated[
-        float, typer.Option(min=0.0, callback=finite, help="0 takes the most likely token always.")
-    ] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0.0, callback=finite, help="0 is greedy decoding.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="Keep the k most likely tokens; 0 keeps all.")] = 0,
     top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, callback=finite, help="Keep the likeliest tokens up to this probability.")
+        float,
+        typer.Option(min=0.0, max=1.0, callback=finite, help="Keep the most likely tokens up to this probability."),
     ] = 1.0,
-    repetition_penalty: Annotated[float, typer.Option(min=0.0, callback=finite, help="Above 1: repeat less.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    repetition_penalty: Annotated[float, typer.Option(min=0.0, callback=finite, help="Above 1 repeats less.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling reproducible.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text. Repeatable.")] = None,
     session: Annotated[
-        str, typer.Option(help="Requests of one session get the same experts while a version is tried on some of them.")
+        str, typer.Option(help="Requests of one session get the same version of the experts during a canary.")
     ] = "",
     expert_set: Annotated[
-        str, typer.Option(help="Have the expert set of this id answer, if it is served now; see `experts replay`.")
+        str, typer.Option(help="Use the expert set with this id, if it is loaded now; see `experts replay`.")
     ] = "",
     save_request: Annotated[
-        Path | None, typer.Option(help="Write what `experts replay` needs to this new file: request and tokens.")
+        Path | None, typer.Option(help="Save request and tokens for `experts replay` to this new file.")
     ] = None,
     server: Server = DEFAULT_ADDRESS,
     token_file: TokenFile = None,
@@ -100,11 +99,12 @@ def generate(
     as_json: AsJson = False,
     name: Name = None,
 ) -> None:
-    """Writes about ultrasound images: the answer on stdout as it comes, where it comes from on stderr.
+    """Writes about ultrasound images: streams the answer to stdout, and its provenance to stderr.
 
     Not a medical device: nothing it writes is a diagnosis.
 
-    Exit status: 0 done; 1 server; 2 request; 3 no answer, or too busy; 4 time; 5 credentials; 130 Ctrl-C.
+    Exit status: 0 done; 1 server error; 2 invalid request; 3 no answer, or overloaded; 4 timeout; 5 credentials; 130
+    Ctrl-C.
     """
     options: GenerateOptions = {
         "task": task,
@@ -115,7 +115,7 @@ def generate(
         "top_k": top_k,
         "top_p": top_p,
         "repetition_penalty": repetition_penalty,
-        # Without a seed, the saved answer could not come again.
+        # Without a seed, the answer could not be reproduced.
         "seed": secrets.randbits(64) if save_request and temperature > 0 and seed is None else seed,
         "max_new_tokens": max_new_tokens,
         "stop": stop or [],
@@ -129,7 +129,7 @@ def generate(
         images = _read_stdin(files or [])
         if not images and not prompt.strip():
             raise ValueError("there is nothing to write about: name an image file, or give --prompt")
-        # Read once: what is saved is what was sent.
+        # Read once, so that the saved bytes are those that were sent.
         contents = images if save_request is None else _contents(images, save_request)
         with client.stream(contents, **options) as stream, interruptible(stream) as events:
             if as_json:
@@ -147,7 +147,7 @@ def _contents(images: Sequence[Image], save_request: Path) -> list[Image]:
 
 
 def _gateway_of(name: str | None, server: str, console: Console) -> str:
-    """The address, or that of the system of a name."""
+    """The given address, or that of the system with the given name."""
     with failures(console, server):
         if name is None:
             return server
@@ -166,7 +166,7 @@ def info(
     as_json: AsJson = False,
     name: Name = None,
 ) -> None:
-    """Shows what a gateway serves: the model, its organs with the versions of their experts, its limits."""
+    """Shows a gateway's model, organs with the versions of their experts, and limits."""
     console = console_of(stderr=True)
     server = _gateway_of(name, server, console)
     with failures(console, server), _client(console, server, token_file, ca, certificate, key, timeout) as client:
@@ -189,7 +189,7 @@ def _client(
     reported: list[EchoVLMError] = []
 
     def waiting(error: EchoVLMError) -> None:
-        # A server that restarts is waited for; that there may be none is said at once.
+        # A retry waits for a restarting server; if there may be none, that is reported first.
         if not reported:
             reported.append(error)
             console.print(line(_explain(error, server)[0]), style="yellow", soft_wrap=True)
@@ -207,7 +207,7 @@ def _read_stdin(files: Sequence[str]) -> list[Image]:
 
 
 def _print_stream(stream: AnswerStream, events: Iterator[Event], console: Console, num_images: int) -> None:
-    # Random or hostile text must not steer the terminal; a pipe gets exactly what the model wrote.
+    # On a terminal, control characters of the text are escaped; a pipe gets exactly the model's text.
     readable = visible if sys.stdout.isatty() else str
     started = time.monotonic()
     sending = f"sending {num_images} image{'s' * (num_images != 1)} …" if num_images else "sending …"
@@ -286,7 +286,7 @@ def _print_info(found: ModelInfo, console: Console) -> None:
 
 @contextmanager
 def failures(console: Console, server: str) -> Iterator[None]:
-    """One line and one exit code for each way to fail; the request is cancelled by the stream's own block."""
+    """Converts errors to one line and an exit code. The stream's `with` block cancels the request."""
     try:
         yield
     except KeyboardInterrupt:
@@ -297,7 +297,7 @@ def failures(console: Console, server: str) -> Iterator[None]:
         console.print(styled("error:", "red"), text, soft_wrap=True)
         raise typer.Exit(code) from None
     except BrokenPipeError:
-        # The reader has seen enough, as `head` does. Python would complain once more when it closes stdout.
+        # The reader has closed the pipe, like `head`. Python would report it again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(EXIT_FAILED) from None
     except (ValueError, OSError) as error:

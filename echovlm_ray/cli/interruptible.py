@@ -1,4 +1,4 @@
-"""Ctrl-C for a command that reads a stream: it takes effect between two messages."""
+"""Makes Ctrl-C safe for a command that reads a stream: it takes effect between two messages."""
 
 import signal
 import threading
@@ -9,7 +9,7 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import TypeVar
 
-# A signal that comes just before the main thread begins to wait does not wake it.
+# A signal just before the main thread begins to wait does not wake it.
 NOTICE_S = 0.1
 
 Message = TypeVar("Message")
@@ -17,17 +17,16 @@ Message = TypeVar("Message")
 
 @contextmanager
 def interruptible(messages: Iterator[Message]) -> Iterator[Iterator[Message]]:
-    """Yields an iterator over the same messages that alone is what Ctrl-C interrupts; for the main thread.
+    """Yields an iterator over the same messages, which Ctrl-C interrupts. For the main thread.
 
-    Python raises `KeyboardInterrupt` after whatever instruction the main thread has come to. Inside gRPC that leaves a
-    lock behind that is never released, about once in a thousand times while messages come; what uses the channel then
-    waits forever. So it is another thread here that waits for gRPC, and only waiting for that thread is interrupted.
-    A second Ctrl-C interrupts anything, as usual.
+    Python raises `KeyboardInterrupt` after any instruction of the main thread. Inside gRPC that leaves a lock locked,
+    about once in a thousand times while messages arrive, and all later uses of the channel block. So another thread
+    waits for gRPC here, and only waiting for that thread is interrupted. A second Ctrl-C interrupts as usual.
 
     Args:
-        messages: asked for the next message when that is wanted; left as it is, perhaps waiting, when the block ends.
+        messages: the messages; at the end of the block another thread may still be waiting for the next one.
 
-    The iterator raises what `messages` raises, and `KeyboardInterrupt`.
+    The iterator raises the errors of `messages`, and `KeyboardInterrupt`.
     """
     received = _Received(messages)
     before = signal.signal(signal.SIGINT, received.interrupt)
@@ -41,7 +40,7 @@ def interruptible(messages: Iterator[Message]) -> Iterator[Iterator[Message]]:
 class _Received(Iterator[Message]):
     def __init__(self, messages: Iterator[Message]) -> None:
         self._messages = messages
-        # Simple queues, for a signal's handler may put into them whatever the code does that it has interrupted.
+        # SimpleQueue, because a signal handler may put into it at any point of the interrupted code.
         self._wanted: SimpleQueue[bool] = SimpleQueue()
         self._arrived: SimpleQueue[Future[Message]] = SimpleQueue()
         self._interrupted = False

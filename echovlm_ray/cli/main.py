@@ -1,7 +1,6 @@
-"""`echoray`: everything that can be done from a shell.
+"""`echoray`, the command.
 
-The commands that only talk to a running system need nothing but the client's few packages; the others load what they
-need when they are called.
+Commands that call a running system need only the client's packages; the others import what they need when they run.
 """
 
 from importlib import metadata
@@ -18,13 +17,13 @@ from echovlm_ray.cli.stop import stop
 from echovlm_ray.cli.terminal import say
 
 EXIT_FAILED = 1
-# Where a command's packages come from, if not from `serve`.
+# The extras with a command's packages, if not `serve`.
 _EXTRAS = {"data": "data", "eval": "eval", "train": "train"}
 OWN_PACKAGES = ("echovlm_ray", "experts", "router", "protos")
 
 
 class _Commands(TyperGroup):
-    """Says what to install when a command's packages are not there."""
+    """Reports what to install if a command's packages are missing."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -73,4 +72,4 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Serves EchoVLM, a vision-language model for ultrasound, and asks it. Not a medical device."""
+    """Serves EchoVLM, a vision-language model for ultrasound, and sends requests to it. Not a medical device."""

@@ -6,11 +6,11 @@ from contextlib import suppress
 
 
 def notify_ready() -> None:
-    """Says READY=1 to the socket that `NOTIFY_SOCKET` names, if a service manager gave one."""
+    """Sends READY=1 to the socket in `NOTIFY_SOCKET`, if it is set."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
-    # An abstract socket's name begins with a zero byte, which systemd writes as "@".
+    # An abstract socket's name begins with a zero byte; systemd writes it as "@".
     name = "\0" + address[1:] if address.startswith("@") else address
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
         connection.sendto(b"READY=1", name)

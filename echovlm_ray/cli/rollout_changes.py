@@ -16,18 +16,18 @@ from echovlm_ray.cli.terminal import line
 if TYPE_CHECKING:
     from protos.control_pb2 import ControlState, Rollout
 
-# Of a load's progress: a line for every so much of it.
+# The step of a load's progress for which a line is printed.
 PROGRESS_STEP = 0.1
 
 
 def changes(before: "ControlState | None", after: "ControlState", versions: Versions, organ: str = "") -> Iterator[str]:
-    """One line for everything that is new; without a state before, what is live and what is on its way.
+    """One line for every change; without a state before, the live versions and the rollouts in flight.
 
     Args:
         before: the state that was reported last.
         after: the state now.
-        versions: of the digests in both.
-        organ: only this organ's, if given.
+        versions: the versions of the digests in both.
+        organ: only this organ, if given.
     """
     for change in (_live, _rollouts, _replicas):
         yield from map(line, change(before, after, versions, organ))
@@ -67,7 +67,7 @@ def _replicas(before: "ControlState | None", after: "ControlState", versions: Ve
         previous = old.get((name, replica, digest), (-1.0, 0))[0]
         where = f"{name}: replica {replica}"
         if progress >= 1:
-            # What is held from the beginning is no news.
+            # Bundles that are loaded from the beginning are not reported.
             if previous < 1 and before is not None:
                 yield f"{where} holds {format_version(digest, versions)}, {format_size(nbytes)}"
         elif previous < 0 or int(progress / PROGRESS_STEP) > int(previous / PROGRESS_STEP):
@@ -79,7 +79,7 @@ def _replicas(before: "ControlState | None", after: "ControlState", versions: Ve
 
 
 def _standing(rollout: "Rollout") -> tuple[str, float, str, str]:
-    # A line for every other thing that is waited for, and none for every number that counts down.
+    # A line if the condition changes, but not for every countdown of its number.
     waits_for = "".join(character for character in rollout.waits_for if not character.isdigit())
     return rollout.state, rollout.percent, rollout.reason, waits_for
 

@@ -1,4 +1,4 @@
-"""The state of an organ that a command saw, sent along so that an operation on another state is refused."""
+"""The precondition of an operation: the state that the command saw."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,16 +12,14 @@ if TYPE_CHECKING:
 
 RolloutId = Annotated[
     str,
-    typer.Option(
-        "--rollout", metavar="ID", help="Only this rollout, like heart-12, as `list` shows it. [default: looked up]"
-    ),
+    typer.Option("--rollout", metavar="ID", help="Only this rollout, like heart-12; see `list`. [default: looked up]"),
 ]
 
 
 def candidate_seen(control: "ExpertControlClient", organ: str, rollout: str, digest: str) -> Expected:
-    """The candidate that is meant: the one that is named, or the one in flight now, where and as it stands.
+    """The precondition for a candidate: the given rollout, or the one in flight, in its current state.
 
-    With nothing in flight it says so, and whatever is staged in the meantime is left alone.
+    If nothing is in flight, the precondition is that nothing was staged since.
     """
     if rollout:
         return Expected(rollout_id=rollout)
@@ -34,6 +32,6 @@ def candidate_seen(control: "ExpertControlClient", organ: str, rollout: str, dig
 
 
 def stable_seen(control: "ExpertControlClient", organ: str) -> Expected:
-    """The organ's stable version now."""
+    """The precondition that the organ's stable version is the current one."""
     members = control.list(organ).live.members
     return Expected(stable_digest=next((member.bundle_digest for member in members if member.organ == organ), ""))

@@ -1,4 +1,4 @@
-"""Rollouts in words and as JSON, the same in every command."""
+"""Formats rollouts as text and JSON, for all commands."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -21,46 +21,46 @@ IN_FLIGHT = ("staged", "verified", "warm", "shadow", "canary")
 ENDED_BADLY = ("failed", "rolled_back")
 _SHOWN_DIGEST = 12
 
-# Digest → version, as far as it is known.
+# Digest → version, if known.
 Versions = Mapping[str, str]
 
 
 def format_state(rollout: "Rollout") -> str:
-    """A rollout's state with its part of the traffic, for example "canary 5 %"."""
+    """A rollout's state with its share of the traffic, for example "canary 5 %"."""
     state = rollout.state.replace("_", " ")
     return f"{state} {format_number(rollout.percent)} %" if rollout.percent else state
 
 
 def format_number(number: float) -> str:
-    """A number with as few digits as tell it from every other: 5 or 99.99999, never 100 for that."""
+    """The shortest text that reads back as the same number: 5 or 99.99999."""
     short = f"{number:g}"
     return short if float(short) == number or number != number else repr(number)
 
 
 def in_flight(rollouts: Iterable["Rollout"], organ: str) -> "Rollout | None":
-    """An organ's rollout that has not ended."""
+    """An organ's rollout in flight."""
     return next((rollout for rollout in rollouts if rollout.organ == organ and rollout.state in IN_FLIGHT), None)
 
 
 def newest(rollouts: Iterable["Rollout"], organ: str) -> "Rollout | None":
-    """An organ's rollout in flight, or else its last one."""
+    """An organ's rollout in flight, or its last one."""
     found = [rollout for rollout in rollouts if rollout.organ == organ]
     return in_flight(found, organ) or max(found, key=lambda rollout: rollout.created_at, default=None)
 
 
 def versions_of(bundles: Iterable["BundleInfo"], rollouts: Iterable["Rollout"] = ()) -> dict[str, str]:
-    """The versions of all digests that an answer tells of."""
+    """The versions of all digests in an answer."""
     known = {rollout.digest: rollout.version for rollout in rollouts if rollout.version}
     return known | {bundle.digest: bundle.version for bundle in bundles}
 
 
 def format_version(digest: str, versions: Versions) -> str:
-    """A bundle's version, or where that is not known the beginning of its digest."""
+    """A bundle's version, or the prefix of its digest if the version is unknown."""
     return versions.get(digest) or f"{digest[:_SHOWN_DIGEST]}…"
 
 
 def short(digest: str) -> str:
-    """As much of a digest as people compare."""
+    """The prefix of a digest, for display."""
     return digest[:_SHOWN_DIGEST]
 
 
@@ -73,7 +73,7 @@ def format_size(nbytes: float) -> str:
 
 
 def format_age(since: float, now: float | None = None) -> str:
-    """How long ago a time was, for example "3 min"."""
+    """The time since `at`, for example "3 min"."""
     seconds = max(0.0, (time.time() if now is None else now) - since)
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:
@@ -82,7 +82,7 @@ def format_age(since: float, now: float | None = None) -> str:
 
 
 def format_shadow(report: "ShadowReport") -> str:
-    """How far a shadow agrees with the incumbent."""
+    """The agreement of a shadow with the incumbent, as text."""
     text = f"{report.requests} compared, {report.identical} identical, token overlap {report.token_overlap:.3g}"
     if report.HasField("mean_first_divergence"):
         text += f", the others part at token {report.mean_first_divergence:.3g} on average"
@@ -92,7 +92,7 @@ def format_shadow(report: "ShadowReport") -> str:
 
 
 def operation_as_dict(response: "OperationResponse") -> dict[str, Any]:
-    """What an operation did, or would do."""
+    """The outcome of an operation as JSON values."""
     return {
         "changed": response.changed,
         "steps": list(response.steps),
@@ -103,7 +103,7 @@ def operation_as_dict(response: "OperationResponse") -> dict[str, Any]:
 
 
 def rollout_as_dict(rollout: "Rollout") -> dict[str, Any]:
-    """A rollout; numbers as numbers, which protobuf's own JSON does not have."""
+    """A rollout as JSON values. Protobuf's JSON has 64-bit numbers as strings."""
     shadow = None
     if rollout.HasField("shadow"):
         report = rollout.shadow
@@ -140,7 +140,7 @@ def state_as_dict(
     versions: Versions,
     organ: str = "",
 ) -> dict[str, Any]:
-    """The live set, the rollouts and what every replica holds; of one organ if it is given."""
+    """The live set, the rollouts and the replicas' bundles as JSON values, of all organs or of one."""
     return {
         "expert_set_id": live.id,
         "backbone_digest": live.backbone_digest,
@@ -178,7 +178,7 @@ def state_as_dict(
 
 
 def bundle_as_dict(bundle: "BundleInfo") -> dict[str, Any]:
-    """A bundle of the registry."""
+    """A bundle of the registry as JSON values."""
     return {
         "organ": bundle.organ,
         "version": bundle.version,

@@ -1,4 +1,4 @@
-"""Tables of rollouts: live versions, candidates, and what every replica holds and loads."""
+"""Tables of rollouts: live versions, candidates, and the bundles of every replica."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -60,7 +60,7 @@ def state_view(
 
 
 def bundles_view(bundles: Iterable["BundleInfo"]) -> RenderableType:
-    """What the registry has."""
+    """A table of the registry's bundles."""
     table = Listing("registry", "version", "name", "experts", "size", "digest", "live")
     last = ""
     for bundle in bundles:
@@ -79,7 +79,7 @@ def bundles_view(bundles: Iterable["BundleInfo"]) -> RenderableType:
 
 
 def memory_view(memory: Iterable["ReplicaMemory"]) -> RenderableType:
-    """What a load would mean for every replica."""
+    """A table of the memory that a load takes on every replica."""
     table = Listing("replica", "holds", "would need", "limit", "")
     for replica in memory:
         known = replica.limit_bytes > 0

@@ -1,4 +1,4 @@
-"""Waits until a rollout reaches the wanted state and shows its progress; Ctrl-C ends only the waiting."""
+"""Waits until a rollout reaches a state and shows its progress. Ctrl-C ends only the waiting."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -17,35 +17,35 @@ if TYPE_CHECKING:
     from protos.control_pb2 import ControlState, Rollout
 
 Reached = Callable[["Rollout", "ControlState"], bool]
-# It is, or was, the organ's version.
+# States of a rollout that is or was the organ's version.
 SERVED = ("stable", "superseded", "retired")
 LOADED = ("warm", "shadow", "canary", *SERVED)
 
 
 def is_loaded(rollout: "Rollout", state: "ControlState") -> bool:
-    """The candidate can compute on every replica: what `stage` waits for."""
+    """Whether the candidate is loaded on every replica; for `stage`."""
     return rollout.state in LOADED
 
 
 def has_traffic(mode: str, percent: float) -> Reached:
-    """The candidate gets this part of the requests, or has taken over already."""
+    """Whether the candidate gets this share of the requests, or was promoted."""
     return lambda rollout, state: (rollout.state == mode and rollout.percent == percent) or rollout.state in SERVED
 
 
 def has_taken_over(rollout: "Rollout", state: "ControlState") -> bool:
-    """All requests use the new version, those under way too: what `promote` waits for."""
+    """Whether all requests, including running ones, use the new version; for `promote`."""
     used = is_used(rollout.organ, rollout.incumbent_digest, state)
     return rollout.state in SERVED and not used and not state.not_taken_up
 
 
 def is_gone(rollout: "Rollout", state: "ControlState") -> bool:
-    """No request uses the candidate any more, and its memory is free: what `rollback` waits for."""
+    """Whether no request uses the candidate any more and its memory is free; for `rollback`."""
     held = is_held(rollout.organ, rollout.digest, state)
     return rollout.state in ENDED_BADLY and not held and not state.not_taken_up
 
 
 def is_used(organ: str, digest: str, state: "ControlState") -> bool:
-    """Whether a replica of the organ has a bundle in memory for more than to go back to it."""
+    """Whether a replica of the organ has a bundle loaded for other uses than a rollback."""
     return any(
         share.digest == digest and not share.spare
         for replica in state.replicas
@@ -55,16 +55,16 @@ def is_used(organ: str, digest: str, state: "ControlState") -> bool:
 
 
 def is_held(organ: str, digest: str, state: "ControlState") -> bool:
-    """Whether a replica of the organ has a bundle in memory."""
+    """Whether a replica of the organ has a bundle loaded."""
     return any(
         share.digest == digest for replica in state.replicas if replica.organ == organ for share in replica.bundles
     )
 
 
 def wait_until(control: "ExpertControlClient", rollout: "Rollout", reached: Reached) -> "Rollout":
-    """Returns the rollout once it is there; shows the way on stderr.
+    """Waits until the rollout reaches a state and returns it. Shows the progress on stderr.
 
-    Ends the command with exit code 1, and the reason, if the rollout ends badly before.
+    Ends the command with exit code 1 and the reason if the rollout fails before.
     """
     organ = rollout.organ
     note = "Ctrl-C ends only the waiting; the rollout goes on."
@@ -87,7 +87,7 @@ def wait_until(control: "ExpertControlClient", rollout: "Rollout", reached: Reac
                         f"{organ} {version} did not pass its gates: {line(why)}; roll it back, or override: "
                         f"echoray experts promote {organ} --override --reason TEXT"
                     )
-                # Where the end is what was asked for, only the memory is still awaited.
+                # If the rollout was to end, only its memory must still be freed.
                 if current.state in ENDED_BADLY and reached is not is_gone:
                     because = f": {line(current.reason)}" if current.reason else ""
                     version = current.version or short(current.digest)

@@ -16,29 +16,29 @@ if TYPE_CHECKING:
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
-# How like a field's name a misspelling must be to be taken for it.
+# The minimum similarity of a misspelling to a field's name.
 SIMILARITY = 0.6
 
 
 def read_rollout_file(path: Path) -> RolloutFile:
-    """The rollout that a file describes.
+    """Reads a rollout file.
 
     Raises:
-        DocumentError: the file cannot be read, or its contents cannot be used.
+        DocumentError: the file is unreadable or invalid.
     """
     document = read_document(path, "`organ:`, `version:` and what else a rollout needs, one a line")
     return _validated(RolloutFile, document)
 
 
 class GatesFile(RootModel[tuple[Gate, ...]]):
-    """Gates alone, as `canary` and `promote` demand them."""
+    """A file with gates, for `canary` and `promote`."""
 
 
 def read_gates_file(path: Path) -> GatesFile:
-    """The gates that a file lists under `gates`.
+    """Reads the gates of a file.
 
     Raises:
-        DocumentError: the file cannot be read, or its contents cannot be used.
+        DocumentError: the file is unreadable or invalid.
     """
     document = read_document(path, "`gates:` with a list of evaluations")
     return GatesFile(_validated(_Gates, document).gates)
@@ -63,7 +63,7 @@ def _problem(document: Document, detail: "ErrorDetails") -> Problem:
     field = ".".join(path)
     message = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     if not path:
-        # A rule about several fields: shown at the first of them that it speaks of.
+        # An error about several fields is reported at the first one that its text names.
         named = next((key for key in document.values if key in message), "")
         return Problem(document.where((named,)), message)
     if detail["type"] == "extra_forbidden":

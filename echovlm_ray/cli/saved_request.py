@@ -1,7 +1,7 @@
-"""The file of a request and its answer's tokens, from which the answer can be computed again and compared.
+"""Saved requests: a file with a request and its answer's tokens, for replays.
 
-It holds what the caller sent, images included, so it is readable by its owner alone. Images that lie in the file's own
-folder are named by their path there and their digest, all others are in the file.
+The file contains the request with its images, so only its owner can read it. Images in the file's folder are stored as
+path and digest, all others are embedded.
 """
 
 import base64
@@ -20,7 +20,7 @@ from echovlm_ray.client.request import GenerateOptions, Image
 from echovlm_ray.client.types import Summary
 from echovlm_ray.tasks import Language, TaskName
 
-# A gateway takes less in one request, and base64 makes a third more of it.
+# Above a gateway's limit of a request plus the third that base64 adds.
 MAX_FILE_BYTES = 1024**3
 MAX_TOKENS = 2**20
 
@@ -29,7 +29,7 @@ Name = Annotated[str, Field(max_length=128)]
 
 
 class SavedRequestError(ValueError):
-    """A file that is no saved request, or whose images are not those that were sent. The text says what to do."""
+    """A file is not a saved request, or its images have changed. The text has the fix."""
 
 
 class _Strict(BaseModel):
@@ -37,7 +37,7 @@ class _Strict(BaseModel):
 
 
 class SavedImage(_Strict):
-    """An image of the request: in the file itself (base64), or in a file beside it."""
+    """An image of the request: embedded in base64, or a file in the same folder."""
 
     sha256: Sha256
     path: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
@@ -51,7 +51,7 @@ class SavedImage(_Strict):
 
 
 class SavedSampling(_Strict):
-    """How the tokens were chosen. Where chance decided, the seed is there."""
+    """The sampling parameters, with the seed if sampling was random."""
 
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     top_k: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -67,7 +67,7 @@ class SavedSampling(_Strict):
 
 
 class SavedOrgan(_Strict):
-    """An organ whose experts made the answer."""
+    """An organ whose experts produced the answer."""
 
     organ: Name
     version: Name
@@ -75,7 +75,7 @@ class SavedOrgan(_Strict):
 
 
 class SavedAnswer(_Strict):
-    """What a replay is compared with, and the experts that it needs."""
+    """The answer to compare a replay with, and the experts that it needs."""
 
     request_id: Name = ""
     expert_set_id: Sha256
@@ -88,7 +88,7 @@ class SavedAnswer(_Strict):
 
 
 class SavedRequest(_Strict):
-    """A request that was answered."""
+    """An answered request."""
 
     format: Literal["echoray-request"] = "echoray-request"
     version: Literal[1] = 1
@@ -103,7 +103,7 @@ class SavedRequest(_Strict):
     answer: SavedAnswer
 
     def options(self) -> GenerateOptions:
-        """What the client is called with to have the same answer computed by the same experts."""
+        """The client's arguments for computing the same answer with the same experts."""
         return {
             "task": self.task,
             "language": self.language,
@@ -128,11 +128,11 @@ def saved_request(
     """The record of an answered request.
 
     Args:
-        options: as the client was called.
-        images: as they were named.
-        contents: the bytes that were sent, one of each image.
-        summary: of the answer, of a request with `for_replay`.
-        folder: where the record is going to lie.
+        options: the client's options.
+        images: the images as given.
+        contents: the sent bytes of each image.
+        summary: the answer's summary, of a request with `for_replay`.
+        folder: the folder of the record.
     """
     provenance = summary.provenance
     organs = tuple(
@@ -151,7 +151,7 @@ def saved_request(
             repetition_penalty=options["repetition_penalty"],
             seed=options["seed"],
         ),
-        # A server's default may change. An answer that ended by itself ends there again.
+        # The server's default may change. An answer that ended with an end token ends there again.
         max_new_tokens=options["max_new_tokens"] or len(summary.token_ids),
         stop=tuple(options["stop"]),
         images=tuple(_saved_image(image, content, folder) for image, content in zip(images, contents, strict=True)),
@@ -167,10 +167,10 @@ def saved_request(
 
 
 def check_place(path: Path) -> None:
-    """Checks, before anything is asked, that a record can be written there.
+    """Checks, before the request is sent, that a record can be written.
 
     Raises:
-        SavedRequestError: there is something of that name, or no folder for it.
+        SavedRequestError: the path exists, or its folder does not.
     """
     if path.exists() or path.is_symlink():
         raise SavedRequestError(f"{path} is there already, and records are not replaced: name another file")
@@ -179,27 +179,27 @@ def check_place(path: Path) -> None:
 
 
 def write_request(path: Path, request: SavedRequest) -> None:
-    """Writes the file in one step, for its owner alone.
+    """Writes the file atomically, readable only by its owner.
 
     Raises:
-        FileExistsError: there is one of this name; records are not replaced.
+        FileExistsError: the path exists; records are not replaced.
         OSError: it cannot be written.
     """
     descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(request.model_dump_json(indent=1, exclude_none=True) + "\n")
-        # Unlike a rename, it never takes the place of another file.
+        # Unlike a rename, a link never replaces another file.
         os.link(partial, path)
     finally:
         os.unlink(partial)
 
 
 def read_request(path: Path) -> tuple[SavedRequest, list[bytes]]:
-    """A saved request, and the content of its images, checked against their digests.
+    """Reads a saved request and its images, and checks their digests.
 
     Raises:
-        SavedRequestError: it is not what `write_request` writes, or an image is gone or another one.
+        SavedRequestError: it is not a file of `write_request`, or an image is missing or changed.
     """
     content = _read(path, MAX_FILE_BYTES, "a saved request")
     if not content.strip():
@@ -207,7 +207,7 @@ def read_request(path: Path) -> tuple[SavedRequest, list[bytes]]:
     try:
         request = SavedRequest.model_validate_json(content)
     except ValidationError as error:
-        # Without the input: it may be a patient's.
+        # Without the input, which may be a patient's data.
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"]))[:200]
         reason = first["msg"].removeprefix("Value error, ")
@@ -219,7 +219,7 @@ def read_request(path: Path) -> tuple[SavedRequest, list[bytes]]:
 
 
 def first_difference(expected: Sequence[int], found: Sequence[int]) -> int | None:
-    """The place of the first token that differs, from 0; None where all are equal."""
+    """The position of the first different token, from 0; None if all are equal."""
     for index, (one, other) in enumerate(zip(expected, found, strict=False)):
         if one != other:
             return index
@@ -264,7 +264,7 @@ def _beside(folder: Path, name: str, path: str) -> bytes:
 
 def _read(path: Path, limit: int, what: str) -> bytes:
     try:
-        # What is no file at all, for example a pipe without a writer, must not be waited for.
+        # Other than plain files are refused: a pipe without a writer would block.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as file:
             found = os.fstat(descriptor)

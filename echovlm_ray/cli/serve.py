@@ -35,37 +35,41 @@ DEFAULT_CONTROL = "127.0.0.1:50052"
 def serve(
     config: Annotated[Path | None, typer.Option(help="YAML file; see cluster/local.yaml for every field.")] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Folder that `echoray checkpoint split` or `demo` made; wins over the file.")
+        Path | None, typer.Option(help="Folder of `echoray checkpoint split` or `demo`; overrides the file.")
     ] = None,
     address: Annotated[
         str | None, typer.Option(help="Join this Ray cluster instead of starting a local Ray, e.g. auto.")
     ] = None,
     detach: Annotated[
-        bool, typer.Option("--detach", help="With --address: leave the system running on the cluster and return.")
+        bool,
+        typer.Option(
+            "--detach", help="With --address: return when it is ready, and leave the system running on the cluster."
+        ),
     ] = False,
     name: Annotated[
-        str, typer.Option(help="Of the system: several run side by side on one cluster by name, e.g. team-a.")
+        str,
+        typer.Option(
+            help="Name of the system, e.g. team-a. Several systems can run on one cluster under different names."
+        ),
     ] = "",
     take_over: Annotated[
-        bool, typer.Option("--take-over", help="Replace another system of this name, or another's database.")
+        bool, typer.Option("--take-over", help="Replace another system with this name, or another system's database.")
     ] = False,
     begin_anew: Annotated[
-        bool, typer.Option("--begin-anew", help="Begin from the checkpoint's experts where the database is missing.")
+        bool, typer.Option("--begin-anew", help="Start with the checkpoint's experts if the database is missing.")
     ] = False,
     insecure_ray: Annotated[
-        bool, typer.Option("--insecure-ray", help="Start although RAY_AUTH_MODE turns Ray's own token off.")
+        bool, typer.Option("--insecure-ray", help="Start even if RAY_AUTH_MODE disables Ray's token.")
     ] = False,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Start again when Ray dies, after 1 to 60 seconds.")
-    ] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Restart when Ray dies, after 1 to 60 seconds.")] = False,
 ) -> None:
-    """Starts the gateway, the vision encoder, the router, one expert group per organ and Control, and serves.
+    """Starts and serves the gateway, the vision encoder, the router, one expert group per organ, and Control.
 
-    Ctrl-C lets running requests finish and takes everything down; a second Ctrl-C does not wait. On a joined cluster
-    only what was started here is removed.
+    Ctrl-C waits for running requests and stops everything; a second Ctrl-C does not wait. On an existing cluster only
+    this system is removed.
 
-    Exit status: 0 stopped; 1 a part failed; 2 the configuration cannot be used; 3 Ray or its cluster was lost; 4
-    another `echoray serve` took over; 130 stopped before it was ready.
+    Exit status: 0 stopped; 1 a part failed; 2 the configuration is invalid; 3 Ray or its cluster was lost; 4 another
+    `echoray serve` replaced this one; 130 stopped before it was ready.
 
     Example: `echoray serve --checkpoint checkpoints/demo`
     """
@@ -88,7 +92,7 @@ def serve(
         options = _Options(address, detach, check_name(name), take_over, begin_anew)
         where = {"name": name, "address": address or "", "database": _database_of(parsed)}
         control, gateway = (host_port(section.host, section.port) for section in (parsed.control, parsed.gateway))
-        # Held here, above the process that serves: it lasts over a restart.
+        # Held by the supervisor, so that it lasts over a restart.
         with ExitStack() as held:
             if not address:
                 held.enter_context(_alone(parsed))
@@ -105,7 +109,7 @@ def serve(
 
 @contextmanager
 def _alone(config: "Config") -> Iterator[None]:
-    """Refuses what another `echoray serve` of this machine is about to use, even if it has only begun to start."""
+    """Refuses resources of another `echoray serve` on this machine, even if that one is still starting."""
     from echovlm_ray.cli.state import claimed
     from echovlm_ray.serving.cluster.held_file import remove_if_free
 
@@ -118,7 +122,7 @@ def _alone(config: "Config") -> Iterator[None]:
         if config.router.experts == "remote":
             files = _rollout_files(config)
             resources = {f"the rollouts' database {files.base}": "set rollouts.database to another one", **resources}
-            # A Control that was killed has left it.
+            # Left by a killed Control.
             left.callback(remove_if_free, files.lock)
         with claimed(resources):
             yield
@@ -133,7 +137,7 @@ def _rollout_files(config: "Config") -> "RolloutFiles":
 
 
 def _database_of(config: "Config") -> str:
-    """The file of the rollouts' database, for `echoray experts backup`; "" where there is none."""
+    """The file of the rollouts' database, for `echoray experts backup`; "" if there is none."""
     if config.router.experts == "local":
         return ""
     files = _rollout_files(config)
@@ -142,7 +146,7 @@ def _database_of(config: "Config") -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Options:
-    """What the command line says beside the configuration."""
+    """The options of the command line that are not in the configuration."""
 
     address: str | None
     detach: bool
@@ -152,7 +156,7 @@ class _Options:
 
 
 def _serve_below(config: "Config", options: _Options, console: Console, held: ExitStack, supervisor: int) -> int:
-    """Serves in a process below the one that the user sees; returns its exit status."""
+    """Serves in the supervised process; returns the exit status."""
     above = os.getppid()
     try:
         with _failures():
@@ -160,7 +164,7 @@ def _serve_below(config: "Config", options: _Options, console: Console, held: Ex
         return EXIT_FAILED
     finally:
         if os.getppid() != above:
-            # The process above was killed, and so has not removed what it holds.
+            # The supervisor was killed, and has not released its files.
             held.close()
 
 
@@ -173,7 +177,7 @@ def _serve(config: "Config", options: _Options, console: Console, supervisor: in
     def stop() -> None:
         _say(console, "\nStopping; requests under way may finish. Ctrl-C again to stop at once.")
         if options.address is None and not deployed.is_set():
-            # Nothing runs yet that must end in order, and Ray's own start cannot be interrupted.
+            # Nothing needs an orderly stop yet, and Ray's start cannot be interrupted.
             end_family()
             os._exit(EXIT_KILLED)
 
@@ -181,9 +185,9 @@ def _serve(config: "Config", options: _Options, console: Console, supervisor: in
     taken = threading.Event()
 
     def lost(problem: str) -> None:
-        # Whatever waits for Ray now would wait for minutes, so the process ends from this thread, and what Ray's own
-        # code writes on the standard error meanwhile does not help. A service manager may have ended Ray's processes
-        # together with this one; then the wish to stop is about to arrive.
+        # Calls to Ray would now block for minutes, so the process ends from this thread, and Ray's messages on stderr
+        # do not help. A service manager may have stopped Ray's processes together with this one; then the request to
+        # stop is about to arrive.
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stderr.fileno())
         if not request.wait(1.0):
@@ -198,10 +202,10 @@ def _serve(config: "Config", options: _Options, console: Console, supervisor: in
             _say(console, styled(line(f"{what}."), "yellow"))
             request.ask()
 
-    # What this process and Ray's make, files and logs, is for this user alone.
+    # Files and logs of this process and of Ray's are private to this user.
     os.umask(0o077)
     with request.following(supervisor):
-        # Everything that needs no Ray is checked before the seconds that loading it takes.
+        # All checks without Ray come first, because importing it takes seconds.
         _check(config, options)
         from echovlm_ray.serving.deploy.app import serve_system
 
@@ -242,24 +246,24 @@ def _check(config: "Config", options: _Options) -> None:
 
 
 def _say(console: Console, *texts: str | Text) -> None:
-    # The terminal may be gone.
+    # The terminal may be closed.
     with suppress(OSError):
         console.print(*texts)
 
 
 def _show_cursor(console: Console) -> None:
-    """A process that ends at once leaves the terminal as its progress had it."""
+    """Shows the cursor again, which a progress display has hidden."""
     with suppress(OSError):
         console.show_cursor()
 
 
 @contextmanager
 def _no_exit_from_ray(request: StopRequest) -> Iterator[None]:
-    """While it starts, Ray answers SIGTERM by ending the process with a status of its own; this one is ours."""
+    """Replaces Ray's handler of SIGTERM during the start, which would exit with another status."""
     try:
         yield
     except SystemExit:
-        # The wish to stop may still be on its way from the process above.
+        # The supervisor's request to stop may still arrive.
         if not request.wait(1.0):
             raise
         raise typer.Exit(EXIT_KILLED) from None
@@ -267,7 +271,7 @@ def _no_exit_from_ray(request: StopRequest) -> Iterator[None]:
 
 @contextmanager
 def _progress(console: Console, deployed: threading.Event) -> Iterator[Callable[[Mapping[str, bool]], None]]:
-    """Shows which parts are up: on a terminal in one line that changes, otherwise a line for each part.
+    """Shows which parts are running: on a terminal in one updated line, otherwise a line for each part.
 
     The event is set once there are parts.
     """
@@ -356,7 +360,7 @@ def _access(section: Any) -> str:
 
 
 def _command() -> str:
-    """How to call this command from where the user is."""
+    """The user's way to call this command, for messages."""
     found = shutil.which("echoray")
     own = Path(sys.argv[0]).absolute()
     if found is not None and Path(found).absolute() == own:
@@ -369,7 +373,7 @@ def _command() -> str:
 
 @contextmanager
 def _failures() -> Iterator[None]:
-    """One clear text and one exit code for each way not to start."""
+    """Converts errors of the start to one message and an exit code."""
     try:
         yield
     except ModuleNotFoundError:
@@ -377,7 +381,7 @@ def _failures() -> Iterator[None]:
     except ValueError as error:
         _fail(str(error), EXIT_INVALID)
     except Exception as error:
-        # Told by name, so that a command that only says what is wrong does not load Ray to know its errors.
+        # Compared by name, so that reporting an error does not import Ray.
         name = type(error).__name__
         if name == "StoppedError":
             raise typer.Exit(EXIT_KILLED) from None

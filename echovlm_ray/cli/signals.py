@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM for a command that must stop other processes: the first stops in order, the second at once."""
+"""Ctrl-C and SIGTERM for a command that must stop other processes: the first is orderly, the second immediate."""
 
 import os
 import signal
@@ -14,27 +14,27 @@ EXIT_KILLED = 130
 class StopRequest:
     """Whether this process was asked to stop.
 
-    Signals are read on a thread: Python calls handlers on the main thread only, between two of its steps, and that
-    thread may be inside a library for many seconds.
+    Signals are read on a thread, because Python calls handlers only on the main thread between two instructions, and
+    that thread may be inside a library for many seconds.
     """
 
     def __init__(self, on_first: Callable[[], None], on_second: Callable[[], None]) -> None:
-        """Takes what to do at the first signal, beside noting it, and at the second, before the process ends hard."""
+        """Takes callbacks for the first signal, and for the second one before the process exits immediately."""
         self._on_first = on_first
         self._on_second = on_second
         self._event = threading.Event()
         self._asking = threading.Lock()
 
     def __call__(self) -> bool:
-        """Whether it was asked."""
+        """Whether a stop was requested."""
         return self._event.is_set()
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Returns once it was asked, or after so many seconds; whether it was asked."""
+        """Waits for a request or the timeout, and returns whether a stop was requested."""
         return self._event.wait(timeout_s)
 
     def ask(self) -> None:
-        """Asks, as the first signal does; harmless when repeated."""
+        """Requests a stop, like the first signal. Idempotent."""
         with self._asking:
             if self._event.is_set():
                 return
@@ -43,7 +43,7 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handles the signals while the block lasts; for the main thread."""
+        """Handles the signals within the block. For the main thread."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         handlers = {number: signal.signal(number, _leave_to_the_thread) for number in SIGNALS}
@@ -62,10 +62,10 @@ class StopRequest:
 
     @contextmanager
     def following(self, supervisor: int) -> Iterator[None]:
-        """Reads from a supervisor while the block lasts: a byte for each request, the end of the file when it has died.
+        """Reads from a supervisor within the block: one byte for each request, end of file when it has died.
 
-        Signals that reach this process itself only ask, however many come: a service manager sends its signal to this
-        process and to the supervisor, which passes it on.
+        Direct signals to this process, any number, only request a stop: a service manager sends its signal to this
+        process and to the supervisor, which forwards it.
         """
         handlers = {number: signal.signal(number, lambda *_: self._ask_apart()) for number in SIGNALS}
         threading.Thread(target=self._follow, args=(supervisor,), name="supervisor", daemon=True).start()
@@ -76,7 +76,7 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _ask_apart(self) -> None:
-        # Not inside the handler: what it interrupted may hold a lock that asking needs.
+        # Not inside the handler: the interrupted code may hold a lock that is needed here.
         threading.Thread(target=self.ask, daemon=True).start()
 
     def _follow(self, supervisor: int) -> None:
@@ -97,4 +97,4 @@ class StopRequest:
 
 
 def _leave_to_the_thread(number: int, frame: FrameType | None) -> None:
-    """Keeps the signal from ending the process."""
+    """Does nothing; prevents the default action of the signal."""

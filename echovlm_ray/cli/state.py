@@ -1,6 +1,6 @@
-"""Which systems this user runs on this machine, so that another shell can find and stop them.
+"""The list of this user's running local systems, so that another shell can find and stop them.
 
-One small file per running `echoray serve`, in a folder that only its user can read.
+One small file for each running `echoray serve`, in a private folder.
 """
 
 import hashlib
@@ -19,11 +19,11 @@ class LocalSystem:
     """A running `echoray serve`.
 
     Attributes:
-        created: when its process started; tells it from a later process with the same id.
-        name: of the system; "" is the default one.
-        address: of the Ray cluster that it joined; "" where it has a Ray of its own.
-        gateway: where clients reach it. Both addresses are the configured ones until the system is ready.
-        database: the file of its rollouts' database; "" where it has none, or none that is a file.
+        created: when its process started, to distinguish it from a later process with the same id.
+        name: the system's name; "" is the default.
+        address: the address of its existing Ray cluster; "" for a local Ray.
+        gateway: the address for clients. Both addresses are the configured ones until the system is ready.
+        database: the file of its rollouts' database; "" if there is none.
     """
 
     pid: int
@@ -37,7 +37,7 @@ class LocalSystem:
 
     @property
     def process(self) -> psutil.Process | None:
-        """Its process, or None when it has ended."""
+        """Its process, or None if it has ended."""
         with suppress(psutil.Error):
             process = psutil.Process(self.pid)
             if abs(process.create_time() - self.created) < 1.0 and process.status() != psutil.STATUS_ZOMBIE:
@@ -49,7 +49,7 @@ class LocalSystem:
 def announced(
     checkpoint: str, control: str, gateway: str, *, name: str = "", address: str = "", database: str = ""
 ) -> Iterator[None]:
-    """Lets this process be found by `running_systems` while the block lasts."""
+    """Adds this process to `running_systems` within the block."""
     created = psutil.Process().create_time()
     system = LocalSystem(os.getpid(), created, checkpoint, control, name, address, gateway, database)
     path = _folder() / f"{system.pid}.json"
@@ -64,15 +64,15 @@ def announced(
 
 @contextmanager
 def claimed(resources: Mapping[str, str]) -> Iterator[None]:
-    """Keeps for this process, while the block lasts, what two systems of this machine cannot share.
+    """Locks resources that two local systems cannot share, within the block.
 
-    Two that start at once would both find it free, and one of them would fail later, in another process.
+    Without the lock, two systems that start at the same time would both find them free, and one would fail later.
 
     Args:
-        resources: what each is called, for example "port 50051", and how the user gives another one.
+        resources: the name of each, for example "port 50051", and how to choose another one.
 
     Raises:
-        ValueError: another `echoray serve` of this user has it; the text names that process.
+        ValueError: another `echoray serve` of this user uses it; the text names that process.
     """
     from echovlm_ray.serving.cluster.held_file import HeldError
 
@@ -100,7 +100,7 @@ def _held(name: str) -> Iterator[None]:
 
     while True:
         path = _folder() / name
-        # Another one that ended just now may have removed the folder.
+        # Another one may have removed the folder at its end.
         with suppress(FileNotFoundError):
             descriptor = hold(path, 0o600)
             break
@@ -111,7 +111,7 @@ def _held(name: str) -> Iterator[None]:
 
 
 def ready_at(pid: int, control: str, gateway: str) -> None:
-    """Records where an announced system listens, which the configuration may leave to the system."""
+    """Records the addresses of an announced system, of which the system may choose the ports."""
     path = _folder() / f"{pid}.json"
     with suppress(OSError, ValueError):
         known = json.loads(path.read_text())
@@ -119,7 +119,7 @@ def ready_at(pid: int, control: str, gateway: str) -> None:
 
 
 def running_systems() -> list[LocalSystem]:
-    """The systems that run now; files that a killed one left behind are removed."""
+    """The running systems. Removes files of killed ones."""
     from echovlm_ray.serving.cluster.held_file import remove_if_free
 
     folder = _folder()
@@ -141,10 +141,10 @@ def running_systems() -> list[LocalSystem]:
 
 
 def system_named(name: str) -> LocalSystem:
-    """The running system of a name.
+    """The running system with a name.
 
     Raises:
-        ValueError: none, or several, have it.
+        ValueError: there are none or several.
     """
     found = [system for system in running_systems() if system.name == name]
     if len(found) == 1:

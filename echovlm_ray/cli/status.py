@@ -1,4 +1,4 @@
-"""`echoray status`: what runs where, from Control. Only the client's packages."""
+"""`echoray status`: the status of all parts, from Control. Needs only the client's packages."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -7,9 +7,9 @@ import grpc
 import typer
 from rich.text import Text
 
-from echovlm_ray.cli.answering import NO_ANSWER, format_problem, problem_as_dict
 from echovlm_ray.cli.control import SystemName, control_of, explain
 from echovlm_ray.cli.credentials import Authority, Certificate, Key, TokenFile, tls_of, token_of
+from echovlm_ray.cli.organ_problem import NO_ANSWER, format_problem, problem_as_dict
 from echovlm_ray.cli.tables import Listing
 from echovlm_ray.cli.terminal import console_of, line, name_of, say_json, styled
 from echovlm_ray.cli.work import finite
@@ -36,16 +36,16 @@ def status(
     ca: Authority = None,
     certificate: Certificate = None,
     key: Key = None,
-    timeout: Annotated[float, typer.Option(min=0.1, callback=finite, help="Give up after this many seconds.")] = 10.0,
+    timeout: Annotated[float, typer.Option(min=0.1, callback=finite, help="Timeout in seconds.")] = 10.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
     name: SystemName = None,
 ) -> None:
-    """Shows every part: its replicas, their addresses and processes, expert versions, queues and memory.
+    """Shows every part with its replicas, addresses, processes, expert versions, queues and memory.
 
-    Below the table it says which organs cannot be answered, or not by all of their replicas, and why.
+    Below the table are the organs whose requests cannot be answered by all of their replicas, with the reasons.
 
-    Exit status: 0 all is well; 1 some part is not running or some organ cannot be answered; 2 wrong options; 3 nothing
-    answers; 5 credentials.
+    Exit status: 0 no problem; 1 a part is not running, or requests for an organ cannot be answered; 2 invalid options;
+    3 Control does not answer; 5 credentials.
 
     Example: `echoray status`
     """
@@ -98,7 +98,7 @@ def _as_dict(found: "GetStatusResponse") -> dict[str, Any]:
 
 
 def _replica_as_dict(replica: "ReplicaDescription") -> dict[str, Any]:
-    # Not protobuf's own JSON, in which 64-bit numbers are strings.
+    # Protobuf's JSON would have 64-bit numbers as strings.
     return {
         "deployment": replica.deployment,
         "replica_id": replica.replica_id,
@@ -145,7 +145,7 @@ def _print(found: "GetStatusResponse") -> None:
         if application.status != RUNNING and application.message:
             console.print(line(f"{application.name}: {application.message}"), soft_wrap=True)
         for replica in application.replicas:
-            # What an expert replica lacks is among the organs' problems.
+            # The problems of expert replicas are among the organs' problems.
             if replica.problem and not replica.organ:
                 console.print(line(f"{application.name}: {replica.problem}"), soft_wrap=True)
     for problem in found.problems:
@@ -153,7 +153,7 @@ def _print(found: "GetStatusResponse") -> None:
 
 
 def _arithmetic(found: "GetStatusResponse") -> list[str]:
-    """What multiplies on the CPU, each way with those that compute in it, unless all do alike."""
+    """The libraries for products on the CPU; if they differ, with the parts that use them."""
     applications: dict[str, list[str]] = {}
     for application in found.applications:
         for replica in application.replicas:
@@ -172,7 +172,7 @@ def _rows(
     if status == RUNNING and any(
         application.name == f"{EXPERT_PREFIX}{problem.organ}" and not problem.holding for problem in problems
     ):
-        # Its processes run, and that is all.
+        # Its processes run, but it does not answer.
         status = NO_ANSWER
     style = "green" if status == RUNNING else "red"
     head: list[str | Text] = [name_of(application.name), styled(name_of(status), style)]
@@ -191,7 +191,7 @@ def _rows(
 
 
 def _bundle(bundle: "ResidentBundle") -> str:
-    """A bundle's version, and from which dtype its weights were converted, if they were."""
+    """A bundle's version, and the original dtype if its weights were converted."""
     if bundle.dtype == bundle.bundle_dtype:
         return name_of(bundle.version)
     return f"{name_of(bundle.version)} ({name_of(bundle.bundle_dtype)} as {name_of(bundle.dtype)})"

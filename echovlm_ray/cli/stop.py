@@ -9,24 +9,20 @@ from echovlm_ray.cli.terminal import say
 
 EXIT_FAILED = 1
 EXIT_INVALID = 2
-# Longer than the longest orderly end that is usual: the grace time of running requests twice, and Ray's own end.
+# Longer than a usual shutdown: twice the grace time of running requests, and Ray's shutdown.
 WAIT_S = 60.0
 POLL_S = 0.1
 
 
 def stop(
-    address: Annotated[
-        str | None, typer.Option(help="Remove the system from this Ray cluster instead, e.g. auto.")
-    ] = None,
-    pid: Annotated[int | None, typer.Option(help="Which `echoray serve`, where there are several.")] = None,
-    name: Annotated[
-        str | None, typer.Option(help="The system of this name, as `echoray serve --name` gave it.")
-    ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
+    address: Annotated[str | None, typer.Option(help="Remove the system from this Ray cluster, e.g. auto.")] = None,
+    pid: Annotated[int | None, typer.Option(help="The process id of `echoray serve`, if there are several.")] = None,
+    name: Annotated[str | None, typer.Option(help="The name of the system, from `echoray serve --name`.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Stop all systems.")] = False,
 ) -> None:
-    """Stops the system that `echoray serve` runs on this machine; running requests may finish.
+    """Stops a local system of `echoray serve`. Running requests may finish.
 
-    Exit status: 0 it is down; 1 it did not end; 2 there is none, or there are several.
+    Exit status: 0 stopped; 1 it did not end; 2 there are none or several.
 
     Example: `echoray stop`
     """

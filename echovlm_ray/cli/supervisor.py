@@ -1,8 +1,8 @@
-"""Runs `echoray serve` in a process of its own, in a session of its own, and waits for it.
+"""The supervisor of `echoray serve`: runs it in a separate process and session, and waits for it.
 
-A signal to the whole process group, as from a terminal that closes or from a service manager, so reaches this process
-alone: it passes the wish to stop on, and Ray's processes end in order instead of all at once. Whatever ends the process
-in an unexpected way, nothing that it started outlives this one.
+So a signal to the whole process group, for example from a closed terminal or a service manager, reaches only this
+process. It forwards the request to stop, and Ray's processes end in order. If the other process ends unexpectedly, all
+processes that it started are ended.
 """
 
 import ctypes
@@ -19,12 +19,12 @@ import typer
 
 from echovlm_ray.cli.signals import EXIT_KILLED, StopRequest
 
-# Ray or its cluster was lost while the system ran.
+# Ray or its cluster was lost.
 EXIT_LOST = 3
 EXIT_INVALID = 2
-# Another `echoray serve` has taken the name on the cluster.
+# Another `echoray serve` has replaced this one on the cluster.
 EXIT_REPLACED = 4
-# How long processes may take to end by themselves when nothing can be finished any more.
+# How long processes may take to end before they are killed.
 END_GRACE_S = 3.0
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
@@ -37,11 +37,12 @@ def supervised(
     """Runs the work until it ends.
 
     Args:
-        work: runs in the other process; gets a descriptor from which it reads one byte for each wish to stop, and the
-            end of the file when this process has died; returns its exit status.
-        restart: whether to run it again when it was lost after it had run, with pauses that grow up to a minute.
-        say: tells the user.
-        leave: called when the other process has ended, however it did.
+        work: runs in the other process. Gets a descriptor with one byte for each request to stop, and end of file when
+            this process has died. Returns the exit status.
+        restart: whether to run it again if it was lost after it had been ready, with exponential backoff up to a
+            minute.
+        say: prints a message.
+        leave: called when the other process has ended in any way.
 
     Returns:
         The exit status.
@@ -78,7 +79,7 @@ def supervised(
 
 
 def end_family() -> None:
-    """Ends all processes that this one started, and those that they did; what does not end by itself is killed."""
+    """Ends all descendants of this process; kills those that do not end."""
     family = psutil.Process().children(recursive=True)
     for process in family:
         with suppress(psutil.NoSuchProcess):
@@ -88,7 +89,7 @@ def end_family() -> None:
 
 
 def _kill_family() -> None:
-    # More than once: a process may have started another one meanwhile.
+    # Repeated, because a process may have started another one.
     for _ in range(10):
         family = psutil.Process().children(recursive=True)
         if not family:
@@ -117,12 +118,12 @@ def _fork(work: Callable[[int], int], reader: int, writer: int) -> int:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
-        # Not the way of exit(): it would wait for whatever Ray left behind in this process.
+        # Not exit(), which would wait for Ray's threads in this process.
         os._exit(code)
 
 
 def _wait(child: int) -> int:
-    """Waits for the child, and meanwhile reaps every orphan; the child's exit status."""
+    """Waits for the child and reaps orphans; returns the child's exit status."""
     while True:
         ended, status = os.wait()
         if ended == child:
@@ -135,7 +136,7 @@ def _tell(writer: int) -> None:
 
 
 def _adopt_orphans() -> None:
-    """Linux: what loses its parent becomes this process's child, so that it is found and ended."""
+    """On Linux, orphans become children of this process, so that they are found and ended."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if sys.platform == "linux" and prctl is not None:
         prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

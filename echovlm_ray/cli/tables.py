@@ -1,6 +1,6 @@
-"""Tables that can be read at any width: no word, quantity or address is ever broken where it fits on a line.
+"""Tables for any width: no word, quantity or address is broken if it fits on a line.
 
-A table whose longest words do not fit beside each other becomes a list, one row below the other.
+A table whose longest words do not fit side by side is printed as a list.
 """
 
 import re
@@ -15,8 +15,8 @@ from rich.text import Text
 from echovlm_ray.cli.terminal import MAX_CELL, line
 
 GAP = 2
-# What stays on one line: a quantity with its unit, such as "17.2 GB" or "50 %"; a letter of Chinese, Japanese or
-# Korean, between which lines may end; or a word.
+# Units that are not broken: a quantity with its unit, such as "17.2 GB" or "50 %"; a Chinese, Japanese or Korean
+# character; or a word.
 _WIDE = r"\u2e80-\u9fff\uac00-\ud7ff\uf900-\ufaff\uff00-\uffef"
 _PIECE = re.compile(rf"(?<!\S)\d[\d.,]* (?:GB|MB|kB|B|MiB|GiB|%|s|min|h|d)(?!\w)[^\s{_WIDE}]*|[{_WIDE}]|[^\s{_WIDE}]+")
 
@@ -25,14 +25,14 @@ Drawn = Text | ProgressBar
 
 
 class Listing:
-    """Rows under headers. Strings are taken as they are: no markup, one line each, and long ones are cut."""
+    """Rows under headers. Strings are literal, without markup, on one line each, and long ones are cut."""
 
     def __init__(self, *headers: str, title: str = "", right: Iterable[str] = (), header: bool = True) -> None:
         """
         Args:
-            headers: what stands above each; "" for a column that explains itself.
+            headers: the columns' headers; "" for a column without one.
             title: a line above.
-            right: the headers of numbers, which end below each other.
+            right: the headers of right-aligned columns.
             header: whether to show the headers.
         """
         self._headers = [line(text, MAX_CELL) for text in headers]
@@ -42,15 +42,15 @@ class Listing:
         self._rows: list[list[Drawn]] = []
 
     def add_row(self, *cells: Cell) -> None:
-        """Adds a row; cells that are missing at its end are empty."""
+        """Adds a row; missing cells at its end are empty."""
         missing = len(self._headers) - len(cells)
         self._rows.append([_drawn(cell) for cell in (*cells, *[""] * missing)])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """The table where it fits, or else the list."""
+        """Renders the table if it fits, otherwise the list."""
         if self._title:
             yield Text(self._title, style="italic")
-        # A column in which nothing stands, like that of progress where nothing loads.
+        # An empty column, like the progress if nothing loads.
         shown = [number for number in range(len(self._headers)) if self._natural(number)]
         widths = self._widths(shown, options.max_width)
         if widths is None:
@@ -59,7 +59,7 @@ class Listing:
             yield self._as_table(shown, widths)
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        """It takes what there is."""
+        """Takes the available width."""
         return Measurement(1, options.max_width)
 
     def _cells(self, number: int) -> list[Drawn]:
@@ -70,7 +70,7 @@ class Listing:
         return max(map(_length, self._cells(number)), default=0)
 
     def _widths(self, shown: Sequence[int], width: int) -> list[int] | None:
-        """The columns' widths; None where their longest words do not fit."""
+        """The columns' widths; None if their longest words do not fit."""
         smallest = [max(map(_longest_word, self._cells(number))) for number in shown]
         room = width - GAP * (len(shown) - 1) - sum(smallest)
         return None if room < 0 else _shared_out(smallest, [self._natural(number) for number in shown], room)
@@ -116,7 +116,7 @@ def _entries(entries: Sequence[tuple[str, Drawn]], width: int) -> Iterable[Text 
 
 
 def _entry(header: str, cell: Drawn, width: int) -> Iterable[Text | Table]:
-    """A cell that does not fit on a line with its header, or that is no text."""
+    """A cell that does not fit on a line with its header, or is not text."""
     label = f"  {header}:" if header else " "
     if not isinstance(cell, Text):
         grid = Table.grid(padding=(0, 1, 0, 0))
@@ -131,7 +131,7 @@ def _entry(header: str, cell: Drawn, width: int) -> Iterable[Text | Table]:
         grid.add_row(Text(label), _wrapped(cell, room))
         yield grid
         return
-    # On a line of its own, as an address must stay whole.
+    # On a separate line, so that an address is not broken.
     yield Text(label)
     yield cell
 
@@ -153,10 +153,10 @@ def _longest_word(cell: Drawn) -> int:
 
 
 def _wrapped(cell: Drawn, width: int) -> Drawn:
-    """The cell with its line ends where they may be; the library would part a quantity from its unit."""
+    """The wrapped cell; the library would separate a quantity from its unit."""
     if not isinstance(cell, Text) or cell.cell_len <= width:
         return cell
-    # Of each line the place of its first piece, and the place behind its last one.
+    # The range of pieces of each line.
     lines: list[tuple[int, int]] = []
     for piece in _PIECE.finditer(cell.plain):
         begin, end = piece.span()
@@ -168,7 +168,7 @@ def _wrapped(cell: Drawn, width: int) -> Drawn:
 
 
 def _shared_out(smallest: Sequence[int], natural: Sequence[int], room: int) -> list[int]:
-    """Widths from the smallest to the natural ones; what needs least gets all of it first."""
+    """Distributes the width between the smallest and the natural widths, smallest needs first."""
     widths = list(smallest)
     order = sorted(range(len(widths)), key=lambda number: natural[number] - smallest[number])
     for position, number in enumerate(order):

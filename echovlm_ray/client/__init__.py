@@ -1,11 +1,11 @@
-"""Calls EchoVLM from Python. Needs the base install alone: neither torch nor ray.
+"""The Python client of EchoVLM. Needs only the base install, without torch and ray.
 
     from echovlm_ray.client import EchoVLMClient
 
     with EchoVLMClient("127.0.0.1:50051") as client:
         print(client.generate("scan.dcm", task="report").text)
 
-`AsyncEchoVLMClient` is the same for asyncio. What can go wrong is in `echovlm_ray.client.errors`, all of it an
+`AsyncEchoVLMClient` is the same for asyncio. All errors are in `echovlm_ray.client.errors` and derive from
 `EchoVLMError`. Not a medical device: nothing that the model writes is a diagnosis.
 """
 

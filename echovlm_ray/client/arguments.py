@@ -1,4 +1,4 @@
-"""Checks of what a caller passes, so that every wrong argument is named before anything is sent."""
+"""Validates arguments before anything is sent."""
 
 import math
 import operator
@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 
 from echovlm_ray.client.errors import FieldViolation, InvalidRequestError
 
-# gRPC counts a deadline in nanoseconds since 1970 and would overflow; longer is as good as no limit at all.
+# gRPC counts deadlines in nanoseconds since 1970 and would overflow. Longer timeouts are no timeout.
 MAX_TIMEOUT_S = 365 * 24 * 3600.0
 MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
 MIN_FLOAT32 = 2.0**-149
@@ -25,10 +25,10 @@ def invalid(field: str, description: str) -> InvalidRequestError:
 
 
 def text(field: str, value: object) -> str:
-    """A text that can be sent.
+    """Returns a text that can be sent.
 
     Raises:
-        InvalidRequestError: it is no `str`, or has half a character in it.
+        InvalidRequestError: it is not a `str`, or has a lone surrogate.
     """
     if not isinstance(value, str):
         raise invalid(field, f"is a {type(value).__name__}; give a str")
@@ -44,13 +44,13 @@ def text(field: str, value: object) -> str:
 
 
 def texts(field: str, values: object) -> list[str]:
-    """Texts that can be sent; one needs no list.
+    """Returns texts that can be sent. A single text needs no list.
 
     Raises:
-        InvalidRequestError: it is no series of `str`.
+        InvalidRequestError: it is not a sequence of `str`.
     """
     if isinstance(values, str):
-        # A lone string is a sequence of its letters, which is never meant.
+        # A string is a sequence of characters, which is never intended here.
         return [text(field, values)]
     if isinstance(values, bytes | bytearray | memoryview) or not isinstance(values, Iterable):
         raise invalid(field, f"is a {type(values).__name__}; give a list of str")
@@ -58,10 +58,10 @@ def texts(field: str, values: object) -> list[str]:
 
 
 def integer(field: str, value: Any, low: int, high: int) -> int:
-    """A whole number from `low` to `high`, of any type that is one: numpy's too, `bool` not.
+    """Returns an integer from `low` to `high`, of any integer type (also numpy's) except `bool`.
 
     Raises:
-        InvalidRequestError: it is another.
+        InvalidRequestError: it is not an integer, or out of range.
     """
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise invalid(field, f"is a {type(value).__name__}; give a whole number")
@@ -72,10 +72,10 @@ def integer(field: str, value: Any, low: int, high: int) -> int:
 
 
 def number(field: str, value: Any, low: float, high: float) -> float:
-    """A finite number from `low` to `high` that stays above 0 as float32 when it is.
+    """Returns a finite number from `low` to `high`; one above 0 must also be above 0 in float32.
 
     Raises:
-        InvalidRequestError: it is no number, NaN, or out of range.
+        InvalidRequestError: it is not a number, NaN, or out of range.
     """
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         raise invalid(field, f"is a {type(value).__name__}; give a number")
@@ -85,15 +85,15 @@ def number(field: str, value: Any, low: float, high: float) -> float:
         raise invalid(field, f"is a {type(value).__name__} that is no single number") from None
     if not low <= found <= high:
         raise invalid(field, f"is {found}; it must be from {low:g} to {high:g}")
-    # Rounded to 0 it would mean "not set".
+    # 0 means "not set".
     return max(found, MIN_FLOAT32) if found > 0 else found
 
 
 def timeout(field: str, value: Any) -> float | None:
-    """Seconds that a call may take, as gRPC can count them; None for no limit, which infinity means too.
+    """Returns a timeout in seconds for gRPC; None and infinity are no timeout.
 
     Raises:
-        InvalidRequestError: it is no number above 0.
+        InvalidRequestError: it is not a number above 0.
     """
     if value is None:
         return None
@@ -111,10 +111,10 @@ def timeout(field: str, value: Any) -> float | None:
 
 
 def message(kind: type[Kind], **values: object) -> Kind:
-    """A message of texts, numbers, switches and other messages; None leaves one of these unset.
+    """Builds a message from texts, numbers, booleans and other messages; None leaves a field unset.
 
     Raises:
-        InvalidRequestError: a value is not what its field holds; the field is named.
+        InvalidRequestError: a value has the wrong type; the text names the field.
     """
     fields = kind.DESCRIPTOR.fields_by_name
     return kind(**{name: _fitting(name, fields[name].cpp_type, value) for name, value in values.items()})

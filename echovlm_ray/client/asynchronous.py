@@ -25,10 +25,10 @@ from protos import echovlm_pb2, echovlm_pb2_grpc
 
 
 class AsyncAnswerStream(AsyncIterator[Event]):
-    """An answer while it is written: iterate over its events, or over `text()` alone.
+    """A streamed answer: iterate over its events, or over `text()`.
 
-    Leaving the `async with` block, `cancel()`, cancelling the task that reads, or dropping the stream before its
-    end cancels the request on the server.
+    Leaving the `async with` block, `cancel()`, cancelling the reading task, or deleting the stream before its end
+    cancels the request on the server.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class AsyncAnswerStream(AsyncIterator[Event]):
         self._closed = closed
         self._call = send()
         self._cancelled = asyncio.Event()
-        # Nothing is sent again from then on.
+        # No retries from then on.
         self._begun = False
         self._address = address
         self.request_id = request_id
@@ -55,7 +55,7 @@ class AsyncAnswerStream(AsyncIterator[Event]):
         """The next event.
 
         Raises:
-            EchoVLMError: the call failed; the type says how.
+            EchoVLMError: the call failed; see its subclasses.
             StopAsyncIteration: after the summary.
         """
         while True:
@@ -73,7 +73,7 @@ class AsyncAnswerStream(AsyncIterator[Event]):
             event = event_from_proto(message)
             if isinstance(event, Accepted):
                 if self.accepted is not None:
-                    # It was accepted before, by a server that was lost.
+                    # A lost server has accepted it before.
                     continue
                 self.accepted = event
             else:
@@ -84,13 +84,13 @@ class AsyncAnswerStream(AsyncIterator[Event]):
                 return event
 
     async def text(self) -> AsyncIterator[str]:
-        """The text alone, piece by piece; afterwards `summary` is set."""
+        """Iterates over the pieces of the text; afterwards `summary` is set."""
         async for event in self:
             if isinstance(event, Text):
                 yield event.text
 
     def cancel(self) -> None:
-        """Ends the request here and on the server; after its end that does nothing."""
+        """Cancels the request here and on the server. Does nothing after its end."""
         self._cancelled.set()
         self._call.cancel()
 
@@ -105,23 +105,23 @@ class AsyncAnswerStream(AsyncIterator[Event]):
         self._call = self._send()
 
     async def __aenter__(self) -> Self:
-        """The stream itself."""
+        """Returns the stream."""
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Cancels what is not finished."""
+        """Cancels an unfinished request."""
         self.cancel()
 
 
 class AsyncEchoVLMClient:
-    """Calls an EchoVLM gateway from asyncio. Make one in a running event loop and keep it.
+    """The asyncio client of an EchoVLM gateway. Create one in a running event loop and reuse it.
 
-    Takes what `EchoVLMClient` takes, and sends lost calls again in the same way.
+    Arguments and retries are those of `EchoVLMClient`.
 
     Raises:
-        ValueError: an address, token or certificate that cannot be used.
+        ValueError: an address, token or certificate is invalid.
     """
 
     def __init__(
@@ -152,9 +152,9 @@ class AsyncEchoVLMClient:
         request_id: str | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Answer:
-        """The whole answer at once; arguments and errors are those of `EchoVLMClient.generate`.
+        """Returns the complete answer. Arguments and errors are those of `EchoVLMClient.generate`.
 
-        Files named by a path are read before anything is awaited; pass bytes where that would hold up other tasks.
+        Files are read synchronously before the call; pass bytes if that would block other tasks.
         """
         request = build_request(images, **options)
         request_id, metadata = call_metadata(self._token, request_id)
@@ -169,7 +169,7 @@ class AsyncEchoVLMClient:
         request_id: str | None = None,
         **options: Unpack[GenerateOptions],
     ) -> AsyncAnswerStream:
-        """The answer while it is written; arguments, events and errors are those of `EchoVLMClient.stream`."""
+        """Streams the answer. Arguments, events and errors are those of `EchoVLMClient.stream`."""
         request = build_request(images, **options)
         request_id, metadata = call_metadata(self._token, request_id)
         retries = self._retries_of(timeout_s)
@@ -180,10 +180,10 @@ class AsyncEchoVLMClient:
         return AsyncAnswerStream(send, retries, lambda: self._closed, self._address, request_id)
 
     async def model_info(self, *, timeout_s: float | None = None, request_id: str | None = None) -> ModelInfo:
-        """What is served: model, organs with the versions of their experts, limits.
+        """Describes the server: the model, the organs with the versions of their experts, and the limits.
 
         Raises:
-            EchoVLMError: the call failed; the type says how.
+            EchoVLMError: the call failed; see its subclasses.
         """
         request_id, metadata = call_metadata(self._token, request_id)
         request = echovlm_pb2.GetModelInfoRequest()
@@ -191,12 +191,12 @@ class AsyncEchoVLMClient:
         return ModelInfo.from_proto(message)
 
     async def close(self) -> None:
-        """Closes the connection; calls under way are cancelled."""
+        """Closes the connection and cancels running calls."""
         self._closed = True
         await self._channel.close()
 
     async def __aenter__(self) -> Self:
-        """The client itself."""
+        """Returns the client."""
         return self
 
     async def __aexit__(

@@ -1,4 +1,4 @@
-"""A bundle's folder as the messages of one push: its manifest, its signature, then its files piece by piece."""
+"""Converts a bundle's folder to the messages of a push: manifest, signature, then the files in pieces."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from protos import control_pb2
 
 MANIFEST_NAME = "manifest.json"
 SIGNATURE_NAME = "model.sig"
-# What Control reads at most; its own limits say the same.
+# The same limits as Control's.
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 PIECE_BYTES = 1024 * 1024
 FILE_NAME = re.compile(r"[A-Za-z0-9._-]{1,150}")
@@ -20,13 +20,13 @@ FILE_NAME = re.compile(r"[A-Za-z0-9._-]{1,150}")
 
 @dataclass(frozen=True, slots=True)
 class BundleUpload:
-    """What is sent. The server checks all of it again; here only what would send the wrong bytes.
+    """The contents of a push. The server checks them; here only the sizes are checked.
 
     Attributes:
-        manifest: the manifest's own bytes.
-        signature: the signature's, or empty.
-        files: name in the manifest → where the file is.
-        size_bytes: of all the files.
+        manifest: the bytes of the manifest.
+        signature: the bytes of the signature, or empty.
+        files: name in the manifest → path of the file.
+        size_bytes: the size of all files.
     """
 
     manifest: bytes
@@ -35,7 +35,7 @@ class BundleUpload:
     size_bytes: int
 
     def messages(self, progress: Callable[[int], None] = lambda nbytes: None) -> Iterator[control_pb2.PushRequest]:
-        """The messages in order; `progress` is called with each piece's bytes when it is taken."""
+        """The messages in order; `progress` is called with the size of each piece."""
         yield control_pb2.PushRequest(manifest=self.manifest)
         if self.signature:
             yield control_pb2.PushRequest(signature=self.signature)
@@ -48,10 +48,10 @@ class BundleUpload:
 
 
 def open_upload(directory: Path) -> BundleUpload:
-    """Reads a bundle's manifest and finds its files.
+    """Reads a bundle's manifest and locates its files.
 
     Raises:
-        InvalidRequestError: the folder is no bundle: no manifest, a file that is missing, a link, or of another size.
+        InvalidRequestError: the folder is not a bundle: the manifest or a file is missing, a link, or has another size.
     """
     manifest = _read(directory / MANIFEST_NAME, MAX_MANIFEST_BYTES)
     try:

@@ -1,4 +1,4 @@
-"""How the client reaches a server: address, encryption, token, the id of a call."""
+"""The client's connection to a server: address, TLS, token, and the ids of calls."""
 
 import os
 import re
@@ -12,27 +12,27 @@ from echovlm_ray.client.arguments import invalid, text
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 REQUEST_ID_KEY = "x-request-id"
-# What the server takes; any other id it would replace by one of its own.
+# The ids that the server accepts; it would replace others.
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 LOOPBACK = re.compile(r"((ipv4|ipv6|dns):(///)?)?(127(\.\d{1,3}){3}|localhost|\[::1\])(:\d+)?$|unix:|unix-abstract:")
 
 # https://github.com/grpc/grpc/blob/master/doc/naming.md
 OWN_KINDS = frozenset({"unix", "unix-abstract", "dns", "ipv4", "ipv6", "vsock"})
-# After a lost connection gRPC itself waits before it connects again, by default for up to two minutes, and calls fail
-# meanwhile. Sending a call again is done here, in `client.retries`.
-# "min" is also the time that one attempt to connect may take: a busy server may need long for its first bytes.
+# After a lost connection gRPC waits before it reconnects, by default up to two minutes, and calls fail until then.
+# `client.retries` retries calls instead. "min" is also the time that one attempt to connect may take: a busy server may
+# need long for its first bytes.
 RECONNECT_MS = {"initial": 100, "min": 5000, "max": 1000}
 
 
 @dataclass(frozen=True, slots=True)
 class TLS:
-    """How to check the server, and how to prove who calls.
+    """TLS: how to verify the server, and the client's certificate.
 
     Attributes:
-        authority: PEM file of the authority that signed the server's certificate; None: those that the machine trusts.
-        certificate: PEM file of the client's own certificate, where the server asks for one.
+        authority: PEM file of the authority that signed the server's certificate; None for the machine's trusted ones.
+        certificate: PEM file of the client's certificate, if the server requires one.
         key: PEM file of its key.
-        server_name: the name that the server's certificate carries, where it is not the one in the address.
+        server_name: the name in the server's certificate, if it differs from the address.
     """
 
     authority: str | os.PathLike[str] | None = None
@@ -56,10 +56,10 @@ class TLS:
 
 
 def check_connection(address: str, token: str | None, tls: TLS | None) -> None:
-    """Refuses what would be a mistake before a connection is made.
+    """Validates the arguments of a connection.
 
     Raises:
-        ValueError: an empty address, a URL instead of host:port, a token that would cross the network in the clear.
+        ValueError: the address is empty or a URL instead of host:port, or a token would be sent unencrypted.
     """
     text("address", address)
     if tls is not None and not isinstance(tls, TLS):
@@ -77,7 +77,7 @@ def check_connection(address: str, token: str | None, tls: TLS | None) -> None:
 
 
 def _names_a_port(address: str) -> bool:
-    """Whether an address is host:port; gRPC's own kinds, like unix:PATH, are taken as they are."""
+    """Whether an address is host:port, or one of gRPC's other schemes, like unix:PATH."""
     if address.partition(":")[0] in OWN_KINDS:
         return True
     host, _, port = address.rpartition(":")
@@ -93,7 +93,7 @@ def channel_options(address: str, tls: TLS | None) -> list[tuple[str, str | int]
     ]
     options.append(("grpc.enable_retries", 0))
     if LOOPBACK.match(address):
-        # A proxy set for this machine cannot reach this machine's own loopback.
+        # A proxy cannot reach this machine's loopback.
         options.append(("grpc.enable_http_proxy", 0))
     if tls is not None and tls.server_name is not None:
         options.append(("grpc.ssl_target_name_override", tls.server_name))
@@ -105,12 +105,12 @@ def open_channel(address: str, tls: TLS | None, *further: tuple[str, str | int])
 
     Args:
         address: host:port.
-        tls: how to check the server; None speaks plain text.
-        further: options beside those of every channel.
+        tls: the TLS settings; None for plain text.
+        further: additional channel options.
 
     Raises:
-        ValueError: of `TLS.credentials`.
-        OSError: of `TLS.credentials`.
+        ValueError: see `TLS.credentials`.
+        OSError: see `TLS.credentials`.
     """
     options = [*channel_options(address, tls), *further]
     if tls is None:
@@ -127,7 +127,7 @@ def open_asynchronous_channel(address: str, tls: TLS | None, *further: tuple[str
 
 
 def call_metadata(token: str | None, request_id: str | None) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """The id of a call, made here if the caller gave none, and the metadata that carries it and the token.
+    """The id of a call, generated if it is None, and the metadata with the id and the token.
 
     Raises:
         ValueError: the id is not 1 to 128 of A-Z a-z 0-9 . _ : / -

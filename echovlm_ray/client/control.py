@@ -1,4 +1,4 @@
-"""The client for operators: `echovlm.v1.ExpertControl` from Python, which `echoray experts` uses too.
+"""The Python client for operators: `echovlm.v1.ExpertControl`. `echoray experts` uses it, too.
 
     from echovlm_ray.client.control import ExpertControlClient
 
@@ -7,7 +7,7 @@
         for state in control.watch():
             print(state.rollouts)
 
-Messages are those of protos/control.proto; what can go wrong is an `EchoVLMError`, as with the other clients.
+Messages are those of protos/control.proto. Errors are `EchoVLMError`s, as in the other clients.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,42 +21,41 @@ from echovlm_ray.client.arguments import message, text, texts, timeout
 from echovlm_ray.client.bundle_upload import open_upload
 from echovlm_ray.client.connection import TLS, call_metadata, check_connection, open_channel
 from echovlm_ray.client.errors import from_rpc_error
-from echovlm_ray.client.held_set import HeldSet
+from echovlm_ray.client.replay import ExpertSetReplay
 from protos import control_pb2, control_pb2_grpc
 
 DEFAULT_CONTROL = "127.0.0.1:50052"
-# What a caller saw before it asked for a change.
+# The precondition of a change: the state that the caller saw.
 Expected = control_pb2.Expected
-# Registries and histories are long; one answer holds all that was asked for.
+# Registries and histories can be long, and an answer has all of them.
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
 
 Response = TypeVar("Response")
 
 
 class ExpertControlClient:
-    """Calls a system's Control. Safe to share between threads.
+    """The client of a system's Control. Thread-safe.
 
     Args:
         address: host:port of Control.
-        token: for servers with a token file; never sent unencrypted to another machine.
-        tls: for servers with certificates; `TLS()` trusts what the machine trusts.
-        timeout_s: how long a call may take in seconds; a push and a watch may take as long as they like.
+        token: the bearer token, for servers with a token file; never sent unencrypted to another machine.
+        tls: for servers with certificates; `TLS()` trusts the machine's authorities.
+        timeout_s: the timeout of a call in seconds; a push and a watch have none.
 
     Raises:
-        ValueError: an address, token or certificate that cannot be used.
+        ValueError: an address, token or certificate is invalid.
 
-    No call is sent again by itself. All may be: what was done already is not done again.
+    Calls are not retried automatically. All are idempotent and may be repeated.
 
-    Every operation takes `actor`, who asks, and `reason`, why; both stand in the history. With `dry_run` it only says
-    what would happen. With `expected` it is made only if the organ still stands as the caller saw it, for example
-    `Expected(rollout_id="heart-12", state="canary")`; give it where a decision was made from what was shown before.
-    All of them raise:
+    Every operation takes `actor` (the operator) and `reason`, both for the history. With `dry_run` it only describes
+    the steps. `expected` is a precondition: the operation is refused if the organ's state has changed since the caller
+    saw it, for example `Expected(rollout_id="heart-12", state="canary")`. All operations raise:
 
-        NotFoundError: an unknown organ or version; the text names those that there are.
-        FailedPreconditionError: the rollout is in another state, or not as expected; the text says what happened since,
-            and what is possible.
-        InvalidRequestError: what was asked makes no sense in itself.
-        UnavailableError: nothing answers.
+        NotFoundError: an unknown organ or version; the text lists the existing ones.
+        FailedPreconditionError: the rollout is in another state, or the precondition does not hold; the text has the
+            last event and the possible actions.
+        InvalidRequestError: an argument is invalid.
+        UnavailableError: Control does not answer.
     """
 
     def __init__(
@@ -81,15 +80,15 @@ class ExpertControlClient:
         start: Callable[[int], None] = lambda total: None,
         progress: Callable[[int], None] = lambda nbytes: None,
     ) -> control_pb2.BundleInfo:
-        """Puts the bundle in a folder into Control's registry; pushing it again changes nothing.
+        """Pushes the bundle in a folder to Control's registry. Idempotent.
 
         Args:
             directory: the bundle's folder.
-            start: called with how many bytes there are.
-            progress: called with each piece's bytes when it is sent; from another thread.
+            start: called with the number of bytes.
+            progress: called from another thread with the size of each sent piece.
 
         Raises:
-            InvalidRequestError: it is no bundle.
+            InvalidRequestError: the folder is not a bundle.
         """
         upload = open_upload(directory)
         start(upload.size_bytes)
@@ -105,7 +104,7 @@ class ExpertControlClient:
         reason: str = "",
         dry_run: bool = False,
     ) -> control_pb2.OperationResponse:
-        """Begins a rollout of a bundle, named by its version in the registry or by its digest."""
+        """Begins a rollout of a bundle, given by its version in the registry or its digest."""
         request = message(
             control_pb2.StageRequest,
             organ=organ,
@@ -130,10 +129,10 @@ class ExpertControlClient:
         gates_json: str = "",
         override: bool = False,
     ) -> control_pb2.OperationResponse:
-        """Has the candidate answer a part of the requests.
+        """Sends a share of the requests to the candidate.
 
-        With `gates_json`, a JSON array of what a rollout file has under `gates`, it does so by itself once it has
-        passed them. With `override` it does although it has not passed its gates; that needs a reason.
+        With `gates_json`, a JSON array with the format of `gates` in a rollout file, the canary begins automatically
+        once the candidate has passed them. `override` ignores gates that were not passed, and needs a reason.
         """
         request = _traffic(organ, percent, digest, actor, reason, expected, dry_run)
         request.gates_json, request.override = gates_json, override
@@ -150,7 +149,7 @@ class ExpertControlClient:
         expected: Expected | None = None,
         dry_run: bool = False,
     ) -> control_pb2.OperationResponse:
-        """Has the candidate compute a part of the requests beside the incumbent; its answers are discarded."""
+        """Mirrors a share of the requests to the candidate; its answers are discarded."""
         request = _traffic(organ, percent, digest, actor, reason, expected, dry_run)
         return self._call(self._stub.Shadow, control_pb2.OperationResponse, request)
 
@@ -166,7 +165,7 @@ class ExpertControlClient:
         gates_json: str = "",
         override: bool = False,
     ) -> control_pb2.OperationResponse:
-        """Makes the candidate the organ's version for all new requests. Gates and override are those of `canary`."""
+        """Makes the candidate the organ's version for all new requests. Gates and override are as in `canary`."""
         request = message(
             control_pb2.OrganRequest,
             organ=organ,
@@ -190,12 +189,12 @@ class ExpertControlClient:
         expected: Expected | None = None,
         dry_run: bool = False,
     ) -> control_pb2.OperationResponse:
-        """Ends a candidate's rollout. Never touches the stable version; see `roll_back_stable`.
+        """Rolls back a candidate. Never changes the stable version; see `roll_back_stable`.
 
-        Without `digest` or `expected.rollout_id`, whatever candidate is in flight is meant.
+        Without `digest` or `expected.rollout_id` it applies to any candidate in flight.
 
         Raises:
-            FailedPreconditionError: nothing is in flight, or something else; the text says what happened since.
+            FailedPreconditionError: nothing is in flight, or another candidate; the text has the last event.
         """
         request = message(
             control_pb2.OrganRequest,
@@ -219,10 +218,11 @@ class ExpertControlClient:
         expected: Expected | None = None,
         dry_run: bool = False,
     ) -> control_pb2.OperationResponse:
-        """Goes back from the stable version, named by its version or digest, to the one that was stable before.
+        """Rolls back the stable version, given by its version or digest, to the previous one.
 
         Raises:
-            FailedPreconditionError: another version is stable, a candidate is in flight, or there is none before.
+            FailedPreconditionError: another version is stable, a candidate is in flight, or there is no previous
+                version.
         """
         request = message(
             control_pb2.RollBackStableRequest,
@@ -247,7 +247,7 @@ class ExpertControlClient:
         expected: Expected | None = None,
         dry_run: bool = False,
     ) -> control_pb2.OperationResponse:
-        """Takes an organ, or one version of it, out of service for good."""
+        """Retires an organ, or one of its versions, permanently."""
         request = message(
             control_pb2.RetireRequest,
             organ=organ,
@@ -261,30 +261,30 @@ class ExpertControlClient:
         return self._call(self._stub.Retire, control_pb2.OperationResponse, request)
 
     def apply(self, rollout_json: str, *, actor: str, dry_run: bool = False) -> control_pb2.OperationResponse:
-        """Stages what a rollout file says, with its steps; applying it again changes nothing."""
+        """Begins the rollout that a file describes. Applying it again changes nothing."""
         request = message(control_pb2.ApplyRequest, rollout_json=rollout_json, actor=actor, dry_run=dry_run)
         return self._call(self._stub.Apply, control_pb2.OperationResponse, request)
 
     def list(self, organ: str = "") -> control_pb2.ListResponse:
-        """The live expert set, the rollouts, the replicas, and the bundles of the registry; of one organ or of all."""
+        """The live expert set, the rollouts, the replicas, and the registry's bundles, of one organ or of all."""
         return self._call(self._stub.List, control_pb2.ListResponse, message(control_pb2.ListRequest, organ=organ))
 
     def history(
         self, organ: str = "", *, last: int = 0, verify: bool = False, noted_hash: str = ""
     ) -> control_pb2.HistoryResponse:
-        """What happened, oldest first; of one organ or of all.
+        """The history of one organ or of all organs, oldest first.
 
         Args:
-            organ: empty for all.
-            last: only the last so many entries; 0 for all.
-            verify: also check the whole chain of hashes; what is wrong is then in `faults`.
-            noted_hash: with `verify`, a head that was noted earlier and must be in the chain.
+            organ: the organ; empty for all.
+            last: the number of newest entries; 0 for all.
+            verify: also verify the whole chain of hashes; problems are in `faults`.
+            noted_hash: with `verify`, an earlier head that must be in the chain.
         """
         request = message(control_pb2.HistoryRequest, organ=organ, last=last, verify=verify, noted_hash=noted_hash)
         return self._call(self._stub.History, control_pb2.HistoryResponse, request)
 
     def watch(self) -> Iterator[control_pb2.ControlState]:
-        """The state now, and again whenever it changes, without an end. Letting go of the iterator ends the call."""
+        """Yields the state now and after every change, without an end. Deleting the iterator ends the call."""
         request_id, metadata = call_metadata(self._token, None)
         call = self._stub.Watch(control_pb2.WatchRequest(), metadata=metadata)
         try:
@@ -301,14 +301,14 @@ class ExpertControlClient:
         organs: Sequence[str] = (),
         backbone_digest: str = "",
         versions: Mapping[str, str] | None = None,
-    ) -> HeldSet:
-        """Makes a past expert set answer until the `with` block of what comes back ends.
+    ) -> ExpertSetReplay:
+        """Loads a past expert set until the `with` block of the returned object ends.
 
         Args:
-            expert_set_id: as the answer's provenance has it.
-            organs: the organs that the answer used; empty loads all of the set.
-            backbone_digest: of the answer; another one is refused.
-            versions: bundle digest → version, as the answer said it; for texts.
+            expert_set_id: from the answer's provenance.
+            organs: the organs that the answer used; empty for all organs of the set.
+            backbone_digest: the answer's backbone; another one is refused.
+            versions: bundle digest → version, from the answer; for messages.
         """
         request_id, metadata = call_metadata(self._token, None)
         request = control_pb2.ReplayRequest(
@@ -319,14 +319,14 @@ class ExpertControlClient:
                 text("versions", digest): text("versions", version) for digest, version in (versions or {}).items()
             },
         )
-        return HeldSet(self._stub.Replay(request, metadata=metadata), self.address, request_id)
+        return ExpertSetReplay(self._stub.Replay(request, metadata=metadata), self.address, request_id)
 
     def close(self) -> None:
-        """Closes the connection; calls under way are cancelled."""
+        """Closes the connection and cancels running calls."""
         self._channel.close()
 
     def __enter__(self) -> Self:
-        """The client itself."""
+        """Returns the client."""
         return self
 
     def __exit__(

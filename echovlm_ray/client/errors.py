@@ -10,13 +10,13 @@ from google.rpc import error_details_pb2, status_pb2
 
 Detail = TypeVar("Detail", bound=Message)
 DETAILS_KEY = "grpc-status-details-bin"
-# gRPC itself, not the service, refuses a message that is too long, and has no other code for it.
+# gRPC, not the service, refuses a message that is too long, and has no separate code for it.
 TOO_LONG = "essage larger than max"
 
 
 @dataclass(frozen=True, slots=True)
 class FieldViolation:
-    """One field of the request and what is wrong with it, for example "images[1].content"."""
+    """One invalid field of a request, for example "images[1].content", and the problem."""
 
     field: str
     description: str
@@ -27,11 +27,11 @@ class FieldViolation:
 
 
 class EchoVLMError(RuntimeError):
-    """Base of everything that this client raises about a call.
+    """Base of all errors of a call.
 
     Attributes:
         code: the gRPC status, or None when the request never left this process.
-        request_id: what to look for in the server's log.
+        request_id: the id of the call in the server's log.
     """
 
     def __init__(self, message: str, *, code: grpc.StatusCode | None = None, request_id: str = "") -> None:
@@ -41,10 +41,10 @@ class EchoVLMError(RuntimeError):
 
 
 class InvalidRequestError(EchoVLMError, ValueError):
-    """The request cannot be served as it is; sending it again does not help.
+    """The request is invalid. A retry does not help.
 
     Attributes:
-        violations: the fields at fault, as `GenerateRequest` in protos/echovlm.proto spells them.
+        violations: the invalid fields, named as in `GenerateRequest` in protos/echovlm.proto.
     """
 
     def __init__(
@@ -60,40 +60,40 @@ class InvalidRequestError(EchoVLMError, ValueError):
 
 
 class UnauthenticatedError(EchoVLMError):
-    """The server wants a token, or does not know this one."""
+    """The server requires a token, or does not accept this one."""
 
 
 class PermissionDeniedError(EchoVLMError):
-    """The caller is known but may not do this."""
+    """The caller is authenticated but not allowed to do this."""
 
 
 class NotFoundError(EchoVLMError, LookupError):
-    """There is no such organ or version; the text names those that there are."""
+    """There is no such organ or version. The text lists the existing ones."""
 
 
 class FailedPreconditionError(EchoVLMError):
-    """The system is not in the state that the call needs."""
+    """The system's state does not allow the call."""
 
 
 class OrganInCanaryError(FailedPreconditionError):
-    """The organ is new and its experts answer only a part of the requests; this one is not among them.
+    """The organ is new and still a canary, and the request is not in the canary's share.
 
     Attributes:
         organ: the organ.
-        percent: of the requests.
+        percent: the canary's share of the requests.
     """
 
     def __init__(
         self, message: str, *, code: grpc.StatusCode | None = None, request_id: str = "", organ: str, percent: float
     ) -> None:
-        """Says which organ, and which part of the requests it answers."""
+        """Names the organ and the canary's share of the requests."""
         super().__init__(message, code=code, request_id=request_id)
         self.organ = organ
         self.percent = percent
 
 
 class OverloadedError(EchoVLMError):
-    """A queue of the server is full; come back after `retry_after_s` seconds (None: the server did not say)."""
+    """A queue of the server is full. Retry after `retry_after_s` seconds (None: unknown)."""
 
     def __init__(
         self,
@@ -108,12 +108,12 @@ class OverloadedError(EchoVLMError):
 
 
 class UnavailableError(EchoVLMError):
-    """The server, or a part of it, does not answer now; sending the request again is safe.
+    """The server, or a part of it, does not answer now. A retry is safe.
 
     Attributes:
-        organ: the organ whose experts are lost, or None when it is another part or the whole server.
-        retry_after_s: when to come back, in seconds; None when the server did not say.
-        reached: whether the server itself answered. False: nothing listens, or the connection broke.
+        organ: the organ whose experts are unavailable, or None for another part or the whole server.
+        retry_after_s: seconds before a retry; None if unknown.
+        reached: whether the server answered. False if nothing listens, or the connection was lost.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class UnavailableError(EchoVLMError):
 
 
 class DeadlineExceededError(EchoVLMError, TimeoutError):
-    """The answer was not complete within the call's time; the server has stopped working on it."""
+    """The answer was not complete before the deadline. The server has cancelled the request."""
 
 
 class CallCancelledError(EchoVLMError):
@@ -141,7 +141,7 @@ class CallCancelledError(EchoVLMError):
 
 
 class InternalServerError(EchoVLMError):
-    """A fault of the server; its log, under `request_id`, says more."""
+    """An internal error of the server. See its log under `request_id`."""
 
 
 PLAIN_TYPES: dict[grpc.StatusCode, type[EchoVLMError]] = {
@@ -163,10 +163,10 @@ def from_rpc_error(
     """The typed error of a failed call, of `grpc` or of `grpc.aio`.
 
     Args:
-        error: as gRPC raised it.
-        address: the server that was called, for the text.
+        error: gRPC's error.
+        address: the server's address, for the text.
         request_id: the call's id.
-        service: what should be at that address.
+        service: the service that should be at that address.
     """
     code: grpc.StatusCode = error.code()
     text = error.details() or code.name
@@ -179,7 +179,7 @@ def from_rpc_error(
             return InvalidRequestError(str(violation), code=code, request_id=request_id, violations=[violation])
         return OverloadedError(text, code=code, request_id=request_id, retry_after_s=_retry_after(details))
     if code == grpc.StatusCode.UNAVAILABLE:
-        # The service always says when to come back. Without that it was the connection that failed.
+        # The service always sends a retry delay. Without one the connection failed.
         reached = _find(details, error_details_pb2.RetryInfo) is not None
         return UnavailableError(
             text if reached else f"the connection to {address} failed: {text}",

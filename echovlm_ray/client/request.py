@@ -1,4 +1,4 @@
-"""Builds the request message: options are checked where the client can, files are read."""
+"""Builds the request message: validates options and reads files."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -10,49 +10,49 @@ from echovlm_ray.client.errors import InvalidRequestError
 from echovlm_ray.tasks import LANGUAGES, TASKS, Language, TaskName
 from protos import echovlm_pb2, router_pb2
 
-# A path, the bytes of a file, or a file opened for reading bytes (also `io.BytesIO`), read from where it stands.
+# A path, the bytes of a file, or a binary file object (also `io.BytesIO`), which is read from its position.
 Image = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
 WHAT_IMAGES_ARE = "a path, or the bytes or an open file of a DICOM file, a still or a video"
 # A protobuf message cannot be longer than 2 GiB.
 MAX_REQUEST_BYTES = 2**31 - 64 * 1024
-# What a field of the message can hold; what the server allows is less, and it says so itself.
+# The ranges of the message's fields; the server has tighter limits.
 MAX_UINT32, MAX_UINT64 = 2**32 - 1, 2**64 - 1
 
 
 class GenerateOptions(TypedDict, total=False):
-    """What `generate` and `stream` of both clients take besides the images. Everything may be left out."""
+    """The options of `generate` and `stream` in both clients. All are optional."""
 
     # "report" (the default), "findings", "impression", "diagnosis", "caption", "vqa" (a question about the images),
-    # or "free" (the prompt is all that is asked).
+    # or "free" (the prompt only).
     task: TaskName
     # The language of the answer: "en" (the default) or "zh".
     language: Language
-    # The question of "vqa", the text of "free", or for other tasks what else the model should know.
+    # The question of "vqa", the text of "free", or further information for other tasks.
     prompt: str
-    # The organs shown, if known; empty: found out from the images.
+    # The organs in the images, if known; if empty, they are determined from the images.
     organs: Sequence[str]
-    # 0 (the default) takes the most likely token always.
+    # 0 (the default) is greedy decoding.
     temperature: float
     # 0 keeps all tokens, otherwise the k most likely.
     top_k: int
-    # 1 keeps all tokens, otherwise the smallest set whose probability reaches it.
+    # 1 keeps all tokens, otherwise the smallest set of tokens with at least this probability.
     top_p: float
-    # 1 changes nothing; above it, tokens that already occurred become less likely.
+    # 1 has no effect; above 1, tokens that have occurred become less likely.
     repetition_penalty: float
-    # The same seed, request and expert set give the same tokens; None: a random one.
+    # The same seed, request and expert set give the same tokens; None is a random seed.
     seed: int | None
-    # None: the server's default.
+    # None is the server's default.
     max_new_tokens: int | None
     # The answer ends before the first of these.
     stop: Sequence[str]
-    # While a new version of an organ's experts answers a part of the requests, all with the same key get the same
-    # experts: a key for a patient's visit that does not say who it is. Empty: every request for itself.
+    # During a canary all requests with the same key get the same version of the experts. Use a key per patient's visit
+    # that does not identify the patient. If empty, every request is assigned separately.
     session_key: str
-    # The id of the expert set to answer with, as an answer's provenance has it; empty: the one that is served.
+    # The id of the expert set to answer with, from an answer's provenance; empty for the live one.
     expert_set_id: str
-    # Whether the summary has the answer's tokens and the prompt's digest, by which a replay is compared.
+    # Whether the summary has the answer's tokens and the prompt's digest, for comparing a replay.
     for_replay: bool
-    # The prompt's digest as an earlier answer had it: refused if the request becomes another prompt now.
+    # The prompt's digest of an earlier answer: the request is refused if its prompt differs now.
     prompt_digest: str
 
 
@@ -75,11 +75,11 @@ def build_request(
     for_replay: bool = False,
     prompt_digest: str = "",
 ) -> echovlm_pb2.GenerateRequest:
-    """The message of one request; options are those of `GenerateOptions`.
+    """Builds the message of one request; `options` are those of `GenerateOptions`.
 
     Raises:
-        InvalidRequestError: an argument of the wrong type or out of range, text that cannot be sent, a file that
-            cannot be read, is empty, or makes the request too long. It names the argument. The server checks the rest.
+        InvalidRequestError: an argument is of the wrong type, out of range or cannot be sent, or a file is unreadable,
+            empty, or makes the request too long. The text names the argument. The server checks the rest.
     """
     if text("task", task) not in TASKS:
         raise invalid("task", f"is {task!r}; it must be one of {', '.join(TASKS)}")
@@ -116,11 +116,10 @@ def build_request(
 
 
 def read_images(images: Image | Sequence[Image]) -> list[bytes]:
-    """The content of each image: files are read, bytes are taken as they are. One image needs no list.
+    """Reads the content of each image. A single image needs no list.
 
     Raises:
-        InvalidRequestError: something is no image, missing, unreadable, or empty; or all together are too long for one
-            request.
+        InvalidRequestError: an image is of the wrong type, missing, unreadable or empty, or all together are too long.
     """
     given: Any = images
     if isinstance(given, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(given, "read"):
@@ -154,7 +153,7 @@ def _read_path(path: str, field: str, room: int) -> bytes:
         if os.path.isdir(path):
             raise invalid(field, f"{path} is a folder: name the files in it")
         with Path(path).open("rb") as file:
-            # Before it is read: the file may be larger than the memory.
+            # Before reading, because the file may be larger than the memory.
             _check_room(os.fstat(file.fileno()).st_size, field, room)
             return _read_open(file, field, room)
     except FileNotFoundError:

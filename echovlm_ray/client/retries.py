@@ -1,4 +1,4 @@
-"""Retries a call that found no server, or lost it before any part of the answer arrived."""
+"""Retries calls that did not reach a server, or lost it before any part of the answer arrived."""
 
 import math
 import random
@@ -11,24 +11,24 @@ from echovlm_ray.client.errors import CallCancelledError, EchoVLMError, Unavaila
 
 FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 2.0
-# A try that has less time than this would only replace the reason by a deadline that passed.
+# With less time than this a retry would only replace the error by an exceeded deadline.
 SHORTEST_TRY_S = 0.5
-# Of calls without a timeout of their own.
+# For calls without a timeout.
 UNLIMITED_FOR_S = 60.0
-# So that the callers of a server that was lost do not all come back at once.
+# Jitter, so that not all callers of a lost server retry at once.
 _JITTER = 0.2
 
 Waiting = Callable[[EchoVLMError], None]
 
 
 class Retries:
-    """The tries of one call, with pauses between them that grow, until the call's own timeout is over."""
+    """The attempts of one call with exponential backoff, until its timeout."""
 
     def __init__(self, timeout_s: float | None, *, retry: bool, waiting: Waiting | None = None) -> None:
         """
         Args:
-            timeout_s: of the call with all its tries, in seconds; None for no limit, and then tries end after 60 s.
-            retry: false allows one try.
+            timeout_s: the timeout of the call with all attempts, in seconds; with None, attempts end after 60 s.
+            retry: false allows only one attempt.
             waiting: called with the reason before each pause.
         """
         now = time.monotonic()
@@ -39,14 +39,14 @@ class Retries:
         self._pause_s = FIRST_PAUSE_S
 
     def remaining_s(self) -> float | None:
-        """What is left for the next try; None for no limit."""
+        """The time left for the next attempt; None for no limit."""
         return None if self._deadline == math.inf else max(0.0, self._deadline - time.monotonic())
 
     def pause_after(self, error: EchoVLMError) -> float:
-        """How long to wait before the next try, in seconds.
+        """The time to wait before the next attempt, in seconds.
 
         Raises:
-            EchoVLMError: the error itself, where another try does not help or there is no time for one.
+            EchoVLMError: the error, if another attempt does not help or there is no time for one.
         """
         if not self._retry or not _is_lost(error):
             raise error
@@ -61,7 +61,7 @@ class Retries:
 
 
 def _is_lost(error: EchoVLMError) -> bool:
-    # A server that stops ends a call that races with it as CANCELLED.
+    # A server that shuts down may end a call as CANCELLED.
     return isinstance(error, UnavailableError) or (
         isinstance(error, CallCancelledError) and error.code == grpc.StatusCode.CANCELLED
     )

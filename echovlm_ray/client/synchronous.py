@@ -1,4 +1,4 @@
-"""The client for ordinary Python."""
+"""The synchronous client."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +20,9 @@ Metadata = tuple[tuple[str, str], ...]
 
 
 class AnswerStream(Iterator[Event]):
-    """An answer while it is written: iterate over its events, or over `text()` alone.
+    """A streamed answer: iterate over its events, or over `text()`.
 
-    Leaving the `with` block, `cancel()`, or dropping the stream before its end cancels the request on the server.
+    Leaving the `with` block, `cancel()`, or deleting the stream before its end cancels the request on the server.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class AnswerStream(Iterator[Event]):
         self._closed = closed
         self._call = send()
         self._cancelled = threading.Event()
-        # Nothing is sent again from then on.
+        # No retries from then on.
         self._begun = False
         self._address = address
         self.request_id = request_id
@@ -46,10 +46,10 @@ class AnswerStream(Iterator[Event]):
         self.summary: Summary | None = None
 
     def __next__(self) -> Event:
-        """The next event, waiting for it.
+        """Waits for the next event.
 
         Raises:
-            EchoVLMError: the call failed; the type says how.
+            EchoVLMError: the call failed; see its subclasses.
             StopIteration: after the summary.
         """
         while True:
@@ -67,7 +67,7 @@ class AnswerStream(Iterator[Event]):
             event = event_from_proto(message)
             if isinstance(event, Accepted):
                 if self.accepted is not None:
-                    # It was accepted before, by a server that was lost.
+                    # A lost server has accepted it before.
                     continue
                 self.accepted = event
             else:
@@ -78,13 +78,13 @@ class AnswerStream(Iterator[Event]):
                 return event
 
     def text(self) -> Iterator[str]:
-        """The text alone, piece by piece; afterwards `summary` is set."""
+        """Iterates over the pieces of the text; afterwards `summary` is set."""
         for event in self:
             if isinstance(event, Text):
                 yield event.text
 
     def cancel(self) -> None:
-        """Ends the request here and on the server; after its end that does nothing."""
+        """Cancels the request here and on the server. Does nothing after its end."""
         self._cancelled.set()
         self._call.cancel()
 
@@ -97,33 +97,33 @@ class AnswerStream(Iterator[Event]):
             self._call.cancel()
 
     def __enter__(self) -> Self:
-        """The stream itself."""
+        """Returns the stream."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Cancels what is not finished."""
+        """Cancels an unfinished request."""
         self.cancel()
 
 
 class EchoVLMClient:
-    """Calls an EchoVLM gateway. Safe to share between threads; make one and keep it.
+    """The client of an EchoVLM gateway. Thread-safe; create one and reuse it.
 
     Args:
         address: host:port of the gateway.
-        token: for servers with a token file; sent with every call, and never unencrypted to another machine.
-        tls: for servers with certificates; `TLS()` trusts what the machine trusts.
-        timeout_s: how long a call may take in seconds, unless it says otherwise; None: as long as the server allows.
-        retry: whether a call is sent again that finds no server, or loses it before the first words of the answer; for
-            as long as the call may take.
-        waiting: called with the reason each time before a call waits to be sent again.
+        token: the bearer token, for servers with a token file; never sent unencrypted to another machine.
+        tls: for servers with certificates; `TLS()` trusts the machine's authorities.
+        timeout_s: the default timeout of a call in seconds; None for the server's limit.
+        retry: whether to retry calls that do not reach a server, or lose it before the first text of the answer, until
+            the call's timeout.
+        waiting: called with the reason before each retry.
 
     Raises:
-        ValueError: an address, token or certificate that cannot be used.
+        ValueError: an address, token or certificate is invalid.
 
-    Sending a call again is always safe, since no method has a lasting effect; it is not done once the text of the
-    answer has begun, so that nothing is said twice. What is lost behind the gateway, the system itself tries again.
+    A retry is always safe, because no method has lasting effects. There is no retry once the text of the answer has
+    begun, so that no text is repeated. The system retries failures behind the gateway.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class EchoVLMClient:
         self._timeout_s = timeout("timeout_s", timeout_s)
         self._retry = retry
         self._waiting = waiting
-        # Ends the pauses between tries.
+        # Ends the pauses between attempts.
         self._closed = threading.Event()
         self._channel = open_channel(address, tls)
         self._stub = echovlm_pb2_grpc.EchoVLMStub(self._channel)
@@ -155,18 +155,18 @@ class EchoVLMClient:
         request_id: str | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Answer:
-        """The whole answer at once.
+        """Returns the complete answer.
 
         Args:
-            images: DICOM files, stills (PNG, JPEG, TIFF …) or videos, each a path, its bytes, or a file opened with
-                mode "rb"; one needs no list.
-            timeout_s: for this call, in seconds; None takes the client's, `math.inf` as long as the server allows.
-            request_id: what the server should log it under, at most 128 of A-Z a-z 0-9 . _ : / -; made up if None.
+            images: DICOM files, stills (PNG, JPEG, TIFF …) or videos, each as a path, bytes, or a file opened with mode
+                "rb". A single one needs no list.
+            timeout_s: the timeout in seconds; None for the client's, `math.inf` for the server's limit.
+            request_id: the id in the server's log, at most 128 of A-Z a-z 0-9 . _ : / -; generated if None.
             options: task, language, prompt, sampling and so on: see `GenerateOptions`.
 
         Raises:
-            EchoVLMError: the call failed; the type says how.
-            TypeError: an option that does not exist.
+            EchoVLMError: the call failed; see its subclasses.
+            TypeError: an option does not exist.
         """
         request = build_request(images, **options)
         request_id, metadata = call_metadata(self._token, request_id)
@@ -181,13 +181,13 @@ class EchoVLMClient:
         request_id: str | None = None,
         **options: Unpack[GenerateOptions],
     ) -> AnswerStream:
-        """The answer while it is written: `Accepted`, then `Text` again and again, at last `Summary`.
+        """Streams the answer: one `Accepted`, then any number of `Text`, then one `Summary`.
 
-        Takes what `generate` takes. Returns at once; a failed call raises at the first event.
+        Arguments are those of `generate`. Returns immediately; a failed call raises at the first event.
 
         Raises:
-            InvalidRequestError: the request cannot be sent as it is.
-            TypeError: an option that does not exist.
+            InvalidRequestError: the request is invalid.
+            TypeError: an option does not exist.
         """
         request = build_request(images, **options)
         request_id, metadata = call_metadata(self._token, request_id)
@@ -199,10 +199,10 @@ class EchoVLMClient:
         return AnswerStream(send, retries, self._closed, self._address, request_id)
 
     def model_info(self, *, timeout_s: float | None = None, request_id: str | None = None) -> ModelInfo:
-        """What is served: model, organs with the versions of their experts, limits.
+        """Describes the server: the model, the organs with the versions of their experts, and the limits.
 
         Raises:
-            EchoVLMError: the call failed; the type says how.
+            EchoVLMError: the call failed; see its subclasses.
         """
         request_id, metadata = call_metadata(self._token, request_id)
         request = echovlm_pb2.GetModelInfoRequest()
@@ -210,12 +210,12 @@ class EchoVLMClient:
         return ModelInfo.from_proto(message)
 
     def close(self) -> None:
-        """Closes the connection; calls under way are cancelled."""
+        """Closes the connection and cancels running calls."""
         self._closed.set()
         self._channel.close()
 
     def __enter__(self) -> Self:
-        """The client itself."""
+        """Returns the client."""
         return self
 
     def __exit__(
@@ -246,6 +246,6 @@ class EchoVLMClient:
 
 
 def _pause(retries: Retries, failure: EchoVLMError, stopped: threading.Event) -> None:
-    """Waits before the next try, or raises the failure where there is to be none."""
+    """Waits before the next attempt, or raises the error if there is none."""
     if stopped.is_set() or stopped.wait(retries.pause_after(failure)):
         raise failure

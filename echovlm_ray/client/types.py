@@ -10,12 +10,12 @@ from protos import echovlm_pb2, router_pb2
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The images are decoded and the request is under way.
+    """The images are decoded and the request is running.
 
     Attributes:
         prompt_tokens: length of the whole prompt, visual tokens included.
-        visual_tokens: how many of them stand for images.
-        frames: frames taken of each image, in order; 1 for a still image.
+        visual_tokens: the number of tokens of images.
+        frames: the number of frames of each image, in order; 1 for a still image.
     """
 
     prompt_tokens: int
@@ -30,20 +30,20 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Further text of the answer: whole characters only."""
+    """A piece of the answer's text, with complete characters only."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class OrganShare:
-    """One organ's part in an answer.
+    """One organ's share of an answer.
 
     Attributes:
         organ: its name.
         bundle_version: the version of its experts.
-        bundle_digest: their identity.
-        routed_share: the organ's part of all (token, layer, expert) choices, from 0 to 1.
+        bundle_digest: the digest of that version.
+        routed_share: the organ's share of all (token, layer, expert) choices, from 0 to 1.
     """
 
     organ: str
@@ -59,12 +59,12 @@ class OrganShare:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Which experts made an answer.
+    """The experts that produced an answer.
 
     Attributes:
         expert_set_id: the identity of the expert set that the request was pinned to.
-        backbone_digest: the identity of the model's common part.
-        organ_source: how the organs were found: "caller", "dicom", "prototype", "default", or "flat" when one gate
+        backbone_digest: the identity of the backbone, which all organs share.
+        organ_source: how the organs were determined: "caller", "dicom", "prototype", "default", or "flat" when one gate
             spans all organs.
         organs: the organs used.
     """
@@ -84,17 +84,17 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """How an answer came about; the last event of a stream.
+    """The summary of an answer; the last event of a stream.
 
     Attributes:
         request_id: the id under which the server logs the request.
         finish_reason: "stop" at an end token or a stop string, "length" at the limit of new tokens.
         prompt_tokens: length of the prompt, visual tokens included.
-        completion_tokens: tokens that the model made.
-        provenance: which experts, of which version.
-        notices: what the caller should know, for example that the organ was not known and the default was used.
-        token_ids: the answer's tokens, of a request with `for_replay`.
-        prompt_digest: SHA-256 of the prompt's tokens, of such a request.
+        completion_tokens: the number of generated tokens.
+        provenance: the experts and their versions.
+        notices: notes for the caller, for example that the organ was unknown and the default was used.
+        token_ids: the answer's tokens, for requests with `for_replay`.
+        prompt_digest: SHA-256 of the prompt's tokens, for requests with `for_replay`.
     """
 
     request_id: str
@@ -123,13 +123,13 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A whole answer."""
+    """A complete answer."""
 
     text: str
     summary: Summary
 
     def __str__(self) -> str:
-        """The text alone."""
+        """Returns the text."""
         return self.text
 
 
@@ -137,7 +137,7 @@ Event = Accepted | Text | Summary
 
 
 def event_from_proto(message: echovlm_pb2.GenerateEvent) -> Event | None:
-    """Reads one event of a stream; None for a kind that this client does not know yet."""
+    """Reads one event of a stream; None for a kind that this client does not support."""
     match message.WhichOneof("event"):
         case "accepted":
             return Accepted.from_proto(message.accepted)
@@ -151,7 +151,7 @@ def event_from_proto(message: echovlm_pb2.GenerateEvent) -> Event | None:
 
 @dataclass(frozen=True, slots=True)
 class Organ:
-    """An organ that is served, with the live version of its experts."""
+    """A live organ with the version of its experts."""
 
     organ: str
     bundle_version: str
@@ -166,7 +166,7 @@ class Organ:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the server accepts in one request."""
+    """The server's limits for one request."""
 
     max_images: int
     max_image_bytes: int
@@ -190,12 +190,12 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What a server serves.
+    """The description of a server.
 
     Attributes:
         expert_set_id: the identity of the live expert set.
-        default_organ: used when nothing tells a request's organ.
-        description: what the model is for and what it is not for.
+        default_organ: the organ of requests whose organ is unknown.
+        description: the intended and the excluded use of the model.
     """
 
     name: str
@@ -223,6 +223,6 @@ class ModelInfo:
 
 
 def _enum_name(enum: EnumTypeWrapper, value: int, prefix: str) -> str:
-    # A newer server may send a value that this client has no name for.
+    # A newer server may send a value that is unknown here.
     name = next((name for name, number in enum.items() if number == value), f"{prefix}{value}")
     return name.removeprefix(prefix).lower()

@@ -1,6 +1,6 @@
 """Attention over the paged cache.
 
-The tokens of all sequences of a step lie one after the other in one row; every sequence attends to its own cache.
+The tokens of all sequences of a step are concatenated in one row. Every sequence attends to its own cache.
 """
 
 # transformers leaves most of its functions untyped.
@@ -23,9 +23,9 @@ from echovlm_ray.engine.kv_cache import BLOCK_SIZE, KVCache
 
 @dataclass(frozen=True, slots=True)
 class SequenceSpan:
-    """One sequence's part of a step: its tokens [start, end), which lie in the step's rows from `row` on.
+    """One sequence's tokens [start, end) in a step, which are the step's rows from `row` on.
 
-    Those from `num_prompt` on are tokens that were generated before.
+    Tokens from `num_prompt` on were generated before.
     """
 
     row: int
@@ -37,13 +37,13 @@ class SequenceSpan:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Several tokens of one sequence that attend together.
+    """Several tokens of one sequence whose attention is computed together.
 
     Attributes:
-        row: where they begin in the step's rows.
-        count: how many they are.
-        end: the tokens of the sequence that any of them sees.
-        mask_QK: 0 where a query may look and minus infinity elsewhere, in the cache's dtype.
+        row: the first of the step's rows.
+        count: the number of tokens.
+        end: the number of the sequence's tokens to which any of them attends.
+        mask_QK: 0 where a query may attend and minus infinity elsewhere, in the cache's dtype.
     """
 
     row: int
@@ -54,7 +54,7 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
-    """One sequence's tiles, and the cache slots of all that they see."""
+    """One sequence's tiles, and the cache slots to which they attend."""
 
     context_slots: torch.Tensor
     tiles: tuple[Tile, ...]
@@ -65,7 +65,7 @@ class DecodeGroup:
     """One token each of several sequences, whose contexts are padded to the same length K.
 
     Attributes:
-        row_B: the step's rows; None where they are all the rows of the step in order.
+        row_B: the step's rows; None if they are all rows of the step in order.
         context_slots: B · K.
         mask_B11K: 0 at a sequence's own tokens and minus infinity at the padding, in the cache's dtype.
     """
@@ -77,14 +77,14 @@ class DecodeGroup:
 
 @dataclass(slots=True)
 class AttentionStep:
-    """What the attention of one step needs beside queries, keys and values.
+    """The inputs of a step's attention in addition to queries, keys and values.
 
     Attributes:
-        cache: written and read.
-        new_slots: where the step's tokens are stored.
-        prefills: sequences of which several tokens attend together.
-        decodes: tokens that attend by themselves, where torch's operators compute them.
-        compiled_decodes: the same, where the C library does.
+        cache: the KV cache.
+        new_slots: the slots of the step's tokens.
+        prefills: sequences with several tokens in tiles.
+        decodes: single tokens that torch's operators compute.
+        compiled_decodes: single tokens that the C library computes.
         compiled_tokens: all tokens for the C library, described by the first layer.
     """
 
@@ -99,13 +99,13 @@ class AttentionStep:
     def plan(cls, cache: KVCache, spans: Sequences[SequenceSpan]) -> "AttentionStep":
         """Lays out a step once for all layers.
 
-        On a CPU a token's result is the same whatever else is in the step, and however much of its own sequence is: a
-        prompt attends in tiles that begin at multiples of `BLOCK_SIZE`, and each generated token by itself, also when
-        it is computed again. Tiles are faster, too, since most of what a token must not see is not computed at all.
-
-        Compiled, each lone token attends by itself. With torch's operators those of several sequences attend together,
-        by the padded length of their contexts, which depends on a sequence alone. Then results are the same to the bit
-        with one torch thread, as served (with more, torch itself shares float32 products out by the size of the batch).
+        On a CPU attention is batch-invariant: a token's result does not depend on the rest of the step, nor on how its
+        sequence is split into chunks. A prompt is computed in tiles that begin at multiples of `BLOCK_SIZE`, and each
+        generated token separately, also when it is recomputed. Tiles are also faster, because most masked pairs are not
+        computed. The C library computes each single token separately. With torch's operators the single tokens of
+        several sequences are computed together by the padded length of their contexts, which depends only on the
+        sequence. Results are then bitwise equal with one torch thread, as when serving (with more, torch splits float32
+        products by the size of the batch).
         """
         new_slots = torch.cat([cache.slots(span.block_table, span.start, span.end) for span in spans])
         prefills: list[Prefill] = []
@@ -126,16 +126,16 @@ class AttentionStep:
 
 
 def padded_context(num_tokens: int) -> int:
-    """How many places a decoding sequence's context takes: four sizes between a power of two and the next.
+    """The padded length of a decoding sequence's context: four sizes between a power of two and the next.
 
-    Few sizes let many sequences attend together; no more than a fifth of the places is padding, from 64 tokens on.
+    With few sizes, many sequences are computed together. From 64 tokens on, at most a fifth is padding.
     """
     step = max(BLOCK_SIZE, 1 << (num_tokens - 1).bit_length() >> 3)
     return -(-num_tokens // step) * step
 
 
 def _parts(span: SequenceSpan) -> Iterator[SequenceSpan]:
-    """Cuts a span where only a token's place in its sequence decides."""
+    """Splits a span at positions that depend only on a token's index in its sequence."""
     start = span.start
     while start < span.end:
         end = start + 1
@@ -162,7 +162,7 @@ def _decode(cache: KVCache, group: list[SequenceSpan], padded: int, num_rows: in
     for index, span in enumerate(group):
         slots = cache.slots(span.block_table, 0, span.end)
         slots_BK[index, : span.end] = slots
-        # A place of its own: what lies in others' places might be NaN, which no mask hides.
+        # Padding refers to the sequence's own slot: other slots may contain NaN, which a mask does not hide.
         slots_BK[index, span.end :] = slots[0]
         mask_B11K[index, 0, 0, span.end :] = -torch.inf
     row_B = None
@@ -181,7 +181,7 @@ def _compiled_decodes(spans: list[SequenceSpan]) -> CompiledDecodes:
 
 
 class PagedSelfAttention(nn.Module):
-    """Takes the place of a layer's Qwen2-VL attention: one product for queries, keys and values, and a paged cache."""
+    """Replaces a layer's Qwen2-VL attention: one product for queries, keys and values, and a paged cache."""
 
     def __init__(self, attention: Qwen2VLAttention) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class PagedSelfAttention(nn.Module):
         self.layer = attention.layer_idx
         self.head_dim = attention.head_dim
         self.num_heads = attention.num_heads
-        # Without the field every head has keys and values of its own.
+        # Without the field every head has its own keys and values.
         self.num_key_value_heads = attention.num_key_value_heads or attention.num_heads
         self.scaling = attention.scaling
         self.qkv_proj = concatenated([attention.q_proj, attention.k_proj, attention.v_proj])
@@ -201,7 +201,7 @@ class PagedSelfAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_step: AttentionStep,
     ) -> tuple[torch.Tensor, None]:
-        """Stores the tokens' keys and values, then lets each sequence attend to its own.
+        """Stores the tokens' keys and values and computes the attention of each sequence.
 
         Args:
             hidden_states: 1 × tokens × hidden.
@@ -245,14 +245,14 @@ def _attend(step: AttentionStep, layer: int, query_THD: torch.Tensor, scaling: f
 def attend_prefills(
     step: AttentionStep, layer: int, query_THD: torch.Tensor, scaling: float, output_THD: torch.Tensor
 ) -> None:
-    """Of a step that has been stored, lets those tokens attend of which several do so together.
+    """Computes the attention of a step's tiles, whose keys and values were stored before.
 
     Args:
         step: the step.
         layer: from 0.
         query_THD: the step's tokens × query heads × head_dim.
-        scaling: of the scores.
-        output_THD: the same shape; written where such tokens are.
+        scaling: the factor of the scores.
+        output_THD: the same shape; the tiles' rows are written.
     """
     for prefill in step.prefills:
         keys_KHD, values_KHD = step.cache.read(layer, prefill.context_slots)
@@ -275,7 +275,7 @@ def _attend_decoding(
 ) -> torch.Tensor:
     """Grouped-query attention with the query heads of one key-value head as its queries.
 
-    That is the same sum, and on a CPU torch is up to seven times as fast with it as with one query a head.
+    The sum is the same, and on a CPU torch is up to seven times as fast as with one query per head.
     """
     keys, values = cache.read(layer, group.context_slots)
     batch, heads, head_dim = query_BHD.shape

@@ -1,10 +1,9 @@
-"""The arithmetic of a decoder layer on a CPU, in few calls of the C library instead of many operators of torch.
+"""The arithmetic of a decoder layer on a CPU, in a few calls of the C library instead of many torch operators.
 
-A decoding step has few rows, so an operator costs more to call than to compute, and attention through torch first
-copies every sequence's keys and values out of their blocks. The functions round where torch's operators on the same
-dtype do; attention keeps its weights in float32. Each row is computed by itself: its bits do not depend on the others.
-
-Tensors are contiguous, on the CPU, in float32 or bfloat16, and without gradients.
+A decoding step has few rows, so calling an operator costs more than computing it, and torch's attention first copies
+every sequence's keys and values out of their blocks. The functions round where torch's operators on the same dtype do;
+attention keeps its weights in float32. They are batch-invariant: a row's bits do not depend on the other rows. Tensors
+must be contiguous, on the CPU, in float32 or bfloat16, and without gradients.
 """
 
 import ctypes
@@ -27,15 +26,15 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def use_compiled(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the functions below take tensors of a dtype on a device, and are faster than torch's operators.
+    """Whether the functions below support tensors of a dtype on a device and are faster than torch's operators.
 
-    They use one thread; where torch was given more, its operators are the faster ones for long prompts.
+    They use one thread. With several torch threads, torch's operators are faster for long prompts.
     """
     return device.type == "cpu" and dtype in _DTYPES and torch.get_num_threads() == 1 and cpu_library() is not None
 
 
 def library() -> CpuLibrary:
-    """The C library, where `use_compiled` says that it is there."""
+    """The C library, if `use_compiled` is true."""
     found = cpu_library()
     assert found is not None
     return found
@@ -43,12 +42,12 @@ def library() -> CpuLibrary:
 
 @dataclass(frozen=True, slots=True)
 class CompiledDecodes:
-    """One token each of several sequences, which attends by itself. All are int64.
+    """The single tokens of several sequences. All tensors are int64.
 
     Attributes:
         rows_B: the step's rows.
-        block_tables_BN: the blocks of each sequence, filled up with any numbers.
-        lengths_B: how many tokens each sequence has, the new one included.
+        block_tables_BN: the blocks of each sequence, padded with any numbers.
+        lengths_B: the number of tokens of each sequence, including the new one.
     """
 
     rows_B: torch.Tensor
@@ -57,7 +56,7 @@ class CompiledDecodes:
 
 
 class CompiledTokens:
-    """The tokens of a step as the library takes them. Keeps the memory to which its description points."""
+    """The tokens of a step in the library's format. Keeps the referenced tensors alive."""
 
     def __init__(
         self, cos_TD: torch.Tensor, sin_TD: torch.Tensor, slots_T: torch.Tensor, decodes: CompiledDecodes
@@ -66,8 +65,8 @@ class CompiledTokens:
         Args:
             cos_TD: tokens × head_dim.
             sin_TD: tokens × head_dim.
-            slots_T: int64, each token's place in the cache.
-            decodes: those of the tokens that attend by themselves.
+            slots_T: int64, each token's slot in the cache.
+            decodes: the single tokens.
         """
         self._kept = cos_TD, sin_TD, slots_T, decodes
         self.description = StepTokens(
@@ -98,9 +97,9 @@ class Norm:
 
 
 class CompiledLayerAttention:
-    """One layer's attention, both norms and its part of the cache, as the library takes them.
+    """One layer's attention, both norms and its part of the cache, in the library's format.
 
-    Keeps the memory to which its description points, but for that of packed matrices.
+    Keeps the referenced tensors alive, except packed matrices.
     """
 
     def __init__(
@@ -118,14 +117,14 @@ class CompiledLayerAttention:
     ) -> None:
         """
         Args:
-            query_heads: how many.
-            scaling: of the scores.
-            block_size: slots of a block of the cache.
+            query_heads: the number of query heads.
+            scaling: the factor of the scores.
+            block_size: slots per block of the cache.
             keys_SHD: the layer's part of the cache: slots × key-value heads × head_dim.
             values_SHD: the same for values.
             before: the norm before the attention.
             after: the norm before the experts.
-            qkv: the weights for queries, keys and values; None where the library does not multiply.
+            qkv: the weights for queries, keys and values; None if the library does not compute the product.
             output: the weights of the attention's output, or None.
         """
         self._kept = keys_SHD, values_SHD, before, after, qkv, output
@@ -150,26 +149,26 @@ class CompiledLayerAttention:
         self.address = ctypes.addressof(self.description)
 
     def rotate_and_store(self, tokens: CompiledTokens, qkv_TC: torch.Tensor, query_THD: torch.Tensor) -> None:
-        """Rotary positions; new keys and values go into the cache, queries into a tensor of their own.
+        """Applies rotary positions; writes new keys and values to the cache, and queries to `query_THD`.
 
         Rounds as `x * cos + rotate_half(x) * sin` does.
 
         Args:
-            tokens: the step's.
+            tokens: the step's tokens.
             qkv_TC: tokens × (query heads + twice key-value heads) · head_dim.
             query_THD: tokens × query heads × head_dim; written.
         """
         library().rotate_and_store(self.address, tokens.address, qkv_TC.data_ptr(), query_THD.data_ptr())
 
     def attend_decoding(self, tokens: CompiledTokens, query_THD: torch.Tensor, output_THD: torch.Tensor) -> None:
-        """Tokens that attend by themselves do so, where their sequences' keys and values lie in the cache.
+        """Computes the attention of the single tokens, reading keys and values in place in the cache.
 
         Paged attention (Kwon et al. 2023, arXiv 2309.06180) with grouped queries; sums and softmax in float32.
 
         Args:
-            tokens: the step's.
+            tokens: the step's tokens.
             query_THD: tokens × query heads × head_dim.
-            output_THD: the same shape; written in the rows of such tokens.
+            output_THD: the same shape; the single tokens' rows are written.
         """
         check(library().attend_decoding(self.address, tokens.address, query_THD.data_ptr(), output_THD.data_ptr()))
 
@@ -179,10 +178,10 @@ class CompiledLayerAttention:
         """The layer up to its attention: norm, one product, `rotate_and_store` and `attend_decoding`.
 
         Args:
-            tokens: the step's.
+            tokens: the step's tokens.
             hidden_TD: tokens × hidden: the layer's input.
             query_THD: tokens × query heads × head_dim; written.
-            attended_THD: the same shape; written in the rows of tokens that attend by themselves.
+            attended_THD: the same shape; the single tokens' rows are written.
         """
         addresses = hidden_TD.data_ptr(), query_THD.data_ptr(), attended_THD.data_ptr()
         check(library().attend_to_sequences(self.address, tokens.address, *addresses))
@@ -196,14 +195,14 @@ class CompiledLayerAttention:
             hidden_TD: tokens × hidden: the layer's input.
             attended_THD: tokens × query heads × head_dim.
             residual_TD: tokens × hidden: the sum; written.
-            x_TD: tokens × hidden: what the norm makes of it; written.
+            x_TD: tokens × hidden: the normalized sum; written.
         """
         addresses = hidden_TD.data_ptr(), attended_THD.data_ptr(), residual_TD.data_ptr(), x_TD.data_ptr()
         library().project_and_normalize(self.address, len(hidden_TD), *addresses)
 
 
 class CompiledDense:
-    """Dense MLP and shared expert of a layer as the library takes them. Does not keep the matrices' memory."""
+    """Dense MLP and shared expert of a layer in the library's format. Does not keep the matrices alive."""
 
     def __init__(
         self,
@@ -216,12 +215,12 @@ class CompiledDense:
     ) -> None:
         """
         Args:
-            dtype: of its weights and inputs.
-            dense_size: inner size of the dense MLP.
-            shared_size: inner size of the shared expert.
+            dtype: the dtype of weights and inputs.
+            dense_size: the intermediate size of the dense MLP.
+            shared_size: the intermediate size of the shared expert.
             inputs: all weights that read x: gate and up of the dense MLP first, then those of the shared expert.
-            dense_down: the down of the dense MLP.
-            shared_down: that of the shared expert.
+            dense_down: the down projection of the dense MLP.
+            shared_down: the down projection of the shared expert.
         """
         self._kept = inputs, dense_down, shared_down
         self.description = DenseLayer(
@@ -254,7 +253,7 @@ def normalize(norm: Norm, x_TD: torch.Tensor, output_TD: torch.Tensor) -> None:
     """RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467), rounded as Qwen2-VL's: before and after the weight.
 
     Args:
-        norm: which.
+        norm: the norm.
         x_TD: tokens × hidden.
         output_TD: the same shape; written.
     """
@@ -277,15 +276,15 @@ def mix(
     factor_column: int,
     output_TD: torch.Tensor,
 ) -> None:
-    """What ends a layer: residual + share₀ · (routed + σ(factor) · shared) + share₁ · dense, with softmax shares.
+    """The output of a layer: residual + share₀ · (routed + σ(factor) · shared) + share₁ · dense, with softmax shares.
 
     Args:
         hidden_TD: tokens × hidden: the residual.
         routed_TD: the routed experts' output.
         shared_TD: the shared expert's, before its gate.
         dense_TD: the dense MLP's.
-        projected_TF: tokens × outputs of the product that computed, among others, the next argument's columns.
-        factor_column: where three columns begin: the shared expert's gate, and the two mixing coefficients.
+        projected_TF: tokens × outputs of the product that includes the columns of the next argument.
+        factor_column: the first of three columns: the shared expert's gate, and the two mixing coefficients.
         output_TD: as `hidden_TD`; written.
     """
     library().mix(

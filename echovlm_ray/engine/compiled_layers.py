@@ -1,8 +1,8 @@
 """The parts of a layer that the C library computes: see `echovlm_ray.engine.compiled`.
 
-Where weights are packed so that the library can multiply with them, one call computes all up to the attention, one all
-between attention and experts, and one the dense MLP and the shared expert. Elsewhere the products stand between calls
-of its other functions.
+If weights are packed for the library, one call computes everything up to the attention, one everything between
+attention and experts, and one the dense MLP and the shared expert. Otherwise products and calls of its other functions
+alternate.
 """
 
 import functools
@@ -30,7 +30,7 @@ from experts.kernels.cpu.functions import swiglu
 
 
 class CompiledRMSNorm(nn.Module):
-    """Takes the place of a Qwen2-VL norm."""
+    """Replaces a Qwen2-VL norm."""
 
     def __init__(self, norm: Qwen2VLRMSNorm) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class CompiledRMSNorm(nn.Module):
         self.norm = Norm(norm.weight.data, norm.variance_epsilon)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """… × hidden to the same."""
+        """Maps … × hidden to the same shape."""
         x_TD = x.reshape(-1, x.shape[-1]).contiguous()
         output_TD = torch.empty_like(x_TD)
         normalize(self.norm, x_TD, output_TD)
@@ -53,7 +53,7 @@ class CompiledAttention(nn.Module):
     after: CompiledRMSNorm
 
     def __init__(self, layer: EchoVLMDecoderLayer) -> None:
-        """Takes over the norms' weights and shares the paged attention, whose products may be packed later."""
+        """Uses the norms' weights and the paged attention, whose products may be packed later."""
         super().__init__()
         assert isinstance(layer.self_attn, PagedSelfAttention)
         self.attention = layer.self_attn
@@ -93,7 +93,7 @@ class CompiledAttention(nn.Module):
         return residual_TD.view_as(hidden_states), x_TD.view_as(hidden_states)
 
     def _layer(self, cache: KVCache) -> tuple[CompiledLayerAttention, bool]:
-        """The layer with its part of the cache, and whether the library multiplies. First read after packing."""
+        """The layer with its part of the cache, and whether the library computes the products. Built after packing."""
         if self._described is None or self._described[0] is not cache:
             attention = self.attention
             qkv, output = packed_matrices(attention.qkv_proj, attention.o_proj) or (None, None)
@@ -130,7 +130,7 @@ class CompiledDensePath(FusedDensePath):
 
     @functools.cached_property
     def _dense(self) -> CompiledDense | None:
-        """The arguments of the library, where the layers are packed for it. First read after packing."""
+        """The library's arguments, if the layers are packed for it. Built after packing."""
         matrices = packed_matrices(self.in_proj, self.dense_down, self.shared_down)
         if matrices is None:
             return None

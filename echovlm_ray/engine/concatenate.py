@@ -7,9 +7,9 @@ from torch import nn
 
 
 def concatenated(linears: Sequence[nn.Linear]) -> nn.Linear:
-    """A layer whose outputs are those of all the given ones, one after the other. For inference only.
+    """A layer whose outputs are the concatenated outputs of the given ones. For inference only.
 
-    The given layers lose their weights, so that no weight is held twice.
+    The weights of the given layers are freed, so that no weight is stored twice.
     """
     weight_OI = torch.cat([linear.weight.detach() for linear in linears])
     joined = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta", dtype=weight_OI.dtype)

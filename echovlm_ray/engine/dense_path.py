@@ -1,4 +1,4 @@
-"""The part of a layer beside its routed experts, with fewer products: for the engine."""
+"""The dense path of a layer (everything but the routed experts) with fewer products, for the engine."""
 
 import torch
 import torch.nn.functional as F

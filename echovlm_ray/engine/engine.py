@@ -1,4 +1,4 @@
-"""The engine: a thread that steps all running requests together until each is done."""
+"""The engine: a thread that runs all requests together, step by step."""
 
 import logging
 import math
@@ -20,12 +20,12 @@ from router.errors import ExpertsUnavailableError, ExpertsUnusableError
 
 logger = logging.getLogger(__name__)
 
-# Before a step with more tokens than this, the outputs of the last one are delivered first.
+# Before a step with more tokens than this, the outputs of the last step are delivered.
 _LONG_STEP_TOKENS = 64
 
 
 class Engine:
-    """Runs requests by continuous batching on a thread of its own.
+    """Runs requests with continuous batching on its own thread.
 
     `submit` and `cancel` may be called from any thread; sinks are called from the engine's thread and must not block.
 
@@ -44,7 +44,7 @@ class Engine:
         max_request_s: float,
         prefix_reuse: bool = True,
     ) -> None:
-        """The arguments but the first are the fields of the same names in `RouterSection`."""
+        """The arguments after the first one are fields of `RouterSection`."""
         self._runner = runner
         self._max_request_s = max_request_s
         self._scheduler = Scheduler(
@@ -59,7 +59,7 @@ class Engine:
         self._condition = threading.Condition()
         self._stopping = False
         self._cancelled: list[Sequence] = []
-        # No sequence's deadline is before this one, so that a step looks at one number and not at every sequence.
+        # A lower bound of all deadlines, so that a step compares one number instead of every sequence.
         self._next_deadline = math.inf
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -83,42 +83,42 @@ class Engine:
 
     @property
     def queue_length(self) -> int:
-        """Requests that wait or run."""
+        """The number of waiting and running requests."""
         return len(self._scheduler.waiting) + len(self._scheduler.running)
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which it computes."""
+        """The dtype of the computation."""
         return self._runner.cache.dtype
 
     @property
     def num_blocks(self) -> int:
-        """Cache blocks in all."""
+        """The number of cache blocks."""
         return self._scheduler.pool.num_blocks
 
     @property
     def free_blocks(self) -> int:
-        """Cache blocks that no request holds, those kept for prompts that begin alike included."""
+        """The number of cache blocks without a reference, including cached ones."""
         return self._scheduler.pool.num_free
 
     @property
     def cached_blocks(self) -> int:
-        """Cache blocks that no request holds and that a prompt may still begin with."""
+        """The number of cache blocks without a reference and with cached contents."""
         return self._scheduler.pool.num_cached
 
     @property
     def prefix_hits(self) -> int:
-        """Tokens since the start that were not computed, because what an earlier request left behind held them."""
+        """The number of tokens since the start that were found in the prefix cache."""
         return self._scheduler.prefix_hits
 
     @property
     def preemptions(self) -> int:
-        """How often since the start a request was preempted and computed again."""
+        """The number of preemptions since the start."""
         return self._scheduler.preemptions
 
     @property
     def dispatcher(self) -> Dispatcher:
-        """Computes the experts; a request's expert set must be added there before the request is submitted."""
+        """The dispatcher. A request's expert set must be added to it before the request is submitted."""
         return self._runner.dispatcher
 
     def submit(self, request: SequenceRequest, sink: Sink, gone: Callable[[], None] | None = None) -> Sequence:
@@ -168,13 +168,13 @@ class Engine:
                     self._notify()
                 self._commit(chunks, self._runner.step(chunks, self._notify))
             except Exception as error:
-                # A bug or exhausted device memory: those requests end, the engine goes on.
+                # A bug or exhausted device memory: these requests end, the engine continues.
                 logger.exception("a step failed")
                 for chunk in chunks:
                     self._end(chunk.sequence, error)
 
     def _next_chunks(self) -> list[Chunk] | None:
-        """Waits until there is something to compute; None when the engine is to stop."""
+        """Waits for chunks to compute; None if the engine must stop."""
         with self._condition:
             while not self._stopping:
                 self._drop_ended()
@@ -227,7 +227,7 @@ class Engine:
         try:
             self.on_outputs_ready()
         except Exception:
-            # It must not end any request.
+            # An error here must not end any request.
             logger.exception("on_outputs_ready failed")
 
     def _release(self, sequence: Sequence) -> None:
@@ -236,7 +236,7 @@ class Engine:
         try:
             sequence.gone()
         except Exception:
-            # It must not affect other requests.
+            # An error here must not affect other requests.
             logger.exception("what follows the end of a request failed")
 
     def _deliver(self, sequence: Sequence, output: StepOutput | Exception) -> None:
@@ -245,7 +245,7 @@ class Engine:
         try:
             sequence.sink(output)
         except Exception:
-            # The caller is gone; other requests must not be affected.
+            # The caller's error must not affect other requests.
             logger.exception("a sink failed")
             self.cancel(sequence)
 
@@ -292,14 +292,14 @@ class Engine:
             self._end(sequence, failure)
             return
         if isinstance(failure, ExpertsUnavailableError):
-            # The step is simply run again: experts are pure, and its cache slots will be written again.
+            # The step is run again: experts are pure functions, and its cache slots are overwritten.
             if not sequence.num_stalls:
                 logger.warning("a request waits: %s", failure)
             sequence.stall(failure, time.monotonic())
             return
         logger.error("a request failed: %s", failure)
         with self._condition:
-            # Later requests must not begin with what may have spoilt this one.
+            # Later requests must not reuse cached blocks that may have caused the failure.
             self._scheduler.pool.invalidate(sequence.block_table)
         self._end(sequence, failure)
 
@@ -313,13 +313,13 @@ def _finish(sequence: Sequence, token_id: int) -> Finish | None:
 
 
 def _block_pairs(chunk: Chunk, result: ChunkResult) -> list[dict[str, int]]:
-    """The routed pairs of a chunk's tokens, block by block."""
+    """The routed pairs of a chunk's tokens for each block."""
     start, end = chunk.start, chunk.end
     bounds = [start, *range(start - start % BLOCK_SIZE + BLOCK_SIZE, end, BLOCK_SIZE), end]
     if len(bounds) == 2:
         return [result.routed_pairs]
     if chunk.sequence.request.shares:
-        # Each token goes to as many experts of each organ as every other.
+        # All tokens use the same number of experts of each organ.
         each = {organ: pairs // (end - start) for organ, pairs in result.routed_pairs.items()}
         return [{organ: pairs * (to - begin) for organ, pairs in each.items()} for begin, to in pairwise(bounds)]
     assert result.row_pairs is not None, "several tokens of a flat set without the pairs of each"

@@ -1,4 +1,4 @@
-"""Fair scheduling among callers: which one is served next."""
+"""Fair scheduling: which caller is served next."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -13,9 +13,10 @@ MAX_CREDIT = 16_384.0
 class ServiceCounters:
     """Counts what each caller was served, so that the one that was served least can be next.
 
-    The virtual token counter of "Fairness in Serving Large Language Models" (Sheng et al., arXiv 2401.00588): a caller
-    that becomes active is lifted to the least of the active callers' counters, so that nothing is saved up while it is
-    away. Here the lead is bounded too, because a caller can be active and yet get nothing while its experts are away.
+    The virtual token counter of "Fairness in Serving Large Language Models" (Sheng et al., arXiv 2401.00588): the
+    counter of a caller that becomes active is lifted to the minimum of the active callers, so that idle callers
+    accumulate no credit. Here the lead is bounded too, because a caller can be active and yet get nothing while its
+    experts are away.
     """
 
     def __init__(self) -> None:

@@ -12,20 +12,20 @@ logger = logging.getLogger(__name__)
 
 
 def fuse_layers(model: EchoVLMTextModel, *, compiled: bool) -> None:
-    """Replaces attention, norms, dense MLP and shared expert of every layer; afterwards the model can only infer.
+    """Replaces attention, norms, dense MLP and shared expert of every layer. The model is then for inference only.
 
     Args:
-        model: whose layers they are.
+        model: the model with the layers.
         compiled: whether norms, activations and the final sum are computed by `echovlm_ray.engine.compiled`.
 
     Raises:
-        ValueError: the activation is not silu, which is the only one that the checkpoints of this model have.
+        ValueError: the activation is not silu, the only one in checkpoints of this model.
     """
     if model.config.hidden_act != "silu":
         raise ValueError(f"hidden_act is {model.config.hidden_act!r}; the engine computes only silu")
     for layer in model.layers:
         assert isinstance(layer, EchoVLMDecoderLayer)
-        # By name, because it is no Qwen2VLAttention.
+        # Replaced by name, because it is not a Qwen2VLAttention.
         layer.set_submodule("self_attn", PagedSelfAttention(layer.self_attn))
         if compiled:
             layer.attention_override = CompiledAttention(layer)

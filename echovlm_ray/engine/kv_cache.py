@@ -11,7 +11,7 @@ _OFFSETS = np.arange(BLOCK_SIZE)
 
 
 class KVCache:
-    """Keys and values of every layer. A slot is one token's place: block · BLOCK_SIZE + offset."""
+    """Keys and values of every layer. A token's slot is block · BLOCK_SIZE + offset."""
 
     def __init__(
         self,
@@ -24,20 +24,20 @@ class KVCache:
         device: torch.device,
         compiled: bool = False,
     ) -> None:
-        """Allocates all of it.
+        """Allocates the whole cache.
 
         Args:
-            num_layers: of the model.
-            num_blocks: of `BLOCK_SIZE` tokens each.
-            num_key_value_heads: of the model.
-            head_dim: of the model.
-            dtype: of keys and values.
-            device: of keys and values.
-            compiled: whether `echovlm_ray.engine.compiled` reads and writes it; see its `use_compiled`.
+            num_layers: the model's number of layers.
+            num_blocks: the number of blocks of `BLOCK_SIZE` tokens.
+            num_key_value_heads: the model's number of key-value heads.
+            head_dim: the model's size of a head.
+            dtype: the dtype of keys and values.
+            device: the device of keys and values.
+            compiled: whether `echovlm_ray.engine.compiled` uses it; see its `use_compiled`.
         """
         shape = (num_layers, num_blocks * BLOCK_SIZE, num_key_value_heads, head_dim)
-        # Written, not only asked for: else the system hands out the pages one by one under load, and whether there are
-        # enough of them shows days later.
+        # Written, so that the pages are allocated now: otherwise they are allocated one by one under load, and missing
+        # memory shows only days later.
         self.key_LSHD = torch.empty(shape, dtype=dtype, device=device).zero_()
         self.value_LSHD = torch.empty(shape, dtype=dtype, device=device).zero_()
         self.dtype = dtype
@@ -53,7 +53,7 @@ class KVCache:
         return torch.from_numpy(slots[start - first * BLOCK_SIZE : end - first * BLOCK_SIZE])
 
     def write(self, layer: int, slots_T: torch.Tensor, key_THD: torch.Tensor, value_THD: torch.Tensor) -> None:
-        """Stores new tokens; writing a slot again replaces it, which makes a repeated step harmless."""
+        """Stores new tokens. Slots can be overwritten, so a step can be repeated."""
         self.key_LSHD[layer].index_copy_(0, slots_T, key_THD)
         self.value_LSHD[layer].index_copy_(0, slots_T, value_THD)
 

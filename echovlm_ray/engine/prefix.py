@@ -1,10 +1,10 @@
 """Prefix cache keys: one for every full block of a sequence.
 
-The keys form a chain, as in vLLM's automatic prefix caching: each takes in the key before it, and so everything that
-the block's keys and values were computed from. Equal keys mean equal tokens at equal positions, the same pictures by
-content and encoder, and the same shares of the same organs, computed by the same bundles, and the same salt: a caller
-finds only what callers of its own salt left behind. Sets that differ in other
-organs share their blocks: so the replacement of one organ's experts costs the others' prompts nothing.
+The keys form a chain, as in vLLM's automatic prefix caching: each includes the previous key, and so all inputs of the
+block's keys and values. Equal keys mean equal tokens at equal positions, the same images by content and encoder, the
+same shares of the same organs, the same bundles, and the same salt: callers only find blocks of callers with the same
+salt. Expert sets that differ in other organs share blocks, so replacing one organ's experts does not invalidate the
+other organs' cache.
 """
 
 import hashlib
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
 
 
 class PrefixKeys:
-    """The keys of one sequence's blocks, made when they are first asked for."""
+    """The keys of one sequence's blocks, computed on first use."""
 
     def __init__(self, request: "SequenceRequest", experts: Sequences[ExpertSetMember]) -> None:
         """
         Args:
-            request: the sequence's.
-            experts: all that may compute its tokens, in the order of its expert set; of one backbone.
+            request: the sequence's request.
+            experts: all experts that may compute its tokens, in the order of its expert set, with one backbone.
         """
         self._request = request
         self._experts = experts
         self._keys: list[bytes] = []
         self._vision_rows: list[int] = []
-        # Set at a picture without a digest: nothing tells what the blocks from there on hold.
+        # Set at an image without a digest: the contents of the blocks from there on are unknown.
         self._ended = False
 
     def first(self, num_blocks: int, token_ids: Sequences[int]) -> list[bytes]:
-        """The keys of the first blocks; fewer when a picture without a content digest lies in one of them.
+        """The keys of the first blocks; fewer if one of them contains an image without a digest.
 
         Args:
             num_blocks: full blocks only.
@@ -59,7 +59,7 @@ class PrefixKeys:
         return self._keys[:num_blocks]
 
     def _root(self) -> bytes:
-        # The sum over the organs runs in the set's order, so the order of the shares makes no difference.
+        # The organs are summed in the set's order, so the order of the shares does not matter.
         experts = [(member.organ, member.bundle_digest) for member in self._experts]
         return json.dumps([experts, sorted(self._request.shares), self._request.cache_salt.hex()]).encode()
 
@@ -71,7 +71,7 @@ class PrefixKeys:
         return b"".join(array("q", [*axis, *generated]).tobytes() for axis in prompt_3T)
 
     def _pictures(self, start: int) -> bytes | None:
-        """Which rows of which pictures lie where in a block; None when a picture has no digest."""
+        """The rows of images in a block and their positions; None if an image has no digest."""
         request = self._request
         if request.vision_rows_V is None:
             return b""

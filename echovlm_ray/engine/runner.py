@@ -22,14 +22,14 @@ from router.errors import ExpertsUnavailableError
 
 @dataclass(frozen=True, slots=True)
 class ChunkResult:
-    """What a step made of one chunk.
+    """The result of one chunk in a step.
 
     Attributes:
-        logits_TV: float32; with `return_logits` all rows whose logits were not given yet, else the last one if the
-            chunk reaches the last token.
+        logits_TV: float32; with `return_logits` all rows whose logits were not returned yet, otherwise the last row if
+            the chunk reaches the last token.
         routed_pairs: (token, layer, expert) pairs per organ.
-        failure: why its experts did not compute the chunk; then the rest means nothing.
-        row_pairs: the pairs of each token, where they may differ from token to token: several tokens of a flat set.
+        failure: why the chunk's experts failed; the other fields are then undefined.
+        row_pairs: the pairs of each token, if they may differ between tokens: several tokens of a flat set.
     """
 
     logits_TV: torch.Tensor | None
@@ -39,7 +39,7 @@ class ChunkResult:
 
 
 class ModelRunner:
-    """The backbone, the cache it fills, and the dispatcher that computes its experts elsewhere."""
+    """The backbone, its KV cache, and the dispatcher for its experts."""
 
     def __init__(
         self,
@@ -51,25 +51,25 @@ class ModelRunner:
         compiled: bool = True,
         micro_batches: int = 1,
     ) -> None:
-        """Takes the model over: its layers are fused, its attention paged and, on a CPU, its linear layers packed.
+        """Modifies the model: fuses its layers, makes its attention paged and, on a CPU, packs its linear layers.
 
         Args:
-            model: a backbone without experts of its own.
+            model: a backbone without routed experts.
             dispatcher: computes the experts.
-            kv_cache_tokens: how many tokens the cache holds.
-            packed_linears: False leaves the linear layers as they are, to compare.
-            compiled: False leaves the small arithmetic to torch's operators, to compare; they also do it where the C
-                library does not, see `echovlm_ray.engine.compiled.use_compiled`.
-            micro_batches: 2 computes a step in two halves, so that the experts of one work during the attention of
-                the other. It pays where an exchange takes longer than the dense MLP and the shared expert.
+            kv_cache_tokens: the number of tokens in the cache.
+            packed_linears: False does not pack the linear layers, for comparisons.
+            compiled: False uses torch's operators instead of the C library, for comparisons; see
+                `echovlm_ray.engine.compiled.use_compiled`.
+            micro_batches: 2 computes a step in two halves, so that the experts of one half overlap with the attention
+                of the other. This is faster if an expert call takes longer than the dense MLP and the shared expert.
 
         Raises:
-            ValueError: the model uses sliding-window attention, which the paged cache does not do.
+            ValueError: the model uses sliding-window attention, which the paged cache does not support.
         """
         config = model.config.text_config
         if config.use_sliding_window:
             raise ValueError("the checkpoint has use_sliding_window: true; the engine serves full attention only")
-        # Asked first: a packed layer has no weights that torch could see.
+        # Read first, because a packed layer has no torch weights.
         dtype, self.device = model.dtype, model.device
         compiled = compiled and use_compiled(dtype, self.device)
         fuse_layers(model.model.language_model, compiled=compiled)
@@ -83,7 +83,7 @@ class ModelRunner:
         self.cache = KVCache(
             num_layers=config.num_hidden_layers,
             num_blocks=self.num_blocks,
-            # Without the field every head has keys and values of its own.
+            # Without the field every head has its own keys and values.
             num_key_value_heads=config.num_key_value_heads or config.num_attention_heads,
             head_dim=config.hidden_size // config.num_attention_heads,
             dtype=dtype,
@@ -92,17 +92,17 @@ class ModelRunner:
         )
 
     def unavailable(self, sequence: Sequence) -> ExpertsUnavailableError | None:
-        """Why a sequence's experts cannot be reached now, or None; never waits."""
+        """Why a sequence's experts are unavailable now, or None. Does not block."""
         return self.dispatcher.unavailable(sequence.request.shares)
 
     @torch.inference_mode()
     def step(self, chunks: Sequences[Chunk], meanwhile: Callable[[], None] | None = None) -> list[ChunkResult]:
-        """Computes the chunks together; each sees its own cache and its own expert set only.
+        """Computes the chunks together, each with its own cache and expert set.
 
         Args:
-            chunks: what to compute.
-            meanwhile: called once, when the first layer's experts work and a long product is about to begin: what it
-                wakes in this process can work without keeping this thread.
+            chunks: the chunks.
+            meanwhile: called once, when the first layer's experts are running and a long product is about to begin,
+                so that threads that it wakes do not delay this one.
         """
         batches = [StepBatch.of(part, self.cache) for part in split_chunks(chunks, self.micro_batches)]
         experts = [self.dispatcher.step(batch.assignments) for batch in batches]
@@ -129,7 +129,7 @@ class ModelRunner:
 
 
 class _Meanwhile:
-    """Computes the routed experts, and calls a function when those of the first layer have begun."""
+    """Wraps routed experts, and calls a function when those of the first layer have begun."""
 
     def __init__(self, experts: RoutedExperts, call: Callable[[], None]) -> None:
         self._experts = experts

@@ -1,4 +1,4 @@
-"""Chooses the next token from the logits."""
+"""Samples the next token from the logits."""
 
 import math
 from collections.abc import Sequence as Sequences
@@ -10,7 +10,7 @@ from echovlm_ray.engine.sequence import SamplingParams, Sequence
 
 
 class NonFiniteLogitsError(ArithmeticError):
-    """The model computed infinity or NaN; whatever token were chosen would mean nothing."""
+    """The logits contain NaN or infinity, so no token can be sampled."""
 
     def __init__(self) -> None:
         """The text names the likely cause."""
@@ -18,20 +18,20 @@ class NonFiniteLogitsError(ArithmeticError):
 
 
 def next_tokens(rows: Sequences[tuple[Sequence, torch.Tensor]]) -> list[int | Exception]:
-    """The next token of every sequence of a step, or why it has none; one sequence's trouble is no other's.
+    """The next token of every sequence of a step, or its error. Errors do not affect other sequences.
 
-    Draws happen on the CPU, so that a seed gives the same tokens on every device; what is the most likely token is
-    asked of the device once for all rows.
+    Random numbers are drawn on the CPU, so that a seed gives the same tokens on every device. The most likely tokens
+    are computed on the device, once for all rows.
 
     Args:
-        rows: each sequence, with its sampling parameters, tokens so far and random generator, and its logits_V: one
-            row over the vocabulary.
+        rows: each sequence (with its sampling parameters, tokens and random generator) and its logits_V, one row over
+            the vocabulary.
     """
     chosen: list[int | Exception] = [NonFiniteLogitsError()] * len(rows)
     penalized: dict[int, torch.Tensor] = {}
-    # The model's own logits, before anything that the caller asked for: only they say something of the experts.
+    # The model's logits before the caller's sampling parameters, because only these indicate faulty experts.
     for index, (value, token_id) in enumerate(_highest([logits_V for _, logits_V in rows])):
-        # The largest value is NaN as soon as any is.
+        # The largest value is NaN if any value is NaN.
         if not math.isfinite(value):
             continue
         sequence, logits_V = rows[index]
@@ -51,7 +51,7 @@ def next_tokens(rows: Sequences[tuple[Sequence, torch.Tensor]]) -> list[int | Ex
 
 
 def _highest(rows: Sequences[torch.Tensor]) -> list[tuple[float, int]]:
-    """The largest value of each row and where it first occurs."""
+    """The largest value of each row and its first index."""
     if not rows:
         return []
     if rows[0].is_cpu:
@@ -62,9 +62,9 @@ def _highest(rows: Sequences[torch.Tensor]) -> list[tuple[float, int]]:
 
 
 def _highest_together(rows: Sequences[torch.Tensor]) -> list[tuple[float, int]]:
-    """The same with one wait for the device."""
+    """Like `_highest`, with one synchronisation with the device."""
     highest = torch.stack(list(rows)).max(-1)
-    # float64 holds every index.
+    # float64 represents every index exactly.
     pairs = torch.stack([highest.values.double(), highest.indices.double()], dim=1).tolist()
     return [(value, int(place)) for value, place in pairs]
 
@@ -73,13 +73,13 @@ def _draw(sequence: Sequence, logits_V: torch.Tensor) -> int:
     assert sequence.generator is not None
     probability_V = distribution(sequence.request.sampling, sequence.token_ids, logits_V)
     cumulative_V = probability_V.numpy().cumsum(dtype=np.float64)
-    # Strictly below the sum, so that the place found is one where the sum grows: a token that can be drawn.
+    # Strictly below the sum, so that the found token has a probability above 0.
     height = min(sequence.generator.random() * cumulative_V[-1], np.nextafter(cumulative_V[-1], 0))
     return int(cumulative_V.searchsorted(height, side="right"))
 
 
 def distribution(sampling: SamplingParams, token_ids: Sequences[int], logits_V: torch.Tensor) -> torch.Tensor:
-    """What a token is drawn from at a temperature above 0: float32 probabilities over the vocabulary, on the CPU.
+    """The distribution at a temperature above 0: float32 probabilities over the vocabulary, on the CPU.
 
     Repetition penalty first (Keskar et al. 2019, arXiv 1909.05858, over prompt and answer), then temperature, top-k
     and top-p (Holtzman et al. 2020, arXiv 1904.09751), the order in which transformers applies them.
@@ -91,7 +91,7 @@ def distribution(sampling: SamplingParams, token_ids: Sequences[int], logits_V: 
     highest = logits_V.max()
     if not math.isfinite(float(highest)):
         raise NonFiniteLogitsError
-    # Softmax does not change by the shift, and a tiny temperature cannot overflow.
+    # Softmax is invariant to the shift, and a tiny temperature cannot overflow.
     logits_V = (logits_V - highest) / sampling.temperature
     if 0 < sampling.top_k < logits_V.numel():
         threshold = logits_V.topk(sampling.top_k).values[-1]
@@ -104,19 +104,19 @@ def distribution(sampling: SamplingParams, token_ids: Sequences[int], logits_V: 
 def _penalize(logits_V: torch.Tensor, token_ids: Sequences[int], penalty: float) -> torch.Tensor:
     if penalty == 1.0:
         return logits_V
-    # A token that occurs twice is written twice, with the same value.
+    # A token that occurs twice is written twice with the same value.
     seen = torch.tensor(token_ids, device=logits_V.device)
     score = logits_V[seen]
     largest = torch.finfo(score.dtype).max
-    # Bounded, so that finite logits stay finite whatever the penalty is.
+    # Clamped, so that finite logits stay finite for any penalty.
     score = torch.where(score < 0, score * penalty, score / penalty).clamp(-largest, largest)
     return logits_V.index_copy(0, seen, score)
 
 
 def _nucleus(logits_V: torch.Tensor, top_p: float) -> torch.Tensor:
     sorted_logits, order = logits_V.sort()
-    # Summed from the least likely on: sums from the other end come so close to 1 that float32 no longer tells what
-    # the unlikely ones add, and a top_p near 1 would drop them all.
+    # Summed from the least likely token on: sums from the other end are so close to 1 that float32 loses the
+    # contributions of unlikely tokens, and a top_p near 1 would drop them all.
     dropped = sorted_logits.softmax(-1).cumsum(-1) <= 1.0 - top_p
     dropped[-1] = False
     return logits_V.index_fill(0, order[dropped], -torch.inf)

@@ -12,22 +12,23 @@ from echovlm_ray.engine.sequence import Sequence
 from echovlm_ray.errors import OverloadedError
 from router.errors import ExpertsUnavailableError
 
-# Of the prompts of background requests in a step with others: it then takes little longer than without.
+# Prefill tokens of background requests in a step with other requests, which makes the step only a little longer.
 BACKGROUND_PREFILL_TOKENS = BLOCK_SIZE
-# For so long after several callers were active, a caller that is alone gets this part of the prefill of a step, so that
-# the next prompt of another one does not wait for a long step to end.
+# For this long after several callers were active, a single active caller gets this part of a step's prefill budget, so
+# that the next prompt of another caller does not wait for a long step.
 SHARED_S = 10.0
 SHARED_PREFILL = 4
-# A prompt of so many tokens is computed without the others' tokens, if its caller has the smaller part of the batch.
+# A prompt of up to this many tokens is computed without the others' tokens, if its caller has the smaller part of the
+# batch.
 SHORT_PROMPT_TOKENS = 128
-# Of the prompts of a caller that was served more than another one whose answer is being written, in one step.
+# Prefill tokens per step of a caller that was served more than another one with a decoding sequence.
 AHEAD_PREFILL_TOKENS = 2 * BLOCK_SIZE
-# While one waits for more blocks than are free, others are let past it for so long: those that never take more than
-# this part of the cache, one of each caller that has none running.
+# While a sequence waits for more blocks than are free, short sequences may overtake it for this long: those that need
+# at most this part of the cache, one for each caller without a running one.
 PASSED_S = 30.0
 SHORT = 32
 
-# Says, without waiting, why a sequence's experts cannot be reached now, or None.
+# Returns, without blocking, why a sequence's experts are unavailable now, or None.
 Unavailable = Callable[[Sequence], ExpertsUnavailableError | None]
 
 
@@ -46,28 +47,26 @@ class Chunk:
 
 
 class Scheduler:
-    """Continuous batching: every step takes all decoding sequences, then as much prefill as the budget allows.
+    """Continuous batching: every step has all decoding sequences, then as much prefill as the budget allows.
 
-    First come, first served: a sequence is admitted when the cache has blocks for the tokens it has, and gets further
-    ones as it grows. When none is free then, the sequence that was admitted last is preempted: it goes back to the
-    front of the queue, so the oldest always advances and everything ends. Sequences in the background come after all
-    others: they are the last in a step, of which their prompts get a small piece only, the first to be preempted, and
-    go back to the end of the queue.
+    First come, first served: a sequence is admitted when the cache has blocks for its tokens, and gets further blocks
+    as it grows. If none is free then, the last admitted sequence is preempted and returns to the front of the queue, so
+    the oldest always advances and all sequences finish. Background sequences have the lowest priority: they are last in
+    a step, with a small piece of their prompts, are preempted first, and return to the end of the queue.
 
-    With several callers, this holds for the sequences of each. Among callers, the one that was served least is first:
-    to be admitted, for which a caller with more sequences in the batch or more blocks is preempted, and in prefill, of
-    which a step computes that of one caller only, so that short prompts are not computed beside long ones of others.
-    A short prompt of that caller is computed without the others' tokens if those are more, in every other step at most,
-    so that its first token does not wait for a whole batch.
+    With several callers, this order applies to the sequences of each. Among callers, the one that was served least is
+    first, in admission (for which a caller with more sequences in the batch or more blocks is preempted) and in
+    prefill. A step has the prefill of one caller only, so that short prompts are not computed together with long ones
+    of others. A short prompt of that caller is computed without the others' tokens if those are more, at most in every
+    second step, so that its first token does not wait for a whole batch.
 
-    A sequence whose experts do not answer is stalled: it counts for nothing in the batch, and is preempted before
-    any other, so that a lost organ does not keep the other organs' requests waiting. Tokens whose blocks were
-    freed are computed again.
+    A sequence whose experts do not answer is stalled: it does not count in the batch and is preempted before others, so
+    that a lost organ does not delay other organs' requests. Tokens whose blocks were freed are recomputed.
 
-    A caller that was served more than another one whose answers are being written gets small pieces of its prompts
-    computed, so that steps are short.
+    The prompts of a caller that was served more than another one with a decoding sequence are computed in small pieces,
+    so that steps are short.
 
-    While the next sequence waits for room in the cache, short ones of other callers are let past it for a time.
+    While the next sequence waits for cache blocks, short ones of other callers may overtake it for a time.
     """
 
     def __init__(
@@ -89,16 +88,16 @@ class Scheduler:
         self.prefix_reuse = prefix_reuse
         self._callers = ServiceCounters()
         self._shared_until = -math.inf
-        # Whether the last step was of one caller alone while others were ready.
+        # Whether the last step had only one caller while others were ready.
         self._was_exclusive = False
-        # In the order of arrival; those that were preempted are the oldest, and in front.
+        # In the order of arrival; preempted ones are the oldest, and in front.
         self.waiting: deque[Sequence] = deque()
-        # In the order of admission, which is that of arrival; stalled ones included.
+        # In the order of admission, which is the order of arrival; includes stalled ones.
         self.running: list[Sequence] = []
-        # Since the start: tokens that were not computed because their blocks were there, and sequences sent back.
+        # Counters since the start: tokens found in the prefix cache, and preemptions.
         self.prefix_hits = 0
         self.preemptions = 0
-        # What waits for blocks while others are let past it, and until when they are.
+        # The sequence that waits for blocks, and until when others may overtake it.
         self._passed: Sequence | None = None
         self._passed_until = -math.inf
 
@@ -120,7 +119,7 @@ class Scheduler:
             self._callers.join(sequence.request.caller)
 
     def finish(self, sequence: Sequence) -> bool:
-        """Removes a sequence and frees its blocks; False, and nothing done, when it is already gone."""
+        """Removes a sequence and frees its blocks. False, without effect, if it was removed before."""
         if sequence in self.running:
             self.running.remove(sequence)
         elif sequence in self.waiting:
@@ -133,7 +132,7 @@ class Scheduler:
         return True
 
     def schedule(self) -> list[Chunk]:
-        """The chunks of the next step: of the caller that was served least first, each caller's in order of arrival."""
+        """The chunks of the next step: the caller that was served least first, then by arrival."""
         now = time.monotonic()
         ready = self._ready(self.running, now)
         self._admit(ready, now)
@@ -155,7 +154,7 @@ class Scheduler:
                 budget = min(budget, BACKGROUND_PREFILL_TOKENS)
             if len(chunks) == self.max_batch_size:
                 break
-            # Without blocks it waits for some, or was just preempted by an older one.
+            # Without blocks it is waiting, or was just preempted by an older one.
             if not sequence.block_table:
                 continue
             end = len(sequence.token_ids)
@@ -177,14 +176,14 @@ class Scheduler:
             if not chunk.sequence.request.background:
                 self._callers.charge(chunk.sequence.request.caller, chunk.end - chunk.start)
         if self._was_exclusive and chunks:
-            # It kept the others waiting for as long as the weights are read, however few its tokens are.
+            # It delayed the others by the time of reading the weights, for any number of tokens.
             self._callers.charge(chunks[0].sequence.request.caller, BLOCK_SIZE)
         return chunks
 
     def _turn(self, ready: list[Sequence], budget: int) -> list[Sequence]:
-        """Those that may take part in the next step: of the first caller alone, if it is for a short prompt of it.
+        """The sequences of the next step: only the first caller's, if the step is for a short prompt of it.
 
-        Not of a caller with as many as all others: it would gain little from their absence.
+        Not for a caller with as many sequences as all others, which would gain little.
         """
         own = [sequence for sequence in ready if _owner(sequence) == _owner(ready[0])]
         prompt = next((sequence for sequence in own if sequence.num_pending > 1 and sequence.block_table), None)
@@ -193,9 +192,10 @@ class Scheduler:
         return own if self._was_exclusive else ready
 
     def _cut(self, sequence: Sequence, budget: int) -> int:
-        """Up to which of its tokens a sequence is computed in a step, within a budget.
+        """The end of a sequence's chunk in a step, within a budget.
 
-        Whole blocks, unless it is all there is: then attention computes the same tiles however a prompt is divided.
+        A multiple of whole blocks, unless the sequence ends: then attention has the same tiles for any chunking of a
+        prompt.
         """
         end = min(len(sequence.token_ids), sequence.num_computed + budget)
         if end < len(sequence.token_ids):
@@ -203,7 +203,7 @@ class Scheduler:
         return max(end, sequence.num_computed)
 
     def _is_ahead(self, sequence: Sequence, ready: Iterable[Sequence]) -> bool:
-        """Whether a sequence's caller was served more than another one of which a sequence decodes."""
+        """Whether a sequence's caller was served more than another one with a decoding sequence."""
         if self._callers.num_active == 1 or sequence.request.background:
             return False
         decoding = (other for other in ready if other.num_pending == 1 and other.block_table)
@@ -211,7 +211,7 @@ class Scheduler:
         return self._callers.is_ahead(sequence.request.caller, callers)
 
     def publish(self, sequence: Sequence) -> None:
-        """Makes a sequence's full blocks available to others; to be called when its logits were finite."""
+        """Makes a sequence's full blocks available in the prefix cache. Call it when its logits were finite."""
         full = sequence.num_computed // BLOCK_SIZE
         if not self.prefix_reuse or full == sequence.num_published:
             return
@@ -223,18 +223,18 @@ class Scheduler:
         sequence.num_published = full
 
     def overflow(self) -> list[Sequence]:
-        """The latest stalled sequences beyond `max_queue` of them, which there is no place to keep."""
+        """The latest stalled sequences beyond `max_queue`, which must be ended."""
         if len(self.running) <= self.max_queue:
             return []
         stalled = [sequence for sequence in self.running if sequence.stalled_by]
         return stalled[self.max_queue :]
 
     def next_retry(self) -> float | None:
-        """When the first stalled sequence may run again, in `time.monotonic` seconds; None when nothing is stalled."""
+        """When the first stalled sequence may run again, in `time.monotonic` seconds; None if none is stalled."""
         return min((sequence.retry_at for sequence in self.running if sequence.stalled_by), default=None)
 
     def _ready(self, sequences: Iterable[Sequence], now: float) -> list[Sequence]:
-        """Those whose experts can be reached as far as is known; the others are stalled."""
+        """The sequences whose experts are available; stalls the others."""
         ready = []
         asked: dict[tuple[str, object], ExpertsUnavailableError | None] = {}
         for sequence in sequences:
@@ -250,7 +250,7 @@ class Scheduler:
         return ready
 
     def _admit(self, ready: list[Sequence], now: float) -> None:
-        # Those that lost their blocks while they were stalled are older than all that wait.
+        # Sequences that lost their blocks while stalled are older than all waiting ones.
         for sequence in ready:
             if not sequence.block_table and not self._take_blocks(sequence, ready):
                 return
@@ -273,7 +273,7 @@ class Scheduler:
         return True
 
     def _let_past(self, first: Sequence, ready: list[Sequence], now: float) -> None:
-        """Admits short sequences of other callers while the first one waits, but not for ever."""
+        """Admits short sequences of other callers while the first one waits, for a limited time."""
         if self._callers.num_active == 1:
             return
         if first is not self._passed:
@@ -290,26 +290,28 @@ class Scheduler:
                 self._admit_one(sequence, ready, now)
 
     def _next_waiting(self) -> Sequence:
-        # The usual case, which is asked for in every step while a full batch keeps others waiting.
+        # The usual case, checked first in every step with a full batch.
         if self._callers.num_active == 1 and not self.waiting[0].request.background:
             return self.waiting[0]
         return min(self.waiting, key=self._order)
 
     def _order(self, sequence: Sequence) -> tuple[bool, float, int]:
-        """Sorts sequences by the fair order of their callers; those of one caller stay in their order."""
+        """Sorts sequences by the fair order of their callers; stable for each caller."""
         if sequence.request.background:
             return True, 0.0, 0
         return False, *self._callers.priority(sequence.request.caller)
 
     def _make_place(self, sequence: Sequence, ready: list[Sequence]) -> bool:
-        """Preempts a sequence of the caller with the most in the batch, if it then still has as many as this one's."""
+        """Preempts a sequence of the caller with the most in the batch, if it then still has at least as many as this
+        one's.
+        """
         if not self._may_preempt(sequence, ready) or self.unavailable(sequence) is not None:
             return False
         places = Counter(_owner(other) for other in ready)
         return self._preempt_for(sequence, ready, places, places[_owner(sequence)] + 2)
 
     def _make_blocks(self, sequence: Sequence, ready: list[Sequence]) -> bool:
-        """Preempts a sequence of the caller with the most blocks, if that is more than an equal share of all."""
+        """Preempts a sequence of the caller with the most blocks, if it has more than an equal share."""
         if not self._may_preempt(sequence, ready):
             return False
         share = self.pool.num_blocks // max(1, self._callers.num_active)
@@ -321,15 +323,16 @@ class Scheduler:
         return self._preempt_for(sequence, ready, blocks, share + 1)
 
     def _may_preempt(self, sequence: Sequence, ready: list[Sequence]) -> bool:
-        """Whether there can be sequences that are preempted for this one; cheap, for the usual case of one caller."""
+        """Whether sequences could be preempted for this one; a cheap check for the usual case of one caller."""
         if sequence.request.background:
             return False
         return self._callers.num_active > 1 or any(other.request.background for other in ready)
 
     def _preempt_for(self, sequence: Sequence, ready: list[Sequence], held: Counter[bytes | None], least: int) -> bool:
-        """Preempts the latest in the background, or else of the caller that holds most if it is at least so much.
+        """Preempts the latest background sequence, or else one of the caller with the most, if that is at least this
+        much.
 
-        Never a caller's only one: what it computed would be lost again and again.
+        Never a caller's only one, whose computed tokens would be lost repeatedly.
         """
         latest = ready[::-1]
         victim = next((other for other in latest if other.request.background), None)
@@ -344,10 +347,12 @@ class Scheduler:
         return True
 
     def _take_blocks(self, sequence: Sequence, ready: list[Sequence]) -> bool:
-        """Blocks for all tokens that a sequence has, those of a known beginning among them, or False."""
+        """Allocates blocks for all tokens of a sequence, reusing those of a cached prefix. False if there are not
+        enough.
+        """
         reused = self._reusable(sequence)
         needed = BlockPool.blocks_for(len(sequence.token_ids)) - len(reused)
-        # One more for each of the others that may grow, or the next to do so would send this one back at once.
+        # One more for each other sequence that may grow, which would otherwise preempt this one immediately.
         spare = sum(0 < len(other.block_table) < BlockPool.blocks_for(other.max_tokens) for other in ready)
         holders = [holder for holder in self.running if holder.block_table and holder not in ready]
         given = sum(len(holder.block_table) for holder in holders)
@@ -355,9 +360,9 @@ class Scheduler:
             return False
         self.pool.acquire(reused)
         while self.pool.num_free < needed + spare and holders:
-            # The latest gives first: it has the least to compute again.
+            # The latest is preempted first, because it has the least to recompute.
             self._free_blocks(holders.pop())
-        # Blocks that a holder shares with others do not become free.
+        # Shared blocks do not become free.
         blocks = self.pool.allocate(needed) if self.pool.num_free >= needed + spare else None
         if blocks is None:
             self.pool.release(reused)
@@ -368,15 +373,15 @@ class Scheduler:
         return True
 
     def _reusable(self, sequence: Sequence) -> list[int]:
-        # The logits of all tokens need all tokens computed.
+        # For the logits of all tokens, all tokens must be computed.
         if not self.prefix_reuse or sequence.request.return_logits:
             return []
-        # Never the last token: the next one is chosen from its logits.
+        # Never the last token, because its logits are needed.
         full = (len(sequence.token_ids) - 1) // BLOCK_SIZE
         return self.pool.find(sequence.prefix.first(full, sequence.token_ids))
 
     def _grow(self, sequence: Sequence, num_tokens: int, ready: list[Sequence], chunks: list[Chunk]) -> bool:
-        """Sees to blocks for a running sequence's tokens; False when it had to give its own instead."""
+        """Allocates blocks for a running sequence's tokens. False if the sequence was preempted instead."""
         while (missing := BlockPool.blocks_for(num_tokens) - len(sequence.block_table)) > 0:
             if (blocks := self.pool.allocate(missing)) is not None:
                 sequence.block_table += blocks

@@ -16,7 +16,7 @@ from echovlm_ray.engine.prefix import PrefixKeys
 from router.errors import ExpertsUnavailableError
 from router.gating.expert_set import ExpertSetMember
 
-# A restarted expert group is noticed at once, and one that stays away is polled seldom.
+# A restarted expert group is noticed quickly, and one that stays unavailable is polled rarely.
 FIRST_RETRY_S = 0.02
 LONGEST_RETRY_S = 0.25
 
@@ -32,24 +32,24 @@ class Finish(Enum):
 class SamplingParams:
     """How the next token is chosen; the defaults are greedy."""
 
-    # 0 takes the most likely token.
+    # 0 is greedy decoding.
     temperature: float = 0.0
     # 0 keeps all tokens.
     top_k: int = 0
     # 1 keeps all tokens.
     top_p: float = 1.0
-    # 1 changes nothing.
+    # 1 has no effect.
     repetition_penalty: float = 1.0
-    # From 0 to 2^64 - 1, each with draws of its own; None draws one.
+    # From 0 to 2^64 - 1; None is a random seed.
     seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class VisionDigest:
-    """Rows [start, end) of a request's vision embeddings are one picture's, whole and in order.
+    """Rows [start, end) of a request's vision embeddings are one complete image.
 
     Attributes:
-        content_digest: over the picture and the encoder; equal digests mean equal embeddings.
+        content_digest: over the image and the encoder; equal digests mean equal embeddings.
     """
 
     start: int
@@ -67,13 +67,13 @@ class SequenceRequest:
         position_delta: added to a generated token's index to get its position.
         vision_rows_V: int64, ascending: the prompt positions that vision embeddings replace.
         vision_embeddings_VD: their embeddings.
-        vision_digests: of the pictures of the embeddings; blocks from the first picture without one on are not reused.
-        expert_set_id: the set that the request is pinned to.
+        vision_digests: the digests of the images; blocks from the first image without one on are not cached.
+        expert_set_id: the request's expert set.
         shares: organ and π; empty for flat sets.
-        cache_salt: blocks are shared only with requests of the same one.
-        caller: callers share the engine equally; empty where they cannot be distinguished.
-        background: no caller waits for it, so its prompt is computed in small pieces while others run.
-        deadline: in `time.monotonic` seconds; None: only the engine's own limit of a request's time holds.
+        cache_salt: blocks are shared only between requests with the same salt.
+        caller: callers share the engine equally; empty if they cannot be distinguished.
+        background: no caller waits for it, so its prompt is computed in small pieces while other requests run.
+        deadline: in `time.monotonic` seconds; None for only the engine's limit.
     """
 
     input_ids: tuple[int, ...]
@@ -100,7 +100,7 @@ class StepOutput:
 
     Attributes:
         token_id: the new token.
-        logits_TV: with `return_logits`, float32: all prompt positions with the first token, then one row a token.
+        logits_TV: with `return_logits`, float32: all prompt positions with the first token, then one row per token.
         finish: set with the last token.
         routed_pairs: set with the first and the last token: (token, layer, expert) pairs per organ so far.
     """
@@ -117,11 +117,11 @@ Sink = Callable[[StepOutput | Exception], None]
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A request's state while it waits or runs."""
+    """The state of a waiting or running request."""
 
     request: SequenceRequest
     sink: Sink
-    # All that may compute its tokens, in the order of the expert set.
+    # All experts that may compute its tokens, in the order of the expert set.
     experts: tuple[ExpertSetMember, ...]
     token_ids: list[int]
     generator: np.random.Generator | None
@@ -131,18 +131,17 @@ class Sequence:
     # Tokens whose keys and values are in the cache.
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
-    # (token, layer, expert) pairs per organ that computing the tokens of each block took.
+    # The number of (token, layer, expert) triples per organ for the tokens of each block.
     block_pairs: list[dict[str, int]] = field(default_factory=list)
-    # Blocks at its beginning that other sequences may begin with too.
+    # The number of its first blocks that are in the prefix cache.
     num_published: int = 0
-    # With return_logits: how many rows were computed, and those that wait for the first token.
+    # With return_logits: the number of computed rows, and the rows that are returned with the first token.
     num_logits: int = 0
     prompt_logits: list[torch.Tensor] = field(default_factory=list)
     cancelled: bool = False
-    # Called once when the engine has released it, however it ended.
+    # Called once when the engine has released it.
     gone: Callable[[], None] | None = None
-    # Set while the experts it needs do not answer; from when on and how often in a row they did not, and when they are
-    # asked again.
+    # Set while its experts do not answer: since when, how often in a row, and when they are retried.
     stalled_by: ExpertsUnavailableError | None = None
     stalled_at: float = 0.0
     num_stalls: int = 0
@@ -157,10 +156,10 @@ class Sequence:
         max_seconds: float = math.inf,
         gone: Callable[[], None] | None = None,
     ) -> "Sequence":
-        """A sequence at its first step, which ends at its deadline or after `max_seconds`, whichever is first."""
+        """Starts a sequence, which ends at its deadline or after `max_seconds`, whichever is first."""
         generator = None
         if request.sampling.temperature > 0:
-            # numpy's, since torch's on the CPU looks at the lower 32 bits of a seed alone.
+            # numpy's generator, because torch's on the CPU only uses the lower 32 bits of a seed.
             generator = np.random.default_rng(request.sampling.seed)
         deadline = time.monotonic() + max_seconds
         if request.deadline is not None:
@@ -170,26 +169,26 @@ class Sequence:
 
     @property
     def num_prompt(self) -> int:
-        """Tokens of the prompt."""
+        """The number of prompt tokens."""
         return len(self.request.input_ids)
 
     @property
     def num_generated(self) -> int:
-        """Tokens made so far."""
+        """The number of generated tokens."""
         return len(self.token_ids) - self.num_prompt
 
     @property
     def num_pending(self) -> int:
-        """Tokens that are known but not in the cache; one while decoding, more in prefill."""
+        """The number of tokens that are not in the cache yet: one while decoding, more in prefill."""
         return len(self.token_ids) - self.num_computed
 
     @property
     def max_tokens(self) -> int:
-        """The most tokens whose keys and values it can ever need in the cache."""
+        """The most tokens that it can ever need in the cache."""
         return self.num_prompt + self.request.max_new_tokens - 1
 
     def stall(self, error: ExpertsUnavailableError, now: float) -> None:
-        """Records that its experts do not answer; they are tried again after a pause that grows."""
+        """Records that its experts do not answer. They are retried with exponential backoff."""
         pause = min(FIRST_RETRY_S * 2**self.num_stalls, LONGEST_RETRY_S)
         if self.stalled_by is None:
             self.stalled_at = now
@@ -198,10 +197,10 @@ class Sequence:
         self.retry_at = now + pause
 
     def lost(self) -> ExpertsUnavailableError | None:
-        """Why it cannot go on, and since when, for a sequence that ends while it is stalled."""
+        """The error of a sequence that ends while it is stalled, with the time since when."""
         if self.stalled_by is None:
             return None
-        # One of its own: others that are stalled have the same.
+        # A copy, because other stalled sequences have the same exception.
         error = ExpertsUnavailableError(self.stalled_by.organ, self.stalled_by.reason, self.stalled_by.retry_after_s)
         error.since = self.stalled_at
         return error
@@ -212,14 +211,14 @@ class Sequence:
         self.num_stalls = 0
 
     def reuse(self, block_table: list[int], block_pairs: list[dict[str, int]]) -> None:
-        """Begins with full blocks that were computed for another sequence with the same beginning."""
+        """Begins with cached blocks of the same prefix."""
         self.block_table = block_table
         self.block_pairs = block_pairs
         self.num_published = len(block_table)
         self.num_computed = len(block_table) * BLOCK_SIZE
 
     def reset_computed(self) -> None:
-        """Starts over with an empty cache; the tokens stay, and will be computed again in one prefill."""
+        """Resets the computed state. The tokens stay and are recomputed in a prefill."""
         self.block_table = []
         self.block_pairs = []
         self.num_published = 0
@@ -229,7 +228,7 @@ class Sequence:
         """Records that the tokens up to `end` are in the cache.
 
         Args:
-            end: of the tokens computed so far.
+            end: the number of computed tokens.
             block_pairs: routed pairs per organ, for every block from that of the first new token on.
         """
         for block, pairs in enumerate(block_pairs, self.num_computed // BLOCK_SIZE):
@@ -242,7 +241,7 @@ class Sequence:
         self.num_computed = end
 
     def routed_pairs(self) -> dict[str, int]:
-        """(token, layer, expert) pairs per organ that the tokens in the cache took, also where they were reused."""
+        """The number of (token, layer, expert) triples per organ for the tokens in the cache, including reused ones."""
         total: Counter[str] = Counter()
         for pairs in self.block_pairs:
             total.update(pairs)

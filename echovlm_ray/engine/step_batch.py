@@ -1,4 +1,4 @@
-"""The chunks of several sequences, laid out as the inputs of one forward pass."""
+"""Builds the inputs of one forward pass from the chunks of several sequences."""
 
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ from router.dispatch.dispatcher import TokenAssignment
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """What a forward pass over T tokens needs.
+    """The inputs of a forward pass over T tokens.
 
     Attributes:
-        chunks: whose tokens they are, in the order of the rows.
-        assignments: the same rows, as the dispatcher wants them.
+        chunks: the chunks, in the order of the rows.
+        assignments: the same rows in the dispatcher's format.
         token_ids_T: int64.
         position_ids_31T: int64 mrope positions.
-        attention: who sees what.
-        logit_spans: for each chunk the rows [start, end) whose logits are wanted; often one, or none.
+        attention: the plan of the attention.
+        logit_spans: the rows [start, end) of each chunk whose logits are needed; often one, or none.
     """
 
     chunks: Sequences[Chunk]
@@ -35,7 +35,7 @@ class StepBatch:
 
     @classmethod
     def of(cls, chunks: Sequences[Chunk], cache: KVCache) -> "StepBatch":
-        """Lays the chunks out one after the other."""
+        """Concatenates the chunks."""
         num_tokens = sum(chunk.end - chunk.start for chunk in chunks)
         position_ids_3T = np.empty((3, num_tokens), dtype=np.int64)
         token_ids: list[int] = []
@@ -60,7 +60,7 @@ class StepBatch:
         )
 
     def place_vision(self, embeddings_TD: torch.Tensor) -> torch.Tensor:
-        """The token embeddings with those of the pictures put in their places."""
+        """The token embeddings with the embeddings of the images inserted."""
         for chunk, assignment in zip(self.chunks, self.assignments, strict=True):
             request = chunk.sequence.request
             if request.vision_rows_V is None or request.vision_embeddings_VD is None:
@@ -75,7 +75,7 @@ class StepBatch:
         return embeddings_TD
 
     def logit_rows(self, hidden_states_TD: torch.Tensor) -> torch.Tensor:
-        """The rows whose logits are wanted, chunk after chunk."""
+        """The rows whose logits are needed, in the order of the chunks."""
         spans = self.logit_spans
         if all(end - start == 1 for start, end in spans) and len(spans) == len(hidden_states_TD):
             return hidden_states_TD
@@ -84,7 +84,7 @@ class StepBatch:
 
 
 def split_chunks(chunks: Sequences[Chunk], parts: int) -> list[Sequences[Chunk]]:
-    """At most so many groups of neighbouring chunks, with about as many tokens each."""
+    """Splits chunks into at most this many groups with similar numbers of tokens."""
     if parts == 1 or len(chunks) == 1:
         return [chunks]
     total = sum(chunk.end - chunk.start for chunk in chunks)
@@ -107,7 +107,7 @@ def _fill_positions(position_ids_3T: npt.NDArray[np.int64], chunk: Chunk) -> Non
 
 def _logit_span(chunk: Chunk, start: int, end: int) -> tuple[int, int]:
     if chunk.sequence.request.return_logits:
-        # After a stall tokens may be computed again whose logits were given already.
+        # After a stall, tokens are recomputed whose logits may have been returned already.
         again = min(max(chunk.sequence.num_logits - chunk.start, 0), chunk.end - chunk.start)
         return start + again, end
     return (end - 1, end) if chunk.reaches_last_token else (end, end)

@@ -24,12 +24,12 @@ from echovlm_ray.model.vision_tower import EchoVLMVisionTower
 def load_backbone(
     directory: str | PathLike[str], *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> EchoVLMForConditionalGeneration:
-    """The language model without vision tower and without routed experts or gates, for the engine.
+    """Loads the language model for the engine: without vision tower, routed experts and gates.
 
     Args:
         directory: a split folder, or its `backbone/`.
-        dtype: of the weights; None: as they are stored.
-        device: where they go. Each tensor is read once, straight into its place.
+        dtype: the dtype of the weights; None for the stored one.
+        device: the device of the weights. Each tensor is read once, directly to its destination.
 
     Returns:
         the model in evaluation mode, without gradients; forward needs `routed_experts`.
@@ -52,12 +52,12 @@ def load_backbone(
 def load_vision_tower(
     directory: str | PathLike[str], *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> EchoVLMVisionTower:
-    """The vision tower alone.
+    """Loads the vision tower.
 
     Args:
         directory: a split folder, its `backbone/`, or a folder in the released layout.
-        dtype: of the weights; None: as they are stored.
-        device: where they go.
+        dtype: the dtype of the weights; None for the stored one.
+        device: the device of the weights.
 
     Returns:
         the module in evaluation mode, without gradients. `tower(patches, grid_thw=grids).pooler_output` are the
@@ -90,12 +90,12 @@ def _fill(
     dtype: torch.dtype | None,
     device: torch.device | str,
 ) -> None:
-    """Puts stored tensors in the place of a module's parameters, which are on "meta"; `names`: released to its own."""
+    """Replaces a module's parameters, which are on "meta", by stored tensors; `names` maps released names to its."""
     expected = {released: tuple(module.get_parameter(name).shape) for released, name in names.items()}
     check_tensors({name: tensor.shape for name, tensor in stored.items()}, expected, config)
     for released, name in names.items():
         _set_parameter(module, name, read_tensor(stored[released], dtype, device))
-    # These are computed, not stored; what was computed on "meta" is nothing.
+    # These buffers are computed, not stored, and must be computed again after "meta".
     for name, rotary in list(module.named_modules()):
         if isinstance(rotary, Qwen2VLRotaryEmbedding | Qwen2VLVisionRotaryEmbedding):
             rebuild: Callable[[Any], nn.Module] = type(rotary)

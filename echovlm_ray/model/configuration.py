@@ -1,7 +1,7 @@
-"""The model's configuration: Qwen2-VL's, plus what the experts need, on disk in the released layout.
+"""The model's configuration: Qwen2-VL's plus the fields of the experts, on disk in the released layout.
 
-In memory the text fields lie in `text_config`, as transformers 5 has it. In `config.json` they lie flat beside
-`model_type: qwen2_vl`, as EchoVLM was released; both spellings are read, the released one is written.
+In memory the text fields are in `text_config`, as in transformers 5. In `config.json` they are flat, with `model_type:
+qwen2_vl`, as in EchoVLM's release. Both formats are read; the released one is written.
 """
 
 # transformers leaves most of its methods untyped.
@@ -14,9 +14,9 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLConfig, Qwen2VLTextConfig, Qwen2VLVisionConfig
 
-# The class that the released config.json names.
+# The class in the released config.json.
 RELEASED_ARCHITECTURE = "Qwen2VLMOEForConditionalGeneration"
-# Fields of a sub-configuration that the released layout has once at the top, derives, or does not know.
+# Fields of a sub-configuration that the released layout has at the top level, derives, or does not have.
 _NOT_RELEASED = frozenset(
     {
         "architectures",
@@ -36,15 +36,15 @@ _NOT_RELEASED = frozenset(
 class EchoVLMTextConfig(Qwen2VLTextConfig):
     """Qwen2-VL's language model with a mixture of experts in every layer.
 
-    The defaults are the released sizes. `num_experts` and `router_aux_loss_coef` are honoured; the class that EchoVLM
-    was released with ignores them.
+    The defaults are the released sizes. `num_experts` and `router_aux_loss_coef` are used, unlike in EchoVLM's released
+    class.
 
     Raises:
-        ValueError: sizes that cannot be, or an `mrope_section` that does not fill half a head.
+        ValueError: a size is invalid, or `mrope_section` does not fill half a head.
     """
 
     if TYPE_CHECKING:
-        # What transformers leaves open until the configuration is complete.
+        # Fields that transformers sets when the configuration is complete.
         rope_parameters: dict[str, Any]
         layer_types: list[str]
 
@@ -52,15 +52,15 @@ class EchoVLMTextConfig(Qwen2VLTextConfig):
     num_experts_per_tok: int = 2
     moe_intermediate_size: int = 1408
     shared_expert_intermediate_size: int = 5632
-    # Whether a token's weights are scaled to add up to 1; the released weights were made without it.
+    # Whether a token's weights are scaled to add up to 1; the released weights were trained without it.
     norm_topk_prob: bool = False
     # Whether forward returns the router's logits and, from them, the load-balancing loss.
     output_router_logits: bool = False
-    # What the load-balancing loss is multiplied with before it joins the loss.
+    # The coefficient of the load-balancing loss.
     router_aux_loss_coef: float | int = 0.001
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Keeps the window that the file names, and fills in Qwen2-VL's mrope section where there is none."""
+        """Keeps the file's sliding window, and sets Qwen2-VL's mrope section if there is none."""
         # Qwen2-VL drops the window when it is not in use; it is kept here to be written back.
         unused_window = None if self.use_sliding_window else self.sliding_window
         super().__post_init__(**kwargs)
@@ -102,13 +102,13 @@ class EchoVLMTextConfig(Qwen2VLTextConfig):
 
 @strict
 class EchoVLMConfig(Qwen2VLConfig):
-    """The whole model's configuration; text fields may be given flat, as in the released `config.json`."""
+    """The model's configuration. Text fields may be flat, as in the released `config.json`."""
 
     if TYPE_CHECKING:
         text_config: EchoVLMTextConfig
         vision_config: Qwen2VLVisionConfig
 
-    # The released files say so; what tells an EchoVLM from a Qwen2-VL is the `moe` tensors.
+    # As in the released files; an EchoVLM differs from a Qwen2-VL by its `moe` tensors.
     model_type = "qwen2_vl"
     sub_configs_defaults = {"vision_config": Qwen2VLVisionConfig, "text_config": EchoVLMTextConfig}  # type: ignore[dict-item]  # noqa: RUF012
 
@@ -116,14 +116,14 @@ class EchoVLMConfig(Qwen2VLConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers, except that a text field among the keyword arguments overrides the file's."""
         overrides = take_text_fields(kwargs)
-        # transformers writes into what it is given.
+        # transformers modifies its argument.
         config_dict = copy.deepcopy(config_dict)
         flat = config_dict if config_dict.get("text_config") is None else config_dict["text_config"]
         flat.update(overrides)
         return super().from_dict(config_dict, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What `save_pretrained` writes: the released layout, text fields flat."""
+        """The dict for `save_pretrained`: the released layout with flat text fields."""
         released = _set_fields(self)
         released |= _set_fields(self.text_config)
         rope = dict(self.text_config.rope_parameters)
@@ -148,7 +148,7 @@ def take_text_fields(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _set_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """A configuration's own fields; those that every model has only where they differ from their default."""
+    """A configuration's fields; those of the base class only if they differ from their default."""
     common = PreTrainedConfig().to_dict()
     return {
         name: value

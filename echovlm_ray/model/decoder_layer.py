@@ -88,8 +88,8 @@ class EchoVLMDecoderLayer(Qwen2VLDecoderLayer):
 
         Args:
             hidden_states: batch × tokens × hidden.
-            routed_experts: computes the routed experts; None: the layer's own.
-            kwargs: what Qwen2-VL's attention takes.
+            routed_experts: computes the routed experts; None for the layer's own.
+            kwargs: arguments of Qwen2-VL's attention.
 
         Returns:
             batch × tokens × hidden.
@@ -99,7 +99,7 @@ class EchoVLMDecoderLayer(Qwen2VLDecoderLayer):
     def begin(
         self, hidden_states: torch.Tensor, *, routed_experts: RoutedExperts | None = None, **kwargs: Any
     ) -> "PendingLayer":
-        """Computes attention and starts the routed experts, which may run elsewhere until `finish`."""
+        """Computes attention and starts the routed experts, which may run concurrently until `finish`."""
         hidden_states, x = (self.attention_override or self._attention)(hidden_states, **kwargs)
         routed = (routed_experts or self.moe).begin(self.layer_idx, x.reshape(-1, self.hidden_size))
         return PendingLayer(hidden_states, x, routed)

@@ -1,7 +1,7 @@
 """Our expert kernels as experts functions of transformers: `experts_implementation="cpu_packed"` and so on.
 
-An expert group prepares its weights once. A module's weights may change between two calls, so what was prepared is kept
-only as long as they are the same tensors with the same contents.
+An expert group prepares its weights once. A module's weights may change between two calls, so prepared weights are
+cached only while the tensors and their contents are the same.
 """
 
 import logging
@@ -32,10 +32,10 @@ _KEPT: "weakref.WeakKeyDictionary[nn.Module, _Kept]" = weakref.WeakKeyDictionary
 
 
 def register_expert_kernels() -> None:
-    """Makes every kernel known to transformers under its own name, unless transformers has that name already.
+    """Registers every kernel in transformers under its name, unless the name exists.
 
-    The weights that a kernel lays out again are held beside the module's own, so a plain model takes up to twice the
-    memory; an expert group does not.
+    Repacked weights exist in addition to the module's, so a plain model takes up to twice the memory; an expert group
+    does not.
     """
     for name in kernel_names():
         if name in ALL_EXPERTS_FUNCTIONS:
@@ -47,10 +47,10 @@ def register_expert_kernels() -> None:
 
 
 def experts_function(name: str) -> ExpertsFunction:
-    """The experts function of one kernel; the kernel is looked up when it is first called.
+    """The experts function of one kernel, which is looked up on first use.
 
     It raises:
-        ValueError: the kernel cannot be used here, or gradients are wanted and it has none.
+        ValueError: the kernel is unavailable, or gradients are required and it has none.
     """
 
     def forward(
@@ -71,7 +71,7 @@ def experts_function(name: str) -> ExpertsFunction:
 def _under_autocast(
     name: str, module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """As autocast does to linear layers: computed in its dtype. Grouped products are not on autocast's own list."""
+    """Converts to autocast's dtype, as for linear layers. Grouped products are not on autocast's list."""
     device = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device)
     weights = weights_of(module)
@@ -106,7 +106,7 @@ def _prepared(module: nn.Module, name: str) -> PreparedExperts:
 
 
 def _identity(parameter: torch.Tensor) -> tuple[object, ...]:
-    # The version counts writes in place, as an optimiser's; inference tensors, which are not written to, have none.
+    # The version counts in-place writes, such as an optimiser's. Inference tensors have none.
     version = None if parameter.is_inference() else parameter._version
     return (parameter.data_ptr(), version, parameter.dtype, parameter.device)
 

@@ -1,8 +1,8 @@
 """The mixture of experts of one decoder layer: token gate, routed experts, shared expert.
 
-The routed experts of a layer may be computed elsewhere; then the layer has neither gate nor experts, and its caller
-passes a `router.dispatch.routed_experts.RoutedExperts`. `EchoVLMSparseMoe` is the same interface with experts of its
-own.
+The routed experts of a layer may be computed outside of the model. Then the layer has neither gate nor experts, and its
+caller passes a `router.dispatch.routed_experts.RoutedExperts`. `EchoVLMSparseMoe` implements the same interface with
+its own experts.
 """
 
 # transformers leaves most of its methods untyped.
@@ -35,8 +35,8 @@ class EchoVLMTokenGate(nn.Module):
     def forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns logits tokens × experts, weights and indices tokens × top_k.
 
-        Under autocast all of it is computed in float32: a gate in bfloat16 cannot tell close experts apart, and which
-        one it takes would depend on rounding.
+        Under autocast the gate is computed in float32: in bfloat16 the choice between experts with close logits would
+        depend on rounding.
         """
         if not torch.is_autocast_enabled(x_TD.device.type):
             routing = route_tokens(x_TD, self.weight, self.top_k, self.norm_topk_prob)
@@ -48,16 +48,16 @@ class EchoVLMTokenGate(nn.Module):
 
 @use_experts_implementation
 class EchoVLMExperts(nn.Module):
-    """One layer's routed experts, stacked as transformers' experts interface wants them.
+    """One layer's routed experts, stacked as in transformers' experts interface.
 
-    `config._experts_implementation` picks who computes them: any kernel of ours by its name, or a function of
-    transformers. "eager", the default, is the kernel `reference`, which takes gradients. So a plain model and an expert
-    group compute the same thing with the same code.
+    `config._experts_implementation` selects the implementation: a kernel by its name, or a function of transformers.
+    "eager", the default, is the kernel `reference`, which supports gradients. So a plain model and an expert group
+    compute the same with the same code.
     """
 
     def __init__(self, config: EchoVLMTextConfig) -> None:
         super().__init__()
-        # transformers' own experts functions read num_experts and act_fn.
+        # transformers' experts functions read num_experts and act_fn.
         self.num_experts = config.num_experts
         self.gate_up_proj = nn.Parameter(
             torch.empty(config.num_experts, 2 * config.moe_intermediate_size, config.hidden_size)
@@ -92,7 +92,7 @@ class _ComputedExperts:
 class EchoVLMSparseMoe(nn.Module):
     """Gate, routed experts and shared expert of one layer.
 
-    Args of the constructor: the text configuration; whether the layer has routed experts of its own.
+    Constructor arguments: the text configuration; whether the layer has its own routed experts.
     """
 
     def __init__(self, config: EchoVLMTextConfig, *, routed_experts: bool = True) -> None:
@@ -105,7 +105,7 @@ class EchoVLMSparseMoe(nn.Module):
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
     def begin(self, layer: int, x_TD: torch.Tensor) -> _ComputedExperts:
-        """Computes this layer's own experts at once: the in-process `RoutedExperts`.
+        """Computes this layer's experts synchronously: the in-process `RoutedExperts`.
 
         Raises:
             ValueError: the model was loaded without experts.

@@ -9,21 +9,21 @@ import torch.nn.functional as F
 def load_balancing_loss(
     router_logits: Sequence[torch.Tensor], top_k: int, attention_mask_BT: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """How unevenly the tokens are spread over the experts; `top_k` when they are spread evenly.
+    """The loss grows with the imbalance of the experts; it is `top_k` if tokens are spread evenly.
 
     `E · Σ_e f_e · p_e`, where f is the share of tokens that chose expert e and p its mean probability, both over the
     tokens of all layers together.
 
     Args:
         router_logits: per layer batch·tokens × experts, before the softmax.
-        top_k: how many experts a token gets.
-        attention_mask_BT: batch × tokens, 0 at padding, which does not count; None: everything counts.
+        top_k: experts per token.
+        attention_mask_BT: batch × tokens, 0 at padding, which does not count; None if there is no padding.
 
     Returns:
         a scalar in float32, with gradients through p.
 
     Raises:
-        ValueError: no layer, or a mask of another size than the logits.
+        ValueError: there is no layer, or the mask's size differs from the logits'.
     """
     if not router_logits:
         raise ValueError("no router logits: the load-balancing loss needs at least one layer with a gate")

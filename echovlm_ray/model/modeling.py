@@ -1,7 +1,7 @@
-"""EchoVLM on transformers' Qwen2-VL: every decoder layer carries a mixture of experts beside its dense MLP.
+"""EchoVLM on transformers' Qwen2-VL: every decoder layer has a mixture of experts in addition to its dense MLP.
 
-Only what differs from Qwen2-VL stands here, in `text_model.py` and in `decoder_layer.py`. The weights keep their
-released names on disk; `_RELEASED_NAMES` says how they map to the modules.
+The differences from Qwen2-VL are here, in `text_model.py` and in `decoder_layer.py`. The weights keep their released
+names on disk; `_RELEASED_NAMES` maps them to the modules.
 """
 
 # transformers leaves most of its methods untyped.
@@ -33,7 +33,7 @@ from router.dispatch.routed_experts import RoutedExperts
 
 
 class EchoVLMModel(EchoVLMPreTrainedModel, Qwen2VLModel):
-    """Vision tower and language model. Keeps no state of a request: positions are computed from what is passed."""
+    """Vision tower and language model. Stateless: positions are computed from the arguments."""
 
     config: EchoVLMConfig
 
@@ -56,22 +56,22 @@ class EchoVLMModel(EchoVLMPreTrainedModel, Qwen2VLModel):
         mm_token_type_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As Qwen2-VL's, with `rope_deltas` (batch × 1) going in and out instead of staying on the module.
+        """Like Qwen2-VL's, but `rope_deltas` (batch × 1) is an argument and a result instead of state of the module.
 
         Args:
             input_ids: batch × tokens.
             attention_mask: batch × tokens, 0 at padding.
-            position_ids: given, nothing is computed.
+            position_ids: if given, positions are not computed.
             past_key_values: the cache.
             inputs_embeds: instead of input_ids.
             image_grid_thw: images × 3.
             video_grid_thw: videos × 3.
-            rope_deltas: what the call that began the cache returned; needed to go on from it without position_ids.
-            mm_token_type_ids: not needed; input_ids say where the pictures are.
-            kwargs: pixels, and what the language model takes.
+            rope_deltas: the result of the call that began the cache; needed to continue it without position_ids.
+            mm_token_type_ids: ignored; input_ids have the positions of the images.
+            kwargs: pixels, and arguments of the language model.
 
         Raises:
-            PlaceholderMismatchError: placeholder tokens and pictures do not fit.
+            PlaceholderMismatchError: placeholder tokens and images do not match.
             ValueError: a cache is continued without position_ids and rope_deltas.
         """
         if position_ids is None:
@@ -124,11 +124,11 @@ class EchoVLMModel(EchoVLMPreTrainedModel, Qwen2VLModel):
 
 @dataclass
 class EchoVLMOutputWithPast(MoeCausalLMOutputWithPast):
-    """What a forward pass returns.
+    """The result of a forward pass.
 
     Attributes:
-        rope_deltas: batch × 1: the token at index i of the (padded) row stands at `i + rope_deltas`. Pass it back to
-            go on from `past_key_values`.
+        rope_deltas: batch × 1: the token at index i of the (padded) row has the position `i + rope_deltas`. Pass it to
+            continue from `past_key_values`.
     """
 
     rope_deltas: torch.Tensor | None = None
@@ -137,12 +137,12 @@ class EchoVLMOutputWithPast(MoeCausalLMOutputWithPast):
 class EchoVLMForConditionalGeneration(EchoVLMPreTrainedModel, Qwen2VLForConditionalGeneration):
     """EchoVLM with its language-model head: `from_pretrained`, `forward`, `generate`, `save_pretrained`.
 
-    Args of the constructor: the configuration; whether to have a vision tower; whether to have routed experts.
+    Constructor arguments: the configuration; whether to have a vision tower; whether to have routed experts.
     """
 
     config: EchoVLMConfig
     if TYPE_CHECKING:
-        # transformers' own signature does not admit the model's inputs.
+        # transformers' signature does not allow the model's inputs.
         generate: Any
 
     def __init__(self, config: EchoVLMConfig, *, vision: bool = True, routed_experts: bool = True) -> None:
@@ -164,12 +164,12 @@ class EchoVLMForConditionalGeneration(EchoVLMPreTrainedModel, Qwen2VLForConditio
         Args:
             pretrained_model_name_or_path: a folder, or a name on the Hugging Face hub.
             args: as in transformers.
-            organ: of a split folder whose organs have an expert group each: whose experts to take.
+            organ: the organ whose experts are loaded, for a split folder with an expert group for each organ.
             kwargs: as in transformers (dtype, device_map, …).
 
         Raises:
             CheckpointMismatchError: a tensor is missing, unexpected or of another shape; all are named.
-            ValueError: an organ is needed, unknown, or makes no sense for this checkpoint; the organs are listed.
+            ValueError: an organ is missing, unknown, or not applicable to this checkpoint; the text lists the organs.
         """
         path, kwargs = prepare_pretrained(pretrained_model_name_or_path, organ, kwargs, cls)
         wants_info = kwargs.pop("output_loading_info", False)
@@ -204,9 +204,9 @@ class EchoVLMForConditionalGeneration(EchoVLMPreTrainedModel, Qwen2VLForConditio
         Args:
             output_router_logits: also return every layer's router logits, and the load-balancing loss, which joins
                 the loss with the factor `router_aux_loss_coef`; None: as the configuration says.
-            routed_experts: who computes the routed experts; None: the model's own.
+            routed_experts: computes the routed experts; None for the model's own.
             rope_deltas: see `EchoVLMModel.forward`.
-            mm_token_type_ids: not needed.
+            mm_token_type_ids: ignored.
 
         Returns:
             logits batch × tokens (or `logits_to_keep`) × vocabulary; with labels the loss.
@@ -255,7 +255,7 @@ class EchoVLMForConditionalGeneration(EchoVLMPreTrainedModel, Qwen2VLForConditio
     def _prepare_position_ids_for_generation(
         self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]
     ) -> torch.Tensor:
-        # Four rows: the plain index, from which transformers tells packed rows, then time, height and width.
+        # Four rows: the index, by which transformers recognises packed rows, then time, height and width.
         plain_BT = super(Qwen2VLForConditionalGeneration, self)._prepare_position_ids_for_generation(
             inputs_tensor, model_kwargs
         )
@@ -281,14 +281,13 @@ class EchoVLMForConditionalGeneration(EchoVLMPreTrainedModel, Qwen2VLForConditio
         if before is not None and before.ndim == 3:
             after = model_kwargs["position_ids"]
             new = after.shape[-1] - before.shape[-1]
-            # A prompt that ends in a picture goes on behind the largest coordinate, the same in all three.
+            # A prompt that ends in an image continues after the largest coordinate, in all three dimensions.
             last_B1 = before[1:, :, -1:].amax(dim=0)
             after[1:, :, -new:] = last_B1 + torch.arange(1, new + 1, device=after.device)
         return model_kwargs
 
 
-# The names that the weights have on disk, and how they become modules: read forwards by from_pretrained, backwards by
-# save_pretrained.
+# Maps the names on disk to modules; from_pretrained uses it, and save_pretrained its inverse.
 _RELEASED_NAMES: list[WeightConverter | WeightRenaming] = [
     WeightRenaming(source_patterns=r"^visual", target_patterns="model.visual"),
     WeightRenaming(source_patterns=r"^model(?!\.(language_model|visual))", target_patterns="model.language_model"),

@@ -10,12 +10,12 @@ from experts.kernels.packed_linear import WARM_UP_ROWS, PackedLinear, packing_av
 
 logger = logging.getLogger(__name__)
 
-# Below this many outputs (a gate of one, two coefficients) a stock product is as fast, and nothing is gained.
+# Below this many outputs (a gate with one, two coefficients) an unpacked product is as fast.
 MIN_OUT_FEATURES = 16
 
 
 class PackedLinearLayer(nn.Module):
-    """Takes the place of an `nn.Linear` in a model that only infers."""
+    """Replaces an `nn.Linear`, for inference only."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -27,16 +27,16 @@ class PackedLinearLayer(nn.Module):
 
 
 def pack_linears(model: nn.Module) -> int:
-    """Replaces a model's linear layers by packed ones; afterwards it can only infer, and not be saved.
+    """Replaces a model's linear layers by packed ones. The model is then for inference only and cannot be saved.
 
-    A model on another device, or of a dtype that cannot be packed here, is left as it is. Each layer's plain weights
-    are freed before the next is packed; those that another module still holds (a tied embedding) stay as well.
+    A model on another device, or with a dtype that cannot be packed here, is not changed. Each layer's plain weights
+    are freed before the next layer is packed; shared weights (a tied embedding) stay.
 
     Args:
         model: all of its linear layers with at least `MIN_OUT_FEATURES` outputs are packed.
 
     Returns:
-        how many layers were packed.
+        the number of packed layers.
     """
     packed = 0
     for parent in list(model.modules()):
@@ -49,19 +49,18 @@ def pack_linears(model: nn.Module) -> int:
 
 
 def warm_up(model: nn.Module, max_head_rows: int) -> int:
-    """Has the code compiled for every number of rows that a step may have, before the first request needs it.
+    """Compiles the code for every number of rows that a step may have, before the first request.
 
-    Otherwise a step that is the first of its size stops to compile in the middle of serving, a millisecond or more for
-    each shape, and the process goes on growing until every size has been seen. As much work as some 7,000 tokens are
-    for one layer.
+    Otherwise the first step of each size compiles while serving, a millisecond or more for each shape, and the process
+    grows until every size has occurred. Takes as long as some 7,000 tokens in one layer.
 
     Args:
-        model: what `pack_linears` has packed.
-        max_head_rows: how many rows the outermost layer gets, which has one only for each token that is sampled.
-            Requests that want logits give it more; what those take is compiled then.
+        model: a model after `pack_linears`.
+        max_head_rows: the most rows of the output layer, which has one for each sampled token. Requests for logits have
+            more, which are compiled then.
 
     Returns:
-        how many products were computed.
+        the number of computed products.
     """
     shapes: dict[tuple[int, int, torch.dtype, bool], tuple[PackedLinear, int]] = {}
     for name, layer in model.named_modules():
@@ -73,7 +72,7 @@ def warm_up(model: nn.Module, max_head_rows: int) -> int:
 
 
 def packed_matrices(*linears: nn.Module) -> tuple[PackedMatrix, ...] | None:
-    """Packed layers as the C library takes them; None where it cannot multiply with all of them."""
+    """Packed layers in the C library's format; None if it does not support all of them."""
     described = [linear.packed.matrix for linear in linears if isinstance(linear, PackedLinearLayer)]
     found = tuple(each for each in described if each is not None)
     return found if len(found) == len(linears) else None

@@ -1,4 +1,4 @@
-"""The bounds of a picture's size that a checkpoint states in preprocessor_config.json."""
+"""The limits of an image's size in a checkpoint's preprocessor_config.json."""
 
 from dataclasses import dataclass
 from typing import Any, Self
@@ -8,12 +8,12 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 @dataclass(frozen=True, slots=True)
 class PictureSize:
-    """The bounds of a checkpoint's preprocessor_config.json.
+    """The limits in a checkpoint's preprocessor_config.json.
 
     Attributes:
         min_pixels: smaller pictures are scaled up to this.
         max_pixels: larger ones are scaled down to this.
-        side: of the square of pixels that one visual token stands for.
+        side: the side of the square of pixels of one visual token.
     """
 
     min_pixels: int
@@ -22,10 +22,10 @@ class PictureSize:
 
     @classmethod
     def of(cls, processor: Qwen2VLImageProcessorPil) -> Self:
-        """Reads them as either of their names, in `size` or beside it.
+        """Reads the limits under either of their names, in `size` or at the top level.
 
         Raises:
-            ValueError: a number is missing, no whole number, or contradicts another; the text names it.
+            ValueError: a number is missing, not an integer, or contradicts another; the text names it.
         """
         for name in ("patch_size", "merge_size", "temporal_patch_size"):
             _positive(name, getattr(processor, name, None))

@@ -1,7 +1,7 @@
-"""Multimodal rotary positions (M-RoPE, Qwen2-VL, arXiv 2409.12191): where every token stands in time, height and width.
+"""Multimodal rotary positions (M-RoPE, Qwen2-VL, arXiv 2409.12191): each token's position in time, height and width.
 
-Text advances all three by one a token. A picture's tokens span a grid that starts where the text stopped, and the text
-goes on after the grid's largest coordinate.
+Text advances all three by one per token. An image's tokens are a grid that starts after the text, and the text
+continues after the grid's largest coordinate.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ Grid = tuple[int, int, int]
 
 
 class PlaceholderMismatchError(ValueError):
-    """A prompt's placeholder tokens do not fit the pictures that come with it. The text names both counts."""
+    """A prompt's placeholder tokens do not match its images. The text has both counts."""
 
 
 @dataclass(slots=True)
 class _Pictures:
-    """The pictures of one kind, used up from the first to the last."""
+    """An iterator over the images of one kind."""
 
     kind: str
     token_id: int
@@ -59,10 +59,10 @@ def mrope_positions(
         config: names the placeholder tokens and the spatial merge size.
 
     Returns:
-        position_ids_3T, int64, and the delta: the token at index i behind the prompt stands at `i + delta`.
+        position_ids_3T, int64, and the delta: the token at index i after the prompt has the position `i + delta`.
 
     Raises:
-        PlaceholderMismatchError: there are more or fewer placeholder tokens than the pictures fill.
+        PlaceholderMismatchError: the number of placeholder tokens does not match the images.
     """
     images, videos = _pictures(image_grids, video_grids, config)
     _check_counts(input_ids_T, images, videos)
@@ -87,11 +87,11 @@ def batch_positions(
         config: names the placeholder tokens and the spatial merge size.
 
     Returns:
-        position_ids_3BT, int64, 1 at padding as in the reference; deltas_B1: the token at index i of the padded row
-        stands at `i + delta`.
+        position_ids_3BT, int64, 1 at padding as in the reference; deltas_B1: the token at index i of the padded row has
+        the position `i + delta`.
 
     Raises:
-        PlaceholderMismatchError: there are more or fewer placeholder tokens than the pictures fill.
+        PlaceholderMismatchError: the number of placeholder tokens does not match the images.
     """
     images, videos = _pictures(_grid_list(image_grids), _grid_list(video_grids), config)
     if attention_mask_BT is None:
@@ -155,7 +155,7 @@ def _row_positions(token_ids: list[int], images: _Pictures, videos: _Pictures) -
                 )
             block_3T = _grid_positions(grid, kind.merge) + position
             parts.append(block_3T)
-            # The reference goes on behind the block's largest coordinate; transformers 5 ignores time here, which
+            # The reference continues after the block's largest coordinate. transformers 5 ignores time here, which
             # differs for a video that is longer than it is wide.
             position = int(block_3T.max()) + 1
         index = end

@@ -1,7 +1,8 @@
-"""What `from_pretrained` reads: a released folder as it is, or a split folder put together. Checks names and shapes.
+"""Prepares a folder for `from_pretrained`: a released folder unchanged, or a merged split folder. Checks names and
+shapes.
 
-`model_type` is `qwen2_vl` on disk, so stock transformers reads an EchoVLM without any of its experts and says nothing.
-Here every name and shape in the files is compared with what the configuration asks for before a weight is read.
+`model_type` is `qwen2_vl` on disk, so plain transformers loads an EchoVLM without its experts and without a warning.
+Here every name and shape in the files is compared with the configuration before a weight is read.
 """
 
 # transformers leaves most of its methods untyped.
@@ -36,17 +37,17 @@ Build = Callable[[EchoVLMConfig], PreTrainedModel]
 _TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _HEAD = "lm_head.weight"
 _EMBEDDINGS = "model.embed_tokens.weight"
-# How many names an error text spells out.
+# The most names in an error's text.
 _NAMES_SHOWN = 8
 
 
 class CheckpointMismatchError(InvalidCheckpointError):
-    """A checkpoint's tensors are not those that its configuration asks for.
+    """A checkpoint's tensors do not match its configuration.
 
     Attributes:
-        missing: names that should be there.
-        unexpected: names that should not.
-        mismatched: names of another shape, with both shapes.
+        missing: missing names.
+        unexpected: unexpected names.
+        mismatched: names with another shape, and both shapes.
     """
 
     def __init__(self, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[str], hint: str) -> None:
@@ -62,20 +63,20 @@ class CheckpointMismatchError(InvalidCheckpointError):
 def prepare_pretrained(
     path: str | PathLike[str] | None, organ: str | None, kwargs: Mapping[str, Any], build: Build
 ) -> tuple[str | PathLike[str] | None, dict[str, Any]]:
-    """The path and arguments that `EchoVLMForConditionalGeneration.from_pretrained` passes to transformers.
+    """Returns the path and arguments for transformers' `from_pretrained`.
 
-    A folder in the released layout is checked and passed on unchanged. A split folder is put together: backbone, and
-    the experts and gates of one organ, or of all groups of a partition, in set order.
+    A folder in the released layout is checked and returned unchanged. A split folder is merged: the backbone, and the
+    experts and gates of one organ, or of all groups of a partition, in set order.
 
     Args:
-        path: as `from_pretrained` got it.
-        organ: whose experts of a split folder to take.
-        kwargs: as `from_pretrained` got them.
+        path: the argument of `from_pretrained`.
+        organ: the organ whose experts are loaded from a split folder.
+        kwargs: the arguments of `from_pretrained`.
         build: the model's class.
 
     Raises:
         CheckpointMismatchError: a tensor is missing, unexpected or of another shape.
-        InvalidCheckpointError: an organ is needed, unknown, or makes no sense for this checkpoint.
+        InvalidCheckpointError: an organ is missing, unknown, or not applicable to this checkpoint.
     """
     prepared = dict(kwargs)
     folder = None if path is None else Path(path, prepared.get("subfolder") or "")
@@ -102,10 +103,10 @@ def prepare_pretrained(
 
 
 def require_complete(loading_info: Mapping[str, Any]) -> None:
-    """Refuses a model that transformers filled only in part.
+    """Checks that transformers loaded all parameters.
 
     Raises:
-        CheckpointMismatchError: names what is missing, unexpected or of another shape.
+        CheckpointMismatchError: a tensor is missing, unexpected or of another shape.
     """
     mismatched = [str(entry[0] if isinstance(entry, tuple) else entry) for entry in loading_info["mismatched_keys"]]
     missing, unexpected = loading_info["missing_keys"], loading_info["unexpected_keys"]
@@ -152,7 +153,7 @@ def check_tensors(
     """
     unexpected = stored.keys() - expected.keys()
     if config.tie_word_embeddings and _HEAD in unexpected and stored[_HEAD] == stored.get(_EMBEDDINGS):
-        # Some writers store the tied matrix twice.
+        # Some checkpoints store the tied matrix twice.
         unexpected.discard(_HEAD)
     missing = expected.keys() - stored.keys()
     mismatched = [
@@ -205,7 +206,7 @@ def _bundle_digests(index: CheckpointIndex, organ: str | None) -> list[str]:
 
 
 def _routed_tensors(layer: int, bundles: Iterable[Bundle]) -> dict[str, torch.Tensor]:
-    """One layer's gate and experts under their released names, group after group."""
+    """One layer's gate and experts under their released names, in the order of the groups."""
     gates, tensors, first = [], {}, 0
     for bundle in bundles:
         gates.append(bundle.gate_ED(layer))
@@ -215,7 +216,7 @@ def _routed_tensors(layer: int, bundles: Iterable[Bundle]) -> dict[str, torch.Te
             tensors[expert_name(layer, first + expert, "up_proj")] = weights.up_EFD[expert]
             tensors[expert_name(layer, first + expert, "down_proj")] = weights.down_EDF[expert]
         first += weights.num_experts
-    # A copy, so that the model does not hang on a mapped file.
+    # A copy, so that the model does not depend on a mapped file.
     tensors[gate_name(layer)] = torch.cat(gates)
     return tensors
 

@@ -1,8 +1,8 @@
-"""Text, images and videos to what the model takes: Qwen2-VL's arithmetic with Pillow, no torchvision.
+"""Preprocesses text, images and videos for the model: Qwen2-VL's arithmetic with Pillow, without torchvision.
 
-transformers' PIL image processor cuts single images into patches; a video's patches are put together from those of its
-frames, which is the same arithmetic. Tokens are Qwen2's. Whatever a caller writes stays text: control tokens are set
-by id, and never found in a prompt.
+transformers' PIL image processor splits single images into patches; a video's patches are assembled from those of its
+frames, which is the same arithmetic. The tokenizer is Qwen2's. A caller's text never becomes control tokens: these are
+inserted by id.
 """
 
 import json
@@ -45,13 +45,13 @@ Picture = Image.Image | npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class VisionPatches:
-    """One image or video as the vision encoder takes it.
+    """One image or video in the vision encoder's format.
 
     Attributes:
-        is_video: which of the two.
+        is_video: whether it is a video.
         grid: patches in time, height and width, before merging.
         patches: float32, (grid_t · grid_h · grid_w) × (channels · temporal_patch_size · patch_size²).
-        num_tokens: how many places it takes in the prompt.
+        num_tokens: the number of its tokens in the prompt.
     """
 
     is_video: bool
@@ -67,8 +67,8 @@ class EchoVLMProcessor:
         """Takes the two parts.
 
         Raises:
-            ValueError: the tokenizer lacks a control token, or has it as ordinary text; the image processor has sizes
-                that are missing or contradict each other.
+            ValueError: the tokenizer does not have a control token, or has it as ordinary text; or sizes of the image
+                processor are missing or contradict each other.
         """
         self.image_processor = image_processor
         self.tokenizer = tokenizer
@@ -107,7 +107,7 @@ class EchoVLMProcessor:
         return processor
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes what `from_pretrained` reads."""
+        """Saves both parts for `from_pretrained`."""
         self.image_processor.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
 
@@ -131,7 +131,7 @@ class EchoVLMProcessor:
                 )
 
     def scaling(self, max_visual_tokens: int | None = None) -> Scaling:
-        """How frames are scaled; see `image_patches` for the limit."""
+        """The scaling of frames; see `image_patches` for the limit."""
         side, max_pixels = self._size.side, self._size.max_pixels
         if max_visual_tokens is not None:
             max_pixels = min(max_pixels, max_visual_tokens * side * side)
@@ -139,24 +139,26 @@ class EchoVLMProcessor:
         return Scaling(side, self._size.min_pixels, max_pixels, max_visual_tokens, resample)
 
     def image_patches(self, image: Picture, *, max_visual_tokens: int | None = None) -> VisionPatches:
-        """Cuts a still image into patches.
+        """Splits a still image into patches.
 
         Args:
             image: RGB; an array is height × width × 3, uint8.
-            max_visual_tokens: the image is scaled to fit, also below the checkpoint's own minimum; None leaves it to
-                the checkpoint.
+            max_visual_tokens: the image is scaled to fit, also below the checkpoint's minimum; None for the
+                checkpoint's limits.
 
         Raises:
-            ValueError: the image is so long and narrow that it cannot be scaled to fit.
+            ValueError: the image is too narrow to be scaled to fit.
         """
         return self.scaled_patches([self.scaling(max_visual_tokens).apply(_pixels(image))], is_video=False)
 
     def video_patches(self, frames: Sequence[Picture], *, max_visual_tokens: int | None = None) -> VisionPatches:
-        """Cuts a video into patches, `temporal_patch_size` (2) frames deep; a missing last frame is the one before it.
+        """Splits a video into patches of `temporal_patch_size` (2) frames; the last frame is repeated if one is
+        missing.
 
         Args:
             frames: RGB, all of one size.
-            max_visual_tokens: for each `temporal_patch_size` frames, which thus take as much as one still image.
+            max_visual_tokens: the limit for each `temporal_patch_size` frames, which then take as much as one still
+                image.
 
         Raises:
             ValueError: no frames, frames of different sizes, or frames too long and narrow.
@@ -165,7 +167,7 @@ class EchoVLMProcessor:
         return self.scaled_patches([scaling.apply(_pixels(frame)) for frame in frames], is_video=True)
 
     def scaled_patches(self, frames: Sequence[npt.NDArray[np.uint8]], *, is_video: bool) -> VisionPatches:
-        """Cuts frames that are scaled already (see `scaling`) into patches.
+        """Splits scaled frames (see `scaling`) into patches.
 
         Args:
             frames: height × width × 3, uint8, RGB, all of one size; a still image is one frame.
@@ -181,7 +183,7 @@ class EchoVLMProcessor:
         side, depth = self.image_processor.patch_size, self.image_processor.temporal_patch_size
         height, width = frames[0].shape[0] // side, frames[0].shape[1] // side
         num_tokens = height * width // self.image_processor.merge_size**2
-        # A still image's patch holds its frame `depth` times over.
+        # A still image's patch repeats its frame `depth` times.
         padded = [*frames, *[frames[-1]] * (-len(frames) % depth)]
         groups = [self._group_patches(padded[start : start + depth]) for start in range(0, len(padded), depth)]
         grid = (len(groups), height, width)
@@ -203,9 +205,9 @@ class EchoVLMProcessor:
         return patches.reshape(len(patches), -1)
 
     def _table(self) -> npt.NDArray[np.float32]:
-        """What each byte of each channel becomes, channels × 256, as the image processor itself computes it."""
+        """The normalised value of each byte of each channel, channels × 256, as computed by the image processor."""
         side = self._size.side
-        # A tile of each shade, as one picture.
+        # An image with a tile of each shade.
         shades = np.repeat(np.arange(256, dtype=np.uint8), side)
         picture = np.broadcast_to(shades[None, :, None], (side, 256 * side, 3))
         features = self.image_processor(
@@ -215,16 +217,16 @@ class EchoVLMProcessor:
         return np.ascontiguousarray(values.reshape(256, self.image_processor.merge_size**2, 3, -1)[:, 0, :, 0].T)
 
     def encode_chat(self, messages: Sequence[Message], vision: Sequence[VisionPatches]) -> list[int]:
-        """Token ids of a chat up to where the assistant answers, in ChatML as Qwen2-VL has it.
+        """The token ids of a chat up to the assistant's answer, in Qwen2-VL's ChatML.
 
-        No text of a message can become a control token, whatever it says. The checkpoint's chat template is not run.
+        No text of a message can become a control token. The checkpoint's chat template is not used.
 
         Args:
             messages: the chat; its images and videos in the order of `vision`.
-            vision: gives each placeholder its length.
+            vision: the images and videos, which determine the lengths of the placeholders.
 
         Raises:
-            ValueError: the messages show other images and videos than `vision` holds.
+            ValueError: the images and videos of the messages do not match `vision`.
         """
         shown = [part["type"] for message in messages for part in message["content"] if part["type"] != "text"]
         given = ["video" if item.is_video else "image" for item in vision]
@@ -245,13 +247,13 @@ class EchoVLMProcessor:
         return [*ids, self._ids[TURN_START], *self.encode_text("assistant\n")]
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of plain text: the name of a special token in it is spelt out, like any other word."""
+        """The token ids of plain text; names of special tokens in it are ordinary text."""
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         assert not self._control_ids.intersection(ids), "plain text became a control token"
         return list(ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of tokens; special tokens are left out, and halves of characters show as U+FFFD."""
+        """The text of tokens without special tokens; incomplete characters become U+FFFD."""
         text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
@@ -269,16 +271,16 @@ class EchoVLMProcessor:
         """Inputs of the model's `forward` and `generate`, as torch tensors.
 
         Args:
-            text: one prompt or a batch, each image's and video's place marked by one <|image_pad|> or <|video_pad|>,
-                as chat templates write it. Control tokens in it count: for text of others use `encode_chat`.
+            text: one prompt or a batch, with one <|image_pad|> or <|video_pad|> for each image and video, as in chat
+                templates. Control tokens in it are interpreted: for untrusted text use `encode_chat`.
             images: of all prompts, in order.
             videos: likewise, each a sequence of frames.
             padding: needed for a batch of prompts of different length.
-            padding_side: "left" or "right"; None leaves it to the tokenizer.
+            padding_side: "left" or "right"; None for the tokenizer's.
             max_visual_tokens: see `image_patches`.
 
         Raises:
-            ValueError: the text marks another number of images or videos than is given; both are named.
+            ValueError: the text has another number of images or videos than given; the error has both.
         """
         texts = [text] if isinstance(text, str) else list(text)
         vision = {
@@ -301,8 +303,8 @@ class EchoVLMProcessor:
         return BatchFeature(data, tensor_type="pt")
 
     def apply_chat_template(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """The text of a chat by the checkpoint's own template, for `__call__`."""
-        # transformers declares content to be text, but takes parts as well.
+        """The text of a chat by the checkpoint's template, for `__call__`."""
+        # transformers declares content as text, but accepts parts as well.
         chat: Any = list(messages)
         text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=add_generation_prompt)
         assert isinstance(text, str)

@@ -27,13 +27,13 @@ from router.dispatch.routed_experts import RoutedExperts
 
 @dataclass(frozen=True, slots=True)
 class ForwardPart:
-    """One of several forward passes that go through the layers side by side.
+    """One of several forward passes that are computed layer by layer together.
 
     Attributes:
         inputs_embeds: batch × tokens × hidden.
         position_ids: 3 × batch × tokens.
-        routed_experts: who computes its routed experts.
-        attention: what the attention function in use takes beside queries, keys and values.
+        routed_experts: computes its routed experts.
+        attention: further arguments of the attention function.
     """
 
     inputs_embeds: torch.Tensor
@@ -43,7 +43,7 @@ class ForwardPart:
 
 
 class EchoVLMPreTrainedModel(Qwen2VLPreTrainedModel):
-    """What the language model and the whole model share."""
+    """The base class of the language model and the whole model."""
 
     _no_split_modules = ["EchoVLMDecoderLayer", "Qwen2VLVisionBlock"]  # noqa: RUF012
 
@@ -62,7 +62,7 @@ class EchoVLMPreTrainedModel(Qwen2VLPreTrainedModel):
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """The loop is the default: transformers' own default may depend on the batch, and on the machine."""
+        """The loop is the default, because transformers' default may depend on the batch and on the machine."""
         return super().get_correct_experts_implementation(requested_experts or "eager")
 
 
@@ -92,10 +92,10 @@ class EchoVLMTextModel(EchoVLMPreTrainedModel, Qwen2VLTextModel):
         self.post_init()
 
     def forward_side_by_side(self, parts: Sequence[ForwardPart]) -> list[torch.Tensor]:
-        """Several forward passes without a mask or a cache of transformers, layer by layer in turn.
+        """Computes several forward passes alternately in each layer, without transformers' mask and cache.
 
-        In each layer the routed experts of all parts are begun before any is waited for, so that the experts of one
-        part work during the attention of the next. The arithmetic is that of `forward`.
+        In each layer the routed experts of all parts are started before the first result is awaited, so that the
+        experts of one part overlap with the attention of the next. The arithmetic is that of `forward`.
 
         Returns:
             each part's last hidden states, batch × tokens × hidden.

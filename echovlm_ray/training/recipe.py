@@ -8,7 +8,8 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from echovlm_ray.config import ContradictionError, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from echovlm_ray.config import NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from echovlm_ray.config_checks import ContradictionError
 from echovlm_ray.data.phantom.schema import Organ
 from echovlm_ray.tasks import TaskName, phantom_tasks
 

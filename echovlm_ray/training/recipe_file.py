@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from echovlm_ray.config import ContradictionError
+from echovlm_ray.config_checks import ContradictionError
 from echovlm_ray.training.recipe import AdapterSection, Recipe, Stage
 from echovlm_ray.yaml_document import (
     Document,

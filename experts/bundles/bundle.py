@@ -1,6 +1,6 @@
 """A bundle: one version of one organ's experts, a folder of a manifest and safetensors files.
 
-Beside them may lie `model.sig`, a signature over all of them (`experts.bundles.signing`). The bundle's digest does not
+The folder may contain `model.sig`, a signature over all files (`experts.bundles.signing`). The bundle's digest does not
 include it.
 """
 
@@ -30,7 +30,7 @@ from experts.errors import InvalidBundleError
 from experts.kernels.base import ExpertWeights
 
 SIGNATURE_NAME = "model.sig"
-# A signature names every file of the bundle once; real ones have a few kilobytes.
+# A signature lists every file of the bundle once; typical ones have a few kilobytes.
 MAX_SIGNATURE_BYTES = 1024 * 1024
 
 _MAX_LISTED_TENSORS = 100_000
@@ -38,12 +38,12 @@ _READ_BYTES = 4 * 1024 * 1024
 
 
 class Bundle:
-    """Reads one bundle. Weights are views of memory-mapped files wherever the files' order allows.
+    """Reads one bundle. Weights are views of memory-mapped files if the order in the files allows it.
 
     Attributes:
-        manifest: what the bundle says about itself.
-        manifest_bytes: the manifest file as it lies on the disk; a signature covers these bytes.
-        signature: the content of `model.sig`; none if the bundle is not signed.
+        manifest: the bundle's manifest.
+        manifest_bytes: the bytes of the manifest file, which a signature covers.
+        signature: the content of `model.sig`; None if the bundle is not signed.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class Bundle:
         """
         Args:
             manifest: the manifest.
-            locations: where each of the manifest's files lies; those left out are not to be read.
-            directory: the bundle's own folder, which must hold nothing else; none where files are stored by digest.
-            manifest_bytes: the manifest file, by default as `Manifest.to_json` writes it.
+            locations: the paths of the manifest's files; files without one are not read.
+            directory: the bundle's folder, which must contain nothing else; None if files are stored by digest.
+            manifest_bytes: the manifest file; by default the output of `Manifest.to_json`.
             signature: the signature, if there is one.
-            fetch_again: for a file that is a copy of another place's and is damaged, where a new copy lies; none if it
-                is no copy.
+            fetch_again: replaces a damaged local copy of a file and returns the new path; returns None if the file is
+                not a copy.
         """
         self.manifest = manifest
         self.manifest_bytes = manifest.to_json() if manifest_bytes is None else manifest_bytes
@@ -75,11 +75,10 @@ class Bundle:
 
     @classmethod
     def open(cls, directory: Path) -> Self:
-        """Opens the bundle in a folder; `verify` looks at more than the manifest.
+        """Opens the bundle in a folder. Reads only the manifest; `verify` checks the files.
 
         Raises:
-            InvalidBundleError: there is no manifest, it is a link, or it is not valid; or the signature is a link or
-                too large to be one.
+            InvalidBundleError: the manifest is missing, a link or invalid, or the signature is a link or too large.
         """
         path = directory / MANIFEST_NAME
         if path.is_symlink() or not path.is_file():
@@ -102,11 +101,11 @@ class Bundle:
 
     @property
     def locations(self) -> dict[str, Path]:
-        """Where each file of the manifest lies."""
+        """The path of each file of the manifest."""
         return dict(self._locations)
 
     def load_layer(self, layer: int) -> ExpertWeights:
-        """One layer's experts, on the CPU, as the files have them.
+        """One layer's experts on the CPU, in the files' dtype.
 
         Raises:
             IndexError: there is no such layer.
@@ -117,7 +116,7 @@ class Bundle:
         return ExpertWeights(gate, up, down)
 
     def gate_ED(self, layer: int) -> torch.Tensor:
-        """The gate's rows of this organ's experts in one layer: experts × hidden.
+        """The gate rows of one layer: experts × hidden.
 
         Raises:
             IndexError: there is no such layer.
@@ -131,7 +130,7 @@ class Bundle:
         """One tensor by its name in the bundle.
 
         Raises:
-            InvalidBundleError: there is none, or its file is damaged.
+            InvalidBundleError: the tensor is missing or its file is damaged.
         """
         return self._file_of(name).tensor(name)
 
@@ -155,15 +154,15 @@ class Bundle:
     def verify(
         self, *, digests: bool = True, finite: bool = False, read: Callable[[int], None] = lambda _: None
     ) -> None:
-        """Checks that the bundle is exactly what its manifest says.
+        """Checks that the bundle matches its manifest exactly.
 
         Args:
             digests: read every file once and compare its SHA-256.
-            finite: refuse weights that are infinite or not a number.
-            read: called with how many further bytes were read to compare digests.
+            finite: refuse weights with NaN or infinity.
+            read: called with the number of further bytes that were read to compare digests.
 
         Raises:
-            InvalidBundleError: names the file or tensor and what is wrong with it.
+            InvalidBundleError: names the file or tensor and the problem.
         """
         if self._directory is not None:
             self._verify_directory(self._directory)
@@ -173,10 +172,10 @@ class Bundle:
             self._verify_finite()
 
     def verify_files(self, *, digests: bool = True, read: Callable[[int], None] = lambda _: None) -> None:
-        """Checks the files that were given alone, whatever else the manifest names; see `verify`.
+        """Checks only the files with a location; see `verify`.
 
         Raises:
-            InvalidBundleError: names the file and what is wrong with it.
+            InvalidBundleError: names the file and the problem.
         """
         for entry in self.manifest.files:
             if entry.path not in self._locations:
@@ -188,7 +187,7 @@ class Bundle:
                 if fetched is None:
                     raise
                 self._locations[entry.path] = fetched
-                # What was mapped is the damaged copy.
+                # The mapping is of the damaged copy.
                 self.__dict__.pop("_files", None)
                 self.__dict__.pop("_file_by_tensor", None)
 
@@ -246,7 +245,7 @@ class Bundle:
         found = self._file_by_tensor
         count = num_expected_tensors(self.manifest)
         if count > len(found) + _MAX_LISTED_TENSORS:
-            # Sizes out of a manifest must not decide how much memory is taken here.
+            # Sizes in a manifest must not determine how much memory is allocated here.
             raise InvalidBundleError(f"the manifest's sizes make {count} tensors, the files hold {len(found)}")
         expected = expected_tensors(self.manifest)
         if missing := [name for name in expected if name not in found]:
@@ -285,10 +284,10 @@ class Bundle:
 def verify_file(
     path: Path, entry: FileEntry, *, digest: bool = True, read: Callable[[int], None] = lambda _: None
 ) -> None:
-    """Checks that a file is the one that a manifest names.
+    """Checks a file against its entry in a manifest.
 
     Raises:
-        InvalidBundleError: missing, a link or no plain file, of another size, or of another SHA-256.
+        InvalidBundleError: it is missing or not a plain file, or its size or SHA-256 differs.
     """
     if path.is_symlink():
         raise InvalidBundleError(f"{entry.path}: is a link; a bundle holds plain files only")

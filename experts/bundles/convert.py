@@ -1,6 +1,6 @@
-"""Converts weights of another floating dtype than the backbone's, or refuses them.
+"""Converts weights to the backbone's dtype, or refuses them.
 
-A kernel computes in one dtype, that of the hidden states it is sent. A bundle may have been packed in another one.
+A kernel computes in the dtype of the hidden states. A bundle may have been packed in another one.
 """
 
 from typing import Literal
@@ -12,22 +12,22 @@ from experts.bundles.manifest import Manifest
 from experts.errors import InvalidBundleError
 from experts.kernels.base import ExpertWeights
 
-# What happens to a bundle of another dtype.
+# How bundles of another dtype are handled.
 OtherDtype = Literal["convert", "refuse"]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype as manifests and configurations spell it, for example "bfloat16"."""
+    """The name of a dtype in manifests and configurations, for example "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
 def check_dtype(manifest: Manifest, dtype: torch.dtype, other_dtype: OtherDtype) -> None:
-    """Checks that a bundle's experts and gate rows may be computed in a dtype.
+    """Checks that a bundle may be computed in a dtype.
 
     Args:
-        manifest: the bundle's.
-        dtype: of the hidden states.
-        other_dtype: "refuse" allows no other dtype than this one.
+        manifest: the bundle's manifest.
+        dtype: the dtype of the hidden states.
+        other_dtype: "refuse" allows only this dtype.
 
     Raises:
         InvalidBundleError: it must not be converted; the text names both dtypes.
@@ -46,16 +46,16 @@ def check_dtype(manifest: Manifest, dtype: torch.dtype, other_dtype: OtherDtype)
 def convert(
     tensor: torch.Tensor, dtype: torch.dtype, part: str, device: torch.device | str | None = None
 ) -> torch.Tensor:
-    """A tensor of finite weights in another dtype; itself where nothing changes.
+    """Converts a tensor of finite weights; returns the tensor itself if nothing changes.
 
     Args:
         tensor: any shape.
         dtype: a floating dtype.
-        part: what the weights are, for the error.
-        device: where the result goes; none leaves it where it is.
+        part: the name of the weights in errors.
+        device: the device of the result; None keeps the tensor's.
 
     Raises:
-        InvalidBundleError: a weight is larger than the dtype can hold, so that it became infinite.
+        InvalidBundleError: a weight overflows the dtype.
     """
     converted = tensor.to(device=device, dtype=dtype)
     if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and not is_finite(converted):

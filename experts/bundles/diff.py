@@ -13,7 +13,7 @@ from experts.bundles.manifest import PROJECTIONS, Manifest
 
 @dataclass(frozen=True, slots=True)
 class FieldChange:
-    """A field of the manifest that differs; values as JSON has them, None where it is at its default."""
+    """A field of the manifest that differs. Values are as in JSON, and None for the default."""
 
     field: str
     before: Any
@@ -22,13 +22,13 @@ class FieldChange:
 
 @dataclass(frozen=True, slots=True)
 class LayerChange:
-    """How far one layer moved: Frobenius norm of the difference, as a share of the norm before.
+    """The change of one layer: the Frobenius norm of the difference, relative to the norm before.
 
     Attributes:
         layer: from 0.
-        experts: of all experts that both have, together.
-        most_changed: that of the expert that moved most, and which of the first bundle's it is; None without a pair.
-        gate: of the gate rows of the experts that both have.
+        experts: the change of all common experts together.
+        most_changed: the largest change of an expert and its index in the first bundle; None without common experts.
+        gate: the change of the common experts' gate rows.
     """
 
     layer: int
@@ -42,15 +42,15 @@ class BundleDiff:
     """The differences from one bundle to another.
 
     Attributes:
-        before: digest of the first.
-        after: digest of the second.
-        fields: what differs in the manifests, apart from the list of files.
-        pairs: which expert of the first is which of the second: first those that are equal in every bit, then by index.
-        unchanged: how many of the pairs are equal in every bit.
-        removed: experts of the first that the second has not.
-        added: experts of the second that the first has not.
-        layers: how far each layer moved; empty where the sizes differ, see `incomparable`.
-        incomparable: why weights cannot be compared; None if they were.
+        before: the first bundle's digest.
+        after: the second bundle's digest.
+        fields: the differences of the manifests, without the list of files.
+        pairs: (expert of the first, expert of the second): bitwise equal ones first, the rest by index.
+        unchanged: the number of bitwise equal pairs.
+        removed: experts that only the first bundle has.
+        added: experts that only the second bundle has.
+        layers: the change of each layer; empty if the sizes differ, see `incomparable`.
+        incomparable: why the weights cannot be compared; None if they were compared.
     """
 
     before: str
@@ -65,13 +65,13 @@ class BundleDiff:
 
     @property
     def same_weights(self) -> bool:
-        """Whether experts and gates are equal in every bit, and gates in value."""
+        """Whether the experts are bitwise equal and the gate rows equal in value."""
         everything_paired = not self.removed and not self.added and self.unchanged == len(self.pairs)
         return self.incomparable is None and everything_paired and all(layer.gate == 0 for layer in self.layers)
 
 
 def diff_bundles(before: Bundle, after: Bundle) -> BundleDiff:
-    """Compares two bundles; two experts' matrices are in memory at a time.
+    """Compares two bundles. Only two experts' matrices are in memory at a time.
 
     Raises:
         InvalidBundleError: a tensor is missing or a file is damaged.
@@ -111,7 +111,7 @@ def _incomparable(before: Manifest, after: Manifest) -> str | None:
 
 
 def _expert_digests(bundle: Bundle) -> list[bytes]:
-    """Of every expert a digest of all its matrices in all layers, with their dtype."""
+    """A digest of every expert: its matrices in all layers, and their dtype."""
     manifest = bundle.manifest
     digests = [hashlib.sha256(manifest.dtype.encode()) for _ in range(manifest.num_experts)]
     for layer in range(manifest.num_layers):
@@ -124,7 +124,7 @@ def _expert_digests(bundle: Bundle) -> list[bytes]:
 
 
 def _pairs(before: list[bytes], after: list[bytes]) -> tuple[list[tuple[int, int]], int]:
-    """Pairs of equal experts, in place before elsewhere, then of what is left under the same index."""
+    """Pairs of equal experts, preferably with the same index, then the rest by index."""
     free = set(range(len(after)))
     pairs: list[tuple[int, int]] = []
     for same_place in (True, False):
@@ -167,5 +167,5 @@ def _layer_change(before: Bundle, after: Bundle, layer: int, pairs: list[tuple[i
 
 
 def _share(difference: float, norm: float) -> float:
-    """The ratio of two squared norms' roots; the difference itself where there was nothing before."""
+    """The ratio of two norms, given their squares; the first norm if the second is 0."""
     return float((difference / norm) ** 0.5) if norm else float(difference**0.5)

@@ -1,4 +1,4 @@
-"""Digests: what identifies a file, a bundle and an expert set."""
+"""Digests: the identities of files, bundles and expert sets."""
 
 import hashlib
 import json
@@ -6,10 +6,10 @@ from typing import Any
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one byte string of a JSON value: sorted keys, no blanks, UTF-8, no NaN.
+    """The canonical JSON of a value: sorted keys, no blanks, UTF-8, no NaN.
 
     Raises:
-        ValueError: the value holds NaN or infinity.
+        ValueError: the value contains NaN or infinity.
     """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode()

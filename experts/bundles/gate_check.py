@@ -11,15 +11,15 @@ from experts.errors import ProbeError
 
 
 def check_gates(bundle: Bundle, dtype: torch.dtype) -> None:
-    """Converts every layer's gate rows as a router does, and asks them about the self-test's hidden states.
+    """Converts every layer's gate rows as a router does, and computes their logits for the self-test's hidden states.
 
     Args:
-        bundle: verified.
-        dtype: of the backbone's hidden states.
+        bundle: the verified bundle.
+        dtype: the dtype of the backbone's hidden states.
 
     Raises:
         InvalidBundleError: a row is too large for the dtype.
-        ProbeError: a logit is infinite or not a number, so that the experts' weights would be none.
+        ProbeError: a logit is NaN or infinite, so that the experts' weights would be undefined.
     """
     manifest = bundle.manifest
     for layer in range(manifest.num_layers):

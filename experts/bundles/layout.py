@@ -29,7 +29,7 @@ def gate_tensor(layer: int) -> str:
 
 
 def probe_tensor(layer: int, part: ProbePart) -> str:
-    """The name of one tensor of a layer's probe; unlike weights it does not start with the layer."""
+    """The name of one tensor of a layer's probe. Unlike names of weights it does not start with the layer."""
     return f"probe.layers.{layer}.{part}"
 
 
@@ -40,9 +40,9 @@ def expert_tensors_of_layer(description: BundleDescription, layer: int) -> dict[
 
 
 def expert_stacks(description: BundleDescription) -> Iterator[dict[str, TensorSpec]]:
-    """What lies together in a file, in order: one layer's matrices of one projection.
+    """The groups of adjacent tensors in a file: one layer's matrices of one projection.
 
-    So every stack `[experts, …]` that a kernel wants is one piece of a file and needs no copy.
+    So every stack `[experts, …]` for a kernel is contiguous in a file and needs no copy.
     """
     for layer in range(description.num_layers):
         for projection, names in expert_tensors_of_layer(description, layer).items():
@@ -56,12 +56,12 @@ def gate_tensors(description: BundleDescription) -> dict[str, TensorSpec]:
 
 
 def prototype_tensors(description: BundleDescription) -> dict[str, TensorSpec]:
-    """The prototype file's tensors; none if the bundle has no prototype."""
+    """The prototype file's tensors; empty if the bundle has no prototype."""
     return {PROTOTYPE_TENSOR: (torch.float32, (description.hidden_size,))} if description.has_prototype else {}
 
 
 def probe_tensors(description: BundleDescription) -> dict[str, TensorSpec]:
-    """The probe file's tensors, layer by layer; none if the bundle has no probe."""
+    """The probe file's tensors, layer by layer; empty if the bundle has no probe."""
     if description.probe is None:
         return {}
     tokens, top_k, hidden = description.probe.tokens, description.probe.top_k, description.hidden_size
@@ -75,13 +75,13 @@ def probe_tensors(description: BundleDescription) -> dict[str, TensorSpec]:
 
 
 def num_expected_tensors(description: BundleDescription) -> int:
-    """How many tensors `expected_tensors` has, without making them."""
+    """The number of tensors in `expected_tensors`, without building them."""
     per_layer = len(PROJECTIONS) * description.num_experts + 1 + (len(PROBE_PARTS) if description.probe else 0)
     return description.num_layers * per_layer + description.has_prototype
 
 
 def expected_tensors(description: BundleDescription) -> dict[str, TensorSpec]:
-    """Everything that a bundle's files hold together."""
+    """All tensors of a bundle's files."""
     tensors = {name: spec for stack in expert_stacks(description) for name, spec in stack.items()}
     return {
         **tensors,

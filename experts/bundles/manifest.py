@@ -1,8 +1,7 @@
 """The manifest of a bundle. Its digest is the version's identity.
 
-Keys that a MONAI bundle's metadata has (https://docs.monai.io/en/stable/mb_specification.html) mean here what they
-mean there: version, changelog, task, description, authors, copyright, data_source, intended_use, references,
-eval_metrics.
+These keys have the meaning of a MONAI bundle's metadata (https://docs.monai.io/en/stable/mb_specification.html):
+version, changelog, task, description, authors, copyright, data_source, intended_use, references, eval_metrics.
 """
 
 import json
@@ -19,7 +18,7 @@ from experts.errors import InvalidBundleError
 
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
-# A longer list of wrong fields does not help, and its length would be whatever an attacker likes.
+# A longer list of invalid fields does not help, and an attacker would control its length.
 _SHOWN_REASONS = 5
 _SHOWN_CHARACTERS = 200
 
@@ -27,7 +26,7 @@ DTypeName = Literal["float32", "bfloat16", "float16"]
 Projection = Literal["gate", "up", "down"]
 PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
 
-# https://semver.org, its suggested expression.
+# The regular expression of https://semver.org.
 _SEMANTIC_VERSION = re.compile(
     r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
     r"(?:-((?:0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)(?:\.(?:0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*))*))?"
@@ -37,7 +36,7 @@ _SEMANTIC_VERSION = re.compile(
 
 
 def check_version(version: str) -> str:
-    """The version itself, if it is semantic.
+    """Returns a valid semantic version.
 
     Raises:
         ValueError: it is not MAJOR.MINOR.PATCH with optional -prerelease and +build.
@@ -48,7 +47,7 @@ def check_version(version: str) -> str:
 
 
 def version_key(version: str) -> tuple[tuple[int, int, int], bool, tuple[tuple[bool, int, str], ...], str]:
-    """Sorts versions as semver.org orders them; builds of one version are ordered by their text."""
+    """The sort key of a version by semver.org's order; builds of one version are ordered by their text."""
     match = _SEMANTIC_VERSION.fullmatch(check_version(version))
     assert match is not None
     major, minor, patch, prerelease, build = match.groups()
@@ -59,7 +58,7 @@ def version_key(version: str) -> tuple[tuple[int, int, int], bool, tuple[tuple[b
 
 
 def check_organ(organ: str) -> str:
-    """The organ itself, if it can name a folder and an application.
+    """Returns an organ's name that is valid for a folder and an application.
 
     Raises:
         ValueError: it is not lower-case letters, digits and hyphens, starting with a letter.
@@ -70,10 +69,10 @@ def check_organ(organ: str) -> str:
 
 
 def check_file_path(path: str) -> str:
-    """The path itself, if it names a safetensors file that lies beside the manifest.
+    """Returns the path if it names a safetensors file in the manifest's folder.
 
     Raises:
-        ValueError: it could reach elsewhere, or is no safetensors file.
+        ValueError: it could lead to another folder, or is not a safetensors file.
     """
     shown = repr(path[:200])
     if path.startswith("/") or re.match(r"[A-Za-z]:", path):
@@ -114,14 +113,14 @@ class FileEntry(_Frozen):
 
 
 class ProbeSizes(_Frozen):
-    """How many recorded inputs a bundle's self-test has in every layer; see `experts.bundles.probe`."""
+    """The sizes of a bundle's self-test in every layer; see `experts.bundles.probe`."""
 
     tokens: Annotated[int, Field(ge=1, le=4096)]
     top_k: Annotated[int, Field(ge=1, le=64)]
 
 
 class BundleDescription(_Frozen):
-    """Everything a manifest says except which files there are: what the maker of a bundle provides."""
+    """The manifest without its list of files: the fields that the author of a bundle provides."""
 
     name: Annotated[Line, Field(min_length=1, max_length=200)]
     organ: Organ
@@ -136,28 +135,28 @@ class BundleDescription(_Frozen):
     # What changed, by version.
     changelog: dict[Version, Prose] = {}
     data_source: Prose = ""
-    # What it was trained on, in words and numbers without any patient's data.
+    # The training data, as a description without any patient's data.
     training_data: Prose = ""
     eval_metrics: dict[Line, float] = {}
     references: tuple[Line, ...] = ()
-    # Other words for the organ, in any language, by which requests and DICOM attributes may call it.
+    # Synonyms of the organ in any language, for hints of requests and DICOM attributes.
     organ_synonyms: tuple[Line, ...] = ()
 
-    # The backbone it was trained against; it works with no other.
+    # The backbone that it was trained against, and the only one that it works with.
     backbone_digest: Digest
     num_layers: Size
     num_experts: Size
     hidden_size: Size
-    # The experts' inner size.
+    # The experts' intermediate size.
     intermediate_size: Size
     dtype: DTypeName
-    # When the gate's rows have another dtype than the experts.
+    # The gate rows' dtype, if it differs from the experts'.
     gate_dtype: DTypeName | None = None
-    # Which experts of the checkpoint it was split from these are, in order; none if it was not split from one.
+    # The experts' indices in the checkpoint that it was split from, in order; None if it was not split from one.
     source_experts: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     # Whether there is a prototype: the mean vision feature [hidden_size] of this organ's images.
     has_prototype: bool = False
-    # The sizes of the recorded inputs and outputs of the self-test; none if there is none.
+    # The sizes of the recorded self-test; None without one.
     probe: ProbeSizes | None = None
 
     @model_validator(mode="after")
@@ -183,7 +182,7 @@ class BundleDescription(_Frozen):
 
     @property
     def num_expert_parameters(self) -> int:
-        """How many numbers the experts have in all layers together."""
+        """The number of parameters of all experts in all layers."""
         return self.num_layers * self.num_experts * 3 * self.hidden_size * self.intermediate_size
 
     def expert_shape(self, projection: Projection) -> tuple[int, int]:
@@ -194,14 +193,14 @@ class BundleDescription(_Frozen):
 
 
 class Manifest(BundleDescription):
-    """A bundle's whole manifest."""
+    """A bundle's manifest."""
 
     format: Literal["echovlm-experts-1"]
     files: Annotated[tuple[FileEntry, ...], Field(min_length=2)]
 
     @model_validator(mode="after")
     def _files_are_distinct(self) -> Self:
-        # Not even by case: a file system may not tell them apart.
+        # Names must not differ only by case, because some file systems ignore it.
         paths = [entry.path.lower() for entry in self.files]
         if repeated := sorted({path for path in paths if paths.count(path) > 1}):
             raise ValueError(f"files names {', '.join(repeated)} twice")
@@ -209,20 +208,20 @@ class Manifest(BundleDescription):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the canonical form of what `to_json` holds."""
+        """SHA-256 of the canonical form of `to_json`."""
         return digest_of(self._content())
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all files."""
+        """The bytes of all files."""
         return sum(entry.size for entry in self.files)
 
     def to_json(self) -> bytes:
-        """The content of manifest.json, for people to read too. Fields at their default are left out."""
+        """The content of manifest.json, formatted for people. Fields at their default are omitted."""
         return (json.dumps(self._content(), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
     def _content(self) -> dict[str, Any]:
-        # Without defaults, so that a field added later does not change the identity of what there is.
+        # Without defaults, so that a new field does not change the identity of existing bundles.
         return self.model_dump(mode="json", exclude_defaults=True)
 
     @classmethod
@@ -231,16 +230,16 @@ class Manifest(BundleDescription):
 
         Args:
             content: its bytes.
-            where: what errors call it.
+            where: its name in errors.
 
         Raises:
-            InvalidBundleError: too large, not JSON, a key that occurs twice, or not a manifest; the text names the
-                first wrong fields.
+            InvalidBundleError: it is too large, not JSON, has a duplicate key, or is not a manifest; the text names the
+                first invalid fields.
         """
         if len(content) > MAX_MANIFEST_BYTES:
             raise InvalidBundleError(f"{where}: is larger than {MAX_MANIFEST_BYTES} bytes")
         try:
-            # pydantic would take the last of two equal keys, and another reader of the same bytes the first.
+            # Of two equal keys pydantic takes the last, and other readers the first.
             json.loads(content, object_pairs_hook=_refuse_repetition)
             return cls.model_validate_json(content)
         except ValidationError as error:
@@ -258,11 +257,11 @@ def _refuse_repetition(pairs: list[tuple[str, Any]]) -> None:
 
 
 def _reasons(error: ValidationError) -> str:
-    """What is wrong with which field, for the first few fields."""
+    """The problems of the first few invalid fields."""
     details = error.errors(include_url=False, include_input=False)
     reasons = []
     for detail in details[:_SHOWN_REASONS]:
-        # Keys are the maker's text, too.
+        # Keys are foreign text, too.
         field = quoted(".".join(str(part) for part in detail["loc"]), _SHOWN_CHARACTERS) or "manifest"
         unknown = detail["type"] == "extra_forbidden"
         reason = "is no field of a manifest" if unknown else detail["msg"].removeprefix("Value error, ")

@@ -1,9 +1,9 @@
 """The self-test of a bundle: recorded inputs and outputs of every layer, replayed through a kernel.
 
-The inputs are random, from a fixed seed, at the scale that the norm before the experts gives; the outputs are those of
-the reference kernel in float32, recorded when the bundle was packed. A kernel that computes something else, on this
-machine and in this dtype, is found before a single request reaches it, and so are weights that are not the ones that
-were packed. A bundle without a probe is compared with the reference kernel on inputs made on the spot.
+The inputs are random with a fixed seed, at the scale of the norm before the experts. The outputs are those of the
+reference kernel in float32, recorded when the bundle was packed. So a kernel that computes wrong results on this
+machine and in this dtype is found before the first request, and so are weights that changed after packing. A bundle
+without a probe is compared with the reference kernel on generated inputs.
 """
 
 from collections.abc import Callable
@@ -35,26 +35,26 @@ NormWeight = Callable[[int], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class ProbeInputs:
-    """What one layer is asked: T tokens with K experts each, in float32 but exact in the bundle's dtype."""
+    """One layer's inputs: T tokens with K experts each, in float32 but exact in the bundle's dtype."""
 
     hidden_states_TD: torch.Tensor
-    # int32; the last pair belongs to no expert, as in a partition.
+    # int32; the last pair has no expert here, as in a partition.
     expert_index_TK: torch.Tensor
     weight_TK: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class SelfTest:
-    """How a kernel did.
+    """The result of a kernel's self-test.
 
     Attributes:
-        recorded: whether the bundle's own probe was replayed; otherwise inputs made on the spot.
-        kernel: what really computed.
-        dtype: of the weights and the inputs, as torch names it.
-        tolerance: the largest error that passes.
-        worst_error: the largest that was found, as a share of the layer's largest output.
-        worst_layer: where it was found.
-        resident_bytes: of all layers as the kernel would keep them.
+        recorded: whether the bundle's probe was replayed; otherwise generated inputs.
+        kernel: the kernel that computed.
+        dtype: torch's name of the dtype of weights and inputs.
+        tolerance: the largest allowed error.
+        worst_error: the largest error, relative to the layer's largest output.
+        worst_layer: the layer with the largest error.
+        resident_bytes: bytes of all layers in the kernel's layout.
     """
 
     recorded: bool
@@ -67,7 +67,7 @@ class SelfTest:
 
 
 def probe_sizes(num_experts: int) -> ProbeSizes:
-    """Enough tokens for every expert to be asked twice."""
+    """The sizes with which every expert is used twice."""
     top_k = min(2, num_experts)
     return ProbeSizes(tokens=min(max(_MIN_TOKENS, -(-2 * num_experts // top_k) + 1), _MAX_TOKENS), top_k=top_k)
 
@@ -75,12 +75,12 @@ def probe_sizes(num_experts: int) -> ProbeSizes:
 def make_inputs(
     description: BundleDescription, sizes: ProbeSizes, layer: int, norm_weight: NormWeight | None = None
 ) -> ProbeInputs:
-    """One layer's random inputs; equal calls give equal inputs.
+    """One layer's random inputs, which are deterministic.
 
     Args:
         description: the bundle's sizes and dtype.
         sizes: how many tokens, and experts of each.
-        layer: the layer; every one has inputs of its own.
+        layer: the layer; each has different inputs.
         norm_weight: the backbone's weight of the norm before the experts; by default ones, as before training.
     """
     generator = torch.Generator().manual_seed(_SEED + layer)
@@ -88,7 +88,7 @@ def make_inputs(
     hidden_states_TD /= hidden_states_TD.square().mean(dim=1, keepdim=True).sqrt()
     if norm_weight is not None:
         hidden_states_TD = hidden_states_TD * norm_weight(layer).float()
-    # Walking through the experts with each of a token's choices a step ahead of the last reaches all of them.
+    # Each choice of a token is one expert after the previous one, so all experts are used.
     steps_TK = torch.arange(sizes.tokens)[:, None] * sizes.top_k + torch.arange(sizes.top_k)[None, :]
     expert_index_TK = (steps_TK % description.num_experts).to(torch.int32)
     expert_index_TK[-1, -1] = NO_EXPERT
@@ -99,7 +99,7 @@ def make_inputs(
 
 
 def reference_output(weights: ExpertWeights, inputs: ProbeInputs) -> torch.Tensor:
-    """What the reference kernel computes in float32, T × D. One expert at a time is converted, so memory is bounded."""
+    """The reference kernel's output in float32, T × D. Experts are converted one at a time to bound memory."""
     output_TD = torch.zeros_like(inputs.hidden_states_TD)
     kernel = ReferenceKernel()
     with torch.inference_mode():
@@ -116,12 +116,12 @@ def reference_output(weights: ExpertWeights, inputs: ProbeInputs) -> torch.Tenso
 
 
 class ProbeSource:
-    """Gives the tensors of a new bundle's probe file, by their names and layer by layer."""
+    """Computes the tensors of a new bundle's probe file by name, layer by layer."""
 
     def __init__(
         self, description: BundleDescription, load_layer: LoadLayer, norm_weight: NormWeight | None = None
     ) -> None:
-        """Args are what the bundle should say, its experts as they were written, and the norms' weights if known."""
+        """Takes the bundle's description, its written experts, and the norms' weights if known."""
         assert description.probe is not None
         self._description = description
         self._sizes = description.probe
@@ -130,7 +130,7 @@ class ProbeSource:
         self._tensors: dict[str, torch.Tensor] = {}
 
     def __call__(self, name: str) -> torch.Tensor:
-        """The tensor of that name."""
+        """The tensor of this name."""
         if name not in self._tensors:
             self._tensors = self._layer(int(name.split(".")[2]))
         return self._tensors[name]
@@ -156,10 +156,10 @@ def self_test(
     """Computes every layer's probe with a kernel and compares. One layer is loaded at a time.
 
     Args:
-        bundle: verified; weights that are not finite fail here too.
-        kernel: what to compute with.
-        device: where.
-        dtype: what the weights are converted to; none leaves them as the bundle has them.
+        bundle: the verified bundle; NaN and infinity fail here too.
+        kernel: the kernel.
+        device: the device.
+        dtype: the dtype to convert weights to; None keeps the bundle's.
 
     Raises:
         ProbeError: an output differs by more than the tolerance, is not finite, or has another shape or dtype.
@@ -176,7 +176,7 @@ def self_test(
         prepared = kernel.load(convert_experts(weights, dtype, device, layer))
         name = kernel_in_use(kernel, prepared)
         resident_bytes += prepared.nbytes
-        # All at once and one alone: a kernel may go two ways for many tokens and for few.
+        # All tokens and a single one, because a kernel may have separate code for few tokens.
         for tokens in (slice(None), slice(0, 1)):
             error = _error(layer, prepared, inputs, expected_TD, tokens, torch.device(device), dtype)
             if error > tolerance:
@@ -216,7 +216,7 @@ def _error(
     device: torch.device,
     dtype: torch.dtype,
 ) -> float:
-    """The largest difference as a share of the largest output of the layer."""
+    """The largest difference, relative to the layer's largest output."""
     x_TD = inputs.hidden_states_TD[tokens].to(device=device, dtype=dtype)
     with torch.inference_mode():
         found_TD = prepared.forward(

@@ -1,8 +1,8 @@
-"""The header of a safetensors file: what tensors it holds and where they lie. The library checks it.
+"""The header of a safetensors file: its tensors and their offsets. The library validates it.
 
-`safetensors.safe_open` refuses headers longer than 100 MB or than the file, anything but the JSON that the format
-asks for, sizes that overflow, and tensors that overlap, leave gaps or end elsewhere than the file. It does not say
-where a tensor lies and lets a name occur twice, so the header is read once more for these two.
+`safetensors.safe_open` refuses headers longer than 100 MB or than the file, invalid JSON, sizes that overflow, and
+tensors that overlap, leave gaps or do not end with the file. It does not return offsets and allows duplicate names, so
+the header is parsed once more for these two.
 """
 
 import json
@@ -14,15 +14,15 @@ from safetensors import SafetensorError, safe_open
 
 
 class InvalidHeaderError(ValueError):
-    """A file is no safetensors file, is damaged, or names a tensor twice."""
+    """A file is not a safetensors file, is damaged, or has a duplicate name."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredInfo:
-    """One tensor as the header has it.
+    """One tensor in the header.
 
     Attributes:
-        dtype: in the format's spelling: F32, BF16, …
+        dtype: the format's name: F32, BF16, …
         shape: its sizes.
         start: its first byte, from the start of the file.
         end: the byte after its last one.
@@ -35,10 +35,10 @@ class StoredInfo:
 
 
 def read_header(descriptor: int) -> dict[str, StoredInfo]:
-    """Reads the header of an open file, without reading or keeping a map of its tensors.
+    """Reads the header of an open file, without reading or mapping its tensors.
 
     Args:
-        descriptor: of a plain file, open for reading; its position does not matter and does not change.
+        descriptor: a plain file, open for reading; its position is neither used nor changed.
 
     Returns:
         name → tensor, in the order of the data.
@@ -47,7 +47,7 @@ def read_header(descriptor: int) -> dict[str, StoredInfo]:
         InvalidHeaderError: the text names the cause, without the file.
     """
     try:
-        # By descriptor, so that it is this file whatever its path leads to by now.
+        # By descriptor, because the path may refer to another file now.
         with safe_open(f"/dev/fd/{descriptor}", framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.offset_keys()}
             tensors = {name: (found.get_dtype(), tuple(found.get_shape())) for name, found in slices.items()}
@@ -82,5 +82,5 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _looks_pickled(start: bytes) -> bool:
-    """Whether a file starts as a pickle of protocol 2 or later does, or as the zip archive that `torch.save` makes."""
+    """Whether a file starts like a pickle (protocol 2 or later) or like a zip archive of `torch.save`."""
     return start.startswith((b"PK\x03\x04", *(bytes((0x80, protocol)) for protocol in range(2, 6))))

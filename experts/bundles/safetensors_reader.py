@@ -1,8 +1,8 @@
 """Reads a safetensors file through a memory map, after its header was checked.
 
-Tensors are views of the map: nothing is read before it is used, and processes that map the same file share its
-pages. The map is copy-on-write, so writing to a tensor never reaches the file. The file must not be shortened while
-mapped; the registry never changes a file in place.
+Tensors are views of the mapping: data is read on first use, and processes that map the same file share its pages. The
+mapping is copy-on-write, so writing to a tensor does not change the file. The file must not be truncated while mapped;
+the registry never changes a file in place.
 """
 
 import math
@@ -25,7 +25,7 @@ _TORCH_TYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies; offsets are from the start of the file."""
+    """The location of one tensor; offsets are from the start of the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -37,7 +37,7 @@ class SafetensorsFile:
     """One open file.
 
     Attributes:
-        tensors: what the file holds, in the order of the data.
+        tensors: the file's tensors in the order of the data.
     """
 
     def __init__(self, path: Path, *, display_name: str | None = None) -> None:
@@ -45,10 +45,10 @@ class SafetensorsFile:
 
         Args:
             path: the file; a link is refused.
-            display_name: how errors call it, by default its name.
+            display_name: its name in errors; by default the file's name.
 
         Raises:
-            InvalidBundleError: not a plain file, truncated, or a header that contradicts itself or the file's size.
+            InvalidBundleError: it is not a plain file, is truncated, or its header is invalid.
         """
         self.name = display_name or path.name
         self._map, header = _open(path, self.name)
@@ -66,7 +66,7 @@ class SafetensorsFile:
     def stacked(self, names: Sequence[str]) -> torch.Tensor:
         """Tensors of one shape as one tensor with a new first dimension.
 
-        A view, where the file holds them one after the other in this order; otherwise a copy.
+        A view if they are adjacent in the file in this order; otherwise a copy.
 
         Raises:
             InvalidBundleError: a tensor is missing, or they differ in dtype or shape.
@@ -97,7 +97,7 @@ class SafetensorsFile:
 
 def _open(path: Path, name: str) -> tuple[mmap.mmap, dict[str, StoredInfo]]:
     try:
-        # O_NONBLOCK: a pipe in a file's place must be refused, not waited for.
+        # O_NONBLOCK: a pipe must be refused instead of waited for.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise InvalidBundleError(f"{name}: cannot be opened ({error.strerror}); links are not followed") from error

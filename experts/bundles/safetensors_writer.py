@@ -17,7 +17,7 @@ from typing import Self
 
 import torch
 
-# The data starts at a multiple of this; with tensors sorted by element size all of them are aligned.
+# The data starts at a multiple of this. As tensors are sorted by element size, all of them are aligned.
 ALIGNMENT = 64
 
 DTYPE_NAMES = {
@@ -36,7 +36,7 @@ DTYPE_NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class WrittenFile:
-    """What a finished file is."""
+    """The size and digest of a finished file."""
 
     path: Path
     sha256: str
@@ -46,12 +46,12 @@ class WrittenFile:
 class StreamingWriter:
     """Writes one file; it appears under its name only when `close` succeeds.
 
-    The same tensors and metadata give the same bytes. As a context manager it closes at the end of the block and
-    leaves nothing behind when the block raises; `written` then holds what `close` returned.
+    Equal tensors and metadata give equal bytes. As a context manager it closes the file at the end of the block, and
+    deletes it if the block raises; `written` is the result of `close`.
 
     Attributes:
-        order: the names in the order in which they must be written: as given, except that tensors of larger elements
-            come first, which keeps every tensor aligned.
+        order: the names in the order in which they must be written: as given, but tensors with larger elements first,
+            so that every tensor is aligned.
         written: the finished file, once closed.
     """
 
@@ -64,9 +64,9 @@ class StreamingWriter:
         """Writes the header.
 
         Args:
-            path: the file to make; its folder exists, and a file of that name is replaced.
+            path: the file to write. Its folder must exist; a file of this name is replaced.
             tensors: dtype and shape of every tensor.
-            metadata: strings for the header; transformers wants {"format": "pt"}.
+            metadata: strings for the header; transformers needs {"format": "pt"}.
 
         Raises:
             ValueError: a dtype that safetensors does not have.
@@ -89,7 +89,7 @@ class StreamingWriter:
         """Writes the next tensor of `order`.
 
         Raises:
-            ValueError: it is not that tensor's turn, or dtype or shape is not what was announced.
+            ValueError: it is not the next tensor of `order`, or its dtype or shape differs.
         """
         expected = self.order[self._next] if self._next < len(self.order) else None
         if name != expected:
@@ -106,10 +106,10 @@ class StreamingWriter:
         self._next += 1
 
     def close(self) -> WrittenFile:
-        """Finishes the file and gives it its name.
+        """Finishes the file and renames it to its path.
 
         Raises:
-            ValueError: tensors are missing; nothing is left behind.
+            ValueError: tensors are missing; the file is deleted.
         """
         if self.written is not None:
             return self.written

@@ -1,10 +1,10 @@
 """Signatures of bundles, in the format of the OpenSSF model-signing specification, made with elliptic-curve keys.
 
-A signature names `manifest.json` and every weight file with its SHA-256, so it covers the whole bundle. The command
-`model_signing verify key` of that project verifies a bundle's folder too, and a signature that it made is accepted.
+A signature lists `manifest.json` and every weight file with its SHA-256, so it covers the whole bundle. The command
+`model_signing verify key` of that project also verifies a bundle's folder, and its signatures are accepted here.
 
-Checking a signature here reads no weights: it is compared with the digests in the manifest, and `Bundle.verify`
-compares those with the files. Both must pass before a bundle is used.
+Checking a signature reads no weights: it is compared with the digests in the manifest, and `Bundle.verify` compares
+those with the files. Both must pass before a bundle is used.
 """
 
 import base64
@@ -31,8 +31,8 @@ SignatureState = Literal["verified", "not checked", "none"]
 class SignaturePolicy(BaseModel):
     """Which bundles may load.
 
-    With public keys, a signature that is there must be by one of them, whatever `signatures` says; a bundle without
-    one is refused only where signatures are required.
+    With public keys, every signature must be by one of them, for any value of `signatures`. An unsigned bundle is
+    refused only if signatures are required.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,7 +43,7 @@ class SignaturePolicy(BaseModel):
     public_keys: tuple[Path, ...] = ()
 
     def check(self, bundle: Bundle) -> SignatureState:
-        """Whether the bundle's signature was verified, was left unchecked for want of a key, or is not there.
+        """Whether the bundle's signature was verified, not checked because there is no key, or is missing.
 
         Raises:
             SignatureError: the policy does not let this bundle load.
@@ -71,16 +71,16 @@ class SignaturePolicy(BaseModel):
         raise SignatureError(f"{title}: {'; '.join(dict.fromkeys(reasons))}")
 
     def admit(self, bundle: Bundle) -> None:
-        """The same for callers who only want to know whether the bundle may load: see `ExpertGroup`.
+        """Like `check`, without a result; for `ExpertGroup`.
 
         Raises:
-            SignatureError: it may not.
+            SignatureError: the policy does not allow it.
         """
         self.check(bundle)
 
 
 def sign_bundle(directory: Path, private_key: Path, *, password: str | None = None) -> Path:
-    """Verifies a bundle's folder, signs it, and puts the signature beside the manifest, in place of an older one.
+    """Verifies a bundle's folder, signs it, and writes the signature to the folder. Replaces an older one.
 
     Args:
         directory: the bundle's folder.
@@ -88,10 +88,10 @@ def sign_bundle(directory: Path, private_key: Path, *, password: str | None = No
         password: of the key, if it has one.
 
     Returns:
-        Where the signature lies.
+        The path of the signature.
 
     Raises:
-        InvalidBundleError: the bundle is not what its manifest says.
+        InvalidBundleError: the bundle does not match its manifest.
         SignatureError: the key cannot be used.
     """
     bundle = Bundle.open(directory)
@@ -100,7 +100,7 @@ def sign_bundle(directory: Path, private_key: Path, *, password: str | None = No
     from model_signing import signing
 
     try:
-        # The library hands the password to `cryptography` as it is, which takes bytes.
+        # The library passes the password to `cryptography`, which takes bytes.
         signer = signing.Config().use_elliptic_key_signer(  # type: ignore[no-untyped-call]
             private_key=private_key,
             password=password.encode() if password is not None else None,  # type: ignore[arg-type]
@@ -121,7 +121,7 @@ def check_signature(bundle: Bundle, public_key: Path) -> None:
     """Checks that a bundle's signature is by a key and covers its manifest and all its files. Reads no weights.
 
     Raises:
-        SignatureError: there is none, it is not by this key, or it is of something else.
+        SignatureError: there is none, it is by another key, or it covers other contents.
     """
     if bundle.signature is None:
         raise SignatureError("it is not signed")
@@ -139,7 +139,7 @@ def check_signature(bundle: Bundle, public_key: Path) -> None:
         raise SignatureError(f"the public key {public_key} cannot be used: {_reason(error)}") from error
     verifier.set_hashing_config(_known_digests(bundle))
     with tempfile.TemporaryDirectory(prefix="echovlm-signature-") as folder:
-        # The library reads signatures from files only.
+        # The library only reads signatures from files.
         path = Path(folder) / SIGNATURE_NAME
         path.write_bytes(bundle.signature)
         try:
@@ -147,10 +147,10 @@ def check_signature(bundle: Bundle, public_key: Path) -> None:
         except InvalidSignature as error:
             raise SignatureError(f"the signature is not by the key {public_key.name}, or was changed") from error
         except Exception as error:
-            # Whatever a file of an attacker's choice makes the library's parsers raise, it is no valid signature.
+            # A hostile file may make the library's parsers raise anything; it is not a valid signature then.
             reason = _reason(error)
             if reason.startswith("Signature mismatch") and (differing := _differing(bundle)):
-                # The library prints digests as Python objects.
+                # The library formats digests as Python objects.
                 reason = f"it is of another content of {', '.join(differing)}"
             raise SignatureError(
                 f"the signature cannot be verified with the key {public_key.name}: {reason}"
@@ -158,13 +158,13 @@ def check_signature(bundle: Bundle, public_key: Path) -> None:
 
 
 def _digests(bundle: Bundle) -> dict[str, str]:
-    """What a signature must cover: name → SHA-256 of the bytes as they lie on the disk."""
+    """The files that a signature must cover: name → SHA-256 of the bytes on disk."""
     digests = {entry.path: entry.sha256 for entry in bundle.manifest.files}
     return {**digests, MANIFEST_NAME: hashlib.sha256(bundle.manifest_bytes).hexdigest()}
 
 
 def _differing(bundle: Bundle) -> list[str]:
-    """The files for which a signature, found to be by the right key, has another digest or none."""
+    """The files for which a valid signature has another digest or none."""
     envelope = json.loads(bundle.signature or b"{}")["dsseEnvelope"]
     resources = json.loads(base64.b64decode(envelope["payload"]))["predicate"]["resources"]
     signed = {resource["name"]: resource["digest"] for resource in resources}
@@ -173,9 +173,9 @@ def _differing(bundle: Bundle) -> list[str]:
 
 
 def _known_digests(bundle: Bundle) -> "hashing.Config":
-    """A hashing configuration that takes the digests that the manifest states, instead of reading files again.
+    """A hashing configuration that uses the manifest's digests instead of reading the files again.
 
-    It also ignores what a signature says about paths to leave out: a signature covers everything or is refused.
+    It ignores a signature's list of excluded paths: a signature must cover all files.
     """
     from model_signing import hashing, manifest
     from model_signing._hashing.hashing import Digest
@@ -188,10 +188,10 @@ def _known_digests(bundle: Bundle) -> "hashing.Config":
     known = manifest.Manifest(f"{bundle.manifest.organ}-{bundle.manifest.version}", items, serialization)
 
     class KnownDigests(hashing.Config):
-        """Answers with the bundle's digests, whatever is asked."""
+        """Always returns the bundle's digests."""
 
         def hash(self, *arguments: object, **options: object) -> manifest.Manifest:
-            """The bundle's own."""
+            """The bundle's digests."""
             return known
 
     return KnownDigests()  # type: ignore[no-untyped-call]

@@ -1,9 +1,8 @@
-"""The text allowed in a manifest. It is shown in terminals, tables, logs and pages, which it must not steer.
+"""The characters allowed in a manifest, whose text is shown in terminals, tables, logs and pages.
 
-Refused are control characters (C0, C1 and DEL, so every escape sequence), characters of format (Unicode's category Cf:
-changes of direction, zero-width ones, the byte order mark), separators of lines and paragraphs, halves of surrogate
-pairs, and letters that draw nothing: with the first a name moves the cursor, with the last two different names look the
-same.
+Control characters (C0, C1 and DEL, so every escape sequence), format characters (Unicode's category Cf: changes of
+direction, zero-width characters, the byte order mark), line and paragraph separators, surrogates, and invisible letters
+are refused. Control characters could move the cursor, and with invisible letters two different names look the same.
 """
 
 import unicodedata
@@ -17,25 +16,25 @@ _CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
 def check_line(text: str) -> str:
-    """The text itself, if it is one line that shows all that it holds.
+    """Returns the text if it is one line without refused characters.
 
     Raises:
-        ValueError: it has another character; the text names the first one and its place.
+        ValueError: it has a refused character; the text names the first one and its position.
     """
     return _check(text, allowed="")
 
 
 def check_prose(text: str) -> str:
-    """The text itself, if it shows all that it holds; it may have several lines, and tabs.
+    """Returns the text if it has no refused characters; newlines and tabs are allowed.
 
     Raises:
-        ValueError: it has another character; the text names the first one and its place.
+        ValueError: it has a refused character; the text names the first one and its position.
     """
     return _check(text, allowed="\n\t")
 
 
 def quoted(text: str, limit: int = 200) -> str:
-    """A part of a foreign text for an error, with everything that could steer a terminal as its escape."""
+    """A part of a foreign text for an error, with refused characters as escapes."""
     return repr(text[:limit])[1:-1]
 
 

@@ -53,24 +53,24 @@ def write_bundle(
     norm_weight: NormWeight | None = None,
     probed: Callable[[int], None] = lambda _: None,
 ) -> Manifest:
-    """Writes a bundle; the folder appears when it is complete.
+    """Writes a bundle. The folder appears atomically when it is complete.
 
     Args:
-        directory: the folder to make; its parent exists.
-        description: what the manifest should say. With `probe` set, the self-test's inputs and outputs are recorded.
-        source: gives a tensor by its name in the bundle; asked once for each, in the files' order, and only one
-            tensor is held at a time.
-        max_file_bytes: experts are spread over several files, none with more bytes of weights than this, unless one
-            layer's matrices of one projection alone have more.
-        norm_weight: of the norm before the experts, for the probe's inputs to have the backbone's scale.
-        probed: called with each layer of which the probe was recorded.
+        directory: the folder to create; its parent must exist.
+        description: the manifest's fields. With `probe` set, the self-test's inputs and outputs are recorded.
+        source: returns a tensor by its name in the bundle; called once for each, in the files' order. Only one tensor
+            is in memory at a time.
+        max_file_bytes: experts are split into files with at most this many bytes of weights, unless one layer's
+            matrices of one projection are larger.
+        norm_weight: the weight of the norm before the experts, which gives the probe's inputs the backbone's scale.
+        probed: called with each layer after its probe was recorded.
 
     Returns:
         The manifest, whose digest is the bundle's identity.
 
     Raises:
         FileExistsError: the folder exists.
-        ValueError: the source gave a tensor of another dtype or shape than described.
+        ValueError: a tensor of the source has another dtype or shape than described.
     """
     with new_bundle_folder(directory) as partial:
         shards = _shards(description, max_file_bytes)
@@ -85,7 +85,7 @@ def write_bundle(
 
             def load_layer(layer: int) -> ExpertWeights:
                 probed(layer)
-                # Opened again for each layer: the pages of a map that is gone count for no process.
+                # Opened again for each layer, so that the pages of earlier layers are released.
                 written = _manifest(description, files)
                 return Bundle(written, {entry.path: partial / entry.path for entry in files}).load_layer(layer)
 
@@ -97,19 +97,19 @@ def write_bundle(
 
 
 def derive_bundle(directory: Path, source: Bundle, changes: Mapping[str, Any]) -> Manifest:
-    """Makes another bundle of the same weights: another organ's copy, say. Files are hard-linked where possible.
+    """Makes another bundle with the same weights, for example for another organ. Files are hard-linked if possible.
 
     Args:
-        directory: the folder to make; its parent exists.
+        directory: the folder to create; its parent must exist.
         source: the bundle to copy.
-        changes: the fields of its description that differ; sizes and dtypes cannot.
+        changes: the fields of its description that differ; sizes and dtypes must not.
 
     Returns:
         The new manifest.
 
     Raises:
         FileExistsError: the folder exists.
-        ValueError: a changed field is not valid, or is about the weights themselves.
+        ValueError: a changed field is invalid or must not be changed.
     """
     if fixed := sorted(set(changes) & _ABOUT_WEIGHTS):
         raise ValueError(f"{', '.join(fixed)} cannot differ in a bundle of the same weights")
@@ -123,7 +123,7 @@ def derive_bundle(directory: Path, source: Bundle, changes: Mapping[str, Any]) -
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Gives a file a second name, or copies it where the file system cannot do that."""
+    """Hard-links a file, or copies it if the file system has no hard links."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:
@@ -132,7 +132,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 @contextmanager
 def new_bundle_folder(directory: Path) -> Iterator[Path]:
-    """A folder to fill; it gets its name when the block ends well and is removed when it raises.
+    """A temporary folder, which is renamed at the end of the block and removed if the block raises.
 
     Raises:
         FileExistsError: the name is taken.

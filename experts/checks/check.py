@@ -1,8 +1,8 @@
 """Checks everything about one bundle, in a process of its own: `python -m experts.checks.check`.
 
-A `CheckRequest` comes in as JSON on stdin, a `CheckResult` goes out as one line of JSON on stdout; the exit code is 0
-for a good bundle and 1 for a bad one. A bundle that crashes its kernel or exhausts memory ends this process and no
-other: `experts.checks.isolated_check` starts it, waits, and says what happened.
+It reads a `CheckRequest` as JSON from stdin and writes a `CheckResult` as one line of JSON to stdout. The exit code is
+0 for a valid bundle and 1 otherwise. A bundle that crashes its kernel or exhausts memory ends only this process:
+`experts.checks.isolated_check` starts it, waits, and reports the result.
 """
 
 import errno
@@ -31,7 +31,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 class BackboneSizes(BaseModel):
-    """What a bundle must fit."""
+    """The sizes of the backbone that a bundle must fit."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -41,52 +41,52 @@ class BackboneSizes(BaseModel):
 
 
 class CheckRequest(BaseModel):
-    """What to check, and how."""
+    """The bundle to check, and the options."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: BundleSource
-    # When given, a bundle of another organ is refused.
+    # When set, a bundle of another organ is refused.
     organ: str | None = None
-    # When given, a bundle for another backbone, or of sizes that do not fit it, is refused.
+    # When set, a bundle for another backbone, or with other sizes, is refused.
     backbone: BackboneSizes | None = None
     policy: SignaturePolicy = SignaturePolicy()
     kernel: str = "auto"
     device: Literal["cpu", "cuda"] = "cpu"
-    # In which the backbone computes, and so the self-test; None is the bundle's own.
+    # The dtype of the backbone and of the self-test; None is the bundle's dtype.
     dtype: DTypeName | None = None
-    # "refuse" lets no bundle pass that would have to be converted.
+    # "refuse" refuses bundles that would have to be converted.
     other_dtype: OtherDtype = "convert"
-    # The most memory that checking may take beyond this process itself and the bundle's files, which are only mapped.
-    # Not on a GPU, whose driver maps far more than it uses.
+    # The memory limit of the check, in addition to this process and the bundle's files, which are mapped. Not enforced
+    # on a GPU, whose driver maps far more than it uses.
     memory_bytes: Annotated[int, Field(ge=1)] = DEFAULT_MEMORY_BYTES
     torch_threads: Annotated[int, Field(ge=1)] = 1
 
 
 class CheckResult(BaseModel):
-    """What was found. Fields are None where it did not get that far."""
+    """The result. Fields are None if the check ended before them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     ok: bool
-    # Why not.
+    # Why the bundle is not valid.
     reason: str | None = None
     organ: str | None = None
     version: str | None = None
     digest: str | None = None
     signature: SignatureState | None = None
     kernel: str | None = None
-    # In which it was computed, and which the bundle's experts have: where they differ, weights are converted at load.
+    # The dtype of the computation, and of the bundle's experts: if they differ, weights are converted at load.
     dtype: str | None = None
     bundle_dtype: DTypeName | None = None
-    # Whether the bundle brought its probe.
+    # Whether the bundle has a probe.
     probe_recorded: bool | None = None
-    # The largest difference from the probe's outputs as a share of the layer's largest, and how much is allowed.
+    # The largest difference from the probe's outputs as a share of the layer's largest, and the tolerance.
     worst_error: float | None = None
     tolerance: float | None = None
-    # What all layers would take as the kernel keeps them.
+    # Bytes of all layers in the kernel's layout.
     resident_bytes: int | None = None
-    # The most that the checking process had in memory, files included, and how long the check took.
+    # The peak memory of the checking process, mapped files included, and the time of the check.
     peak_bytes: int | None = None
     seconds: float | None = None
 
@@ -95,11 +95,11 @@ def check(bundle: Bundle, request: CheckRequest) -> CheckResult:
     """Checks a bundle in this process: fit, signature, files, digests, tensors, finite weights, gates, self-test.
 
     Args:
-        bundle: what `request.source` opens.
+        bundle: the bundle of `request.source`.
         request: how to check it.
 
     Raises:
-        InvalidBundleError: the bundle is not what it must be.
+        InvalidBundleError: the bundle is not valid.
         ValueError: there is no such kernel, or it cannot compute here.
     """
     manifest = bundle.manifest
@@ -127,10 +127,10 @@ def check(bundle: Bundle, request: CheckRequest) -> CheckResult:
 
 
 def check_fits(manifest: Manifest, *, organ: str | None, backbone: BackboneSizes | None) -> None:
-    """Checks that a bundle is of an organ and made for a backbone.
+    """Checks a bundle's organ and backbone.
 
     Raises:
-        InvalidBundleError: it is not; the text names both sides.
+        InvalidBundleError: they differ; the text names both.
     """
     title = f"bundle {manifest.name} {manifest.version}"
     if organ is not None and manifest.organ != organ:
@@ -150,12 +150,12 @@ def check_fits(manifest: Manifest, *, organ: str | None, backbone: BackboneSizes
 
 
 def limit_memory(extra_bytes: int) -> None:
-    """Limits the private memory that this process may take beyond what it has now; beyond that, allocations fail.
+    """Limits the private memory that this process may allocate in addition to its current memory.
 
-    Counts what Linux counts for RLIMIT_DATA: heap and private writable maps, not files that are only read.
+    Linux counts the heap and private writable mappings for RLIMIT_DATA, but not files mapped for reading.
 
     Raises:
-        OSError: this is no Linux.
+        OSError: this is not Linux.
     """
     held = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData:"))
     limit = int(held.split()[1]) * 1024 + extra_bytes
@@ -164,9 +164,9 @@ def limit_memory(extra_bytes: int) -> None:
 
 
 def main() -> int:
-    """Reads a request, checks, writes the result; see the module."""
+    """Reads a request, checks the bundle and writes the result."""
     started = time.monotonic()
-    # Only the result may be on stdout, whatever a kernel prints.
+    # Only the result may be written to stdout; kernels may print.
     output = os.dup(1)
     os.dup2(2, 1)
     request = CheckRequest.model_validate_json(sys.stdin.buffer.read())
@@ -183,13 +183,13 @@ def _limited_check(request: CheckRequest) -> CheckResult:
     try:
         bundle = request.source.open()
         if request.device == "cpu":
-            # The files are mapped copy-on-write, which counts although it takes nothing.
+            # The files are mapped copy-on-write, which counts for the limit although it takes no memory.
             limit_memory(request.memory_bytes + _bytes_on_disk(bundle))
         return check(bundle, request)
     except (InvalidBundleError, UnknownBundleError, ExpertCapacityError, ValueError) as error:
         reason = str(error)
     except Exception as error:
-        # Another package's kernel, or a file system: whatever it raises, the bundle cannot be used here.
+        # Kernels of other packages and file systems may raise any exception; the bundle cannot be used then.
         if _is_out_of_memory(error):
             reason = (
                 f"checking it takes more than {request.memory_bytes} bytes of memory, the limit memory_bytes; "
@@ -205,7 +205,7 @@ def _limited_check(request: CheckRequest) -> CheckResult:
 
 
 def _bytes_on_disk(bundle: Bundle) -> int:
-    # Not what the manifest claims.
+    # The actual size, not the manifest's.
     return sum(path.stat().st_size for path in bundle.locations.values() if path.is_file())
 
 

@@ -1,8 +1,9 @@
 """Starts checks of bundles by forking itself: `python -m experts.checks.check_fork_server FD [idle]`.
 
-Importing torch takes seconds of a core, more than checking a small bundle. This process does it once, and imports what
-else most checks need. `experts.checks.isolated_check` starts it with the first check and ends it after the last.
-With `idle` the checks have idle priority, but not the imports: on busy cores the first check would wait for minutes.
+Importing torch takes seconds of CPU time, more than checking a small bundle. This process imports it once, with the
+other modules that most checks need. `experts.checks.isolated_check` starts it with the first check and ends it after
+the last. With `idle` the checks have idle priority. The imports do not, because on busy cores the first check would
+wait for minutes.
 """
 
 import importlib
@@ -16,9 +17,9 @@ from experts.checks import check
 from experts.checks.fork_server import ForkServer, serve, set_idle_priority
 
 NUM_DESCRIPTORS = 4
-# The argument for checks that compute only when nothing else does.
+# The argument for checks with idle priority.
 IDLE = "idle"
-# What the registry and the kernel `auto` import only when they are asked for.
+# Modules that the registry and the kernel `auto` import on first use.
 _PRELOADED = (
     "experts.kernels.auto",
     "experts.kernels.cpu_packed",
@@ -32,9 +33,9 @@ def start_check(server: ForkServer, request: int, output: int, errors: int, repo
 
     Args:
         server: runs this module.
-        request: a file whose content is a `CheckRequest` as JSON.
-        output: where the `CheckResult` is written.
-        errors: what becomes stderr of the check.
+        request: a file with a `CheckRequest` as JSON.
+        output: the file for the `CheckResult`.
+        errors: the file for the check's stderr.
         report: see `ForkServer.fork`.
 
     Raises:
@@ -44,7 +45,7 @@ def start_check(server: ForkServer, request: int, output: int, errors: int, repo
 
 
 def main() -> int:
-    """Serves until the other end closes; see the module."""
+    """Serves until the other end closes."""
     connection = socket.socket(fileno=int(sys.argv[1]))
     for module in _PRELOADED:
         importlib.import_module(module)

@@ -1,11 +1,11 @@
-"""A process that forks itself on request, so that the processes it makes have its imports from the start.
+"""A fork server: a process that forks itself on request, so that new processes start with its imports.
 
-`ForkServer` starts one from any program, also from one with threads, which must not fork itself; `serve` runs in it.
-It opens no file of a request and starts no thread, so every process begins from the same clean state. It ends when the
-program that started it ends or closes it, and kills what a process leaves behind.
+`ForkServer` starts one from any program, also from one with threads, which must not fork itself. `serve` runs in it. It
+opens no file of a request and starts no thread, so every process begins in the same clean state. It ends when the
+program that started it ends or closes it, and kills processes that a request leaves behind.
 
-`multiprocessing`'s fork server does not do this: it cannot be ended while the program runs, each of its processes runs
-the program's main module again (in a replica: Ray's worker), and the children of its processes outlive them.
+`multiprocessing`'s fork server is not used, because it cannot be ended while the program runs, each of its processes
+runs the program's main module again (in a replica: Ray's worker), and grandchildren survive.
 """
 
 import ctypes
@@ -21,21 +21,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-# A process id, and then how it ended: an exit code, or minus the number of a signal.
+# First the process id, then the exit code, or minus the number of a signal.
 REPORT = struct.Struct("=i")
 _PR_SET_PDEATHSIG = 1
 
 
 class ForkServer:
-    """A running fork server, seen from the program that started it. May be used from several threads, one at a time."""
+    """The handle of a running fork server. Not thread-safe."""
 
     def __init__(self, module: str, *arguments: str, environment: Mapping[str, str]) -> None:
         """Starts `python -m module FD arguments` and does not wait for its imports.
 
         Args:
-            module: calls `serve` with the socket FD.
-            arguments: given to the module after FD.
-            environment: all that the process and those that it forks see of the environment.
+            module: the module to run, which calls `serve` with the socket FD.
+            arguments: further arguments of the module.
+            environment: the complete environment of the process and its forks.
         """
         self._connection, other_end = socket.socketpair()
         with other_end:
@@ -43,25 +43,26 @@ class ForkServer:
                 [sys.executable, "-m", module, str(other_end.fileno()), *arguments],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[other_end.fileno()],
-                # What has threads cannot be forked.
+                # A process with threads must not be forked.
                 env={**environment, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "0"},
                 cwd=_import_root(),
-                # No session of its own: Linux gives every session an equal part of the cores, and niceness counts only
-                # within it (sched(7), autogroup).
+                # No new session: Linux shares the cores equally among sessions, and niceness only counts within one
+                # (sched(7), autogroup).
                 process_group=0,
             )
 
     @property
     def process_id(self) -> int:
-        """Of the fork server itself."""
+        """The process id of the fork server."""
         return self._process.pid
 
     def fork(self, *descriptors: int) -> None:
         """Requests one process, which gets copies of the descriptors.
 
         Args:
-            descriptors: as many as `serve` expects. The last is a socket or pipe that gets two numbers (`REPORT`): the
-                process id, which is its group's too, at the start, and how it ended, when nothing of the group is left.
+            descriptors: as many as `serve` expects. The last is a socket or pipe for two numbers (`REPORT`): at the
+                start the process id, which is also the process group's, and at the end the exit status, once the whole
+                group has ended.
 
         Raises:
             OSError: the fork server has ended.
@@ -69,7 +70,7 @@ class ForkServer:
         socket.send_fds(self._connection, [b"f"], descriptors)
 
     def close(self) -> None:
-        """Ends the fork server, also in the middle of its imports."""
+        """Ends the fork server, also during its imports."""
         self._connection.close()
         self._process.kill()
         self._process.wait()
@@ -85,16 +86,16 @@ def serve(
     """Forks for every request until the other end closes.
 
     Args:
-        connection: to the `ForkServer`.
-        num_descriptors: that come with each request, the one for reports included.
-        run: called in each new process with the other descriptors; returns its exit code.
-        end_together: the processes are killed when this one ends.
+        connection: the connection to the `ForkServer`.
+        num_descriptors: the number of descriptors of each request, including the one for reports.
+        run: called in each new process with the other descriptors; returns the exit code.
+        end_together: whether the processes are killed when this one ends.
     """
-    # How the watchers end is of no interest.
+    # The exit status of watchers is not needed.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    # Ctrl-C in a terminal reaches this process too, but it is the program that started it that decides about its end.
+    # Ctrl-C in a terminal reaches this process too, but the program that started it decides when it ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # What is there now is never collected, so the collector of no forked process writes to its pages.
+    # Existing objects are frozen, so that garbage collection in a fork does not write to shared pages.
     gc.collect()
     gc.freeze()
     own_id = os.getpid()
@@ -112,7 +113,7 @@ def serve(
 
 
 def _watch(descriptors: Sequence[int], run: Callable[[Sequence[int]], int], *, end_together: bool) -> NoReturn:
-    """Forks the process, reports its id, waits for it, kills what it leaves behind, and reports how it ended."""
+    """Forks the process, reports its id, waits for it, kills its process group, and reports its exit status."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     *given, report = descriptors
     own_id = os.getpid()
@@ -129,7 +130,7 @@ def _watch(descriptors: Sequence[int], run: Callable[[Sequence[int]], int], *, e
         os.setpgid(process_id, process_id)
     with suppress(OSError):
         os.write(report, REPORT.pack(process_id))
-    # It is not reaped yet: until then no other process can get its id.
+    # Not reaped yet, so that no other process can get its id.
     os.waitid(os.P_PID, process_id, os.WEXITED | os.WNOWAIT)
     with suppress(ProcessLookupError):
         os.killpg(process_id, signal.SIGKILL)
@@ -147,19 +148,19 @@ def _run(descriptors: Sequence[int], run: Callable[[Sequence[int]], int]) -> NoR
         code = run(descriptors)
     finally:
         sys.stderr.flush()
-        # Without what the fork server has registered for its own exit.
+        # Without the fork server's exit handlers.
         os._exit(code)
 
 
 def _end_with_parent(parent_id: int) -> None:
-    """Has the kernel kill this process when its parent ends."""
+    """Makes the kernel kill this process when its parent ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != parent_id:
         os._exit(1)
 
 
 def set_idle_priority() -> None:
-    """From now on this process, and those that it forks, compute only when nothing else on the machine does."""
+    """Gives this process and its forks idle priority."""
     if hasattr(os, "SCHED_IDLE"):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     else:
@@ -167,5 +168,5 @@ def set_idle_priority() -> None:
 
 
 def _import_root() -> Path:
-    """Where `-m` finds the same code as runs here."""
+    """The folder from which `-m` imports the code that runs here."""
     return Path(__file__).resolve().parents[2]

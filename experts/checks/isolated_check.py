@@ -1,4 +1,4 @@
-"""Checks a bundle in a separate process, so that one that crashes, hangs or exhausts memory does no harm."""
+"""Checks a bundle in a separate process, so that a bundle that crashes, hangs or exhausts memory does no harm."""
 
 import os
 import signal
@@ -18,27 +18,27 @@ from experts.checks.check_fork_server import IDLE, start_check
 from experts.checks.fork_server import REPORT, ForkServer
 
 DEFAULT_TIMEOUT_S = 600.0
-# Several organs are often staged together; between rollouts lie hours.
+# Several organs are often staged together, and rollouts are hours apart.
 DEFAULT_IDLE_S = 60.0
 _MAX_RESULT_BYTES = 1024 * 1024
 _SHOWN_BYTES = 500
-# How long a killed group may take to be gone.
+# How long a killed process group may take to end.
 _KILL_S = 5.0
 
 
 class IsolatedChecks:
-    """Checks bundles, each in a process of its own, which is forked from a fork server that has imported torch.
+    """Checks each bundle in a new process, forked from a fork server that has imported torch.
 
-    The fork server starts with the first check, ends when there was none for `idle_s`, and takes the memory of an idle
-    interpreter with torch, about 200 MB. May be used from several threads at once.
+    The fork server starts with the first check, ends after `idle_s` without one, and takes the memory of an idle
+    interpreter with torch, about 200 MB. Thread-safe.
     """
 
     def __init__(self, *, idle_priority: bool = False, idle_s: float = DEFAULT_IDLE_S) -> None:
         """
         Args:
-            idle_priority: the checks get only processor time that nothing else wants, so that they do not slow down
-                replicas on the same cores; where the cores are never idle, a check then takes very long. The fork
-                server itself imports at the priority of this process.
+            idle_priority: the checks use only idle CPU time, so that they do not slow down replicas on the same cores.
+                On cores that are never idle a check takes very long. The fork server imports at this process's
+                priority.
             idle_s: how long the fork server waits for another check.
         """
         self._idle_priority = idle_priority
@@ -49,21 +49,21 @@ class IsolatedChecks:
         self._timer: threading.Timer | None = None
 
     def close(self) -> None:
-        """Ends the fork server; a check under way goes on. A later check starts it again."""
+        """Ends the fork server; a running check continues. A later check starts the server again."""
         with self._lock:
             server, self._server = self._server, None
         if server is not None:
             server.close()
 
     def check(self, request: CheckRequest, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> CheckResult:
-        """Runs `experts.checks.check` and waits; a thread may be waiting while an event loop goes on.
+        """Runs `experts.checks.check` and waits. From an event loop, call it in a thread.
 
         Args:
-            request: what to check, and how.
-            timeout_s: after so long the process, and all that it started, is killed.
+            request: the bundle and the options.
+            timeout_s: after this time the process group is killed.
 
         Returns:
-            The result. It is not ok, with a reason, when the process did not end well.
+            The result. It is not ok, with a reason, if the process failed.
         """
         deadline = time.monotonic() + timeout_s
         with (
@@ -74,7 +74,7 @@ class IsolatedChecks:
         ):
             wanted.write(_absolute(request).model_dump_json().encode())
             try:
-                # The process that forks may have been killed, in which case there is another one to ask.
+                # The fork server may have been killed; then another one is started.
                 for _ in range(2):
                     wanted.seek(0)
                     code = self._run(wanted.fileno(), output.fileno(), errors.fileno(), deadline)
@@ -110,7 +110,7 @@ class IsolatedChecks:
             server.close()
 
     def _run(self, wanted: int, output: int, errors: int, deadline: float) -> int | None:
-        """Returns the exit code, or minus the number of the signal; None when the process was not there.
+        """Returns the exit code, or minus the number of the signal; None if the fork server was gone.
 
         Raises:
             TimeoutError: it was killed at the deadline.
@@ -134,12 +134,12 @@ class IsolatedChecks:
                 process_id = _next_number(report, deadline)
                 code = None if process_id is None else _next_number(report, deadline)
             except BaseException:
-                # Also Ctrl-C.
+                # Also on Ctrl-C.
                 if process_id is None:
-                    # It may be about to start; it should not.
+                    # It may be about to start and must not.
                     self.close()
                 else:
-                    # It has not reported its end, so the id is still its own.
+                    # It has not reported its end, so the id is still valid.
                     _kill_group(process_id)
                     with suppress(OSError):
                         _next_number(report, time.monotonic() + _KILL_S)
@@ -150,14 +150,14 @@ class IsolatedChecks:
 
 
 def check_in_subprocess(request: CheckRequest, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> CheckResult:
-    """Checks one bundle at normal priority; see `IsolatedChecks.check`. To check several, keep an `IsolatedChecks`."""
+    """Checks one bundle at normal priority; see `IsolatedChecks.check`. For several use one `IsolatedChecks`."""
     with closing(IsolatedChecks()) as checks:
         return checks.check(request, timeout_s=timeout_s)
 
 
 def _next_number(report: socket.socket, deadline: float) -> int | None:
-    """What the watcher of a check says next; None when it has ended without saying anything."""
-    # Zero would mean not to wait at all.
+    """The next number from the watcher of a check; None if it ended without one."""
+    # Zero would mean not to wait.
     report.settimeout(max(0.001, deadline - time.monotonic()))
     number = report.recv(REPORT.size)
     return REPORT.unpack(number)[0] if len(number) == REPORT.size else None
@@ -179,13 +179,13 @@ def _result(code: int, output: BinaryIO, errors: BinaryIO) -> CheckResult:
 
 
 def _kill_group(process_id: int) -> None:
-    # All may be gone by themselves.
+    # The group may have ended already.
     with suppress(ProcessLookupError):
         os.killpg(process_id, signal.SIGKILL)
 
 
 def _absolute(request: CheckRequest) -> CheckRequest:
-    """The request with absolute paths: the process has another working directory."""
+    """The request with absolute paths, because the process has another working directory."""
     source = request.source
     if source.folder is not None:
         source = source.model_copy(update={"folder": source.folder.absolute()})

@@ -1,1 +1,1 @@
-"""The ways to compute experts, behind one interface."""
+"""The expert kernels, behind one interface."""

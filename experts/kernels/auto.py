@@ -1,12 +1,11 @@
 """Chooses a kernel.
 
-On a CPU it is `cpu_packed` where weights can be packed and `reference` elsewhere: decided by what the machine can do,
-never by a measurement, so that every process of a machine computes the same bits.
+On a CPU it is `cpu_packed` if weights can be packed, and `reference` otherwise. This depends on the machine and not on
+a measurement, so that every process of a machine computes the same bits.
 
-On a GPU it times the kernels that are there, once for each shape, and uses the faster one below and above a number of
-pairs. Kernels differ in their last bits, and two processes may measure differently: where experts in the process and
-experts behind gRPC must agree to the bit, configure one kernel by its name (`experts.kernels.registry.default_kernel`
-names one for each device).
+On a GPU it times the available kernels once for each shape, and uses the faster one below and above a number of pairs.
+Kernels differ in their last bits, and two processes may measure differently. If local and remote experts must be
+bitwise equal, configure one kernel by name (`experts.kernels.registry.default_kernel` returns one for each device).
 """
 
 import functools
@@ -29,10 +28,10 @@ _VERSIONS = ("torch", "triton", "megablocks", "stanford-stk", "grouped_gemm")
 
 
 class AutoExperts:
-    """One layer's experts, prepared by the kernels of a plan and by no other."""
+    """One layer's experts, prepared by the kernels of a plan."""
 
     def __init__(self, kernel_name: str, small: PreparedExperts, small_pairs: int, large: PreparedExperts) -> None:
-        """Up to `small_pairs` pairs `small` computes, above them `large`; they may be the same."""
+        """`small` computes up to `small_pairs` pairs, `large` more; they may be the same."""
         self.kernel_name = kernel_name
         self._small = small
         self._small_pairs = small_pairs
@@ -50,13 +49,13 @@ class AutoExperts:
 
 
 class AutoKernel:
-    """Chooses by device, and on a GPU by measurement; safe to use from any thread."""
+    """Chooses by device, and on a GPU by measurement. Thread-safe."""
 
     def __init__(self, candidates: tuple[str, ...] = CUDA_CANDIDATES, plan_file: Path | None = None) -> None:
         """
         Args:
-            candidates: what to choose from on a GPU, as far as it can be imported there.
-            plan_file: where measurements are kept; none is the user's cache folder.
+            candidates: the kernels to choose from on a GPU, if they can be imported.
+            plan_file: the file for measurements; None is one in the user's cache folder.
         """
         self._candidates = candidates
         self._file = PlanFile(plan_file or default_plan_file())
@@ -65,7 +64,7 @@ class AutoKernel:
 
     @property
     def name(self) -> str:
-        """The name by which configuration and status know it."""
+        """The name in configuration and status."""
         return "auto"
 
     def load(self, weights: ExpertWeights) -> PreparedExperts:
@@ -104,7 +103,7 @@ class AutoKernel:
             return plan
         timings = {}
         with torch.inference_mode():
-            # One after the other: only one kernel's copy of the weights is there at a time.
+            # One after the other, so that only one kernel's copy of the weights exists at a time.
             for name, kernel in kernels.items():
                 try:
                     timings[name] = time_kernel(kernel.load(weights), weights)

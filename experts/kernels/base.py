@@ -9,13 +9,13 @@ from typing import Protocol
 
 import torch
 
-# Marks a (token, k) pair in which this group has no part.
+# Marks a (token, k) pair whose expert is in another group.
 NO_EXPERT = -1
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """One layer's experts, stacked. F is the expert's inner size, D the hidden size, E the number of experts."""
+    """One layer's experts, stacked. F is the intermediate size, D the hidden size, E the number of experts."""
 
     gate_EFD: torch.Tensor
     up_EFD: torch.Tensor
@@ -23,17 +23,17 @@ class ExpertWeights:
 
     @property
     def num_experts(self) -> int:
-        """How many experts there are."""
+        """The number of experts."""
         return self.gate_EFD.shape[0]
 
     @property
     def intermediate_size(self) -> int:
-        """The inner size of an expert."""
+        """The intermediate size of an expert."""
         return self.gate_EFD.shape[1]
 
     @property
     def hidden_size(self) -> int:
-        """The size of a token's row."""
+        """The hidden size."""
         return self.gate_EFD.shape[2]
 
     @property
@@ -43,7 +43,7 @@ class ExpertWeights:
 
     @property
     def device(self) -> torch.device:
-        """Where all three are."""
+        """The device of all three."""
         return self.gate_EFD.device
 
     @property
@@ -53,9 +53,9 @@ class ExpertWeights:
 
 
 class PreparedExperts(Protocol):
-    """One layer's experts, in whatever layout the kernel likes best.
+    """One layer's experts in the kernel's layout.
 
-    May have a property `kernel_name: str`, where status must tell more than the kernel's own name: see `kernel_in_use`.
+    May have a property `kernel_name: str`, if the status should show more than the kernel's name: see `kernel_in_use`.
     """
 
     @property
@@ -68,7 +68,7 @@ class PreparedExperts(Protocol):
 
         Args:
             x_TD: tokens × hidden, in the weights' dtype.
-            expert_index_TK: int32 or int64, from 0; `NO_EXPERT` where this group has no part in the pair.
+            expert_index_TK: int32 or int64, from 0; `NO_EXPERT` for pairs of other groups.
             weight_TK: weights of the pairs, in x's dtype.
 
         Returns:
@@ -79,11 +79,11 @@ class PreparedExperts(Protocol):
 
 
 class ExpertKernel(Protocol):
-    """A way to compute experts; holds no weights of its own."""
+    """A kernel: computes experts, holds no weights."""
 
     @property
     def name(self) -> str:
-        """The name by which configuration and status know it."""
+        """The name in configuration and status."""
         ...
 
     def load(self, weights: ExpertWeights) -> PreparedExperts:
@@ -96,5 +96,7 @@ class ExpertKernel(Protocol):
 
 
 def kernel_in_use(kernel: ExpertKernel, prepared: PreparedExperts) -> str:
-    """What really computes, for status: a kernel that chooses or falls back says so in its prepared weights."""
+    """The name of the kernel that computes, for the status: kernels that choose or fall back have it in their prepared
+    weights.
+    """
     return str(getattr(prepared, "kernel_name", kernel.name))

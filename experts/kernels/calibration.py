@@ -1,4 +1,4 @@
-"""Measures from how many pairs on which of several kernels is faster, and stores the result."""
+"""Measures which of several kernels is faster for which number of pairs, and stores the result."""
 
 import json
 import logging
@@ -21,16 +21,16 @@ _LOG = logging.getLogger(__name__)
 PROBE_PAIRS = (2, 16, 64, 256, 1024, 4096)
 _TOP_K = 2
 _REPETITIONS = 5
-# A second kernel costs memory: it must make the worst probe better by this much.
+# A second kernel costs memory, so it must improve the worst probe by this factor.
 _WORTH_A_SECOND = 1.02
 
-# Seconds of each kernel at each number of pairs.
+# Kernel → seconds at each number of pairs.
 Timings = Mapping[str, Mapping[int, float]]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Up to `small_pairs` pairs `small` computes, above them `large`. One kernel alone is both."""
+    """`small` computes up to `small_pairs` pairs, `large` more. They may be the same."""
 
     small: str
     small_pairs: int
@@ -97,14 +97,14 @@ def choose(timings: Timings) -> Plan:
 
 
 class PlanFile:
-    """Plans by key in a JSON file. What cannot be read is passed over with a line in the log, and written again."""
+    """Plans by key in a JSON file. An unreadable file is logged, ignored and written again."""
 
     def __init__(self, path: Path | None) -> None:
-        """Takes the file's path; with none, nothing is kept."""
+        """`path` is the file; with None nothing is stored."""
         self._path = path
 
     def read(self, key: str, candidates: Iterable[str]) -> Plan | None:
-        """The plan of a key, if there is one that uses only these candidates."""
+        """The plan of a key, if its kernels are among these candidates."""
         entry = self._entries().get(key)
         if entry is None:
             return None
@@ -116,7 +116,7 @@ class PlanFile:
         return None
 
     def write(self, key: str, plan: Plan) -> None:
-        """Adds a plan, at once or not at all. A folder that cannot be written only costs the next calibration."""
+        """Adds a plan atomically. If the folder is not writable, the next process measures again."""
         if self._path is None:
             return
         entries = {**self._entries(), key: [plan.small, plan.small_pairs, plan.large]}
@@ -150,7 +150,7 @@ class PlanFile:
 
 
 def default_plan_file() -> Path:
-    """Where plans are kept: under `XDG_CACHE_HOME`, by default `~/.cache`."""
+    """The default file for plans: below `XDG_CACHE_HOME`, by default `~/.cache`."""
     return user_folder("XDG_CACHE_HOME", ".cache") / "echovlm-ray" / "kernels.json"
 
 

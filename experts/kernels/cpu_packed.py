@@ -1,6 +1,6 @@
-"""The default on a CPU: each expert is two packed products, and only the pairs that are there are computed.
+"""The default kernel on a CPU: two packed products per expert, computed only for its pairs.
 
-The result of a token has the same bits whatever the other tokens of the call. Rounding is that of the kernel
+Batch-invariant: the bits of a token do not depend on the other tokens of the call. Rounding is that of the kernel
 `reference`: see `PreparedExperts.forward`.
 """
 
@@ -25,11 +25,11 @@ class PackedExperts:
     kernel_name = "cpu_packed"
 
     def __init__(self, weights: ExpertWeights) -> None:
-        """Packs expert by expert, so that no more than one expert's plain copy exists beside the packed ones."""
+        """Packs expert by expert, so that at most one expert has an additional plain copy."""
         self._inner_size = weights.intermediate_size
         self._gate_up: list[PackedLinear] = []
         self._down: list[PackedLinear] = []
-        # One for all: a new one for each expert would leave holes between the packed matrices.
+        # One buffer for all experts: a new one for each would fragment the memory of the packed matrices.
         gate_up_2FD = weights.gate_EFD.new_empty((2 * self._inner_size, weights.hidden_size))
         for expert in range(weights.num_experts):
             gate_up_2FD[: self._inner_size] = weights.gate_EFD[expert].detach()
@@ -41,7 +41,7 @@ class PackedExperts:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed matrices; the plain ones are not kept."""
+        """Bytes of the packed matrices; the plain ones are freed."""
         return sum(linear.nbytes for linear in (*self._gate_up, *self._down))
 
     def forward(self, x_TD: torch.Tensor, expert_index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
@@ -64,11 +64,11 @@ class PackedExperts:
         return sum_TD
 
     def _compute(self, x_TD: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
-        """With torch's operators and product by product, each on as many threads as torch was given."""
+        """Computes with torch's operators, on torch's threads."""
         num_experts = len(self._down)
         if index_TK.numel() and int(index_TK.max()) >= num_experts:
             raise IndexError("an expert's index is too large")
-        # The pairs by expert, those of one expert by token; first those without an expert.
+        # The pairs sorted by expert, then by token; pairs without an expert first.
         expert_P, pair_P = index_TK.flatten().sort(stable=True)
         starts = torch.searchsorted(expert_P, torch.arange(num_experts + 1)).tolist()
         used = [(expert, *bounds) for expert, bounds in enumerate(itertools.pairwise(starts)) if bounds[0] < bounds[1]]
@@ -89,7 +89,7 @@ class PackedExperts:
 
 
 def _matrices(gate_up: list[PackedLinear], down: list[PackedLinear], inner_size: int) -> PackedExpertMatrices | None:
-    """For the C library; None where it cannot multiply with all of them."""
+    """The matrices for the C library; None if it does not support all of them."""
     gate_up_E = [linear.matrix for linear in gate_up if linear.matrix is not None]
     down_E = [linear.matrix for linear in down if linear.matrix is not None]
     if len(gate_up_E) < len(gate_up) or len(down_E) < len(down):
@@ -98,21 +98,23 @@ def _matrices(gate_up: list[PackedLinear], down: list[PackedLinear], inner_size:
 
 
 class PlainExperts(ReferenceExperts):
-    """What `cpu_packed` falls back to where weights cannot be packed: the kernel `reference`, named for what it is."""
+    """The fallback of `cpu_packed` for weights that cannot be packed: the kernel `reference`."""
 
     kernel_name = "cpu_packed (not packed)"
 
 
 class CpuPackedKernel:
-    """Packs weights on a CPU; where that is not possible it computes with the plain ones, logs why and shows it."""
+    """Packs weights on a CPU. If that is not possible, computes with the plain ones, and reports why in the log and the
+    status.
+    """
 
     @property
     def name(self) -> str:
-        """The name by which configuration and status know it."""
+        """The name in configuration and status."""
         return "cpu_packed"
 
     def load(self, weights: ExpertWeights) -> PreparedExperts:
-        """Packs one layer's weights; they need not be kept.
+        """Packs one layer's weights; the plain ones may be freed afterwards.
 
         Raises:
             ValueError: the weights are not on the CPU.

@@ -28,10 +28,10 @@ def interpreted() -> bool:
 
 
 def check_weights(kernel_name: str, weights: ExpertWeights, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Refuses what a kernel cannot compute.
+    """Checks that a kernel supports the weights.
 
     Raises:
-        ValueError: the weights are not on a GPU, or of another dtype. The text says what to do.
+        ValueError: the weights are not on a GPU, or of another dtype. The text names the fix.
     """
     if weights.device.type != "cuda" and not interpreted():
         raise ValueError(
@@ -47,17 +47,17 @@ def check_weights(kernel_name: str, weights: ExpertWeights, dtypes: tuple[torch.
 
 
 def refuse_gradients(kernel_name: str, *tensors: torch.Tensor) -> None:
-    """Refuses to be differentiated.
+    """Checks that no gradients are needed.
 
     Raises:
-        ValueError: gradients are on and one of the tensors wants one.
+        ValueError: gradients are enabled and a tensor requires one.
     """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise ValueError(f"the expert kernel {kernel_name} has no gradients; train with torch_grouped")
 
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device: makes the tensor's that, while in the context."""
+    """Makes a tensor's device the current one, on which Triton launches, within the context."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 

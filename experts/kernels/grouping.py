@@ -1,4 +1,4 @@
-"""Pairs of tokens and experts in the order in which a GPU's kernels group and sum them. Never waits for a device."""
+"""Orders pairs of tokens and experts as the GPU kernels group and sum them. Does not synchronise with the device."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class OrderedPairs:
-    """All pairs of an exchange; within each token in the order of the experts, so that sums over k run in that order.
+    """All pairs of a call, ordered by expert within each token, which is the order of the sums over k.
 
     Pairs without an expert come last in their token, with the expert number E and the weight 0.
     """

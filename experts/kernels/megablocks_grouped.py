@@ -17,7 +17,7 @@ class MegaBlocksGroupedExperts:
     """One layer's experts, stacked. No gradients."""
 
     def __init__(self, weights: ExpertWeights, megablocks: Any, grouped_gemm: Any) -> None:
-        """Keeps the weights; copies those that are not contiguous."""
+        """Uses the weights; copies those that are not contiguous."""
         self._megablocks, self._grouped_gemm = megablocks, grouped_gemm
         self._gate_EFD = weights.gate_EFD.detach().contiguous()
         self._up_EFD = weights.up_EFD.detach().contiguous()
@@ -31,7 +31,7 @@ class MegaBlocksGroupedExperts:
     def forward(self, x_TD: torch.Tensor, expert_index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
         """The weighted sum over each token's experts; see `experts.kernels.base.PreparedExperts`.
 
-        Waits for the device: grouped_gemm takes the sizes of the groups from the host.
+        Synchronises with the device, because grouped_gemm needs the sizes of the groups on the host.
         """
         refuse_gradients(_NAME, x_TD, weight_TK)
         tokens, top_k = expert_index_TK.shape
@@ -81,7 +81,7 @@ class MegaBlocksGroupedKernel:
 
     @property
     def name(self) -> str:
-        """The name by which configuration and status know it."""
+        """The name in configuration and status."""
         return _NAME
 
     def load(self, weights: ExpertWeights) -> MegaBlocksGroupedExperts:

@@ -1,9 +1,9 @@
-"""The operations that MegaBlocks compiles for CUDA, stated in torch, so that its Python and Triton code runs as it is.
+"""MegaBlocks' compiled CUDA operations in torch, so that its Python and Triton code runs unchanged.
 
 MegaBlocks 0.10.0 (Gale et al. 2022, arXiv 2211.15841) imports a compiled module `megablocks_ops`. It has no wheels, and
-its sources do not compile with CUDA 13. What is in it is sorting and counting of a few thousand integers. `install`
-lets this module stand in where the compiled one is not there. Integer types, outputs that are written in place, and
-what is left unwritten are those of the compiled operations; unlike them, these run on any device.
+its sources do not compile with CUDA 13. It sorts and counts a few thousand integers. `install` replaces it by this
+module if the compiled one is missing. Integer types, in-place outputs, and elements that stay unwritten are those of
+the compiled operations; unlike them, these run on any device.
 """
 
 import importlib
@@ -27,7 +27,7 @@ def install() -> None:
     except ModuleNotFoundError:
         _LOG.info("megablocks_ops is not installed; its operations run in torch")
     except ImportError as error:
-        # Compiled against another torch, usually.
+        # Usually compiled against another torch.
         _LOG.warning("the installed megablocks_ops cannot be imported, its operations run in torch: %s", error)
     else:
         return

@@ -1,9 +1,9 @@
 """MegaBlocks' dropless experts as block-sparse matrix products. The default on a GPU.
 
-The rows of all pairs lie sorted by expert, each expert's padded to whole blocks of 128; the experts' weights lie
-stacked. The inner activations are then one sparse matrix whose blocks are the products that are wanted and no others
-(Gale et al. 2022, arXiv 2211.15841). The products are stk's Triton kernels, called directly: MegaBlocks' own layers
-refuse Triton from 3.2 on, because of the overflow that `_sdd_index_type` avoids.
+The rows of all pairs are sorted by expert and padded to whole blocks of 128 for each expert; the experts' weights are
+stacked. The inner activations are then one sparse matrix with exactly the needed blocks (Gale et al. 2022, arXiv
+2211.15841). The products are stk's Triton kernels, called directly: MegaBlocks' own layers refuse Triton from 3.2 on,
+because of the overflow that `_sdd_index_type` avoids.
 """
 
 import threading
@@ -34,7 +34,7 @@ _MAX_INT16_EXTENT = 2**15
 
 @dataclass(frozen=True, slots=True)
 class _Bins:
-    """Where the pairs lie once sorted by expert. The last bin holds those without an expert."""
+    """The bins of the pairs after sorting by expert. The last bin is for pairs without an expert."""
 
     pair_P: torch.Tensor
     bin_P: torch.Tensor
@@ -73,7 +73,7 @@ class MegaBlocksSparseExperts:
 
     @property
     def weights(self) -> ExpertWeights:
-        """The same weights as views without the padding: for a second kernel that can read them where they lie."""
+        """The weights as views without the padding, for a second kernel that can read them in place."""
         stacked = [
             matrix.view(self._num_experts, -1, matrix.shape[1])[:, : self._inner_size, : self._hidden_size]
             for matrix in (self._gate_HD, self._up_HD, self._down_HD)
@@ -83,13 +83,13 @@ class MegaBlocksSparseExperts:
     def forward(self, x_TD: torch.Tensor, expert_index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
         """The weighted sum over each token's experts; see `experts.kernels.base.PreparedExperts`.
 
-        Waits for the device: how many blocks there are decides what is launched.
+        Synchronises with the device, because the number of blocks determines the launch.
         """
         refuse_gradients(_NAME, x_TD, weight_TK)
         tokens, top_k = expert_index_TK.shape
         if tokens == 0 or top_k == 0:
             return torch.zeros_like(x_TD)
-        # Tokens do not depend on each other, so any number goes through in parts.
+        # Tokens are independent, so any number can be computed in parts.
         step = max(1, (self._max_rows - (self._num_experts + 1) * BLOCK) // top_k)
         with on_device(x_TD):
             parts = [
@@ -124,7 +124,7 @@ class MegaBlocksSparseExperts:
     def _experts(self, x_RD: torch.Tensor, bins: _Bins) -> torch.Tensor:
         """The experts' outputs of all rows. Those without an expert come last, have no blocks and become zeros."""
         column_N, row_N, offset_R = self._topology(bins)
-        # The blocks' places are all that the product takes from the matrix that it is given.
+        # The product only uses the positions of the blocks.
         places = torch.empty((len(column_N), BLOCK, BLOCK), dtype=x_RD.dtype, device="meta")
         sdd_type = self._sdd_index_type(bins.expert_rows)
         wanted = self._matrix(bins.expert_rows, places, row_N.to(sdd_type), column_N.to(sdd_type), offset_R)
@@ -176,7 +176,7 @@ class MegaBlocksSparseKernel:
 
     @property
     def name(self) -> str:
-        """The name by which configuration and status know it."""
+        """The name in configuration and status."""
         return _NAME
 
     def load(self, weights: ExpertWeights) -> MegaBlocksSparseExperts:

@@ -1,6 +1,6 @@
 """Weights in the blocks that oneDNN's matrix kernels read, and their product with some numbers of rows.
 
-The operators are torch's own but private (its compiler uses them), so they are tried before they are relied on.
+The operators are private parts of torch (its compiler uses them), so they are tested before use.
 """
 
 from typing import Any
@@ -10,11 +10,11 @@ import torch.nn.functional as F
 
 from experts.kernels.cpu.library import PackedMatrix
 
-# The number of rows for which oneDNN lays out the weights. Any number of rows may come later.
+# The number of rows for which oneDNN lays out the weights. They can be used with any number of rows.
 _EXPECTED_ROWS = 16
-# More rows are computed in pieces of so many: as fast, and no further sizes.
+# More rows are computed in pieces of this size: as fast, and without further sizes.
 MAX_ROWS = 512
-# No number of rows is padded by more than this.
+# The most rows of padding.
 _MAX_PADDING = 15
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -33,7 +33,7 @@ class OneDnnWeights:
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
         """
         Args:
-            weight_OI: outputs × inputs, of a dtype for which `unavailable_reason` knows none.
+            weight_OI: outputs × inputs, of a supported dtype: see `unavailable_reason`.
             bias_O: outputs, in the weight's dtype.
         """
         self._bias_O = None if bias_O is None else bias_O.detach()
@@ -46,7 +46,7 @@ class OneDnnWeights:
         self._linear: Any = torch.ops.mkldnn._linear_pointwise.default
 
     def warm_up_sizes(self, max_rows: int) -> list[int]:
-        """Every number of rows that is ever computed, for which oneDNN compiles when it meets it."""
+        """All numbers of rows that are ever computed; oneDNN compiles for each on first use."""
         return sorted({padded_rows(rows) for rows in range(1, min(max_rows, MAX_ROWS) + 1)})
 
     def product(self, x_TI: torch.Tensor) -> torch.Tensor:
@@ -64,14 +64,14 @@ class OneDnnWeights:
 
 
 def padded_rows(rows: int) -> int:
-    """How many rows oneDNN computes for so many, from 1 to `MAX_ROWS`.
+    """The padded number of rows, for 1 to `MAX_ROWS` rows.
 
-    oneDNN generates code for every number of rows and keeps it (0.15 MB each, up to a thousand of them), so a process
-    that saw every number would grow without need, and would stop to compile in the middle of serving. So there are
-    four sizes between a power of two and the next up to 64 rows, and every sixteenth above: 47 in all.
+    oneDNN generates and caches code for every number of rows (0.15 MB each, up to a thousand of them). Without padding,
+    a process would grow and compile while it serves. So there are four sizes between a power of two and the next up to
+    64 rows, and every sixteenth above: 47 in total.
 
-    A lone row gets a second one: oneDNN adds it up in larger blocks than two or more rows, which changes the last bits
-    from 1025 inputs on. The second row costs next to nothing, for the weights are read once.
+    A single row is padded to two: oneDNN sums it in larger blocks than two or more rows, which changes the last bits
+    from 1025 inputs on. The second row costs almost nothing, because the weights are read once.
     """
     if rows == 1:
         return 2
@@ -80,7 +80,7 @@ def padded_rows(rows: int) -> int:
 
 
 def unavailable_reason(dtype: torch.dtype) -> str | None:
-    """Why weights of a dtype cannot be laid out like this here, in words for a log or an error; None where they can."""
+    """Why weights of a dtype cannot have this layout here, as text; None if they can."""
     if dtype not in _DTYPES:
         return f"only {' and '.join(str(known) for known in _DTYPES)} are"
     if not torch.backends.mkldnn.is_available():

@@ -1,9 +1,9 @@
-"""Linear layers whose weights are laid out once in the order in which a product with few rows reads them.
+"""Linear layers with prepacked weights: laid out once in the order in which a product with few rows reads them.
 
-Stock `torch.nn.functional.linear` lays the weights out again in every call, or reads them as they lie. Laid out once,
-a call takes half the time or less, and a row's result no longer depends on how many rows there are. There are two
-layouts: that of the C library (`experts.kernels.cpu`) where torch has one thread, as served, and oneDNN's for all else,
-which divides a product among threads. Both are tried before they are relied on.
+`torch.nn.functional.linear` packs the weights in every call, or reads them unpacked. With prepacked weights a call
+takes half the time or less, and a row's result does not depend on the number of rows. There are two layouts: the C
+library's (`experts.kernels.cpu`) if torch has one thread, as when serving, and otherwise oneDNN's, which splits a
+product among threads. Both are tested before use.
 """
 
 import functools
@@ -22,23 +22,23 @@ from experts.kernels.onednn_product import OneDnnWeights
 _LOG = logging.getLogger(__name__)
 
 _PROBE_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-# Rows for which code is made ready: no step of the engine has more of them at once.
+# Rows for which code is compiled; no step of the engine has more.
 WARM_UP_ROWS = 512
 
 
 class PackedWeights(Protocol):
-    """A layer's weights in a layout of their own.
+    """A layer's weights in a packed layout.
 
     Attributes:
         nbytes: bytes of weights and bias with the layout's padding.
-        matrix: describes it for the C library's functions, as long as it lives; None where they cannot use it.
+        matrix: the descriptor for the C library, valid as long as this object exists; None if it cannot be used there.
     """
 
     nbytes: int
     matrix: PackedMatrix | None
 
     def warm_up_sizes(self, max_rows: int) -> list[int]:
-        """The numbers of rows, up to this one, for which code is compiled when they are first computed."""
+        """The numbers of rows, up to this one, for which code is compiled on first use."""
         ...
 
     def product(self, x_TI: torch.Tensor) -> torch.Tensor:
@@ -46,7 +46,7 @@ class PackedWeights(Protocol):
         ...
 
     def product_into(self, x_TI: torch.Tensor, output_TO: torch.Tensor, first: int, end: int) -> None:
-        """Writes the outputs of rows from `first` to `end` where such rows are in another tensor, which is contiguous.
+        """Writes the outputs of the rows from `first` to `end` to the same rows of another tensor, which is contiguous.
 
         There must be at least one row.
         """
@@ -56,22 +56,21 @@ class PackedWeights(Protocol):
 class PackedLinear:
     """`x · weightᵀ + bias` for inference on a CPU. No gradients.
 
-    The layout is chosen for the number of threads that torch has when the weights are packed. In either, the result of
-    a row has the same bits whatever the number of rows, and of threads later (in oneDNN's for up to 16384 inputs). Safe
-    to call from any thread.
+    The layout depends on torch's number of threads when the weights are packed. In both, a row's bits do not depend on
+    the number of rows, nor on later numbers of threads (in oneDNN's for up to 16384 inputs). Thread-safe.
     """
 
     __slots__ = ("_dtype", "_has_bias", "_in_features", "_out_features", "_weights", "product", "product_into")
 
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> None:
-        """Copies the weights into the packed layout; the plain ones may be dropped afterwards.
+        """Copies the weights to the packed layout; the plain ones may be freed afterwards.
 
         Args:
             weight_OI: outputs × inputs, on the CPU.
             bias_O: outputs, in the weight's dtype.
 
         Raises:
-            ValueError: packing is not available for this dtype or device; ask `packing_available` first.
+            ValueError: packing is not available for this dtype or device; see `packing_available`.
         """
         if weight_OI.device.type != "cpu":
             raise ValueError(f"weights on {weight_OI.device} cannot be packed; only those on the CPU can")
@@ -82,7 +81,7 @@ class PackedLinear:
         self._out_features, self._in_features = weight_OI.shape
         self._has_bias = bias_O is not None
         self._weights: PackedWeights = layout(weight_OI, bias_O)
-        # Without any check: see `PackedWeights`.
+        # Without checks: see `PackedWeights`.
         self.product = self._weights.product
         self.product_into = self._weights.product_into
 
@@ -103,7 +102,7 @@ class PackedLinear:
 
     @property
     def has_bias(self) -> bool:
-        """Whether something is added to the outputs."""
+        """Whether the layer has a bias."""
         return self._has_bias
 
     @property
@@ -125,7 +124,7 @@ class PackedLinear:
             … × outputs, in the same dtype.
 
         Raises:
-            ValueError: another dtype or size, or a gradient is wanted.
+            ValueError: the dtype or size differs, or a gradient is required.
         """
         if x.dtype != self._dtype or x.shape[-1] != self._in_features:
             raise ValueError(
@@ -140,10 +139,10 @@ class PackedLinear:
 
     @torch.inference_mode()
     def warm_up(self, max_rows: int = WARM_UP_ROWS) -> int:
-        """Has the code compiled for every number of rows up to this one, once for all weights of a shape.
+        """Compiles the code for every number of rows up to this one, once for all weights of a shape.
 
         Returns:
-            how many products were computed.
+            the number of computed products.
         """
         sizes = self._weights.warm_up_sizes(max_rows)
         for rows in sizes:
@@ -152,18 +151,18 @@ class PackedLinear:
 
 
 def packing_available(dtype: torch.dtype) -> bool:
-    """Whether `PackedLinear` works here for weights of a dtype. Tried once a process; the log says why not."""
+    """Whether `PackedLinear` works here for weights of a dtype. Tested once per process; the log has the reason."""
     return unavailable_reason(dtype) is None
 
 
 def unavailable_reason(dtype: torch.dtype) -> str | None:
-    """Why weights of a dtype cannot be packed here, in words for a log or an error; None where they can."""
+    """Why weights of a dtype cannot be packed here, as text; None if they can."""
     layout = _layout(dtype, torch.get_num_threads())
     return layout if isinstance(layout, str) else None
 
 
 def describe_products(dtype: torch.dtype) -> str:
-    """What multiplies packed weights of a dtype here, and why it is not the C library, for status."""
+    """The library that multiplies packed weights of a dtype here, and why it is not the C library, for the status."""
     threads = torch.get_num_threads()
     layout = _layout(dtype, threads)
     if layout is PanelWeights:
@@ -190,14 +189,14 @@ def _layout(dtype: torch.dtype, threads: int) -> type[PanelWeights] | type[OneDn
 
 
 def _panels_refused(dtype: torch.dtype, threads: int) -> str | None:
-    """Why weights are not laid out for the C library."""
+    """Why weights do not have the C library's layout."""
     if threads != 1:
         return f"torch has {threads} threads, among which oneDNN divides a product"
     return panel_weights.unavailable_reason(dtype) or _wrong(PanelWeights, dtype)
 
 
 def _wrong(layout: type[PanelWeights] | type[OneDnnWeights], dtype: torch.dtype) -> str | None:
-    """What a trial product finds wrong."""
+    """The problem of a test product, or None."""
     generator = torch.Generator().manual_seed(0)
     weight_OI = torch.randn((48, 32), generator=generator).to(dtype)
     x_TI = torch.randn((3, 32), generator=generator).to(dtype)

@@ -1,4 +1,4 @@
-"""The loop over experts: slow, plain, and what every other kernel is compared with."""
+"""The reference kernel, a loop over experts: slow, simple, and the standard for all other kernels."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ from experts.kernels.base import ExpertWeights
 
 
 class ReferenceExperts:
-    """One layer's experts as they were loaded. Differentiable."""
+    """One layer's experts, unchanged. Differentiable."""
 
     def __init__(self, weights: ExpertWeights) -> None:
         self._weights = weights
@@ -36,15 +36,15 @@ class ReferenceExperts:
 class ReferenceKernel:
     """Loops over the experts in the weights' dtype; sums in float32, in the order of the experts.
 
-    Equal calls give equal bits. In float32 a token's result may depend on how many others are in the call, as that of
-    `torch.nn.functional.linear` does.
+    Deterministic. In float32 a token's result may depend on the number of tokens in the call, as with
+    `torch.nn.functional.linear`.
     """
 
     @property
     def name(self) -> str:
-        """The name by which configuration and status know it."""
+        """The name in configuration and status."""
         return "reference"
 
     def load(self, weights: ExpertWeights) -> ReferenceExperts:
-        """Takes the weights as they are."""
+        """Uses the weights unchanged."""
         return ReferenceExperts(weights)

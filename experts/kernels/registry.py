@@ -11,10 +11,10 @@ from experts.kernels.base import ExpertKernel
 
 _LOG = logging.getLogger(__name__)
 
-# Another package names its kernel here: `my_kernel = "my_package.my_module:MyKernel"`, a class without arguments.
+# Other packages register kernels here: `my_kernel = "my_package.my_module:MyKernel"`, a class without arguments.
 ENTRY_POINT_GROUP = "echovlm_ray.kernels"
 
-# Imported when asked for: those for a GPU need libraries that a CPU machine does not have.
+# Imported on first use, because GPU kernels need libraries that a CPU machine does not have.
 _BUILT_IN = {
     "reference": "experts.kernels.reference:ReferenceKernel",
     "cpu_packed": "experts.kernels.cpu_packed:CpuPackedKernel",
@@ -32,7 +32,7 @@ _REMEDIES = {
     "triton_small": "pip install triton; a CUDA build of torch brings it",
 }
 
-# Those that come with this package. `kernel_names` has the others as well.
+# The kernels of this package. `kernel_names` has those of other packages, too.
 KERNEL_NAMES: tuple[str, ...] = tuple(_BUILT_IN)
 
 
@@ -41,7 +41,7 @@ class KernelUnavailableError(ValueError):
 
 
 def kernel_names() -> tuple[str, ...]:
-    """All names that `get_kernel` knows here: ours first, then other packages' in the order of the alphabet."""
+    """All names for `get_kernel`: ours first, then other packages' in alphabetical order."""
     return (*KERNEL_NAMES, *sorted(_third_party()))
 
 
@@ -50,8 +50,8 @@ def get_kernel(name: str) -> ExpertKernel:
     """The kernel of a name.
 
     Raises:
-        ValueError: there is none; the text names those that there are.
-        KernelUnavailableError: a library that it needs is not installed; the text says how to get it.
+        ValueError: there is no such kernel; the text lists all names.
+        KernelUnavailableError: a required library is not installed; the text has the command to install it.
     """
     try:
         if name in _BUILT_IN:
@@ -75,7 +75,7 @@ def get_kernel(name: str) -> ExpertKernel:
 
 
 def default_kernel(device: torch.device | str) -> str:
-    """The name of the fixed kernel that suits a device: what to configure where placement must not change a bit."""
+    """The name of the fixed kernel for a device: configure it if local and remote experts must be bitwise equal."""
     return {"cpu": "cpu_packed", "cuda": "megablocks_sparse"}.get(torch.device(device).type, "torch_grouped")
 
 

@@ -1,4 +1,4 @@
-"""silu(gate) · up on the CPU, with the same bits for a row whatever the number of rows and threads."""
+"""silu(gate) · up on the CPU, batch-invariant: a row's bits do not depend on the number of rows and threads."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""All experts in three calls of torch's grouped matrix product: with gradients, on a CPU and on a GPU. For training."""
+"""The kernel for training: all experts in three grouped matrix products of torch, with gradients, on CPU and GPU."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from experts.kernels.base import ExpertWeights
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# The grouped product wants every row to begin at a multiple of this.
+# The alignment of rows that the grouped product needs.
 _ROW_BYTES = 16
 
 
@@ -14,7 +14,7 @@ class GroupedExperts:
     """One layer's experts, stacked. Differentiable in weights, rows and pair weights."""
 
     def __init__(self, weights: ExpertWeights) -> None:
-        """Keeps the weights; copies them only where rows must be padded."""
+        """Uses the weights; copies them only if rows must be padded."""
         multiple = _ROW_BYTES // weights.dtype.itemsize
         self._num_experts = weights.num_experts
         self._hidden_size = weights.hidden_size
@@ -33,8 +33,8 @@ class GroupedExperts:
     def forward(self, x_TD: torch.Tensor, expert_index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
         """The weighted sum over each token's experts; see `experts.kernels.base.PreparedExperts`.
 
-        Never waits for the device: empty experts and pairs without an expert stay in the call, as rows beyond the last
-        offset and as zeros in the sum.
+        Does not synchronise with the device: empty experts and pairs without an expert stay in the call, as rows beyond
+        the last offset and as zeros in the sum.
         """
         tokens, top_k = expert_index_TK.shape
         if tokens == 0 or top_k == 0:
@@ -43,7 +43,7 @@ class GroupedExperts:
         expert_TK = torch.where(expert_index_TK < 0, self._num_experts, expert_index_TK).long()
         expert_TK, place_TK = torch.sort(expert_TK, dim=1, stable=True)
         nobody_TK = expert_TK == self._num_experts
-        # Filled, not left out: what the grouped product makes of such rows and of their gradients is not defined.
+        # Filled, because the grouped product leaves such rows and their gradients undefined.
         weight_TK = weight_TK.gather(1, place_TK).masked_fill(nobody_TK, 0)
         expert_P = expert_TK.flatten()
         order_P = torch.argsort(expert_P, stable=True)
@@ -75,7 +75,7 @@ class TorchGroupedKernel:
 
     @property
     def name(self) -> str:
-        """The name by which configuration and status know it."""
+        """The name in configuration and status."""
         return "torch_grouped"
 
     def load(self, weights: ExpertWeights) -> GroupedExperts:

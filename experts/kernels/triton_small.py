@@ -1,4 +1,4 @@
-"""The kernel for decoding: a few tokens, whose time is that of reading the weights once."""
+"""The kernel for decoding: for a few tokens, with the time of reading the weights once."""
 
 import threading
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from experts.kernels.gpu_support import check_weights, on_device, refuse_gradien
 from experts.kernels.triton_swiglu import combine_kernel, down_kernel, gate_up_kernel
 
 _NAME = "triton_small"
-# More tokens than this go through in parts, and another kernel is faster.
+# More tokens than this are computed in parts, and other kernels are faster.
 MAX_TOKENS = 32
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _COMBINE_BLOCK = 512
@@ -28,10 +28,10 @@ class Tiles:
 
 
 class TritonSmallExperts:
-    """One layer's experts, read where they lie. No gradients."""
+    """One layer's experts, read in place. No gradients."""
 
     def __init__(self, weights: ExpertWeights) -> None:
-        """Keeps the weights; `gate` and `up` are copied if their rows do not lie alike, each row in one piece."""
+        """Uses the weights; copies `gate` and `up` if their rows are not contiguous or their strides differ."""
         gate_EFD, up_EFD = weights.gate_EFD.detach(), weights.up_EFD.detach()
         if gate_EFD.stride(2) != 1 or gate_EFD.stride() != up_EFD.stride():
             gate_EFD, up_EFD = gate_EFD.contiguous(), up_EFD.contiguous()
@@ -48,7 +48,7 @@ class TritonSmallExperts:
     def forward(self, x_TD: torch.Tensor, expert_index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
         """The weighted sum over each token's experts; see `experts.kernels.base.PreparedExperts`.
 
-        Never waits for the device, and can be captured in a CUDA graph once it has run for the shape.
+        Does not synchronise with the device, and can be captured in a CUDA graph once it has run for the shape.
         """
         refuse_gradients(_NAME, x_TD, weight_TK)
         tokens, top_k = expert_index_TK.shape
@@ -117,7 +117,7 @@ class TritonSmallExperts:
 class TritonSmallKernel:
     """Triton kernels for up to 32 tokens, in float32, bfloat16 and float16. Equal calls give equal bits.
 
-    More tokens are computed too, in parts, but other kernels do that faster.
+    More tokens are computed in parts, for which other kernels are faster.
     """
 
     def __init__(self) -> None:
@@ -126,11 +126,11 @@ class TritonSmallKernel:
 
     @property
     def name(self) -> str:
-        """The name by which configuration and status know it."""
+        """The name in configuration and status."""
         return _NAME
 
     def load(self, weights: ExpertWeights) -> TritonSmallExperts:
-        """Takes the weights as they lie; compiles the kernels for their shape, so that no request waits for that.
+        """Uses the weights unchanged; compiles the kernels for their shape, so that no request waits for that.
 
         Raises:
             ValueError: the weights are not on a GPU, or of another dtype.
@@ -151,7 +151,7 @@ class TritonSmallKernel:
 
 
 def _tiles(columns: int, dtype: torch.dtype) -> Tiles:
-    """Wide tiles where there are enough of them for every multiprocessor to have several, narrow ones otherwise."""
+    """Wide tiles if every multiprocessor gets several, otherwise narrow ones."""
     if dtype == torch.float32:
         return Tiles(outputs=16, inputs=64, stages=3)
     # An H200 has 132 multiprocessors.

@@ -1,8 +1,8 @@
 """Three Triton kernels that compute the experts of a few tokens. `experts.kernels.triton_small` launches them.
 
-With few tokens, reading the weights is all the time there is. So every program reads its part of one expert's weights
-once, for all tokens together in one tile of 16 or 32 rows; programs of experts that no token names end at once. Which
-experts are named is read on the device: nothing waits for it, and a CUDA graph can hold the launches.
+With few tokens, reading the weights dominates the time. So every program reads its part of one expert's weights once,
+for all tokens together in one tile of 16 or 32 rows. Programs of unused experts end immediately. The used experts are
+read on the device, so there is no synchronisation, and the launches can be captured in a CUDA graph.
 """
 
 # What Triton compiles is not Python with types.

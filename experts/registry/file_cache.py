@@ -1,7 +1,7 @@
-"""Files of a remote registry, kept on this machine by their digest, within a limit of bytes.
+"""A cache on this machine for files of a remote registry, by digest and with a size limit.
 
-Safe for several threads and processes: a lock file is held while room is made, and a file gets its name only when it
-is complete and its digest is right. A file that is removed while it is mapped stays readable through the map.
+Safe for several threads and processes: eviction holds a lock file, and a file is renamed to its path only when it is
+complete and its digest is right. A file that is removed while it is mapped stays readable through the mapping.
 """
 
 import fcntl
@@ -20,9 +20,9 @@ from experts.errors import ExpertCapacityError, InvalidBundleError
 logger = logging.getLogger(__name__)
 
 _PIECE_BYTES = 4 * 1024 * 1024
-# A file that was asked for within this time may be about to be mapped.
+# A file that was requested within this time may be about to be mapped.
 _IN_USE_S = 120.0
-# A download that was not written to for so long belongs to a process that is gone.
+# A download without a write for this long belongs to a process that has ended.
 _ABANDONED_S = 3600.0
 _LOCK_NAME = ".lock"
 _PARTIAL_SUFFIX = ".partial"
@@ -35,13 +35,13 @@ class FileCache:
         """
         Args:
             directory: the folder; processes of one user may share it.
-            max_bytes: of all files together, those being fetched included. The least recently used go first.
+            max_bytes: the limit for all files, including running downloads. The least recently used are evicted first.
         """
         self.directory = directory
         self.max_bytes = max_bytes
 
     def locate(self, entry: FileEntry) -> Path | None:
-        """Where the file lies, if it is here; it stays for a while."""
+        """The path of a cached file, which is not evicted for a while; None if it is not cached."""
         path = self._path(entry)
         if path.is_symlink() or not path.is_file() or path.stat().st_size != entry.size:
             return None
@@ -54,12 +54,12 @@ class FileCache:
         """Fetches a file and checks it.
 
         Args:
-            entry: what it must be.
-            open_source: opens it where it comes from.
+            entry: the file's entry in its manifest.
+            open_source: opens the original.
 
         Raises:
-            InvalidBundleError: it is not what the entry says.
-            ExpertCapacityError: the limit leaves no room for it; nothing was fetched.
+            InvalidBundleError: it does not match the entry.
+            ExpertCapacityError: it does not fit within the limit; nothing was fetched.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         target = self._path(entry)
@@ -67,7 +67,7 @@ class FileCache:
         try:
             with self._locked():
                 self._make_room(entry)
-                # Its whole size at once, though nothing is written yet: so others see that the room is taken.
+                # Allocated at full size before it is written, so that other processes count it.
                 with partial.open("xb") as file:
                     file.truncate(entry.size)
             with open_source() as reader, partial.open("r+b") as writer:
@@ -76,9 +76,9 @@ class FileCache:
                 raise InvalidBundleError(
                     f"{entry.path}: is damaged, its SHA-256 is {digest}, the manifest says {entry.sha256}"
                 )
-            # A program that opens it to write has mistaken it for a copy.
+            # Read-only, against programs that open it to write.
             partial.chmod(0o444)
-            # Under the lock, so that a listing of what is held has it by one name or the other.
+            # Under the lock, so that a listing has it under one of the two names.
             with self._locked():
                 partial.replace(target)
         finally:
@@ -86,7 +86,7 @@ class FileCache:
         return target
 
     def remove(self, entry: FileEntry) -> bool:
-        """Removes a file that was found damaged; whether there was one of its name."""
+        """Removes a damaged file. Returns whether it was cached."""
         try:
             self._path(entry).unlink()
         except FileNotFoundError:
@@ -136,7 +136,7 @@ def _copy(reader: BinaryIO, writer: BinaryIO, *, limit: int) -> str:
     while piece := reader.read(_PIECE_BYTES):
         copied += len(piece)
         if copied > limit:
-            # The digest will not match; the room that was taken is all there is.
+            # The file is larger than its entry, so its digest will not match.
             digest.update(piece)
             break
         digest.update(piece)

@@ -1,11 +1,11 @@
-"""Copies of bundles on this machine's own disk, so that they can be loaded again while the registry is away.
+"""Local copies of the bundles in use, so that they can be loaded while the registry is unavailable.
 
     <digest>/manifest.json    written first
-    <digest>/<file>           those of the manifest's files that were needed here
+    <digest>/<file>           the manifest's files that were needed here
     <digest>/model.sig        the signature, if the bundle has one
 
-A file gets its name when it is complete and its SHA-256 is that of the manifest; a copy that is found damaged later is
-fetched again, or refused. Several threads and processes may share a folder. Only its user can read it.
+A file is renamed to its path when it is complete and its SHA-256 matches the manifest. A damaged copy is fetched again,
+or refused. Several threads and processes may share a folder. Only its user can read it.
 """
 
 import hashlib
@@ -21,30 +21,30 @@ from typing import BinaryIO, Protocol
 from experts.bundles.bundle import SIGNATURE_NAME, Bundle, verify_file
 from experts.bundles.layout import GATE_FILE, PROTOTYPE_FILE
 from experts.bundles.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileEntry, Manifest
-from experts.errors import InvalidBundleError, RegistryAwayError, SignatureError, UnknownBundleError
+from experts.errors import InvalidBundleError, RegistryUnavailableError, SignatureError, UnknownBundleError
 from experts.registry.registry import reading_registry
 
 logger = logging.getLogger(__name__)
 
-# The stable version, a candidate, and the version before.
+# The stable version, a candidate, and the previous version.
 KEPT_PER_ORGAN = 3
 _COPY_BYTES = 4 * 1024 * 1024
 
 
 class BundleSource(Protocol):
-    """What copies are made of: a `Registry`."""
+    """The source of the copies: a `Registry`."""
 
     root: str
 
     def open(self, digest: str) -> Bundle:
-        """The bundle with a digest; raises what `Registry.open` raises."""
+        """Opens the bundle with a digest. Raises the errors of `Registry.open`."""
 
     def manifest(self, digest: str) -> Manifest:
-        """Its manifest; raises what `Registry.manifest` raises."""
+        """Reads a bundle's manifest. Raises the errors of `Registry.manifest`."""
 
 
 class KeptBundles:
-    """A folder of copies beside a registry. What is kept here is read here; the registry is asked for the rest."""
+    """A folder of local copies, which are preferred over the registry."""
 
     def __init__(
         self,
@@ -56,11 +56,11 @@ class KeptBundles:
     ) -> None:
         """
         Args:
-            registry: where bundles come from.
+            registry: the source of bundles.
             directory: the folder of copies.
-            admit: raises `SignatureError` where a bundle's signature is not accepted; for a copy the signature is then
+            admit: raises `SignatureError` if a bundle's signature is not accepted; for a copy the signature is then
                 read again from the registry.
-            in_use: the digests whose copies must stay.
+            in_use: returns the digests whose copies must stay.
         """
         self.directory = directory
         self._registry = registry
@@ -68,30 +68,30 @@ class KeptBundles:
         self._in_use = in_use
 
     def open(self, digest: str) -> Bundle:
-        """The whole bundle, from its copy; without one, a copy is made first. `Bundle.verify` compares all digests.
+        """Opens a bundle from its copy, which is made first if it is missing. `Bundle.verify` compares all digests.
 
-        Where the disk has no room for a copy, it is the registry's own bundle.
+        If the disk is full, the bundle is opened in the registry.
 
         Raises:
             UnknownBundleError: there is no copy, and the registry has no such bundle.
-            InvalidBundleError: there is no sound copy, and the registry's bundle is damaged.
+            InvalidBundleError: there is no valid copy, and the registry's bundle is damaged.
             SignatureError: its signature is not accepted.
-            RegistryAwayError: there is no copy, and the registry cannot be read.
+            RegistryUnavailableError: there is no copy, and the registry is unavailable.
         """
         return self._open(digest, lambda entry: True)
 
     def open_gates(self, digest: str) -> Bundle:
-        """What a router needs of a bundle, checked: its gate rows and its prototype. Raises what `open` raises."""
+        """Opens and checks the parts of a bundle for a router: gate rows and prototype. Raises the errors of `open`."""
         bundle = self._open(digest, lambda entry: entry.path in (GATE_FILE, PROTOTYPE_FILE))
         bundle.verify_files()
         return bundle
 
     def manifest(self, digest: str) -> Manifest:
-        """A bundle's manifest, which is kept from then on.
+        """A bundle's manifest, of which a copy is kept.
 
         Raises:
             UnknownBundleError: neither the copies nor the registry have it.
-            RegistryAwayError: it is not kept, and the registry cannot be read.
+            RegistryUnavailableError: there is no copy, and the registry is unavailable.
         """
         kept = self._kept_manifest(digest)
         if kept is not None:
@@ -105,7 +105,7 @@ class KeptBundles:
         return manifest
 
     def look(self, digest: str) -> Bundle:
-        """What `open` opens, without making a copy. Raises what `open` raises."""
+        """Like `open`, but makes no copy."""
         kept = self._kept_manifest(digest)
         if kept is not None and not self._missing(kept[0].files, digest):
             return self._admitted(self._copy_of(kept, kept[0].files))
@@ -146,10 +146,10 @@ class KeptBundles:
         try:
             self._admit(bundle)
         except SignatureError:
-            # It may have been signed again since it was copied; if not, the copy's refusal says what is wrong.
+            # It may have been signed again since it was copied; if not, the first error is raised.
             try:
                 source = self._from_registry(bundle.digest)
-            except (RegistryAwayError, UnknownBundleError, InvalidBundleError):
+            except (RegistryUnavailableError, UnknownBundleError, InvalidBundleError):
                 return bundle
             if source.signature is None or source.manifest_bytes != bundle.manifest_bytes:
                 return bundle
@@ -158,17 +158,17 @@ class KeptBundles:
         return bundle
 
     def _fetch_again(self, digest: str, entry: FileEntry) -> Path:
-        """Puts a new copy in the place of a damaged one.
+        """Replaces a damaged copy.
 
         Raises:
-            InvalidBundleError: the registry has no sound file either.
+            InvalidBundleError: the registry's file is damaged too.
         """
         path = self.directory / digest / entry.path
         logger.warning("the copy of %s in %s is damaged and is fetched again", entry.path, path.parent)
         path.unlink(missing_ok=True)
         try:
             source = self._from_registry(digest)
-        except (RegistryAwayError, UnknownBundleError) as error:
+        except (RegistryUnavailableError, UnknownBundleError) as error:
             raise InvalidBundleError(f"{entry.path}: its copy in {path.parent} is damaged, and {error}") from error
         self._keep(source, [entry])
         return path
@@ -223,7 +223,7 @@ class KeptBundles:
 
     @contextmanager
     def _appearing(self, digest: str, name: str) -> Iterator[BinaryIO]:
-        """A file that gets its name when the block ends well."""
+        """A temporary file, which is renamed at the end of the block."""
         folder = self.directory / digest
         for each in (self.directory, folder):
             each.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -240,11 +240,11 @@ class KeptBundles:
             raise
 
     def _prune(self, organ: str, coming: str) -> None:
-        """Removes the copies of an organ that were not opened for longest, so that with the next one few remain."""
+        """Removes the least recently opened copies of an organ, before another one is added."""
         found: list[tuple[float, Path]] = []
         with suppress(FileNotFoundError):
             for folder in self.directory.iterdir():
-                # A manifest alone is small, and names the version of what was served once.
+                # A manifest without files is small, and has the version of a bundle that was served before.
                 kept = self._kept_manifest(folder.name) if any(folder.glob("*.safetensors")) else None
                 if kept is not None and kept[0].organ == organ and folder.name != coming:
                     with suppress(FileNotFoundError):
@@ -256,7 +256,7 @@ class KeptBundles:
 
     def _warn(self, digest: str, error: OSError) -> None:
         logger.warning(
-            "no copy of bundle %s… is kept in %s (%s): it cannot be loaded again while the registry is away",
+            "no copy of bundle %s… is kept in %s (%s): it cannot be loaded while the registry is unavailable",
             digest[:12],
             self.directory,
             error.strerror or type(error).__name__,
@@ -265,7 +265,7 @@ class KeptBundles:
 
 def _chosen(manifest: Manifest, wanted: Callable[[FileEntry], bool]) -> list[FileEntry]:
     entries = [entry for entry in manifest.files if wanted(entry)]
-    # A bundle whose gate lies in another file is kept as a whole.
+    # A bundle with its gate rows in another file is copied completely.
     return entries if any(entry.path == GATE_FILE for entry in entries) else list(manifest.files)
 
 

@@ -1,11 +1,11 @@
 """The registry of bundles: by organ and version, under any root that fsspec can reach.
 
-    files/<sha256>.safetensors              every file once, however many bundles have it
+    files/<sha256>.safetensors              every file once, for all bundles that have it
     bundles/<organ>/<version>/<digest>.sig   the signature of the bundle of this digest, if it is signed
     bundles/<organ>/<version>/manifest.json  written last: a bundle without it does not exist
 
-Nothing but a signature is ever replaced. A push that dies half-way leaves files that no manifest names and no reader
-sees. A signature carries the digest in its name, so that of two pushes of different bundles the loser's does no harm.
+Only signatures are ever replaced. An interrupted push leaves files that no manifest lists and no reader uses. The name
+of a signature contains the digest, so that concurrent pushes of different bundles do not conflict.
 """
 
 import itertools
@@ -20,7 +20,13 @@ from fsspec.implementations.local import LocalFileSystem
 from experts.bundles.bundle import MAX_SIGNATURE_BYTES, SIGNATURE_NAME, Bundle
 from experts.bundles.manifest import MANIFEST_NAME, FileEntry, Manifest, check_organ, check_version, version_key
 from experts.bundles.writer import new_bundle_folder
-from experts.errors import InvalidBundleError, RegistryAwayError, RegistryError, SignatureError, UnknownBundleError
+from experts.errors import (
+    InvalidBundleError,
+    RegistryError,
+    RegistryUnavailableError,
+    SignatureError,
+    UnknownBundleError,
+)
 from experts.private_folder import user_folder
 from experts.registry.file_cache import FileCache
 from experts.registry.store import LocalStore, RemoteStore
@@ -29,7 +35,7 @@ DEFAULT_CACHE_BYTES = 64 * 1024**3
 
 
 class Registry:
-    """One registry. Safe to use from several threads and processes at once."""
+    """One registry. Safe for several threads and processes."""
 
     def __init__(
         self,
@@ -40,18 +46,18 @@ class Registry:
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         fallbacks: Sequence["Registry"] = (),
     ) -> None:
-        """Opens a registry; a root that does not exist yet is an empty one.
+        """Opens a registry. A root that does not exist yet is an empty registry.
 
         Args:
-            root: a folder, or a URL that fsspec knows, for example "s3://bucket/experts".
-            options: what fsspec's file system for that URL takes, for example `endpoint_url` for S3.
-            cache_directory: where files of a remote root are kept once fetched; by default `echovlm-ray/files` in the
-                user's cache folder. Local roots are read in place.
-            cache_bytes: the most bytes kept there.
-            fallbacks: registries that are read, and never written, where this one does not have a bundle.
+            root: a folder, or a URL for fsspec, for example "s3://bucket/experts".
+            options: options of fsspec's file system, for example `endpoint_url` for S3.
+            cache_directory: the cache for files of a remote root; by default `echovlm-ray/files` in the user's cache
+                folder. Local roots are read in place.
+            cache_bytes: the limit of the cache.
+            fallbacks: registries that are read, and never written, for bundles that this one does not have.
 
         Raises:
-            RegistryError: fsspec knows no such URL, the package for it is not installed, or an option is wrong.
+            RegistryError: fsspec does not support the URL, a package is missing, or an option is invalid.
         """
         self.root = str(root)
         try:
@@ -65,49 +71,48 @@ class Registry:
         else:
             cache = FileCache(cache_directory or _user_cache(), cache_bytes)
             self._store = RemoteStore(filesystem, PurePosixPath(path), cache)
-        # Where a digest was last seen; only a hint, the manifest there is read again each time.
+        # The last location of a digest. Only a hint: the manifest there is read again each time.
         self._seen: dict[str, tuple[str, str]] = {}
 
     def push(self, bundle_directory: Path, *, link: bool = False) -> Manifest:
-        """Adds the bundle in a folder, after checking all of it. Pushing it again changes nothing.
+        """Checks the bundle in a folder and adds it. Idempotent.
 
-        A signature comes along. Whether it is a good one is for those to say who load the bundle; one that was added
-        or renewed since the last push replaces the one that is there.
+        A signature is added, too, and replaces an older one. It is not verified here, but when the bundle is loaded.
 
         Args:
             bundle_directory: the bundle's folder.
-            link: hard-link the files into a local root instead of copying them. For a folder that will not be written
-                to again: its files then are the registry's files.
+            link: hard-link the files into a local root instead of copying them. The folder must not be written to
+                afterwards, because its files are then the registry's files.
 
         Returns:
             Its manifest.
 
         Raises:
-            InvalidBundleError: the bundle is not what its manifest says, or the registry has another bundle of this
-                organ and version: versions are immutable.
-            SignatureError: the signature covers another spelling of the manifest than the registry has.
+            InvalidBundleError: the bundle does not match its manifest, or the registry has another bundle of this organ
+                and version: versions are immutable.
+            SignatureError: the signature covers another serialisation of the manifest than the registry's.
         """
         bundle = Bundle.open(bundle_directory)
-        # The store checks the digests: each file is read once.
+        # The store checks the digests, so that each file is read once.
         bundle.verify(digests=False)
         manifest = bundle.manifest
         self._refuse_other(bundle)
         for entry in manifest.files:
             self._store.add_file(bundle.locations[entry.path], entry, link=link)
-        # Before the manifest: where signatures are required, the bundle must not be found without its own.
+        # Before the manifest, so that readers who require a signature never find the bundle without it.
         if bundle.signature is not None and bundle.signature != self._signature(manifest):
             self._store.replace(_signature_path(manifest), bundle.signature)
         if not self._store.create(_manifest_path(manifest.organ, manifest.version), bundle.manifest_bytes):
-            # Another one was faster.
+            # A concurrent push was faster.
             self._refuse_other(bundle)
         return manifest
 
     def pull(self, digest: str, directory: Path) -> Manifest:
-        """Copies a bundle into a folder of its own, its signature included.
+        """Copies a bundle and its signature to a new folder.
 
         Args:
             digest: the bundle.
-            directory: the folder to make; its parent exists.
+            directory: the folder to create; its parent must exist.
 
         Raises:
             UnknownBundleError: the registry has no such bundle.
@@ -125,13 +130,13 @@ class Registry:
         return bundle.manifest
 
     def open(self, digest: str) -> Bundle:
-        """The bundle with a digest. Files of a remote root are fetched first, and checked.
+        """Opens the bundle with a digest. Files of a remote root are fetched and checked first.
 
         Raises:
             UnknownBundleError: neither this registry nor a fallback has such a bundle.
-            OSError: no fallback has it, and this registry cannot be read.
+            OSError: this registry is unavailable, and no fallback has it.
             InvalidBundleError: a file is missing or damaged.
-            ExpertCapacityError: there is no room for the files of a remote root on this machine.
+            ExpertCapacityError: the files do not fit in the cache of this machine.
         """
         found, away = self._by_digest_or_error(digest)
         if found is None:
@@ -153,7 +158,7 @@ class Registry:
 
         Raises:
             UnknownBundleError: neither this registry nor a fallback has such a bundle.
-            OSError: no fallback has it, and this registry cannot be read.
+            OSError: this registry is unavailable, and no fallback has it.
         """
         found, away = self._by_digest_or_error(digest)
         if found is not None:
@@ -167,7 +172,7 @@ class Registry:
         """The manifest of an organ's version.
 
         Raises:
-            UnknownBundleError: there is none; the text names the versions that there are.
+            UnknownBundleError: there is none; the text lists the existing versions.
         """
         found = self._read(organ, version) if _is_valid(organ, version) else None
         if found is not None:
@@ -183,16 +188,16 @@ class Registry:
     def list(
         self, organ: str | None = None, *, damaged: Callable[[InvalidBundleError], object] | None = None
     ) -> list[Manifest]:
-        """All bundles, or an organ's, by organ and then from the oldest version to the newest.
+        """All bundles, or an organ's, sorted by organ and version.
 
-        Of a version that a fallback has too, the one here counts.
+        This registry takes precedence over fallbacks.
 
         Args:
-            organ: only this one's.
-            damaged: called with every manifest that is damaged, which is then left out.
+            organ: only this organ's bundles.
+            damaged: called for every damaged manifest, which is then skipped.
 
         Raises:
-            InvalidBundleError: a manifest is damaged, and `damaged` is not given.
+            InvalidBundleError: a manifest is damaged and `damaged` is None.
         """
         manifests: dict[tuple[str, str], Manifest] = {}
         for fallback in reversed(self._fallbacks):
@@ -211,23 +216,23 @@ class Registry:
         return sorted(manifests.values(), key=lambda manifest: (manifest.organ, version_key(manifest.version)))
 
     def check_exists(self) -> None:
-        """Checks that there is a registry, for those to whom an empty one would say that bundles were never there.
+        """Checks that the registry exists, for callers that must not take a missing one for an empty one.
 
         Raises:
-            FileNotFoundError: it is a folder that does not exist, and so are its fallbacks.
+            FileNotFoundError: neither its folder nor one of its fallbacks exists.
         """
         stores = [registry._store for registry in (self, *self._fallbacks)]
         if not any(isinstance(store, RemoteStore) or store.exists for store in stores):
             raise FileNotFoundError(2, "the folder does not exist")
 
     def is_signed(self, manifest: Manifest) -> bool:
-        """Whether a bundle of this registry or a fallback has a signature, good or not."""
+        """Whether a bundle of this registry or a fallback has a signature, valid or not."""
         return self._signature(manifest) is not None or any(
             fallback.is_signed(manifest) for fallback in self._fallbacks
         )
 
     def _format_organ_versions(self, organ: str) -> str:
-        """The versions of an organ, or where there are none, the organs that there are."""
+        """The versions of an organ as text, or all organs if there are none."""
         if versions := [known.version for known in self.list(organ, damaged=str)]:
             return ", ".join(versions)
         organs = ", ".join(dict.fromkeys(known.organ for known in self.list(damaged=str)))
@@ -243,12 +248,12 @@ class Registry:
         return f"{self.root}{others}"
 
     def _by_digest_or_error(self, digest: str) -> tuple[tuple[Manifest, bytes] | None, OSError | None]:
-        """The bundle if it is found here, or what kept this registry from being read."""
+        """The bundle if it is here, or the error that prevented reading the registry."""
         candidates = [self._seen[digest]] if digest in self._seen else []
         away = None
         try:
             for organ, version in itertools.chain(candidates, self._versions(None)):
-                # One manifest that is damaged or may not be read must not hide the others.
+                # A damaged or unreadable manifest must not hide the others.
                 try:
                     found = self._read(organ, version)
                 except InvalidBundleError:
@@ -263,7 +268,7 @@ class Registry:
         return None, away
 
     def _locate(self, entry: FileEntry) -> Path:
-        """Where a file lies; one that a fallback has on this machine need not be fetched, its digest says it all."""
+        """The path of a file. A local fallback's file with the same digest is used instead of fetching it."""
         for fallback in self._fallbacks:
             if isinstance(fallback._store, LocalStore):
                 with suppress(InvalidBundleError):
@@ -317,15 +322,15 @@ class Registry:
 
 @contextmanager
 def reading_registry(root: str) -> Iterator[None]:
-    """Turns what the disk or the network says while a registry is read into words that name the registry.
+    """Converts errors of the disk or the network into one that names the registry.
 
     Raises:
-        RegistryAwayError: it cannot be read.
+        RegistryUnavailableError: it is unavailable.
     """
     try:
         yield
     except OSError as error:
-        # Local files say what is wrong in `strerror`, object stores in their own words.
+        # Errors of local files have `strerror`, those of object stores only their text.
         reason = error.strerror or str(error) or type(error).__name__
         where = f" ({error.filename})" if error.filename else ""
         hint = (
@@ -333,7 +338,7 @@ def reading_registry(root: str) -> Iterator[None]:
             if isinstance(error, PermissionError)
             else ""
         )
-        raise RegistryAwayError(f"the registry {root} cannot be read: {reason}{where}{hint}") from error
+        raise RegistryUnavailableError(f"the registry {root} cannot be read: {reason}{where}{hint}") from error
 
 
 def _manifest_path(organ: str, version: str) -> str:

@@ -11,23 +11,23 @@ from experts.registry.registry import DEFAULT_CACHE_BYTES, Registry
 
 
 class RegistryLocation(BaseModel):
-    """A registry: everything that `Registry` takes."""
+    """A registry: the arguments of `Registry`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     root: str
-    # For fsspec's file system; credentials are better kept in the environment.
+    # Options of fsspec's file system. Put credentials in the environment.
     options: dict[str, str | int | bool] = {}
     cache_directory: Path | None = None
     cache_bytes: Annotated[int, Field(ge=1)] = DEFAULT_CACHE_BYTES
-    # Roots of registries that are read where this one does not have a bundle.
+    # Roots of fallback registries for bundles that this one does not have.
     fallbacks: tuple[str, ...] = ()
 
     def open(self) -> Registry:
         """The registry.
 
         Raises:
-            RegistryError: there is no file system for the root, or an option is wrong.
+            RegistryError: there is no file system for the root, or an option is invalid.
         """
         return Registry(
             self.root,
@@ -46,7 +46,7 @@ class BundleSource(BaseModel):
     folder: Path | None = None
     registry: RegistryLocation | None = None
     digest: str | None = None
-    # A folder with a copy of the registry's bundle, which is taken where the registry cannot give it.
+    # A folder with a local copy of the bundle, used if the registry is unavailable.
     copy_folder: Path | None = None
 
     @model_validator(mode="after")
@@ -60,8 +60,8 @@ class BundleSource(BaseModel):
         """The bundle.
 
         Raises:
-            UnknownBundleError: the registry does not have it.
-            InvalidBundleError: there is no sound manifest, or a file is missing.
+            UnknownBundleError: it is not in the registry.
+            InvalidBundleError: the manifest is invalid, or a file is missing.
         """
         if self.folder is not None:
             return Bundle.open(self.folder)
@@ -76,7 +76,7 @@ class BundleSource(BaseModel):
             return copied
 
     def _copy(self) -> Bundle | None:
-        """The copy, if it is whole."""
+        """The copy, if it is complete."""
         if self.copy_folder is None or not self.copy_folder.is_dir():
             return None
         try:

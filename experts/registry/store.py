@@ -22,14 +22,14 @@ class LocalStore:
     """A folder."""
 
     def __init__(self, root: Path) -> None:
-        """Args are the registry's root; it need not exist."""
+        """`root` is the registry's root, which need not exist."""
         self._root = root
 
     def add_file(self, source: Path, entry: FileEntry, *, link: bool) -> None:
-        """Makes a file part of the registry, if it is not already.
+        """Adds a file to the registry if it is missing.
 
         Raises:
-            InvalidBundleError: the source is not what the entry says.
+            InvalidBundleError: the source does not match the entry.
         """
         target = self._root / _file_path(entry)
         if _has_size(target, entry.size):
@@ -46,17 +46,17 @@ class LocalStore:
                 os.fsync(writer.fileno())
 
     def locate_file(self, entry: FileEntry) -> Path:
-        """Where a file lies; it is used in place.
+        """The path of a file, which is read in place.
 
         Raises:
-            InvalidBundleError: it is missing or has another size.
+            InvalidBundleError: it is missing, or its size differs.
         """
         path = self._root / _file_path(entry)
         verify_file(path, entry, digest=False)
         return path
 
     def create(self, path: str, content: bytes) -> bool:
-        """Writes a new file; false if there is one already."""
+        """Writes a new file. Returns false if there is one already."""
         target = self._root / path
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = _partial_name(target)
@@ -66,7 +66,7 @@ class LocalStore:
                 file.flush()
                 os.fsync(file.fileno())
             try:
-                # A link, unlike a rename, never replaces what another push has just written.
+                # A link, unlike a rename, never replaces a file of a concurrent push.
                 os.link(partial, target)
             except FileExistsError:
                 return False
@@ -75,7 +75,7 @@ class LocalStore:
             partial.unlink(missing_ok=True)
 
     def replace(self, path: str, content: bytes) -> None:
-        """Writes a file, in place of an earlier one; readers see the one or the other."""
+        """Writes or replaces a file atomically."""
         target = self._root / path
         target.parent.mkdir(parents=True, exist_ok=True)
         with _appearing(target) as partial, partial.open("xb") as file:
@@ -84,7 +84,7 @@ class LocalStore:
             os.fsync(file.fileno())
 
     def read(self, path: str) -> bytes | None:
-        """A file's content, at most one byte more than a manifest may have; none if there is no such file."""
+        """A file's content, up to one byte more than the limit of a manifest; None if it does not exist."""
         try:
             with (self._root / path).open("rb") as file:
                 return file.read(MAX_MANIFEST_BYTES + 1)
@@ -93,15 +93,15 @@ class LocalStore:
 
     @property
     def exists(self) -> bool:
-        """Whether there is such a folder."""
+        """Whether the folder exists."""
         return self._root.exists()
 
     def versions(self) -> list[tuple[str, str]]:
-        """The organs and versions that have a folder, whether complete or not.
+        """The organs and versions with a folder, complete or not.
 
         Raises:
-            RegistryError: it is no folder.
-            PermissionError: a folder may not be read; `Path.glob` would say that there is nothing.
+            RegistryError: it is not a folder.
+            PermissionError: a folder is unreadable; `Path.glob` would return nothing.
         """
         if self._root.exists() and not self._root.is_dir():
             raise RegistryError(f"the registry {self._root} is no folder; name one, or a URL like s3://bucket/experts")
@@ -110,46 +110,46 @@ class LocalStore:
 
 
 class RemoteStore:
-    """An object store, or whatever else fsspec reaches. Files that are used are kept in a folder of this machine."""
+    """An object store or any other file system of fsspec. Files in use are cached on this machine."""
 
     def __init__(self, filesystem: AbstractFileSystem, root: PurePosixPath, cache: FileCache) -> None:
-        """Args are the file system, the registry's root on it, and where fetched files are kept."""
+        """Takes the file system, the registry's root on it, and the cache for fetched files."""
         self._filesystem = filesystem
         self._root = root
         self._cache = cache
 
     def add_file(self, source: Path, entry: FileEntry, *, link: bool) -> None:
-        """Makes a file part of the registry, if it is not already; `link` has no meaning here.
+        """Adds a file to the registry if it is missing; `link` is ignored.
 
         Raises:
-            InvalidBundleError: the source is not what the entry says.
+            InvalidBundleError: the source does not match the entry.
         """
         del link
         verify_file(source, entry)
         target = str(self._root / _file_path(entry))
         with self._reaching():
             self._filesystem.invalidate_cache()
-            # Another size is what a push that died left, on file systems where uploads are not atomic.
+            # On file systems without atomic uploads, an interrupted push leaves a file of another size.
             if self._filesystem.exists(target) and self._filesystem.size(target) == entry.size:
                 return
             self._filesystem.makedirs(str(self._root / "files"), exist_ok=True)
             self._filesystem.put_file(str(source), target)
 
     def locate_file(self, entry: FileEntry) -> Path:
-        """Where a file lies on this machine, after fetching it if need be.
+        """Fetches a file if needed and returns its local path.
 
         Raises:
-            InvalidBundleError: it is missing, or not what the entry says.
-            ExpertCapacityError: this machine has no room for it.
+            InvalidBundleError: it is missing, or does not match the entry.
+            ExpertCapacityError: it does not fit in the cache.
         """
         return self._cache.locate(entry) or self._fetch(entry)
 
     def fetch_again(self, entry: FileEntry) -> Path | None:
-        """Puts a new copy in the place of one on this machine that was found damaged; none if there was no copy.
+        """Replaces a damaged file in the cache; None if it was not cached.
 
         Raises:
-            InvalidBundleError: the file is missing in the registry, or not what the entry says there either.
-            ExpertCapacityError: this machine has no room for it.
+            InvalidBundleError: the file in the registry is missing or damaged, too.
+            ExpertCapacityError: it does not fit in the cache.
         """
         return self._fetch(entry) if self._cache.remove(entry) else None
 
@@ -165,7 +165,7 @@ class RemoteStore:
             return self._cache.add(entry, open_source)
 
     def create(self, path: str, content: bytes) -> bool:
-        """Writes a new file; false if there is one already."""
+        """Writes a new file. Returns false if there is one already."""
         target = str(self._root / path)
         with self._reaching():
             self._filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
@@ -176,14 +176,14 @@ class RemoteStore:
         return True
 
     def replace(self, path: str, content: bytes) -> None:
-        """Writes a file, in place of an earlier one; readers see the one or the other where uploads are atomic."""
+        """Writes or replaces a file, atomically if the file system's uploads are atomic."""
         target = str(self._root / path)
         with self._reaching():
             self._filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
             self._filesystem.pipe_file(target, content)
 
     def read(self, path: str) -> bytes | None:
-        """A file's content, at most one byte more than a manifest may have; none if there is no such file."""
+        """A file's content, up to one byte more than the limit of a manifest; None if it does not exist."""
         with self._reaching():
             try:
                 content: bytes = self._filesystem.cat_file(str(self._root / path), end=MAX_MANIFEST_BYTES + 1)
@@ -192,7 +192,7 @@ class RemoteStore:
         return content
 
     def versions(self) -> list[tuple[str, str]]:
-        """The organs and versions that have a manifest."""
+        """The organs and versions with a manifest."""
         with self._reaching():
             self._filesystem.invalidate_cache()
             paths = self._filesystem.glob(str(self._root / "bundles" / "*" / "*" / "manifest.json"))
@@ -200,7 +200,7 @@ class RemoteStore:
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
-        """Turns whatever a file system's own library raises into an OSError that names the registry."""
+        """Converts the exceptions of a file system's library into an OSError that names the registry."""
         try:
             yield
         except (OSError, InvalidBundleError, ExpertCapacityError):
@@ -234,7 +234,7 @@ def _appearing(target: Path) -> Iterator[Path]:
     try:
         with full_disk_named(target.parent):
             yield partial
-        # A program that opens a registry's file to write has mistaken it for a copy.
+        # Read-only, against programs that open a registry's file to write.
         partial.chmod(0o444)
         partial.replace(target)
     finally:
@@ -245,7 +245,7 @@ def _link(source: Path, target: Path) -> bool:
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:
-        # Another file system, or one without hard links: the caller copies.
+        # Another file system, or one without hard links: the caller makes a copy.
         return False
     return True
 

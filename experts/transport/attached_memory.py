@@ -1,4 +1,4 @@
-"""The replica's end of the memory that a caller shares with it; see `SharedMemory` in protos/expert.proto."""
+"""The replica's mapping of the memory that a caller shares with it; see `SharedMemory` in protos/expert.proto."""
 
 import fcntl
 import mmap
@@ -13,14 +13,14 @@ from experts.errors import InvalidTensorError
 from experts.transport.layout import ALIGNMENT, Area, Layout
 from protos import expert_pb2
 
-# Only addresses: the caller's pages count against the caller's own limit.
+# Limits address space only: the pages count against the caller's limit.
 MAX_BYTES = 2**40
-# The same few calls come again and again; their views are kept until there are so many.
+# A few shapes repeat; their views are cached up to this number.
 _MAX_VIEWS = 256
 
 
 class AttachError(InvalidTensorError):
-    """What a caller offered is not memory that can be shared. The text says why."""
+    """A caller's descriptor cannot be mapped as shared memory. The text has the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +34,17 @@ class SharedViews:
 
 
 class AttachedMemory:
-    """A caller's memory, mapped here. It is unmapped when no view of it is left."""
+    """A mapping of a caller's memory. It is unmapped when no view of it is left."""
 
     def __init__(self, descriptor: int, size: int) -> None:
-        """Maps it.
+        """Maps the memory.
 
         Args:
-            descriptor: what the caller handed over; it stays open.
-            size: bytes, as the caller says.
+            descriptor: the caller's descriptor, which is not closed.
+            size: the caller's number of bytes.
 
         Raises:
-            AttachError: it is not memory of this user, or its size is another or can change.
+            AttachError: it is not memory of this user, or its size differs or can change.
         """
         if not 0 < size <= MAX_BYTES:
             raise AttachError(f"size is {size}; it must be above 0 and at most {MAX_BYTES}")
@@ -61,7 +61,7 @@ class AttachedMemory:
         """The tensors of a call.
 
         Raises:
-            InvalidTensorError: they are not all inside the memory, or are none that can be computed with.
+            InvalidTensorError: they are not within the memory, or are invalid.
         """
         key = (shared.offset, shared.dtype, shared.tokens, shared.hidden_size, shared.top_k)
         views = self._views_of.get(key)

@@ -1,7 +1,7 @@
 """Tensors to and from their protobuf message.
 
-`tensor_to_proto` and `tensor_from_proto` are for any message and copy the data six times between them, parsing and
-serialising included. The token loop uses `experts.transport.wire`, which copies it once.
+`tensor_to_proto` and `tensor_from_proto` are for any message and copy the data six times in total, including parsing
+and serialising. Expert calls use `experts.transport.wire`, which copies it once.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch
 from experts.errors import InvalidTensorError
 from protos import tensor_pb2
 
-# More dimensions, or more elements once the empty dimensions count as one, is no tensor of this system.
+# Limits for tensors of this system: dimensions, and elements with empty dimensions counted as one.
 MAX_DIMENSIONS = 8
 MAX_ELEMENTS = 2**40
 
@@ -29,10 +29,10 @@ _SWAP_BYTES = sys.byteorder == "big"
 
 
 def data_type_of(dtype: torch.dtype) -> tensor_pb2.DataType:
-    """The protocol's name of a torch dtype.
+    """The protocol's data type of a torch dtype.
 
     Raises:
-        InvalidTensorError: it has none.
+        InvalidTensorError: there is none.
     """
     data_type = _DATA_TYPES.get(dtype)
     if data_type is None:
@@ -42,7 +42,7 @@ def data_type_of(dtype: torch.dtype) -> tensor_pb2.DataType:
 
 
 def torch_type_of(data_type: int, name: str) -> torch.dtype:
-    """The torch dtype of the protocol's name; `name` is the message's field, for the error.
+    """The torch dtype of a protocol's data type; `name` is the message's field, for the error.
 
     Raises:
         InvalidTensorError: it is unknown.
@@ -54,7 +54,7 @@ def torch_type_of(data_type: int, name: str) -> torch.dtype:
 
 
 def octets_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes that a tensor of any shape, layout and device has in a message; not copied where that can be helped."""
+    """The bytes of a tensor of any shape, layout and device in a message, without a copy if possible."""
     octets = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     if _SWAP_BYTES:
         octets = _swapped(octets, tensor.element_size())
@@ -65,32 +65,32 @@ def tensor_to_proto(tensor: torch.Tensor) -> tensor_pb2.Tensor:
     """The message of a tensor of any shape, layout and device.
 
     Raises:
-        InvalidTensorError: the element type has no place in the protocol.
+        InvalidTensorError: the protocol does not have the element type.
     """
     return tensor_pb2.Tensor(dtype=data_type_of(tensor.dtype), shape=tensor.shape, data=octets_of(tensor).tobytes())
 
 
 def tensor_from_proto(message: tensor_pb2.Tensor, name: str = "tensor") -> torch.Tensor:
-    """The tensor of a message, in memory of its own on the CPU.
+    """The tensor of a message, copied to new memory on the CPU.
 
     Args:
-        message: what arrived.
+        message: the received message.
         name: the message's field, for errors.
 
     Raises:
-        InvalidTensorError: unknown element type, negative or absurd shape, or not exactly as many bytes as the shape
-            takes; nothing is allocated before that is known.
+        InvalidTensorError: the element type is unknown, the shape is negative or too large, or the number of bytes does
+            not match it. Nothing is allocated before these checks.
     """
-    # A bytearray, not the message's read-only bytes: torch would share those and let a kernel write into them.
+    # A bytearray, because torch would share the message's read-only bytes and let a kernel write to them.
     return tensor_from_octets(message, bytearray(message.data), name)
 
 
 def tensor_from_octets(
     message: tensor_pb2.Tensor, octets: bytearray | memoryview, name: str = "tensor"
 ) -> torch.Tensor:
-    """The tensor of a message whose data is given apart, sharing the memory of the data.
+    """The tensor of a message whose data is passed separately; it shares the memory of the data.
 
-    With read-only memory, the caller makes sure that nothing writes to the tensor.
+    With read-only memory, the caller must ensure that nothing writes to the tensor.
 
     Raises:
         InvalidTensorError: see `tensor_from_proto`.

@@ -1,4 +1,4 @@
-"""One call of an expert group, whichever way it came: checked, computed, answered, counted."""
+"""The calls of an expert group, for both transports: checks, computes, answers and counts them."""
 
 import logging
 import threading
@@ -22,11 +22,11 @@ _INT32_BYTES = 4
 
 
 class SupportsForward(Protocol):
-    """What calls need of an `experts.group.ExpertGroup`."""
+    """The part of an `experts.group.ExpertGroup` that calls use."""
 
     @property
     def organ(self) -> str:
-        """Whose experts these are."""
+        """The organ of these experts."""
 
     def forward(
         self,
@@ -43,7 +43,7 @@ class SupportsForward(Protocol):
 
 
 class ExpertCalls:
-    """The calls of a group, over all streams and connections. May be used from any thread."""
+    """The calls of a group, over all streams and connections. Thread-safe."""
 
     def __init__(
         self, group: SupportsForward, *, to_status: Callable[[Exception], status_pb2.Status], max_queue: int
@@ -59,19 +59,19 @@ class ExpertCalls:
 
     @property
     def in_flight(self) -> int:
-        """Calls received and not yet answered."""
+        """The number of calls received and not answered yet."""
         return self._in_flight
 
     @property
     def received(self) -> int:
-        """All calls since the start, refused ones too."""
+        """The number of calls since the start, including refused ones."""
         return self._received
 
     def begin(self) -> int | None:
-        """Counts a call that came; `end` must follow.
+        """Counts a received call; `end` must follow.
 
         Returns:
-            how many were under way before it; None when that is the limit, and then it must be refused.
+            the number of calls that were running before; None if the limit is reached and the call must be refused.
         """
         with self._lock:
             self._received += 1
@@ -86,14 +86,14 @@ class ExpertCalls:
             self._in_flight -= 1
 
     def multiply_adds(self, request: expert_pb2.ForwardRequest) -> int | None:
-        """What it costs to compute; None if the bundle is not resident."""
+        """The cost of a call in multiply-adds; None if the bundle is not loaded."""
         digest = request.bundle_digest
         parameters = self._parameters.get(digest)
         if parameters is None:
             parameters = self.group.parameters_per_expert(digest)
             if parameters is None:
                 return None
-            # Kept though the bundle may be unloaded: what one costs never changes, and they are few.
+            # Cached even after an unload: the cost never changes, and there are few bundles.
             self._parameters[digest] = parameters
         if request.HasField("shared"):
             return parameters * request.shared.tokens * request.shared.top_k
@@ -102,12 +102,12 @@ class ExpertCalls:
     def compute(
         self, request: expert_pb2.ForwardRequest, data: memoryview | None, memory: AttachedMemory | None = None
     ) -> bytes:
-        """The serialised answer to a call, an error among them; raises nothing.
+        """Computes a call and returns the serialised answer, which may be an error. Raises nothing.
 
         Args:
-            request: as `wire.parse` gave it.
-            data: as `wire.parse` gave it.
-            memory: what the connection's caller shares.
+            request: from `wire.parse`.
+            data: from `wire.parse`.
+            memory: the memory that the connection's caller shares.
         """
         try:
             if request.HasField("shared"):
@@ -122,7 +122,7 @@ class ExpertCalls:
             return self.failure(request, error)
 
     def refusal(self, request: expert_pb2.ForwardRequest) -> bytes:
-        """The answer to a call for which there is no place."""
+        """The answer to a call above the limit."""
         reason = (
             f"the expert group of {self.group.organ!r} has {self._in_flight} calls waiting, its limit "
             f"max_queue = {self._max_queue}; send this one again later or to another replica"
@@ -133,7 +133,7 @@ class ExpertCalls:
         """The answer to a call that failed."""
         status = self._to_status(error)
         if status.code == code_pb2.INTERNAL:
-            # The places in the code, not the exception's text: that may show what was computed.
+            # The stack, not the exception's text, which may contain values of a request.
             logger.error(
                 "a call with bundle %.64s, layer %d failed: %s\n%s",
                 request.bundle_digest,
@@ -147,7 +147,7 @@ class ExpertCalls:
         if memory is None:
             raise InvalidTensorError("no memory is shared here: send the tensors in the message")
         views = memory.views(request.shared)
-        # Copied, because a kernel uses them as addresses after they were checked, and the caller could change them.
+        # Copied, because a kernel uses them as addresses after the check, and the caller could change them.
         expert_index_TK = views.expert_index_TK.clone()
         output_TD, compute_ns = self._forward(request, views.hidden_states_TD, expert_index_TK, views.weight_TK)
         views.output_TD.copy_(output_TD)

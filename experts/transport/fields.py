@@ -1,4 +1,4 @@
-"""The fields of a serialised protobuf message, found one after the other without parsing it.
+"""Iterates over the fields of a serialised protobuf message without parsing it.
 
 Source: https://protobuf.dev/programming-guides/encoding/, the message structure and its wire types.
 """
@@ -10,13 +10,13 @@ _VARINT_BITS = 70
 
 
 def next_field(message: bytes, at: int) -> tuple[int, int, int]:
-    """The field that begins at an offset.
+    """Reads the field at an offset.
 
     Returns:
-        its tag (number and wire type), where its content begins, and where it ends, which may be beyond the message.
+        its tag (number and wire type), and the start and end of its content. The end may be beyond the message.
 
     Raises:
-        IndexError: the message ends within it, or its wire type is none that protobuf writes.
+        IndexError: the message ends within it, or its wire type is invalid.
     """
     tag, start = read_varint(message, at)
     kind = tag & 7
@@ -33,10 +33,10 @@ def next_field(message: bytes, at: int) -> tuple[int, int, int]:
 
 
 def read_varint(message: bytes, at: int) -> tuple[int, int]:
-    """The number that begins at an offset, and where it ends.
+    """Reads the number at an offset and returns it with its end.
 
     Raises:
-        IndexError: the message ends within it, or it is longer than 64 bits take.
+        IndexError: the message ends within it, or it is longer than 64 bits.
     """
     value = 0
     for shift in range(0, _VARINT_BITS, 7):

@@ -1,13 +1,13 @@
-"""Which machine this is."""
+"""Whether an address belongs to this machine."""
 
 import socket
 
 
 def is_this_machine(address: str) -> bool:
-    """Whether `host:port` names an address of this machine, or of this container where it has a network of its own.
+    """Whether `host:port` is an address of this machine, or of this container if it has its own network.
 
     Args:
-        address: as gRPC writes it; an IPv6 literal is in brackets.
+        address: in gRPC's format, with IPv6 literals in brackets.
     """
     host = address.rpartition(":")[0].strip("[]")
     try:

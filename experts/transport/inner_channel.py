@@ -1,8 +1,8 @@
-"""The one way in which the parts of a system connect to each other.
+"""Opens the channels between the parts of a system.
 
-Every channel between the parts is opened here, so that all of them carry the system's secret, pass by a proxy that the
-environment names, notice a peer that is gone, and come back at once to one that was replaced. TLS between machines has
-its place here too: `InnerChannels.credentials`.
+Every channel between the parts is opened here, so that all of them send the system's secret, ignore HTTP proxies of the
+environment, detect a dead peer, and reconnect quickly to a replaced one. `InnerChannels.credentials` is for TLS between
+machines.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ import grpc
 
 from experts.transport.secret import NO_SECRET, SystemSecret
 
-# Between the parts: the patches of a whole prompt of images in float32, or the logits that a test asks for.
+# The largest messages: the patches of a prompt with many images in float32, and logits for tests.
 INNER_MESSAGE_BYTES = 256 * 1024 * 1024
 KEEPALIVE_MS = 20_000
 
@@ -23,10 +23,10 @@ INNER_OPTIONS: tuple[Option, ...] = (
     ("grpc.max_receive_message_length", INNER_MESSAGE_BYTES),
     ("grpc.max_send_message_length", INNER_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", KEEPALIVE_MS),
-    # A replica that was killed and came back must be reached at once, not after gRPC's usual two minutes.
+    # A replaced replica must be reached immediately, not after gRPC's default of two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    # A proxy that the environment names is for the world outside, and cannot reach another machine's loopback.
+    # A proxy of the environment is for external hosts, and cannot reach another machine's loopback.
     ("grpc.enable_http_proxy", 0),
 )
 
@@ -36,8 +36,8 @@ class InnerChannels:
     """Opens channels to other parts of the same system.
 
     Attributes:
-        secret: what every call carries.
-        credentials: TLS of the channels; None for none.
+        secret: sent with every call.
+        credentials: TLS credentials of the channels, or None.
     """
 
     secret: SystemSecret = NO_SECRET
@@ -47,8 +47,8 @@ class InnerChannels:
         """A `grpc.aio` channel.
 
         Args:
-            address: host:port, an IPv6 literal in brackets, or one of gRPC's own kinds, such as unix:PATH.
-            further: options beside `INNER_OPTIONS`; they win over those.
+            address: host:port with IPv6 literals in brackets, or another of gRPC's schemes, such as unix:PATH.
+            further: options that take precedence over `INNER_OPTIONS`.
         """
         return self._open(grpc.aio.insecure_channel, grpc.aio.secure_channel, address, further)
 
@@ -67,7 +67,7 @@ class InnerChannels:
         return _ChannelWithMetadata(channel, self.secret.metadata) if self.secret.text else channel
 
 
-# For parts in one process or behind a folder of this user's, where no secret is.
+# For parts in one process or behind a private folder, without a secret.
 PLAIN_CHANNELS = InnerChannels()
 
 
@@ -76,9 +76,9 @@ def _options(further: Sequence[Option]) -> list[Option]:
 
 
 class _ChannelWithMetadata:
-    """A channel whose calls all carry some metadata.
+    """A channel that adds metadata to every call.
 
-    gRPC's own interceptors would do the same with a task and a queue for each call.
+    gRPC's interceptors would need a task and a queue for each call.
     """
 
     def __init__(self, wrapped: Any, metadata: tuple[tuple[str, str], ...]) -> None:
@@ -116,7 +116,7 @@ class _ChannelWithMetadata:
 
 
 class _CallWithMetadata:
-    """One method of such a channel, to be called in gRPC's ways."""
+    """One method of such a channel, with gRPC's interface."""
 
     def __init__(self, wrapped: Any, metadata: tuple[tuple[str, str], ...]) -> None:
         self._wrapped = wrapped

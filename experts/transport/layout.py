@@ -1,4 +1,4 @@
-"""Where the tensors of one expert call lie in shared memory; see `SharedTensors` in protos/expert.proto."""
+"""The layout of one expert call's tensors in shared memory; see `SharedTensors` in protos/expert.proto."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -10,7 +10,7 @@ from experts.errors import InvalidTensorError
 from experts.transport.codec import data_type_of, torch_type_of
 from protos import expert_pb2
 
-# A stretch of memory, as bytes.
+# A range of memory, as bytes.
 Area = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
 ALIGNMENT = 64
@@ -20,7 +20,7 @@ _INDEX_TYPE = torch.int32
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The sizes of a call, and what follows from them. Offsets count from the beginning of its area."""
+    """The sizes of a call and the offsets of its tensors, relative to the beginning of its area."""
 
     tokens: int
     hidden_size: int
@@ -36,7 +36,7 @@ class Layout:
         """Lays out a call.
 
         Raises:
-            InvalidTensorError: a size is 0, or the dtype cannot be computed with.
+            InvalidTensorError: a size is 0, or the dtype is not supported.
         """
         if not (tokens > 0 and hidden_size > 0 and top_k > 0):
             raise InvalidTensorError(
@@ -52,15 +52,15 @@ class Layout:
 
     @classmethod
     def from_proto(cls, shared: expert_pb2.SharedTensors) -> Self:
-        """The layout that a message names.
+        """The layout in a message.
 
         Raises:
-            InvalidTensorError: see `of`; or an unknown dtype.
+            InvalidTensorError: as in `of`, or the dtype is unknown.
         """
         return cls.of(shared.tokens, shared.hidden_size, shared.top_k, torch_type_of(shared.dtype, "shared"))
 
     def to_proto(self, offset: int) -> expert_pb2.SharedTensors:
-        """The message for an area that begins at `offset`."""
+        """The message for an area at `offset`."""
         return expert_pb2.SharedTensors(
             offset=offset,
             dtype=data_type_of(self.dtype),
@@ -70,11 +70,11 @@ class Layout:
         )
 
     def hidden_states_TD(self, area: Area) -> torch.Tensor:
-        """The tokens in an area, which starts with them."""
+        """The tokens, at the beginning of an area."""
         return _view(area, 0, self.dtype, self.tokens, self.hidden_size)
 
     def output_TD(self, area: Area) -> torch.Tensor:
-        """The place of the answer in an area."""
+        """The answer in an area."""
         return _view(area, self.output_offset, self.dtype, self.tokens, self.hidden_size)
 
     def expert_index_TK(self, area: Area) -> torch.Tensor:
@@ -87,7 +87,7 @@ class Layout:
 
 
 def _view(area: Area, offset: int, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
-    # torch keeps the array itself alive, not what it is a part of: `SharedMemory` relies on that.
+    # torch keeps the array alive, but not its base: `SharedMemory` relies on that.
     return torch.frombuffer(area, dtype=dtype, count=rows * columns, offset=offset).view(rows, columns)
 
 

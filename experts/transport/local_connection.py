@@ -1,7 +1,7 @@
-"""A connection between two processes of one user on one host: a Unix socket that carries packets and a descriptor.
+"""A connection between two processes of one user on one host: a Unix socket for packets and a descriptor.
 
-`SOCK_SEQPACKET` keeps the packets apart and in order, and tells when the other end is gone; see unix(7). The thread
-that waits for a packet is woken by the kernel, without another thread between it and the socket.
+`SOCK_SEQPACKET` preserves the boundaries and the order of packets, and reports when the other end has closed; see
+unix(7). The kernel wakes the waiting thread directly, without another thread in between.
 """
 
 import os
@@ -13,12 +13,13 @@ import threading
 from contextlib import suppress
 from typing import Self
 
-# The tensors lie in shared memory, so packets are small. A longer one is not sent; one that comes ends the connection.
+# The tensors are in shared memory, so packets are small. A longer one is not sent, and receiving one ends the
+# connection.
 MAX_PACKET_BYTES = 16 * 1024
-# A caller waits for answers when so many of its requests have none. So many packets fit into each direction's buffer,
-# and neither end ever waits for room.
+# A caller waits for answers when this many requests are outstanding. This many packets fit in each direction's buffer,
+# so sending never blocks.
 MAX_UNANSWERED = 64
-# The system may allow less.
+# The system may limit it to less.
 _BUFFER_BYTES = 512 * 1024
 _BACKLOG = 128
 _SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
@@ -30,11 +31,11 @@ _SILENT = "the other process does not answer"
 
 
 class LocalConnectionError(ConnectionError):
-    """A connection cannot be had, or is over. The text says why, without paths."""
+    """A connection failed or has ended. The text has the reason, without paths."""
 
 
 def unsupported() -> str | None:
-    """Why processes cannot be connected in this way here, or None."""
+    """Why this platform does not support such connections, or None."""
     return None if sys.platform.startswith("linux") else "it needs Linux"
 
 
@@ -42,7 +43,7 @@ def listen_on(path: str) -> socket.socket:
     """A socket that listens on a path.
 
     Raises:
-        OSError: the path is taken, too long, or cannot be written.
+        OSError: the path exists, is too long, or cannot be written.
     """
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
@@ -55,17 +56,17 @@ def listen_on(path: str) -> socket.socket:
 
 
 class LocalConnection:
-    """One end of a connection. All methods may be called from any thread; one thread at a time receives."""
+    """One end of a connection. Thread-safe, but only one thread at a time may receive."""
 
     def __init__(self, connected: socket.socket) -> None:
-        """Takes over a connected socket.
+        """Takes ownership of a connected socket.
 
         Raises:
-            LocalConnectionError: the other end is a process of another user; the socket is closed.
+            LocalConnectionError: the other process belongs to another user; the socket is closed.
         """
         self._socket = connected
         self._buffer = memoryview(bytearray(MAX_PACKET_BYTES))
-        # A socket is closed under both, so that none of them uses a number that has become another file's.
+        # The socket is closed under both locks, so that no thread uses a descriptor that was reused for another file.
         self._receiving = threading.Lock()
         self._sending = threading.Lock()
         try:
@@ -77,15 +78,15 @@ class LocalConnection:
 
     @classmethod
     def connect(cls, path: str, timeout_s: float) -> Self:
-        """Connects to a path. Until `set_timeout` is called, `receive` waits no longer than `timeout_s`.
+        """Connects to a path. `timeout_s` is also the timeout of `receive` until `set_timeout` is called.
 
         Raises:
-            FileNotFoundError: nothing is there; the path may be another host's.
-            LocalConnectionError: the path cannot be connected to, or the listening process is another user's.
+            FileNotFoundError: the path does not exist; it may be on another host.
+            LocalConnectionError: connecting failed, or the listening process belongs to another user.
         """
         connecting = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            # Of the system, and not of the socket object: that would make `send` wait as well.
+            # The socket option, because the timeout of the socket object would also make `send` wait.
             connecting.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(timeout_s))
             connecting.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(timeout_s))
             connecting.connect(path)
@@ -99,7 +100,7 @@ class LocalConnection:
 
     @property
     def connected(self) -> bool:
-        """Whether the other end has not closed the connection, as far as is known without receiving."""
+        """Whether the connection is open, as far as is known without receiving."""
         with self._sending:
             if self._socket.fileno() < 0:
                 return False
@@ -108,16 +109,16 @@ class LocalConnection:
             return not looking.poll(0)
 
     def set_timeout(self, timeout_s: float | None) -> None:
-        """How long `receive` waits from now on; None for ever."""
+        """Sets the timeout of `receive`; None disables it."""
         with suppress(OSError):
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(timeout_s))
 
     def send(self, packet: bytes, descriptor: int | None = None) -> None:
-        """Sends a packet, and a descriptor with it. Never waits.
+        """Sends a packet, optionally with a descriptor. Does not block.
 
         Raises:
-            LocalConnectionError: the connection is over, the packet too long, or the other end has left so many unread
-                that there is no room.
+            LocalConnectionError: the connection has ended, the packet is too long, or the buffer is full of unread
+                packets.
         """
         if len(packet) > MAX_PACKET_BYTES:
             raise LocalConnectionError(f"a packet has {len(packet)} bytes, and {MAX_PACKET_BYTES} are allowed")
@@ -136,11 +137,11 @@ class LocalConnection:
         """Waits for a packet.
 
         Raises:
-            LocalConnectionError: there will be none, it does not come in time, or it is too long.
+            LocalConnectionError: the connection has ended, the timeout passed, or the packet is too long.
         """
         with self._receiving:
             try:
-                # With MSG_TRUNC the whole length is returned, of a packet that does not fit too.
+                # With MSG_TRUNC the full length is returned, also for a packet that does not fit.
                 length = self._socket.recv_into(self._buffer, 0, socket.MSG_TRUNC)
             except BlockingIOError:
                 raise LocalConnectionError(_SILENT) from None
@@ -150,10 +151,10 @@ class LocalConnection:
             return bytes(self._buffer[:length])
 
     def receive_with_descriptor(self) -> tuple[bytes, int | None]:
-        """Waits for a packet, and takes the descriptor that came with it; the caller closes that.
+        """Waits for a packet with a descriptor, which the caller must close.
 
         Raises:
-            LocalConnectionError: see `receive`.
+            LocalConnectionError: as in `receive`.
         """
         with self._receiving:
             try:
@@ -181,7 +182,7 @@ class LocalConnection:
         return packet, descriptors[0] if descriptors else None
 
     def close(self) -> None:
-        """Ends the connection and releases a thread that waits for a packet. Harmless when repeated."""
+        """Ends the connection and wakes a waiting thread. Idempotent."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         with self._receiving, self._sending:
@@ -206,7 +207,7 @@ def _check_length(length: int) -> None:
 
 
 def _timeval(seconds: float | None) -> bytes:
-    """As `SO_RCVTIMEO` of socket(7) takes it, where 0 is for ever."""
+    """A value for `SO_RCVTIMEO` of socket(7); 0 disables the timeout."""
     microseconds = 0 if seconds is None else max(1, round(seconds * 1e6))
     return _TIMEVAL.pack(*divmod(microseconds, 1_000_000))
 

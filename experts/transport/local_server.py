@@ -1,7 +1,7 @@
-"""Serves expert calls on the same host: a Unix socket says what to compute, and shared memory has the tensors.
+"""Serves expert calls on the same host: requests over a Unix socket, tensors in shared memory.
 
-The socket lies in a folder that only this process's user may enter, and the kernel says of which user a caller is. The
-first packet carries the system's secret and the caller's memory; until it is accepted nothing else is read.
+The socket is in a private folder, and the kernel reports a caller's user (SO_PEERCRED). The first packet has the
+system's secret and the caller's memory; nothing else is read before it is accepted.
 """
 
 import errno
@@ -35,15 +35,15 @@ from protos import expert_pb2
 
 logger = logging.getLogger(__name__)
 
-# A socket that is older and that has no listener was left by a process that was killed.
+# An older socket without a listener was left by a killed process.
 _LEFT_BEHIND_S = 60.0
-# A caller that has connected must send its first packet within this time.
+# The timeout for a caller's first packet.
 _ATTACH_TIMEOUT_S = 5.0
-# Each has a thread. A system has one or two routers, and a few tools.
+# Each caller has a thread. A system has one or two routers, and a few tools.
 MAX_CALLERS = 64
-# How long to wait after a connection could not be accepted, because no file descriptor was free for example.
+# The delay after a failed accept, for example without a free file descriptor.
 _ACCEPT_RETRY_S = 0.1
-# Of an answer that is too long for a packet.
+# The length of an error's text in an answer that is too long for a packet.
 _MAX_ERROR_CHARACTERS = 1000
 
 
@@ -51,7 +51,7 @@ class LocalTransportServer:
     """Serves expert calls on a Unix socket, from one thread for each caller.
 
     Attributes:
-        socket_path: where callers reach it; empty where it cannot be offered.
+        socket_path: the path for callers; empty if the platform does not support it.
     """
 
     def __init__(
@@ -63,15 +63,15 @@ class LocalTransportServer:
         inline_multiply_adds: int,
         secret: SystemSecret = NO_SECRET,
     ) -> None:
-        """Listens.
+        """Starts listening.
 
         Args:
-            calls: computes and counts.
-            pool: computes what is large, or comes while something else is computed.
-            instance: tells this process from others.
-            inline_multiply_adds: a call of at most this many is computed by the thread that received it when nothing
-                else is under way.
-            secret: what a caller's first packet must carry; without one, every process of this user is served.
+            calls: computes and counts the calls.
+            pool: computes large calls, and calls that arrive during another one.
+            instance: the id of this process.
+            inline_multiply_adds: calls up to this size are computed by the receiving thread when no other call is
+                running.
+            secret: required in a caller's first packet; without one, every process of this user is served.
         """
         self.socket_path = ""
         self._calls = calls
@@ -98,7 +98,7 @@ class LocalTransportServer:
         self._accepting.start()
 
     def stop(self) -> None:
-        """Ends all connections and threads; for after the calls under way have ended. Harmless when repeated."""
+        """Ends all connections and threads. Call it after the running calls have ended. Idempotent."""
         if self._listening is None or self._accepting is None:
             return
         with self._lock:
@@ -126,7 +126,7 @@ class LocalTransportServer:
             try:
                 self._start(LocalConnection(connected))
             except Exception as error:
-                # A caller of another user, or no thread can be had. The next caller must be served all the same.
+                # A caller of another user, or no free thread. The next caller must still be served.
                 logger.info("a local caller was not accepted: %s", error)
 
     def _start(self, connection: LocalConnection) -> None:
@@ -156,7 +156,7 @@ class LocalTransportServer:
 
 
 def _new_socket_path() -> str:
-    """A free name in this user's own folder, from which what killed processes left is removed.
+    """A free name in this user's private folder. Removes sockets of killed processes.
 
     Raises:
         OSError: the folder cannot be written.
@@ -166,9 +166,9 @@ def _new_socket_path() -> str:
     folder = private_folder(longest=MAX_SOCKET_PATH - room) / "sockets"
     folder.mkdir(mode=0o700, exist_ok=True)
     for path in folder.iterdir():
-        # Of another type, so that a process that listens is not disturbed: only where none does is it refused.
+        # A socket of another type, which a listening process does not notice; it is refused if there is none.
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            # A young one may be about to listen.
+            # A new one may be about to listen.
             if time.time() - path.stat().st_mtime > _LEFT_BEHIND_S:
                 probe.settimeout(0)
                 if probe.connect_ex(str(path)) == errno.ECONNREFUSED:
@@ -177,7 +177,7 @@ def _new_socket_path() -> str:
 
 
 class _Caller:
-    """One caller's connection, used by a thread of its own; the pool's threads send answers too."""
+    """One caller's connection, with its own thread. Threads of the pool send answers, too."""
 
     def __init__(
         self,
@@ -197,7 +197,7 @@ class _Caller:
         self._computing: set[Future[None]] = set()
 
     def serve(self) -> None:
-        """Answers the caller until it leaves. What was not begun then never is: the caller sends it elsewhere."""
+        """Answers the caller until it disconnects. Calls that have not begun are dropped; the caller retries them."""
         try:
             memory = self._attach()
             while memory is not None:
@@ -205,7 +205,7 @@ class _Caller:
         except LocalConnectionError as error:
             logger.info("a local caller's connection ended: %s", error)
         except Exception as error:
-            # Its places in the code, not its text: that may show what was computed.
+            # The stack, not the exception's text, which may contain values of a request.
             places = "".join(traceback.format_tb(error.__traceback__))
             logger.error("a local caller's packet was not handled: %s\n%s", type(error).__name__, places)
         finally:
@@ -214,7 +214,7 @@ class _Caller:
                 computing.cancel()
 
     def _attach(self) -> AttachedMemory | None:
-        """The caller's memory, after telling it so; None after telling it why not."""
+        """Maps the caller's memory and sends the result. None if it was refused."""
         self._connection.set_timeout(_ATTACH_TIMEOUT_S)
         packet, descriptor = self._connection.receive_with_descriptor()
         self._connection.set_timeout(None)
@@ -261,7 +261,7 @@ class _Caller:
                 reason = "on the local socket the tensors lie in the shared memory: others are sent over gRPC"
                 answer = self._calls.failure(request, InvalidTensorError(reason))
         finally:
-            # Before the answer, so that the next call does not find this one under way.
+            # Before the answer, so that the next call does not count this one as running.
             self._calls.end()
         self._answer(answer)
 
@@ -288,7 +288,7 @@ def _parse(packet: bytes) -> expert_pb2.ForwardRequest:
 
 
 def _shortened(answer: bytes) -> bytes:
-    """The same error with the beginning of its text alone: nothing but an error is ever so long."""
+    """The error with a shortened text. Only errors are ever too long."""
     response = expert_pb2.ForwardResponse.FromString(answer)
     error = status_pb2.Status(code=response.error.code, message=response.error.message[:_MAX_ERROR_CHARACTERS])
     return expert_pb2.ForwardResponse(correlation_id=response.correlation_id, error=error).SerializeToString()

@@ -1,7 +1,7 @@
-"""The secret of a running system: who carries it is one of its own parts.
+"""The secret of a running system, which authenticates its parts to each other.
 
-Loopback and a cluster's network are open to other users and programs. Every call between the parts therefore carries
-the secret in its metadata, and every server between the parts compares it before it does anything else.
+Loopback and a cluster's network are open to other users and programs. So every call between the parts has the secret in
+its metadata, and every internal server checks it first.
 """
 
 import hmac
@@ -16,10 +16,10 @@ _BYTES = 32
 
 @dataclass(frozen=True, slots=True)
 class SystemSecret:
-    """One system's secret. Its text stays out of `repr`, so that no log or error shows it.
+    """One system's secret. Its text is not in `repr`, so that no log or error shows it.
 
     Attributes:
-        text: printable ASCII; "" is no secret, which nothing matches.
+        text: printable ASCII; "" never matches.
     """
 
     text: str = field(repr=False)
@@ -31,11 +31,11 @@ class SystemSecret:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What a call carries."""
+        """The metadata of a call."""
         return ((SECRET_KEY, self.text),) if self.text else ()
 
     def matches(self, metadata: Iterable[tuple[str, str | bytes]]) -> bool:
-        """Whether a call's metadata carry this secret; takes as long for a nearly right one as for any other."""
+        """Whether a call's metadata has this secret. Compares in constant time."""
         for key, value in metadata:
             if key == SECRET_KEY:
                 sent = value.encode(errors="replace") if isinstance(value, str) else value

@@ -1,8 +1,8 @@
-"""Memory that two processes of one host share: made by the caller, mapped by the expert replica.
+"""Memory shared by two processes on one host: created by the caller, mapped by the expert replica.
 
-It is a file of memfd_create. Compared with a name in /dev/shm, nothing is left behind by processes that are killed, at
-any moment; a container's limit on /dev/shm (64 MiB by default) does not count; and its size is sealed, so that none
-can shrink it under the other, which would then die of SIGBUS. Pages exist once they were written to.
+It is a file of memfd_create. Compared with a file in /dev/shm, killed processes leave nothing behind, a container's
+limit on /dev/shm (64 MiB by default) does not apply, and its size is sealed, so that no process can truncate it and
+crash the other with SIGBUS. Pages are allocated on first write.
 """
 
 import fcntl
@@ -17,19 +17,18 @@ import numpy as np
 
 from experts.transport.layout import ALIGNMENT, Area
 
-# Shown in /proc/<process>/maps; nothing is found by it.
+# Only for display in /proc/<process>/maps.
 _NAME = "echovlm-expert-calls"
-# Never given back: as much as a step of decoding takes.
+# Never freed: enough for a decoding step.
 RESIDENT_BYTES = 1024 * 1024
-# What a prompt took beyond that is given back when it was not used for so long.
+# Memory beyond that, used by a prompt, is freed after this time without use.
 IDLE_S = 5.0
 
 
 class MemoryBudget:
-    """Bounds the pages of all the memory that one process shares."""
+    """The limit for all memory that one process shares."""
 
     def __init__(self, limit_bytes: int) -> None:
-        """Nothing is used yet."""
         self.limit_bytes = limit_bytes
         self._lock = threading.Lock()
         self._used = 0
@@ -42,12 +41,12 @@ class MemoryBudget:
         return self._used
 
     def register(self, memory: "SharedMemory") -> None:
-        """Lets what the memory does not need be given back when another one needs more."""
+        """Registers a memory, whose unused pages can be freed when another one needs them."""
         with self._lock:
             self._memories.add(memory)
 
     def take(self, nbytes: int, taker: "SharedMemory") -> bool:
-        """Counts bytes as used; False where that would be over the limit even after the others gave back."""
+        """Counts bytes as used. False if that exceeds the limit, even after other memories freed their unused pages."""
         with self._lock:
             if self._used + nbytes <= self.limit_bytes:
                 self._used += nbytes
@@ -62,7 +61,7 @@ class MemoryBudget:
             return fits
 
     def warn_once(self) -> bool:
-        """True the first time that the budget is found used up, to warn once."""
+        """True on the first call, to warn once that the budget is used up."""
         warned, self._warned = self._warned, True
         return not warned
 
@@ -73,17 +72,17 @@ class MemoryBudget:
 
 
 class SharedMemory:
-    """The caller's end, for the calls of one replica.
+    """The caller's memory for the calls to one replica.
 
-    Areas are handed out as arrays. One that is no longer referred to, by a tensor either, is free to be used again, so
-    an answer needs no copy and no rule for how long it may be kept.
+    Areas are arrays. An area is free again when neither an array nor a tensor refers to it, so an answer needs no copy
+    and can be kept as long as needed.
     """
 
     def __init__(self, budget: MemoryBudget) -> None:
-        """Makes memory of which all may be used that the budget allows.
+        """Creates memory, which is used as far as the budget allows.
 
         Raises:
-            OSError: the system refuses.
+            OSError: the system refused.
         """
         self._descriptor = -1
         self.size = budget.limit_bytes
@@ -99,24 +98,24 @@ class SharedMemory:
             raise
         self._octets: Area = np.frombuffer(self._map, dtype=np.uint8)
         self._lock = threading.Lock()
-        # What is free below `_touched`, as [start, end), in ascending order; all above is free and has no pages.
+        # Free ranges below `_touched`, as [start, end), ascending; everything above is free and has no pages.
         self._free: list[tuple[int, int]] = []
         self._touched = 0
         self._freed: deque[tuple[int, int]] = deque()
         self._references: dict[int, weakref.ref[Area]] = {}
         self._used_at = time.monotonic()
         budget.register(self)
-        # What the budget counts is given back when this is gone, and that is when no area is left either.
+        # The budget is released when this object and all areas are gone.
         self._counted = _Counted(budget)
         weakref.finalize(self._octets, self._counted.give_all)
 
     @property
     def descriptor(self) -> int:
-        """What the replica maps it by; -1 when it is closed."""
+        """The descriptor for the replica; -1 if it is closed."""
         return self._descriptor
 
     def allocate(self, nbytes: int) -> tuple[Area, int] | None:
-        """An area and its offset, or None where the budget is used up."""
+        """An area and its offset, or None if the budget is used up."""
         size = -(-nbytes // ALIGNMENT) * ALIGNMENT
         with self._lock:
             self._used_at = time.monotonic()
@@ -125,24 +124,24 @@ class SharedMemory:
         if start is None and (start := self._extend(size)) is None:
             return None
         area: Area = self._octets[start : start + size]
-        # Not through self: the memory would then be held by what it holds.
+        # Not through self, which would be a reference cycle.
         freed, span = self._freed, (start, start + size)
         self._references[start] = weakref.ref(area, lambda _: freed.append(span))
         return area, start
 
     def stretch(self, start: int, nbytes: int) -> Area:
-        """The memory itself, whether an area is there or not; for writing into areas that were allocated."""
+        """A range of the memory, for writing to allocated areas."""
         return self._octets[start : start + nbytes]
 
     def give_back(self) -> None:
-        """Returns the pages behind the last area in use to the system, save what is resident."""
+        """Frees the pages after the last area in use, except the minimum that is never freed."""
         with self._lock:
             self._collect()
             if not self._free or self._free[-1][1] != self._touched:
                 return
             start = self._free[-1][0]
             keep = max(start, RESIDENT_BYTES)
-            # Pages are given back whole.
+            # Only whole pages can be freed.
             keep = -(-keep // mmap.PAGESIZE) * mmap.PAGESIZE
             if keep >= self._touched:
                 return
@@ -154,12 +153,12 @@ class SharedMemory:
                 self._free.append((start, keep))
 
     def give_back_if_idle(self, now: float) -> None:
-        """The same, when nothing was allocated for `IDLE_S` seconds; `now` is of `time.monotonic`."""
+        """Like `give_back`, if nothing was allocated for `IDLE_S` seconds; `now` is from `time.monotonic`."""
         if now - self._used_at > IDLE_S and self._touched > RESIDENT_BYTES:
             self.give_back()
 
     def close_descriptor(self) -> None:
-        """To be called when the replica has mapped it: no other process can, from now on. Harmless when repeated."""
+        """Closes the descriptor after the replica has mapped it, so that no other process can. Idempotent."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -186,7 +185,7 @@ class SharedMemory:
         return None
 
     def _extend(self, size: int) -> int | None:
-        # Without the lock: the budget may ask other memories, and they it, to give back.
+        # Without the lock, because the budget may call other memories, which call it.
         with self._lock:
             last = self._free[-1] if self._free and self._free[-1][1] == self._touched else None
             start = last[0] if last else self._touched
@@ -204,7 +203,7 @@ class SharedMemory:
 
 
 class _Counted:
-    """What one memory has taken of the budget; outlives the memory, for what it has handed out."""
+    """A memory's share of the budget. Outlives the memory as long as there are areas."""
 
     def __init__(self, budget: MemoryBudget) -> None:
         self._budget = budget

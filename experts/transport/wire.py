@@ -1,9 +1,9 @@
-"""The token loop's messages with their large tensor appended by hand: ordinary protobuf, fewer copies.
+"""Serialises the messages of expert calls with fewer copies, by appending their large tensor directly.
 
-Protobuf would copy a tensor's bytes into a bytes object, into the message, and into the serialised message. As the
-tensor's field and its `data` have the highest numbers, a serialised message is everything else, then a few bytes, then
-the data: so one join makes it. A message that arrives is looked at in place likewise; one that another writer laid out
-in another order is parsed by protobuf.
+Protobuf would copy a tensor's bytes into a bytes object, into the message, and into the serialised message. The
+tensor's field and its `data` have the highest field numbers, so a serialised message is the other fields, a few bytes,
+and then the data, and can be joined once. Received messages are read in place in the same way; messages with another
+order of fields are parsed by protobuf.
 """
 
 import warnings
@@ -22,19 +22,19 @@ from experts.transport.codec import (
 from experts.transport.fields import next_field
 from protos import expert_pb2, tensor_pb2
 
-# Field 15 with a length, in ForwardRequest, ForwardResponse and Tensor alike.
+# The tag of field 15 with a length, in ForwardRequest, ForwardResponse and Tensor.
 _TAG = b"\x7a"
-# Looking a small message over takes longer than copying it.
+# Scanning a smaller message takes longer than copying it.
 _SMALL = 16 * 1024
-# What a message may hold beside the data of its field 15: experts and weights of two million pairs of a token and an
-# expert. A few bytes of that can stand for many in memory, so it is bounded before protobuf parses it.
+# The limit of a message without the data of its field 15: experts and weights of two million pairs. A few bytes of it
+# can take much memory when parsed, so it is limited before protobuf parses it.
 MAX_HEAD_BYTES = 16 * 1024 * 1024
-# Its fields, each of which comes once; and the type and shape of the tensor in field 15.
+# The limit of the number of fields: each occurs once, plus the type and shape of the tensor in field 15.
 _MAX_FIELDS = 64
 _MAX_TENSOR_HEAD_BYTES = 1024
 
 with warnings.catch_warnings():
-    # torch warns once, here, that it shares memory which is read-only: see `tensor_from_octets`.
+    # torch warns once that it shares read-only memory: see `tensor_from_octets`.
     warnings.simplefilter("ignore")
     torch.frombuffer(b"\0", dtype=torch.uint8)
 
@@ -61,10 +61,10 @@ def forward_request(
     expert_index_TK: torch.Tensor,
     weight_TK: torch.Tensor,
 ) -> bytes:
-    """The serialised request of an exchange with its tensors in it.
+    """The serialised request of a call with its tensors.
 
     Args:
-        correlation_id: comes back with the answer.
+        correlation_id: returned with the answer.
         bundle_digest: the bundle.
         layer: the decoder layer, from 0.
         x_TD: tokens × hidden, in the dtype of the hidden states.
@@ -85,16 +85,16 @@ def forward_request(
 
 
 def parse(message_type: type[Message], message: bytes) -> tuple[Message, memoryview | None]:
-    """Parses a message, leaving out the data of its field 15 where that can be done.
+    """Parses a message, if possible without the data of its field 15.
 
-    Hostile bytes cost no more time than a sound message of their length, and little more memory: a few fields are
-    looked at here, and protobuf is given no more than `MAX_HEAD_BYTES`.
+    Hostile bytes take no more time than a valid message of the same length, and little more memory: a few fields are
+    scanned here, and protobuf parses at most `MAX_HEAD_BYTES`.
 
     Returns:
-        the message; and the data that it lacks, as a view of the argument, or None where the message is whole.
+        the message, and the omitted data as a view of the argument, or None if the message is complete.
 
     Raises:
-        DecodeError: it is no such message, or has more than `MAX_HEAD_BYTES` beside a last field 15 with its data last.
+        DecodeError: it is not such a message, or has more than `MAX_HEAD_BYTES` before the data of a final field 15.
     """
     start = _large_field(message, 0, len(message)) if len(message) > _SMALL else None
     if start is not None and start[0] <= MAX_HEAD_BYTES:
@@ -110,16 +110,16 @@ def parse(message_type: type[Message], message: bytes) -> tuple[Message, memoryv
 
 
 def tensor_of(field: tensor_pb2.Tensor, data: memoryview | None, name: str) -> torch.Tensor:
-    """The tensor of a message's field 15, with what `parse` returned; nothing may write to it.
+    """The tensor of a message's field 15, from the result of `parse`. It must not be written to.
 
     Raises:
-        InvalidTensorError: see `experts.transport.codec.tensor_from_proto`.
+        InvalidTensorError: as in `experts.transport.codec.tensor_from_proto`.
     """
     return tensor_from_proto(field, name) if data is None else tensor_from_octets(field, data, name)
 
 
 def _large_field(message: bytes, at: int, end: int) -> tuple[int, int] | None:
-    """Where field 15 starts, and where its content does; None unless it is the last field and reaches to the end."""
+    """The start of field 15 and of its content; None unless it is the last field and extends to the end."""
     try:
         for _ in range(_MAX_FIELDS):
             if at >= end:

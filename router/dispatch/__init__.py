@@ -1,1 +1,1 @@
-"""Dispatch: the tokens of a forward pass go to the experts of their organs, and what comes back is added up."""
+"""Dispatch and combine: sends the tokens of a forward pass to the experts of their organs, and adds up the results."""

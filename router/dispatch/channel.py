@@ -1,4 +1,4 @@
-"""The expert calls of one replica: over a local path where that can be had, else and meanwhile over gRPC."""
+"""The expert calls to one replica: over shared memory if it runs on the same host, otherwise over gRPC."""
 
 import itertools
 import logging
@@ -23,18 +23,18 @@ from router.dispatch.pending_call import PendingCall, ReplicaLostError
 from router.dispatch.tokens import Tokens
 
 MAX_MESSAGE_BYTES = 512 * 1024 * 1024
-# Beside those of every channel between the parts.
+# In addition to the options of every channel between the parts.
 _OPTIONS: tuple[Option, ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.initial_reconnect_backoff_ms", 50),
-    # The time that one attempt to connect may take: a busy replica may need long for its first bytes.
+    # The timeout of one connection attempt: a busy replica may be slow to send its first bytes.
     ("grpc.min_reconnect_backoff_ms", 1000),
     # A replica's connection must not inherit the backoff of an earlier one to the same address.
     ("grpc.use_local_subchannel_pool", 1),
 )
 
-# How long an answer may take to be read that has come.
+# How long a received answer may take to be read.
 _LAST_LOOK_S = 0.1
 
 RETIRED = "a replica was taken out of service"
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 class ChannelState(Enum):
-    """Connecting, then ready, then closed; a closed channel is never used again."""
+    """Connecting, then ready, then closed. A closed channel is not reused."""
 
     CONNECTING = "connecting"
     READY = "ready"
@@ -52,16 +52,16 @@ class ChannelState(Enum):
 
 
 class ReplicaChannel:
-    """Carries calls of one organ to one replica, several at a time.
+    """Sends calls for one organ to one replica, several at a time.
 
-    Connecting happens in the background and includes one answer of the replica itself, so a replica whose process
-    hangs never becomes ready. Where its Unix socket can be reached, tensors lie in shared memory. What does not fit
-    there, and everything where the socket cannot be reached, goes over a gRPC stream, tensors in the messages. When the
-    local path fails, now or later, its calls are sent again over gRPC and it is not used any more. When the stream
-    fails, the replica is lost: its calls fail at once and the channel is closed. Memory of a local path that ended is
-    never used again, so a replica that still writes to it does no harm.
+    The channel connects in the background and is ready after a status call succeeded, so a replica that hangs never
+    becomes ready. If the replica's Unix socket can be reached, tensors are in shared memory. Calls that do not fit
+    there, and all calls to other hosts, use a gRPC stream with the tensors in the messages. If the local path fails, at
+    its opening or later, its calls are sent again over gRPC and it is not used again. If the stream fails, the replica
+    is lost: its calls fail immediately and the channel is closed. The memory of a failed local path is never reused, so
+    a replica that still writes to it does no harm.
 
-    One thread sends and waits. `close`, `retire` and `watch` may be called from any.
+    One thread sends and waits. `close`, `retire` and `watch` may be called from any thread.
     """
 
     def __init__(
@@ -77,12 +77,12 @@ class ReplicaChannel:
         """Starts connecting and returns at once.
 
         Args:
-            organ: what the replica must serve.
+            organ: the organ that the replica must serve.
             address: host and port.
             channels: opens the connections to it.
-            connect_timeout_s: a replica that does not answer for so long is given up.
-            call_timeout_s: a call without an answer for so long closes the channel, when `watch` sees it.
-            budget: of the memory to be shared; None for none.
+            connect_timeout_s: how long a replica may take to answer before the channel is closed.
+            call_timeout_s: how long a call may take before `watch` closes the channel.
+            budget: the limit for shared memory; None disables it.
         """
         self.organ = organ
         self.address = address
@@ -107,24 +107,24 @@ class ReplicaChannel:
 
     @property
     def reason(self) -> str:
-        """Why it is not ready."""
+        """Why the channel is not ready."""
         return self._reason
 
     @property
     def in_flight(self) -> int:
-        """Calls sent and not answered."""
+        """The number of calls without an answer yet."""
         return len(self._pending)
 
     @property
     def shares_memory(self) -> bool:
-        """Whether tensors lie in shared memory."""
+        """Whether the channel uses shared memory."""
         return self._local is not None
 
     def send(self, tokens: Tokens) -> PendingCall:
         """Sends a call.
 
         Raises:
-            ReplicaLostError: the channel is not ready, or breaks.
+            ReplicaLostError: the channel is not ready, or fails.
         """
         if self._state is not ChannelState.READY:
             raise ReplicaLostError(self._reason)
@@ -159,7 +159,7 @@ class ReplicaChannel:
         """Waits until a call is answered.
 
         Raises:
-            ReplicaLostError: it will not be.
+            ReplicaLostError: the channel failed first.
         """
         while not call.answered():
             link = call.link
@@ -171,7 +171,7 @@ class ReplicaChannel:
                 raise ReplicaLostError(self._reason)
 
     def watch(self, now: float) -> None:
-        """Looks after the channel; to be called several times a second, with the time of `time.monotonic`."""
+        """Checks timeouts and connections. Call it several times a second with the time of `time.monotonic`."""
         with self._lock:
             oldest = min(self._pending.values(), key=lambda call: call.deadline, default=None)
             local = self._local
@@ -183,7 +183,7 @@ class ReplicaChannel:
             local.writer.memory.give_back_if_idle(now)
 
     def retire(self) -> None:
-        """Takes no further calls, and closes when those under way are answered."""
+        """Accepts no further calls, and closes when the running ones are answered."""
         with self._lock:
             under_way = bool(self._pending)
             if under_way:
@@ -192,7 +192,7 @@ class ReplicaChannel:
             self.close(RETIRED)
 
     def close(self, reason: str) -> None:
-        """Closes now; calls under way fail with the reason. Harmless when repeated."""
+        """Closes the channel; running calls fail with the reason. Idempotent."""
         with self._lock:
             if self._state is not ChannelState.CLOSED:
                 self._state, self._reason = ChannelState.CLOSED, reason
@@ -213,7 +213,7 @@ class ReplicaChannel:
         if link.being_read:
             self.close(reason)
             return
-        # The answer may have come, and the thread that will read it does something else.
+        # The answer may have arrived while the thread that reads it is busy.
         closing = threading.Timer(_LAST_LOOK_S, self.close, [reason])
         closing.start()
         try:
@@ -242,10 +242,10 @@ class ReplicaChannel:
         except LinkLostError as error:
             self.close(str(error))
         except ValueError:
-            # gRPC's answer to a call on a channel that was closed meanwhile.
+            # gRPC raises this for a call on a channel that was closed concurrently.
             self.close(RETIRED)
         except Exception as error:
-            # The channel must not stay in the state of connecting: the next one may succeed.
+            # The channel must not stay in CONNECTING, because the next one may succeed.
             places = "".join(traceback.format_tb(error.__traceback__))
             logger.error("connecting to experts of %s failed: %s\n%s", self.organ, type(error).__name__, places)
             self.close("connecting to a replica failed")
@@ -263,7 +263,7 @@ class ReplicaChannel:
         except ConnectionError as error:
             self._log_fallback(logging.WARNING, str(error))
         except Exception as error:
-            # Whatever it is, gRPC remains.
+            # On any error, gRPC is used.
             self._log_fallback(logging.WARNING, f"the local path cannot be opened: {type(error).__name__}: {error}")
         return None
 
@@ -279,7 +279,7 @@ class ReplicaChannel:
             local.close()
 
     def _open_stream(self) -> GrpcLink:
-        """The gRPC stream, opened when it is first needed.
+        """The gRPC stream, opened on first use.
 
         Raises:
             LinkLostError: the channel is closed.
@@ -295,7 +295,7 @@ class ReplicaChannel:
         return not call.answered() and self._pending.get(call.correlation_id) is not call
 
     def _link_lost(self, link: Link, reason: str) -> None:
-        """Goes on over gRPC when the local path failed; closes the channel when the stream did."""
+        """Falls back to gRPC if the local path failed; closes the channel if the stream failed."""
         with self._lock:
             is_stream = link is self._stream
             local = self._local
@@ -317,7 +317,7 @@ class ReplicaChannel:
             self._send_again(call, link)
 
     def _send_again(self, call: PendingCall, lost: Link) -> None:
-        """Over gRPC, what was sent over the local path."""
+        """Sends the calls of the local path again over gRPC."""
         message = call.tokens.message(call.correlation_id)
         try:
             stream = self._open_stream()
@@ -331,7 +331,7 @@ class ReplicaChannel:
             self.close(str(error))
 
     def _confirm_fallback(self, reason: str) -> None:
-        """Warns of the failed local path if the replica still answers; closes the channel if the replica has ended."""
+        """Logs the failed local path if the replica still answers; closes the channel if the replica has ended."""
         stub = expert_pb2_grpc.ExpertGroupStub(self._channel)
         try:
             stub.Status(expert_pb2.ExpertGroupStatusRequest(), timeout=self._connect_timeout_s)
@@ -341,7 +341,7 @@ class ReplicaChannel:
             self._log_fallback(logging.WARNING, reason)
 
     def _stream_lost(self, stream: GrpcLink, reason: str) -> None:
-        # Answers that came before the end are answers.
+        # Answers that arrived before the end are valid.
         with suppress(LinkLostError):
             stream.wait(lambda: not self._pending)
         self.close(reason)

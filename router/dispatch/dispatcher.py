@@ -1,7 +1,7 @@
-"""Sends the tokens of one forward pass to the organs' experts, layer by layer, and adds up what comes back.
+"""Sends the tokens of one forward pass to the organs' experts, layer by layer, and adds up the results.
 
-For each layer, every organ that gets any token is sent one call with those tokens alone. Experts in process and
-experts behind gRPC differ only in the `ExpertPlacement` that carries the call, so their results are the same bits.
+In each layer, every organ with tokens gets one call with only those tokens. Local and remote experts differ only in the
+`ExpertPlacement` that sends the call, so their results are bitwise equal.
 """
 
 import time
@@ -23,12 +23,12 @@ DispatchFailure = ExpertsUnavailableError | ExpertsFailedError
 
 
 class Dispatcher:
-    """Knows the gates of all expert sets in use, and where their experts are."""
+    """Has the gates of all expert sets in use, and the placement of their experts."""
 
     def __init__(
         self, placement: ExpertPlacement, *, top_k: int, norm_topk_prob: bool, stopwatch: Stopwatch | None = None
     ) -> None:
-        """Takes the model's `num_experts_per_tok` and `norm_topk_prob`, and what measures the stages, if anything."""
+        """`top_k` and `norm_topk_prob` are the model's; `stopwatch` measures the stages."""
         self.placement = placement
         self.top_k = top_k
         self.norm_topk_prob = norm_topk_prob
@@ -36,11 +36,11 @@ class Dispatcher:
         self._gates: dict[str, ExpertGates] = {}
 
     def add_set(self, gates: ExpertGates) -> None:
-        """From now on sequences may be pinned to this set; a set that is known already is left alone."""
+        """Adds a set to which sequences can be pinned from now on. Idempotent."""
         self._gates.setdefault(gates.expert_set.id, gates)
 
     def remove_set(self, expert_set_id: str) -> None:
-        """Removes a set that no sequence is pinned to any more."""
+        """Removes a set to which no sequence is pinned."""
         self._gates.pop(expert_set_id, None)
 
     def gates(self, expert_set_id: str) -> ExpertGates:
@@ -52,13 +52,13 @@ class Dispatcher:
         return self._gates[expert_set_id]
 
     def plan(self, assignments: Sequence[TokenAssignment], failed: Iterable[int], device: torch.device) -> StepPlan:
-        """See `router.dispatch.step_plan.plan_step`."""
+        """Plans a forward pass with `router.dispatch.step_plan.plan_step`."""
         return plan_step(assignments, set(failed), self._gates, device)
 
     def unavailable(self, shares: Iterable[tuple[str, float]]) -> ExpertsUnavailableError | None:
-        """Why tokens of these organs cannot be computed now, or None; never waits.
+        """Why tokens of these organs cannot be computed now, or None. Does not block.
 
-        Flat sets have no shares and give None: which organs their tokens need is not known before the gate has run.
+        Always None for flat sets, because their organs are unknown before the gate has run.
         """
         for organ, _ in shares:
             if (error := self.placement.unavailable(organ)) is not None:
@@ -72,7 +72,7 @@ class Dispatcher:
 
 @dataclass(frozen=True, slots=True)
 class _RoutedRows:
-    """A row group in one layer, with the experts that the gate chose."""
+    """A row group in one layer, with the gate's choices."""
 
     row_group: RowGroup
     index_RK: torch.Tensor
@@ -81,29 +81,29 @@ class _RoutedRows:
 
 @dataclass(slots=True)
 class _DispatchGroup:
-    """What is sent to one organ in one layer: one or more row groups with the same bundle."""
+    """The row groups that are sent to one organ in one layer; they use the same bundle."""
 
     routed: list[_RoutedRows] = field(default_factory=list)
     call: ExpertCall | None = None
 
     @property
     def row_groups(self) -> list[RowGroup]:
-        """Whose rows they are."""
+        """The row groups."""
         return [rows.row_group for rows in self.routed]
 
 
 class DispatchStep:
     """Implements `router.dispatch.routed_experts.RoutedExperts` for one forward pass.
 
-    A sequence whose organ fails is marked and sends nothing more in this pass; its rows then mean nothing. The other
-    rows are not touched by that.
+    A sequence whose organ fails is marked and sends nothing more in this pass; its rows are then undefined. Other rows
+    are not affected.
 
     Attributes:
-        failures: index of the assignment → why its rows mean nothing.
+        failures: index of a failed assignment → the error.
     """
 
     def __init__(self, dispatcher: Dispatcher, assignments: Sequence[TokenAssignment]) -> None:
-        """See `Dispatcher.step`."""
+        """Made by `Dispatcher.step`."""
         self.failures: dict[int, DispatchFailure] = {}
         self.stopwatch = dispatcher.stopwatch
         self._dispatcher = dispatcher
@@ -117,7 +117,7 @@ class DispatchStep:
         self._layers_of_plan = 0
 
     def begin(self, layer: int, x_TD: torch.Tensor) -> "PendingLayer":
-        """Gates the rows and sends every organ its tokens; see `RoutedExperts.begin`."""
+        """Computes the gates and sends every organ its tokens; see `RoutedExperts.begin`."""
         assert x_TD.shape[0] == self._num_rows, "the forward pass has other rows than the assignments"
         plan = self._plan
         if plan is None:
@@ -141,7 +141,7 @@ class DispatchStep:
         return PendingLayer(self, plan, list(dispatch_groups.values()), [rows.row_group for rows in routed], x_TD)
 
     def pair_counts(self, index: int) -> dict[str, int]:
-        """(token, layer, expert) pairs per organ that the gates chose for an assignment, over the layers so far."""
+        """The number of (token, layer, expert) triples per organ for an assignment, over the layers so far."""
         self._count_organs()
         assignment = self._assignments[index]
         counted = self._flat_pairs.get(assignment.expert_set_id)
@@ -152,7 +152,7 @@ class DispatchStep:
         return {organ: count for organ, count in zip(organs, pairs_O, strict=True) if count}
 
     def row_pair_counts(self, index: int) -> dict[str, list[int]]:
-        """The pairs of each row of an assignment to a flat set, whose rows go to different organs."""
+        """The pairs of each row of an assignment to a flat set, in which rows use different organs."""
         assignment = self._assignments[index]
         counted_TO = self._flat_pairs.get(assignment.expert_set_id)
         if counted_TO is None:
@@ -179,7 +179,7 @@ class DispatchStep:
                 weight_RK, index_RK = self._choose(own_TE if row_group.row_R is None else own_TE[row_group.row_R])
                 yield _RoutedRows(row_group, index_RK, weight_RK)
             return
-        # One softmax and choice for all organs: each row takes its own.
+        # One softmax and top-k for all organs; each row then selects its organ's.
         logits_TOE = logits_TE.unflatten(1, (len(gates.expert_set.organs), -1))
         weight_MK, index_MK = self._choose(logits_TOE[organ_rows.row_M, organ_rows.organ_M])
         sizes = organ_rows.sizes
@@ -198,7 +198,7 @@ class DispatchStep:
             if not len(row_R):
                 continue
             in_pass_R = row_R if row_S is None else row_S[row_R]
-            # A row group's rows ascend, so as many as there are means all of them in order.
+            # A row group's rows ascend, so a group with as many rows as the pass has all of them in order.
             all_rows = len(row_R) == self._num_rows
             row_group = RowGroup(organ, gates.expert_set.bundle_digest(organ), None if all_rows else in_pass_R, None)
             yield _RoutedRows(row_group, index_RK, weight_RK)
@@ -214,7 +214,7 @@ class DispatchStep:
         first = dispatch_group.routed[0]
         row_R, index_RK, weight_RK = first.row_group.row_R, first.index_RK, first.weight_RK
         if len(dispatch_group.routed) > 1:
-            # No row group has all rows, for each row is of one set only.
+            # No row group has all rows, because each row belongs to one set.
             row_R = torch.cat(
                 [rows.row_group.row_R for rows in dispatch_group.routed if rows.row_group.row_R is not None]
             )
@@ -230,7 +230,7 @@ class DispatchStep:
         dispatch_group.call = call
         if stopwatch is not None:
             stopwatch.add("gather", call.gather_s)
-            # In this process the kernel has run by now.
+            # With local experts the kernel has run already.
             stopwatch.add("send", time.perf_counter() - started - call.gather_s - call.compute_s)
 
     def _count_organs(self) -> None:
@@ -271,7 +271,7 @@ class DispatchStep:
 
 @dataclass(frozen=True, slots=True)
 class PendingLayer:
-    """One layer's calls under way."""
+    """The running calls of one layer."""
 
     step: DispatchStep
     plan: StepPlan
@@ -281,9 +281,9 @@ class PendingLayer:
     x_TD: torch.Tensor
 
     def result(self) -> torch.Tensor:
-        """Waits for all of them, and adds the organs' parts in the order of the expert set.
+        """Waits for all calls, and adds the organs' outputs in the order of the expert set.
 
-        The sum is taken in float32 and rounded once, so that one organ's part with share 1 comes out bit for bit.
+        The sum is computed in float32 and rounded once, so that the output of a single organ with share 1 is unchanged.
 
         Returns:
             tokens × hidden in x's dtype; undefined in the rows of failed sequences.
@@ -321,13 +321,13 @@ class PendingLayer:
         if len(row_groups) == len(outputs) == 1 and row_groups[0].row_R is None and row_groups[0].share_R1 is None:
             return outputs[row_groups[0]]
         if self.plan.disjoint and self.plan.complete and len(outputs) == len(row_groups):
-            # Every row is written, and once.
+            # Every row is written exactly once.
             total_TD = torch.empty_like(x_TD)
             for row_group, output_RD in outputs.items():
-                assert row_group.row_R is not None, "a row group that has all rows has others beside it"
+                assert row_group.row_R is not None, "a row group with all rows is not the only one"
                 total_TD.index_copy_(0, row_group.row_R, output_RD)
             return total_TD
-        # Minus zero, because adding to it changes no bit, not even the sign of a zero.
+        # Negative zero, because adding to it preserves every bit, also the sign of a zero.
         sum_TD = torch.full(x_TD.shape, -0.0, dtype=torch.float32, device=x_TD.device)
         for row_group in row_groups:
             if row_group not in outputs:

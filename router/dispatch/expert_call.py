@@ -1,4 +1,4 @@
-"""The dispatcher's interface to a place where experts are computed: in this process, or behind gRPC."""
+"""The dispatcher's interface to the experts: in this process, or behind gRPC."""
 
 from typing import Protocol
 
@@ -8,30 +8,30 @@ from router.errors import ExpertsUnavailableError
 
 
 class ExpertCall(Protocol):
-    """Tokens that were handed to an organ's experts.
+    """A call of an organ's experts.
 
     Attributes:
-        gather_s: seconds that collecting the rows took.
-        compute_s: seconds that the experts' kernel took, where it is known; 0 before.
+        gather_s: seconds for gathering the rows.
+        compute_s: seconds in the experts' kernel, if known; 0 before the result.
     """
 
     gather_s: float
     compute_s: float
 
     def result(self) -> torch.Tensor:
-        """Waits for the weighted sum over the group's experts: rows sent × hidden, in the dtype that was sent.
+        """Waits for the weighted sum over the group's experts: rows × hidden, in the input's dtype.
 
-        It may share memory with what received it; that is kept for as long as the tensor is.
+        The tensor may be a view of shared memory, which stays reserved as long as the tensor exists.
 
         Raises:
-            ExpertsUnavailableError: no replica answered; the same tokens may be sent again later.
-            ExpertsFailedError: the experts cannot compute this.
+            ExpertsUnavailableError: no replica answered; the call can be retried later.
+            ExpertsFailedError: the experts cannot compute this call.
         """
         ...
 
 
 class ExpertPlacement(Protocol):
-    """Where the experts of all organs are."""
+    """The location of all organs' experts: sends calls to them."""
 
     def send(
         self,
@@ -46,13 +46,13 @@ class ExpertPlacement(Protocol):
         """Starts a call and returns without waiting for its result.
 
         Args:
-            organ: whose experts.
-            bundle_digest: which version of them.
+            organ: the organ.
+            bundle_digest: the version of its experts.
             layer: the decoder layer, from 0.
-            x_TD: tokens × hidden. Must not change before the result is there: it may have to be sent again.
-            expert_index_RK: int32 or int64, from 0; `NO_EXPERT` where the group has no part in the pair.
+            x_TD: tokens × hidden. Must not change before the result is available, because the call may be retried.
+            expert_index_RK: int32 or int64, from 0; `NO_EXPERT` for pairs of other groups.
             weight_RK: in x's dtype.
-            row_R: which rows of x are sent, int64, on its device; None for all of them.
+            row_R: the rows of x to send, int64, on x's device; None for all rows.
 
         Raises:
             ExpertsUnavailableError: no replica can be reached now.
@@ -60,9 +60,9 @@ class ExpertPlacement(Protocol):
         ...
 
     def unavailable(self, organ: str) -> ExpertsUnavailableError | None:
-        """Why a call of the organ would fail at once, or None; never waits, and starts connecting."""
+        """Why a call for the organ would fail now, or None. Does not block; starts connecting."""
         ...
 
     def close(self) -> None:
-        """Closes connections and threads."""
+        """Closes connections and stops threads."""
         ...

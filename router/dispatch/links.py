@@ -1,4 +1,4 @@
-"""The two ways in which messages travel to a replica: over a local connection on one host, over gRPC between hosts."""
+"""The two transports to a replica: a Unix socket on the same host, and a gRPC stream between hosts."""
 
 import queue
 import threading
@@ -15,61 +15,61 @@ Received = Callable[[bytes], None]
 
 
 class LinkLostError(ConnectionError):
-    """The link is over. The text says why, without addresses."""
+    """The link has ended. The text has the reason, without addresses."""
 
 
 class Link(Protocol):
-    """A way to a replica. One thread sends; any may wait and close."""
+    """A transport to a replica. One thread sends; any thread may wait and close."""
 
     def send(self, message: bytes) -> None:
         """Sends a message.
 
         Raises:
-            LinkLostError: the link is over.
+            LinkLostError: the link has ended.
         """
         ...
 
     def wait(self, is_done: Callable[[], bool]) -> None:
         """Waits until `is_done()`, which changes when a message is received.
 
-        The caller watches the time and closes the link.
+        There is no timeout here: the caller closes the link.
 
         Raises:
-            LinkLostError: the link is over.
+            LinkLostError: the link has ended.
         """
         ...
 
     def close(self) -> None:
-        """Ends the link now and releases threads that wait. Harmless when repeated."""
+        """Ends the link and wakes waiting threads. Idempotent."""
         ...
 
     @property
     def being_read(self) -> bool:
-        """Whether a thread receives messages now; otherwise some may lie there."""
+        """Whether a thread is receiving messages; if not, there may be unread ones."""
         ...
 
 
 class LocalLink:
-    """A local connection, which the waiting thread reads itself. Without a thread that waits nothing is received."""
+    """A local connection that the waiting thread reads. Without a waiting thread nothing is received."""
 
     def __init__(self, connection: LocalConnection, received: Received) -> None:
-        """Takes over a connection.
+        """Takes ownership of a connection.
 
         Args:
-            connection: to the replica; the memory is attached.
-            received: called by a thread that waits, with each message; it may raise `LinkLostError`.
+            connection: the connection to the replica, with the shared memory attached.
+            received: called with each message by a waiting thread; may raise `LinkLostError`.
         """
         self._connection = connection
         self._received = received
         self._lock = threading.Lock()
         self._being_read = False
-        # Each is changed by one thread at a time.
+        # Each counter is changed by one thread at a time.
         self._num_sent = 0
         self._num_received = 0
 
     @property
     def connected(self) -> bool:
-        """Whether the replica has not closed the connection."""
+        """Whether the connection is open."""
         return self._connection.connected
 
     @property
@@ -78,7 +78,7 @@ class LocalLink:
         return self._being_read
 
     def send(self, message: bytes) -> None:
-        """See `Link`; waits for answers when too many messages have none."""
+        """Sends a message; first waits for answers if too many are outstanding."""
         if self._num_sent - self._num_received >= MAX_UNANSWERED:
             self.wait(lambda: self._num_sent - self._num_received < MAX_UNANSWERED)
         self._num_sent += 1
@@ -107,7 +107,7 @@ class LocalLink:
 
 
 class GrpcLink:
-    """A gRPC stream whose socket gRPC's threads serve, and from which a thread of this link takes the messages."""
+    """A gRPC stream; a thread of this link receives its messages."""
 
     def __init__(
         self, channel: grpc.Channel, received: Received, lost: Callable[["GrpcLink", str], None], name: str
@@ -116,8 +116,8 @@ class GrpcLink:
 
         Args:
             channel: to the replica.
-            received: called by a thread that waits, with each message; it may raise `LinkLostError`.
-            lost: called by the link's thread with the reason when the stream is over.
+            received: called with each message by a waiting thread; may raise `LinkLostError`.
+            lost: called by the link's thread with the reason when the stream has ended.
             name: the thread's.
 
         Raises:
@@ -128,7 +128,7 @@ class GrpcLink:
         self._lock = threading.Lock()
         self._being_read = False
         self._reason: str | None = None
-        # None ends the stream in both.
+        # None ends both queues.
         self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         try:
@@ -156,7 +156,7 @@ class GrpcLink:
                 while not is_done():
                     message = self._messages.get()
                     if message is None:
-                        # For the next to ask.
+                        # For other waiting threads.
                         self._messages.put(None)
                         raise LinkLostError(self._reason)
                     self._received(message)

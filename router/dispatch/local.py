@@ -1,4 +1,4 @@
-"""Experts in the router's own process: the same groups, called instead of reached."""
+"""Experts in the router's process: the expert groups are called directly."""
 
 import time
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from router.errors import ExpertsFailedError, ExpertsUnavailableError
 
 @dataclass(slots=True)
 class CompletedCall:
-    """An `ExpertCall` whose output is there."""
+    """An `ExpertCall` that has completed."""
 
     output_TD: torch.Tensor
     gather_s: float
@@ -25,7 +25,7 @@ class CompletedCall:
 
 
 class LocalExperts:
-    """An `ExpertPlacement` of groups in this process; a call is computed while it is sent."""
+    """An `ExpertPlacement` of groups in this process; `send` computes the call."""
 
     def __init__(self, groups: Mapping[str, ExpertGroup]) -> None:
         """`groups` maps organs to groups that have loaded the bundles in use."""
@@ -56,10 +56,10 @@ class LocalExperts:
         return CompletedCall(output, gathered - started, time.perf_counter() - gathered)
 
     def unavailable(self, organ: str) -> ExpertsUnavailableError | None:
-        """An error when there is no group of that organ."""
+        """An error if there is no group of this organ."""
         if organ in self._groups:
             return None
         return ExpertsUnavailableError(organ, "this router was started without its expert group")
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Does nothing."""

@@ -1,4 +1,4 @@
-"""Opens the way to a replica on the same host: a connection to its Unix socket, and memory that both share."""
+"""Connects to a replica on the same host: its Unix socket, and shared memory."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,23 +12,23 @@ from protos import expert_pb2
 from router.dispatch.links import LinkLostError, LocalLink
 from router.dispatch.tokens import TokenWriter
 
-# How long the replica may take to map the memory. Meanwhile the organ may be unavailable.
+# How long the replica may take to map the memory. The organ may be unavailable until then.
 OPEN_TIMEOUT_S = 2.0
 
 
 class LocalPathError(ConnectionError):
-    """There is no local path to a replica. The text says why, without paths."""
+    """There is no local path to a replica. The text has the reason, without paths."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LocalPath:
-    """A connection, and what writes tokens into the shared memory."""
+    """A connection, and the writer of tokens to shared memory."""
 
     link: LocalLink
     writer: TokenWriter
 
     def close(self) -> None:
-        """Ends the connection. The memory is freed when no output in it is referred to any more."""
+        """Ends the connection. The memory is freed when no output refers to it any more."""
         self.link.close()
 
 
@@ -39,17 +39,17 @@ def open_local_path(
     budget: MemoryBudget,
     received: Callable[[expert_pb2.ForwardResponse], None],
 ) -> LocalPath:
-    """Connects to a replica and hands the memory over.
+    """Connects to a replica and shares memory with it.
 
     Args:
-        status: the replica's, which names the socket and the instance that must answer there.
-        secret: the system's.
-        budget: of the memory.
-        received: called with each answer by a thread that waits; it may raise `LinkLostError`.
+        status: the replica's status, which names the socket and the instance that must answer.
+        secret: the system's secret.
+        budget: the limit for shared memory.
+        received: called with each answer by a waiting thread; may raise `LinkLostError`.
 
     Raises:
-        LocalPathError: the replica cannot be reached, cannot map the memory, or is another one.
-        FileNotFoundError: the socket is not there, as on another host.
+        LocalPathError: the replica is unreachable, cannot map the memory, or is another instance.
+        FileNotFoundError: the socket does not exist, for example because the replica is on another host.
     """
     if reason := unsupported():
         raise LocalPathError(reason)

@@ -1,4 +1,4 @@
-"""One expert call that was sent to a replica and is not answered yet."""
+"""An expert call that was sent to a replica and is not answered yet."""
 
 from collections.abc import Callable
 
@@ -11,19 +11,19 @@ from router.dispatch.tokens import Place, Tokens
 
 
 class ReplicaLostError(ConnectionError):
-    """The connection to a replica broke before a call was answered; the text says why."""
+    """The connection to a replica failed before a call was answered. The text has the reason."""
 
 
 class PendingCall:
-    """A call that a replica was sent, until it is answered.
+    """A call to a replica until it is answered.
 
     Attributes:
-        correlation_id: the call's on its channel.
-        tokens: what it sends.
-        link: how it was sent.
-        place: where it lies in shared memory, if it does; held until the answer, because the replica writes there.
+        correlation_id: the id of the call on its channel.
+        tokens: the tokens of the call.
+        link: the link on which it was sent.
+        place: its region in shared memory, if it has one. Kept until the answer, because the replica writes there.
         deadline: when the replica counts as lost, in `time.monotonic` seconds.
-        gather_s: how long the rows took to be collected.
+        gather_s: seconds for gathering the rows.
     """
 
     __slots__ = ("_data", "_response", "_wait", "correlation_id", "deadline", "gather_s", "link", "place", "tokens")
@@ -39,7 +39,7 @@ class PendingCall:
         deadline: float,
         gather_s: float,
     ) -> None:
-        """Made by the channel, whose `wait` it is given."""
+        """Made by the channel; `wait` is the channel's."""
         self.correlation_id = correlation_id
         self.tokens = tokens
         self.link = link
@@ -51,18 +51,18 @@ class PendingCall:
         self._data: memoryview | None = None
 
     def answered(self) -> bool:
-        """Whether the response is there."""
+        """Whether the response has arrived."""
         return self._response is not None
 
     def answer(self, response: expert_pb2.ForwardResponse, data: memoryview | None) -> None:
-        """Called by the channel."""
+        """Sets the response; called by the channel."""
         self._response, self._data = response, data
 
     def response(self) -> expert_pb2.ForwardResponse:
         """Waits for the response.
 
         Raises:
-            ReplicaLostError: there will be none.
+            ReplicaLostError: the channel failed first.
         """
         if self._response is None:
             self._wait(self)
@@ -70,7 +70,7 @@ class PendingCall:
         return self._response
 
     def output_TD(self) -> torch.Tensor:
-        """What the replica computed, of a response that is no error: a view of where it came.
+        """The output in a successful response, as a view of the received memory.
 
         Raises:
             InvalidTensorError: the response's tensor is malformed.

@@ -1,4 +1,4 @@
-"""Experts behind gRPC: chooses a replica for every call, and another when one is lost."""
+"""Remote experts: chooses a replica for every call, and another one if that is lost."""
 
 import threading
 import time
@@ -16,7 +16,7 @@ from router.dispatch.pending_call import PendingCall, ReplicaLostError
 from router.dispatch.tokens import Tokens
 from router.errors import ExpertsFailedError, ExpertsUnavailableError, ExpertsUnusableError
 
-# What a replica may answer while it is overloaded, starting, stopping, or has not loaded the bundle yet.
+# Status codes of a replica that is overloaded, starting, stopping, or has not loaded the bundle yet.
 PASSING_CODES = frozenset(
     {
         code_pb2.UNAVAILABLE,
@@ -28,15 +28,15 @@ PASSING_CODES = frozenset(
         code_pb2.DEADLINE_EXCEEDED,
     }
 )
-# As much as the longest step of a model of full size takes, there and back, a few times over.
+# A few times the traffic of the longest step of a full-size model.
 SHARED_MEMORY_BYTES = 256 * 1024 * 1024
 _LONGEST_WATCH_S = 0.25
-# A replica that could not load a bundle is the last to be asked for it, for so long.
+# For this many seconds a replica that could not load a bundle is the last choice for it.
 _LACKING_S = 1.0
 
 
 class RemoteExperts:
-    """An `ExpertPlacement` of expert groups in other processes. Used from one thread, save `close`."""
+    """An `ExpertPlacement` of expert groups in other processes. Not thread-safe, except `close`."""
 
     def __init__(
         self,
@@ -46,24 +46,24 @@ class RemoteExperts:
         channels: InnerChannels = PLAIN_CHANNELS,
         shared_memory_bytes: int = SHARED_MEMORY_BYTES,
     ) -> None:
-        """Opens nothing yet: channels are opened when an organ is first asked for, and never waited for.
+        """Opens no channels yet: they are opened on first use of an organ, without blocking.
 
         Args:
-            addresses: the live replicas of an organ at any time; must return at once.
-            exchange_timeout_s: a replica that has not answered a call for so long counts as lost; it is used
-                again after it has answered a status call.
+            addresses: returns the live replicas of an organ; must not block.
+            exchange_timeout_s: the timeout of a call. After it the replica counts as lost until it answers a status
+                call.
             channels: opens the connections to replicas.
-            shared_memory_bytes: the most that is shared with replicas on this host, all together; what does not fit
-                travels in the messages. 0 shares none.
+            shared_memory_bytes: the limit for memory shared with all replicas on this host. Calls that do not fit are
+                sent in messages. 0 disables shared memory.
         """
         self._addresses = addresses
         self._timeout_s = exchange_timeout_s
         self._connections = channels
         self._budget = MemoryBudget(shared_memory_bytes) if shared_memory_bytes else None
         self._channels: dict[str, dict[str, ReplicaChannel]] = {}
-        # Those that are not used any more, until what they were sent is answered.
+        # Retired channels, until their calls are answered.
         self._retired: list[ReplicaChannel] = []
-        # (address, bundle) → until when the replica is asked last, in `time.monotonic` seconds.
+        # (address, bundle) → until when the replica is the last choice, in `time.monotonic` seconds.
         self._lacking: dict[tuple[str, str], float] = {}
         self._closing = threading.Event()
         self._watcher: threading.Thread | None = None
@@ -82,7 +82,7 @@ class RemoteExperts:
         return RemoteExpertCall(self, organ, Tokens(bundle_digest, layer, x_TD, row_R, expert_index_RK, weight_RK))
 
     def unavailable(self, organ: str) -> ExpertsUnavailableError | None:
-        """None when at least one replica of the organ is connected."""
+        """None if at least one replica of the organ is connected."""
         channels = self._refresh(organ)
         if any(channel.state is ChannelState.READY for channel in channels):
             return None
@@ -94,7 +94,7 @@ class RemoteExperts:
         """Waits until each organ has a connected replica.
 
         Raises:
-            ExpertsUnavailableError: one of them has none after `timeout_s` seconds.
+            ExpertsUnavailableError: an organ has none after `timeout_s` seconds.
         """
         deadline = time.monotonic() + timeout_s
         for organ in organs:
@@ -135,13 +135,13 @@ class RemoteExperts:
         raise self.unavailable(organ) or ExpertsUnavailableError(organ, reason or "every replica was tried")
 
     def lacks(self, address: str, bundle_digest: str) -> None:
-        """Records that a replica answered that it could not load a bundle."""
+        """Records that a replica could not load a bundle."""
         now = time.monotonic()
         self._lacking = {place: until for place, until in self._lacking.items() if until > now}
         self._lacking[address, bundle_digest] = now + _LACKING_S
 
     def is_connecting(self, organ: str) -> bool:
-        """Whether another replica of the organ may answer soon."""
+        """Whether another replica of the organ is connecting."""
         return any(channel.state is ChannelState.CONNECTING for channel in self._refresh(organ))
 
     def _refresh(self, organ: str) -> list[ReplicaChannel]:
@@ -181,7 +181,7 @@ class RemoteExperts:
 
 
 def _watch(watched: "weakref.ref[RemoteExperts]", closing: threading.Event, period_s: float) -> None:
-    # By reference alone, so that one that was dropped without being closed does not live on in its thread.
+    # A weak reference, so that the thread ends if the object is dropped without `close`.
     while not closing.wait(period_s):
         experts = watched()
         if experts is None:
@@ -193,7 +193,7 @@ def _watch(watched: "weakref.ref[RemoteExperts]", closing: threading.Event, peri
 
 
 class RemoteExpertCall:
-    """A call under way. Experts are pure, so it is simply sent again when a replica is lost.
+    """A running call. Experts are pure functions, so it is sent again when a replica is lost.
 
     Attributes:
         gather_s: see `ExpertCall`.
@@ -212,7 +212,7 @@ class RemoteExpertCall:
         self._organ = organ
         self._tokens = tokens
         self._tried: set[str] = set()
-        # Of the replicas that were asked, one that may hold the bundle later.
+        # A replica among those tried that may load the bundle later.
         self._passing: ExpertsUnavailableError | None = None
         self.compute_s = 0.0
         self._start()
@@ -238,14 +238,14 @@ class RemoteExpertCall:
                 try:
                     raise self._verdict(outcome, no_other) from None
                 finally:
-                    # Its traceback holds this frame, which would hold it, and with it the shared memory.
+                    # Its traceback refers to this frame, a cycle that would keep the shared memory alive.
                     del outcome
                     self._passing = None
 
     def _verdict(
         self, last: ExpertsUnavailableError | ExpertsFailedError, no_other: ExpertsUnavailableError
     ) -> ExpertsUnavailableError | ExpertsFailedError:
-        """Waiting is of no use only where every replica there is could not load the bundle."""
+        """Waiting is useless only if every replica failed to load the bundle."""
         if isinstance(last, ExpertsUnusableError):
             if self._passing is not None:
                 return self._passing
@@ -279,7 +279,7 @@ class RemoteExpertCall:
 
 
 def _unusable(status: status_pb2.Status) -> str | None:
-    """Why a replica could not load the bundle that it was asked for, if that is what it says."""
+    """Why a replica could not load the bundle of the call, if that is its error."""
     info = error_details_pb2.ErrorInfo()
     for detail in status.details:
         if detail.Unpack(info) and info.reason == BUNDLE_UNUSABLE:

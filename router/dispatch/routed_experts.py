@@ -1,4 +1,4 @@
-"""The interface between a decoder layer and the place where its routed experts are computed."""
+"""The interface between a decoder layer and its routed experts."""
 
 from typing import Protocol
 
@@ -6,10 +6,10 @@ import torch
 
 
 class PendingExperts(Protocol):
-    """Calls of experts that were begun: they compute while the caller does something else."""
+    """Running expert calls, which overlap with the caller's work."""
 
     def result(self) -> torch.Tensor:
-        """Waits, and returns `Σ_k w_k · SwiGLU_k(x)`: tokens × hidden, in x's dtype."""
+        """Waits for `Σ_k w_k · SwiGLU_k(x)`: tokens × hidden, in x's dtype."""
         ...
 
 
@@ -17,7 +17,7 @@ class RoutedExperts(Protocol):
     """Computes the routed experts of any layer for the tokens of one forward pass."""
 
     def begin(self, layer: int, x_TD: torch.Tensor) -> PendingExperts:
-        """Gates the tokens and starts their experts.
+        """Computes the gate and starts the expert calls.
 
         Args:
             layer: the decoder layer, from 0.

@@ -1,4 +1,4 @@
-"""The plan of one forward pass: which rows go to which experts; the same for all layers."""
+"""The plan of one forward pass: which rows go to which organs. It is the same for all layers."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ class TokenAssignment:
     """Rows [start, end) of a forward pass: one sequence's tokens.
 
     Attributes:
-        expert_set_id: the set that the sequence is pinned to.
-        shares: organ and π of sets routed by organ, adding up to 1; empty for flat sets.
+        expert_set_id: the sequence's expert set.
+        shares: organ and π, which add up to 1; empty for flat sets.
     """
 
     start: int
@@ -30,8 +30,8 @@ class RowGroup:
     """The rows that one expert set's sequences send to one organ, in ascending order.
 
     Attributes:
-        row_R: None for all rows of the pass.
-        share_R1: float32; None where every share is 1.
+        row_R: the rows; None for all rows of the pass.
+        share_R1: the shares in float32; None if all are 1.
     """
 
     organ: str
@@ -42,15 +42,15 @@ class RowGroup:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OrganRows:
-    """One set routed by organ: its row groups, and for their rows one behind the other, which row and which organ.
+    """One set routed by organ: its row groups, and the concatenation of their rows.
 
     Attributes:
-        gates: the set's.
-        row_groups: in the set's order.
-        sizes: rows of each row group.
-        row_M: the rows of all row groups.
-        organ_M: the place of each row's organ in the set's order. None where experts cannot be chosen for all
-            organs at once, because they differ in their number of experts, or because there is one row group only.
+        gates: the set's gates.
+        row_groups: in the order of the set's organs.
+        sizes: the number of rows of each row group.
+        row_M: the concatenated rows.
+        organ_M: the index of each row's organ in the set. None if experts are not chosen for all organs at once,
+            because the organs differ in their number of experts or there is only one row group.
     """
 
     gates: ExpertGates
@@ -62,7 +62,7 @@ class OrganRows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FlatRows:
-    """One flat set: its rows, None for all of the pass, and how they are divided."""
+    """One flat set: its rows (None for all rows of the pass) and their split by organ."""
 
     gates: ExpertGates
     row_S: torch.Tensor | None
@@ -71,11 +71,11 @@ class FlatRows:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """The plan of one pass, for the sequences that have not failed.
+    """The plan of one pass, without failed sequences.
 
     Attributes:
-        disjoint: every row goes to one organ at most, with a share of 1: outputs need no adding up.
-        complete: every row goes somewhere.
+        disjoint: every row goes to at most one organ with a share of 1, so outputs need not be added.
+        complete: every row goes to at least one organ.
     """
 
     organ_sets: tuple[OrganRows, ...]
@@ -93,10 +93,10 @@ def plan_step(
     """Plans a pass.
 
     Args:
-        assignments: all rows of the pass, in ascending order without gaps.
+        assignments: all rows of the pass, ascending and without gaps.
         failed: indices of assignments that send nothing.
         gates_of: expert set id → gates.
-        device: where the rows are.
+        device: the device of the rows.
     """
     by_set = _by_set([each for index, each in enumerate(assignments) if index not in failed], gates_of)
     num_rows = assignments[-1].end if assignments else 0
@@ -117,10 +117,10 @@ def plan_step(
 def _by_set(
     assignments: Sequence[TokenAssignment], gates_of: Mapping[str, ExpertGates]
 ) -> dict[str, list[TokenAssignment]]:
-    """Expert set id → its sequences, and those of other sets that would compute them in the same way.
+    """Expert set id → its sequences, and those of other sets with the same experts.
 
-    While a version comes or goes, most sequences use organs whose experts are the same in both sets: for them there is
-    one set still, and one gating.
+    During a rollout, most sequences use organs whose experts are the same in both sets. These are grouped and gated as
+    one set.
     """
     several = len({assignment.expert_set_id for assignment in assignments}) > 1
     set_of: dict[tuple[ExpertSetMember, ...], str] = {}
@@ -128,7 +128,7 @@ def _by_set(
     for assignment in assignments:
         set_id = assignment.expert_set_id
         expert_set = gates_of[set_id].expert_set
-        # What is counted of flat sets is found by the set's own id.
+        # The counts of flat sets are stored by the set's id.
         if several and expert_set.routing != "flat":
             set_id = set_of.setdefault(expert_set.used(assignment.shares), set_id)
         by_set.setdefault(set_id, []).append(assignment)

@@ -1,4 +1,4 @@
-"""What one expert call sends, and the two forms in which it goes: in the message, or in shared memory."""
+"""The tokens of one expert call, and its two encodings: in the message, or in shared memory."""
 
 import logging
 from collections.abc import Hashable
@@ -14,16 +14,16 @@ from protos import expert_pb2
 
 logger = logging.getLogger(__name__)
 
-# The same few calls come again and again; their views are kept until there are so many.
+# A few shapes repeat; their views are cached up to this number.
 _MAX_VIEWS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The tokens of a call. The tensors must not change before its answer: it may have to be sent again.
+    """The tokens of a call. The tensors must not change before the answer, because the call may be retried.
 
     Attributes:
-        row_R: which rows of `x_TD`, in the order of the other two; None for all of them.
+        row_R: the rows of `x_TD`, in the order of the other two; None for all rows.
         expert_index_RK: int32 or int64.
         weight_RK: in x's dtype.
     """
@@ -37,7 +37,7 @@ class Tokens:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Tokens × hidden of what is sent, and of the answer."""
+        """Tokens × hidden of the input and of the answer."""
         return self.expert_index_RK.shape[0], self.x_TD.shape[1]
 
     def message(self, correlation_id: int) -> bytes:
@@ -50,13 +50,13 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a call lies in shared memory. As long as it is kept, or its output is, nothing else gets there."""
+    """The region of a call in shared memory. It stays reserved as long as this object or its output exists."""
 
     area: Area
     layout: Layout
 
     def output_TD(self) -> torch.Tensor:
-        """The answer, without a copy."""
+        """The answer as a view."""
         return self.layout.output_TD(self.area)
 
 
@@ -66,21 +66,21 @@ class _Views:
     hidden_states_TD: torch.Tensor
     expert_index_TK: torch.Tensor
     weight_TK: torch.Tensor
-    # The part of the message that says where they are, serialised.
+    # The serialised part of the message with their offsets.
     shared: bytes
 
 
 class TokenWriter:
-    """Puts calls into one shared memory. Used by one thread at a time."""
+    """Writes calls to one shared memory. Not thread-safe."""
 
     def __init__(self, memory: SharedMemory) -> None:
-        """Nothing is written yet."""
+        """Writes nothing yet."""
         self.memory = memory
         self._layouts: dict[Hashable, Layout | None] = {}
         self._views: dict[Hashable, _Views] = {}
 
     def write(self, tokens: Tokens, correlation_id: int) -> tuple[bytes, Place] | None:
-        """The serialised request without the tensors, and where they are; None when there is no room for them."""
+        """Writes the tensors and returns the serialised request and their region; None if they do not fit."""
         kind = (*tokens.shape, tokens.expert_index_RK.shape[1], tokens.x_TD.dtype)
         if kind not in self._layouts:
             self._layouts[kind] = _layout(*kind)
@@ -111,15 +111,15 @@ class TokenWriter:
             views.hidden_states_TD.copy_(x_TD[tokens.row_R])
         views.expert_index_TK.copy_(tokens.expert_index_RK)
         views.weight_TK.copy_(tokens.weight_RK.detach() if tokens.weight_RK.requires_grad else tokens.weight_RK)
-        # A new message each time: one that is kept also keeps every string that it was ever given. And the parts of a
-        # message may be serialised one by one.
+        # A new message each time, because a reused one keeps every string that was ever set. The parts of a message may
+        # be serialised one by one.
         head = expert_pb2.ForwardRequest(
             correlation_id=correlation_id, bundle_digest=tokens.bundle_digest, layer=tokens.layer
         )
         return head.SerializeToString() + views.shared, Place(area, layout)
 
     def _make_views(self, offset: int, layout: Layout) -> _Views:
-        # Not of the area: they would keep it from ever being free again.
+        # Not views of the region, which would keep it reserved.
         stretch = self.memory.stretch(offset, layout.nbytes)
         return _Views(
             layout,
@@ -134,5 +134,5 @@ def _layout(tokens: int, hidden_size: int, top_k: int, dtype: torch.dtype) -> La
     try:
         return Layout.of(tokens, hidden_size, top_k, dtype)
     except InvalidTensorError:
-        # An empty call, or a dtype that the replica should refuse with its own words.
+        # An empty call, or a dtype that the replica refuses with an error.
         return None

@@ -1,8 +1,8 @@
-"""Maps anatomical terms and codes to the seven organs, or to none of them.
+"""Maps anatomical terms and codes to the seven organs, or to None.
 
-The table is `anatomy.csv`; its columns and the choices in it are described in docs/anatomy.md. A term is read by its
-longest phrases: each uses up its words, so that "renal pelvis" is no pelvis and "coronary artery" no artery. Phrases of
-other anatomy (prostate, lymph node) are in the table too and use up theirs.
+The table is `anatomy.csv`; docs/anatomy.md describes its columns and choices. The longest phrases of a term are matched
+first, and each consumes its words, so that "renal pelvis" is not a pelvis and "coronary artery" not an artery. Phrases
+of other anatomy (prostate, lymph node) are in the table too and consume their words.
 """
 
 import csv
@@ -17,14 +17,14 @@ Phrase = tuple[str, ...]
 
 # Chinese and Japanese text has no spaces: each character is a word of its own.
 _WORD = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]|[^\W_\u3400-\u9fff\uf900-\ufaff]+")
-# The forms of Taiwan, Hong Kong and Japan, for the characters that the table uses.
+# Variants of Taiwan, Hong Kong and Japan of the characters in the table.
 _SIMPLIFIED = str.maketrans(
     "臟臓腎頸頚動脈靜狀宮體雙兩側內兒盤總門葉隱頭橈貴腦腳竇實質臍陰產産婦臨聲檢經導膽腸閉間達鎖無顱膕脛關節腫結彎漿額顳攝護輸懷環縱氣髖後爾脫積壓斷頜頷維異連続續穩圍範顏區",
     "脏脏肾颈颈动脉静状宫体双两侧内儿盘总门叶隐头桡贵脑脚窦实质脐阴产产妇临声检经导胆肠闭间达锁无颅腘胫关节肿结弯浆额颞摄护输怀环纵气髋后尔脱积压断颌颌维异连续续稳围范颜区",
 )
 # Below this, a concatenated phrase could be another word.
 _MIN_JOINED = 6
-# DICOM's defined terms shorten the last word of a vessel: RENALA, FEMORALV (PS3.16 Annex L).
+# DICOM's defined terms abbreviate the last word of a vessel: RENALA, FEMORALV (PS3.16 Annex L).
 _VESSEL_LETTERS = {"artery": "a", "vein": "v"}
 
 
@@ -33,11 +33,11 @@ class Concept:
     """A line of the table.
 
     Attributes:
-        organ: one of the seven; None for anatomy that is none of them.
-        terms: all its names, the one to show in front.
+        organ: one of the seven organs; None for other anatomy.
+        terms: all its names; the first one is for display.
         sct: SNOMED CT codes.
         srt: SNOMED RT codes, as DICOM used them until 2017.
-        source: where the codes and the first term are from.
+        source: the source of the codes and the first term.
     """
 
     organ: str | None
@@ -68,8 +68,8 @@ def term_of_code(scheme: str, code: str) -> str | None:
 
     Args:
         scheme: DICOM's Coding Scheme Designator: SCT and its older names for SNOMED CT; SRT, SNM3 and 99SDM for
-            SNOMED RT; empty where it is missing. Codes of other schemes are unknown.
-        code: the code alone, or a URN or URL that ends in it.
+            SNOMED RT; empty if it is missing. Codes of other schemes are unknown.
+        code: the code, or a URN or URL that ends in it.
     """
     scheme, code = scheme.strip().upper(), re.split(r"[:/]", code.strip())[-1]
     if scheme and scheme not in ("SCT", "SCT2", "SRT", "SNM3", "99SDM") and not scheme.startswith("SNOMED"):
@@ -78,7 +78,7 @@ def term_of_code(scheme: str, code: str) -> str | None:
 
 
 def phrase(text: str) -> Phrase:
-    """The words of a text as they are compared: without case, accents, plural and differences of spelling."""
+    """The words of a text, normalised for comparison: without case, accents, plural and spelling variants."""
     text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKC", text).casefold())
     text = "".join(character for character in text if not unicodedata.combining(character))
     text = unicodedata.normalize("NFKC", text).translate(_SIMPLIFIED)
@@ -87,9 +87,9 @@ def phrase(text: str) -> Phrase:
 
 @functools.cache
 def phrases(term: str) -> frozenset[Phrase]:
-    """The ways to write a term: its words, and as one word, as DICOM's defined terms do.
+    """The variants of a term: its words, and its words joined as in DICOM's defined terms.
 
-    For terms of the table and of bundles, which are kept; text of a request is read by `organs_in`.
+    Cached, so use it for terms of the table and of bundles only. `organs_in` reads the text of requests.
     """
     words = phrase(term)
     if not words:
@@ -107,7 +107,7 @@ def organs_in(text: str, own: Mapping[Phrase, str]) -> list[str]:
 
     Args:
         text: a term in any of the table's languages, or several in one text.
-        own: further phrases, from bundles; they come before the table's.
+        own: further phrases, from bundles; they take precedence over the table's.
     """
     words, table = phrase(text), _table()
     longest = max((len(way) for way in own), default=1)
@@ -125,7 +125,7 @@ def organs_in(text: str, own: Mapping[Phrase, str]) -> list[str]:
 
 
 def is_known(text: str, *, min_words: int = 1) -> bool:
-    """Whether the table has a phrase of at least so many words that occurs in the text."""
+    """Whether a phrase of the table with at least `min_words` words occurs in the text."""
     words, table = phrase(text), _table()
     return any(
         words[start : start + width] in table
@@ -135,7 +135,7 @@ def is_known(text: str, *, min_words: int = 1) -> bool:
 
 
 def is_familiar(text: str) -> bool:
-    """Whether the table uses every Chinese character of the text; bytes decoded wrongly give rare ones."""
+    """Whether the table has every Chinese character of the text. Wrongly decoded bytes give rare characters."""
     return _characters().issuperset(character for word in phrase(text) for character in word if not character.isascii())
 
 

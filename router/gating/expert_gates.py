@@ -15,12 +15,12 @@ from router.gating.token_gate import GateProduct
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BundleGates:
-    """What a router keeps of one bundle; its experts stay where they are.
+    """The parts of a bundle that a router needs: gate rows and organ profile, without the experts.
 
     Attributes:
-        version: for people; the digest is the identity.
-        rows: the gate's rows, one matrix per layer, experts × hidden.
-        profile: by what the bundle's organ is recognised.
+        version: for display; the digest is the identity.
+        rows: the gate rows, one matrix per layer, experts × hidden.
+        profile: how the bundle's organ is recognised.
     """
 
     organ: str
@@ -33,12 +33,12 @@ class BundleGates:
     def read(
         cls, bundle: Bundle, *, num_layers: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> "BundleGates":
-        """Copies them out of the bundle's files, which need not stay.
+        """Copies them from the bundle's files, which may be deleted afterwards.
 
         Args:
             bundle: the bundle.
             num_layers: decoder layers of the backbone.
-            dtype: the backbone's; rows are converted to it.
+            dtype: the backbone's dtype, to which rows are converted.
             device: where the gates are computed.
 
         Raises:
@@ -61,12 +61,12 @@ class BundleGates:
 
 
 class ExpertGates:
-    """Every layer's gate matrices for one expert set. Organs may differ in their number of experts."""
+    """The gate matrices of every layer for one expert set. Organs may differ in their number of experts."""
 
     def __init__(self, expert_set: ExpertSet, gate_rows: Mapping[str, tuple[torch.Tensor, ...]]) -> None:
         """
         Args:
-            expert_set: whose gates these are.
+            expert_set: the expert set.
             gate_rows: organ → one matrix per layer, experts × hidden.
 
         Raises:
@@ -97,13 +97,13 @@ class ExpertGates:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> Self:
-        """Reads the gate rows of a set's bundles; their experts stay where they are.
+        """Reads the gate rows of a set's bundles, without their experts.
 
         Args:
             expert_set: the set.
             bundles: bundle digest → bundle, for every member.
             num_layers: decoder layers of the backbone.
-            dtype: the backbone's; rows are converted to it.
+            dtype: the backbone's dtype, to which rows are converted.
             device: where the gates are computed.
 
         Raises:
@@ -117,14 +117,14 @@ class ExpertGates:
 
     @classmethod
     def of(cls, expert_set: ExpertSet, gates: Mapping[str, BundleGates]) -> Self:
-        """Joins what was read of a set's bundles, whose rows all sets share; the products are the set's own.
+        """Builds the gates of a set from the rows of its bundles. All sets share the rows; each has its own products.
 
         Args:
             expert_set: the set.
-            gates: bundle digest → what was read, for every member.
+            gates: bundle digest → its gate rows, for every member.
 
         Raises:
-            ValueError: see `from_bundles`, or a bundle is another organ's.
+            ValueError: as in `from_bundles`, or a bundle belongs to another organ.
         """
         gate_rows = {}
         for member in expert_set.members:
@@ -142,32 +142,32 @@ class ExpertGates:
         return cls(expert_set, gate_rows)
 
     def rows_of(self, organ: str, layer: int) -> torch.Tensor:
-        """One organ's rows of one layer: its experts × hidden."""
+        """One organ's gate rows of one layer: experts × hidden."""
         return self._by_organ[organ][layer]
 
     def logits(self, layer: int, x_TD: torch.Tensor) -> torch.Tensor:
-        """What a layer's gates give to the experts of all organs, in the set's order.
+        """The logits of the experts of all organs in one layer, in the set's order.
 
-        Also where only one organ's experts are chosen from: a product of so few columns takes as long for one organ.
+        Computed for all organs even if only one is used: a product with so few columns takes as long for one organ.
 
         Args:
             layer: from 0.
             x_TD: tokens × hidden, after the post-attention norm, in the rows' dtype.
 
         Returns:
-            tokens × experts, in x's dtype; `expert_range` says which are an organ's.
+            tokens × experts, in x's dtype; `expert_range` has the columns of an organ.
         """
         return self._products[layer](x_TD)
 
     def warm_up(self) -> None:
-        """Makes ready for every number of tokens, so that no step stops to compile; see `GateProduct.warm_up`."""
+        """Compiles the products for every number of tokens; see `GateProduct.warm_up`."""
         self._products[0].warm_up()
 
     def expert_range(self, organ: str) -> tuple[int, int]:
-        """Which columns of the logits are an organ's: [start, end)."""
+        """The columns of an organ in the logits: [start, end)."""
         return self._ranges[organ]
 
     def num_experts(self, organ: str) -> int:
-        """How many experts an organ has."""
+        """The number of an organ's experts."""
         start, end = self._ranges[organ]
         return end - start

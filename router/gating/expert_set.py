@@ -12,7 +12,7 @@ Routing = Literal["organs", "flat"]
 
 
 class ExpertSetMember(BaseModel):
-    """One organ and the bundle that computes for it."""
+    """One organ and its bundle."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -21,7 +21,7 @@ class ExpertSetMember(BaseModel):
 
 
 class ExpertSet(BaseModel):
-    """Which bundle serves which organ, for one backbone.
+    """One bundle for each organ, for one backbone.
 
     The order of the members is the order in which partial sums of different organs are added, so it is part of the
     identity.
@@ -53,7 +53,7 @@ class ExpertSet(BaseModel):
         return tuple(member.organ for member in self.members)
 
     def used(self, shares: Iterable[tuple[str, float]]) -> tuple[ExpertSetMember, ...]:
-        """The members that compute for a request with these organs' shares, in the set's order; all of a flat set."""
+        """The members that a request with these organs uses, in the set's order; all members of a flat set."""
         if self.routing == "flat":
             return self.members
         organs = {organ for organ, _ in shares}

@@ -1,4 +1,4 @@
-"""Divides the choices of one gate over all experts among the organs."""
+"""Splits the choices of one gate over all experts by organ."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,10 @@ from router.gating.token_gate import TokenRouting
 
 
 class FlatSplit:
-    """The organs' places among the experts of a flat set."""
+    """The ranges of the organs' experts in a flat set."""
 
     def __init__(self, ranges: Sequence[tuple[int, int]], device: torch.device) -> None:
-        """`ranges` has for every organ, in the set's order, its first expert and the one behind its last."""
+        """`ranges` has the range [start, end) of every organ's experts, in the set's order."""
         self.num_organs = len(ranges)
         self._first_O = torch.tensor([start for start, _ in ranges], device=device)
         organs = torch.arange(self.num_organs)
@@ -20,21 +20,22 @@ class FlatSplit:
         self._organ_E = torch.repeat_interleave(organs, sizes).to(device)
 
     def organ_of(self, routing: TokenRouting) -> torch.Tensor:
-        """The organ of every pair, as its place in the set's order: tokens × top_k, int64."""
+        """The organ of every pair, as its index in the set: tokens × top_k, int64."""
         return self._organ_E[routing.index_TK]
 
     def split(
         self, routing: TokenRouting, organ_TK: torch.Tensor
     ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """What every organ gets, in a number of operations that does not depend on how many there are.
+        """The rows, experts and weights of every organ. The number of operations does not depend on the number of
+        organs.
 
         Args:
-            routing: what the gate chose.
-            organ_TK: see `organ_of`.
+            routing: the gate's choices.
+            organ_TK: from `organ_of`.
 
         Returns:
-            for every organ: the tokens that have an expert of it, in ascending order; for each of them the experts,
-            counted from the organ's first one, `NO_EXPERT` where a pair is another organ's; and the pairs' weights.
+            for every organ: the tokens with one of its experts, in ascending order; for each of them the experts,
+            counted from the organ's first one, and `NO_EXPERT` for pairs of other organs; and the weights.
         """
         tokens = organ_TK.shape[0]
         hit_OT = torch.zeros(tokens, self.num_organs, dtype=torch.bool, device=organ_TK.device)

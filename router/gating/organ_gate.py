@@ -1,4 +1,4 @@
-"""The organ gate: which organs' experts a request uses, with what share, and how they were found."""
+"""The organ gate: which organs' experts a request uses, with what shares, and how they were determined."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from router.gating.expert_set import ExpertSet
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OrganProfile:
-    """By what an organ is recognised; its bundle carries this.
+    """How an organ is recognised; part of its bundle.
 
     Attributes:
         organ: its name in expert sets.
-        synonyms: words or phrases that mean it in a caller's hint or in a DICOM anatomy term, besides those of
-            `router.gating.anatomy`. Where both know a phrase, the bundle's meaning counts.
-        prototype_D: the direction in which its images' pooled vision features lie, if it was ever measured.
+        synonyms: words or phrases for it in a caller's hint or in a DICOM anatomy term, in addition to
+            `router.gating.anatomy`, over which they take precedence.
+        prototype_D: the mean direction of its images' pooled vision features, if it was measured.
     """
 
     organ: str
@@ -30,11 +30,11 @@ class OrganProfile:
 
 @dataclass(frozen=True, slots=True)
 class OrganChoice:
-    """What the gate decided.
+    """The gate's decision.
 
     Attributes:
-        shares: organ and π, which add up to 1; empty for flat sets, where no organ has to be chosen.
-        source: what decided.
+        shares: organ and π, which add up to 1; empty for flat sets, which need no choice.
+        source: what determined the organs.
     """
 
     shares: tuple[tuple[str, float], ...]
@@ -42,20 +42,19 @@ class OrganChoice:
 
 
 class OrganGate:
-    """Chooses by the caller's hint, else the DICOM terms, else the picture itself, else the default."""
+    """Chooses by the caller's hint, else the DICOM terms, else the image, else the default."""
 
     def __init__(self, profiles: Iterable[OrganProfile], *, default_organ: str, max_organs: int) -> None:
-        """One profile per organ.
-
+        """
         Args:
-            profiles: at most one per organ; an organ without one is known by its name and by the anatomy table.
-            default_organ: the organ of requests about which nothing is known.
+            profiles: at most one per organ; an organ without one is recognised by its name and the anatomy table.
+            default_organ: the organ of requests whose organ is unknown.
             max_organs: how many organs a request may use.
         """
         self._profiles = {profile.organ: profile for profile in profiles}
         self._default_organ = default_organ
         self._max_organs = max_organs
-        # Reads the table, so that the first request does not wait for it.
+        # Loads the table, so that the first request does not wait for it.
         anatomy.is_known("")
 
     def with_profiles(self, profiles: Iterable[OrganProfile]) -> "OrganGate":
@@ -63,10 +62,10 @@ class OrganGate:
         return OrganGate(profiles, default_organ=self._default_organ, max_organs=self._max_organs)
 
     def check(self, expert_set: ExpertSet) -> None:
-        """To be called at start, so that a wrong default is found before the first request.
+        """Checks the default organ; call it at start.
 
         Raises:
-            ValueError: requests of the set are routed by organ, and it does not have the default organ.
+            ValueError: the set is routed by organ and does not have the default organ.
         """
         if expert_set.routing == "organs" and self._default_organ not in expert_set.organs:
             raise ValueError(
@@ -83,18 +82,18 @@ class OrganGate:
     ) -> OrganChoice:
         """The organs of one request.
 
-        For flat sets the caller's organs are checked but have no effect, which the source tells.
+        For flat sets the caller's organs are checked but have no effect, which `source` reports.
 
         Args:
             organs: what the caller named: organs of the set or synonyms of them, in any case.
-            anatomy_terms: what DICOM objects say about the anatomy.
+            anatomy_terms: the anatomy terms of DICOM objects.
             pooled_D: the mean of the request's vision embeddings; None without images.
             expert_set: the set to which the request will be pinned.
 
         Raises:
-            UnknownOrganError: the caller named an organ that the set does not have, or nothing is known and the set
-                does not have the default organ any more.
-            TooManyOrgansError: the caller named more than a request may use.
+            UnknownOrganError: the caller named an organ that the set does not have, or the organ is unknown and the set
+                does not have the default organ.
+            TooManyOrgansError: the caller named more organs than a request may use.
         """
         named = self._named(organs, expert_set)
         if expert_set.routing == "flat":
@@ -129,7 +128,7 @@ class OrganGate:
     def _in_terms(self, terms: Sequence[str], expert_set: ExpertSet) -> list[str]:
         found = self._organs_in(terms, expert_set)
         votes = {organ: sum(organ in organs for organs in found) for organ in expert_set.organs}
-        # Sorting is stable, so among equals the set's order decides.
+        # Sorting is stable, so the set's order breaks ties.
         ranked = sorted((organ for organ in votes if votes[organ]), key=lambda organ: -votes[organ])
         return sorted(ranked[: self._max_organs], key=expert_set.organs.index)
 
@@ -138,7 +137,7 @@ class OrganGate:
         return [[organ for organ in anatomy.organs_in(term, own) if organ in expert_set.organs] for term in terms]
 
     def _own_phrases(self, expert_set: ExpertSet) -> Mapping[anatomy.Phrase, str]:
-        """What the set's names and its bundles' synonyms mean; of two with one phrase the first in the set."""
+        """Phrase → organ, from the set's organs and their bundles' synonyms; the first organ in the set wins."""
         own: dict[anatomy.Phrase, str] = {}
         for organ in expert_set.organs:
             profile = self._profiles.get(organ)

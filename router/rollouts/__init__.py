@@ -1,1 +1,1 @@
-"""Replaces one organ's experts under live traffic: states, database, history, traffic, controller, health."""
+"""Rollouts: one organ's experts are replaced under live traffic. States, database, history, controller, health."""

@@ -1,4 +1,4 @@
-"""Runs blocking calls on a thread each, so that one that hangs delays nothing else."""
+"""Runs each blocking call on a thread of its own, so that a call that hangs does not delay the others."""
 
 import threading
 from collections.abc import Callable, Hashable
@@ -7,13 +7,13 @@ from typing import Any
 
 
 class Background:
-    """Runs calls under keys, at most one for each key. The threads end with the process, hung or not."""
+    """Runs at most one call per key. The threads are daemons: a call that hangs does not keep the process alive."""
 
     def __init__(self, limit: int, on_done: Callable[[], None] = lambda: None) -> None:
         """
         Args:
-            limit: at most so many calls at once.
-            on_done: called after each, on its thread.
+            limit: how many calls may run at once.
+            on_done: called after each call, on that call's thread.
         """
         self._limit = limit
         self._on_done = on_done
@@ -22,7 +22,7 @@ class Background:
         self._done: dict[Hashable, Future[Any]] = {}
 
     def start(self, key: Hashable, call: Callable[[], Any]) -> Future[Any] | None:
-        """Starts a call; none if its key is running, its outcome was not taken yet, or there is no room."""
+        """Starts a call. None if the key is running, its result was not taken yet, or the limit is reached."""
         future: Future[Any] = Future()
         with self._lock:
             if key in self._running or key in self._done or len(self._running) >= self._limit:
@@ -31,18 +31,18 @@ class Background:
         threading.Thread(target=self._run, args=(key, call, future), name=f"rollout {key}", daemon=True).start()
         return future
 
-    def has_room(self) -> bool:
-        """Whether another call can be started; stays so for a caller that alone starts calls."""
+    def has_capacity(self) -> bool:
+        """Whether another call can be started. The answer stays true if no other thread starts calls."""
         with self._lock:
             return len(self._running) < self._limit
 
     def running(self) -> frozenset[Hashable]:
-        """The keys of the calls under way."""
+        """The keys of the running calls."""
         with self._lock:
             return frozenset(self._running)
 
     def take_done(self) -> dict[Hashable, Future[Any]]:
-        """The calls that ended since this was asked last."""
+        """The calls that have ended since the last call of this method."""
         with self._lock:
             done, self._done = self._done, {}
         return done
@@ -52,9 +52,9 @@ class Background:
         failure: BaseException | None = None
         try:
             result = call()
-        except BaseException as error:  # A call that wants to end the process ends only its thread.
+        except BaseException as error:  # SystemExit in a call ends only its thread.
             failure = error
-        # Ended for its waiters only once it is among the ended ones.
+        # Waiters are woken only after the call is in the list of ended ones.
         with self._lock:
             del self._running[key]
             self._done[key] = future

@@ -1,7 +1,7 @@
-"""The controller: brings every rollout and the fleet to what the database says.
+"""The controller: a reconcile loop that brings rollouts and replicas to the state in the database.
 
-Level-triggered: each pass looks at what should be and at what is, and starts what is missing. Nothing that matters is
-kept between passes, so a process killed at any point goes on where the database stands.
+It is level-triggered: each pass compares the desired with the observed state and starts what is missing. It stores no
+state of its own that matters, so a new process can continue from the database after a crash.
 """
 
 import logging
@@ -13,7 +13,6 @@ from typing import Any
 
 from experts.errors import ExpertCapacityError
 from router.rollouts.background import Background
-from router.rollouts.convergence import Convergence, LoadFailure, Operation
 from router.rollouts.fleet import Fleet, ReplicaLostError, Verifier
 from router.rollouts.fleet_view import FleetObserver, OrganView
 from router.rollouts.gate_runs import EVALUABLE, GateRuns
@@ -21,23 +20,24 @@ from router.rollouts.gates import Evaluator
 from router.rollouts.health import HealthMonitor
 from router.rollouts.judge import judge, unjudged_latency
 from router.rollouts.leases import Leases
-from router.rollouts.moments import Moments
 from router.rollouts.outcome import format_error, listed
-from router.rollouts.promoted import PromotionWatch, other_versions, watch_s
+from router.rollouts.promotion_watch import PromotionWatch, other_versions, watch_s
 from router.rollouts.records import Rollout, Snapshot
+from router.rollouts.replica_reconciler import LoadFailure, Operation, ReplicaReconciler
 from router.rollouts.settings import RolloutSettings, Thresholds
+from router.rollouts.state_timers import StateTimers
 from router.rollouts.states import RESIDENT, Action, State
+from router.rollouts.step_conditions import current_step, format_waits, step_waits_for
 from router.rollouts.store import RolloutStore
 from router.rollouts.transaction import CONTROLLER as ACTOR
 from router.rollouts.transaction import Transaction
-from router.rollouts.waiting import current_step, format_waits, step_waits_for
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class _Verification:
-    """The key of a verification among the calls under way."""
+    """The key of a verification among the running calls."""
 
     rollout_id: str
 
@@ -55,26 +55,28 @@ class RolloutController:
         leases: Leases | None = None,
         evaluator: Evaluator | None = None,
     ) -> None:
-        """Takes all that it works with; starts nothing.
+        """Starts nothing; see `start`.
 
-        Without `leases`, no past set is ever held; without an evaluator, no gate is passed.
+        Without `leases` there are no replays; without an evaluator no gate is passed.
         """
         self._store = store
         self._fleet = fleet
         self._verifier = verifier
         self._settings = settings
         self._monitor = monitor
-        # Durations are measured by the monitor's clock, which is never set; the store's says what time of day it is.
+        # Durations come from the monitor's monotonic clock, times of day from the store's wall clock.
         self._clock = monitor.clock
-        self._moments = Moments(self._clock)
+        self._timers = StateTimers(self._clock)
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._calls = Background(settings.max_operations, self.wake)
         self._observer = FleetObserver(fleet, settings.status_timeout_s)
         leased = (leases or Leases()).digests
-        self._convergence = Convergence(fleet, self._calls, self._moments, self._clock, settings.warm_timeout_s, leased)
-        self._promoted = PromotionWatch(store, monitor, self._moments, settings)
+        self._reconciler = ReplicaReconciler(
+            fleet, self._calls, self._timers, self._clock, settings.warm_timeout_s, leased
+        )
+        self._promoted = PromotionWatch(store, monitor, self._timers, settings)
         self.gates = GateRuns(store, evaluator, self._clock, self._fail, self.wake)
         self._waits: Mapping[str, str] = {}
         self._verifying_since: dict[str, float] = {}
@@ -82,35 +84,36 @@ class RolloutController:
 
     @property
     def views(self) -> Mapping[str, OrganView]:
-        """What the replicas held at the last pass, by organ, with the loads under way."""
+        """What the replicas of each organ held and loaded at the last pass."""
         return self._views
 
     def waits_for(self, rollout_id: str) -> str:
-        """What a rollout waits for, as of the last pass, in words; "" where it waits for nothing by itself."""
+        """What a rollout waited for at the last pass, as text; "" if it does not advance automatically."""
         return self._waits.get(rollout_id, "")
 
     def is_spare(self, organ: str, digest: str) -> bool:
-        """Whether a version stays in memory only to go back to, as of the last pass: no request uses it."""
-        return (organ, digest) in self._convergence.spare
+        """Whether a version was in memory only for a rollback at the last pass: no request uses it."""
+        return (organ, digest) in self._reconciler.spare
 
     def unloading(self) -> set[tuple[str, str]]:
-        """(replica, digest) of the unloads under way; from any thread."""
-        return self._convergence.unloading()
+        """(replica, digest) of the running unloads. May be called from any thread."""
+        return self._reconciler.unloading()
 
     def load_failures(self) -> Mapping[tuple[str, str], str]:
-        """(replica, digest) → why the last load of that bundle failed there, until one succeeds."""
-        return self._convergence.load_failures()
+        """(replica, digest) → why the last load failed; removed when a load succeeds."""
+        return self._reconciler.load_failures()
 
     def start(self) -> None:
-        """Reconciles on a thread, after every change and every `period_s`."""
+        """Starts a thread that reconciles after every change and every `period_s`."""
         assert self._thread is None
         unsubscribe = self._store.subscribe(self.wake)
         self._thread = threading.Thread(target=self._run, args=(unsubscribe,), name="rollouts", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread after the pass under way; what it started goes on, and is found again by the next start.
-        An evaluation ends, and the next start begins it again."""
+        """Ends the thread after the current pass. Loads and verifications that it started continue; the next start
+        finds them. An evaluation is cancelled, and the next start begins it again.
+        """
         self._stopping.set()
         self.gates.stop()
         self.wake()
@@ -118,17 +121,17 @@ class RolloutController:
             self._thread.join()
 
     def wake(self) -> None:
-        """Has a pass begin at once, for example after an observation that may end a candidate."""
+        """Starts a pass now, for example after an observation that may fail a candidate."""
         self._wake.set()
 
     def reconcile_once(self, *, recent_s: float = 0.0) -> Mapping[str, OrganView]:
-        """One pass. Waits for replicas to say what they hold, and for nothing else.
+        """Runs one pass. It blocks only for the replicas' status.
 
         Args:
-            recent_s: how old may be what is known of organs that nothing happens to.
+            recent_s: how old the status of organs without changes may be.
 
         Returns:
-            What the replicas held.
+            What the replicas hold, by organ.
 
         Raises:
             Exception: the database cannot be used; the next pass tries again.
@@ -136,22 +139,20 @@ class RolloutController:
         began = self._clock()
         self._take_finished()
         snapshot = self._store.snapshot()
-        self._moments.note((*snapshot.in_flight, *snapshot.watched), began)
-        views = self._observer.observe(
-            snapshot, snapshot.known_organs, self._convergence.unloading(), recent_s=recent_s
-        )
+        self._timers.note((*snapshot.in_flight, *snapshot.watched), began)
+        views = self._observer.observe(snapshot, snapshot.known_organs, self._reconciler.unloading(), recent_s=recent_s)
         self.gates.step(snapshot, views)
         for rollout in snapshot.in_flight:
             self._advance(rollout, snapshot, views[rollout.organ])
         self._promoted.step(snapshot)
         snapshot = self._store.snapshot()
-        self._moments.note((*snapshot.in_flight, *snapshot.watched), began)
+        self._timers.note((*snapshot.in_flight, *snapshot.watched), began)
         self._views = views
         self._waits = {
             rollout.id: self._waits_of(rollout, views.get(rollout.organ))
             for rollout in (*snapshot.in_flight, *snapshot.watched)
         }
-        self._convergence.step(snapshot, views)
+        self._reconciler.step(snapshot, views)
         return views
 
     def _run(self, unsubscribe: Any) -> None:
@@ -159,10 +160,10 @@ class RolloutController:
         while not self._stopping.is_set():
             self._wake.clear()
             try:
-                # A rollout wakes this many times a second; the other organs' replicas have requests to answer.
+                # A rollout wakes this many times a second; polling the other organs as often would slow their requests.
                 self.reconcile_once(recent_s=self._settings.period_s)
             except Exception as error:
-                # The same failure is logged once, not on every pass for as long as it lasts.
+                # A failure is logged once, not on every pass.
                 if (failure := repr(error)) != logged:
                     logger.exception("a pass over the rollouts failed; the next one tries again")
                 logged = failure
@@ -179,13 +180,13 @@ class RolloutController:
             error = future.exception()
             if isinstance(key, _Verification):
                 self._verification_ended(key.rollout_id, error)
-            elif isinstance(key, Operation) and (failure := self._convergence.finished(key, error)):
+            elif isinstance(key, Operation) and (failure := self._reconciler.finished(key, error)):
                 self._load_failed(failure)
 
     def _advance(self, rollout: Rollout, snapshot: Snapshot, view: OrganView) -> None:
         if rollout.state == State.STAGED:
-            if rollout.restores and view.held_everywhere(rollout.digest):
-                # It was verified when it was loaded, and has been there since.
+            if rollout.restores and view.resident_everywhere(rollout.digest):
+                # It was verified before it was loaded, and is still resident.
                 self._move(rollout, Action.VERIFY, _lasting(rollout))
             else:
                 self._verify(rollout)
@@ -193,7 +194,7 @@ class RolloutController:
             self._await_warm(rollout, view)
         elif reason := self._unhealthy(rollout, snapshot):
             self._move(rollout, Action.ROLL_BACK, reason)
-        elif rollout.automatic and view.held_everywhere(rollout.digest):
+        elif rollout.automatic and view.resident_everywhere(rollout.digest):
             self._take_step(rollout)
 
     def _verify(self, rollout: Rollout) -> None:
@@ -207,9 +208,9 @@ class RolloutController:
         if rollout.verify_attempts >= self._settings.max_verify_attempts:
             self._fail(rollout.id, f"the process that verified the bundle died of it {rollout.verify_attempts} times")
             return
-        if not self._calls.has_room():
+        if not self._calls.has_capacity():
             return
-        # Counted before it begins: a bundle that kills the process must not do so forever.
+        # Counted before it begins, so that a bundle that kills this process is not verified again and again.
         with self._store.write() as transaction:
             current = transaction.rollout(rollout.id)
             if current.state != State.STAGED:
@@ -232,11 +233,11 @@ class RolloutController:
                 transaction.move(rollout, Action.VERIFY, actor=ACTOR, reason=_lasting(rollout))
 
     def _await_warm(self, rollout: Rollout, view: OrganView) -> None:
-        if view.held_everywhere(rollout.digest):
+        if view.resident_everywhere(rollout.digest):
             self._move(rollout, Action.WARM_UP, _lasting(rollout))
             return
         limit = rollout.plan.warm_timeout_s or self._settings.warm_timeout_s
-        if self._moments.in_state_s(rollout) <= limit:
+        if self._timers.in_state_s(rollout) <= limit:
             return
         missing = view.missing(rollout.digest)
         where = (
@@ -256,7 +257,7 @@ class RolloutController:
         if candidate.digest == operation.digest:
             self._candidate_load_failed(candidate, failure)
         elif live is not None and live.stable_digest == operation.digest and isinstance(error, ExpertCapacityError):
-            # The incumbent has the older right to the memory.
+            # The incumbent takes precedence when memory is short.
             self._fail(
                 candidate.id,
                 f"replica {operation.replica} has no room for the stable version beside it: {format_error(error)}",
@@ -276,15 +277,15 @@ class RolloutController:
                 current = transaction.rollout(candidate.id)
                 if current.in_flight:
                     transaction.count_replica_loss(current)
-            self._convergence.pause_candidate(candidate, self._settings.loss_pause_s)
+            self._reconciler.pause_candidate(candidate, self._settings.loss_pause_s)
         elif not (failure.draining and isinstance(error, ExpertCapacityError)):
-            # With older versions on their way out there may be room soon; the time to warm is bounded anyway.
+            # Older versions are being unloaded, so there may be memory soon. `warm_timeout_s` bounds the wait.
             self._fail(candidate.id, f"{where}: {format_error(error)}")
 
     def _unhealthy(self, rollout: Rollout, snapshot: Snapshot) -> str:
         if rollout.mode is None or rollout.traffic_since is None:
             return ""
-        since = self._moments.traffic_since(rollout)
+        since = self._timers.traffic_since(rollout)
         elsewhere = other_versions(snapshot, rollout.organ)
         return judge(
             self._monitor,
@@ -293,7 +294,7 @@ class RolloutController:
             since,
             rollout.incumbent_digest,
             elsewhere,
-            self._moments.state_since(rollout),
+            self._timers.state_since(rollout),
         )
 
     def _thresholds(self, rollout: Rollout) -> Thresholds:
@@ -303,9 +304,9 @@ class RolloutController:
         step = current_step(rollout.plan, rollout.next_step)
         if step is None:
             return []
-        since = self._moments.state_since(rollout)
+        since = self._timers.state_since(rollout)
         successes = self._monitor.observed(rollout.organ, rollout.digest, since).successes
-        return step_waits_for(step, self._thresholds(rollout), self._moments.in_state_s(rollout), successes)
+        return step_waits_for(step, self._thresholds(rollout), self._timers.in_state_s(rollout), successes)
 
     def _waits_of(self, rollout: Rollout, view: OrganView | None) -> str:
         if rollout.state == State.STABLE:
@@ -315,7 +316,7 @@ class RolloutController:
         if not rollout.automatic or rollout.mode is None:
             return ""
         waits = self._step_waits(rollout)
-        if view is not None and not view.held_everywhere(rollout.digest):
+        if view is not None and not view.resident_everywhere(rollout.digest):
             missing = listed(view.missing(rollout.digest)) or rollout.organ
             waits.append(f"replicas that do not hold it: {missing}")
         return format_waits(waits)
@@ -336,18 +337,18 @@ class RolloutController:
                     transaction.promote(current, actor=ACTOR, reason=reason, max_previous=self._settings.max_previous)
 
     def _unjudged(self, rollout: Rollout) -> str:
-        since = self._moments.traffic_since(rollout)
+        since = self._timers.traffic_since(rollout)
         found = unjudged_latency(self._monitor, rollout, self._thresholds(rollout), since) if rollout.plan.steps else ""
         return f"; {found}" if found else ""
 
     def _move(self, rollout: Rollout, action: Action, reason: str = "", **changes: Any) -> None:
-        """Moves a rollout, unless it was moved since it was looked at."""
+        """Moves a rollout, unless it was moved since it was read."""
         with self._store.write() as transaction:
             if current := _unmoved(transaction, rollout):
                 transaction.move(current, action, actor=ACTOR, reason=reason, **changes)
 
     def _fail(self, rollout_id: str, reason: str) -> None:
-        """Fails a rollout, wherever it stands in its flight."""
+        """Fails a rollout in any state in flight."""
         with self._store.write() as transaction:
             rollout = transaction.rollout(rollout_id)
             if rollout.in_flight:
@@ -367,5 +368,5 @@ def _unmoved(transaction: Transaction, rollout: Rollout) -> Rollout | None:
 
 
 def _lasting(rollout: Rollout) -> str:
-    """What a rollout that brings back an earlier version says until it is stable: why it was begun."""
+    """The reason that a rollout which restores an earlier version keeps until it is stable."""
     return (rollout.reason or "the version before is back") if rollout.restores else ""

@@ -2,8 +2,8 @@
 
 One writer at a time: SQLite by `BEGIN IMMEDIATE`, PostgreSQL by a lock on the history's head row.
 
-SQLite writes to a file that was deleted as if nothing had happened, and all of it is lost with the process. So every
-write checks that the database is still the one that was opened, before its first statement and before its commit.
+SQLite writes to a deleted file without an error, and those writes are lost when the process ends. So every write checks
+that the file is still the one that was opened, before its first statement and before its commit.
 """
 
 import sqlite3
@@ -31,27 +31,27 @@ from router.rollouts.history import Head, hash_at, head_of
 # Below the timeout of operators' commands, so that they get the reason.
 BUSY_TIMEOUT_S = 10.0
 MIGRATIONS = Path(__file__).parent / "migrations"
-# Any number that no other program uses for the same purpose in the same PostgreSQL database.
+# The key of a PostgreSQL advisory lock; any number that other programs in the same database do not use.
 ADVISORY_LOCK = 0x6563686F766C6D
 _IMMEDIATE = "rollouts_immediate"
-# Alembic keeps what it works on in its modules.
+# Alembic has global state.
 _ALEMBIC = threading.Lock()
 
 
 class Database:
-    """A database whose tables are current. Every method may be called from any thread."""
+    """A database with current tables. Every method may be called from any thread."""
 
     def __init__(self, url: str, *, create: bool = True) -> None:
-        """Connects, and migrates what is older; two that start at once wait for each other.
+        """Connects, and migrates an older database. Processes that start at the same time wait for each other.
 
         Args:
             url: "sqlite:////var/lib/echovlm/rollouts.db" (the folder is made), or "postgresql://user@host/name".
-            create: whether to make the tables where there is no database yet. A file without tables is always refused:
-                it is what is left of a database, not a new one.
+            create: whether to create a database that does not exist yet. A file without tables is always refused: it is
+                the remains of a database, not a new one.
 
         Raises:
-            RolloutDatabaseError: out of reach, of a newer version than this code, a kind that is not supported, empty,
-                or missing and not to be made.
+            RolloutDatabaseError: it is unreachable, newer than this code, of an unsupported kind, empty, or missing
+                without `create`.
         """
         parsed = _parse(url)
         self.name = parsed.render_as_string(hide_password=True)
@@ -80,16 +80,16 @@ class Database:
 
     @property
     def is_sqlite(self) -> bool:
-        """Whether it is a file."""
+        """Whether the database is a SQLite file."""
         return self.engine.dialect.name == "sqlite"
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """A transaction that sees one moment of the database, whatever is written meanwhile.
+        """A transaction on one snapshot of the database.
 
         Raises:
-            RolloutDatabaseLostError: the database is not the file that was opened any more.
-            RolloutDatabaseError: it is locked, out of reach or damaged; the text says what to do.
+            RolloutDatabaseLostError: the file was deleted or replaced since it was opened.
+            RolloutDatabaseError: it is locked, unreachable or damaged; the text names the fix.
         """
         if self._file is not None:
             self._file.check()
@@ -99,15 +99,15 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
-        """A transaction that excludes every other writer, of this and of other processes; committed at the end.
+        """A transaction that excludes all other writers, of any process. It is committed at the end.
 
         Raises:
-            RolloutDatabaseLostError: the database is not the one that was opened any more; nothing is written.
-            RolloutDatabaseError: it is locked, full, out of reach or damaged; nothing was changed, and the text says
-                what to do.
+            RolloutDatabaseLostError: the database was deleted or replaced since it was opened; nothing is written.
+            RolloutDatabaseError: it is locked, full, unreachable or damaged; nothing was changed, and the text names
+                the fix.
         """
         with self._explaining(), self._exclusive() as connection:
-            # Under READ COMMITTED, all that follows sees what the last writer left.
+            # Under READ COMMITTED, the statements after the lock see the last writer's commit.
             connection.execute(text("SELECT id FROM history_head WHERE id = 1" + self._for_update))
             self._check(connection)
             yield connection
@@ -118,24 +118,24 @@ class Database:
         self._seen = head
 
     def check(self) -> None:
-        """Checks that the database is still the one that was opened, with all that was written to it.
+        """Checks that the database is still the one that was opened, with all writes.
 
         Raises:
-            RolloutDatabaseLostError: it is not.
+            RolloutDatabaseLostError: it was deleted or replaced.
         """
         with self.read() as connection:
             self._check(connection)
 
     def take_identity(self, identity: str) -> None:
-        """Gives the database another identity; for one that is made again whenever its deployment's Control starts."""
+        """Sets the identity; for a database that is created again at each start of its deployment's Control."""
         with self.write() as connection:
             connection.execute(update(schema.deployment).values(identity=identity))
         self.identity = identity
 
     def can_reopen(self) -> bool:
-        """Whether the database that has this name now is a sound one of the same identity; changes nothing in it.
+        """Whether the database under this name is intact and has the same identity. Changes nothing in it.
 
-        The write-ahead log of the one that was opened is set aside then: it is none of the other one's.
+        If it is, the write-ahead log of the earlier file is renamed, because it does not belong to this one.
         """
         if self._file is None:
             with self.read() as connection:
@@ -146,10 +146,10 @@ class Database:
         return True
 
     def advance_policies(self, above: int) -> int:
-        """Has policies numbered above a number that Routers have seen, as after an older database was restored.
+        """Numbers later policies above one that Routers have applied. Needed after an older database was restored.
 
         Returns:
-            The number of the policy now.
+            The current policy's number.
         """
         with self.write() as connection:
             count = head_of(connection).count
@@ -185,7 +185,7 @@ class Database:
 
     @contextmanager
     def _explaining(self) -> Iterator[None]:
-        """Raises what the driver says of the database in words for operators."""
+        """Translates the driver's errors for operators."""
         try:
             yield
         except (DBAPIError, sqlite3.Error) as error:
@@ -256,13 +256,13 @@ def _parse(url: str) -> URL:
 
 
 def _make_tables(url: URL) -> None:
-    """Makes a whole new database, which no other process has opened."""
+    """Creates a complete new database, which no other process has open."""
     engine = _engine_of(url, lambda: sqlite3.connect(str(url.database)))
     try:
         with engine.connect().execution_options(**{_IMMEDIATE: True}) as connection, connection.begin():
             _upgrade(connection)
     finally:
-        # The last connection's end puts what was written ahead into the file itself.
+        # Closing the last connection checkpoints the write-ahead log into the file.
         engine.dispose()
 
 
@@ -270,7 +270,7 @@ def _sqlite(url: URL, file: DatabaseFile) -> Engine:
     name = f"file:{quote(str(file.path))}?mode=rw"
 
     def connect() -> sqlite3.Connection:
-        # Neither makes a file where the database was deleted, nor opens one that was put in its place.
+        # Neither creates a file where the database was deleted, nor opens another one in its place.
         file.check()
         return sqlite3.connect(name, uri=True, timeout=BUSY_TIMEOUT_S, check_same_thread=False)
 
@@ -284,7 +284,7 @@ def _engine_of(url: URL, connect: Callable[[], sqlite3.Connection]) -> Engine:
 
     @event.listens_for(engine, "connect")
     def prepare(connection: Any, _: object) -> None:
-        # The driver must not begin transactions by itself: it would begin them only at the first write.
+        # The driver would begin a transaction only at the first write.
         connection.isolation_level = None
         connection.execute("PRAGMA synchronous = FULL")
 
@@ -297,7 +297,7 @@ def _engine_of(url: URL, connect: Callable[[], sqlite3.Connection]) -> Engine:
 
 
 def _use_write_ahead_log(engine: Engine) -> None:
-    """Readers then never wait for the writer. Kept in the file, so the first of several starters sets it."""
+    """Readers then never wait for the writer. The mode is stored in the file, so the first process sets it."""
     deadline = time.monotonic() + BUSY_TIMEOUT_S
     while True:
         raw = engine.raw_connection()
@@ -305,7 +305,7 @@ def _use_write_ahead_log(engine: Engine) -> None:
             raw.cursor().execute("PRAGMA journal_mode = WAL")
             return
         except sqlite3.OperationalError as error:
-            # SQLite does not wait for this lock by itself.
+            # SQLite does not wait for this lock.
             if "locked" not in str(error) or time.monotonic() > deadline:
                 raise
             time.sleep(0.02)

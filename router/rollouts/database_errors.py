@@ -11,9 +11,9 @@ from sqlalchemy.exc import DBAPIError
 from router.errors import RolloutDatabaseError, RolloutDatabaseFullError, RolloutDatabaseUnavailableError
 
 LOCKS = Path("/proc/locks")
-# SQLite needs a page or two; with less than this a file system is full, whatever its own words are.
+# SQLite needs a page or two. A file system with less free space than this counts as full.
 FULL_BYTES = 256 * 1024
-# What SQLite keeps beside the file of a database.
+# Files that SQLite creates next to a database.
 _COMPANIONS = ("", "-wal", "-shm")
 # SQLSTATE classes of PostgreSQL, https://www.postgresql.org/docs/current/errcodes-appendix.html.
 _PG_DISK_FULL = "53100"
@@ -21,13 +21,13 @@ _PG_READ_ONLY = "25006"
 
 
 def explained(error: Exception, name: str, path: Path | None, waited_s: float) -> RolloutDatabaseError | None:
-    """The error for operators; None for one that the database is not to blame for.
+    """The error for operators; None if the database is not the cause.
 
     Args:
-        error: what the driver raised, wrapped by SQLAlchemy or not.
+        error: the driver's error, with or without SQLAlchemy's wrapper.
         name: the database's URL, without its password.
         path: its file, if it is one.
-        waited_s: how long a lock was waited for.
+        waited_s: how long the call waited for a lock.
     """
     cause = error.orig if isinstance(error, DBAPIError) else error
     database = f"the rollouts' database {path or name}"
@@ -39,13 +39,13 @@ def explained(error: Exception, name: str, path: Path | None, waited_s: float) -
 
 
 def first_line(error: object) -> str:
-    """What a driver said, in one line."""
+    """The driver's message in one line."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def lock_holders(path: Path) -> list[int]:
-    """The other processes that hold a lock to write on a SQLite file, as far as Linux tells."""
+    """The other processes with a write lock on a SQLite file, as far as /proc/locks lists them."""
     files = set()
     for suffix in _COMPANIONS:
         try:
@@ -108,7 +108,7 @@ def _of_postgresql(cause: object, database: str) -> RolloutDatabaseError:
 
 
 def _is_full(folder: Path) -> bool:
-    """Whether nothing more fits there; what is no disk at all, like /proc, has no room to be full."""
+    """Whether the file system is full. File systems without a size, like /proc, never are."""
     try:
         usage = shutil.disk_usage(folder)
     except OSError:
@@ -117,7 +117,7 @@ def _is_full(folder: Path) -> bool:
 
 
 def _write_locks(lines: Iterable[str]) -> Iterable[tuple[int, tuple[int, int, int]]]:
-    """Process and file of every lock to write that /proc/locks lists: device numbers in hexadecimal, then the inode."""
+    """Process and file of every write lock in /proc/locks: device numbers in hexadecimal, then the inode."""
     for line in lines:
         fields = line.replace("->", "").split()
         if len(fields) < 6 or fields[3] != "WRITE":

@@ -16,7 +16,7 @@ from router.errors import RolloutDatabaseError, RolloutDatabaseLostError
 
 @dataclass(slots=True)
 class DatabaseFile:
-    """The file that was opened, whatever has its name by now, and its write-ahead log once that was seen."""
+    """The file that was opened, even if its name refers to another file now, and its write-ahead log."""
 
     path: Path
     device: int
@@ -25,15 +25,15 @@ class DatabaseFile:
 
     @classmethod
     def opened(cls, path: Path) -> Self:
-        """The file that has this name now.
+        """The file that this name refers to now.
 
         Raises:
-            RolloutDatabaseError: there is none, or nothing is in it.
+            RolloutDatabaseError: there is none, or it is empty.
         """
         try:
             found = path.stat()
             if found.st_mode & 0o077 and found.st_uid == os.geteuid():
-                # From before it was made for its user alone, or from a copy.
+                # An older release created it with a wider mode, or it is a copy.
                 path.chmod(0o600)
         except FileNotFoundError:
             if path.is_symlink():
@@ -59,10 +59,10 @@ class DatabaseFile:
         return cls(path, found.st_dev, found.st_ino)
 
     def check(self) -> None:
-        """Checks that the name still means the file that was opened.
+        """Checks that the name still refers to the file that was opened.
 
         Raises:
-            RolloutDatabaseLostError: it was deleted, or another file is in its place.
+            RolloutDatabaseLostError: it was deleted or replaced.
         """
         try:
             found = self.path.stat()
@@ -80,13 +80,13 @@ class DatabaseFile:
             )
 
     def check_contents(self) -> None:
-        """Checks that the file is a rollouts' database, and that a write-ahead log beside it is its own.
+        """Checks that the file is a rollouts' database, and that a write-ahead log next to it belongs to it.
 
-        SQLite takes every log of that name for the file's own: beside a backup that was copied there, the log of the
-        database before makes one broken database of both. Nothing is written, so that the backup stays whole.
+        SQLite applies any log of that name. If a backup was copied here next to the log of the previous database,
+        applying it would damage the backup. So nothing is written.
 
         Raises:
-            RolloutDatabaseError: it is another program's database, or it is broken together with its log.
+            RolloutDatabaseError: it is another program's database, or damaged together with its log.
             sqlite3.Error: it cannot be read.
         """
         log = self._beside("-wal")
@@ -111,7 +111,7 @@ class DatabaseFile:
             )
 
     def check_log(self) -> None:
-        """Checks that the write-ahead log is there, inside a transaction: without it, what is committed would be lost.
+        """Checks, inside a transaction, that the write-ahead log exists. Without it the commit would be lost.
 
         Raises:
             RolloutDatabaseLostError: it was deleted.
@@ -125,9 +125,9 @@ class DatabaseFile:
             ) from None
 
     def set_log_aside(self) -> None:
-        """Renames the write-ahead log if another file is in the database's place.
+        """Renames the write-ahead log if the database was replaced by another file.
 
-        SQLite would take it for that file's own, and write what the lost database said over it.
+        SQLite would apply it to that file and overwrite its contents with those of the lost database.
         """
         log = self._beside("-wal")
         try:
@@ -142,9 +142,9 @@ class DatabaseFile:
         return self.path.with_name(f"{self.path.name}{suffix}")
 
     def holds(self, identity: str) -> bool:
-        """Whether the file that has this name now is a sound database of this identity; nothing is written or locked.
+        """Whether this name refers to an intact database of this identity. Writes and locks nothing.
 
-        One that is still being copied is not sound yet.
+        A file that is still being copied is not intact yet.
         """
         try:
             with contextlib.closing(
@@ -157,14 +157,14 @@ class DatabaseFile:
 
 
 def make_database_file(path: Path, make_tables: Callable[[Path], None]) -> None:
-    """Makes the file if there is none: it appears with all of its tables, so that an empty one is always a loss.
+    """Creates the file if there is none. It appears with all of its tables, so an empty file always means a loss.
 
     Args:
         path: the file.
-        make_tables: makes the tables in another, new file.
+        make_tables: creates the tables in a temporary file.
 
     Raises:
-        RolloutDatabaseError: the folder cannot be made or written.
+        RolloutDatabaseError: the folder cannot be created or written.
     """
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -177,7 +177,7 @@ def make_database_file(path: Path, make_tables: Callable[[Path], None]) -> None:
         # The write-ahead log gets the same mode from SQLite.
         os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         make_tables(partial)
-        # Two may do this at once: the second finds the first one's file, and uses that.
+        # Of two processes that do this at once, the second uses the first one's file.
         with contextlib.suppress(FileExistsError):
             os.link(partial, path)
     except OSError as error:

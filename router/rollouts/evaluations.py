@@ -1,4 +1,4 @@
-"""The evaluations in the database: what each version achieved, and how each gate of a rollout stands."""
+"""The evaluations in the database: the scores of each version, and the status of each gate of a rollout."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from router.rollouts.records import Rollout
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What one gate of one rollout found about a version. Written once.
+    """The result of one gate of one rollout. Written once.
 
     Attributes:
-        position: of the gate among the rollout's, from 0.
+        position: the gate's index in the rollout, from 0.
         passed: whether the gate was passed.
-        text: the figures in words.
+        text: the figures as text.
         evaluated_at: seconds since 1970.
     """
 
@@ -44,7 +44,7 @@ class Evaluation:
 def add_evaluation(
     connection: Connection, rollout: Rollout, position: int, evidence: Evidence, verdict: Verdict, now: float
 ) -> None:
-    """Writes what a gate of a rollout found."""
+    """Stores the result of a gate."""
     connection.execute(
         insert(schema.evaluations).values(
             rollout_id=rollout.id,
@@ -70,11 +70,11 @@ def evaluations_of(connection: Connection, organs: Iterable[str]) -> list[Evalua
 
 @dataclass(frozen=True, slots=True)
 class GateStanding:
-    """How the gates of a rollout stand.
+    """The status of a rollout's gates.
 
     Attributes:
         gates: all of them.
-        found: position → evaluation, of those that have ended.
+        found: position → evaluation, for the gates that were evaluated.
     """
 
     gates: tuple[Gate, ...]
@@ -97,12 +97,12 @@ class GateStanding:
 
     @property
     def figures(self) -> str:
-        """What was not passed, in words."""
+        """The figures of the failed gates as text."""
         return "; ".join(f"gate {found.position + 1}: {found.text}" for found in self.failed)
 
 
 def gate_standing(connection: Connection, rollout: Rollout) -> GateStanding:
-    """How a rollout's gates stand, as the database says it."""
+    """Reads the status of a rollout's gates."""
     if not rollout.plan.gates:
         return GateStanding((), {})
     table = schema.evaluations

@@ -1,7 +1,7 @@
 """The controller's interfaces: the replicas that hold experts, and a verifier of bundles.
 
 Control implements `Fleet` over the replicas' gRPC services and `Verifier` over the registry. Every method is called
-from threads, several at once, may block, and may be called again for what was done already.
+from several threads, may block, and must be idempotent.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -15,12 +15,12 @@ class ReplicaLostError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class ReplicaResidents:
-    """What a replica holds.
+    """The bundles on a replica.
 
     Attributes:
-        bytes_by_digest: bundles that can compute now → bytes of their weights.
-        limit_bytes: what all of them together may take.
-        loading: bundles under way → how far, from 0 to 1.
+        bytes_by_digest: loaded bundles → bytes of their weights.
+        limit_bytes: the limit for all of them together.
+        loading: bundles that are being loaded → progress from 0 to 1.
     """
 
     bytes_by_digest: Mapping[str, int]
@@ -29,50 +29,50 @@ class ReplicaResidents:
 
 
 class Fleet(Protocol):
-    """All replicas of all organs' expert groups. A replica's name is never used again for another process."""
+    """All replicas of all organs' expert groups. The name of a replica is never reused."""
 
     def replicas(self, organ: str) -> Sequence[str]:
-        """The names of an organ's replicas that should be serving now; none if the organ is not deployed."""
+        """The names of an organ's replicas that should be serving; empty if the organ is not deployed."""
 
     def resident(self, replica: str, organ: str) -> ReplicaResidents:
-        """What a replica holds now.
+        """The bundles on a replica now.
 
         Raises:
-            Exception: it cannot be asked now; it is asked again.
+            Exception: the replica does not answer; the caller retries.
         """
 
     def load(self, replica: str, organ: str, digest: str, timeout_s: float) -> None:
-        """Makes a bundle resident; returns when it can compute. A bundle that is resident already is left alone.
+        """Loads a bundle and returns when it can compute. Does nothing if it is loaded already.
 
         Raises:
             ReplicaLostError: the replica died or cannot be reached.
-            ExpertCapacityError: no room.
+            ExpertCapacityError: the memory limit does not allow it.
             Exception: the bundle cannot be loaded; the text says why and holds no patient's data.
         """
 
     def unload(self, replica: str, organ: str, digest: str) -> None:
-        """Unloads a bundle; returns when its memory is free. An absent bundle is left alone."""
+        """Unloads a bundle and returns when its memory is free. Does nothing if it is not loaded."""
 
     def load_bytes(self, organ: str, digest: str) -> int:
-        """The memory that a load takes on a replica, as far as it is known before: for dry runs.
+        """Estimates the memory that a load takes on a replica, in bytes; for dry runs.
 
         Raises:
             UnknownBundleError: there is no such bundle.
         """
 
     def pinned(self) -> Collection[str]:
-        """The digests that Routers still use.
+        """The digests that Routers use.
 
-        Of every Router: all digests of the policy that it applies now, and of the expert sets of requests under way. A
-        Router that has not yet taken up the newest policy therefore still names what it would give new requests.
+        For every Router: all digests of the policy that it applies, and of the expert sets of running requests. A
+        Router that does not apply the newest policy yet still reports the digests that new requests may get from it.
 
         Raises:
-            Exception: some Router cannot be asked and may be alive, or has no policy yet; nothing is unloaded for now.
+            Exception: a Router does not answer but may be alive, or has no policy yet; then nothing is unloaded.
         """
 
 
 class Verifier(Protocol):
-    """Judges bundles before they are loaded."""
+    """Verifies bundles before they are loaded."""
 
     def verify(self, organ: str, digest: str) -> None:
         """Reads all of a bundle and checks it: files, shapes, backbone, finite weights, self-test, signature.

@@ -1,4 +1,4 @@
-"""What all replicas hold at one time."""
+"""What all replicas held at one time, as the controller observed it."""
 
 import math
 import time
@@ -13,18 +13,18 @@ from router.rollouts.fleet import Fleet, ReplicaResidents
 from router.rollouts.outcome import format_error
 from router.rollouts.records import Snapshot
 
-# Replicas asked at once; those above are asked the next time.
+# How many replicas are polled at once; the others are polled on the next pass.
 MAX_ASKED = 256
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaView:
-    """One replica.
+    """The observed state of one replica.
 
     Attributes:
         replica: its name.
-        residents: what it holds; none if it did not say.
-        problem: why it did not, or "".
+        residents: the bundles that it holds; None if it did not answer.
+        problem: why it did not answer, or "".
     """
 
     replica: str
@@ -32,17 +32,17 @@ class ReplicaView:
     problem: str = ""
 
     def holds(self, digest: str) -> bool:
-        """Whether it can compute with a bundle, as far as is known."""
+        """Whether the replica is known to have loaded a bundle."""
         return self.residents is not None and digest in self.residents.bytes_by_digest
 
 
 @dataclass(frozen=True, slots=True)
 class OrganView:
-    """The replicas of one organ.
+    """The observed state of one organ's replicas.
 
     Attributes:
         organ: the organ.
-        replicas: all that should be serving.
+        replicas: all replicas that should be serving.
         problem: why the replicas are not known, or "".
     """
 
@@ -51,22 +51,22 @@ class OrganView:
     problem: str = ""
 
     def missing(self, digest: str) -> list[str]:
-        """The replicas that do not hold a bundle, as far as is known."""
+        """The replicas that are not known to hold a bundle."""
         return [view.replica for view in self.replicas if not view.holds(digest)]
 
-    def held_everywhere(self, digest: str) -> bool:
-        """Whether there are replicas, and all of them hold a bundle."""
+    def resident_everywhere(self, digest: str) -> bool:
+        """Whether there are replicas and all of them hold a bundle."""
         return bool(self.replicas) and not self.missing(digest)
 
     @property
     def empty(self) -> bool:
-        """Whether no replica holds anything: a retired organ's application may be taken down then."""
+        """Whether no replica holds a bundle, so that a retired organ's application can be removed."""
         return not self.problem and all(
             view.residents is not None and not view.residents.bytes_by_digest for view in self.replicas
         )
 
     def settled(self, snapshot: Snapshot) -> bool:
-        """Whether all replicas hold what they should and nothing else, and nothing of it is going to change."""
+        """Whether all replicas hold exactly what they should and no change is pending."""
         live = snapshot.live(self.organ)
         return (
             live is not None
@@ -75,7 +75,7 @@ class OrganView:
             and all(
                 view.residents is not None
                 and not view.residents.loading
-                and set(view.residents.bytes_by_digest) - {snapshot.kept(self.organ)} == {live.stable_digest}
+                and set(view.residents.bytes_by_digest) - {snapshot.rollback_target(self.organ)} == {live.stable_digest}
                 for view in self.replicas
             )
         )
@@ -85,11 +85,11 @@ class FleetObserver:
     """Polls all replicas concurrently, each with a timeout. Used by one thread at a time."""
 
     def __init__(self, fleet: Fleet, timeout_s: float) -> None:
-        """Takes the fleet, and how long a replica may take to answer."""
+        """`timeout_s` is how long a replica may take to answer."""
         self._fleet = fleet
         self._timeout_s = timeout_s
         self._calls = Background(MAX_ASKED)
-        # Organ → when it was asked about last, on the monotonic clock, and what its replicas said.
+        # Organ → when it was last polled, on the monotonic clock, and the answers.
         self._seen: dict[str, tuple[float, OrganView]] = {}
 
     def observe(
@@ -100,13 +100,13 @@ class FleetObserver:
         *,
         recent_s: float = 0.0,
     ) -> dict[str, OrganView]:
-        """What the replicas of these organs hold; those of organs that nothing happens to can be spared the question.
+        """Polls the replicas of these organs; skips organs without changes if their last status is recent.
 
         Args:
             snapshot: the state of the rollouts.
             organs: the organs.
-            unloading: (replica, digest) that are being unloaded: a replica may still name them, but not for long.
-            recent_s: how old may be what is said here of an organ that had settled; 0 asks all.
+            unloading: (replica, digest) of running unloads, which a replica may still report.
+            recent_s: how old the status of a settled organ may be; 0 polls all.
         """
         now = time.monotonic()
         spared = {}
@@ -123,7 +123,7 @@ class FleetObserver:
         try:
             return list(self._fleet.replicas(view.organ)) == [replica.replica for replica in view.replicas]
         except Exception:
-            # Which one it is is said by the call that needs it.
+            # The call that needs the replica reports the error.
             return False
 
     def _ask(self, organs: Iterable[str], unloading: Collection[tuple[str, str]]) -> dict[str, OrganView]:

@@ -17,11 +17,11 @@ from router.rollouts.store import RolloutStore
 
 logger = logging.getLogger(__name__)
 
-# In these a candidate can be evaluated.
+# States in which a candidate can be evaluated.
 EVALUABLE = (State.WARM, State.SHADOW, State.CANARY)
-# Before an evaluation that was interrupted begins again.
+# The delay before an interrupted evaluation begins again.
 RETRY_S = 5.0
-# A passing reason for the end of an evaluation may be one forever.
+# An interruption that repeats this often is not temporary.
 MAX_TRIES = 5
 
 
@@ -35,7 +35,7 @@ class _Key:
 
 @dataclass(slots=True)
 class _Run:
-    """An evaluation under way: whether it is wanted, and how far it is."""
+    """A running evaluation: its cancellation and its progress."""
 
     cancelled: threading.Event = field(default_factory=threading.Event)
     answered: int = 0
@@ -46,7 +46,7 @@ class _Run:
 
 
 class GateRuns:
-    """Evaluations of all rollouts. The database has what they found; one that a process did not end begins again."""
+    """Evaluations of all rollouts. The database has the results; an unfinished one begins again after a restart."""
 
     def __init__(
         self,
@@ -59,16 +59,16 @@ class GateRuns:
         """
         Args:
             store: the state.
-            evaluator: what evaluates; None where no gate can be declared.
+            evaluator: computes the figures; None if gates cannot be declared.
             clock: monotonic, in seconds.
-            fail: fails a rollout, by its id, for a reason.
-            on_done: called when an evaluation has ended, from its thread.
+            fail: called with a rollout's id and a reason when it fails.
+            on_done: called from its thread when an evaluation has ended.
         """
         self._store = store
         self._evaluator = evaluator
         self._clock = clock
         self._fail = fail
-        # One at a time: the rate of questions is bounded for the system as a whole.
+        # One at a time: the limit on questions per second is for the whole system.
         self._calls = Background(1, on_done)
         self._runs: dict[_Key, _Run] = {}
         self._tries: dict[_Key, int] = {}
@@ -76,7 +76,7 @@ class GateRuns:
         self._standings: Mapping[str, GateStanding] = {}
 
     def step(self, snapshot: Snapshot, views: Mapping[str, OrganView]) -> None:
-        """Takes in what has ended, ends what is not wanted any more, and begins what is open; blocks for nothing."""
+        """Stores finished results, cancels obsolete evaluations and starts the next one. Does not block."""
         self._take_finished()
         gated = [rollout for rollout in snapshot.in_flight if rollout.plan.gates]
         with self._store.read() as transaction:
@@ -87,7 +87,7 @@ class GateRuns:
             if key not in wanted:
                 run.cancelled.set()
         self._tries = {key: tries for key, tries in self._tries.items() if key in wanted}
-        if self._evaluator is None or not self._calls.has_room() or self._clock() < self._not_before:
+        if self._evaluator is None or not self._calls.has_capacity() or self._clock() < self._not_before:
             return
         for rollout in ready:
             if open_gates := self._standings[rollout.id].open:
@@ -95,16 +95,16 @@ class GateRuns:
                 return
 
     def standing(self, rollout: Rollout) -> GateStanding:
-        """How a rollout's gates stood at the last pass."""
+        """The status of a rollout's gates at the last pass."""
         return self._standings.get(rollout.id, GateStanding(rollout.plan.gates, {}))
 
     def progress(self, rollout_id: str, position: int) -> tuple[int, int]:
-        """Questions answered of a gate that is open, and how many there are; zeros before it began."""
+        """(answered, all) questions of an open gate; zeros before it began."""
         run = self._runs.get(_Key(rollout_id, position))
         return (0, 0) if run is None else (run.answered, run.questions)
 
     def waits_for(self, rollout: Rollout) -> str:
-        """What a candidate with gates waits for, in words; "" once it has passed all of them."""
+        """What a candidate with gates waits for, as text; "" once it has passed all of them."""
         standing = self.standing(rollout)
         if standing.open:
             position = standing.open[0]
@@ -116,7 +116,7 @@ class GateRuns:
         return ""
 
     def stop(self) -> None:
-        """Has the evaluation under way end; it begins again with the next process."""
+        """Cancels the running evaluation; the next process begins it again."""
         for run in list(self._runs.values()):
             run.cancelled.set()
 
@@ -154,11 +154,11 @@ class GateRuns:
     def _ended(self, key: _Key, evidence: Evidence) -> None:
         with self._store.write() as transaction:
             rollout = transaction.rollout(key.rollout_id)
-            # It may have been rolled back, or promoted by an override, in the last moment.
+            # It may have been rolled back or promoted since.
             if rollout.in_flight and key.position in transaction.gate_standing(rollout).open:
                 transaction.note_evaluation(rollout, key.position, evidence)
 
 
 def _is_ready(rollout: Rollout, views: Mapping[str, OrganView]) -> bool:
     view = views.get(rollout.organ)
-    return rollout.state in EVALUABLE and view is not None and view.held_everywhere(rollout.digest)
+    return rollout.state in EVALUABLE and view is not None and view.resident_everywhere(rollout.digest)

@@ -1,6 +1,6 @@
-"""Gates: evaluations that a candidate must pass before it gets requests, and how their figures decide.
+"""Rollout gates: evaluations that a candidate must pass before it gets requests, and their pass criteria.
 
-Two rules, both on the records of the gate's dataset:
+There are two criteria, both on the records of the gate's dataset:
 
 - `at_least` compares the candidate's own score, the point estimate. The interval is recorded and does not decide.
 - `not_below_incumbent_by` is a margin. The candidate is refused when it is worse than the incumbent by more than the
@@ -26,21 +26,21 @@ class Gate(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    # Which records are asked: a JSON or JSON Lines file of the published record format, by its path on the machine of
-    # Control. Images are found from its folder.
+    # A JSON or JSON Lines file in the published record format, as a path on Control's machine. Paths of images are
+    # relative to its folder.
     dataset: Annotated[str, Field(min_length=1, max_length=MAX_PATH)]
-    # What is computed: attribute_f1, diagnosis_accuracy and others, from 0 to 1.
+    # The metric, from 0 to 1: attribute_f1, diagnosis_accuracy and others.
     metric: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
-    # Whose experts are evaluated: the rollout's organ. Records of other organs are left out.
+    # The rollout's organ. Records of other organs are skipped.
     organ: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,39}$")]
-    # When the candidate must be good in itself, the smallest score that passes.
+    # When the candidate must reach a score, the lowest one that passes.
     at_least: Share | None = None
-    # When the candidate must not be worse than the stable version, the margin that it may lose.
+    # When the candidate must not be worse than the stable version, the margin by which it may be.
     not_below_incumbent_by: Share | None = None
-    # When the organ's pictures look like others', or callers always name the organ, "given" names it with every
-    # question. "found" lets the routers find it, as `echoray eval` does: an answer by other experts counts as none.
+    # When the organ's images resemble others', or callers always name the organ, "given" sends it with every question.
+    # With "found" the organ gate chooses, as in `echoray eval`; answers of other organs' experts do not count.
     organs: Literal["found", "given"] = "found"
-    # When the records and images must be known ones, their digest; otherwise it is fixed when the gate is declared.
+    # When the records and images must be certain ones, their digest. Otherwise it is set when the gate is declared.
     dataset_digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
 
     @model_validator(mode="after")
@@ -53,7 +53,7 @@ class Gate(BaseModel):
 
     @property
     def subject(self) -> str:
-        """What sentences call it, for example "attribute_f1 of breast"."""
+        """Its name in messages, for example "attribute_f1 of breast"."""
         return f"{self.metric} of {self.organ}"
 
 
@@ -61,9 +61,9 @@ class Comparison(BaseModel):
     """The candidate against the incumbent on the same records.
 
     Attributes:
-        incumbent_digest: the bundle that was compared with.
+        incumbent_digest: the incumbent's bundle.
         incumbent_value: its score.
-        difference: the candidate's score minus that, with the paired bootstrap's interval of 95 %.
+        difference: the candidate's score minus the incumbent's, with the 95 % interval of a paired bootstrap.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -76,12 +76,12 @@ class Comparison(BaseModel):
 
 
 class Evidence(BaseModel):
-    """What one evaluation measured.
+    """The measurements of one evaluation.
 
     Attributes:
-        value: the candidate's score, with the bootstrap's interval of 95 %; without one where there is one patient.
-        records: how many records it is computed on.
-        dataset_digest: SHA-256 over the records and images that were asked.
+        value: the candidate's score with a 95 % bootstrap interval; no interval with a single patient.
+        records: the number of records.
+        dataset_digest: SHA-256 over the records and images.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -96,11 +96,11 @@ class Evidence(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the figures mean.
+    """The decision on a gate.
 
     Attributes:
         passed: whether the gate was passed.
-        text: the figures in words; of a gate that was not passed, also what was demanded.
+        text: the figures as text; for a failed gate also its criteria.
     """
 
     passed: bool
@@ -108,7 +108,7 @@ class Verdict:
 
 
 def decide(gate: Gate, evidence: Evidence) -> Verdict:
-    """Applies both rules of a gate; see the module's text."""
+    """Applies both criteria of a gate, which the module's docstring describes."""
     figures = [f"{gate.subject} is {_figure(evidence.value, evidence.low, evidence.high)}"]
     failures = []
     if gate.at_least is not None and evidence.value < gate.at_least:
@@ -131,23 +131,23 @@ def _figure(value: float, low: float | None, high: float | None) -> str:
 
 
 class UnusableGateError(ValueError):
-    """A gate cannot be evaluated, and a later try would not change that. The text says why."""
+    """A gate cannot be evaluated, and a retry would not help. The text names the reason."""
 
 
 class EvaluationInterruptedError(RuntimeError):
-    """An evaluation was cancelled, or the system could not answer for long; a later try may succeed."""
+    """An evaluation was cancelled, or the system did not answer for too long; a retry may succeed."""
 
 
 @dataclass(frozen=True, slots=True)
 class GateRun:
-    """One evaluation under way.
+    """One running evaluation.
 
     Attributes:
-        gate: as it was declared, with its dataset's digest.
-        digest: the candidate.
-        incumbent_digest: the stable version; None of a new organ.
+        gate: the declared gate, with its dataset's digest.
+        digest: the candidate's digest.
+        incumbent_digest: the stable version's digest; None for a new organ.
         cancelled: set when the result is not needed any more.
-        progress: called with the questions answered, and how many there are.
+        progress: called with the numbers of answered and of all questions.
     """
 
     gate: Gate
@@ -158,21 +158,21 @@ class GateRun:
 
 
 class Evaluator(Protocol):
-    """Evaluates versions that are loaded. May be called from several threads; blocks."""
+    """Evaluates loaded versions. Blocks; may be called from several threads."""
 
     def declare(self, gate: Gate) -> Gate:
-        """The gate with its dataset's digest, once the dataset is read and the metric can be computed on it.
+        """Reads the dataset, checks that the metric can be computed on it, and returns the gate with its digest.
 
         Raises:
-            UnusableGateError: it cannot, or the dataset has another digest than the gate says.
+            UnusableGateError: it cannot be computed, or the dataset's digest differs from the gate's.
         """
         ...
 
     def evaluate(self, run: GateRun) -> Evidence:
-        """Asks every record of the candidate, and of the incumbent where the gate compares.
+        """Sends every record to the candidate, and to the incumbent if the gate compares the two.
 
         Raises:
-            UnusableGateError: the dataset is gone or changed, or the candidate does not answer.
-            EvaluationInterruptedError: it was cancelled, or the system is away.
+            UnusableGateError: the dataset is missing or changed, or the candidate does not answer.
+            EvaluationInterruptedError: it was cancelled, or the system is unavailable.
         """
         ...

@@ -1,4 +1,4 @@
-"""The observations that Routers report of each bundle, kept for as long as they may be needed."""
+"""The observations that Routers report for each bundle, in a sliding window."""
 
 import math
 import threading
@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 from router.rollouts.latency import LatencyHistogram
 
-# Reports that come within so many seconds are kept as one.
+# Reports within this many seconds are merged into one slice.
 SLICE_S = 1.0
-# Bounds on what is kept: slices per bundle, bundles, and how long.
+# Limits: slices per bundle, bundles, and age.
 MAX_SLICES = 2048
 MAX_BUNDLES = 1_000
 MAX_AGE_S = 86_400.0
@@ -19,15 +19,15 @@ MAX_AGE_S = 86_400.0
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What a Router saw of one organ's bundle since its last report. Numbers only: nothing of any request.
+    """What a Router observed of one organ's bundle since its last report. Numbers only, no contents of requests.
 
     Attributes:
         organ: the organ.
         digest: the bundle.
-        requests: requests that ended and used it, failed ones included; in shadow, the shadow's.
-        errors: those of them that failed because of this organ's experts.
-        nonfinite: those of them in which its experts gave infinite values or none.
-        latency: seconds per token, one for each request that did not fail.
+        requests: finished requests that used it, failed ones included; in shadow mode the shadows.
+        errors: those that failed because of this organ's experts.
+        nonfinite: those in which its experts returned infinity or NaN.
+        latency: seconds per token of each request that did not fail.
     """
 
     organ: str
@@ -38,7 +38,7 @@ class Observation:
     latency: LatencyHistogram = field(default_factory=LatencyHistogram)
 
     def merged(self, other: "Observation") -> "Observation":
-        """This one and another of the same bundle together."""
+        """The sum of this and another observation of the same bundle."""
         return Observation(
             self.organ,
             self.digest,
@@ -56,17 +56,17 @@ class Observation:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """What was reported of a bundle within `SLICE_S` seconds from `start`, in seconds of the monitor's clock."""
+    """The observations of a bundle within `SLICE_S` seconds from `start`, by the monitor's clock."""
 
     start: float
     seen: Observation
 
 
 class HealthMonitor:
-    """Collects reports. Kept in memory: after a restart the window fills again. Safe to use from several threads."""
+    """Collects reports in memory: after a restart the window is empty. Thread-safe."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Takes a clock in seconds that is never set."""
+        """`clock` must be monotonic, in seconds."""
         self.clock = clock
         self._lock = threading.Lock()
         self._slices: dict[tuple[str, str], deque[Slice]] = {}
@@ -76,7 +76,7 @@ class HealthMonitor:
         now = self.clock()
         key = (observation.organ, observation.digest)
         with self._lock:
-            # Taken out and put back: the first one is the one that was silent for longest.
+            # Moved to the end, so that the first one is the least recently reported.
             slices = self._slices.pop(key, None)
             slices = deque(maxlen=MAX_SLICES) if slices is None else slices
             if slices and now - slices[-1].start < SLICE_S:
@@ -91,17 +91,17 @@ class HealthMonitor:
                 del self._slices[next(iter(self._slices))]
 
     def slices(self, organ: str, digest: str, since: float = -math.inf) -> list[Slice]:
-        """What was reported of a bundle in slices that began at a time or later, in order."""
+        """The slices of a bundle that began at or after a time, in order."""
         with self._lock:
             return [each for each in self._slices.get((organ, digest), ()) if each.start >= since]
 
     def observed(self, organ: str, digest: str, since: float) -> Observation:
-        """The same, together."""
+        """The sum of those slices."""
         return total(organ, digest, self.slices(organ, digest, since))
 
 
 def total(organ: str, digest: str, slices: Iterable[Slice]) -> Observation:
-    """What slices of one bundle hold together."""
+    """The sum of slices of one bundle."""
     requests = errors = nonfinite = 0
     times: Counter[int] = Counter()
     for each in slices:

@@ -18,7 +18,7 @@ _BATCH = 1000
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The newest entry's number, which is how many there are, and its hash. Note it down elsewhere to check later."""
+    """The number and hash of the newest entry. Store it elsewhere to verify the history later."""
 
     count: int
     hash: str
@@ -26,7 +26,7 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One thing that happened.
+    """One event.
 
     Attributes:
         sequence: from 1, without gaps.
@@ -36,11 +36,11 @@ class Entry:
         organ: the organ, or "" where all are meant.
         digest: the bundle, or "".
         rollout_id: the rollout, or "".
-        from_state: where the rollout stood before, or "".
-        to_state: where it stands now, or "".
+        from_state: the rollout's state before, or "".
+        to_state: the rollout's state after, or "".
         reason: why, in words.
-        details: what else there is to know: numbers and names.
-        previous_hash: the hash of the entry before.
+        details: further numbers and names.
+        previous_hash: the previous entry's hash.
         hash: SHA-256 over the canonical JSON of all the other fields.
     """
 
@@ -61,11 +61,11 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What checking the chain found.
+    """The result of verifying the chain.
 
     Attributes:
-        head: the newest entry as it stands in the chain.
-        problem: what is wrong first, and where; "" if nothing is.
+        head: the newest entry of the chain.
+        problem: the first problem and its position; "" if there is none.
     """
 
     head: Head
@@ -73,7 +73,7 @@ class Verification:
 
     @property
     def intact(self) -> bool:
-        """Whether nothing was found."""
+        """Whether no problem was found."""
         return not self.problem
 
 
@@ -91,7 +91,7 @@ def append(
     reason: str = "",
     details: Mapping[str, Any] | None = None,
 ) -> int:
-    """Adds an entry inside the transaction that makes the change it tells of.
+    """Adds an entry inside the transaction that makes the change.
 
     Returns:
         Its sequence number.
@@ -118,13 +118,13 @@ def append(
 
 
 def head_of(connection: Connection) -> Head:
-    """The head as the database says it, apart from the chain itself; an empty one if its row is gone."""
+    """The head that the database stores next to the chain; an empty one if its row is missing."""
     row = connection.execute(select(schema.history_head.c["count"], schema.history_head.c.hash)).first()
     return Head(0, GENESIS) if row is None else Head(row[0], row[1])
 
 
 def hash_at(connection: Connection, sequence: int) -> str | None:
-    """The hash that the history had when it was so long; none if it is shorter."""
+    """The hash of the history at an earlier length; None if it is shorter."""
     head = head_of(connection)
     if head.count == sequence:
         return head.hash
@@ -133,13 +133,13 @@ def hash_at(connection: Connection, sequence: int) -> str | None:
 
 
 def entries(connection: Connection, *, organ: str | None = None, after: int = 0, limit: int = _BATCH) -> list[Entry]:
-    """Entries in order, of one organ or of all.
+    """Entries in order, of one organ or of all organs.
 
     Args:
         connection: a transaction.
         organ: only this organ's.
         after: only entries with a larger sequence number.
-        limit: at most so many.
+        limit: the maximum number of entries.
     """
     query = select(schema.history).where(schema.history.c.sequence > after)
     if organ is not None:
@@ -149,7 +149,7 @@ def entries(connection: Connection, *, organ: str | None = None, after: int = 0,
 
 
 def newest(connection: Connection, **fields: str) -> Entry | None:
-    """The newest entry whose columns have these values, or none."""
+    """The newest entry with these column values, or None."""
     query = select(schema.history)
     for name, value in fields.items():
         query = query.where(schema.history.c[name] == value)
@@ -158,12 +158,12 @@ def newest(connection: Connection, **fields: str) -> Entry | None:
 
 
 def verify(connection: Connection, noted: Head | None = None) -> Verification:
-    """Checks every entry: changed, removed, inserted or reordered ones are found, also at the end.
+    """Verifies every entry. Finds changed, removed, inserted and reordered entries, also at the end.
 
     Args:
         connection: a transaction.
-        noted: a head that was noted down earlier. A chain that was rewritten as a whole, head included, is found only
-            by this.
+        noted: a head that was stored elsewhere. A chain that was rewritten completely, head included, is found only
+            with it.
     """
     head = Head(0, GENESIS)
     noted_seen = noted is None or noted == head

@@ -10,9 +10,9 @@ from router.rollouts.records import Rollout
 from router.rollouts.sequential import MIN_FAILURES, find_excess
 from router.rollouts.settings import Thresholds
 
-# A quantile counts as larger than another one only beyond so many standard errors of its rank, on both sides.
+# A quantile counts as larger than another only beyond this many standard errors of its rank, on both sides.
 STANDARD_ERRORS = 3.0
-# Times are compared of requests that ended within so many seconds of each other: two slices.
+# Only times of requests that ended within this many seconds of each other (two slices) are compared.
 BESIDE_S = 2 * SLICE_S
 
 
@@ -25,17 +25,17 @@ def judge(
     elsewhere: Iterable[tuple[str, str]] = (),
     step_since: float | None = None,
 ) -> str:
-    """Why a rollout's version must go back, in words; "" if it may stay.
+    """The reason to roll back a version, as text; "" if there is none.
 
     Args:
-        monitor: what was observed.
-        rollout: the version.
+        monitor: the observations.
+        rollout: the version's rollout.
         thresholds: the limits.
-        since: its requests count from here on, in seconds of the monitor's clock.
-        reference: the version before it; none for a new organ, whose latency has no measure.
-        elsewhere: (organ, digest) of the versions that serve the other organs.
-        step_since: when the present step began; by default with its first requests. Latency is judged by this step
-            alone: in another one the versions had other shares of the requests, at another load.
+        since: requests count from this time on, by the monitor's clock.
+        reference: the previous version; None for a new organ, whose latency is not judged.
+        elsewhere: (organ, digest) of the other organs' versions.
+        step_since: when the current step began; by default `since`. Latency is judged within one step, because the load
+            of the versions changes with their share of the requests.
     """
     own = monitor.slices(rollout.organ, rollout.digest, since)
     usual = [] if reference is None else monitor.slices(rollout.organ, reference)
@@ -54,7 +54,8 @@ def judge(
 
 
 def unjudged_latency(monitor: HealthMonitor, rollout: Rollout, thresholds: Thresholds, since: float) -> str:
-    """Says that too little was seen of a candidate to judge its latency; "" where it was enough, and for new organs.
+    """Explains that there are too few requests to judge a candidate's latency; "" if there are enough, and for new
+    organs.
 
     Args:
         monitor: what was observed.
@@ -78,7 +79,7 @@ def unjudged_latency(monitor: HealthMonitor, rollout: Rollout, thresholds: Thres
 def _comparable(
     thresholds: Thresholds, own: Sequence[Slice], usual: Sequence[Slice], starts: Sequence[float]
 ) -> tuple[LatencyHistogram, LatencyHistogram]:
-    """Times of both versions that were measured beside each other, from the first start that leaves enough of them."""
+    """Times of both versions that were measured concurrently, from the first start that leaves enough of them."""
     for start in starts:
         own_since = [each for each in own if each.start >= start]
         usual_since = [each for each in usual if each.start >= start]
@@ -90,10 +91,10 @@ def _comparable(
 
 
 def _beside(slices: Sequence[Slice], others: Sequence[Slice]) -> list[Slice]:
-    """The slices near whose time the other version has times too.
+    """The slices with times of the other version nearby.
 
-    A burst of requests that all get one version, by their session's key for instance, slows that version's tokens. Held
-    against another hour's it would look like the version's fault; what runs at the same time is slowed alike.
+    A burst of requests that all get one version, for example because of their session key, slows that version's tokens.
+    Compared with times of another hour it would look like a regression. Concurrent requests are slowed alike.
     """
     starts = [each.start for each in others if each.seen.latency.count]
     places = ((each, bisect_left(starts, each.start - BESIDE_S)) for each in slices)
@@ -133,7 +134,7 @@ def _slow(thresholds: Thresholds, candidate: LatencyHistogram, incumbent: Latenc
     if min(candidate.count, incumbent.count) < thresholds.min_requests:
         return ""
     quantile = thresholds.latency_quantile
-    # At least, and at most, as far as chance allows.
+    # Lower and upper confidence bounds.
     least, most = _bound(candidate, quantile, -STANDARD_ERRORS), _bound(incumbent, quantile, STANDARD_ERRORS)
     if least <= thresholds.max_latency_ratio * most:
         return ""

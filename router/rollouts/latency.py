@@ -1,4 +1,4 @@
-"""Latency histograms that can be merged: quantiles over many Routers without keeping every time."""
+"""Latency histograms that can be merged: quantiles over many Routers without storing every time."""
 
 import math
 from collections import Counter
@@ -6,39 +6,39 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
-# Buckets a doubling: a quantile is at most 4.5 % off.
+# Buckets per factor of two: the error of a quantile is at most 4.5 %.
 PER_DOUBLING = 8
-# From about a microsecond to about seventeen minutes; what is outside counts as the nearest.
+# From about a microsecond to about seventeen minutes; times outside count in the nearest bucket.
 LOWEST = -20 * PER_DOUBLING
 HIGHEST = 10 * PER_DOUBLING
 
 
 @dataclass(frozen=True, slots=True)
 class LatencyHistogram:
-    """How often which time was seen.
+    """A histogram of times.
 
     Attributes:
-        counts: bucket `floor(8 · log2(seconds))` → how many.
+        counts: bucket `floor(8 · log2(seconds))` → number of times.
     """
 
     counts: Mapping[int, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, times_s: Iterable[float]) -> Self:
-        """The histogram of some times in seconds; times that are not above 0 count as the shortest."""
+        """The histogram of times in seconds; times of 0 or less count in the lowest bucket."""
         return cls(dict(Counter(_bucket(time_s) for time_s in times_s)))
 
     @property
     def count(self) -> int:
-        """How many times it holds."""
+        """The number of times."""
         return sum(self.counts.values())
 
     def merged(self, other: "LatencyHistogram") -> "LatencyHistogram":
-        """This one and another together."""
+        """The sum of this and another histogram."""
         return LatencyHistogram(dict(Counter(self.counts) + Counter(other.counts)))
 
     def quantile(self, quantile: float) -> float | None:
-        """The time in seconds that this part of all times does not exceed; none of an empty histogram."""
+        """The quantile in seconds; None for an empty histogram."""
         rank = math.ceil(quantile * self.count)
         seen = 0
         for bucket in sorted(self.counts):

@@ -1,6 +1,6 @@
-"""Leases: bundles that replicas keep for replays, beside those of the rollouts.
+"""Leases: bundles that replicas hold for replays, in addition to those of the rollouts.
 
-Held in memory alone: after a restart of Control there are none, and what replicas hold without need is unloaded.
+They are in memory only: after a restart of Control there are none, and bundles without a use are unloaded.
 """
 
 import threading
@@ -12,11 +12,11 @@ from router.gating.expert_set import ExpertSet, ExpertSetMember
 
 @dataclass(eq=False, slots=True)
 class Lease:
-    """A past set's hold on its bundles.
+    """A lease of a past expert set on its bundles.
 
     Attributes:
-        expert_set: the set.
-        members: those of its members that are loaded for it.
+        expert_set: the expert set.
+        members: the members that are loaded for the lease.
         ready: whether every replica holds them, so that requests may use the set.
     """
 
@@ -26,14 +26,14 @@ class Lease:
 
 
 class Leases:
-    """All that are held now. Safe to use from several threads."""
+    """All current leases. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._leases: list[Lease] = []
 
     def take(self, expert_set: ExpertSet, organs: Collection[str]) -> Lease:
-        """Has the bundles of some of a set's organs kept from now on; they are not loaded by that."""
+        """Takes a lease on the bundles of some of a set's organs. Does not load them."""
         members = tuple(member for member in expert_set.members if member.organ in organs)
         lease = Lease(expert_set, members)
         with self._lock:
@@ -46,11 +46,11 @@ class Leases:
             self._leases.remove(lease)
 
     def digests(self, organ: str) -> frozenset[str]:
-        """The bundles of an organ that are kept."""
+        """The leased bundles of an organ."""
         return frozenset(member.bundle_digest for member in self._members() if member.organ == organ)
 
     def ready_set(self, expert_set_id: str) -> ExpertSet | None:
-        """The set of an id, if a lease of it is ready."""
+        """The expert set of this id, if its lease is ready."""
         with self._lock:
             found = (lease.expert_set for lease in self._leases if lease.ready)
             return next((expert_set for expert_set in found if expert_set.id == expert_set_id), None)

@@ -1,7 +1,7 @@
-"""The operations of operators. Each is one transaction; the controller does the rest.
+"""The operators' operations. Each is one transaction; the controller does the rest.
 
-All of them may be called from any thread and block. Each takes `dry_run`, which makes the same checks, raises the same
-errors, says what would happen, and touches nothing. Asking for what already is changes nothing and is not in the
+All of them block and may be called from any thread. With `dry_run` an operation makes the same checks, raises the same
+errors and describes its steps, but changes nothing. Operations are idempotent: one that changes nothing is not in the
 history.
 """
 
@@ -10,18 +10,18 @@ from contextlib import contextmanager
 from typing import Any
 
 from router.errors import InvalidRolloutRequestError, RolloutStateError
-from router.rollouts.decisions import already, already_applied, checked_candidate
-from router.rollouts.expectation import NOTHING_EXPECTED, Expectation, Names
+from router.rollouts.argument_checks import check_actor, check_digest, check_organ, check_percent
 from router.rollouts.fleet import Fleet
+from router.rollouts.formatting import stage_steps, traffic_steps
+from router.rollouts.gate_operations import GateOperations, check_gates, check_override
 from router.rollouts.gates import Evaluator, Gate
-from router.rollouts.gating import GateDemands, check_gates, check_override
-from router.rollouts.going_back import candidate_to_take_back, version_to_go_back_to
+from router.rollouts.operation_checks import already, already_applied, checked_candidate
 from router.rollouts.outcome import Outcome, memory_plan, not_resident
+from router.rollouts.precondition import NO_PRECONDITION, Names, Precondition
 from router.rollouts.records import Rollout
-from router.rollouts.requests import check_actor, check_digest, check_organ, check_percent
 from router.rollouts.retiring import organ_to_retire, version_to_retire
+from router.rollouts.rollback import candidate_to_roll_back, version_to_restore
 from router.rollouts.rollout_file import RolloutFile
-from router.rollouts.sentences import stage_steps, traffic_steps
 from router.rollouts.settings import RolloutPlan, RolloutSettings
 from router.rollouts.staging import resolved, version_to_stage
 from router.rollouts.states import Action, State
@@ -32,7 +32,7 @@ MANUAL = RolloutPlan()
 
 
 class RolloutOperations:
-    """The operations over a store and a fleet."""
+    """The operations on a store and a fleet."""
 
     def __init__(
         self,
@@ -44,17 +44,17 @@ class RolloutOperations:
     ) -> None:
         """
         Args:
-            store: where the state is.
-            fleet: what replicas there are.
+            store: the state.
+            fleet: the replicas.
             settings: the defaults.
-            version_of: digest → version, for what is said to people; "" where it is not known.
-            evaluator: evaluates gates; without one they are refused.
+            version_of: digest → version, for messages; "" if it is unknown.
+            evaluator: evaluates gates; without one, gates are refused.
         """
         self._store = store
         self._fleet = fleet
         self._settings = settings
         self._names: Names = lambda digest: version_of(digest) or f"{digest[:12]}…"
-        self._gates = GateDemands(store, evaluator, self._names)
+        self._gates = GateOperations(store, evaluator, self._names)
 
     def stage(
         self,
@@ -66,20 +66,20 @@ class RolloutOperations:
         plan: RolloutPlan = MANUAL,
         dry_run: bool = False,
     ) -> Outcome:
-        """Begins a rollout: the bundle is verified and loaded on every replica, and gets no traffic yet.
+        """Begins a rollout: the bundle is verified and loaded on every replica, without traffic.
 
-        An organ that is not in the live set is a new one.
+        An organ that is not in the live set is a new organ.
 
         Args:
             organ: the organ.
             digest: the bundle's digest.
-            actor: who asks.
-            reason: why.
-            plan: what happens by itself once it is warm.
-            dry_run: only say what would happen.
+            actor: the operator.
+            reason: the reason for the history.
+            plan: the automatic steps once it is warm.
+            dry_run: only describe the steps.
 
         Raises:
-            InvalidRolloutRequestError: an organ, digest or actor that cannot be one.
+            InvalidRolloutRequestError: the organ, digest or actor is invalid.
             RolloutStateError: another rollout of the organ is in flight, or the version was retired.
         """
         return self._stage(organ, digest, actor=actor, reason=reason, plan=plan, dry_run=dry_run)
@@ -87,13 +87,13 @@ class RolloutOperations:
     def apply(
         self, file: RolloutFile, resolve: Callable[[str, str], str], *, actor: str, dry_run: bool = False
     ) -> Outcome:
-        """Stages what a rollout file says, with its steps. Applying the same file again changes nothing.
+        """Begins the rollout that a file describes. Applying the same file again changes nothing.
 
         Args:
             file: the file.
-            resolve: organ and version → digest; may raise what the registry raises.
-            actor: who asks.
-            dry_run: only say what would happen.
+            resolve: organ and version → digest; may raise the registry's errors.
+            actor: the operator.
+            dry_run: only describe the steps.
 
         Raises:
             InvalidRolloutRequestError: a gate that cannot be evaluated.
@@ -102,7 +102,7 @@ class RolloutOperations:
         digest = file.digest or resolve(file.organ, file.version or "")
         identity = file.identity(digest)
         with self._store.read() as transaction:
-            # The datasets of a file that was applied before may be gone by now.
+            # The datasets of a file that was applied before may not exist any more.
             if applied := transaction.applied(identity):
                 return Outcome(file.organ, False, (already_applied(applied),), applied)
             has_incumbent = transaction.snapshot().live(file.organ) is not None
@@ -125,29 +125,30 @@ class RolloutOperations:
         actor: str,
         reason: str = "",
         digest: str | None = None,
-        expected: Expectation = NOTHING_EXPECTED,
+        expected: Precondition = NO_PRECONDITION,
         dry_run: bool = False,
         gates: Sequence[Gate] = (),
         override: bool = False,
     ) -> Outcome:
-        """Has the candidate answer a part of the requests. Ends the plan's automatic steps.
+        """Sends a share of the requests to the candidate. Ends the plan's automatic steps.
 
         Args:
             organ: the organ.
             percent: above 0, at most 100.
-            actor: who asks.
-            reason: why.
+            actor: the operator.
+            reason: the reason for the history.
             digest: when given, only if this is the candidate.
-            expected: only if the organ still stands so.
-            dry_run: only say what would happen.
-            gates: evaluations that the candidate must pass first; then it happens by itself.
-            override: although a gate was not passed, or has not ended; needs a reason.
+            expected: the precondition.
+            dry_run: only describe the steps.
+            gates: evaluations that the candidate must pass first; then the operation follows automatically.
+            override: ignore gates that failed or are not evaluated yet; needs a reason.
 
         Raises:
-            InvalidRolloutRequestError: a percentage out of bounds, a gate that cannot be evaluated, or no reason.
+            InvalidRolloutRequestError: the percentage is out of bounds, a gate cannot be evaluated, or the reason is
+                missing.
             UnknownOrganError: there is no such organ.
             RolloutStateError: there is no candidate, it is not warm on every replica, it has not passed its gates, or
-                it is not as expected.
+                the precondition does not hold.
         """
         percent = check_percent(percent)
         if gates:
@@ -164,12 +165,13 @@ class RolloutOperations:
         actor: str,
         reason: str = "",
         digest: str | None = None,
-        expected: Expectation = NOTHING_EXPECTED,
+        expected: Precondition = NO_PRECONDITION,
         dry_run: bool = False,
     ) -> Outcome:
-        """Has the candidate compute a part of the requests beside the incumbent; its answers are discarded.
+        """Mirrors a share of the requests to the candidate. The incumbent answers; the candidate's answers are
+        discarded.
 
-        Takes and raises what `canary` does; a new organ has no incumbent to be compared with.
+        Arguments and errors as in `canary`. A new organ cannot be shadowed, because it has no incumbent.
         """
         percent = check_percent(percent)
         return self._advance(Action.SHADOW, organ, percent, actor, reason, digest, expected, dry_run)
@@ -181,14 +183,14 @@ class RolloutOperations:
         actor: str,
         reason: str = "",
         digest: str | None = None,
-        expected: Expectation = NOTHING_EXPECTED,
+        expected: Precondition = NO_PRECONDITION,
         dry_run: bool = False,
         gates: Sequence[Gate] = (),
         override: bool = False,
     ) -> Outcome:
         """Makes the candidate the organ's version for all new requests, in one transaction.
 
-        Takes and raises what `canary` does.
+        Arguments and errors as in `canary`.
         """
         if gates:
             return self._demand(Action.PROMOTE, organ, None, gates, override, actor, reason, digest, expected, dry_run)
@@ -201,27 +203,27 @@ class RolloutOperations:
         actor: str,
         reason: str = "",
         digest: str | None = None,
-        expected: Expectation = NOTHING_EXPECTED,
+        expected: Precondition = NO_PRECONDITION,
         dry_run: bool = False,
     ) -> Outcome:
-        """Takes back the candidate. Never touches the stable version; see `roll_back_stable`.
+        """Rolls back the candidate. Never changes the stable version; see `roll_back_stable`.
 
         Args:
             organ: the organ.
-            actor: who asks.
-            reason: why.
+            actor: the operator.
+            reason: the reason for the history.
             digest: when given, only if this is the candidate.
-            expected: only if the organ still stands so; without a rollout's id, whatever candidate is in flight.
-            dry_run: only say what would happen.
+            expected: the precondition; without a rollout's id it applies to any candidate in flight.
+            dry_run: only describe the steps.
 
         Raises:
             UnknownOrganError: there is no such organ.
             UnknownRolloutError: there is no such rollout.
-            RolloutStateError: nothing is in flight, or something else than expected; the text says what happened since.
+            RolloutStateError: nothing is in flight, or the precondition does not hold; the text has the last event.
         """
         check_actor(actor)
         with self._transaction(dry_run) as transaction:
-            found = candidate_to_take_back(transaction, organ, digest, expected, self._names)
+            found = candidate_to_roll_back(transaction, organ, digest, expected, self._names)
             if isinstance(found, Outcome):
                 return found
             if not dry_run:
@@ -240,29 +242,29 @@ class RolloutOperations:
         *,
         actor: str,
         reason: str = "",
-        expected: Expectation = NOTHING_EXPECTED,
+        expected: Precondition = NO_PRECONDITION,
         dry_run: bool = False,
     ) -> Outcome:
-        """Goes back from an organ's stable version to the one that was stable before.
+        """Rolls back an organ's stable version to the previous one.
 
-        That one is verified, loaded and promoted by the controller, and the stable one serves until then.
+        The controller verifies, loads and promotes the previous version; the stable one serves until then.
 
         Args:
             organ: the organ.
-            digest: the version to go back from; only if it is the stable one.
-            actor: who asks.
-            reason: why.
-            expected: only if the organ still stands so.
-            dry_run: only say what would happen.
+            digest: the version to roll back, which must be the stable one.
+            actor: the operator.
+            reason: the reason for the history.
+            expected: the precondition.
+            dry_run: only describe the steps.
 
         Raises:
             UnknownOrganError: there is no such organ.
-            RolloutStateError: another version is stable, a candidate is in flight, or there is none to go back to.
+            RolloutStateError: another version is stable, a candidate is in flight, or there is no previous version.
         """
         check_actor(actor)
         check_digest(digest)
         with self._transaction(dry_run) as transaction:
-            previous = version_to_go_back_to(transaction, organ, digest, expected, self._names)
+            previous = version_to_restore(transaction, organ, digest, expected, self._names)
             if isinstance(previous, Outcome):
                 return previous
             rollout = None
@@ -282,14 +284,14 @@ class RolloutOperations:
         *,
         actor: str,
         reason: str = "",
-        expected: Expectation = NOTHING_EXPECTED,
+        expected: Precondition = NO_PRECONDITION,
         dry_run: bool = False,
     ) -> Outcome:
-        """Takes an organ out of the live set; its replicas are emptied once no request uses them.
+        """Removes an organ from the live set. Its bundles are unloaded once no request uses them.
 
         Raises:
             UnknownOrganError: there is no such organ.
-            RolloutStateError: a rollout of it is in flight, it is the last one, or it is not as expected.
+            RolloutStateError: a rollout of it is in flight, it is the last one, or the precondition does not hold.
         """
         check_actor(actor)
         with self._transaction(dry_run) as transaction:
@@ -311,10 +313,10 @@ class RolloutOperations:
         *,
         actor: str,
         reason: str = "",
-        expected: Expectation = NOTHING_EXPECTED,
+        expected: Precondition = NO_PRECONDITION,
         dry_run: bool = False,
     ) -> Outcome:
-        """Bars a version from being staged or rolled back to.
+        """Bars a version from staging and from rollbacks.
 
         Raises:
             UnknownOrganError: there is no such organ.
@@ -356,7 +358,7 @@ class RolloutOperations:
             plan = resolved(plan, self._settings)
             if not dry_run:
                 rollout = transaction.stage(organ, digest, plan, actor=actor, reason=reason, file_digest=file_digest)
-        memory = memory_plan(self._fleet, organ, digest, snapshot.kept(organ)) if dry_run else ()
+        memory = memory_plan(self._fleet, organ, digest, snapshot.rollback_target(organ)) if dry_run else ()
         return Outcome(organ, True, stage_steps(organ, snapshot.live(organ) is None, plan), rollout, memory)
 
     def _demand(
@@ -369,7 +371,7 @@ class RolloutOperations:
         actor: str,
         reason: str,
         digest: str | None,
-        expected: Expectation,
+        expected: Precondition,
         dry_run: bool,
     ) -> Outcome:
         if override:
@@ -394,7 +396,7 @@ class RolloutOperations:
         actor: str,
         reason: str,
         digest: str | None,
-        expected: Expectation,
+        expected: Precondition,
         dry_run: bool,
         override: bool = False,
     ) -> Outcome:
@@ -414,14 +416,14 @@ class RolloutOperations:
             rollout, target, done = checked(transaction, digest)
         if done:
             return Outcome(organ, False, (done,), rollout)
-        # Not inside the writing transaction: replicas may be slow to answer.
+        # Outside the write transaction, because replicas may be slow to answer.
         if problem := not_resident(self._fleet, organ, rollout.digest):
             raise RolloutStateError(f"{rollout.subject} cannot get traffic now: {problem}; ask again in a moment")
         if not dry_run:
             with self._store.write() as transaction:
                 rollout, _, done = checked(transaction, digest or rollout.digest)
                 if done:
-                    # Another one was faster.
+                    # A concurrent operation was faster.
                     return Outcome(organ, False, (done,), rollout)
                 if action == Action.PROMOTE:
                     rollout = transaction.promote(

@@ -9,13 +9,13 @@ from router.rollouts.records import Rollout
 
 @dataclass(frozen=True, slots=True)
 class ReplicaMemory:
-    """What a candidate would mean for one replica's memory.
+    """What loading a candidate takes of one replica's memory.
 
     Attributes:
-        resident_bytes: what the replica holds now.
-        needed_bytes: what loading adds; 0 if it holds the candidate already.
-        limit_bytes: what it may hold.
-        problem: why nothing is known of it, or "".
+        resident_bytes: bytes in use now.
+        needed_bytes: bytes that loading adds; 0 if the candidate is loaded already.
+        limit_bytes: the replica's limit.
+        problem: why the numbers are unknown, or "".
     """
 
     replica: str
@@ -32,14 +32,14 @@ class ReplicaMemory:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The answer to an operator.
+    """The outcome of an operation.
 
     Attributes:
         organ: the organ.
-        changed: whether anything was changed, or would be; false where all is already as asked.
-        steps: what happens, in words.
-        rollout: the rollout that it is about, as it stands now; none for a dry run of staging, and for retiring.
-        memory: of dry runs that lead to a load: every replica's.
+        changed: whether anything was changed, or would be in a dry run.
+        steps: the steps that follow, as text.
+        rollout: the rollout after the operation; None for a dry run of staging, and for retiring.
+        memory: for dry runs that lead to a load, the memory of every replica.
     """
 
     organ: str
@@ -50,13 +50,13 @@ class Outcome:
 
 
 def memory_plan(fleet: Fleet, organ: str, digest: str, spare: str | None = None) -> tuple[ReplicaMemory, ...]:
-    """What loading a bundle would take on every replica of an organ.
+    """The memory that loading a bundle takes on every replica of an organ.
 
     Args:
         fleet: the replicas.
         organ: the organ.
         digest: the bundle.
-        spare: a bundle that makes room where there is none.
+        spare: a bundle that is evicted where memory is short.
 
     Raises:
         UnknownBundleError: there is no such bundle.
@@ -87,7 +87,7 @@ def format_error(error: BaseException) -> str:
 
 
 def not_resident(fleet: Fleet, organ: str, digest: str) -> str:
-    """Why requests may not be sent to a bundle now, in words; "" if every replica of the organ holds it."""
+    """Why a bundle cannot get requests now, as text; "" if every replica of the organ holds it."""
     replicas = fleet.replicas(organ)
     if not replicas:
         return f"no replica of {organ!r} is running"
@@ -103,7 +103,7 @@ def _holds(fleet: Fleet, replica: str, organ: str, digest: str) -> bool:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names for a sentence; of many only the first few."""
+    """Names as a list in text; of many only the first few."""
     names = list(names)
     shown = ", ".join(names[:5])
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -1,4 +1,4 @@
-"""Every expert set that a request may have got, by its id, for replays."""
+"""Every expert set that requests were ever assigned to, by id; for replays."""
 
 import json
 
@@ -11,7 +11,7 @@ from router.rollouts.traffic import TrafficPolicy, given_sets
 
 
 def record(connection: Connection, policy: TrafficPolicy, now: float) -> None:
-    """Keeps the sets that a policy gives, those apart that are kept already; `now` in seconds since 1970."""
+    """Stores the new expert sets of a policy; `now` is in seconds since 1970."""
     table = schema.expert_sets
     sets = {expert_set.id: expert_set for expert_set in given_sets(policy)}
     known = set(connection.execute(select(table.c.id).where(table.c.id.in_(sets))).scalars())
@@ -31,10 +31,10 @@ def record(connection: Connection, policy: TrafficPolicy, now: float) -> None:
 
 
 def find(connection: Connection, expert_set_id: str) -> ExpertSet:
-    """The set of an id.
+    """The expert set of an id.
 
     Raises:
-        UnknownExpertSetError: no request of this deployment ever got it.
+        UnknownExpertSetError: no request of this deployment was ever assigned to it.
     """
     table = schema.expert_sets
     row = connection.execute(select(table).where(table.c.id == expert_set_id)).first()

@@ -1,4 +1,4 @@
-"""The contents of the database as plain frozen objects."""
+"""The contents of the database as frozen dataclasses."""
 
 import json
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from router.rollouts.states import IN_FLIGHT, WITH_TRAFFIC, State
 
 @dataclass(frozen=True, slots=True)
 class LiveOrgan:
-    """An organ that is served, and by which bundle.
+    """A live organ and its stable bundle.
 
     Attributes:
-        previous: the bundles that were stable before, the last one newest.
+        previous: earlier stable bundles, the newest last.
     """
 
     organ: str
@@ -27,22 +27,22 @@ class LiveOrgan:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One attempt to bring a bundle to an organ.
+    """One rollout of a bundle for an organ.
 
     Attributes:
-        id: unique forever, for example "heart-12".
-        incumbent_digest: what was stable when it was staged; none for a new organ.
-        percent: of the requests, in shadow and canary.
-        reason: why it is in its state, where there is something to say.
-        actor: who staged it.
-        restores: whether it brings back an earlier stable version; only the controller moves it.
-        automatic: whether the plan's steps are still followed.
-        next_step: how many of the plan's steps were begun.
+        id: never reused, for example "heart-12".
+        incumbent_digest: the stable version at the time of staging; None for a new organ.
+        percent: the share of the requests, in shadow and canary.
+        reason: why it is in its state, or "".
+        actor: the operator who staged it.
+        restores: whether it restores an earlier stable version; then only the controller moves it.
+        automatic: whether the plan's steps still run.
+        next_step: how many of the plan's steps have begun.
         state_since: seconds since 1970.
-        traffic_since: when requests first reached it.
-        verify_attempts: verifications begun, also by processes that died of them.
-        replica_losses: replicas that were lost while they loaded it.
-        watching: whether it is judged after its promotion, if it is stable.
+        traffic_since: when it first got requests, in seconds since 1970.
+        verify_attempts: verifications begun, including those that crashed their process.
+        replica_losses: replicas that died while they loaded it.
+        watching: whether it is still judged after its promotion.
     """
 
     id: str
@@ -75,36 +75,36 @@ class Rollout:
 
     @property
     def in_flight(self) -> bool:
-        """Whether it has not ended."""
+        """Whether the rollout has not ended."""
         return self.state in IN_FLIGHT
 
     @property
     def mode(self) -> Mode | None:
-        """How requests reach it, if they do."""
+        """How it gets requests, or None."""
         if self.state not in WITH_TRAFFIC:
             return None
         return "canary" if self.state == State.CANARY else "shadow"
 
     @property
     def subject(self) -> str:
-        """What errors and logs call it."""
+        """Its name in errors and logs."""
         return f"the rollout of {self.organ!r} ({self.id}, bundle {self.digest[:12]}…)"
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All that decisions are made from, at one moment.
+    """A consistent snapshot of the state for all decisions.
 
     Attributes:
-        sequence: the number of the newest history entry: a later snapshot never has a smaller one.
+        sequence: the number of the newest history entry, which never decreases.
         organs: in the live set's order.
         in_flight: at most one rollout per organ.
-        known_organs: all that were ever served or staged: a replica of any of them may still hold something.
-        retired: (organ, digest) of what was retired; the digest of a whole organ is "".
-        ended: (organ, digest) of the rollouts that ended last: requests may still be pinned to them.
-        watched: the stable ones that are judged after their promotion.
-        identity: of the deployment.
-        policy_offset: what is added to `sequence` to number the policy.
+        known_organs: all organs that were ever live or staged; their replicas may still hold bundles.
+        retired: (organ, digest) of retired versions; the digest of a retired organ is "".
+        ended: (organ, digest) of recently ended rollouts; requests may still be pinned to them.
+        watched: stable rollouts that are still judged after their promotion.
+        identity: the deployment's identity.
+        policy_offset: added to `sequence` to number the policy.
     """
 
     sequence: int
@@ -120,28 +120,28 @@ class Snapshot:
     policy_offset: int = 0
 
     def live(self, organ: str) -> LiveOrgan | None:
-        """An organ that is served, or none."""
+        """The live organ of this name, or None."""
         return next((live for live in self.organs if live.organ == organ), None)
 
     def candidate(self, organ: str) -> Rollout | None:
-        """An organ's rollout in flight, or none."""
+        """An organ's rollout in flight, or None."""
         return next((rollout for rollout in self.in_flight if rollout.organ == organ), None)
 
-    def kept(self, organ: str) -> str | None:
-        """The version that an organ's stable one replaced, which stays in memory to go back to; none without one."""
+    def rollback_target(self, organ: str) -> str | None:
+        """The previous version, which stays in memory for a rollback while the stable one is watched; or None."""
         live = self.live(organ)
         if live is None or not live.previous or all(rollout.organ != organ for rollout in self.watched):
             return None
         return live.previous[-1]
 
     def earlier(self, organ: str) -> frozenset[str]:
-        """The versions that an organ's requests may have begun with, and new ones do not get."""
+        """Versions that running requests may be pinned to, and new requests are not assigned to."""
         live = self.live(organ)
         ended = {digest for known, digest in self.ended if known == organ}
         return frozenset(ended.union(live.previous if live else ()))
 
     def expert_set(self) -> ExpertSet:
-        """The stable set: what new requests get, candidates apart."""
+        """The stable expert set, without candidates."""
         members = tuple(ExpertSetMember(organ=live.organ, bundle_digest=live.stable_digest) for live in self.organs)
         return ExpertSet(backbone_digest=self.backbone_digest, routing=self.routing, members=members)
 
@@ -152,5 +152,5 @@ def live_organ_of_row(row: Row[Any]) -> LiveOrgan:
 
 
 def not_adopted() -> RolloutStateError:
-    """The error for a database that no live set was ever written to."""
+    """The error for a database without a live set."""
     return RolloutStateError("the rollouts' database has no live expert set yet: adopt one when the system starts")

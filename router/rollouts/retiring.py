@@ -1,28 +1,28 @@
-"""Taking an organ or a version out of use: what is refused, and what was done before."""
+"""The checks before an organ or a version is retired."""
 
 from router.errors import RolloutStateError
-from router.rollouts.decisions import check_known
-from router.rollouts.expectation import Expectation, Names, check_expected
-from router.rollouts.happened import who_retired
+from router.rollouts.last_event import format_retirement
+from router.rollouts.operation_checks import check_known
 from router.rollouts.outcome import Outcome
+from router.rollouts.precondition import Names, Precondition, check_precondition
 from router.rollouts.transaction import Transaction
 
 
-def organ_to_retire(transaction: Transaction, organ: str, expected: Expectation, names: Names) -> Outcome | None:
-    """Checks that an organ can be taken out of the live set.
+def organ_to_retire(transaction: Transaction, organ: str, expected: Precondition, names: Names) -> Outcome | None:
+    """Checks that an organ can be removed from the live set.
 
     Args:
         transaction: the state.
         organ: the organ.
-        expected: what the caller saw.
-        names: digest → what people call the version.
+        expected: the precondition.
+        names: digest → the version's name in messages.
 
     Returns:
         the outcome where the organ is not in the live set; otherwise None.
 
     Raises:
         UnknownOrganError: there is no such organ.
-        RolloutStateError: a rollout of it is in flight, it is the last one, or it is not as expected.
+        RolloutStateError: a rollout of it is in flight, it is the last one, or the precondition does not hold.
     """
     snapshot = transaction.snapshot()
     check_known(snapshot, organ)
@@ -33,37 +33,37 @@ def organ_to_retire(transaction: Transaction, organ: str, expected: Expectation,
     if snapshot.live(organ) is None:
         retired = ""
         if (organ, "") in snapshot.retired:
-            retired = f": it was retired{who_retired(transaction, organ)} already"
+            retired = f": it was retired{format_retirement(transaction, organ)} already"
         return Outcome(organ, False, (f"{organ} is not in the live set{retired}; nothing to do",))
-    check_expected(transaction, snapshot, organ, expected, names)
+    check_precondition(transaction, snapshot, organ, expected, names)
     if len(snapshot.organs) == 1:
         raise RolloutStateError(f"{organ!r} is the last organ of the live set; stop the system instead")
     return None
 
 
 def version_to_retire(
-    transaction: Transaction, organ: str, digest: str, expected: Expectation, names: Names
+    transaction: Transaction, organ: str, digest: str, expected: Precondition, names: Names
 ) -> Outcome | None:
-    """Checks that a version can be barred from use.
+    """Checks that a version can be retired.
 
     Args:
         transaction: the state.
         organ: the organ.
         digest: the version.
-        expected: what the caller saw.
-        names: digest → what people call the version.
+        expected: the precondition.
+        names: digest → the version's name in messages.
 
     Returns:
         the outcome where the version is retired already; otherwise None.
 
     Raises:
         UnknownOrganError: there is no such organ.
-        RolloutStateError: the version is stable or in flight, or the organ is not as expected.
+        RolloutStateError: the version is stable or in flight, or the precondition does not hold.
     """
     snapshot = transaction.snapshot()
     check_known(snapshot, organ)
     if (organ, digest) in snapshot.retired:
-        words = f"{names(digest)} was retired{who_retired(transaction, organ, digest)} already; nothing to do"
+        words = f"{names(digest)} was retired{format_retirement(transaction, organ, digest)} already; nothing to do"
         return Outcome(organ, False, (words,))
     live, candidate = snapshot.live(organ), snapshot.candidate(organ)
     if live is not None and live.stable_digest == digest:
@@ -73,5 +73,5 @@ def version_to_retire(
         )
     if candidate is not None and candidate.digest == digest:
         raise RolloutStateError(f"{candidate.subject} is {candidate.state}; roll it back before retiring it")
-    check_expected(transaction, snapshot, organ, expected, names)
+    check_precondition(transaction, snapshot, organ, expected, names)
     return None

@@ -13,11 +13,11 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class RolloutFile(BaseModel):
-    """What `rollout.yaml` holds. Applying it again changes nothing; any change in it makes it another rollout."""
+    """The contents of a rollout file. Applying it again changes nothing; a changed file is another rollout."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    # Which organ's experts are replaced, or which new organ is brought.
+    # The organ whose experts are replaced, or a new organ.
     organ: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,39}$")]
     # When the bundle is known by its version in the registry, name it here; otherwise give its digest.
     version: str | None = None
@@ -28,13 +28,13 @@ class RolloutFile(BaseModel):
     gates: tuple[Gate, ...] = ()
     # When false, the rollout stays at its last step until an operator promotes it.
     promote: bool = True
-    # When unset, the controller's own.
+    # When unset, the controller's setting.
     thresholds: Thresholds | None = None
-    # When unset, the controller's own.
+    # When unset, the controller's setting.
     warm_timeout_s: PositiveFloat | None = None
-    # When unset, the controller's own.
+    # When unset, the controller's setting.
     watch_after_promotion_s: Annotated[float, Field(ge=0)] | None = None
-    # Why: it stands in the history.
+    # The reason for the history.
     reason: Annotated[str, Field(max_length=500)] = ""
     # When a rollout failed or was rolled back and the same file should be tried again, raise it.
     attempt: PositiveInt = 1
@@ -45,13 +45,13 @@ class RolloutFile(BaseModel):
             raise ValueError("give either the bundle's version or its digest, and not both")
         if others := {gate.organ for gate in self.gates} - {self.organ}:
             raise ValueError(f"gates are about the rollout's organ, {self.organ}, and not about {sorted(others)[0]}")
-        # The plan has rules of its own.
+        # The plan has validators of its own.
         _ = self.plan
         return self
 
     @property
     def plan(self) -> RolloutPlan:
-        """What the rollout does by itself."""
+        """The rollout's automatic steps."""
         return RolloutPlan(
             steps=self.steps,
             gates=self.gates,
@@ -62,9 +62,9 @@ class RolloutFile(BaseModel):
         )
 
     def identity(self, digest: str) -> str:
-        """What tells this file from others: SHA-256 over its contents, with the bundle's digest for its version."""
+        """The file's identity: SHA-256 over its contents, with the bundle's digest in place of its version."""
         contents = self.model_dump(mode="json", exclude={"version"})
-        # These fields came later: unset, they leave a file what it was when it was applied.
+        # Fields of later releases: when unset, they must not change the identity of older files.
         later: list[tuple[dict[str, Any], str, Any]] = [(contents, "watch_after_promotion_s", None)]
         later += [(contents, "gates", [])]
         later += [(step, "min_successes", None) for step in contents["steps"]]

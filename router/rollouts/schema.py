@@ -6,7 +6,7 @@ from router.rollouts.states import IN_FLIGHT
 
 metadata = MetaData()
 
-# One row: what the live expert set is, apart from its members.
+# One row: the live expert set without its members.
 live_set = Table(
     "live_set",
     metadata,
@@ -15,15 +15,15 @@ live_set = Table(
     Column("routing", String(16), nullable=False),
 )
 
-# One row: which deployment this is. Its policies, its replicas and its Control carry the same identity.
+# One row: the deployment's identity, which its policies, replicas and Control share.
 deployment = Table(
     "deployment",
     metadata,
     Column("id", Integer, primary_key=True, autoincrement=False),
-    # Random, 32 hexadecimal digits, made with the database.
+    # 32 random hexadecimal digits, created with the database.
     Column("identity", String(32), nullable=False),
-    # What is added to the history's length to number policies: above zero after an older database was restored, so that
-    # Routers take up what it says.
+    # Added to the history's length to number policies. Above zero after an older database was restored, so that Routers
+    # accept its policies.
     Column("policy_offset", Integer, nullable=False),
 )
 
@@ -31,10 +31,10 @@ live_organs = Table(
     "live_organs",
     metadata,
     Column("organ", String(64), primary_key=True),
-    # The order in which partial sums are added.
+    # The order in which the organs' partial sums are added.
     Column("position", Integer, nullable=False, unique=True),
     Column("stable_digest", String(64), nullable=False),
-    # Digests that were stable before, as a JSON array, the last one newest.
+    # Earlier stable digests as a JSON array, the newest last.
     Column("previous", Text, nullable=False),
 )
 
@@ -46,17 +46,17 @@ rollouts = Table(
     Column("sequence", Integer, nullable=False, unique=True),
     Column("organ", String(64), nullable=False),
     Column("digest", String(64), nullable=False),
-    # What was stable when it was staged; none for a new organ.
+    # The stable version at the time of staging; null for a new organ.
     Column("incumbent_digest", String(64), nullable=True),
     Column("state", String(16), nullable=False),
     Column("percent", Double, nullable=True),
     Column("reason", Text, nullable=False),
     Column("actor", String(200), nullable=False),
-    # Whether it brings back an earlier stable version.
+    # Whether it restores an earlier stable version.
     Column("restores", Boolean, nullable=False),
     # `RolloutPlan` in JSON.
     Column("plan", Text, nullable=False),
-    # Whether the plan's steps are still followed; an operator's own canary or shadow ends that.
+    # Whether the plan's steps still run; an operator's canary or shadow ends that.
     Column("automatic", Boolean, nullable=False),
     Column("next_step", Integer, nullable=False),
     # Seconds since 1970.
@@ -65,12 +65,12 @@ rollouts = Table(
     Column("traffic_since", Double, nullable=True),
     Column("verify_attempts", Integer, nullable=False),
     Column("replica_losses", Integer, nullable=False),
-    # Whether it is judged after its promotion.
+    # Whether it is still judged after its promotion.
     Column("watching", Boolean, nullable=False, server_default=false()),
 )
 
 _IN_FLIGHT = text("state IN ({})".format(", ".join(f"'{state}'" for state in IN_FLIGHT)))
-# One rollout in flight per organ, whatever the code does.
+# The database enforces one rollout in flight per organ.
 Index("one_in_flight", rollouts.c.organ, unique=True, sqlite_where=_IN_FLIGHT, postgresql_where=_IN_FLIGHT)
 
 applied_files = Table(
@@ -91,7 +91,7 @@ retired = Table(
     Column("retired_at", Double, nullable=False),
 )
 
-# Every set that some request may have got.
+# Every expert set that requests were ever assigned to.
 expert_sets = Table(
     "expert_sets",
     metadata,
@@ -113,12 +113,12 @@ shadow_reports = Table(
     Column("updated_at", Double, nullable=False),
 )
 
-# What each gate of a rollout found about its version. Written once, and never changed.
+# The result of each gate of a rollout. Written once, and never changed.
 evaluations = Table(
     "evaluations",
     metadata,
     Column("rollout_id", String(96), primary_key=True),
-    # Of the gate among the rollout's, from 0.
+    # The gate's index in the rollout, from 0.
     Column("position", Integer, primary_key=True, autoincrement=False),
     Column("organ", String(64), nullable=False),
     Column("digest", String(64), nullable=False),
@@ -126,7 +126,7 @@ evaluations = Table(
     Column("gate", Text, nullable=False),
     Column("evidence", Text, nullable=False),
     Column("passed", Boolean, nullable=False),
-    # The figures in words.
+    # The figures as text.
     Column("text", Text, nullable=False),
     # Seconds since 1970.
     Column("evaluated_at", Double, nullable=False),
@@ -153,7 +153,7 @@ history = Table(
     Column("hash", String(64), nullable=False),
 )
 
-# One row: the newest entry's number and hash, so that entries missing at the end are noticed. Writers lock it.
+# One row: the newest entry's number and hash, so that missing entries at the end are found. Writers lock it.
 history_head = Table(
     "history_head",
     metadata,

@@ -2,16 +2,16 @@
 
 For every request of the candidate the test multiplies a capital by the ratio of two probabilities of its outcome: if
 the version fails at some larger rate, over if it fails at the usual one. While the usual rate is the true one, the
-expected capital does not grow, so it reaches 1 / α with a probability of at most α, however often one looks (Ville's
-inequality; A. Wald, "Sequential Tests of Statistical Hypotheses", 1945). Several larger rates are tried at once, and
-the mean of their capitals counts (mixture; H. Robbins, "Statistical Methods Related to the Law of the Iterated
-Logarithm", 1970): what always fails is found after a few requests, what rarely does later.
+expected capital does not grow, so it reaches 1 / α with a probability of at most α, for any number of evaluations
+(Ville's inequality; A. Wald, "Sequential Tests of Statistical Hypotheses", 1945). Several larger rates are tried at
+once, and the mean of their capitals counts (mixture; H. Robbins, "Statistical Methods Related to the Law of the
+Iterated Logarithm", 1970). A version that always fails is found after a few requests, one that rarely fails later.
 
 A capital never falls below α. A version that has long done well is found soon after it begins to fail, and a false
 alarm from there takes a rise by 1 / α² (a CUSUM chart; E. S. Page, "Continuous Inspection Schemes", 1954).
 
-The usual rate is that of the reference, the version before, and at least the rate at which it or other organs fail at
-the time of the request: when all fail alike, because of something that they share, it says nothing of the candidate.
+The usual rate is that of the reference, which is the previous version. It is at least the rate at which the reference
+or other organs fail at the time of the request: failures with a shared cause are no evidence against the candidate.
 """
 
 import math
@@ -23,29 +23,29 @@ from itertools import accumulate
 from router.rollouts.health import Slice
 
 ALPHA = 1e-3
-# With fewer requests of the reference within the window, its rate is that of all that is known of it.
+# With fewer requests of the reference within the window, the rate of all its known requests is used.
 ENOUGH_REQUESTS = 50
-# Fewer failures may all have one cause that lies elsewhere.
+# Fewer failures may have a single cause outside the candidate.
 MIN_FAILURES = 3
-# The usual rate is at least this part of the rate that rolls a candidate back: versions as good as that may stay.
+# The usual rate is at least this part of the rate that rolls a candidate back.
 USUAL_PART = 1 / 8
-# Larger rates that are tried, between the limit and this one.
+# The largest of the rates that are tried; the smallest is the limit.
 RATES = 4
 HIGHEST_RATE = 0.9
-# Around a request, in seconds: others that fail within one of these times fail for the same cause. An outage begins
-# and ends, so the seconds before and after are also looked at alone.
+# Windows around a request, in seconds: others that fail within one of them fail for the same cause. An outage begins
+# and ends, so the times before and after the request are also separate windows.
 NEAR_S = ((1.0, 1.0), (10.0, 1.0), (1.0, 10.0))
-# A rate that is seen in so few requests may truly be larger by so many standard errors.
+# How many standard errors are added to an observed rate to estimate it from above.
 STANDARD_ERRORS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Excess:
-    """A candidate was found to fail more often than is usual.
+    """A candidate fails more often than usual.
 
     Attributes:
-        failures: of how many requests, when it was found; since the evidence began to grow.
-        requests: how many those were.
+        failures: failed requests since the evidence began to grow.
+        requests: all requests since then.
         usual: the usual rate at the time.
     """
 
@@ -65,15 +65,15 @@ def find_excess(
     """Tests whether a candidate fails more often than its reference and than is allowed.
 
     Args:
-        candidate: what was seen of it since it first had traffic, in order.
-        reference: what was seen of the version before, as far back as is known, in order; empty for a new organ.
-        elsewhere: what was seen of other organs' versions, in order: what they share with the candidate may fail.
-        limit: a rate of failures that rolls a candidate back.
-        window_s: the reference's rate is that of so many seconds around, where it had enough requests then; where it
-            had not, all that is known of it counts.
+        candidate: its observations since it first had traffic, in order.
+        reference: all known observations of the previous version, in order; empty for a new organ.
+        elsewhere: observations of other organs' versions, in order; they show failures with a shared cause.
+        limit: the failure rate that rolls a candidate back.
+        window_s: the reference's rate is computed over this many seconds around a request, or over all its observations
+            if there are too few.
 
     Returns:
-        None while it may stay.
+        None if it does not.
     """
     if limit >= 1:
         return None
@@ -104,14 +104,14 @@ def find_excess(
 
 
 def _rates(limit: float) -> list[float]:
-    """From the limit to the highest rate, each the same number of times the one before."""
+    """Rates from the limit to the highest one, in a geometric sequence."""
     if limit >= HIGHEST_RATE:
         return [(1 + limit) / 2]
     return [limit * (HIGHEST_RATE / limit) ** (step / (RATES - 1)) for step in range(RATES)]
 
 
 class _Counts:
-    """Failed and all requests by time."""
+    """Cumulative numbers of failed and of all requests by time."""
 
     def __init__(self, slices: Sequence[Slice]) -> None:
         self._starts = [each.start for each in slices]
@@ -124,7 +124,7 @@ class _Counts:
 
 
 class _UsualRates:
-    """The rate at which requests fail at a time for reasons that are not the candidate's own."""
+    """The rate at which requests fail at a time for reasons other than the candidate."""
 
     def __init__(self, reference: _Counts, elsewhere: _Counts, floor: float, window_s: float) -> None:
         self._reference = reference
@@ -133,13 +133,13 @@ class _UsualRates:
         self._window_s = window_s
 
     def at(self, time: float) -> float:
-        """The largest of: the floor; the reference's recent rate, estimated from above; any rate just then."""
+        """The maximum of the floor, the reference's recent rate estimated from above, and the rates at that time."""
         errors, requests = self._reference.near(time, self._window_s, self._window_s)
         if requests < ENOUGH_REQUESTS:
             errors, requests = self._reference.near(time, math.inf, math.inf)
         found = [self._floor]
         if requests:
-            # Half a failure more than was seen (H. Jeffreys): none among few requests does not make the rate 0.
+            # Half a failure is added (H. Jeffreys), so that no failure among few requests does not mean a rate of 0.
             found.append((errors + 0.5) / (requests + 1))
         for counts in (self._reference, self._elsewhere):
             for before_s, after_s in NEAR_S:

@@ -1,4 +1,4 @@
-"""How far a shadow's answers agree with the incumbent's: numbers only, never a token."""
+"""How far a shadow's answers agree with the incumbent's. Stores numbers only, never tokens."""
 
 import math
 from collections import Counter
@@ -14,13 +14,13 @@ from router.rollouts import schema
 
 @dataclass(frozen=True, slots=True)
 class ShadowRecord:
-    """One request answered by both.
+    """The comparison of one request's two answers.
 
     Attributes:
-        tokens: of the longer of the two answers.
-        shared_tokens: tokens that both have, wherever they stand, each as often as both have it.
-        first_divergence: the first position, from 0, at which they differ; none if they are identical.
-        latency_ratio: the candidate's seconds per token over the incumbent's; none if it was not measured.
+        tokens: the length of the longer answer.
+        shared_tokens: the size of the multiset intersection of both answers' tokens.
+        first_divergence: the first position, from 0, at which they differ; None if they are identical.
+        latency_ratio: the candidate's seconds per token over the incumbent's; None if it was not measured.
     """
 
     tokens: int
@@ -37,7 +37,7 @@ class ShadowRecord:
         incumbent_s_per_token: float | None = None,
         candidate_s_per_token: float | None = None,
     ) -> Self:
-        """Compares two answers; of the token ids only counts are kept."""
+        """Compares two answers. Only counts of the token ids are stored."""
         shared = sum((Counter(incumbent_ids) & Counter(candidate_ids)).values())
         common = min(len(incumbent_ids), len(candidate_ids))
         first = next((at for at in range(common) if incumbent_ids[at] != candidate_ids[at]), None)
@@ -50,7 +50,7 @@ class ShadowRecord:
 
 
 class ShadowReport(BaseModel):
-    """All comparisons of one rollout together."""
+    """The sum of one rollout's comparisons."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -67,17 +67,17 @@ class ShadowReport(BaseModel):
 
     @property
     def token_overlap(self) -> float | None:
-        """Shared tokens over tokens; none before the first."""
+        """Shared tokens over tokens; None before the first comparison."""
         return self.shared_tokens / self.tokens if self.tokens else None
 
     @property
     def identical_rate(self) -> float | None:
-        """Identical answers over all; none before the first."""
+        """Identical answers over all answers; None before the first comparison."""
         return self.identical / self.requests if self.requests else None
 
     @property
     def mean_first_divergence(self) -> float | None:
-        """Where answers part on average, of those that do."""
+        """The mean position of the first divergence, over the answers that diverge."""
         diverged = self.requests - self.identical
         return self.first_divergence_sum / diverged if diverged else None
 

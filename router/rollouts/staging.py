@@ -1,10 +1,10 @@
-"""Beginning a rollout: what is refused, what was done before, and the settings that the rollout keeps."""
+"""The checks before a rollout begins, and the settings that are fixed at its start."""
 
 from router.errors import RolloutStateError
-from router.rollouts.decisions import already_applied
-from router.rollouts.expectation import Names
-from router.rollouts.happened import what_happened
+from router.rollouts.last_event import format_last_event
+from router.rollouts.operation_checks import already_applied
 from router.rollouts.outcome import Outcome
+from router.rollouts.precondition import Names
 from router.rollouts.settings import RolloutPlan, RolloutSettings
 from router.rollouts.transaction import Transaction
 
@@ -16,11 +16,11 @@ def version_to_stage(
 
     Args:
         transaction: the state.
-        organ: the organ; one that is not in the live set is a new one.
+        organ: the organ; one that is not in the live set is new.
         digest: the version.
         plan: its automatic steps.
-        file_digest: the identity of the rollout file that asks for it, if one does.
-        names: digest → what people call the version.
+        file_digest: the identity of the rollout file, if there is one.
+        names: digest → the version's name in messages.
 
     Returns:
         the outcome where the version is in flight or stable already, or the file was applied before; otherwise None.
@@ -34,9 +34,9 @@ def version_to_stage(
         return Outcome(organ, False, (already_applied(applied),), applied)
     live, candidate = snapshot.live(organ), snapshot.candidate(organ)
     if candidate is not None:
-        # A file asks for its own steps, which a rollout begun otherwise does not have.
+        # A rollout that was not begun by this file does not have the file's steps.
         if candidate.digest == digest and file_digest is None and not candidate.restores:
-            words = f"it is in flight already, {candidate.state}: {what_happened(transaction, candidate, names)}"
+            words = f"it is in flight already, {candidate.state}: {format_last_event(transaction, candidate, names)}"
             return Outcome(organ, False, (words,), candidate)
         raise RolloutStateError(
             f"{candidate.subject} is {candidate.state}, so no other can begin; promote it or roll it back first"
@@ -53,7 +53,7 @@ def version_to_stage(
 
 
 def resolved(plan: RolloutPlan, settings: RolloutSettings) -> RolloutPlan:
-    """The plan with the settings of now, so that a later change of them does not reach a rollout under way."""
+    """The plan with the current settings filled in, so that later changes of them do not affect a rollout in flight."""
     return plan.model_copy(
         update={
             "thresholds": plan.thresholds or settings.thresholds,

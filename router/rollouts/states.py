@@ -7,32 +7,32 @@ from router.errors import RolloutStateError
 
 
 class State(StrEnum):
-    """Where a rollout stands."""
+    """The state of a rollout."""
 
-    # The bundle is named; nothing was looked at.
+    # Staged, but not verified yet.
     STAGED = "staged"
-    # The bundle is what it says, and fits; it is being loaded.
+    # Verified; it is being loaded.
     VERIFIED = "verified"
     # Loaded on every replica; no request uses it.
     WARM = "warm"
-    # A part of the requests is computed with it too, and its answers are discarded.
+    # It computes a share of the requests in addition; its answers are discarded.
     SHADOW = "shadow"
-    # A part of the requests is answered by it.
+    # It answers a share of the requests.
     CANARY = "canary"
     # The organ's version for all requests.
     STABLE = "stable"
-    # It was stable until another version took its place.
+    # It was stable until another version replaced it.
     SUPERSEDED = "superseded"
-    # It could not be used; the reason is in the rollout.
+    # It could not be used; the rollout has the reason.
     FAILED = "failed"
-    # An operator or its thresholds took it back.
+    # It was rolled back by an operator or because of its thresholds.
     ROLLED_BACK = "rolled_back"
     # It was stable, and then it or its organ was retired.
     RETIRED = "retired"
 
 
 class Action(StrEnum):
-    """What moves a rollout. The history names entries by these, and by the ones that concern no rollout."""
+    """The actions of the history: those that move a rollout, and those without one."""
 
     STAGE = "stage"
     VERIFY = "verify"
@@ -44,9 +44,9 @@ class Action(StrEnum):
     FAIL = "fail"
     ROLL_BACK = "rollback"
     RETIRE = "retire"
-    # Moves nothing: a stable version fails after its promotion, and there is none to go back to.
+    # Moves nothing: a stable version fails after its promotion, and there is no previous version.
     FAILING = "failing"
-    # Move nothing: an operator demands evaluations, and what one of them found.
+    # Move nothing: gates are added, and a gate is evaluated.
     GATE = "gate"
     EVALUATE = "evaluate"
     # Concern no rollout.
@@ -62,7 +62,7 @@ _TRAFFIC: Mapping[Action, State] = {
     Action.PROMOTE: State.STABLE,
 }
 
-# From a state, by an action, to a state. What is not here is not possible.
+# (state, action) → next state. Other combinations are refused.
 TRANSITIONS: Mapping[State, Mapping[Action, State]] = {
     State.STAGED: {Action.VERIFY: State.VERIFIED, **_ENDS},
     State.VERIFIED: {Action.WARM_UP: State.WARM, **_ENDS},
@@ -86,7 +86,7 @@ IN_FLIGHT = (State.STAGED, State.VERIFIED, State.WARM, State.SHADOW, State.CANAR
 RESIDENT = (State.VERIFIED, State.WARM, State.SHADOW, State.CANARY)
 # Requests reach the candidate in these.
 WITH_TRAFFIC = (State.SHADOW, State.CANARY)
-# What an operator may ask for; the rest is the controller's.
+# The operators' actions; the others are the controller's.
 OPERATOR_ACTIONS = (Action.SHADOW, Action.CANARY, Action.PROMOTE, Action.ROLL_BACK)
 
 
@@ -94,9 +94,9 @@ def next_state(state: State, action: Action, subject: str) -> State:
     """The state after an action.
 
     Args:
-        state: where the rollout stands.
-        action: what is asked.
-        subject: what the rollout is called in the error, for example "the rollout of 'heart' (heart-12)".
+        state: the current state.
+        action: the requested action.
+        subject: the rollout's name in the error, for example "the rollout of 'heart' (heart-12)".
 
     Raises:
         RolloutStateError: the action is not possible; the text names the state, the action and what is possible.

@@ -19,10 +19,10 @@ Clock = Callable[[], float]
 
 
 class RolloutStore:
-    """All that is known of rollouts lies in the database; this object keeps nothing but its subscribers."""
+    """Access to the database of rollouts. The only state of this object is its subscribers."""
 
     def __init__(self, database: Database, *, clock: Clock = time.time) -> None:
-        """Takes a database, and a clock in seconds since 1970."""
+        """`clock` returns seconds since 1970."""
         self.database = database
         self.clock = clock
         self._lock = threading.Lock()
@@ -49,14 +49,15 @@ class RolloutStore:
                 subscriber()
 
     def subscribe(self, subscriber: Callable[[], None], *, first: bool = False) -> Callable[[], None]:
-        """Has something called after every change, on the thread that made it; it must be quick and not raise.
+        """Registers a callback for every change. It runs on the thread that made the change, must be quick and must not
+        raise.
 
         Args:
-            subscriber: what to call.
-            first: before those that subscribed without it: for what requests wait for.
+            subscriber: the callback.
+            first: call it before the others, because requests wait for its effect.
 
         Returns:
-            Ends the subscription.
+            A function that ends the subscription.
         """
         with self._lock:
             self._subscribers.insert(0 if first else len(self._subscribers), subscriber)
@@ -68,10 +69,10 @@ class RolloutStore:
         return unsubscribe
 
     def adopt(self, expert_set: ExpertSet, *, actor: str) -> bool:
-        """Makes a set the live one if there is none; otherwise the database's own stays.
+        """Makes an expert set live if there is no live set yet.
 
         Returns:
-            Whether the set was taken.
+            Whether the set is live now.
 
         Raises:
             RolloutStateError: the database belongs to another backbone or routing.
@@ -80,16 +81,16 @@ class RolloutStore:
             if not transaction.adopted():
                 transaction.adopt(expert_set, actor)
                 return True
-            # A database from before sets were kept.
+            # A database of a release that did not store expert sets.
             _remember_sets(transaction)
         self.check_belongs_to(expert_set)
         return False
 
     def check_belongs_to(self, expert_set: ExpertSet) -> None:
-        """Checks that a set has the backbone and routing of the database's own.
+        """Checks that a set has the same backbone and routing as the live set.
 
         Raises:
-            RolloutStateError: it has not; the text names both.
+            RolloutStateError: they differ; the text names both.
         """
         snapshot = self.snapshot()
         ours = (expert_set.backbone_digest, expert_set.routing)
@@ -110,16 +111,16 @@ class RolloutStore:
             return transaction.snapshot()
 
     def expert_set(self, expert_set_id: str) -> ExpertSet:
-        """A set that some request may have got, now or at any time before.
+        """An expert set that requests are or were assigned to.
 
         Raises:
-            UnknownExpertSetError: no request of this deployment ever got it.
+            UnknownExpertSetError: no request of this deployment was ever assigned to it.
         """
         with self.read() as transaction:
             return past_sets.find(transaction.connection, expert_set_id)
 
     def policy(self) -> TrafficPolicy:
-        """What Routers should apply now.
+        """The policy that Routers should apply now.
 
         Raises:
             RolloutStateError: no live set was adopted.
@@ -127,7 +128,7 @@ class RolloutStore:
         return TrafficPolicy.of(self.snapshot())
 
     def rollouts(self, organ: str | None = None, *, limit: int | None = 100) -> list[Rollout]:
-        """Rollouts of one organ or of all, the newest first."""
+        """Rollouts of one organ or of all organs, the newest first."""
         with self.read() as transaction:
             return transaction.rollouts(organ=organ, limit=limit)
 
@@ -135,23 +136,23 @@ class RolloutStore:
         """One rollout.
 
         Raises:
-            UnknownRolloutError: there is none of this id.
+            UnknownRolloutError: there is no rollout with this id.
         """
         with self.read() as transaction:
             return transaction.rollout(rollout_id)
 
     def history(self, organ: str | None = None, *, after: int = 0, limit: int = 1000) -> list[Entry]:
-        """History entries in order, of one organ or of all, behind a sequence number."""
+        """History entries after a sequence number in order, of one organ or of all organs."""
         with self.read() as transaction:
             return history.entries(transaction.connection, organ=organ, after=after, limit=limit)
 
     def head(self) -> Head:
-        """The newest entry's number and hash: note them down elsewhere."""
+        """The newest entry's number and hash, to be stored elsewhere for a later verification."""
         with self.read() as transaction:
             return history.head_of(transaction.connection)
 
     def verify_history(self, noted: Head | None = None) -> Verification:
-        """Checks the whole history; see `router.rollouts.history.verify`."""
+        """Verifies the whole history with `router.rollouts.history.verify`."""
         with self.read() as transaction:
             return history.verify(transaction.connection, noted)
 
@@ -159,7 +160,7 @@ class RolloutStore:
         """Adds comparisons to a rollout's report; Routers send them in batches.
 
         Returns:
-            The report with them.
+            The updated report.
 
         Raises:
             UnknownRolloutError: there is no such rollout.

@@ -1,4 +1,4 @@
-"""Traffic splitting: which requests a candidate gets; sticky, uniform, and decided by every Router alike."""
+"""Traffic splitting: which requests a candidate gets. Sticky, uniform, and the same in every Router."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -14,12 +14,12 @@ from router.rollouts.records import Snapshot
 from router.rollouts.settings import Mode
 from router.rollouts.states import State
 
-# Ten canaries at one time; of more, the sets with most candidates are left out.
+# Enough for ten canaries at a time; with more, the sets with most candidates are omitted.
 MAX_GIVEN_SETS = 1024
 
 
 class CandidateTraffic(BaseModel):
-    """An organ's candidate, and the part of the requests that it gets."""
+    """An organ's candidate and its share of the requests."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -31,13 +31,13 @@ class CandidateTraffic(BaseModel):
 
 
 class TrafficPolicy(BaseModel):
-    """What Routers apply to new requests. Requests under way keep the set that they were given.
+    """The assignment of new requests to expert sets. Running requests keep their set.
 
     Attributes:
-        version: a later policy has a larger number; a Router never goes back.
-        stable: the set of requests that get no candidate.
-        candidates: at most one per organ.
-        identity: of the deployment; a Router takes up no other's. "" where it is not known.
+        version: increases with every policy; a Router never applies an older one.
+        stable: the expert set of requests without a candidate.
+        candidates: at most one for each organ.
+        identity: the deployment's identity; a Router applies no policy of another one. "" if it is unknown.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,9 +49,9 @@ class TrafficPolicy(BaseModel):
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> Self:
-        """The policy that a state of the database asks for.
+        """The policy for a state of the database.
 
-        A candidate that is evaluated before it has traffic is a shadow of no request: Routers then know its gates.
+        A candidate that is evaluated before it has traffic is a shadow with 0 %, so that Routers load its gate rows.
         """
         candidates = tuple(
             CandidateTraffic(
@@ -72,7 +72,7 @@ class TrafficPolicy(BaseModel):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Only strings, numbers, lists and dicts."""
+        """The policy as strings, numbers, lists and dicts."""
         return self.model_dump(mode="json")
 
     @classmethod
@@ -80,24 +80,24 @@ class TrafficPolicy(BaseModel):
         """The inverse of `to_dict`.
 
         Raises:
-            ValidationError: it is no policy.
+            ValidationError: it is not a policy.
         """
         return cls.model_validate(value)
 
     @property
     def organs(self) -> tuple[str, ...]:
-        """All organs that some request may use: the stable set's, then those that only a candidate has."""
+        """All organs that requests may use: the stable set's, then new organs of candidates."""
         new = [candidate.organ for candidate in self.candidates if candidate.organ not in self.stable.organs]
         return (*self.stable.organs, *new)
 
     @property
     def content_digest(self) -> str:
-        """SHA-256 over all but the number: the same for policies that say the same."""
+        """SHA-256 over all fields except the version: equal for equal assignments."""
         return digest_of(self.model_dump(mode="json", exclude={"version"}))
 
     @property
     def digests(self) -> frozenset[str]:
-        """All bundles that a new request may get: what a Router that applies this policy pins at least."""
+        """All bundles that new requests may get. A Router that applies this policy pins at least these."""
         stable = {member.bundle_digest for member in self.stable.members}
         return frozenset(stable | {candidate.digest for candidate in self.candidates})
 
@@ -107,8 +107,8 @@ class Assignment:
     """The experts of one request.
 
     Attributes:
-        expert_set: what answers.
-        shadow_set: what is computed beside it and is not answered, or none.
+        expert_set: the expert set that answers.
+        shadow_set: the expert set of the shadow, or None.
     """
 
     expert_set: ExpertSet
@@ -122,16 +122,16 @@ def assign(
     request_id: str,
     session_key: str = "",
 ) -> Assignment:
-    """The sets of one request.
+    """Assigns expert sets to one request.
 
-    The same key gets the same answer from every Router, for as long as the rollout and its percentage stay; a larger
-    percentage only adds requests. What a key gets of one organ or rollout says nothing about any other.
+    All Routers assign the same key to the same set while the rollout and its percentage stay; a larger percentage only
+    adds requests. Assignments of different organs and rollouts are independent.
 
     Args:
         policy: the policy that the Router applies now.
-        organs: the organs that the request uses; none where all are used, as with flat routing.
-        request_id: decides where there is no session.
-        session_key: when given, all requests with it get the same experts.
+        organs: the organs that the request uses; None for all organs, as with flat routing.
+        request_id: the key if there is no session key.
+        session_key: all requests with the same one get the same experts.
     """
     key = f"session\0{session_key}" if session_key else f"request\0{request_id}"
     wanted = None if organs is None else frozenset(organs)
@@ -147,7 +147,6 @@ def assign(
 
 def given_sets(policy: TrafficPolicy) -> Iterator[ExpertSet]:
     """The sets that requests may get under a policy: the stable one, then those with one canary, with two, and so on.
-
     At most `MAX_GIVEN_SETS`.
     """
     canaries = [candidate for candidate in policy.candidates if candidate.mode == "canary"]
@@ -156,7 +155,7 @@ def given_sets(policy: TrafficPolicy) -> Iterator[ExpertSet]:
 
 
 def with_candidates(expert_set: ExpertSet, candidates: Iterable[CandidateTraffic]) -> ExpertSet:
-    """A set with other bundles for some organs; an organ that it does not have comes last. The set itself stays."""
+    """A copy of a set with other bundles for some organs; new organs come last."""
     digests = {candidate.organ: candidate.digest for candidate in candidates}
     if not digests:
         return expert_set
@@ -171,5 +170,5 @@ def with_candidates(expert_set: ExpertSet, candidates: Iterable[CandidateTraffic
 def _is_chosen(candidate: CandidateTraffic, key: str) -> bool:
     text = f"{candidate.organ}\0{candidate.rollout_id}\0{key}"
     bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-    # In whole numbers: 100 % is all of them, without a rounding that leaves one out.
+    # In integers, so that 100 % is all requests without a rounding error.
     return bucket < round(candidate.percent * 2**64 / 100)

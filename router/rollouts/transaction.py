@@ -16,21 +16,21 @@ from router.rollouts.records import LiveOrgan, Rollout, Snapshot, live_organ_of_
 from router.rollouts.settings import RolloutPlan
 from router.rollouts.states import IN_FLIGHT, WITH_TRAFFIC, Action, State, next_state
 
-# The actor of what happened by itself.
+# The actor of automatic changes.
 CONTROLLER = "controller"
 MAX_REASON = 500
-# A request lasts minutes: what ended before so many other rollouts did is in no request's use.
+# A request lasts minutes. No request uses a version whose rollout ended this many rollouts ago.
 MAX_ENDED = 256
 
 
 class Transaction:
-    """Reads and writes one consistent state. Of a reading transaction only the reading methods are used."""
+    """Reads and writes one consistent state. Writing methods need a write transaction."""
 
     def __init__(self, connection: Connection, now: float) -> None:
-        """Joins an open transaction; `now` is the time of all that it writes, in seconds since 1970."""
+        """Joins an open transaction. `now` is the time of all its writes, in seconds since 1970."""
         self.connection = connection
         self.now = now
-        # Whether anything was written that others may want to see.
+        # Whether subscribers must be notified.
         self.changed = False
 
     def adopted(self) -> bool:
@@ -38,7 +38,7 @@ class Transaction:
         return self.connection.execute(select(schema.live_set.c.id)).first() is not None
 
     def snapshot(self) -> Snapshot:
-        """All that decisions are made from.
+        """A snapshot of the state for decisions.
 
         Raises:
             RolloutStateError: no live set was adopted.
@@ -51,7 +51,7 @@ class Transaction:
         rollouts = schema.rollouts.c
         ended = self.connection.execute(
             select(rollouts.organ, rollouts.digest)
-            # Those that failed may kill the replica that loads them, and hardly ever had a request.
+            # Failed versions may crash the replica that loads them, and hardly ever had a request.
             .where(rollouts.state.not_in([str(state) for state in (*IN_FLIGHT, State.FAILED)]))
             .order_by(rollouts.sequence.desc())
             .limit(MAX_ENDED)
@@ -89,7 +89,7 @@ class Transaction:
         """One rollout.
 
         Raises:
-            UnknownRolloutError: there is none of this id.
+            UnknownRolloutError: there is no rollout with this id.
         """
         row = self.connection.execute(select(schema.rollouts).where(schema.rollouts.c.id == rollout_id)).first()
         if row is None:
@@ -97,13 +97,13 @@ class Transaction:
         return Rollout.of_row(row)
 
     def applied(self, file_digest: str) -> Rollout | None:
-        """The rollout that a rollout file began, if it was applied before."""
+        """The rollout that a file began, if it was applied before."""
         query = select(schema.applied_files.c.rollout_id).where(schema.applied_files.c.file_digest == file_digest)
         rollout_id = self.connection.execute(query).scalar()
         return None if rollout_id is None else self.rollout(rollout_id)
 
     def adopt(self, expert_set: ExpertSet, actor: str) -> None:
-        """Makes a set the live one, in a database that has none."""
+        """Makes an expert set live in a database without one."""
         self.connection.execute(
             insert(schema.live_set).values(id=1, backbone_digest=expert_set.backbone_digest, routing=expert_set.routing)
         )
@@ -123,7 +123,7 @@ class Transaction:
         restores: bool = False,
         file_digest: str | None = None,
     ) -> Rollout:
-        """Begins a rollout of an organ that has none in flight."""
+        """Begins a rollout of an organ without one in flight."""
         live = self._live(organ)
         incumbent = live.stable_digest if live else None
         sequence = history.head_of(self.connection).count + 1
@@ -184,15 +184,15 @@ class Transaction:
         details: Mapping[str, Any] | None = None,
         **changes: Any,
     ) -> Rollout:
-        """Takes a rollout, as it stands in this transaction, one step along `TRANSITIONS`.
+        """Moves a rollout one step along `TRANSITIONS`.
 
         Args:
             rollout: the rollout.
-            action: what moves it.
-            actor: who asked.
-            reason: why.
-            percent: of the requests, for a state with traffic.
-            details: what else the history should say.
+            action: the action.
+            actor: the operator, or `CONTROLLER`.
+            reason: the reason for the history.
+            percent: the share of the requests, for a state with traffic.
+            details: further details for the history.
             changes: further columns to change.
 
         Raises:
@@ -235,8 +235,8 @@ class Transaction:
         max_previous: int,
         details: Mapping[str, Any] | None = None,
     ) -> Rollout:
-        """Makes a candidate the organ's stable version; the one before becomes superseded, or rolled back if the
-        candidate restores an earlier version. The history says `details` too.
+        """Makes a candidate the organ's stable version. The previous one becomes superseded, or rolled back if the
+        candidate restores an earlier version. `details` are for the history.
 
         Raises:
             RolloutStateError: the candidate is not warm.
@@ -248,7 +248,8 @@ class Transaction:
             actor=actor,
             reason=reason,
             details={"replaced": live.stable_digest if live else None, **(details or {})},
-            # What was brought back is not judged again: a fault that all versions share would go through all of them.
+            # A restored version is not judged again: a fault that all versions share would roll back one after the
+            # other.
             watching=not rollout.restores and bool(rollout.plan.watch_after_promotion_s),
         )
         if live is None:
@@ -270,7 +271,7 @@ class Transaction:
         return promoted
 
     def retire_organ(self, organ: str, *, actor: str, reason: str) -> None:
-        """Takes an organ, with nothing in flight, out of the live set."""
+        """Removes an organ without a rollout in flight from the live set."""
         self._note(Action.RETIRE_ORGAN, actor=actor, organ=organ, reason=reason)
         for rollout in self.rollouts(organ=organ, states=(State.STABLE, State.SUPERSEDED)):
             self.move(rollout, Action.RETIRE, actor=actor, reason="its organ was retired")
@@ -278,7 +279,7 @@ class Transaction:
         self._add_retired(organ, "")
 
     def retire_version(self, organ: str, digest: str, *, actor: str, reason: str) -> None:
-        """Bars a bundle, neither stable nor in flight, from being staged or rolled back to."""
+        """Bars a bundle, neither stable nor in flight, from staging and from rollbacks."""
         self._note(Action.RETIRE_VERSION, actor=actor, organ=organ, digest=digest, reason=reason)
         for rollout in self.rollouts(organ=organ, states=(State.SUPERSEDED,)):
             if rollout.digest == digest:
@@ -288,19 +289,19 @@ class Transaction:
             self._set_live(replace(live, previous=kept))
         self._add_retired(organ, digest)
 
-    def demand_gates(self, rollout: Rollout, plan: RolloutPlan, *, actor: str, reason: str) -> Rollout:
-        """Has a rollout follow another plan, whose gates are its own and further ones; begins at the plan's start."""
+    def require_gates(self, rollout: Rollout, plan: RolloutPlan, *, actor: str, reason: str) -> Rollout:
+        """Replaces a rollout's plan by one with further gates, and restarts it."""
         details = {"plan": plan.model_dump(mode="json", include={"gates", "steps", "promote"})}
         self._note_of(rollout, Action.GATE, actor=actor, reason=reason, details=details)
         self._update(rollout, plan=plan.model_dump_json(), automatic=True, next_step=0)
         return replace(rollout, plan=plan, automatic=True, next_step=0)
 
     def gate_standing(self, rollout: Rollout) -> GateStanding:
-        """How a rollout's gates stand."""
+        """The status of a rollout's gates."""
         return gate_standing(self.connection, rollout)
 
     def note_evaluation(self, rollout: Rollout, position: int, evidence: Evidence) -> Verdict:
-        """Records what a gate of a rollout found, in the history and in the version's record."""
+        """Records the result of a gate in the history and in the table of evaluations."""
         gate = rollout.plan.gates[position]
         verdict = decide(gate, evidence)
         details = {"gate": gate.model_dump(mode="json"), "passed": verdict.passed, **evidence.model_dump(mode="json")}
@@ -315,17 +316,17 @@ class Transaction:
         return verdict
 
     def end_watch(self, rollout: Rollout) -> None:
-        """Ends the time in which a stable version is judged; not in the history, for nothing changed."""
+        """Ends the time in which a stable version is judged. Not in the history, because nothing changed."""
         self._update(rollout, watching=False)
 
     def note_failing(self, rollout: Rollout, reason: str) -> None:
-        """Records that a stable version fails and stays, because there is none before it; ends its watch."""
+        """Records that a stable version fails and stays, because it has no predecessor; ends its watch."""
         reason = _one_line(f"it fails, and there is no version before it to go back to: {reason}")
         self._note_of(rollout, Action.FAILING, actor=CONTROLLER, reason=reason)
         self._update(rollout, watching=False, reason=reason)
 
     def count_verify_attempt(self, rollout: Rollout) -> None:
-        """Records that a verification begins; not in the history, for nothing changed yet."""
+        """Records that a verification begins. Not in the history, because nothing changed yet."""
         self._update(rollout, verify_attempts=rollout.verify_attempts + 1)
 
     def count_replica_loss(self, rollout: Rollout) -> None:
@@ -376,6 +377,6 @@ class Transaction:
 
 
 def _one_line(reason: str) -> str:
-    """A reason as it is kept: one printable line of bounded length."""
+    """A reason for the history: one printable line of bounded length."""
     printable = "".join(character if character.isprintable() else " " for character in reason)
     return " ".join(printable.split())[:MAX_REASON]

@@ -13,12 +13,12 @@ from echovlm_ray.serving.control import CONTROL_SERVICE
 from echovlm_ray.serving.control.catalogue import Catalogue
 from echovlm_ray.serving.control.operation_threads import operation_threads
 from echovlm_ray.serving.control.policies import PolicyPublisher
+from echovlm_ray.serving.control.policy_propagation import PolicyPropagation
 from echovlm_ray.serving.control.push import PushReceiver
 from echovlm_ray.serving.control.replay_check import ReplayCheck
 from echovlm_ray.serving.control.replays import Replays
 from echovlm_ray.serving.control.service import ExpertControlService
 from echovlm_ray.serving.control.state import StateReader, StateWatch
-from echovlm_ray.serving.control.take_up import TakeUp
 from echovlm_ray.serving.control.watchers import Watchers
 from echovlm_ray.serving.grpc.server import GrpcServer, ServerOptions
 from experts.bundles.layout import expected_tensors
@@ -192,7 +192,7 @@ def _serving(system: System, options: ServerOptions) -> Iterator[str]:
             pushes=PushReceiver(system.registry, system.directory / "incoming", max_bytes=10**7),
             reader=reader,
             watch=watch,
-            take_up=TakeUp(policies, Watchers(), dict, timeout_s=1.0),
+            propagation=PolicyPropagation(policies, Watchers(), dict, timeout_s=1.0),
             default_organ="breast",
             threads=threads,
             replays=replays,

@@ -20,10 +20,10 @@ from echovlm_ray.serving.control.feed import RolloutFeedService
 from echovlm_ray.serving.control.fleet import GrpcFleet
 from echovlm_ray.serving.control.operation_threads import operation_threads
 from echovlm_ray.serving.control.policies import PolicyPublisher
+from echovlm_ray.serving.control.policy_propagation import PolicyPropagation
 from echovlm_ray.serving.control.push import PushReceiver
 from echovlm_ray.serving.control.service import ExpertControlService
 from echovlm_ray.serving.control.state import StateReader, StateWatch
-from echovlm_ray.serving.control.take_up import TakeUp
 from echovlm_ray.serving.control.verifier import SubprocessVerifier
 from echovlm_ray.serving.control.watchers import WatcherKind, Watchers
 from echovlm_ray.serving.grpc.inner_server import inner_server
@@ -173,16 +173,18 @@ async def control_system(
         stack.callback(policies.stop)
         router.follows = lambda: policies.current
         feed = RolloutFeedService(policies, watchers, store, monitor, controller.wake)
-        take_up = TakeUp(policies, watchers, lambda: running, section.take_up_timeout_s)
+        propagation = PolicyPropagation(policies, watchers, lambda: running, section.take_up_timeout_s)
         status_timeout_s = section.status_timeout_s
-        reader = StateReader(store, fleet, catalogue.version, status_timeout_s, controller, take_up.missing)
+        reader = StateReader(store, fleet, catalogue.version, status_timeout_s, controller, propagation.missing)
         watch = StateWatch(reader, store)
         stack.callback(watch.stop)
         pushes = PushReceiver(registry, files.incoming, section.max_push_bytes)
         operations = RolloutOperations(store, fleet, section) if replaceable else None
         threads = operation_threads()
         stack.callback(threads.shutdown)
-        service = ExpertControlService(store, operations, catalogue, pushes, reader, watch, take_up, "breast", threads)
+        service = ExpertControlService(
+            store, operations, catalogue, pushes, reader, watch, propagation, "breast", threads
+        )
         server = GrpcServer(ServerOptions())
         server.add(control_pb2_grpc.add_ExpertControlServicer_to_server, service, CONTROL_SERVICE)
         await server.start()

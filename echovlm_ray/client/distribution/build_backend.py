@@ -1,7 +1,7 @@
-"""Builds echovlm-ray-client: the client and its contracts, as one package with a name of its own.
+"""Builds echovlm-ray-client: the client and its contracts as a single package.
 
-A build backend after PEP 517 around setuptools. It copies the sources, which stay what they are in the repository, and
-changes what they import. The sources' distribution (sdist) has the copy, and is built with setuptools alone.
+A PEP 517 build backend around setuptools. It copies the sources and rewrites their imports; the repository is not
+changed. The source distribution (sdist) contains the copy, and is built with setuptools only.
 """
 
 import contextlib
@@ -17,18 +17,18 @@ from setuptools import build_meta
 FOLDER = Path(__file__).resolve().parent
 CLIENT = FOLDER.parent
 ROOT = CLIENT.parent.parent
-# What client and server have in common.
+# Modules that client and server share.
 TASKS = CLIENT.parent / "tasks.py"
-# What callers and operators need; the others are between the parts of the server.
+# The contracts for callers and operators; the others are internal to the server.
 CONTRACTS = ("control", "echovlm", "router", "tensor", "vision")
-# In the order in which they are applied.
+# In the order of application.
 IMPORTS = (
     (r"\bechovlm_ray\.client\b", "echovlm_ray_client"),
     (r"\bechovlm_ray\.tasks\b", "echovlm_ray_client.tasks"),
     (r"\bfrom protos import\b", "from echovlm_ray_client.protos import"),
 )
-# protobuf's default pool holds one file of a name and one message of a name. A service may have a `protos/tensor.proto`
-# of its own, or the server's package in another version; in a pool of its own this package clashes with neither.
+# protobuf's default pool has one file and one message of each name. A service may have its own `protos/tensor.proto`,
+# or the server's package in another version. In a separate pool this package conflicts with neither.
 POOL = ("_descriptor_pool.Default()", "_own_pool.POOL")
 POOL_IMPORT = "from google.protobuf import descriptor_pool as _descriptor_pool\n"
 POOL_MODULE = '''\
@@ -53,10 +53,10 @@ def build_sdist(sdist_directory: str, config_settings: object = None) -> str:
 
 
 def stage(target: Path) -> None:
-    """Writes the sources of `echovlm_ray_client`, and what setuptools needs to know, below a folder.
+    """Writes the sources of `echovlm_ray_client` and the setuptools configuration to a folder.
 
     Raises:
-        ValueError: protobuf's compiler generates other code than what this module can change.
+        ValueError: protobuf's compiler generates code that this module cannot rewrite.
     """
     package = target / "echovlm_ray_client"
     contracts = package / "protos"
@@ -93,7 +93,7 @@ def _renamed(text: str) -> str:
 
 @contextlib.contextmanager
 def _staged() -> Iterator[None]:
-    """The sources in a temporary folder, which is the working directory meanwhile, as setuptools needs."""
+    """Stages the sources in a temporary folder and makes it the working directory, as setuptools needs."""
     here = os.getcwd()
     with tempfile.TemporaryDirectory() as folder:
         stage(Path(folder))

@@ -10,7 +10,7 @@ from functools import partial
 from echovlm_ray.serving.cluster.policy_follower import PolicyFollower
 from echovlm_ray.serving.core.description import ModelDescription, OrganDescription
 from experts.bundles.manifest import Manifest
-from experts.errors import InvalidBundleError, RegistryAwayError, UnknownBundleError
+from experts.errors import InvalidBundleError, RegistryUnavailableError, UnknownBundleError
 from experts.transport.inner_channel import PLAIN_CHANNELS, InnerChannels
 from protos import control_pb2
 
@@ -81,7 +81,7 @@ def describe_organ(organ: str, digest: str, manifest: Callable[[str], Manifest],
     """
     try:
         found = manifest(digest)
-    except (UnknownBundleError, RegistryAwayError, InvalidBundleError) as error:
+    except (UnknownBundleError, RegistryUnavailableError, InvalidBundleError) as error:
         logger.warning("the bundle of %s cannot be described: %s", organ, error)
         return OrganDescription(organ, version, digest, 0)
     return OrganDescription(organ, found.version, digest, found.num_experts)

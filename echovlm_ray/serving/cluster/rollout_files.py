@@ -1,10 +1,10 @@
 """The files of the rollouts' state: the database, and those beside it.
 
 rollouts.db                    the database, unless it is PostgreSQL
-rollouts.db.policy.json        the policy last sent to the Routers, for replicas that start while Control is away
-rollouts.db.incoming/          bundles that are being pushed
-rollouts.db.bundles/           copies of the bundles in use, unless experts.registry.kept_bundles names another folder
-rollouts.db.lock               held by the one Control that uses the database, and gone when it has ended in order
+rollouts.db.policy.json        the last policy, for replicas that start while Control is unavailable
+rollouts.db.incoming/          bundles that are being pushed rollouts.db.bundles/           copies of the bundles in
+use, unless experts.kept_bundles sets another folder rollouts.db.lock               held by the one Control
+that uses the database, and gone when it has ended in order
 """
 
 import hashlib
@@ -29,11 +29,11 @@ LOCK_POLL_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class RolloutFiles:
-    """Where everything lies.
+    """The paths of the files.
 
     Attributes:
         database: the database's URL.
-        base: what the names of the other files begin with; the database itself where it is a file.
+        base: the prefix of the other files' names; the path of the database if it is a file.
     """
 
     database: str
@@ -41,8 +41,9 @@ class RolloutFiles:
 
     @classmethod
     def of(cls, section: RolloutsSection, checkpoint: Path) -> Self:
-        """What the configuration says, and where it says nothing, the checkpoint's folder, or the user's state folder
-        when that cannot be written to."""
+        """The configured files; by default in the checkpoint's folder, or in the user's state folder if that is not
+        writable.
+        """
         folder = default_folder(checkpoint)
         if section.database is None:
             path = folder / DATABASE_NAME
@@ -50,7 +51,7 @@ class RolloutFiles:
         if section.database.startswith(SQLITE):
             path = Path(section.database.removeprefix(SQLITE)).expanduser().absolute()
             return cls(f"{SQLITE}{path}", path)
-        # Two databases must not share these files; a password in the URL may change.
+        # Separate for each database. Without the password, which may change.
         parts = urlsplit(section.database)
         named = f"{parts.hostname}:{parts.port}{parts.path}?{parts.query}"
         return cls(section.database, folder / f"postgresql-{hashlib.sha256(named.encode()).hexdigest()[:12]}")
@@ -72,17 +73,17 @@ class RolloutFiles:
 
     @property
     def lock(self) -> Path:
-        """The file that the database's Control holds."""
+        """The lock file of the database's Control."""
         return self.base.with_name(f"{self.base.name}.lock")
 
     @property
     def left_behind(self) -> tuple[Path, ...]:
-        """What says that there was a database, apart from the database itself: the policy and a write-ahead log."""
+        """The files that show that a database existed: the policy and a write-ahead log."""
         logs = [self.base.with_name(f"{self.base.name}{suffix}") for suffix in ("-wal", "-shm")]
         return tuple(path for path in (self.policy, *logs) if path.exists())
 
     def set_aside(self) -> tuple[Path, ...]:
-        """Renames what a missing database left behind, so that it counts no more; returns the new names."""
+        """Renames the files that a missing database left behind, and returns the new names."""
         return tuple(_aside(path) for path in self.left_behind)
 
     def set_aside_policy(self) -> Path:
@@ -101,12 +102,12 @@ class RolloutFiles:
 
 
 def default_folder(checkpoint: Path) -> Path:
-    """Where the state lies when nothing is configured."""
+    """The default folder of the state."""
     folder = checkpoint / FOLDER
     if os.access(folder if folder.exists() else checkpoint, os.W_OK):
         return folder
     state = user_folder("XDG_STATE_HOME", ".local/state")
-    # Checkpoints of the same name in different places are different ones.
+    # Checkpoints with the same name in different folders differ.
     place = hashlib.sha256(str(checkpoint.absolute()).encode()).hexdigest()[:12]
     return state / "echovlm-ray" / f"{checkpoint.name}-{place}"
 
@@ -116,22 +117,21 @@ def _aside(path: Path) -> Path:
 
 
 class DatabaseLock:
-    """Held by the one Control that uses a database, and free again when its process ends, however it ends.
+    """The lock of the Control that uses a database. It is released when the process ends in any way.
 
-    It tells the Controls of one machine from each other, and of those that share the folder where its file system
-    knows locks.
+    It excludes Controls on the same machine, and on machines that share the folder if its file system supports locks.
     """
 
     def __init__(self, path: Path) -> None:
-        """Takes the lock's file; it is made when the lock is taken."""
+        """`path` is created when the lock is taken."""
         self._path = path
         self._descriptor: int | None = None
 
     def take(self, timeout_s: float) -> None:
-        """Waits until no other process holds it.
+        """Waits for the lock and takes it.
 
         Raises:
-            RolloutDatabaseError: another process still does after `timeout_s` seconds, or the file cannot be made.
+            RolloutDatabaseError: another process still holds it after `timeout_s` seconds, or creating the file failed.
         """
         deadline = time.monotonic() + timeout_s
         while self._descriptor is None:

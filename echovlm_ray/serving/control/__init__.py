@@ -1,4 +1,4 @@
-"""Control: which expert versions are live, how they are replaced, and what runs where. Never on a request's path."""
+"""Control, the control plane: live expert versions, rollouts, and the system's status. Not on the path of requests."""
 
 from protos import control_pb2, status_pb2
 

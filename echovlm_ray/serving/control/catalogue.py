@@ -1,30 +1,31 @@
-"""The bundles of a registry by digest; the registry itself finds them by organ and version."""
+"""The bundles of a registry by digest. The registry finds them by organ and version."""
 
 import logging
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
 
+from experts.kept_bundles import KeptBundles
+
 from experts.bundles.manifest import Manifest
 from experts.errors import RegistryError, UnknownBundleError
-from experts.registry.kept_bundles import KeptBundles
 from experts.registry.registry import Registry, reading_registry
 
 logger = logging.getLogger(__name__)
 
 
 class Catalogue:
-    """The manifests of a registry. Bundles never change, so what was read once is kept. Safe from several threads."""
+    """A cache of a registry's manifests, which are immutable. Thread-safe."""
 
     def __init__(self, registry: Registry, kept: KeptBundles | None = None) -> None:
-        """Takes the registry, and the copies that know a bundle while it is away, if there are any; reads nothing."""
+        """Takes the registry, and the local copies for times when it is unavailable. Reads nothing yet."""
         self._registry = registry
         self._kept = kept
         self._lock = threading.Lock()
         self._manifests: dict[str, Manifest] = {}
 
     def known(self, digests: Iterable[str]) -> list[Manifest]:
-        """The manifests of those bundles that something still knows, without an error for the others."""
+        """The manifests of the known bundles, without errors for unknown ones."""
         found = []
         for digest in digests:
             with suppress(UnknownBundleError, RegistryError):
@@ -32,12 +33,12 @@ class Catalogue:
         return found
 
     def list(self, organ: str | None = None) -> list[Manifest]:
-        """All bundles, or an organ's, by organ and then from the oldest version to the newest; read again.
+        """All bundles, or an organ's, sorted by organ and version. Reads the registry again.
 
-        One damaged manifest must take neither the others nor Control itself out of service.
+        A damaged manifest must not affect the other bundles or Control.
 
         Raises:
-            RegistryAwayError: the registry cannot be read.
+            RegistryUnavailableError: the registry is unavailable.
         """
         with reading_registry(self._registry.root):
             manifests = self._registry.list(organ, damaged=lambda error: logger.warning("passed over: %s", error))
@@ -51,8 +52,8 @@ class Catalogue:
         """The manifest of a bundle.
 
         Raises:
-            UnknownBundleError: neither the registry nor a copy has it.
-            RegistryAwayError: no copy has it, and the registry cannot be read.
+            UnknownBundleError: neither the registry nor a local copy has it.
+            RegistryUnavailableError: there is no local copy, and the registry is unavailable.
         """
         with self._lock:
             known = self._manifests.get(digest)
@@ -64,19 +65,19 @@ class Catalogue:
         return known
 
     def version(self, digest: str) -> str:
-        """The version of a bundle, whose manifest is kept from then on; "" where nothing knows it any more."""
+        """The version of a bundle, whose manifest is cached; "" if it is unknown."""
         try:
             return self.manifest(digest).version
         except (UnknownBundleError, RegistryError):
-            # A name for people; what needs the registry says that it is away.
+            # Only for display; operations that need the registry report that it is unavailable.
             return ""
 
     def digest_of(self, organ: str, version: str) -> str:
         """The digest of an organ's version.
 
         Raises:
-            UnknownBundleError: there is none; the text names the versions that there are.
-            RegistryAwayError: the registry cannot be read.
+            UnknownBundleError: there is none; the text lists the existing versions.
+            RegistryUnavailableError: the registry is unavailable.
         """
         with reading_registry(self._registry.root):
             try:

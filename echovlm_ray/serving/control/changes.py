@@ -6,21 +6,21 @@ from contextlib import contextmanager
 
 
 class Changes:
-    """Wakes all listeners. Made on their event loop."""
+    """Wakes all listeners. Create it on their event loop."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._listeners: set[asyncio.Event] = set()
 
     def announce(self) -> None:
-        """Something changed; from any thread, at any time."""
-        # A closed loop means that there is no listener left.
+        """Announces a change. Thread-safe."""
+        # A closed loop has no listeners.
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._wake)
 
     @contextmanager
     def listener(self) -> Iterator[asyncio.Event]:
-        """An event that is set by every change; its waiter clears it."""
+        """An event that every change sets; the waiter must clear it."""
         event = asyncio.Event()
         self._listeners.add(event)
         try:

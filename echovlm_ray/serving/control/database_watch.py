@@ -13,14 +13,14 @@ PERIOD_S = 1.0
 
 
 class DatabaseWatch:
-    """Looks about every second. Belongs to one event loop.
+    """Checks the database about every second. For one event loop.
 
-    While the database is lost Control refuses commands and says NOT_SERVING. Once a sound database of the same identity
-    is in its place, such as a backup that was restored, Control must be restarted to open it.
+    While the database is lost, Control refuses commands and its health is NOT_SERVING. When a valid database with the
+    same identity replaces it, such as a restored backup, Control must be restarted to open it.
     """
 
     def __init__(self, database: Database, publish: Callable[[bool], Awaitable[None]]) -> None:
-        """Takes the database, and what is called with whether it is there whenever that changes."""
+        """`on_change` is called with whether the database is available whenever that changes."""
         self._database = database
         self._publish = publish
         self._problem = ""
@@ -29,16 +29,16 @@ class DatabaseWatch:
 
     @property
     def problem(self) -> str:
-        """What is wrong, in words; "" if nothing is."""
+        """The problem as text; "" if there is none."""
         return self._problem
 
     @property
     def must_restart(self) -> bool:
-        """Whether there is a database again that only a new Control can open."""
+        """Whether there is a new database that only a restarted Control can open."""
         return self._must_restart
 
     async def start(self) -> None:
-        """Begins to look."""
+        """Starts checking."""
         self._task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
@@ -52,7 +52,7 @@ class DatabaseWatch:
             try:
                 await self._look()
             except Exception as error:
-                # Locked, or a disk that does not answer: what asks for it says so.
+                # Locked, or the disk does not answer; operations report that.
                 logger.warning("the rollouts' database cannot be looked at now: %s", type(error).__name__)
 
     async def _look(self) -> None:

@@ -1,4 +1,4 @@
-"""The service that Routers and gateways call: policies go out, observations come in."""
+"""The service for Routers and gateways: sends policies and receives observations."""
 
 import asyncio
 import logging
@@ -37,12 +37,12 @@ class RolloutFeedService(control_pb2_grpc.RolloutFeedServicer):
     ) -> None:
         """
         Args:
-            policies: what is sent to them.
-            watchers: keeps which of them are connected.
-            store: keeps what shadows said.
-            monitor: judges versions by what Routers saw of them.
-            wake: called after every report, because it may end a candidate.
-            replayed: id → the expert set, while it is held for a replay.
+            policies: the source of policies.
+            watchers: records which of them are connected.
+            store: stores the comparisons of shadows.
+            monitor: collects the Routers' observations.
+            wake: called after every report, because it may fail a candidate.
+            replayed: id → the expert set of a running replay.
         """
         self._policies = policies
         self._store = store
@@ -54,7 +54,7 @@ class RolloutFeedService(control_pb2_grpc.RolloutFeedServicer):
     async def WatchPolicy(
         self, request: control_pb2.WatchPolicyRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[control_pb2.TrafficPolicy]:
-        """The policy now, and again whenever it changes. Routers and gateways give their name; others just ask."""
+        """Streams the policy now and after every change. Routers and gateways send their name; others need none."""
         await asyncio.to_thread(self._policies.outrun, request.identity, request.policy_version, request.policy_digest)
         kind: WatcherKind = "router" if request.router else "gateway"
         with self._watchers.watching(kind, request.router or request.gateway):
@@ -64,14 +64,14 @@ class RolloutFeedService(control_pb2_grpc.RolloutFeedServicer):
     async def TakenUp(
         self, request: control_pb2.TakenUpRequest, context: grpc.aio.ServicerContext
     ) -> control_pb2.TakenUpResponse:
-        """Records the policy in force in a watcher; see `Watchers.take_up`."""
-        self._watchers.take_up(request.watcher, request.policy_version)
+        """Records the policy that a watcher applies; see `Watchers.acknowledge`."""
+        self._watchers.acknowledge(request.watcher, request.policy_version)
         return control_pb2.TakenUpResponse()
 
     async def Report(
         self, request: control_pb2.ReportRequest, context: grpc.aio.ServicerContext
     ) -> control_pb2.ReportResponse:
-        """Records what a Router observed."""
+        """Records a Router's observations."""
         if len(request.observations) + len(request.shadows) > MAX_OBSERVATIONS:
             raise InvalidRequestError("observations", f"has more than {MAX_OBSERVATIONS} entries, shadows included")
         for observation in request.observations:
@@ -84,7 +84,7 @@ class RolloutFeedService(control_pb2_grpc.RolloutFeedServicer):
     async def Replayed(
         self, request: control_pb2.ReplayedRequest, context: grpc.aio.ServicerContext
     ) -> control_pb2.ReplayedResponse:
-        """What a set consists of that a request named and that is not in the policy, while it is held."""
+        """Returns an expert set of a running replay, which is not in the policy."""
         expert_set = self._replayed(request.expert_set_id)
         if expert_set is None:
             raise UnknownExpertSetError(request.expert_set_id)
@@ -105,7 +105,7 @@ class RolloutFeedService(control_pb2_grpc.RolloutFeedServicer):
             try:
                 self._store.record_shadow(rollout_id, of_rollout)
             except UnknownRolloutError as error:
-                # Of another database: the Router would send it again forever.
+                # A rollout of another database. Without an error the Router would not stop sending it.
                 logger.warning("what a shadow said is thrown away: %s", error)
 
 

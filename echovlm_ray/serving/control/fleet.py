@@ -14,12 +14,12 @@ from router.rollouts.fleet import ReplicaLostError, ReplicaResidents
 
 STATUS_TIMEOUT_S = 5.0
 PINS_TIMEOUT_S = 5.0
-# For the exchanges under way to end, and the memory to be freed.
+# The timeout for running calls to end and memory to be freed.
 UNLOAD_TIMEOUT_S = 120.0
 
 
 class GrpcFleet:
-    """A `router.rollouts.fleet.Fleet` of running replicas. Safe from several threads; every method may block."""
+    """A `router.rollouts.fleet.Fleet` of running replicas. Thread-safe; every method may block."""
 
     def __init__(
         self,
@@ -32,13 +32,12 @@ class GrpcFleet:
     ) -> None:
         """
         Args:
-            experts: organ → the replicas of its group now.
-            routers: the Routers' replicas now.
-            watching: the Routers that are connected to Control; one that has just started is here before it is
-                among `routers`.
+            experts: organ → the current replicas of its group.
+            routers: the current Routers' replicas.
+            watching: the Routers that are connected to Control. A new one is here before it is in `routers`.
             manifest: digest → manifest; raises `UnknownBundleError`.
-            element_bytes: of the weights as replicas keep them: in the backbone's dtype, whatever the bundle has.
-            channels: connects to them.
+            element_bytes: the size of a weight in the backbone's dtype, to which replicas convert.
+            channels: opens channels to the replicas.
         """
         self._experts = experts
         self._routers = routers
@@ -48,14 +47,14 @@ class GrpcFleet:
         self._pool: ReplicaPool[grpc.Channel] = ReplicaPool(channels.blocking)
 
     def replicas(self, organ: str) -> Sequence[str]:
-        """See `Fleet`: the ids that Serve gave the replicas, which it gives to no other."""
+        """See `Fleet`: Serve's replica ids, which are never reused."""
         return [found.replica for found in self._experts(organ)]
 
     def resident(self, replica: str, organ: str) -> ReplicaResidents:
         """See `Fleet`.
 
         Raises:
-            ReplicaLostError: it is gone or does not answer.
+            ReplicaLostError: it does not exist or does not answer.
         """
         stub = expert_pb2_grpc.ExpertGroupStub(self._channel_of(replica, organ))
         try:
@@ -101,8 +100,8 @@ class GrpcFleet:
         """See `Fleet`.
 
         Raises:
-            ReplicaLostError: no Router is known, one does not answer, one has no policy yet, or one is connected that
-                cannot be asked yet.
+            ReplicaLostError: no Router is known, or a Router does not answer, has no policy yet, or is connected but
+                not reachable yet.
         """
         routers = self._routers()
         if not routers:
@@ -123,10 +122,10 @@ class GrpcFleet:
         return digests
 
     def policies(self, timeout_s: float = 1.0) -> dict[str, int]:
-        """The number of the policy that each Router applies, by replica; those that do not answer in time are left out.
+        """Replica → version of the policy that each Router applies, without Routers that do not answer in time.
 
         Args:
-            timeout_s: for all of them together.
+            timeout_s: the timeout for all of them together.
         """
         routers = self._routers()
         try:
@@ -143,7 +142,7 @@ class GrpcFleet:
         return versions
 
     def close(self) -> None:
-        """Closes all channels; calls under way end."""
+        """Closes all channels; running calls end."""
         self.keep_only(())
 
     def keep_only(self, addresses: Collection[str]) -> None:
@@ -158,7 +157,7 @@ class GrpcFleet:
         raise ReplicaLostError("it does not run any more")
 
 
-# What replicas answer, in the types that the controller tells apart.
+# Status codes of replicas → exceptions that the controller distinguishes.
 _ERRORS: Mapping[grpc.StatusCode, Callable[[str], Exception]] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: ExpertCapacityError,
     grpc.StatusCode.FAILED_PRECONDITION: InvalidBundleError,
@@ -169,10 +168,10 @@ _LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode
 
 def _converted(error: grpc.RpcError | ValueError) -> Exception:
     if isinstance(error, ValueError):
-        # So gRPC refuses calls on a channel that was closed because its replica is gone.
+        # gRPC raises this for calls on a channel that was closed because its replica is gone.
         return ReplicaLostError("it does not run any more")
     code = error.code()
     if code in _LOST:
-        # gRPC's own texts name addresses.
+        # gRPC's texts contain addresses.
         return ReplicaLostError(f"it does not answer ({code.name})")
     return _ERRORS.get(code, RuntimeError)(str(error.details()))

@@ -10,15 +10,15 @@ from router.rollouts.evaluations import Evaluation, GateStanding
 from router.rollouts.gates import Gate
 
 _GATES: TypeAdapter[tuple[Gate, ...]] = TypeAdapter(tuple[Gate, ...])
-# Position → questions answered, and how many there are.
+# Position → (answered, all) questions.
 Progress = Callable[[int], tuple[int, int]]
 
 
 def gates_of(gates_json: str) -> tuple[Gate, ...]:
-    """The gates that an operator demands; none if the field is not set.
+    """Parses an operator's gates; empty if the field is not set.
 
     Raises:
-        InvalidRequestError: they are no gates; names the field.
+        InvalidRequestError: they are invalid; the text names the field.
     """
     if not gates_json:
         return ()
@@ -38,7 +38,7 @@ def gates_to_proto(
 
 
 def evaluation_to_proto(evaluation: Evaluation, version_of: Callable[[str], str]) -> control_pb2.Evaluation:
-    """The message of what a gate found."""
+    """The message of a gate's result."""
     evidence, gate = evaluation.evidence, evaluation.gate
     message = control_pb2.Evaluation(
         rollout_id=evaluation.rollout_id,

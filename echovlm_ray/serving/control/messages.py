@@ -8,11 +8,11 @@ from experts.bundles.digest import canonical_json
 from experts.bundles.manifest import Manifest
 from protos import control_pb2
 from router.gating.expert_set import ExpertSet
-from router.rollouts.answering import OrganProblem
-from router.rollouts.expectation import Expectation
 from router.rollouts.fleet_view import OrganView, ReplicaView
 from router.rollouts.history import Entry
+from router.rollouts.organ_problem import OrganProblem
 from router.rollouts.outcome import Outcome
+from router.rollouts.precondition import Precondition
 from router.rollouts.records import Rollout
 from router.rollouts.shadow import ShadowReport
 from router.rollouts.traffic import TrafficPolicy
@@ -35,7 +35,7 @@ def expert_set_to_proto(expert_set: ExpertSet) -> control_pb2.ExpertSet:
 
 
 def policy_to_proto(policy: TrafficPolicy, version_of: VersionOf) -> control_pb2.TrafficPolicy:
-    """The message of a policy; versions that are not known are left out."""
+    """The message of a policy, without unknown versions."""
     versions = {digest: version_of(digest) for digest in policy.digests}
     return control_pb2.TrafficPolicy(
         version=policy.version,
@@ -67,7 +67,7 @@ def rollout_to_proto(
     waits_for: str = "",
     gates: Sequence[control_pb2.Gate] = (),
 ) -> control_pb2.Rollout:
-    """The message of a rollout, with its shadow's report if there is one, what it waits for, and its gates."""
+    """The message of a rollout with its shadow report, its conditions and its gates."""
     message = control_pb2.Rollout(
         id=rollout.id,
         organ=rollout.organ,
@@ -97,9 +97,9 @@ def rollout_to_proto(
     return message
 
 
-def expected_of(message: control_pb2.Expected) -> Expectation:
-    """What a caller saw, as the operations compare it."""
-    return Expectation(
+def expected_of(message: control_pb2.Expected) -> Precondition:
+    """The precondition in a message."""
+    return Precondition(
         rollout_id=message.rollout_id,
         state=message.state,
         percent=message.percent if message.HasField("percent") else None,
@@ -109,11 +109,11 @@ def expected_of(message: control_pb2.Expected) -> Expectation:
 
 
 def residents_to_proto(view: OrganView, is_spare: Callable[[str, str], bool]) -> list[control_pb2.ReplicaResidents]:
-    """The messages of an organ's replicas; one that does not answer holds nothing.
+    """The messages of an organ's replicas; one that does not answer has no bundles.
 
     Args:
         view: the replicas.
-        is_spare: organ and digest → whether that version only stays to go back to.
+        is_spare: organ and digest → whether that version is only loaded for a rollback.
     """
     return [
         control_pb2.ReplicaResidents(
@@ -139,7 +139,7 @@ def problem_to_proto(problem: OrganProblem, version_of: VersionOf) -> control_pb
 
 
 def outcome_to_proto(outcome: Outcome, version_of: VersionOf, *, dry_run: bool) -> control_pb2.OperationResponse:
-    """The answer to an operator."""
+    """The response to an operator."""
     return control_pb2.OperationResponse(
         changed=outcome.changed and not dry_run,
         steps=outcome.steps,
@@ -182,7 +182,7 @@ def _shares(replica: ReplicaView, is_spare: Callable[[str], bool]) -> list[contr
         for digest, size in replica.residents.bytes_by_digest.items()
     ]
     loading = [
-        # A load that is as good as done is none that is done.
+        # Progress 1 means done, so a running load stays below.
         control_pb2.ResidentShare(digest=digest, progress=min(progress, 0.999))
         for digest, progress in replica.residents.loading.items()
         if digest not in replica.residents.bytes_by_digest

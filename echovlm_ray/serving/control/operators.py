@@ -19,7 +19,7 @@ from router.rollouts.operations import RolloutOperations
 
 @dataclass(frozen=True, slots=True)
 class OperatorService:
-    """`echovlm.v1.ExpertControl`, and what ends it: called first to last after the servers have stopped."""
+    """`echovlm.v1.ExpertControl`, and its shutdown callbacks, called in order after the servers have stopped."""
 
     service: ExpertControlService
     closing: Sequence[Callable[[], object]]
@@ -28,13 +28,13 @@ class OperatorService:
 async def operator_service(
     settings: ControlSettings, parts: ControlParts, threads: Executor, notices: Callable[[], Sequence[str]]
 ) -> OperatorService:
-    """Builds the service on the event loop that serves it, and deletes what unfinished pushes left behind.
+    """Builds the service on the event loop that serves it, and deletes the files of unfinished pushes.
 
     Args:
-        settings: of this Control.
-        parts: what it works with.
-        threads: where operations are made.
-        notices: what an operator should know beside the state; may block.
+        settings: the settings of this Control.
+        parts: the parts of this Control.
+        threads: the threads for operations.
+        notices: returns notes for operators; may block.
     """
     remote = settings.experts_placement == "remote"
     store, version_of = parts.store, parts.catalogue.version
@@ -44,7 +44,7 @@ async def operator_service(
         version_of,
         settings.rollouts.status_timeout_s,
         parts.controller,
-        parts.take_up.missing,
+        parts.propagation.missing,
     )
     watch, metrics = StateWatch(reader, store), RolloutMetrics(store, version_of)
     operations = None
@@ -61,7 +61,7 @@ async def operator_service(
         pushes,
         reader,
         watch,
-        parts.take_up,
+        parts.propagation,
         settings.model.default_organ,
         threads,
         notices,

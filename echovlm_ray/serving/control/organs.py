@@ -14,7 +14,7 @@ PERIOD_S = 2.0
 
 
 class OrganApplications:
-    """Follows the database on a thread: each pass starts what is missing and ends what is not needed any more.
+    """A reconcile loop on a thread: each pass deploys missing applications and removes those that are not needed.
 
     Applications of organs that are live and not in flight are started with the system.
     """
@@ -31,11 +31,11 @@ class OrganApplications:
         """
         Args:
             store: the state.
-            views: organ → what its replicas held when the controller last looked.
-            deployed: the organs whose applications Serve knows.
-            deploy: starts an organ's application.
-            remove: ends it.
-            watch: has the replicas of an organ's application found from now on.
+            views: organ → the last observed state of its replicas.
+            deployed: the organs with applications in Serve.
+            deploy: deploys an organ's application.
+            remove: removes an organ's application.
+            watch: starts following the replicas of an organ's application.
         """
         self._store = store
         self._views = views
@@ -52,7 +52,7 @@ class OrganApplications:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends after the pass under way."""
+        """Ends after the current pass."""
         self._unsubscribe()
         self._stopping.set()
         self._wake.set()
@@ -60,16 +60,16 @@ class OrganApplications:
             self._thread.join()
 
     def pass_once(self) -> bool:
-        """One pass.
+        """Runs one pass.
 
         Returns:
-            Whether all is as it should be.
+            Whether the applications are in the desired state.
         """
         snapshot = self._store.snapshot()
         for organ in snapshot.known_organs:
             self._watch(organ)
-        # Asking Serve takes tens of milliseconds of a core. A live organ that has replicas needs no question; those of
-        # one that is not live may be leaving.
+        # Querying Serve takes tens of milliseconds of CPU time. Live organs with replicas need no query; replicas of an
+        # organ that is not live may be shutting down.
         missing = {
             rollout.organ
             for rollout in snapshot.in_flight
@@ -83,7 +83,7 @@ class OrganApplications:
         leaving = ended & deployed
         for organ in sorted(leaving):
             view = self._views().get(organ)
-            # Looked at after it was retired, or its emptiness says nothing.
+            # The observation must be later than the retirement to show that the replicas are empty.
             if view is not None and view.empty:
                 logger.info("ending the expert group of %s", organ)
                 self._remove(organ)

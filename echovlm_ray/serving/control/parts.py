@@ -24,7 +24,7 @@ from echovlm_ray.serving.control.catalogue import Catalogue
 from echovlm_ray.serving.control.feed import RolloutFeedService
 from echovlm_ray.serving.control.fleet import GrpcFleet
 from echovlm_ray.serving.control.policies import PolicyPublisher
-from echovlm_ray.serving.control.take_up import TakeUp
+from echovlm_ray.serving.control.policy_propagation import PolicyPropagation
 from echovlm_ray.serving.control.verifier import SubprocessVerifier
 from echovlm_ray.serving.control.watchers import WatcherKind, Watchers
 from echovlm_ray.serving.gates.evaluator import GateEvaluator
@@ -39,30 +39,30 @@ from router.rollouts.store import RolloutStore
 
 logger = logging.getLogger(__name__)
 
-# What a Control before this one may take to end, beyond the grace time of its calls.
+# How long an earlier Control may take to end, in addition to the grace time of its calls.
 LOCK_EXTRA_S = 10.0
 STARTER = "start"
 
 
 @dataclass(frozen=True, slots=True)
 class ControlParts:
-    """What the services of Control work with.
+    """The parts of Control.
 
     Attributes:
         store: the rollouts' database.
-        files: where the database, the last policy and incoming bundles lie.
+        files: the paths of the database, the last policy and incoming bundles.
         endpoints: the replicas of the other applications.
-        registry: where bundles are.
+        registry: the registry of bundles.
         catalogue: the bundles by organ and version.
-        channels: connects to other parts.
+        channels: opens channels to other parts.
         fleet: the expert replicas and Routers.
         verifier: checks bundles in a separate process.
-        leases: bundles that replicas keep for replays.
-        evaluator: evaluates gates; None where experts cannot be replaced.
+        leases: bundles that replicas hold for replays.
+        evaluator: evaluates gates; None if experts cannot be replaced.
         controller: drives rollouts; not started.
         policies: publishes the policy; started.
-        feed: the service that Routers and gateways call.
-        take_up: waits until all of them apply a policy.
+        feed: the service for Routers and gateways.
+        propagation: waits until all of them apply a policy.
     """
 
     store: RolloutStore
@@ -78,19 +78,19 @@ class ControlParts:
     controller: RolloutController
     policies: PolicyPublisher
     feed: RolloutFeedService
-    take_up: TakeUp
+    propagation: PolicyPropagation
 
 
 async def control_parts(settings: ControlSettings, channels: InnerChannels, state: ExitStack) -> ControlParts:
-    """Builds the parts, each before those that need it.
+    """Builds the parts in the order of their dependencies.
 
     Args:
-        settings: of this Control.
-        channels: connects to other parts.
-        state: closes the database.
+        settings: the settings of this Control.
+        channels: opens channels to other parts.
+        state: the exit stack that closes the database.
 
     Raises:
-        RolloutDatabaseError: the database cannot be opened, or belongs to another deployment.
+        RolloutDatabaseError: opening the database failed, or it belongs to another deployment.
     """
     served = served_checkpoint(settings.model)
     remote = settings.experts_placement == "remote"
@@ -123,7 +123,9 @@ async def control_parts(settings: ControlSettings, channels: InnerChannels, stat
     policies = PolicyPublisher(store, catalogue.version, files.policy if remote else None)
     await policies.start()
     feed = RolloutFeedService(policies, watchers, store, monitor, controller.wake, leases.ready_set)
-    take_up = TakeUp(policies, watchers, lambda: _running(endpoints), settings.rollouts.take_up_timeout_s)
+    propagation = PolicyPropagation(
+        policies, watchers, lambda: _running(endpoints), settings.rollouts.take_up_timeout_s
+    )
     return ControlParts(
         store=store,
         files=files,
@@ -138,29 +140,30 @@ async def control_parts(settings: ControlSettings, channels: InnerChannels, stat
         controller=controller,
         policies=policies,
         feed=feed,
-        take_up=take_up,
+        propagation=propagation,
     )
 
 
 def watched(organs: Iterable[str]) -> dict[str, str]:
-    """Application → deployment of these organs' expert groups, as `Endpoints` takes them."""
+    """Application → deployment of these organs' expert groups, for `Endpoints`."""
     return {expert_application(organ): EXPERT_DEPLOYMENT for organ in organs}
 
 
 def _open_store(
     state: ExitStack, settings: ControlSettings, served: ServedCheckpoint, files: RolloutFiles
 ) -> RolloutStore:
-    """Opens the database, for this Control alone, and gives it a live set if it has none; `state` closes it."""
+    """Opens the database exclusively for this Control, and sets the live set if there is none; `state` closes it."""
     url = files.database
     if settings.experts_placement == "local":
-        # Nothing can change, so nothing is to be kept.
+        # Nothing can change, so nothing is stored.
         folder = Path(state.enter_context(tempfile.TemporaryDirectory(prefix="echovlm-control-")))
         url = f"{SQLITE}{folder / 'rollouts.db'}"
     else:
         lock = DatabaseLock(files.lock)
         lock.take(settings.serve.graceful_shutdown_timeout_s + LOCK_EXTRA_S)
         state.callback(lock.release)
-    # `echoray serve` made it. Where it is missing or empty now, what it said is lost, and nothing may take its place.
+    # `echoray serve` created it. If it is missing or empty now, its contents are lost, and it must not be replaced
+    # silently.
     database = Database(url, create=settings.experts_placement == "local")
     state.callback(database.close)
     if settings.experts_placement == "local":
@@ -192,7 +195,7 @@ def _evaluator(
 
 
 def _running(endpoints: Endpoints) -> Mapping[WatcherKind, int]:
-    """How many parts run that must take up a policy."""
+    """The number of running parts that must apply a policy."""
     return {"router": len(endpoints.of(ROUTER)), "gateway": len(endpoints.of(GATEWAY))}
 
 

@@ -21,14 +21,14 @@ RETRY_S = 1.0
 
 
 class PolicyPublisher:
-    """A policy is published only once it stands in the file. Made, started and watched on one event loop.
+    """Publishes a policy after writing it to the file. Create, start and watch it on one event loop.
 
-    It is published by the thread that changed the database, before anything else begins that the change leads to: a
-    `promote` is in force once Routers receive it, and anything that runs beside would delay that.
+    The thread that changed the database publishes the policy before other effects of the change begin: a `promote` is
+    in force once Routers receive it, and concurrent work would delay that.
     """
 
     def __init__(self, store: RolloutStore, version_of: VersionOf, path: Path | None) -> None:
-        """Takes where the state is, digest → version, and the file; None keeps none."""
+        """Takes the store, digest → version, and the file; None for no file."""
         self._store = store
         self._version_of = version_of
         self._path = path
@@ -36,54 +36,54 @@ class PolicyPublisher:
         self._current: control_pb2.TrafficPolicy | None = None
         self._sequence = 0
         self._digest = ""
-        # Published again, even if it says the same, until its number is above this one.
+        # The policy is published again, even if it is unchanged, until its version is above this one.
         self._seen_elsewhere = 0
-        # Whether the file says what is published.
+        # Whether the file has the published policy.
         self._kept = False
-        # Held from reading to publishing, so that no policy comes after a newer one.
+        # Held from reading to publishing, so that policies are published in order.
         self._lock = threading.Lock()
         self._retry: threading.Timer | None = None
         self._unsubscribe: Callable[[], None] | None = None
 
     @property
     def current(self) -> control_pb2.TrafficPolicy:
-        """The policy now, once started."""
+        """The current policy, once started."""
         assert self._current is not None
         return self._current
 
     @property
     def sequence(self) -> int:
-        """Up to which history entry `current` says what the database says; from any thread."""
+        """The newest history entry that `current` includes. Thread-safe."""
         return self._sequence
 
     async def start(self) -> None:
-        """Publishes the first policy, and from now on every other.
+        """Publishes the first policy, and every later one.
 
-        Its number is above that of the file's policy, unless they say the same: the database may be an older one that
-        was restored.
+        Its version is above that of the file's policy, unless they are equal: the database may be a restored older one.
 
         Raises:
             RolloutStateError: there is no live set yet.
             ForeignPolicyError: the file is another deployment's.
 
-        Where the file cannot be written now, as on a full disk, the first policy is published all the same, and written
-        later: a Control that does not start would help less.
+        If writing the file fails, for example on a full disk, the first policy is published anyway and written later,
+        because refusing to start would be worse.
         """
-        # First, or what changes while it is published would be missed.
+        # Subscribed first, so that changes during the publication are not missed.
         self._unsubscribe = self._store.subscribe(self._publish_or_retry, first=True)
         await asyncio.to_thread(self._begin)
 
     def outrun(self, identity: str, version: int, digest: str) -> None:
-        """Makes a watcher take up what the database says, whatever policy it applies now; blocks, from any thread.
+        """Publishes a policy with a version above the watcher's, so that it applies the database's state. Blocks;
+        thread-safe.
 
         Args:
-            identity: of the watcher's deployment; "" where it does not know.
-            version: of the policy that it applies; 0 for none.
-            digest: of what that policy says; "" where the watcher does not tell.
+            identity: the identity of the watcher's deployment; "" if unknown.
+            version: the version of the policy that it applies; 0 for none.
+            digest: the content digest of that policy; "" if unknown.
 
         Raises:
             RolloutStateError: the watcher belongs to another deployment.
-            RolloutDatabaseError: the database cannot be written.
+            RolloutDatabaseError: writing the database failed.
         """
         current = self.current
         if identity and identity != current.identity:
@@ -109,7 +109,7 @@ class PolicyPublisher:
                 self._retry.cancel()
 
     async def watch(self) -> AsyncIterator[control_pb2.TrafficPolicy]:
-        """The policy now, and every later one; who is slow sees only the newest."""
+        """Yields the current policy and every later one. Slow watchers skip to the newest."""
         seen: control_pb2.TrafficPolicy | None = None
         with self._published.listener() as published:
             while True:
@@ -157,7 +157,7 @@ class PolicyPublisher:
                 self._retry.start()
 
     def _publish(self, *, first: bool = False) -> None:
-        """Publishes what the database says, unless it is what is published already; from any thread."""
+        """Publishes the database's policy if it differs from the published one. Thread-safe."""
         with self._lock:
             snapshot = self._store.snapshot()
             policy, digest = self._of(snapshot)
@@ -189,10 +189,10 @@ class PolicyPublisher:
 
 
 def _content(policy: control_pb2.TrafficPolicy) -> control_pb2.TrafficPolicy:
-    """All but the number, which every entry of the history raises."""
+    """All fields except the version, which every history entry increases."""
     copy = control_pb2.TrafficPolicy()
     copy.CopyFrom(policy)
     copy.version = 0
-    # A file from before there were identities has none; another one was refused before.
+    # A file of an older release has no identity; other identities were refused before.
     copy.identity = ""
     return copy

@@ -19,9 +19,9 @@ from experts.full_disk import NO_ROOM
 from experts.registry.registry import Registry
 from protos import control_pb2
 
-# The manifest of one layer per file still fits.
+# Enough for a manifest with one file per layer.
 MAX_FILES = 1000
-# At the same time: of one operator, and of all.
+# Concurrent pushes of one operator, and of all.
 MAX_PUSHES_OF_ONE = 4
 MAX_PUSHES = 16
 RETRY_AFTER_S = 5.0
@@ -29,30 +29,30 @@ DRAIN_S = 1.0
 
 
 class PushReceiver:
-    """Takes bundles in and puts them into the registry. Belongs to one event loop."""
+    """Receives bundles and adds them to the registry. For one event loop."""
 
     def __init__(self, registry: Registry, incoming: Path, max_bytes: int) -> None:
-        """Takes where bundles go, a folder of its own for those that are on their way, and the most bytes of one."""
+        """Takes the registry, a folder for incoming bundles, and the size limit of a bundle."""
         self._registry = registry
         self._incoming = incoming
         self._max_bytes = max_bytes
         self._pushes: Counter[bytes] = Counter()
 
     def clear(self) -> None:
-        """Deletes what unfinished pushes left behind; to be called before the first push."""
+        """Deletes the files of unfinished pushes. Call it before the first push."""
         shutil.rmtree(self._incoming, ignore_errors=True)
 
     async def receive(self, requests: AsyncIterator[control_pb2.PushRequest]) -> Manifest:
-        """Takes in one bundle.
+        """Receives one bundle.
 
         Returns:
-            Its manifest, once the registry has it.
+            Its manifest, after the registry has it.
 
         Raises:
-            InvalidRequestError: the messages are not in order, or are not what the manifest says.
-            InvalidBundleError: the bundle is not one, or the registry has another one of its organ and version.
-            OverloadedError: others are being pushed.
-            RegistryError: nothing can be written here or there.
+            InvalidRequestError: the messages are out of order, or do not match the manifest.
+            InvalidBundleError: the bundle is invalid, or the registry has another one of its organ and version.
+            OverloadedError: too many pushes are running.
+            RegistryError: writing to the folder or the registry failed.
         """
         operator = current_caller().id
         if self._pushes[operator] >= MAX_PUSHES_OF_ONE:
@@ -87,7 +87,7 @@ class PushReceiver:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-            # With the last push; making it and the folder in it is one step of the event loop.
+            # Removed after the last push. Creating it and the subfolder is one step of the event loop.
             with suppress(OSError):
                 self._incoming.rmdir()
 
@@ -136,7 +136,7 @@ class PushReceiver:
 
     def _into_registry(self, folder: Path) -> Manifest:
         try:
-            # The folder is used only here and goes away: the files need not be copied.
+            # The folder is temporary, so the files are linked instead of copied.
             return self._registry.push(folder, link=True)
         except OSError as error:
             if error.errno in NO_ROOM:
@@ -163,7 +163,7 @@ def _cannot_write(folder: Path, error: OSError) -> RegistryError:
 
 
 async def _drain(requests: AsyncIterator[control_pb2.PushRequest]) -> None:
-    """Reads what still comes, for a moment: a client that writes to a call that has ended may not see how it ended."""
+    """Reads further messages for a short time: a client that writes to an ended call may not see its status."""
     with suppress(Exception):
         async with asyncio.timeout(DRAIN_S):
             async for _ in requests:
@@ -171,7 +171,7 @@ async def _drain(requests: AsyncIterator[control_pb2.PushRequest]) -> None:
 
 
 class _Writing:
-    """The file that is being received, if there is one."""
+    """The file that is being received, if any."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -204,7 +204,7 @@ class _Writing:
         if self._file is None or self._entry is None:
             return
         self._file.flush()
-        # The registry may take the file over as it is.
+        # The registry may link the file.
         os.fsync(self._file.fileno())
         self._file.close()
         self._file = None

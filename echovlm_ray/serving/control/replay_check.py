@@ -12,10 +12,10 @@ MAX_VERSION = 64
 
 
 class ReplayCheck:
-    """Looks at the registry itself, not at the copies that machines keep of it. Safe from several threads."""
+    """Checks bundles in the registry, not in local copies. Thread-safe."""
 
     def __init__(self, registry: Registry, admit: Callable[[Bundle], None], version_of: Callable[[str], str]) -> None:
-        """Takes the registry, what refuses bundles by their signatures, and digest → version, "" where unknown."""
+        """Takes the registry, the signature policy, and digest → version, "" if unknown."""
         self._registry = registry
         self._admit = admit
         self._version_of = version_of
@@ -23,17 +23,17 @@ class ReplayCheck:
     def check(
         self, expert_set: ExpertSet, used: Collection[str], serving: Collection[str], versions: Mapping[str, str]
     ) -> None:
-        """Checks every member that is not served anyway; blocks for as long as reading the used ones takes.
+        """Checks every member that is not live. Blocks while it reads the used ones.
 
         Args:
             expert_set: the set.
-            used: the organs whose experts compute; of the others only the gates are needed, which Routers check.
-            serving: digests that are served or checked already.
-            versions: digest → version as the caller knows it, for a bundle whose version nothing else knows any more.
+            used: the organs whose experts are used; the other organs' gate rows are checked by Routers.
+            serving: digests that are live or checked already.
+            versions: digest → version from the caller, for bundles whose version is unknown here.
 
         Raises:
             ReplayRefusedError: names the organ, the version and the reason.
-            RegistryAwayError: the registry cannot be read.
+            RegistryUnavailableError: the registry cannot be read.
         """
         for member in expert_set.members:
             if member.bundle_digest not in serving:

@@ -1,4 +1,4 @@
-"""Loads past expert sets beside the live one, for as long as a caller holds them."""
+"""Loads past expert sets in addition to the live one, while a caller's replay runs."""
 
 import asyncio
 import contextlib
@@ -17,21 +17,21 @@ from router.rollouts.controller import RolloutController
 from router.rollouts.fleet import Fleet, ReplicaLostError
 from router.rollouts.leases import Lease, Leases
 from router.rollouts.outcome import format_error
-from router.rollouts.room import missing_on, waits_for_room
+from router.rollouts.replica_memory import memory_shortage, missing_bundles
 from router.rollouts.settings import RolloutSettings
 from router.rollouts.store import RolloutStore
 
-# Loads under way together; those of further replicas follow.
+# Concurrent loads.
 THREADS = 8
 LOOK_PERIOD_S = 0.2
-# An unload may have begun before the lease was taken, and end after the load.
+# An unload that began before the lease may end after the load.
 MAX_ROUNDS = 5
 
 Result = TypeVar("Result")
 
 
 class Replays:
-    """Belongs to the event loop that serves Control. One replay loads at a time; the others wait in their order."""
+    """For Control's event loop. One replay loads at a time; the others wait in order."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Replays:
         check: ReplayCheck,
         settings: RolloutSettings,
     ) -> None:
-        """Takes its parts; `controller` unloads what no lease holds any more."""
+        """`controller` unloads bundles without a lease."""
         self._store = store
         self._fleet = fleet
         self._leases = leases
@@ -54,21 +54,21 @@ class Replays:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="replays")
 
     def close(self) -> None:
-        """Ends the threads; a load under way ends by itself, and is unloaded by the next controller."""
+        """Ends the threads. A running load continues, and the next controller unloads the bundle."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def hold(self, request: control_pb2.ReplayRequest) -> AsyncGenerator[control_pb2.ReplayState, None]:
-        """Makes a past set answer until the iterator is closed, or for `max_replay_s`.
+        """Loads a past set until the iterator is closed, or for `max_replay_s`.
 
         Raises:
-            InvalidRequestError: the id or an organ is none of a set.
-            UnknownExpertSetError: no request of this deployment ever got the set.
-            ReplayRefusedError: one of its bundles is gone, damaged or not admitted.
-            RolloutStateError: it is of another backbone, or no replica of an organ is running.
-            ExpertCapacityError: there is no room beside what is served.
-            OverloadedError: too many replays are held or wait.
+            InvalidRequestError: the id or an organ is invalid.
+            UnknownExpertSetError: no request of this deployment was ever assigned to the set.
+            ReplayRefusedError: one of its bundles is missing, damaged or not admitted.
+            RolloutStateError: the backbone differs, or no replica of an organ is running.
+            ExpertCapacityError: the replicas' memory does not suffice.
+            OverloadedError: too many replays are running or waiting.
             PartUnavailableError: a replica was lost while it loaded.
-            DeadlineError: it was held for `max_replay_s`.
+            DeadlineError: `max_replay_s` has passed.
         """
         limit_s = self._settings.max_replay_s
         deadline = asyncio.get_running_loop().time() + limit_s
@@ -125,7 +125,7 @@ class Replays:
         versions: dict[str, str],
         waits_for: list[str],
     ) -> None:
-        """Puts a lease on the stack that is ready: at once where nothing is to be loaded, otherwise in its turn."""
+        """Pushes a ready lease on the exit stack: immediately if nothing must be loaded, otherwise in its turn."""
         serving = {live.stable_digest for live in (await self._run(self._store.snapshot)).organs}
         await self._run(self._check.check, expert_set, organs, serving, versions)
         lease = self._lease(stack, expert_set, organs)
@@ -150,11 +150,11 @@ class Replays:
         return lease
 
     async def _not_held(self, lease: Lease) -> list[tuple[str, ExpertSetMember]]:
-        """(replica, member) of what is not held, or is on its way out."""
+        """(replica, member) of bundles that are not loaded, or are being unloaded."""
         for organ in (member.organ for member in lease.members):
             if not self._fleet.replicas(organ):
                 raise RolloutStateError(f"no replica of {organ!r} is running, so its experts cannot compute")
-        missing = await self._run(missing_on, self._fleet, lease.members)
+        missing = await self._run(missing_bundles, self._fleet, lease.members)
         going = self._controller.unloading()
         leaving = [
             (replica, member)
@@ -168,13 +168,13 @@ class Replays:
         members = tuple(member for member in expert_set.members if member.organ in organs)
 
         def look() -> str:
-            missing = missing_on(self._fleet, members)
-            return waits_for_room(self._fleet, self._store.snapshot(), missing)
+            missing = missing_bundles(self._fleet, members)
+            return memory_shortage(self._fleet, self._store.snapshot(), missing)
 
         while reason := await self._run(look):
             waits_for.append(reason)
             del waits_for[:-1]
-            # What was released is unloaded by the controller, which looks once a second.
+            # The controller unloads released bundles about once a second.
             self._controller.wake()
             await asyncio.sleep(LOOK_PERIOD_S)
         waits_for.clear()
@@ -214,7 +214,7 @@ class Replays:
         return self._store.expert_set(request.expert_set_id)
 
     async def _run(self, call: Callable[..., Result], *arguments: Any) -> Result:
-        """Calls something that blocks; a replica that is lost meanwhile is a part that does not answer."""
+        """Runs a blocking call. A lost replica becomes `PartUnavailableError`."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, call, *arguments)
         except ReplicaLostError as error:
@@ -222,7 +222,7 @@ class Replays:
 
 
 def _organs_of(expert_set: ExpertSet, request: control_pb2.ReplayRequest) -> tuple[str, ...]:
-    """The organs whose experts are to be loaded: those that the caller named, of a flat set always all."""
+    """The organs whose experts are loaded: those of the caller, and all organs of a flat set."""
     unknown = sorted(set(request.organs) - set(expert_set.organs))
     if unknown:
         raise InvalidRequestError(

@@ -1,7 +1,7 @@
-"""Copies of the rollouts' database: made while a system uses it, checked, and put back while none does.
+"""Backups of the rollouts' database: created while a system uses it, verified, and restored while none does.
 
-The database is in SQLite's write-ahead mode, so its file alone may lack what was written last, or everything; a backup
-is one whole file. PostgreSQL has tools of its own.
+The database uses SQLite's write-ahead log, so its main file may miss the last writes; a backup is one complete file.
+PostgreSQL has its own tools.
 """
 
 import os
@@ -32,13 +32,13 @@ _PAGES_AT_ONCE = 1000
 
 @dataclass(frozen=True, slots=True)
 class Backup:
-    """A database that was checked.
+    """A verified database.
 
     Attributes:
-        path: where it lies.
-        entries: of its history.
+        path: the file.
+        entries: the number of history entries.
         head: the hash of the last one.
-        size_bytes: of the file.
+        size_bytes: the size of the file.
     """
 
     path: Path
@@ -48,16 +48,16 @@ class Backup:
 
 
 def back_up(files: RolloutFiles, target: Path) -> Backup:
-    """Writes a whole copy of the database, which may be in use; the file appears when it is complete and checked.
+    """Writes a copy of the database, which may be in use. The file appears when it is complete and verified.
 
     Args:
-        files: whose database it is.
-        target: the file to make; its folder exists.
+        files: the files of the system.
+        target: the file to create; its folder must exist.
 
     Raises:
-        RolloutDatabaseError: there is no database, it is PostgreSQL, or its history does not hold together.
+        RolloutDatabaseError: there is no database, it is PostgreSQL, or its history is invalid.
         FileExistsError: the file exists.
-        OSError: the copy cannot be written.
+        OSError: writing the copy failed.
     """
     source = _database_file(files, 'pg_dump --format=custom --file=FILE "URL"')
     if not source.is_file():
@@ -77,22 +77,22 @@ def back_up(files: RolloutFiles, target: Path) -> Backup:
 
 
 def restore(file: Path, files: RolloutFiles, expert_set: ExpertSet) -> tuple[Backup, Path | None]:
-    """Puts a backup in the place of the database, which is kept beside it.
+    """Replaces the database by a backup, and keeps the previous one in the same folder.
 
-    Killed at any moment, it leaves the database before or the restored one, each whole.
+    Atomic: if it is killed, either the previous or the restored database is complete.
 
     Args:
-        file: the backup; it stays.
-        files: where the database is.
-        expert_set: of the checkpoint that is served with it.
+        file: the backup, which is not changed.
+        files: the files of the system.
+        expert_set: the expert set of the system's checkpoint.
 
     Returns:
-        The database as it is now, and where the one before is kept; None if there was none.
+        The restored database, and the path of the previous one; None if there was none.
 
     Raises:
-        RolloutDatabaseError: the file is no sound backup, a system uses the database, or it is PostgreSQL.
+        RolloutDatabaseError: the file is not a valid backup, a system uses the database, or it is PostgreSQL.
         RolloutStateError: the backup belongs to another backbone, routing or deployment.
-        OSError: something cannot be read or written.
+        OSError: reading or writing failed.
     """
     target = _database_file(files, 'pg_restore --clean --if-exists --dbname="URL" FILE')
     if not file.is_file():
@@ -101,15 +101,15 @@ def restore(file: Path, files: RolloutFiles, expert_set: ExpertSet) -> tuple[Bac
     lock.take(0)
     try:
         with _partial(target) as partial:
-            # What is checked is what is put there, whatever happens to the backup meanwhile.
+            # The copy is verified and used, so that concurrent changes of the backup have no effect.
             _copy(file, partial)
             found = check(partial, str(file))
             _check_identity(partial, file, target)
             _check_belongs(partial, file, expert_set)
             kept = _keep_aside(target)
-            # Replicas that start while Control is away would take it for the newest.
+            # Replicas that start without Control would take it for the newest policy.
             files.policy.unlink(missing_ok=True)
-            # Frames of the one before must not be taken for the new one's.
+            # The write-ahead log of the previous database must not be applied to the new one.
             for suffix in ("-wal", "-shm"):
                 target.with_name(target.name + suffix).unlink(missing_ok=True)
             os.replace(partial, target)
@@ -120,14 +120,14 @@ def restore(file: Path, files: RolloutFiles, expert_set: ExpertSet) -> tuple[Bac
 
 
 def check(path: Path, name: str) -> Backup:
-    """Checks that a file is a whole rollouts' database and that its history was not changed.
+    """Verifies that a file is a complete rollouts' database with a valid history.
 
     Args:
         path: the file; nothing else may use it.
-        name: what to call it in errors.
+        name: its name in errors.
 
     Raises:
-        RolloutDatabaseError: it is not; the text says what is wrong.
+        RolloutDatabaseError: it is not; the text has the problem.
     """
     engine = create_engine(f"{SQLITE}{path}")
     try:
@@ -160,7 +160,7 @@ def _database_file(files: RolloutFiles, other_way: str) -> Path:
 
 
 def _check_identity(path: Path, file: Path, target: Path) -> None:
-    """Refuses to put one deployment's backup in the place of another one's database."""
+    """Refuses to replace a deployment's database by the backup of another one."""
     backed_up, there = _identity_of(path), _identity_of(target) if target.is_file() else None
     if backed_up and there and backed_up != there:
         raise RolloutStateError(
@@ -170,7 +170,7 @@ def _check_identity(path: Path, file: Path, target: Path) -> None:
 
 
 def _identity_of(path: Path) -> str | None:
-    """The deployment that a database names; None where it names none, or cannot be read."""
+    """The identity of a database's deployment; None if there is none or it is unreadable."""
     try:
         with closing(sqlite3.connect(f"file:{_quoted(path)}?mode=ro", uri=True)) as connection:
             row = connection.execute("SELECT identity FROM deployment").fetchone()
@@ -180,7 +180,7 @@ def _identity_of(path: Path) -> str | None:
 
 
 def _check_belongs(path: Path, file: Path, expert_set: ExpertSet) -> None:
-    """Opens a copy as the system will, older schemas brought up to date."""
+    """Opens a copy like the system does, with migrations of older schemas."""
     database = Database(f"{SQLITE}{path}")
     try:
         snapshot = RolloutStore(database).snapshot()
@@ -208,10 +208,10 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _check_contents(database: Path) -> None:
-    """Looks before SQLite brings a log into the file that may be another one's.
+    """Checks the contents before SQLite applies a write-ahead log that may belong to another file.
 
     Raises:
-        RolloutDatabaseError: it is, or this is no rollouts' database.
+        RolloutDatabaseError: it does, or this is not a rollouts' database.
     """
     try:
         DatabaseFile.opened(database).check_contents()
@@ -220,7 +220,7 @@ def _check_contents(database: Path) -> None:
 
 
 def _make_single(path: Path) -> None:
-    """Brings all of a database into its one file, and the file onto the disk."""
+    """Checkpoints the write-ahead log into the file and syncs it to disk."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("PRAGMA journal_mode = DELETE")
     with path.open("rb") as file:
@@ -228,7 +228,7 @@ def _make_single(path: Path) -> None:
 
 
 def _keep_aside(database: Path) -> Path | None:
-    """Gives the database a second name, after bringing what lies in its log into its file, where it is sound."""
+    """Hard-links the database to a second name, after checkpointing its log if it is intact."""
     if not database.exists():
         return None
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
@@ -240,7 +240,7 @@ def _keep_aside(database: Path) -> Path | None:
     _link_or_copy(database, kept)
     log = database.with_name(f"{database.name}-wal")
     if log.exists() and log.stat().st_size:
-        # The database is damaged, so that its log could not be brought in.
+        # The database is damaged, so that its log could not be applied.
         _link_or_copy(log, kept.with_name(f"{kept.name}-wal"))
     return kept
 
@@ -254,7 +254,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 @contextmanager
 def _partial(target: Path) -> Iterator[Path]:
-    """A file beside the target that is gone when the block ends, unless it got another name."""
+    """A temporary file in the target's folder, which is removed at the end of the block unless it was renamed."""
     descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=PARTIAL_SUFFIX)
     os.close(descriptor)
     path = Path(name)

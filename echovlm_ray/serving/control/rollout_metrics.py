@@ -10,12 +10,12 @@ from router.rollouts.store import RolloutStore
 
 logger = logging.getLogger(__name__)
 
-# Changes are announced at once. But Ray forgets a gauge that was not set for two of its reports, 20 s by default.
+# Changes are announced immediately, but Ray drops a gauge that was not set for two reports, 20 s by default.
 PERIOD_S = 5.0
 
 
 class RolloutMetrics:
-    """Reads the state whenever it changes. Made on the event loop on which it runs."""
+    """Reads the state after every change. Create it on its event loop."""
 
     def __init__(self, store: RolloutStore, version_of: Callable[[str], str]) -> None:
         """

@@ -14,28 +14,28 @@ from echovlm_ray.errors import InvalidRequestError
 from echovlm_ray.serving.control.catalogue import Catalogue
 from echovlm_ray.serving.control.gate_messages import evaluation_to_proto, gates_of
 from echovlm_ray.serving.control.messages import bundle_to_proto, entry_to_proto, expected_of, outcome_to_proto
+from echovlm_ray.serving.control.policy_propagation import PolicyPropagation
 from echovlm_ray.serving.control.push import PushReceiver
 from echovlm_ray.serving.control.replays import Replays
 from echovlm_ray.serving.control.state import StateReader, StateWatch
-from echovlm_ray.serving.control.take_up import TakeUp
 from experts.bundles.manifest import Manifest
-from experts.errors import RegistryAwayError, UnknownBundleError
+from experts.errors import RegistryUnavailableError, UnknownBundleError
 from protos import control_pb2, control_pb2_grpc
 from router.errors import RolloutStateError
-from router.rollouts.decisions import check_known
 from router.rollouts.evaluations import Evaluation, evaluations_of
 from router.rollouts.history import Entry
+from router.rollouts.operation_checks import check_known
 from router.rollouts.operations import RolloutOperations
 from router.rollouts.outcome import Outcome
 from router.rollouts.rollout_file import RolloutFile
 from router.rollouts.store import RolloutStore
 
-# History entries read at once.
+# History entries per read.
 PAGE = 1000
 
 
 class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
-    """Serves `echovlm.v1.ExpertControl`: what changes something is one of `RolloutOperations`, made on a thread."""
+    """Serves `echovlm.v1.ExpertControl`. Changes are `RolloutOperations`, which run on threads."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
         pushes: PushReceiver,
         reader: StateReader,
         watch: StateWatch,
-        take_up: TakeUp,
+        propagation: PolicyPropagation,
         default_organ: str,
         threads: Executor,
         notices: Callable[[], Sequence[str]] = tuple,
@@ -54,16 +54,16 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
         """
         Args:
             store: the state.
-            operations: what changes it; None where experts run in the router's process and cannot be replaced.
-            catalogue: what bundles there are.
-            pushes: takes in further ones.
-            reader: says what replicas hold.
-            watch: says so whenever it changes.
-            take_up: says when Routers and gateways apply what was decided.
-            default_organ: what requests use that name none; it cannot be retired.
-            threads: where operations are made.
-            notices: what an operator should know beside the state, in words; may block.
-            replays: makes past sets answer; None where experts cannot be replaced.
+            operations: the operations; None if experts run in the router's process and cannot be replaced.
+            catalogue: the bundles of the registry.
+            pushes: receives bundles.
+            reader: reads the state.
+            watch: streams the state.
+            propagation: waits until Routers and gateways apply a policy.
+            default_organ: the organ of requests without one; it cannot be retired.
+            threads: the threads for operations.
+            notices: returns notes for operators; may block.
+            replays: loads past sets; None if experts cannot be replaced.
         """
         self._store = store
         self._replacing = operations
@@ -71,7 +71,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
         self._pushes = pushes
         self._reader = reader
         self._watch = watch
-        self._take_up = take_up
+        self._propagation = propagation
         self._default_organ = default_organ
         self._threads = threads
         self._notices = notices
@@ -80,7 +80,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
     async def Push(
         self, request_iterator: AsyncIterator[control_pb2.PushRequest], context: grpc.aio.ServicerContext
     ) -> control_pb2.PushResponse:
-        """Takes in a bundle."""
+        """Receives a bundle."""
         manifest = await self._pushes.receive(request_iterator)
         return control_pb2.PushResponse(bundle=bundle_to_proto(manifest, await asyncio.to_thread(self._in_use)))
 
@@ -103,7 +103,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
     async def Canary(
         self, request: control_pb2.TrafficRequest, context: grpc.aio.ServicerContext
     ) -> control_pb2.OperationResponse:
-        """Has the candidate answer a part of the requests."""
+        """Sends a share of the requests to the candidate."""
         return await self._answer(
             partial(self._operations.canary, **_traffic(request), **_gated(request)), dry_run=request.dry_run
         )
@@ -111,7 +111,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
     async def Shadow(
         self, request: control_pb2.TrafficRequest, context: grpc.aio.ServicerContext
     ) -> control_pb2.OperationResponse:
-        """Has the candidate compute a part of the requests unseen."""
+        """Mirrors a share of the requests to the candidate."""
         return await self._answer(lambda: self._operations.shadow(**_traffic(request)), dry_run=request.dry_run)
 
     async def Promote(
@@ -125,13 +125,13 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
     async def Rollback(
         self, request: control_pb2.OrganRequest, context: grpc.aio.ServicerContext
     ) -> control_pb2.OperationResponse:
-        """Takes back the candidate."""
+        """Rolls back the candidate."""
         return await self._answer(lambda: self._operations.rollback(**_organ(request)), dry_run=request.dry_run)
 
     async def RollBackStable(
         self, request: control_pb2.RollBackStableRequest, context: grpc.aio.ServicerContext
     ) -> control_pb2.OperationResponse:
-        """Goes back from the stable version that is named to the one before."""
+        """Rolls back the given stable version to the previous one."""
 
         def roll_back() -> Outcome:
             return self._operations.roll_back_stable(
@@ -148,7 +148,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
     async def Retire(
         self, request: control_pb2.RetireRequest, context: grpc.aio.ServicerContext
     ) -> control_pb2.OperationResponse:
-        """Takes an organ, or one version of it, out of service."""
+        """Retires an organ, or one of its versions."""
 
         def retire() -> Outcome:
             asked: dict[str, Any] = {
@@ -172,7 +172,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
     async def Apply(
         self, request: control_pb2.ApplyRequest, context: grpc.aio.ServicerContext
     ) -> control_pb2.OperationResponse:
-        """Begins what a rollout file says."""
+        """Begins the rollout of a file."""
         try:
             file = RolloutFile.model_validate_json(request.rollout_json)
         except ValidationError as error:
@@ -190,26 +190,26 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
     async def List(
         self, request: control_pb2.ListRequest, context: grpc.aio.ServicerContext
     ) -> control_pb2.ListResponse:
-        """The live set, the rollouts, and the registry's bundles, of one organ or of all."""
+        """The live set, the rollouts, and the registry's bundles, of one organ or of all organs."""
         return await asyncio.to_thread(self._list, request.organ or None)
 
     async def History(
         self, request: control_pb2.HistoryRequest, context: grpc.aio.ServicerContext
     ) -> control_pb2.HistoryResponse:
-        """What happened, oldest first."""
+        """The history, oldest first."""
         return await asyncio.to_thread(self._history, request)
 
     async def Watch(
         self, request: control_pb2.WatchRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[control_pb2.ControlState]:
-        """The state now and whenever it changes."""
+        """Streams the state now and after every change."""
         async for state in self._watch.watch():
             yield state
 
     async def Replay(
         self, request: control_pb2.ReplayRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[control_pb2.ReplayState]:
-        """Makes a past set answer for as long as the caller stays."""
+        """Loads a past set while the caller's stream is open."""
         if self._replays is None:
             raise _local_experts()
         async with aclosing(self._replays.hold(request)) as states:
@@ -225,7 +225,7 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
     async def _answer(
         self, operation: Callable[[], Outcome], *, dry_run: bool, changes_policy: bool = True
     ) -> control_pb2.OperationResponse:
-        """Makes an operation; answers when new requests get what it decided, also where it was so already."""
+        """Runs an operation, and answers when all new requests follow it, also if nothing was changed."""
 
         def call() -> tuple[control_pb2.OperationResponse, int]:
             response = outcome_to_proto(operation(), self._catalogue.version, dry_run=dry_run)
@@ -233,11 +233,11 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
 
         response, sequence = await asyncio.get_running_loop().run_in_executor(self._threads, call)
         if changes_policy and not dry_run:
-            response.not_taken_up.extend(await self._take_up.wait(sequence))
+            response.not_taken_up.extend(await self._propagation.wait(sequence))
         return response
 
     def _digest(self, organ: str, version: str, digest: str) -> str:
-        """The bundle that is meant, if the registry has it."""
+        """The digest of the requested bundle in the registry."""
         if not version and not digest:
             raise InvalidRequestError("version", "or digest must say which bundle of the organ is meant")
         if version:
@@ -251,17 +251,17 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
         return digest
 
     def _served_digest(self, organ: str, version: str, digest: str) -> str:
-        """The same of a bundle that is or was served, which is known while the registry is away too."""
+        """The digest of a current or earlier live bundle, which is known also while the registry is unavailable."""
         try:
             return self._digest(organ, version, digest)
-        except (UnknownBundleError, RegistryAwayError):
+        except (UnknownBundleError, RegistryUnavailableError):
             for manifest in self._served(organ):
                 if version in ("", manifest.version) and digest in ("", manifest.digest):
                     return manifest.digest
             raise
 
     def _served(self, organ: str | None) -> list[Manifest]:
-        """The bundles that are stable, were, or are candidates, as far as the registry or a copy knows them."""
+        """The known manifests of current and earlier stable bundles and of candidates."""
         snapshot = self._store.snapshot()
         digests = [
             digest
@@ -301,12 +301,12 @@ class ExpertControlService(control_pb2_grpc.ExpertControlServicer):
     def _registered(self, organ: str | None) -> tuple[list[Manifest], str]:
         try:
             return self._catalogue.list(organ), ""
-        except RegistryAwayError as error:
-            # What is served does not need it, and its versions are known from the copies.
+        except RegistryUnavailableError as error:
+            # Serving does not need the registry, and versions are known from the local copies.
             return self._served(organ), str(error)
 
     def _check_organ(self, organ: str) -> None:
-        """Refuses an organ that nothing knows; the registry is asked only of one that was never served or staged."""
+        """Refuses an unknown organ. The registry is only read for an organ that was never live or staged."""
         snapshot = self._store.snapshot()
         if organ not in snapshot.known_organs and not self._registered(organ)[0]:
             check_known(snapshot, organ)

@@ -1,4 +1,4 @@
-"""The state that operators see: the live set, the rollouts, and what every replica holds."""
+"""The state for operators: the live set, the rollouts, and the bundles of every replica."""
 
 import asyncio
 import threading
@@ -15,23 +15,23 @@ from echovlm_ray.serving.control.messages import (
     rollout_to_proto,
 )
 from protos import control_pb2
-from router.rollouts.answering import organ_problems
 from router.rollouts.controller import RolloutController
 from router.rollouts.fleet import Fleet
 from router.rollouts.fleet_view import FleetObserver
+from router.rollouts.organ_problem import organ_problems
 from router.rollouts.shadow import report_of
 from router.rollouts.states import State
 from router.rollouts.store import RolloutStore
 
 LOADING_PERIOD_S = 0.25
 IDLE_PERIOD_S = 1.0
-# Readings until one that nothing changed under; the last one is given whatever happened.
+# The most attempts to read a consistent state; the last one is returned in any case.
 MAX_READS = 3
 _LOADING = (State.STAGED, State.VERIFIED)
 
 
 class StateReader:
-    """Reads the database and asks the replicas. Safe from several threads; every method may block."""
+    """Reads the database and polls the replicas. Thread-safe; every method may block."""
 
     def __init__(
         self,
@@ -48,26 +48,26 @@ class StateReader:
             fleet: the replicas.
             version_of: digest → version.
             status_timeout_s: how long a replica may take to answer.
-            controller: knows what rollouts wait for, and which versions only stay to go back to.
-            not_taken_up: `TakeUp.missing`.
+            controller: has the conditions of rollouts, and the versions that are only loaded for a rollback.
+            not_taken_up: `PolicyPropagation.missing`.
         """
         self._store = store
         self._controller = controller
         self._version_of = version_of
         self._not_taken_up = not_taken_up
         self._observer = FleetObserver(fleet, status_timeout_s)
-        # The observer asks a replica once at a time.
+        # The observer polls a replica only once at a time.
         self._lock = threading.Lock()
 
     def read(self, organ: str | None = None, *, recent_s: float = 0.0) -> control_pb2.ControlState:
-        """The state of all organs or of one.
+        """Reads the state of all organs or of one.
 
-        The replicas are asked after the database is read. What a rollout came to meanwhile is read once more, so that
-        no replica is seen to load what is not verified yet.
+        The replicas are polled after the database is read. Then rollouts are read once more, so that no replica appears
+        to load a bundle that is not verified yet.
 
         Args:
-            organ: none for all.
-            recent_s: how old may be what is said of the replicas of organs that nothing happens to.
+            organ: the organ; None for all organs.
+            recent_s: how old the status of replicas of organs without changes may be.
         """
         state = self._read_once(organ, recent_s)
         for _ in range(MAX_READS - 1):
@@ -80,7 +80,7 @@ class StateReader:
         with self._store.read() as transaction:
             snapshot = transaction.snapshot()
             organs = snapshot.known_organs if organ is None else (organ,)
-            # The newest one of an organ is the one in flight, if one is.
+            # The newest one of an organ is the one in flight, if any.
             rollouts = [
                 rollout_to_proto(
                     rollout,
@@ -114,10 +114,10 @@ class StateReader:
 
 
 class StateWatch:
-    """The state again and again, for as long as it is watched. Belongs to one event loop."""
+    """Streams the state to watchers. For one event loop."""
 
     def __init__(self, reader: StateReader, store: RolloutStore) -> None:
-        """Takes what reads the state, and who says that it changed."""
+        """Takes the reader, and the source of change notifications."""
         self._reader = reader
         self._changes = Changes()
         self._unsubscribe = store.subscribe(self._changes.announce)
@@ -127,7 +127,7 @@ class StateWatch:
         self._unsubscribe()
 
     async def watch(self) -> AsyncIterator[control_pb2.ControlState]:
-        """The state now, then every one that is different."""
+        """Yields the state now and after every change."""
         last: control_pb2.ControlState | None = None
         with self._changes.listener() as changed:
             while True:

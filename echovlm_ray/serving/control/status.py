@@ -1,4 +1,4 @@
-"""The status of the system: Control asks every replica to describe itself."""
+"""The status of the system: Control collects the descriptions of all replicas."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -14,11 +14,11 @@ DESCRIBE_TIMEOUT_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class ApplicationState:
-    """What Ray Serve says of an application.
+    """Ray Serve's status of an application.
 
     Attributes:
         status: RUNNING, DEPLOYING, UNHEALTHY, …
-        message: why, if it is not well.
+        message: the reason, if it is not RUNNING.
     """
 
     status: str
@@ -26,7 +26,7 @@ class ApplicationState:
 
 
 class SystemStatusService(status_pb2_grpc.SystemStatusServicer):
-    """Serves `echovlm.v1.SystemStatus`: asks every replica to describe itself."""
+    """Serves `echovlm.v1.SystemStatus`: collects the descriptions of all replicas."""
 
     def __init__(
         self,
@@ -41,15 +41,15 @@ class SystemStatusService(status_pb2_grpc.SystemStatusServicer):
     ) -> None:
         """
         Args:
-            applications: those that there should be now, in the order in which status shows them; may block, and is
-                called on a thread.
-            addresses: application → its replicas' addresses now.
-            states: what Ray Serve says of them; may block, and is called on a thread.
-            expert_set_id: of the live set.
-            problems: what cannot be answered as it should be; may block, and is called on a thread.
-            identity: of the deployment.
-            notices: what is wrong beside the applications, in words; may block, and is called on a thread.
-            channels: connects to the replicas.
+            applications: returns the applications that should run, in the order of the status; may block, and is called
+                on a thread.
+            addresses: application → its replicas' current addresses.
+            states: returns Ray Serve's status of them; may block, and is called on a thread.
+            expert_set_id: returns the id of the live set.
+            problems: returns the organs' problems; may block, and is called on a thread.
+            identity: the identity of the deployment.
+            notices: returns other problems as text; may block, and is called on a thread.
+            channels: opens channels to the replicas.
         """
         self._applications = applications
         self._addresses = addresses
@@ -63,7 +63,7 @@ class SystemStatusService(status_pb2_grpc.SystemStatusServicer):
     async def GetStatus(
         self, request: status_pb2.GetStatusRequest, context: grpc.aio.ServicerContext
     ) -> status_pb2.GetStatusResponse:
-        """Every application with every replica that runs."""
+        """Returns every application with its running replicas."""
         states, names, problems, notices = await asyncio.to_thread(
             lambda: (self._states(), self._applications(), self._problems(), self._notices())
         )
@@ -94,6 +94,6 @@ async def _describe_one(address: str, channels: InnerChannels) -> status_pb2.Rep
                 status_pb2.DescribeRequest(), timeout=DESCRIBE_TIMEOUT_S
             )
         except grpc.aio.AioRpcError:
-            # It is listed without a pid: it runs, as far as Serve knows, and does not answer.
+            # Listed without a pid: it runs according to Serve, but does not answer.
             return status_pb2.ReplicaDescription(endpoint=address)
         return described

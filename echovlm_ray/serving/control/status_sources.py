@@ -1,4 +1,4 @@
-"""The parts of the system's status that Control itself knows."""
+"""The parts of the system's status that come from Control."""
 
 from echovlm_ray.serving.cluster.settings import DEPLOYMENTS, expert_application
 from echovlm_ray.serving.control.database_watch import DatabaseWatch
@@ -6,18 +6,18 @@ from echovlm_ray.serving.control.messages import problem_to_proto
 from echovlm_ray.serving.control.parts import ControlParts
 from protos import control_pb2
 from router.errors import RolloutDatabaseError
-from router.rollouts.answering import organ_problems
+from router.rollouts.organ_problem import organ_problems
 
 
 def wanted_applications(parts: ControlParts, *, remote: bool) -> list[str]:
-    """The applications that should run, in the order in which status shows them; `remote`: with expert groups."""
+    """The applications that should run, in the order of the status; with expert groups if `remote`."""
     if not remote:
         return list(DEPLOYMENTS)
     try:
         snapshot = parts.store.snapshot()
         organs = [live.organ for live in snapshot.organs] + [rollout.organ for rollout in snapshot.in_flight]
     except RolloutDatabaseError:
-        # What is served does not end with the database.
+        # Serving continues without the database.
         current = parts.policies.current
         organs = [member.organ for member in current.stable.members]
         organs += [candidate.organ for candidate in current.candidates]
@@ -25,11 +25,11 @@ def wanted_applications(parts: ControlParts, *, remote: bool) -> list[str]:
 
 
 def problems(parts: ControlParts) -> list[control_pb2.OrganProblem]:
-    """The organs that cannot be answered as they should be, as the controller saw them last."""
+    """The organs' problems that the controller observed last."""
     try:
         snapshot = parts.store.snapshot()
     except RolloutDatabaseError:
-        # That it is lost is a notice of its own.
+        # The lost database is a separate notice.
         return []
     controller = parts.controller
     found = organ_problems(snapshot, controller.views, controller.load_failures())
@@ -37,7 +37,7 @@ def problems(parts: ControlParts) -> list[control_pb2.OrganProblem]:
 
 
 def notices(parts: ControlParts, database: DatabaseWatch) -> list[str]:
-    """What an operator should know: a lost database, and Routers that apply another policy than the current one."""
+    """Notes for operators: a lost database, and Routers that apply another policy than the current one."""
     found = [database.problem] if database.problem else []
     applied, version = parts.fleet.policies(), parts.policies.current.version
     found += [

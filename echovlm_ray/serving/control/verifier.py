@@ -1,4 +1,4 @@
-"""Checks bundles in a separate process, so that one that crashes or exhausts memory does not end Control."""
+"""Verifies bundles in a separate process, so that a bundle that crashes or exhausts memory does not end Control."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -14,17 +14,16 @@ from experts.registry.source import BundleSource
 if TYPE_CHECKING:
     from experts.bundles.manifest import Manifest
 
-# What Control itself can compute with, where the experts' own kernel needs a GPU that Control does not have.
+# The kernel for Control if the experts' kernel needs a GPU, which Control does not have.
 CPU_KERNEL = "auto"
 
 
 class SubprocessVerifier:
     """A `router.rollouts.fleet.Verifier`: files, signature, shapes, backbone, finite weights, gates, and the self-test.
 
-    Gates and self-test are computed in the backbone's dtype; a bundle of another one is converted or refused, as
-    `experts.other_dtype` says. The self-test runs on the CPU. Where an organ's experts run on a GPU, it runs there with
-    the CPU's default kernel: it then says that the weights compute what was recorded, and the GPU's own kernel is
-    tested when they load, see `experts.warm_up`.
+    Gates and self-test are computed in the backbone's dtype; a bundle with another one is converted or refused,
+    according to `experts.other_dtype`. The self-test runs on the CPU. If an organ's experts run on a GPU, the self-test
+    uses the CPU's default kernel and verifies the weights; the GPU's kernel is tested at load, see `experts.warm_up`.
     """
 
     def __init__(
@@ -36,10 +35,10 @@ class SubprocessVerifier:
     ) -> None:
         """
         Args:
-            model: where the checkpoint is, and the dtype in which it is served.
-            experts: where bundles are, which may load, and the kernel.
-            rollouts: how much time and memory a check may take.
-            backbone: a bundle that is served now: whatever its backbone and sizes are, others must have them too.
+            model: the checkpoint and the dtype.
+            experts: the registry, the policy for bundles, and the kernel.
+            rollouts: the time and memory limits of a verification.
+            backbone: a live bundle, whose backbone and sizes the others must have.
         """
         self._model = model
         self._experts = experts
@@ -48,14 +47,14 @@ class SubprocessVerifier:
         self._checks = IsolatedChecks(idle_priority=True)
 
     def close(self) -> None:
-        """Ends the process that checks are forked from."""
+        """Ends the fork server."""
         self._checks.close()
 
     def verify(self, organ: str, digest: str) -> None:
         """See `Verifier`.
 
         Raises:
-            InvalidBundleError: the bundle must not be used; the text says why.
+            InvalidBundleError: the bundle must not be used; the text has the reason.
         """
         served = self._backbone()
         on_gpu = bool(self._experts.resources_of(organ).num_gpus) and self._model.device != "cpu"
@@ -63,7 +62,7 @@ class SubprocessVerifier:
             source=BundleSource(
                 registry=registry_location(self._experts, self._model.checkpoint),
                 digest=digest,
-                # What was served before can come back while the registry is away.
+                # Earlier live bundles can be restored while the registry is unavailable.
                 copy_folder=kept_folder(self._experts, self._model.checkpoint) / digest,
             ),
             organ=organ,

@@ -15,8 +15,8 @@ class _Watcher:
     """A process that watches the policy.
 
     Attributes:
-        streams: how many of its calls are open: two for a moment when it connects again.
-        policy_version: of the policy in force in it; 0 before it has said so.
+        streams: the number of its open calls: two for a short time when it reconnects.
+        policy_version: the version of the policy that it applies; 0 before its acknowledgement.
     """
 
     kind: WatcherKind
@@ -25,10 +25,10 @@ class _Watcher:
 
 
 class Watchers:
-    """Made on the event loop that serves them. Changed on it alone, read from any thread.
+    """Create and change it on its event loop; read it from any thread.
 
     Attributes:
-        changes: announces every connection, disconnection and policy taken up.
+        changes: announces every connection, disconnection and acknowledgement.
     """
 
     def __init__(self) -> None:
@@ -36,17 +36,17 @@ class Watchers:
         self._watchers: dict[str, _Watcher] = {}
 
     def connected(self, kind: WatcherKind = "router") -> frozenset[str]:
-        """The names of the Routers, or gateways, that are connected now."""
+        """The names of the connected Routers, or gateways."""
         return frozenset(name for name, watcher in list(self._watchers.items()) if watcher.kind == kind)
 
     def behind(self, policy_version: int) -> tuple[str, ...]:
-        """The names of those connected in which another policy is in force than this one."""
+        """The names of connected watchers that apply another policy than this one."""
         watchers = list(self._watchers.items())
         return tuple(sorted(name for name, watcher in watchers if watcher.policy_version != policy_version))
 
     @contextmanager
     def watching(self, kind: WatcherKind, name: str) -> Iterator[None]:
-        """Counts a call of a watcher for the block; one without a name is not counted."""
+        """Counts a watcher's call within the block. Calls without a name are not counted."""
         watcher = self._watchers.setdefault(name, _Watcher(kind)) if name else _Watcher(kind)
         watcher.streams += 1
         self.changes.announce()
@@ -58,8 +58,10 @@ class Watchers:
                 self._watchers.pop(name, None)
             self.changes.announce()
 
-    def take_up(self, name: str, policy_version: int) -> None:
-        """Records the policy in force in a watcher. One that is not connected says it again when it is."""
+    def acknowledge(self, name: str, policy_version: int) -> None:
+        """Records the policy that a watcher applies. Ignored if it is not connected: it acknowledges again after
+        connecting.
+        """
         if (watcher := self._watchers.get(name)) is not None:
             watcher.policy_version = policy_version
             self.changes.announce()

@@ -1,4 +1,5 @@
-"""The use case of a gateway, without a transport: a request in plain types, events out, errors of our own.
+"""The gateway's use case without a transport: plain types for the request, events as output, and our own errors.
 
-Nothing here knows gRPC. `serving.grpc.gateway` adapts it to `echovlm.v1.EchoVLM`; another transport is another adapter.
+Nothing here depends on gRPC. `serving.grpc.gateway` adapts it to `echovlm.v1.EchoVLM`; other transports need only an
+adapter.
 """

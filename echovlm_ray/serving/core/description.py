@@ -1,11 +1,11 @@
-"""What a gateway says about the model that it serves."""
+"""A gateway's description of the model."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class OrganDescription:
-    """An organ that is served, and the live version of its experts."""
+    """A live organ with the version of its experts."""
 
     organ: str
     bundle_version: str
@@ -15,12 +15,12 @@ class OrganDescription:
 
 @dataclass(frozen=True, slots=True)
 class ModelDescription:
-    """What the gateway says about the model.
+    """The description of the model.
 
     Attributes:
-        description: what it is for and what it is not for.
+        description: the intended and the excluded use.
         notices: sent with every answer, for example that the demo's text means nothing.
-        policy_version: of Control's policy that it describes; 0 before the first one.
+        policy_version: the version of Control's policy that it describes; 0 before the first one.
     """
 
     name: str

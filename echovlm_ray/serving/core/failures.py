@@ -1,8 +1,8 @@
-"""The catalogue of errors: maps each exception to the failure that a caller gets, for every transport.
+"""The catalogue of errors: maps each exception to the failure for the caller, for all transports.
 
-Parts raise; a transport calls `failure_of` on what they raise and writes the failure in its own form
-(`serving.grpc.errors` for gRPC). A text that was written for the caller is passed on; any other exception is `INTERNAL`
-and carries nothing but that, for its text may hold paths, addresses or a patient's data.
+A transport calls `failure_of` with the exception of a part and writes the failure in its own format
+(`serving.grpc.errors` for gRPC). Texts that were written for callers are passed on. Any other exception becomes
+`INTERNAL` without details, because its text may contain paths, addresses or a patient's data.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,9 +32,9 @@ from experts.errors import (
     ExpertCapacityError,
     InvalidBundleError,
     InvalidTensorError,
-    RegistryAwayError,
     RegistryError,
     RegistryFullError,
+    RegistryUnavailableError,
     UnknownBundleError,
 )
 from router.errors import (
@@ -59,12 +59,12 @@ from router.errors import (
 _Convert = Callable[[Any], "Failure"]
 
 INTERNAL_TEXT = "an internal error occurred; the server's log names it under this request id"
-# The reasons that a gateway itself acts on: an organ that was just added, and a replica that ends.
+# The reasons that the gateway handles: an organ that was just added, and a replica that shuts down.
 ORGAN_PENDING = "ORGAN_PENDING"
 SHUTTING_DOWN = "SHUTTING_DOWN"
-# The pause that a caller is asked for when nothing better is known.
+# The default delay before a retry.
 RETRY_AFTER_S = 1.0
-# An operator must make room first.
+# An operator must free space first.
 DISK_RETRY_AFTER_S = 60.0
 
 
@@ -73,13 +73,13 @@ class Failure:
     """The code, text and details that a caller gets for an error.
 
     Attributes:
-        code: of `google.rpc.Code`, which names the status of gRPC and says that of HTTP.
+        code: a `google.rpc.Code`, which determines the status of gRPC and of HTTP.
         text: for people.
-        field: of the request, where it is at fault; otherwise "".
-        description: what is wrong with the field.
-        retry_after_s: when the request may be sent again; None where that does not help, or is not known to.
-        reason: the kind of the error, for programs; "" where the code says all.
-        facts: what belongs to the reason, such as the organ.
+        field: the invalid field of the request, or "".
+        description: the problem of the field.
+        retry_after_s: the delay before a retry; None if a retry does not help.
+        reason: the kind of the error, for programs; "" if the code is sufficient.
+        facts: details of the reason, such as the organ.
     """
 
     code: int
@@ -92,16 +92,16 @@ class Failure:
 
 
 class PartRefusedError(RuntimeError):
-    """A part of the system that was called refused the request, or failed. Carries what it said."""
+    """A part of the system refused the request, or failed. Has the part's failure."""
 
     def __init__(self, failure: Failure) -> None:
-        """Takes what the part said, or what is said in its place."""
+        """Takes the failure for the caller."""
         super().__init__(failure.text)
         self.failure = failure
 
 
 def failure_of(exception: BaseException) -> Failure:
-    """The failure that a caller gets for an exception."""
+    """The failure for an exception."""
     for kind, convert in _CATALOGUE:
         if isinstance(exception, kind):
             return convert(exception)
@@ -136,13 +136,13 @@ def _as(
 
 
 def _facts(*names: str, **renamed: str) -> Callable[[Any], Mapping[str, str]]:
-    """What an error has under these names."""
+    """The error's attributes with these names."""
     attributes = {name: name for name in names} | renamed
     return lambda error: {name: getattr(error, attribute) for name, attribute in attributes.items()}
 
 
 def _experts_unavailable(error: ExpertsUnavailableError) -> str:
-    # The reason names addresses inside the system; it belongs into the log.
+    # The reason contains internal addresses, so it is only logged.
     return f"the experts of {error.organ!r} are not available now; sending the request again is safe"
 
 
@@ -167,7 +167,7 @@ _as_said = attrgetter("retry_after_s")
 _INVALID, _MISSING = code_pb2.INVALID_ARGUMENT, code_pb2.NOT_FOUND
 _UNAVAILABLE, _EXHAUSTED, _STATE = code_pb2.UNAVAILABLE, code_pb2.RESOURCE_EXHAUSTED, code_pb2.FAILED_PRECONDITION
 
-# Asked from top to bottom; the first type that fits decides.
+# The first type that matches decides.
 _CATALOGUE: tuple[tuple[type[BaseException], _Convert], ...] = (
     (PartRefusedError, lambda error: error.failure),
     (InvalidRequestError, lambda error: _violation(error.field, error.description)),
@@ -197,8 +197,8 @@ _CATALOGUE: tuple[tuple[type[BaseException], _Convert], ...] = (
     (InvalidBundleError, _as(_STATE)),
     (RegistryFullError, _as(_EXHAUSTED, "DISK_FULL", retry=_after_a_while)),
     (RegistryError, _as(_STATE)),
-    # Not UNAVAILABLE: the part that was called is there, and its callers would take it for lost.
-    (RegistryAwayError, _as(_STATE)),
+    # Not UNAVAILABLE, because callers would take the part for lost although it answers.
+    (RegistryUnavailableError, _as(_STATE)),
     (ExpertCapacityError, _as(_EXHAUSTED, retry=_soon)),
     (OverloadedError, _as(_EXHAUSTED, retry=_as_said)),
     (ExpertsUnusableError, _as(_STATE, "EXPERTS_UNUSABLE", facts=_unusable_facts, text=_experts_unusable)),

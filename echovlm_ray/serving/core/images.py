@@ -1,4 +1,4 @@
-"""Image files to patches: decoded in other processes, cut up on threads of their own."""
+"""Converts image files to patches: decoding runs in other processes, splitting on threads."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from protos import tensor_pb2, vision_pb2
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedImage:
-    """An image that is decoded and cut into patches.
+    """A decoded image, split into patches.
 
     Attributes:
-        frames_taken: 1 for a still image.
-        anatomy_terms: what its DICOM object says.
-        notices: what the caller should know of it.
+        frames_taken: the number of frames; 1 for a still image.
+        anatomy_terms: the anatomy terms of its DICOM object.
+        notices: notes for the caller.
         patches: the pixels.
-        vision_input: the same, as the router takes them.
+        vision_input: the pixels in the router's format.
     """
 
     frames_taken: int
@@ -32,25 +32,25 @@ class LoadedImage:
 
 
 class ImageLoader:
-    """Decodes and cuts up image files. Belongs to one event loop."""
+    """Decodes image files and splits them into patches. For one event loop."""
 
     def __init__(self, processor: EchoVLMProcessor, decoders: DecoderPool, threads: int) -> None:
-        """Takes what cuts up, what decodes, and the number of threads to cut up on."""
+        """Takes the processor, the decoders, and the number of threads for splitting."""
         self._processor = processor
         self._threads = FairThreads(ThreadPoolExecutor(threads, thread_name_prefix="picture"), threads)
         self.decoders = decoders
 
     async def load(self, content: bytes, *, field: str, request_id: str, caller: bytes) -> LoadedImage:
-        """The image of a file.
+        """Loads an image.
 
         Args:
-            content: of the file.
-            field: of the request, for the error.
-            request_id: for the log.
+            content: the file's bytes.
+            field: the request's field, for errors.
+            request_id: the request's id, for the log.
             caller: callers share decoders and threads equally.
 
         Raises:
-            InvalidRequestError: it cannot be decoded, or not within the limits.
+            InvalidRequestError: it cannot be decoded, or exceeds a limit.
             ShuttingDownError: the decoders have ended.
         """
         decoded = await self.decoders.decode(content, field=field, request_id=request_id, caller=caller)
@@ -72,7 +72,7 @@ class ImageLoader:
 
 
 def decoder_pool(processor: EchoVLMProcessor, gateway: GatewaySection) -> DecoderPool:
-    """The decoders of a gateway, not started yet."""
+    """Creates the decoders of a gateway, without starting them."""
     limits = ImageLimits(
         max_image_bytes=gateway.max_image_bytes,
         max_image_pixels=gateway.max_image_pixels,

@@ -1,4 +1,4 @@
-"""What all requests of one gateway share: the way to the router, decoders, threads, quotas and limits."""
+"""The shared parts of a gateway's requests: router client, decoders, threads, quotas and limits."""
 
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,13 +16,13 @@ from echovlm_ray.serving.core.quotas import Quotas
 from echovlm_ray.vision.decoding.pool import DecoderPool
 from protos import router_pb2
 
-# Text and pictures have threads of their own, so that no text waits for a picture. The longest prompt takes seconds to
-# cut into tokens, so no caller gets all of those for text.
+# Text and images have separate threads, so that text does not wait for images. Tokenizing the longest prompt takes
+# seconds, so no caller gets all threads for text.
 TEXT_THREADS = 3
 
 
 class TokenSource(Protocol):
-    """Where tokens come from; see `serving.router_client.RouterClient`."""
+    """The source of tokens; see `serving.router_client.RouterClient`."""
 
     def generate(
         self, request: router_pb2.RouterGenerateRequest, *, deadline: float, request_id: str
@@ -32,7 +32,7 @@ class TokenSource(Protocol):
 
 
 class GenerateParts:
-    """What the sessions of a gateway are given. Belongs to one event loop."""
+    """The shared parts of a gateway's sessions. For one event loop."""
 
     def __init__(
         self,
@@ -44,15 +44,15 @@ class GenerateParts:
         limits: RouterSection,
         decoders: DecoderPool | None = None,
     ) -> None:
-        """Starts nothing yet.
+        """Starts nothing yet; see `start`.
 
         Args:
-            processor: of the served checkpoint; None where it has no tokenizer, and then every request is refused.
-            router: where tokens come from.
-            describe: what is served at this moment.
-            gateway: the limits of images and of requests under way.
+            processor: the checkpoint's processor; None if it has no tokenizer, and then every request is refused.
+            router: the source of tokens.
+            describe: returns the current description of the model.
+            gateway: the limits of images and of concurrent requests.
             limits: the limits of tokens.
-            decoders: of images; None: as `gateway` says.
+            decoders: the image decoders; None for those of `gateway`.
         """
         self._processor = processor
         self.router = router
@@ -70,17 +70,17 @@ class GenerateParts:
 
     @property
     def queue_length(self) -> int:
-        """Requests under way, for status."""
+        """The number of running requests, for the status."""
         return self._under_way
 
     @property
     def decoders(self) -> DecoderPool | None:
-        """The processes that decode; None where every request is refused."""
+        """The decoder processes; None if every request is refused."""
         return None if self._images is None else self._images.decoders
 
     @property
     def processor(self) -> EchoVLMProcessor:
-        """What makes tokens of text and images.
+        """The processor for text and images.
 
         Raises:
             TextUnavailableError: the checkpoint has none.
@@ -94,15 +94,15 @@ class GenerateParts:
 
     @property
     def images(self) -> ImageLoader:
-        """What loads images; there where `processor` is."""
+        """The image loader; available if `processor` is."""
         assert self._images is not None
         return self._images
 
     async def start(self) -> None:
-        """Starts the decoders. To be called once, before the first request.
+        """Starts the decoders. Call it once, before the first request.
 
         Raises:
-            PartUnavailableError: they cannot be started.
+            PartUnavailableError: starting them failed.
         """
         if self._images is not None:
             await self._images.decoders.start()
@@ -115,10 +115,10 @@ class GenerateParts:
 
     @contextmanager
     def place(self, caller: Caller) -> Iterator[None]:
-        """The place of a caller's request; a transport takes it before it reads the request.
+        """Admits a caller's request within the block; a transport enters it before it reads the request.
 
         Raises:
-            OverloadedError: there is none, or the caller has used up its quota.
+            OverloadedError: too many requests are running, or the caller has used up its quota.
         """
         if self._under_way >= self.gateway.max_requests:
             raise OverloadedError(

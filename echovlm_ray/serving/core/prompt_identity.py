@@ -1,4 +1,4 @@
-"""A digest of a request's prompt, by which a replay is compared before anything is computed."""
+"""The digest of a request's prompt, with which a replay is compared before it is computed."""
 
 import hashlib
 from collections.abc import Iterable
@@ -14,10 +14,10 @@ def prompt_digest(input_ids: Iterable[int]) -> str:
 
 
 def check_prompt(input_ids: Iterable[int], expected: str) -> None:
-    """Compares a prompt with the one that an answer was made of; "" compares nothing.
+    """Compares a prompt with the digest of an earlier one; "" is not compared.
 
     Raises:
-        PromptChangedError: it is another one.
+        PromptChangedError: they differ.
     """
     if expected and prompt_digest(input_ids) != expected:
         raise PromptChangedError

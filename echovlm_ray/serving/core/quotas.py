@@ -1,4 +1,4 @@
-"""Quotas of callers: concurrent requests, requests a minute and tokens a minute."""
+"""Quotas of callers: concurrent requests, requests per minute and tokens per minute."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -9,36 +9,37 @@ from echovlm_ray.config import QuotaSection
 from echovlm_ray.errors import OverloadedError
 from echovlm_ray.serving.core.caller import Caller
 
-# Of the places of a gateway, one in so many, but one at least, is for callers that have no request under way.
+# One in this many of a gateway's concurrent requests, but at least one, is reserved for callers without a running
+# request.
 RESERVED = 16
-# A place is free when one of the caller's own requests ends, which is not known beforehand.
+# The delay before a retry; when one of the caller's requests will end is unknown.
 RETRY_PLACE_S = 1.0
 
 
 class Allowance:
-    """A token bucket: holds what may be taken in a minute, and fills evenly. What is taken beyond is owed.
+    """A token bucket: its capacity is the amount per minute, and it fills evenly. It may go below zero.
 
-    Durations are those of the monotonic clock.
+    Uses the monotonic clock.
     """
 
     def __init__(self, per_minute: int | None) -> None:
-        """Takes what may be taken in a minute; None for any number."""
+        """Takes the amount per minute; None for no limit."""
         self._capacity = inf if per_minute is None else float(per_minute)
         self._level = self._capacity
         self._filled_at = time.monotonic()
 
     @property
     def is_full(self) -> bool:
-        """Whether nothing was taken that did not come back."""
+        """Whether the bucket is full."""
         return self._filled() == self._capacity
 
     def wait_s(self, amount: float) -> float:
-        """How long until so much is there, at most one filling; 0 when it is."""
+        """The time until this amount is available, at most one minute; 0 if it is available."""
         missing = min(amount, self._capacity) - self._filled()
         return 0.0 if missing <= 0 else missing * 60 / self._capacity
 
     def take(self, amount: float) -> None:
-        """Takes an amount, even if less is there."""
+        """Takes an amount, even if less is available."""
         self._level = self._filled() - amount
 
     def _filled(self) -> float:
@@ -50,7 +51,7 @@ class Allowance:
 
 
 class _Account:
-    """What one caller has taken."""
+    """The usage of one caller."""
 
     def __init__(self, quota: QuotaSection) -> None:
         self.quota = quota
@@ -64,7 +65,7 @@ class _Account:
 
 
 class Quotas:
-    """The accounts of all callers of one gateway. Belongs to one event loop."""
+    """The quotas of all callers of one gateway. For one event loop."""
 
     def __init__(self, quota: QuotaSection, quotas: Mapping[str, QuotaSection], max_requests: int) -> None:
         """Takes `gateway.quota`, `gateway.quotas` and `gateway.max_requests`."""
@@ -77,13 +78,13 @@ class Quotas:
 
     @contextmanager
     def place(self, caller: Caller) -> Iterator[None]:
-        """Counts a request of a caller for the block.
+        """Counts a caller's request within the block.
 
         Raises:
-            OverloadedError: the caller has used up its quota. The text says which, and when to come back.
+            OverloadedError: the caller has used up its quota. The text names it and the delay before a retry.
         """
         if not caller.id:
-            # Callers that show no credentials cannot be distinguished.
+            # Callers without credentials cannot be distinguished.
             yield
             return
         account = self._account(caller)

@@ -1,4 +1,4 @@
-"""What a caller asks for, and what it gets: plain types that no transport appears in."""
+"""Requests and events as plain types, independent of the transport."""
 
 from collections.abc import Iterable, Sized
 from dataclasses import dataclass, field
@@ -9,12 +9,12 @@ from protos import router_pb2
 
 
 class ImageFiles(Iterable[bytes], Sized, Protocol):
-    """The files of a request, each as it was sent. Taken once, in order; a transport may free them with the last."""
+    """The files of a request as they were sent. Iterated once, in order; a transport may free them afterwards."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingOptions:
-    """How tokens are drawn; 0 means not set. See `router_pb2.Sampling`."""
+    """The sampling parameters; 0 means not set. See `router_pb2.Sampling`."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -25,7 +25,7 @@ class SamplingOptions:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GenerateRequest:
-    """A request, not checked yet. See `echovlm_pb2.GenerateRequest` for the fields."""
+    """An unchecked request. See `echovlm_pb2.GenerateRequest` for the fields."""
 
     task: Task
     language: Language
@@ -33,7 +33,7 @@ class GenerateRequest:
     images: ImageFiles = ()
     organs: tuple[str, ...] = ()
     sampling: SamplingOptions = field(default=SamplingOptions())
-    # 0: the server's default.
+    # 0 is the server's default.
     max_new_tokens: int = 0
     stop: tuple[str, ...] = ()
     session_key: str = ""
@@ -44,12 +44,12 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The images are decoded and the request is under way; the first event.
+    """The images are decoded and the request is running; the first event.
 
     Attributes:
         prompt_tokens: length of the whole prompt, visual tokens included.
-        visual_tokens: how many of them stand for images.
-        frames: frames taken of each image, in order; 1 for a still image.
+        visual_tokens: the number of tokens of images.
+        frames: the number of frames of each image, in order; 1 for a still image.
     """
 
     prompt_tokens: int
@@ -59,19 +59,19 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Further text of the answer: whole characters only."""
+    """A piece of the answer's text, with complete characters only."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """How an answer came about; the last event.
+    """The summary of an answer; the last event.
 
     Attributes:
-        provenance: which experts answered, as the router said it.
-        notices: what the caller should know.
-        token_ids, prompt_digest: of a request with `for_replay`.
+        provenance: the experts and their versions, from the router.
+        notices: notes for the caller.
+        token_ids, prompt_digest: for requests with `for_replay`.
     """
 
     request_id: str

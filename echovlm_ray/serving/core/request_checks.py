@@ -13,7 +13,7 @@ MAX_STOP_CHARACTERS = 256
 MAX_ORGANS = 16
 MAX_ORGAN_CHARACTERS = 64
 MAX_SESSION_KEY_CHARACTERS = 256
-# Far above what a token takes on average, so that a prompt can be refused before it is cut into tokens.
+# Far above the average of a token, so that a prompt can be refused before it is tokenized.
 PROMPT_CHARACTERS_PER_TOKEN = 32
 
 
@@ -24,7 +24,7 @@ def check_request(request: GenerateRequest, gateway: GatewaySection, router: Rou
     """Checks everything but the content of the images.
 
     Raises:
-        InvalidRequestError: names the first field at fault, what is wrong with it and what is allowed.
+        InvalidRequestError: names the first invalid field, the problem and the allowed values.
     """
     _check_prompt(request, router)
     _check_images(request, gateway)
@@ -43,10 +43,10 @@ def check_request(request: GenerateRequest, gateway: GatewaySection, router: Rou
 
 
 def check_sampling(sampling: router_pb2.Sampling | SamplingOptions) -> None:
-    """Checks the numbers of a sampling request; what passes cannot overflow in float32, alone or together.
+    """Checks the sampling parameters, so that their combinations cannot overflow in float32.
 
     Raises:
-        InvalidRequestError: one is not in its range; the text names the range.
+        InvalidRequestError: one is out of range; the text has the range.
     """
     temperature, penalty = sampling.temperature, sampling.repetition_penalty
     if not (temperature == 0 or in_range(temperature, TEMPERATURES)):
@@ -60,7 +60,7 @@ def check_sampling(sampling: router_pb2.Sampling | SamplingOptions) -> None:
 
 
 def check_session_key(session_key: str) -> None:
-    """Refuses a key that is no key but a document.
+    """Checks the length of a session key.
 
     Raises:
         InvalidRequestError: it is too long.
@@ -73,7 +73,7 @@ def check_session_key(session_key: str) -> None:
 
 
 def check_expert_set_id(expert_set_id: str, *, may_be_empty: bool = False) -> None:
-    """Refuses what cannot be a set's id.
+    """Checks the format of an expert set's id.
 
     Raises:
         InvalidRequestError: it is not the 64 hexadecimal digits of a SHA-256.

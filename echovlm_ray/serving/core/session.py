@@ -1,4 +1,4 @@
-"""One request from its images and its task to the text of the answer, whatever transport brought it."""
+"""One request from its images and its task to the text of the answer, for any transport."""
 
 import asyncio
 import time
@@ -22,7 +22,7 @@ NOT_A_DEVICE = "EchoVLM-Ray is not a medical device: nothing it writes is a diag
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Prepared:
-    """A request as the router takes it, and the first event and the notices for its caller."""
+    """A request in the router's format, with the first event and the notices for its caller."""
 
     router_request: router_pb2.RouterGenerateRequest
     accepted: Accepted
@@ -30,7 +30,7 @@ class _Prepared:
 
 
 class GenerateSession:
-    """Answers one request. The transport has a place for it; see `GenerateParts.place`."""
+    """Answers one request. The transport must have admitted it with `GenerateParts.place`."""
 
     def __init__(
         self,
@@ -41,14 +41,14 @@ class GenerateSession:
         request_id: str,
         deadline_s: float | None = None,
     ) -> None:
-        """Begins nothing yet; only the time runs from now on.
+        """Starts only the deadline.
 
         Args:
-            parts: of the gateway.
-            request: not checked yet.
-            caller: who sent it.
-            request_id: under which all parts log it.
-            deadline_s: how many seconds the caller waits; None: `gateway.default_deadline_s`.
+            parts: the gateway's shared parts.
+            request: the unchecked request.
+            caller: the identity of the caller.
+            request_id: the id in the logs of all parts.
+            deadline_s: the caller's timeout in seconds; None for `gateway.default_deadline_s`.
         """
         self._parts = parts
         self._request = request
@@ -57,16 +57,16 @@ class GenerateSession:
         self._deadline = time.monotonic() + (parts.gateway.default_deadline_s if deadline_s is None else deadline_s)
 
     async def events(self) -> AsyncGenerator[Event, None]:
-        """`Accepted`, then text while it is written, then `Summary`. Closing the generator ends the request everywhere.
+        """Yields `Accepted`, then text, then `Summary`. Closing the generator cancels the request in all parts.
 
         Raises:
-            TextUnavailableError: the checkpoint cannot be called with text.
-            InvalidRequestError: the first field at fault, what is wrong with it and what is allowed.
-            PromptChangedError: it is another prompt than the given digest's.
-            DeadlineError: it was not complete in time.
+            TextUnavailableError: the checkpoint has no tokenizer.
+            InvalidRequestError: names the first invalid field, the problem and the allowed values.
+            PromptChangedError: the prompt differs from the given digest.
+            DeadlineError: the deadline passed.
             PartUnavailableError: no router or no decoder answers now.
-            PartRefusedError: what the router said of the request.
-            ShuttingDownError: the gateway ends.
+            PartRefusedError: the router refused the request or failed.
+            ShuttingDownError: the gateway is shutting down.
         """
         parts = self._parts
         processor = parts.processor
@@ -90,7 +90,7 @@ class GenerateSession:
             raise DeadlineError("the deadline passed while the images were decoded") from None
 
     async def _load_images(self) -> list[LoadedImage]:
-        """Loads them one after the other, so that no caller takes all decoders."""
+        """Loads images one after the other, so that no caller occupies all decoders."""
         images = []
         for index, content in enumerate(self._request.images):
             field = f"images[{index}].content"
@@ -139,7 +139,7 @@ class GenerateSession:
         return _Prepared(router_request, accepted, notices)
 
     async def _write(self, prepared: _Prepared, characters: Detokenizer) -> AsyncGenerator[Event, None]:
-        """Turns the router's tokens into text events, then says the summary."""
+        """Converts the router's tokens to text events, followed by the summary."""
         stop = StopStrings(self._request.stop)
         for_replay = self._request.for_replay
         num_tokens = 0

@@ -6,17 +6,17 @@ REPLACEMENT = "\ufffd"
 
 
 class Detokenizer:
-    """Decodes step by step; all pieces together are the text that decoding at once gives."""
+    """Decodes incrementally. The concatenated pieces equal the text of decoding all tokens at once."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
-        """`decode` gives the text of tokens, U+FFFD for what is no character."""
+        """`decode` returns the text of tokens, with U+FFFD for invalid characters."""
         self._decode = decode
-        # Tokens since the last place between two characters, and how much of their text is out already.
+        # Tokens since the last complete character, and the length of their text that was returned already.
         self._pending: list[int] = []
         self._emitted = 0
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """Further text. Of an unfinished character at the end, which decodes to one U+FFFD, nothing comes yet."""
+        """Returns further text. An incomplete character at the end, which decodes to U+FFFD, is held back."""
         self._pending.extend(token_ids)
         text = self._decode(self._pending)
         if not text.endswith(REPLACEMENT):
@@ -29,7 +29,7 @@ class Detokenizer:
         return piece
 
     def finish(self) -> str:
-        """What was held back: an unfinished character stays U+FFFD."""
+        """Returns the text that was held back; an incomplete character becomes U+FFFD."""
         piece = self._decode(self._pending)[self._emitted :]
         self._pending.clear()
         self._emitted = 0
@@ -37,22 +37,22 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Ends a text before the first of some strings: the one that begins first, not the one that is complete first.
+    """Ends a text before the first stop string: the one that begins first, not the one that is complete first.
 
-    The result does not depend on how the text is cut into pieces. Of "abc" and "b", "abc" ends the text "xabc" at "x",
-    and "b" ends "xabd" at "xa": while "abc" may still come, nothing from its "a" on is given out. Where two begin at
-    one place, the text ends at that place whichever of them it is.
+    The result does not depend on how the text is split into pieces. With "abc" and "b", "abc" ends the text "xabc" at
+    "x", and "b" ends "xabd" at "xa": while "abc" is possible, the text from its "a" on is held back. If two begin at
+    the same position, the text ends there for both.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
-        """`stop` holds no empty string; it may be empty itself."""
+        """`stop` must not contain an empty string; it may be empty."""
         assert all(stop), "an empty stop string"
         self._stop = tuple(stop)
         self._held = ""
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """Further text that certainly belongs to the answer. Sets `stopped` when it is certain where it ends."""
+        """Returns further text that belongs to the answer. Sets `stopped` when a stop string was found."""
         if self.stopped:
             return ""
         text = self._held + text
@@ -66,7 +66,7 @@ class StopStrings:
         return text[:begun]
 
     def finish(self) -> str:
-        """What was held back because a stop string might have begun. Sets `stopped` when another one is in it."""
+        """Returns the text that was held back for a possible stop string. Sets `stopped` if it contains another one."""
         held, self._held = self._held, ""
         found = self._first(held)
         if found is None:
@@ -75,12 +75,12 @@ class StopStrings:
         return held[:found]
 
     def _first(self, text: str) -> int | None:
-        """Where the first stop string begins that is complete."""
+        """The position of the first complete stop string."""
         return min((place for string in self._stop if (place := text.find(string)) >= 0), default=None)
 
 
 def _overlap(text: str, string: str) -> int:
-    """How long an end of the text is that begins the string."""
+    """The length of the longest suffix of the text that is a prefix of the string."""
     for length in range(min(len(text), len(string) - 1), 0, -1):
         if text.endswith(string[:length]):
             return length

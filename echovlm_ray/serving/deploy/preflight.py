@@ -16,7 +16,7 @@ from echovlm_ray.serving.cluster.served import ServedCheckpoint, served_checkpoi
 from echovlm_ray.serving.grpc.auth import BearerTokens
 from echovlm_ray.serving.grpc.certificates import CertificateFiles
 from experts.bundles.digest import digest_of
-from experts.errors import InvalidBundleError, RegistryAwayError, UnknownBundleError
+from experts.errors import InvalidBundleError, RegistryUnavailableError, UnknownBundleError
 from router.errors import RolloutDatabaseError, RolloutStateError
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def _with_live_set(config: Config, served: ServedCheckpoint, *, local: bool, tak
     versions = {}
     for digest in others:
         # A bundle that neither a copy nor the registry has cannot be answered, and status says so; the others can.
-        with suppress(UnknownBundleError, RegistryAwayError):
+        with suppress(UnknownBundleError, RegistryUnavailableError):
             versions[digest] = bundles.manifest(digest).version
     return replace(served, expert_set=live, other_versions=versions)
 
@@ -243,7 +243,7 @@ def _check_bundles(section: ExpertsSection, served: ServedCheckpoint) -> None:
     for member in served.expert_set.members:
         try:
             bundle = bundles.look(member.bundle_digest)
-        except (UnknownBundleError, RegistryAwayError, InvalidBundleError) as error:
+        except (UnknownBundleError, RegistryUnavailableError, InvalidBundleError) as error:
             logger.warning("the experts of %s cannot be loaded now: %s", member.organ, error)
             continue
         policy.admit(bundle)

@@ -9,9 +9,9 @@ from experts.kernels.cpu.library import CpuLibrary, PackedMatrix, check, dtype_c
 
 
 class PackedExpertMatrices:
-    """The matrices of a layer's experts as the library takes them.
+    """The matrices of a layer's experts in the library's format.
 
-    Its owner must keep the matrices' memory.
+    The caller must keep the matrices alive.
     """
 
     def __init__(self, gate_up_E: Sequence[PackedMatrix], down_E: Sequence[PackedMatrix], inner_size: int) -> None:
@@ -38,16 +38,16 @@ def compute_experts(
     """All experts of a layer in one call; see `experts.kernels.base.PreparedExperts`.
 
     Args:
-        library: computes.
-        experts: the layer's.
+        library: the C library.
+        experts: the layer's experts.
         index_TK: int64, the expert of every pair; below 0 for none.
         x_TD: tokens × hidden.
         weight_TK: the pairs' weights.
         sum_TD: tokens × hidden; written.
 
     Raises:
-        IndexError: there is no such expert.
-        MemoryError: the system has none left.
+        IndexError: an expert's index is out of range.
+        MemoryError: allocating memory failed.
     """
     num_tokens, top_k = index_TK.shape
     check(
@@ -71,13 +71,13 @@ def compute_experts(
 def swiglu(
     library: CpuLibrary, projected_TF: torch.Tensor, gate_column: int, up_column: int, inner_TF: torch.Tensor
 ) -> None:
-    """silu(gate) · up of columns that one product computed, rounded before and after the multiplication.
+    """silu(gate) · up of the columns of one product, rounded before and after the multiplication.
 
     Args:
         library: computes.
         projected_TF: tokens × outputs of the product.
         gate_column: where the gate's columns begin.
-        up_column: where those begin that it is multiplied with.
+        up_column: where the columns of `up` begin.
         inner_TF: tokens × inner size; written.
     """
     library.swiglu(

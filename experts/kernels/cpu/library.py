@@ -1,6 +1,6 @@
 """Loads the C library of this folder and chooses the variant of it that the processor runs.
 
-What is declared here repeats what `kernels.c` declares: the structures, the arguments, and the number of the interface.
+The declarations here must match those in `kernels.c`: the structures, the arguments, and the interface version.
 """
 
 import ctypes
@@ -16,9 +16,9 @@ import torch
 
 _LOG = logging.getLogger(__name__)
 
-# From the fastest to the one that every processor runs.
+# From the fastest to the one for every processor.
 VARIANTS = ("avx512_bf16", "avx512", "avx2", "plain")
-# Names one of the variants, or NONE, to compare or to work around a fault.
+# Selects one of the variants, or NONE, for comparisons or as a workaround.
 ENVIRONMENT = "ECHORAY_CPU_VARIANT"
 NONE = "none"
 
@@ -27,7 +27,7 @@ _FILE = Path(__file__).parent / f"_kernels{sysconfig.get_config_var('EXT_SUFFIX'
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _NO_SUCH_EXPERT, _OUT_OF_MEMORY = 1, 2
 
-# Addresses, numbers and what is returned; an address and a 64-bit integer are passed alike.
+# The types of arguments and results; addresses are passed as 64-bit integers.
 _P, _N, _F, _R = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int64
 _FUNCTIONS: dict[str, tuple[type[ctypes.c_int64] | None, tuple[type, ...]]] = {
     "product": (None, (_N, _P, _P, _N, _N, _P, _N)),
@@ -89,8 +89,8 @@ class CpuLibrary:
 
     Attributes:
         variant: which of `VARIANTS` it is.
-        named: whether `ECHORAY_CPU_VARIANT` named it: then it computes all that it can.
-        has_matrix_instructions: the processor multiplies matrices of bfloat16 (AMX), which this library does not use.
+        named: whether `ECHORAY_CPU_VARIANT` selected it; then it computes all that it can.
+        has_matrix_instructions: whether the processor has AMX for bfloat16, which this library does not use.
     """
 
     product: Callable[..., None]
@@ -132,17 +132,17 @@ class CpuLibrary:
 
 
 def cpu_library() -> CpuLibrary | None:
-    """The library, loaded once a process; None where there is none: see `unavailable_reason`.
+    """The library, loaded once per process; None if it is unavailable: see `unavailable_reason`.
 
     Raises:
-        ValueError: `ECHORAY_CPU_VARIANT` names a variant that there is not, or that the processor does not run.
+        ValueError: `ECHORAY_CPU_VARIANT` names an unknown variant, or one that the processor does not support.
     """
     found = _load(os.environ.get(ENVIRONMENT))
     return None if isinstance(found, str) else found
 
 
 def unavailable_reason() -> str | None:
-    """Why there is no library here, in words for a log; None where there is one."""
+    """Why the library is unavailable, as text for a log; None if it is available."""
     found = _load(os.environ.get(ENVIRONMENT))
     return found if isinstance(found, str) else None
 
@@ -172,16 +172,16 @@ def _load(variant: str | None) -> CpuLibrary | str:
 
 
 def dtype_code(dtype: torch.dtype) -> int:
-    """How the library knows a dtype, which must be float32 or bfloat16."""
+    """The library's code of a dtype, which must be float32 or bfloat16."""
     return _DTYPES[dtype]
 
 
 def check(result: int) -> None:
-    """Raises what a function of the library returned.
+    """Raises an exception for the return code of a function.
 
     Raises:
-        IndexError: a pair names an expert that there is not.
-        MemoryError: the system has none left.
+        IndexError: an expert's index is out of range.
+        MemoryError: allocating memory failed.
     """
     if result == _NO_SUCH_EXPERT:
         raise IndexError("an expert's index is too large")

@@ -1,4 +1,4 @@
-"""Weights in the layout that the C library reads, which `product.h` describes, and their products."""
+"""Weights in the C library's layout, which `product.h` describes, and their products."""
 
 import ctypes
 import functools
@@ -17,10 +17,11 @@ PANEL = 32
 class PanelWeights:
     """Implements `experts.kernels.packed_linear.PackedWeights`, on one thread.
 
-    A row's bits depend on nothing but the row.
+    Batch-invariant: the bits of a row depend only on the row.
 
     Attributes:
-        matrix: describes it for the C library, as long as it lives. None for a number of inputs that needs padding.
+        matrix: the descriptor for the C library, valid as long as this object exists. None for a number of inputs that
+            needs padding.
         nbytes: see `PackedWeights`.
     """
 
@@ -39,7 +40,7 @@ class PanelWeights:
         """Copies the weights, directly into the layout.
 
         Args:
-            weight_OI: outputs × inputs, of a dtype for which `unavailable_reason` knows none.
+            weight_OI: outputs × inputs, of a supported dtype: see `unavailable_reason`.
             bias_O: outputs.
         """
         code = cpu_library()
@@ -68,7 +69,7 @@ class PanelWeights:
         self.nbytes = self._weights.nbytes + self._bias_O.nbytes
 
     def warm_up_sizes(self, max_rows: int) -> list[int]:
-        """None: there is one code for all numbers of rows."""
+        """Empty, because the code is the same for all numbers of rows."""
         return []
 
     def product(self, x_TI: torch.Tensor) -> torch.Tensor:
@@ -94,7 +95,7 @@ class PanelWeights:
 
 
 def unavailable_reason(dtype: torch.dtype) -> str | None:
-    """Why weights of a dtype are not laid out like this here, in words for a log; None where they are."""
+    """Why weights of a dtype cannot have this layout here, as text for a log; None if they can."""
     code = cpu_library()
     if code is None:
         return f"there is no C library: {library.unavailable_reason()}"

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from experts.kept_bundles import KEPT_PER_ORGAN, KeptBundles
 
 from experts.bundles.bundle import Bundle
 from experts.bundles.manifest import Manifest
-from experts.errors import InvalidBundleError, RegistryAwayError, SignatureError, UnknownBundleError
+from experts.errors import InvalidBundleError, RegistryUnavailableError, SignatureError, UnknownBundleError
 from experts.group import ExpertGroup
 from experts.kernels.registry import get_kernel
-from experts.registry.kept_bundles import KEPT_PER_ORGAN, KeptBundles
 from experts.registry.registry import Registry
 
 MakeBundle = Callable[..., Path]
@@ -184,7 +184,7 @@ def test_a_full_disk_takes_the_registrys_own(
     bundle = kept.open(pushed.digest)
     bundle.verify()
     assert Path(registry.root) in bundle.locations["experts.safetensors"].parents
-    assert "cannot be loaded again while the registry is away" in caplog.text
+    assert "cannot be loaded while the registry is unavailable" in caplog.text
 
 
 class Unreadable:
@@ -202,7 +202,7 @@ class Unreadable:
 def test_an_unreadable_registry_is_named_with_the_reason(tmp_path: Path) -> None:
     kept = KeptBundles(Unreadable(), tmp_path / "kept")
     for read in (kept.open, kept.open_gates, kept.manifest, kept.look):
-        with pytest.raises(RegistryAwayError, match=r"s3://models/experts cannot be read: Permission denied"):
+        with pytest.raises(RegistryUnavailableError, match=r"s3://models/experts cannot be read: Permission denied"):
             read("0" * 64)
 
 

@@ -227,7 +227,7 @@ def test_a_replica_that_dies_at_any_stage_is_replaced_and_the_rollout_goes_on(wo
     world.fleet.remove_replica("heart", "heart-1")
     world.fleet.add_replica("heart", "heart-3")
     if state != "stable":
-        reconcile_until(world.controller, lambda views: views["heart"].held_everywhere(key))
+        reconcile_until(world.controller, lambda views: views["heart"].resident_everywhere(key))
         settle(world.controller)
         world.operations.promote("heart", actor="ann")
     world.reach_held(key)

@@ -7,7 +7,7 @@ import pytest
 from experts.errors import ExpertCapacityError
 from router.gating.expert_set import ExpertSet, ExpertSetMember
 from router.rollouts.leases import Leases
-from router.rollouts.room import missing_on, waits_for_room
+from router.rollouts.replica_memory import memory_shortage, missing_bundles
 from router.rollouts.states import State
 from tests.router.rollouts.support import QUICK, controller_of, settle
 from tests.router.rollouts.world import World, waiting_for
@@ -87,9 +87,9 @@ def test_a_candidate_waits_for_a_lease_and_does_not_fail_of_it(world: World) -> 
 
 def waits(world: World, digest: str) -> str:
     members = [member for member in past_set(world, digest).members if member.organ == "heart"]
-    missing = missing_on(world.fleet, members)
+    missing = missing_bundles(world.fleet, members)
     assert len(missing) == 2
-    return waits_for_room(world.fleet, world.store.snapshot(), missing)
+    return memory_shortage(world.fleet, world.store.snapshot(), missing)
 
 
 def test_room_is_what_the_rollouts_leave(world: World) -> None:

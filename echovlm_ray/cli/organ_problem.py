@@ -1,4 +1,4 @@
-"""Formats the organs that cannot be answered as configured. Only the client's packages."""
+"""Formats the problems of organs whose stable version is not loaded everywhere. Needs only the client's packages."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,13 +9,13 @@ from echovlm_ray.cli.terminal import line, name_of, styled
 if TYPE_CHECKING:
     from protos.control_pb2 import OrganProblem
 
-# In the place of Ray Serve's word for an application whose replicas run and cannot answer.
+# Replaces Ray Serve's status of an application whose replicas run but cannot answer.
 NO_ANSWER = "NOT SERVING"
 DIGEST_LENGTH = 12
 
 
 def format_problem(problem: "OrganProblem") -> Text:
-    """One organ's problem: red where no request of it can be answered."""
+    """One organ's problem as text; red if no request for it can be answered."""
     version = problem.version or f"(version unknown) {problem.digest[:DIGEST_LENGTH]}"
     reasons = "; ".join(
         f"{reason.replica}: {reason.text}" if reason.replica else reason.text for reason in problem.reasons
@@ -30,7 +30,7 @@ def format_problem(problem: "OrganProblem") -> Text:
 
 
 def problem_as_dict(problem: "OrganProblem") -> dict[str, Any]:
-    """The same for programs."""
+    """One organ's problem as JSON values."""
     return {
         "organ": problem.organ,
         "version": problem.version,

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from echovlm_ray.serving.control.policies import PolicyPublisher
 from echovlm_ray.serving.control.watchers import WatcherKind, Watchers
 
-# No event tells of a replica that Serve no longer counts, nor of a policy that is published by another thread.
+# There are no events for replicas that Serve has removed, nor for policies that another thread publishes.
 LOOK_AGAIN_S = 0.1
 
 
-class TakeUp:
-    """Compares what was published with what Routers and gateways said that they apply."""
+class PolicyPropagation:
+    """Compares the published policy with those that Routers and gateways have acknowledged."""
 
     def __init__(
         self,
@@ -22,10 +22,10 @@ class TakeUp:
     ) -> None:
         """
         Args:
-            policies: what was published.
-            watchers: which of them are connected, and what they apply.
-            running: how many Routers and gateways there are now, connected or not.
-            timeout_s: the longest to wait.
+            policies: the published policies.
+            watchers: the connected Routers and gateways, and the policies that they apply.
+            running: returns the numbers of running Routers and gateways, connected or not.
+            timeout_s: the timeout of `wait`.
         """
         self._policies = policies
         self._watchers = watchers
@@ -33,7 +33,7 @@ class TakeUp:
         self._timeout_s = timeout_s
 
     def missing(self, sequence: int) -> tuple[str, ...]:
-        """Who does not apply the policy of a state of the database yet, in words; from any thread.
+        """The parts that do not apply the policy of a database state yet, as text. Thread-safe.
 
         Args:
             sequence: the number of the state's newest history entry.
@@ -48,10 +48,10 @@ class TakeUp:
         return tuple(missing)
 
     async def wait(self, sequence: int) -> tuple[str, ...]:
-        """Waits until everyone applies it, for a bounded time.
+        """Waits until all parts apply it, or the timeout.
 
         Returns:
-            What `missing` says at the end.
+            The result of `missing` at the end.
         """
         with self._watchers.changes.listener() as changed:
             try:

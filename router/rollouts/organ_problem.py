@@ -1,4 +1,4 @@
-"""Live organs that cannot be answered as configured: where the stable version is missing, and why."""
+"""Live organs whose stable version is not loaded on every replica, and why."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ class OrganProblem:
 
     Attributes:
         organ: the organ.
-        digest: of its stable version.
-        replicas: how many there are.
-        holding: how many of them hold it; while none does, the organ's requests cannot be answered.
-        reasons: (replica, why it does not) of the others; the replica is "" where none is known.
+        digest: the stable version's digest.
+        replicas: the number of replicas.
+        holding: how many replicas hold it; with 0, requests for the organ fail.
+        reasons: (replica, reason) for the other replicas; the replica is "" if there is none.
     """
 
     organ: str
@@ -30,24 +30,24 @@ class OrganProblem:
 
     @property
     def answers(self) -> bool:
-        """Whether the organ's requests can be answered at all."""
+        """Whether any replica can answer requests for the organ."""
         return self.holding > 0
 
 
 def organ_problems(
     snapshot: Snapshot, views: Mapping[str, OrganView], failures: LoadFailures
 ) -> tuple[OrganProblem, ...]:
-    """The problems of the organs that were looked at.
+    """The problems of the observed organs.
 
     Args:
-        snapshot: what should be.
-        views: what the replicas hold, by organ.
-        failures: of the loads that were tried.
+        snapshot: the desired state.
+        views: the observed replicas, by organ.
+        failures: the loads that failed.
     """
     problems = []
     for live in snapshot.organs:
         view = views.get(live.organ)
-        if view is None or view.held_everywhere(live.stable_digest):
+        if view is None or view.resident_everywhere(live.stable_digest):
             continue
         digest = live.stable_digest
         missing = [replica for replica in view.replicas if not replica.holds(digest)]

@@ -1,38 +1,38 @@
-"""Watches versions for a time after their promotion, and rolls back those that fail."""
+"""Judges versions for a time after their promotion, and rolls back those that fail."""
 
 from router.rollouts.health import HealthMonitor
 from router.rollouts.judge import judge
-from router.rollouts.moments import Moments
 from router.rollouts.records import Rollout, Snapshot
 from router.rollouts.settings import RolloutPlan, RolloutSettings
+from router.rollouts.state_timers import StateTimers
 from router.rollouts.states import Action, State
 from router.rollouts.store import RolloutStore
 from router.rollouts.transaction import CONTROLLER
 
 
 class PromotionWatch:
-    """One step for every pass of the controller."""
+    """The controller calls `step` in every pass."""
 
     def __init__(
-        self, store: RolloutStore, monitor: HealthMonitor, moments: Moments, settings: RolloutSettings
+        self, store: RolloutStore, monitor: HealthMonitor, timers: StateTimers, settings: RolloutSettings
     ) -> None:
-        """Takes where the state is, what was observed, since when, and the default thresholds."""
+        """`settings` has the default thresholds."""
         self._store = store
         self._monitor = monitor
-        self._moments = moments
+        self._timers = timers
         self._settings = settings
 
     def step(self, snapshot: Snapshot) -> None:
-        """Ends the watches that are over, and goes back where a version fails."""
+        """Ends the watches that are over, and rolls back versions that fail."""
         for rollout in snapshot.watched:
             if reason := self._unhealthy(rollout, snapshot):
                 self._go_back(rollout, reason)
-            elif self._moments.in_state_s(rollout) >= watch_s(rollout):
+            elif self._timers.in_state_s(rollout) >= watch_s(rollout):
                 self._end(rollout)
 
     def _unhealthy(self, rollout: Rollout, snapshot: Snapshot) -> str:
         thresholds = rollout.plan.thresholds or self._settings.thresholds
-        since = self._moments.state_since(rollout)
+        since = self._timers.state_since(rollout)
         elsewhere = other_versions(snapshot, rollout.organ)
         return judge(self._monitor, rollout, thresholds, since, rollout.incumbent_digest, elsewhere)
 
@@ -50,9 +50,9 @@ class PromotionWatch:
             snapshot = transaction.snapshot()
             candidate = snapshot.candidate(rollout.organ)
             if candidate is not None and candidate.restores:
-                # An operator was faster.
+                # An operator changed it first.
                 return
-            previous = snapshot.kept(rollout.organ)
+            previous = snapshot.rollback_target(rollout.organ)
             if previous is None:
                 transaction.note_failing(current, reason)
                 return
@@ -76,5 +76,5 @@ def watch_s(rollout: Rollout) -> float:
 
 
 def other_versions(snapshot: Snapshot, organ: str) -> list[tuple[str, str]]:
-    """(organ, digest) of the versions that serve all other organs."""
+    """(organ, digest) of all other organs' stable versions."""
     return [(live.organ, live.stable_digest) for live in snapshot.organs if live.organ != organ]

@@ -1,17 +1,17 @@
-"""Checks of operators' arguments, before anything is looked up."""
+"""Validates operators' arguments that need no look-up in the database."""
 
 import math
 import re
 
 from router.errors import InvalidRolloutRequestError
+from router.rollouts.formatting import format_number
 from router.rollouts.rollout_file import DIGEST
-from router.rollouts.sentences import format_number
 
 MAX_ACTOR = 200
 
 
 def check_actor(actor: str) -> str:
-    """Who asks, if it can stand in the history.
+    """Returns the operator's name if the history can store it.
 
     Raises:
         InvalidRolloutRequestError: empty, too long, or not printable.
@@ -24,10 +24,10 @@ def check_actor(actor: str) -> str:
 
 
 def check_organ(organ: str) -> str:
-    """An organ's name, also of one that is new.
+    """Returns a valid name of an organ, which may be new.
 
     Raises:
-        InvalidRolloutRequestError: it cannot name an organ.
+        InvalidRolloutRequestError: it is not a valid name.
     """
     if not re.fullmatch(r"[a-z][a-z0-9-]{0,39}", organ):
         raise InvalidRolloutRequestError(
@@ -37,7 +37,7 @@ def check_organ(organ: str) -> str:
 
 
 def check_digest(digest: str) -> str:
-    """A bundle's digest.
+    """Returns a valid digest of a bundle.
 
     Raises:
         InvalidRolloutRequestError: it is not the 64 hexadecimal digits of a SHA-256.
@@ -48,7 +48,7 @@ def check_digest(digest: str) -> str:
 
 
 def check_percent(percent: float) -> float:
-    """A part of the requests.
+    """Returns a valid percentage of requests.
 
     Raises:
         InvalidRolloutRequestError: not above 0, or above 100.

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 
 from router.rollouts import history
+from router.rollouts.formatting import format_duration, format_state
 from router.rollouts.records import Rollout
-from router.rollouts.sentences import format_duration, format_state
 from router.rollouts.states import Action
 from router.rollouts.transaction import CONTROLLER, Transaction
 
@@ -26,7 +26,7 @@ _VERBS: Mapping[str, str] = {
 }
 
 
-def what_happened(transaction: Transaction, rollout: Rollout, names: Callable[[str], str]) -> str:
+def format_last_event(transaction: Transaction, rollout: Rollout, names: Callable[[str], str]) -> str:
     """The last change of a rollout, for example "heart-12 (1.1.0) was rolled back by ann 6 s ago: too slow".
 
     Args:
@@ -42,15 +42,15 @@ def what_happened(transaction: Transaction, rollout: Rollout, names: Callable[[s
     return f"{subject} {verb}{_by(transaction, entry)}"
 
 
-def who_retired(transaction: Transaction, organ: str, digest: str = "") -> str:
-    """Who took an organ, or with a digest one version of it, out of service, for example " by ann 6 s ago"."""
+def format_retirement(transaction: Transaction, organ: str, digest: str = "") -> str:
+    """Who retired an organ, or with a digest one of its versions, for example " by ann 6 s ago"."""
     action = Action.RETIRE_VERSION if digest else Action.RETIRE_ORGAN
     entry = history.newest(transaction.connection, organ=organ, action=action, digest=digest)
     return "" if entry is None else _by(transaction, entry)
 
 
-def since(transaction: Transaction, at: float) -> str:
-    """How long ago a time was, for example "6 s ago"."""
+def format_since(transaction: Transaction, at: float) -> str:
+    """The time since `at`, for example "6 s ago"."""
     return f"{format_duration(transaction.now - at)} ago"
 
 
@@ -58,4 +58,4 @@ def _by(transaction: Transaction, entry: history.Entry) -> str:
     who = "the controller" if entry.actor == CONTROLLER else entry.actor
     by = "" if entry.action == Action.FAIL else f" by {who}"
     because = f": {entry.reason}" if entry.reason else ""
-    return f"{by} {since(transaction, datetime.fromisoformat(entry.at).timestamp())}{because}"
+    return f"{by} {format_since(transaction, datetime.fromisoformat(entry.at).timestamp())}{because}"

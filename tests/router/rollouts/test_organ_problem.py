@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from router.rollouts.answering import organ_problems
 from router.rollouts.fleet import ReplicaResidents
 from router.rollouts.fleet_view import OrganView, ReplicaView
+from router.rollouts.organ_problem import organ_problems
 from router.rollouts.records import Snapshot
 from router.rollouts.store import RolloutStore
 from tests.router.rollouts.support import reconcile_until
@@ -76,4 +76,4 @@ def test_a_load_that_fails_is_told_until_it_succeeds(world: World, tmp_path: Pat
     # Past the pause between tries.
     world.clock.move(60)
     reconcile_until(world.controller, lambda _: place not in world.controller.load_failures())
-    reconcile_until(world.controller, lambda views: views["heart"].held_everywhere(world.v1))
+    reconcile_until(world.controller, lambda views: views["heart"].resident_everywhere(world.v1))

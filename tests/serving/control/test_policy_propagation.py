@@ -43,12 +43,12 @@ class Watcher:
     name: str
     policies: list[control_pb2.TrafficPolicy]
 
-    async def take_up(self) -> None:
-        """Says that the newest policy is in force."""
+    async def acknowledge(self) -> None:
+        """Acknowledges the newest policy."""
         version = self.policies[-1].version
         await self.system.feed.TakenUp(control_pb2.TakenUpRequest(watcher=self.name, policy_version=version))
 
-    async def hears(self, count: int) -> None:
+    async def receives(self, count: int) -> None:
         async with asyncio.timeout(10):
             while len(self.policies) < count:
                 await asyncio.sleep(0.005)
@@ -67,8 +67,8 @@ async def watching(system: ControlSystem, kind: str, name: str) -> AsyncIterator
             watcher.policies.append(policy)
 
     task = asyncio.create_task(follow())
-    await watcher.hears(1)
-    await watcher.take_up()
+    await watcher.receives(1)
+    await watcher.acknowledge()
     try:
         yield watcher
     finally:
@@ -90,12 +90,12 @@ async def test_promote_answers_when_router_and_gateway_have_taken_it_up(system: 
     system.running |= {"router": 1, "gateway": 1}
     async with watching(system, "router", "router-a") as router, watching(system, "gateway", "gateway-a") as gateway:
         response = promote(system)
-        await router.hears(2)
-        await gateway.hears(2)
-        await router.take_up()
+        await router.receives(2)
+        await gateway.receives(2)
+        await router.acknowledge()
         await asyncio.sleep(0.1)
         assert not response.done(), "the gateway has not said so yet"
-        await gateway.take_up()
+        await gateway.acknowledge()
         answer = await response
         assert (answer.changed, list(answer.not_taken_up)) == (True, [])
         # Again, as after a connection that broke: the same, at once.
@@ -107,14 +107,14 @@ async def test_those_that_do_not_take_it_up_in_time_are_named(system: ControlSys
     system.running |= {"router": 2, "gateway": 1}
     async with watching(system, "router", "router-a") as router, watching(system, "gateway", "gateway-a") as gateway:
         response = promote(system)
-        await gateway.hears(2)
-        await gateway.take_up()
+        await gateway.receives(2)
+        await gateway.acknowledge()
         answer = await response
         expected = ["router-a does not apply it yet", "1 of 2 routers not connected to Control"]
         assert list(answer.not_taken_up) == expected
         state = await anext(aiter(system.stub.Watch(control_pb2.WatchRequest())))
         assert list(state.not_taken_up) == expected
-        await router.take_up()
+        await router.acknowledge()
         system.running["router"] = 1
         state = await anext(aiter(system.stub.Watch(control_pb2.WatchRequest())))
         assert not state.not_taken_up
@@ -126,13 +126,13 @@ async def test_a_router_that_goes_is_not_waited_for_and_one_that_applies_another
     async with watching(system, "router", "router-a") as stays:
         async with watching(system, "router", "router-b") as goes:
             response = promote(system)
-            await stays.hears(2)
-            await goes.hears(2)
+            await stays.receives(2)
+            await goes.receives(2)
             # Of an earlier database, larger than any of this one.
             await system.feed.TakenUp(control_pb2.TakenUpRequest(watcher="router-a", policy_version=10**6))
             await asyncio.sleep(0.05)
             assert not response.done()
-            await stays.take_up()
+            await stays.acknowledge()
         assert list((await response).not_taken_up) == []
 
 

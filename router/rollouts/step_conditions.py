@@ -1,4 +1,4 @@
-"""The conditions of an automatic step, and their texts."""
+"""The conditions that end an automatic step, and their messages."""
 
 from collections.abc import Sequence
 
@@ -6,18 +6,18 @@ from router.rollouts.settings import RolloutPlan, Step, Thresholds
 
 
 def current_step(plan: RolloutPlan, next_step: int) -> Step | None:
-    """The step that a rollout is in; none before the first one."""
+    """The current step of a rollout; None before the first one."""
     return plan.steps[next_step - 1] if next_step else None
 
 
 def step_waits_for(step: Step, thresholds: Thresholds, in_step_s: float, successes: int) -> list[str]:
-    """What must still come before a step ends, in words; nothing once it may end.
+    """The conditions that are not met yet, as text; empty if the step can end.
 
     Args:
         step: the step.
         thresholds: the rollout's.
         in_step_s: seconds since it began.
-        successes: requests of the candidate that succeeded since.
+        successes: the candidate's successful requests since it began.
     """
     waits = []
     if in_step_s < step.hold_s:
@@ -30,5 +30,5 @@ def step_waits_for(step: Step, thresholds: Thresholds, in_step_s: float, success
 
 
 def format_waits(waits: Sequence[str]) -> str:
-    """Several things to wait for as one."""
+    """Joins several conditions in one text."""
     return " and ".join(waits)

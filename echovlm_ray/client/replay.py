@@ -1,4 +1,4 @@
-"""A past expert set that a system holds for a caller, so that its answers can be computed again."""
+"""A replay: a past expert set that is loaded for a caller, so that its answers can be computed again."""
 
 from collections.abc import Iterator
 from types import TracebackType
@@ -10,25 +10,25 @@ from echovlm_ray.client.errors import InternalServerError, from_rpc_error
 from protos import control_pb2
 
 
-class HeldSet(Iterator[control_pb2.ReplayState]):
-    """The states of a replay, which lasts until the `with` block ends or `cancel` is called.
+class ExpertSetReplay(Iterator[control_pb2.ReplayState]):
+    """A running replay and its states. It lasts until the `with` block ends or `cancel` is called.
 
-    After `wait`, requests with this `expert_set_id` are answered. Losing Control ends it.
+    After `wait`, requests with this `expert_set_id` are answered. If Control is lost, the replay ends.
     """
 
     def __init__(self, call: Any, address: str, request_id: str) -> None:
-        """Takes the call under way; made by `ExpertControlClient.replay`."""
+        """Made by `ExpertControlClient.replay`, with the running call."""
         self._call = call
         self._address = address
         self._request_id = request_id
 
     def __next__(self) -> control_pb2.ReplayState:
-        """The next state, waiting for it.
+        """Waits for the next state.
 
         Raises:
-            NotFoundError: this deployment never served the set.
-            FailedPreconditionError: a bundle of it is gone, damaged or not admitted, or it is of another backbone.
-            OverloadedError: there is no room beside what is served, or too many replays are held.
+            NotFoundError: this deployment never served the expert set.
+            FailedPreconditionError: a bundle of it is missing, damaged or not admitted, or the backbone differs.
+            OverloadedError: the replicas' memory does not suffice, or too many replays are running.
             EchoVLMError: the call failed otherwise.
         """
         try:
@@ -38,10 +38,10 @@ class HeldSet(Iterator[control_pb2.ReplayState]):
         return state
 
     def wait(self, states: Iterator[control_pb2.ReplayState] | None = None) -> None:
-        """Returns when requests may name the set; raises what `__next__` raises.
+        """Returns when the set is loaded. Raises the errors of `__next__`.
 
         Args:
-            states: what is asked for the states instead of this object, for example one that Ctrl-C interrupts.
+            states: an iterator to use instead of this object, for example one that Ctrl-C interrupts.
         """
         for state in states or self:
             if state.phase == control_pb2.ReplayState.PHASE_READY:
@@ -49,15 +49,15 @@ class HeldSet(Iterator[control_pb2.ReplayState]):
         raise InternalServerError("Control ended the replay without a reason", request_id=self._request_id)
 
     def cancel(self) -> None:
-        """Releases the set."""
+        """Ends the replay."""
         self._call.cancel()
 
     def __enter__(self) -> Self:
-        """The object itself."""
+        """Returns the object."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Releases the set."""
+        """Ends the replay."""
         self.cancel()

@@ -1,26 +1,26 @@
-"""Compare and set: an operation succeeds only if the organ is in the state that its caller saw."""
+"""Preconditions: an operation succeeds only if the organ is in the state that its caller saw (compare and set)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from router.errors import RolloutStateError
-from router.rollouts.happened import what_happened
+from router.rollouts.formatting import format_state
+from router.rollouts.last_event import format_last_event
 from router.rollouts.records import Rollout, Snapshot
-from router.rollouts.sentences import format_state
 from router.rollouts.states import State
 from router.rollouts.transaction import Transaction
 
 
 @dataclass(frozen=True, slots=True)
-class Expectation:
-    """What a caller saw. A field that is left at its default is not compared.
+class Precondition:
+    """The state that a caller saw. Fields at their default are not compared.
 
     Attributes:
-        rollout_id: the rollout that the call is about.
+        rollout_id: the rollout that the call applies to.
         state: the state of that rollout.
-        percent: its part of the requests.
+        percent: its share of the requests.
         stable_digest: the organ's stable version.
-        nothing_in_flight: that no rollout of the organ was in flight.
+        nothing_in_flight: whether the organ had no rollout in flight.
     """
 
     rollout_id: str = ""
@@ -30,23 +30,23 @@ class Expectation:
     nothing_in_flight: bool = False
 
 
-NOTHING_EXPECTED = Expectation()
-# Digest → what people call the version.
+NO_PRECONDITION = Precondition()
+# Digest → the version's name in messages.
 Names = Callable[[str], str]
 
 
-def check_expected(
-    transaction: Transaction, snapshot: Snapshot, organ: str, expected: Expectation, names: Names
+def check_precondition(
+    transaction: Transaction, snapshot: Snapshot, organ: str, expected: Precondition, names: Names
 ) -> None:
-    """Refuses an operation whose caller saw something else than what is there.
+    """Refuses an operation whose caller saw another state.
 
     Raises:
-        RolloutStateError: something changed; the text says what, who did it and when.
+        RolloutStateError: the state changed; the text names the change, its author and its time.
     """
     candidate = snapshot.candidate(organ)
     if expected.nothing_in_flight and candidate is not None:
         raise RolloutStateError(
-            f"the caller saw nothing in flight for {organ!r}, but {what_happened(transaction, candidate, names)}; "
+            f"the caller saw nothing in flight for {organ!r}, but {format_last_event(transaction, candidate, names)}; "
             "nothing was changed: look at it and ask again"
         )
     if expected.rollout_id and candidate is not None and candidate.id == expected.rollout_id:
@@ -55,14 +55,14 @@ def check_expected(
     if expected.stable_digest and (live is None or live.stable_digest != expected.stable_digest):
         now = "is not served any more" if live is None else f"is at {names(live.stable_digest)} now"
         newest = next(iter(transaction.rollouts(organ=organ, limit=1)), None)
-        because = f": {what_happened(transaction, newest, names)}" if newest is not None else ""
+        because = f": {format_last_event(transaction, newest, names)}" if newest is not None else ""
         raise RolloutStateError(
             f"the caller saw {organ} {names(expected.stable_digest)} as the stable version, but {organ} {now}"
             f"{because}; nothing was changed: look at it and ask again"
         )
 
 
-def _check_candidate(transaction: Transaction, candidate: Rollout, expected: Expectation, names: Names) -> None:
+def _check_candidate(transaction: Transaction, candidate: Rollout, expected: Precondition, names: Names) -> None:
     moved = expected.state and candidate.state != expected.state
     shifted = expected.percent is not None and (candidate.percent or 0.0) != expected.percent
     if not moved and not shifted:
@@ -71,5 +71,5 @@ def _check_candidate(transaction: Transaction, candidate: Rollout, expected: Exp
     seen = format_state(State(expected.state), expected.percent or None) if known else repr(expected.state[:32])
     raise RolloutStateError(
         f"the caller saw {candidate.id} as {seen}, but it is {format_state(candidate.state, candidate.percent)}: "
-        f"{what_happened(transaction, candidate, names)}; nothing was changed: look at it and ask again"
+        f"{format_last_event(transaction, candidate, names)}; nothing was changed: look at it and ask again"
     )

@@ -1,4 +1,4 @@
-"""The sentences of outcomes."""
+"""Formats states, numbers and durations, and describes the steps that an operation starts."""
 
 from router.rollouts.records import Rollout
 from router.rollouts.settings import RolloutPlan
@@ -6,12 +6,12 @@ from router.rollouts.states import State
 
 
 def format_state(state: State, percent: float | None) -> str:
-    """A state with its part of the traffic, for example "canary 5 %"."""
+    """A state with its share of the traffic, for example "canary 5 %"."""
     return str(state) if percent is None else f"{state} {format_number(percent)} %"
 
 
 def format_number(number: float) -> str:
-    """A number with as few digits as tell it from every other: 5, 0.25 or 100.0001, never 100 for 100.0001."""
+    """The shortest text that reads back as the same number: 5, 0.25 or 100.0001."""
     short = f"{number:g}"
     return short if float(short) == number or number != number else repr(number)
 
@@ -26,7 +26,7 @@ def format_duration(seconds: float) -> str:
 
 
 def stage_steps(organ: str, is_new: bool, plan: RolloutPlan) -> tuple[str, ...]:
-    """What follows when a rollout is staged with a plan in which nothing is left open."""
+    """The steps that follow when a rollout is staged. Every field of the plan must be set."""
     steps = ["the bundle is read and verified", f"it is loaded on every replica of {organ}; no request uses it yet"]
     assert plan.thresholds is not None
     if plan.gates:
@@ -48,7 +48,7 @@ def stage_steps(organ: str, is_new: bool, plan: RolloutPlan) -> tuple[str, ...]:
 
 
 def traffic_steps(target: State, organ: str, percent: float | None, rollout: Rollout) -> tuple[str, ...]:
-    """What follows when a warm candidate is moved."""
+    """The steps that follow when a warm candidate is moved."""
     candidate = f"{rollout.digest[:12]}…"
     part = "" if percent is None else format_number(percent)
     if target == State.CANARY:

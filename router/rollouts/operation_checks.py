@@ -1,10 +1,10 @@
-"""Checks and refusals that operations share."""
+"""Checks that several operations share."""
 
 from router.errors import RolloutStateError, UnknownOrganError
-from router.rollouts.expectation import NOTHING_EXPECTED, Expectation, Names, check_expected
-from router.rollouts.happened import what_happened
+from router.rollouts.formatting import format_state
+from router.rollouts.last_event import format_last_event
+from router.rollouts.precondition import NO_PRECONDITION, Names, Precondition, check_precondition
 from router.rollouts.records import Rollout, Snapshot
-from router.rollouts.sentences import format_state
 from router.rollouts.states import Action, State, next_state
 from router.rollouts.transaction import Transaction
 
@@ -12,10 +12,10 @@ ENDED_BADLY = (State.FAILED, State.ROLLED_BACK)
 
 
 def check_known(snapshot: Snapshot, organ: str) -> None:
-    """Refuses an organ that was never served or staged.
+    """Refuses an organ that was never live or staged.
 
     Raises:
-        UnknownOrganError: the text names those that there are.
+        UnknownOrganError: the text lists the known organs.
     """
     if organ not in snapshot.known_organs:
         raise UnknownOrganError(f"there is no organ {organ[:64]!r}: there are {', '.join(snapshot.known_organs)}")
@@ -27,26 +27,26 @@ def checked_candidate(
     organ: str,
     digest: str | None,
     percent: float | None = None,
-    expected: Expectation = NOTHING_EXPECTED,
+    expected: Precondition = NO_PRECONDITION,
     names: Names = str,
 ) -> tuple[Rollout, State]:
-    """The rollout that canary, shadow or promote is about, and the state that it should have.
+    """The rollout that canary, shadow or promote applies to, and its target state.
 
-    With nothing in flight, and the organ's newest rollout stable already, that one: promoting it again is no error.
+    With nothing in flight, the organ's newest rollout if it is stable: promoting it again is not an error.
 
     Args:
         transaction: the state.
-        action: what is asked.
+        action: the requested action.
         organ: the organ.
         digest: when given, only if this is the candidate.
-        percent: the part of the requests that it is to get, if the state has one.
-        expected: what the caller saw; not compared where all is as asked already.
+        percent: the requested share of the requests, if the state has one.
+        expected: the precondition; not checked if the rollout is in the target state already.
         names: digest → what people call the version.
 
     Raises:
         UnknownOrganError: there is no such organ.
-        RolloutStateError: there is no candidate, it is another one, or it cannot do this now; the text says what
-            happened since.
+        RolloutStateError: there is no candidate, it is another one, or the action is not possible in its state; the
+            text has the last event.
     """
     snapshot = transaction.snapshot()
     check_known(snapshot, organ)
@@ -56,7 +56,7 @@ def checked_candidate(
         meant = newest and digest in (None, newest.digest) and expected.rollout_id in ("", newest.id)
         if action == Action.PROMOTE and newest and newest.state == State.STABLE and meant:
             return newest, State.STABLE
-        happened = f" ({what_happened(transaction, newest, names)})" if newest else ""
+        happened = f" ({format_last_event(transaction, newest, names)})" if newest else ""
         raise RolloutStateError(
             f"nothing is in flight for {organ!r}, so {action} is not possible{happened}; possible: stage, retire"
         )
@@ -64,7 +64,7 @@ def checked_candidate(
         asked = expected.rollout_id[:96] or f"the bundle {names(str(digest))}"
         raise RolloutStateError(
             f"{action} was asked for {asked}, but {candidate.subject} is in flight, {candidate.state}: "
-            f"{what_happened(transaction, candidate, names)}"
+            f"{format_last_event(transaction, candidate, names)}"
         )
     if candidate.restores:
         raise RolloutStateError(
@@ -78,18 +78,18 @@ def checked_candidate(
             "rollback"
         )
     if (candidate.state, candidate.percent) != (target, percent):
-        check_expected(transaction, snapshot, organ, expected, names)
+        check_precondition(transaction, snapshot, organ, expected, names)
     return candidate, target
 
 
 def already(transaction: Transaction, rollout: Rollout, names: Names) -> str:
-    """The words for a rollout that is as asked already: since when, and who asked."""
+    """The message for a rollout that is in the target state already: since when, and by whom."""
     state = format_state(rollout.state, rollout.percent)
-    return f"it is {state} already: {what_happened(transaction, rollout, names)}"
+    return f"it is {state} already: {format_last_event(transaction, rollout, names)}"
 
 
 def already_applied(rollout: Rollout) -> str:
-    """What became of a rollout file that was applied before."""
+    """The message for a rollout file that was applied before."""
     again = "; to try again, raise `attempt` in the file" if rollout.state in ENDED_BADLY else ""
     return f"this file was applied before: its rollout {rollout.id} is {rollout.state}{_because(rollout)}{again}"
 

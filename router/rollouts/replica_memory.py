@@ -1,4 +1,4 @@
-"""Whether replicas have memory for a past version beside what the rollouts need."""
+"""Whether replicas have memory for the bundles of a replay, in addition to those of the rollouts."""
 
 from collections.abc import Iterable
 
@@ -9,7 +9,7 @@ from router.rollouts.records import Snapshot
 from router.rollouts.states import RESIDENT
 
 
-def missing_on(fleet: Fleet, members: Iterable[ExpertSetMember]) -> list[tuple[str, ExpertSetMember]]:
+def missing_bundles(fleet: Fleet, members: Iterable[ExpertSetMember]) -> list[tuple[str, ExpertSetMember]]:
     """(replica, member) of the bundles that a replica of their organ does not hold. Raises what `Fleet` raises."""
     return [
         (replica, member)
@@ -19,17 +19,17 @@ def missing_on(fleet: Fleet, members: Iterable[ExpertSetMember]) -> list[tuple[s
     ]
 
 
-def waits_for_room(fleet: Fleet, snapshot: Snapshot, missing: Iterable[tuple[str, ExpertSetMember]]) -> str:
-    """What must go before past versions can be loaded, in words; "" where there is room now.
+def memory_shortage(fleet: Fleet, snapshot: Snapshot, missing: Iterable[tuple[str, ExpertSetMember]]) -> str:
+    """The memory that must be freed before past versions can be loaded, as text; "" if there is enough.
 
     Args:
         fleet: the replicas.
-        snapshot: what the rollouts need: the stable version, the one before while that is kept to go back to, and a
-            candidate, which has its room reserved before it is loaded.
-        missing: (replica, past version that it is to load).
+        snapshot: the rollouts. Memory is reserved for the stable version, the rollback target if it is loaded, and a
+            candidate, also before it is loaded.
+        missing: (replica, past version to load).
 
     Raises:
-        ExpertCapacityError: there is no room even when nothing else is held; the text names the limit.
+        ExpertCapacityError: the memory would not suffice without other replays; the text names the limit.
         Exception: see `Fleet`.
     """
     for replica, member in missing:
@@ -55,8 +55,8 @@ def waits_for_room(fleet: Fleet, snapshot: Snapshot, missing: Iterable[tuple[str
 
 
 def _staying(fleet: Fleet, snapshot: Snapshot, organ: str, residents: ReplicaResidents) -> dict[str, int]:
-    """Digest → bytes of what a replica holds, or is going to hold, for the rollouts."""
-    live, candidate, kept = snapshot.live(organ), snapshot.candidate(organ), snapshot.kept(organ)
+    """Digest → bytes of the bundles that a replica holds or will hold for the rollouts."""
+    live, candidate, kept = snapshot.live(organ), snapshot.candidate(organ), snapshot.rollback_target(organ)
     wanted = [live.stable_digest] if live is not None else []
     if candidate is not None and candidate.state in RESIDENT:
         wanted.append(candidate.digest)
@@ -67,6 +67,6 @@ def _staying(fleet: Fleet, snapshot: Snapshot, organ: str, residents: ReplicaRes
         try:
             sizes[digest] = residents.bytes_by_digest.get(digest) or fleet.load_bytes(organ, digest)
         except UnknownBundleError:
-            # It cannot be loaded either, which its own rollout says.
+            # It cannot be loaded; its rollout reports that.
             continue
     return sizes

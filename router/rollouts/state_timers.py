@@ -1,29 +1,29 @@
-"""When each rollout entered its state, by the monotonic clock."""
+"""How long each rollout has been in its state, by a monotonic clock."""
 
 from collections.abc import Callable, Hashable, Iterable
 
 from router.rollouts.records import Rollout
 
 
-class Moments:
-    """When this process first saw each rollout in its state, and first with traffic.
+class StateTimers:
+    """When this process first saw each rollout in its state, and with traffic.
 
-    The database has times of day, for people: the wall clock may be set while a rollout waits. Holds and time limits
-    are measured from here instead. After a restart they begin again, so a restart may lengthen them and never shortens
-    them. Used by one thread.
+    The database has times of day for people, but the wall clock may be set while a rollout waits. So hold times and
+    time limits are measured here. After a restart they begin again: a restart may lengthen them, but never shortens
+    them. Not thread-safe.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        """Takes a monotonic clock in seconds."""
+        """`clock` must be monotonic, in seconds."""
         self._clock = clock
         self._seen: dict[Hashable, float] = {}
 
     def note(self, rollouts: Iterable[Rollout], pass_began: float) -> None:
-        """Records all rollouts of which something is still measured, and drops the others.
+        """Records the rollouts that are measured, and drops all others.
 
         Args:
-            rollouts: as they stand now.
-            pass_began: when the pass began that may have given them traffic: what is reported while it goes on counts.
+            rollouts: the rollouts in their current states.
+            pass_began: when the pass began that may have given them traffic; reports from then on count.
         """
         now = self._clock()
         seen: dict[Hashable, float] = {}
@@ -34,15 +34,15 @@ class Moments:
         self._seen = {key: self._seen.get(key, first) for key, first in seen.items()}
 
     def in_state_s(self, rollout: Rollout) -> float:
-        """Seconds that a rollout has been in its state, and in its step, as far as this process knows."""
+        """Seconds since this process first saw a rollout in its state and step."""
         return self._clock() - self.state_since(rollout)
 
     def state_since(self, rollout: Rollout) -> float:
-        """When this process first saw a rollout, one of those noted, in its state and step."""
+        """When this process first saw a recorded rollout in its state and step."""
         return self._seen.get(_state_key(rollout), self._clock())
 
     def traffic_since(self, rollout: Rollout) -> float:
-        """When this process first saw that a rollout, one of those noted, has had traffic."""
+        """When this process first saw a recorded rollout with traffic."""
         return self._seen.get(_traffic_key(rollout), self._clock())
 
 

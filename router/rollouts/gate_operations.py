@@ -1,29 +1,29 @@
-"""Operations on gates: demanding further ones, and moving a candidate only when they are passed."""
+"""Operations on gates: adds gates to a candidate, and refuses to move a candidate that has not passed them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from router.errors import InvalidRolloutRequestError, RolloutStateError
-from router.rollouts.decisions import already, checked_candidate
+from router.rollouts.argument_checks import check_actor
 from router.rollouts.evaluations import GateStanding
-from router.rollouts.expectation import Expectation, Names
+from router.rollouts.formatting import format_number
 from router.rollouts.gates import Evaluator, Gate, UnusableGateError
+from router.rollouts.operation_checks import already, checked_candidate
 from router.rollouts.outcome import Outcome
+from router.rollouts.precondition import Names, Precondition
 from router.rollouts.records import Rollout
-from router.rollouts.requests import check_actor
-from router.rollouts.sentences import format_number
 from router.rollouts.settings import RolloutPlan, Step
 from router.rollouts.states import Action
 from router.rollouts.store import RolloutStore
 from router.rollouts.transaction import Transaction
 
 MAX_GATES = 16
-# Rollout → how far its gates are, in words.
+# Rollout → progress of its gates as text.
 Progress = Callable[[Rollout, GateStanding], str]
 
 
 def format_gates(rollout: Rollout, standing: GateStanding) -> str:
-    """How far gates are, where nothing is known of the one under way."""
+    """The progress of gates as text, without the progress of the running evaluation."""
     if not standing.open:
         return ""
     position = standing.open[0]
@@ -31,7 +31,7 @@ def format_gates(rollout: Rollout, standing: GateStanding) -> str:
 
 
 def check_override(override: bool, reason: str) -> None:
-    """Refuses an override that does not say why.
+    """Refuses an override without a reason.
 
     Raises:
         InvalidRolloutRequestError: there is no reason.
@@ -43,16 +43,16 @@ def check_override(override: bool, reason: str) -> None:
 
 
 def check_gates(transaction: Transaction, rollout: Rollout, action: Action, override: bool) -> Mapping[str, Any]:
-    """Refuses to move a candidate to callers before its gates are passed.
+    """Refuses to give a candidate traffic before its gates are passed.
 
     Args:
         transaction: the state.
         rollout: the candidate.
-        action: what is asked.
-        override: whether it is asked in spite of them.
+        action: the requested action.
+        override: whether the operator overrides the gates.
 
     Returns:
-        What the history says of an override; empty where nothing was overridden.
+        Details of the override for the history; empty if nothing was overridden.
 
     Raises:
         RolloutStateError: a gate was not passed, or has not ended; the text has the figures.
@@ -84,20 +84,20 @@ def refusal(rollout: Rollout, standing: GateStanding, action: Action) -> str:
     )
 
 
-class GateDemands:
-    """Declares gates, and gives them to candidates that are in flight."""
+class GateOperations:
+    """Declares gates, and adds them to candidates in flight."""
 
     def __init__(self, store: RolloutStore, evaluator: Evaluator | None, names: Names) -> None:
-        """Takes where the state is, and what evaluates; without an evaluator every gate is refused."""
+        """Without an evaluator every gate is refused."""
         self._store = store
         self._evaluator = evaluator
         self._names = names
 
     def declared(self, gates: Sequence[Gate], organ: str, has_incumbent: bool) -> tuple[Gate, ...]:
-        """The gates with their datasets' digests. Reads the datasets.
+        """Reads the gates' datasets and returns the gates with their digests.
 
         Raises:
-            InvalidRolloutRequestError: one of them cannot be evaluated; names its number.
+            InvalidRolloutRequestError: a gate cannot be evaluated; the text has its index.
         """
         if gates and self._evaluator is None:
             raise InvalidRolloutRequestError("gates", "cannot be evaluated by this Control")
@@ -131,16 +131,16 @@ class GateDemands:
         actor: str,
         reason: str,
         digest: str | None,
-        expected: Expectation,
+        expected: Precondition,
         dry_run: bool,
     ) -> Outcome:
-        """Gives the candidate gates; once it has passed them, what was asked happens by itself.
+        """Adds gates to the candidate. Once it has passed them, the action follows automatically.
 
-        Gates that it has already stay: none can be replaced by an easier one.
+        Existing gates stay, so none can be replaced by an easier one.
 
         Raises:
-            InvalidRolloutRequestError: a gate that cannot be evaluated.
-            RolloutStateError: there is no candidate, or it did not pass a gate that it has already.
+            InvalidRolloutRequestError: a gate cannot be evaluated.
+            RolloutStateError: there is no candidate, or it failed an existing gate.
         """
         check_actor(actor)
 
@@ -167,12 +167,12 @@ class GateDemands:
                 words = format_gates(rollout, standing) or "passed"
                 return Outcome(organ, False, (f"its gates are demanded already: {words}",), rollout)
             if not dry_run:
-                rollout = transaction.demand_gates(rollout, plan, actor=actor, reason=reason)
+                rollout = transaction.require_gates(rollout, plan, actor=actor, reason=reason)
         return Outcome(organ, True, gate_steps(plan), rollout)
 
 
 def gate_steps(plan: RolloutPlan) -> tuple[str, ...]:
-    """What follows when gates are demanded."""
+    """The steps that follow when gates are added."""
     steps = [f"it is evaluated beside the requests, without answering any: {_demand(gate)}" for gate in plan.gates]
     if plan.promote:
         steps.append("it becomes stable by itself once it has passed; otherwise an operator decides")
@@ -191,7 +191,7 @@ def _demand(gate: Gate) -> str:
 
 
 def _plan(plan: RolloutPlan, gates: Sequence[Gate], action: Action, percent: float | None) -> RolloutPlan:
-    """A rollout's plan with further gates, which does what was asked and no more."""
+    """A rollout's plan with further gates, which ends with the requested action."""
     further = [gate for gate in gates if gate not in plan.gates]
     steps = () if percent is None else (Step(percent=percent, hold_s=0, min_successes=0),)
     update = {"gates": (*plan.gates, *further), "steps": steps, "promote": action == Action.PROMOTE}
