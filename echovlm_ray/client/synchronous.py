@@ -12,7 +12,8 @@ from echovlm_ray.client.connection import DEFAULT_ADDRESS, TLS, call_metadata, c
 from echovlm_ray.client.errors import EchoVLMError, InternalServerError, from_rpc_error
 from echovlm_ray.client.request import GenerateOptions, Image, build_request
 from echovlm_ray.client.retries import Retries, Waiting
-from echovlm_ray.client.types import Accepted, Answer, Event, ModelInfo, Summary, Text, event_from_proto
+from echovlm_ray.client.types import Answer, Event, ModelInfo, Summary, event_from_proto
+from echovlm_ray.events import Accepted, Text
 from protos import echovlm_pb2, echovlm_pb2_grpc
 
 Response = TypeVar("Response")

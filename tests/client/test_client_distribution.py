@@ -83,7 +83,7 @@ def test_it_has_one_package(unpacked: Path) -> None:
     package = unpacked / "echovlm_ray_client"
     assert (package / "py.typed").is_file()
     sources = {path.stem for path in (ROOT / "echovlm_ray" / "client").glob("*.py")}
-    assert {path.stem for path in package.glob("*.py")} == sources | {"tasks"}
+    assert {path.stem for path in package.glob("*.py")} == sources | {"events", "tasks"}
     for source in package.rglob("*.py*"):
         left = re.search(r"^\s*(from|import) (echovlm_ray|protos|experts|router|cluster)\b", source.read_text(), re.M)
         assert left is None, f"{source.name} still has: {left}"

@@ -19,13 +19,13 @@ FOLDER = Path(__file__).resolve().parent
 CLIENT = FOLDER.parent
 ROOT = CLIENT.parent.parent
 # What client and server have in common.
-TASKS = CLIENT.parent / "tasks.py"
+SHARED = (CLIENT.parent / "events.py", CLIENT.parent / "tasks.py")
 # What callers and operators need, each after what it imports; the others are between the parts of the server.
 CONTRACTS = ("tensor", "vision", "router", "echovlm", "control")
 # In the order in which they are applied.
 IMPORTS = (
     (r"\bechovlm_ray\.client\b", "echovlm_ray_client"),
-    (r"\bechovlm_ray\.tasks\b", "echovlm_ray_client.tasks"),
+    (r"\bechovlm_ray\.(events|tasks)\b", r"echovlm_ray_client.\1"),
     (r"\bfrom protos import\b", "from echovlm_ray_client.protos import"),
 )
 MESSAGES = '''\
@@ -65,7 +65,7 @@ def stage(target: Path) -> None:
     package = target / "echovlm_ray_client"
     contracts = package / "protos"
     contracts.mkdir(parents=True)
-    for source in (*CLIENT.glob("*.py"), TASKS):
+    for source in (*CLIENT.glob("*.py"), *SHARED):
         (package / source.name).write_text(_renamed(source.read_text()))
     (package / "py.typed").touch()
     names = ", ".join(f"{name}_pb2" for name in CONTRACTS)
