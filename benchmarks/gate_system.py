@@ -5,7 +5,7 @@ The router's service, its engine, the vision encoder and the experts are those t
 
 import asyncio
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +143,7 @@ def _engine(served: ServedCheckpoint, groups: Mapping[str, ExpertGroup], config:
     text, limits = backbone.config.text_config, config.router
     registry = Registry(registry_root(served.directory))
 
-    def read(digest: str) -> BundleGates:
+    def read(digest: str, in_use: Collection[str] = ()) -> BundleGates:
         return BundleGates.read(registry.open(digest), num_layers=text.num_hidden_layers, dtype=torch.float32)
 
     gates = {member.bundle_digest: read(member.bundle_digest) for member in served.expert_set.members}

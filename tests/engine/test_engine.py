@@ -161,26 +161,18 @@ def test_whoever_listens_is_woken_after_every_token(engine: Engine, prompt: Sequ
         if fails:
             raise RuntimeError("the loop is closed")
 
-    engine.on_outputs_ready = ready
-    try:
-        engine.submit(
-            of(prompt, "breast", max_new_tokens=5, stop_token_ids=frozenset()), lambda _: events.append("token")
-        )
-        assert ended.wait(10)
-    finally:
-        engine.on_outputs_ready = lambda: None
+    request = of(prompt, "breast", max_new_tokens=5, stop_token_ids=frozenset())
+    engine.submit(request, lambda _: events.append("token"), on_outputs_ready=ready)
+    assert ended.wait(10)
     assert events == ["token", "ready"] * 5
 
 
 def test_an_error_is_told_at_once(engine: Engine, prompt: SequenceRequest) -> None:
     events: list[object] = []
     ready = threading.Event()
-    engine.on_outputs_ready = lambda: ready.set() if events else None
-    try:
-        engine.submit(of(prompt, "breast", deadline=time.monotonic()), events.append)
-        assert ready.wait(10)
-    finally:
-        engine.on_outputs_ready = lambda: None
+    request = of(prompt, "breast", deadline=time.monotonic())
+    engine.submit(request, events.append, on_outputs_ready=lambda: ready.set() if events else None)
+    assert ready.wait(10)
     assert isinstance(events[0], DeadlineError)
 
 
