@@ -11,11 +11,9 @@ class ExpertCall(Protocol):
     """Tokens that were handed to an organ's experts.
 
     Attributes:
-        gather_s: seconds that collecting the rows took.
         compute_s: seconds that the experts' kernel took, where it is known; 0 before.
     """
 
-    gather_s: float
     compute_s: float
 
     def result(self) -> torch.Tensor:
