@@ -47,7 +47,6 @@ class ModelRunner:
         dispatcher: Dispatcher,
         *,
         kv_cache_tokens: int,
-        packed_linears: bool = True,
         compiled: bool = True,
         micro_batches: int = 1,
     ) -> None:
@@ -57,7 +56,6 @@ class ModelRunner:
             model: a backbone without experts of its own.
             dispatcher: computes the experts.
             kv_cache_tokens: how many tokens the cache holds.
-            packed_linears: False leaves the linear layers as they are, to compare.
             compiled: False leaves the small arithmetic to torch's operators, to compare; they also do it where the C
                 library does not, see `echovlm_ray.engine.compiled.use_compiled`.
             micro_batches: 2 computes a step in two halves, so that the experts of one work during the attention of
@@ -73,8 +71,7 @@ class ModelRunner:
         dtype, self.device = model.dtype, model.device
         compiled = compiled and use_compiled(dtype, self.device)
         fuse_layers(model.model.language_model, compiled=compiled)
-        if packed_linears:
-            pack_linears(model)
+        pack_linears(model)
         self.model = model
         self.dispatcher = dispatcher
         self.micro_batches = micro_batches
