@@ -13,9 +13,10 @@ Messages are those of protos/control.proto; what can go wrong is an `EchoVLMErro
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypedDict, TypeVar, Unpack
 
 import grpc
+from google.protobuf.message import Message
 
 from echovlm_ray.client.arguments import message, text, texts, timeout
 from echovlm_ray.client.bundle_upload import open_upload
@@ -31,6 +32,21 @@ Expected = control_pb2.Expected
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
 
 Response = TypeVar("Response")
+
+
+class ChangeOptions(TypedDict, total=False):
+    """What every operation takes besides what it is about; see `ExpertControlClient`."""
+
+    reason: str
+    dry_run: bool
+
+
+class ExpectingOptions(ChangeOptions, total=False):
+    """What an operation takes on what is there already."""
+
+    # Only if this is the bundle in question.
+    digest: str
+    expected: Expected | None
 
 
 class ExpertControlClient:
@@ -96,100 +112,52 @@ class ExpertControlClient:
         return self._call(self._stub.Push, control_pb2.PushResponse, upload.messages(progress), limited=False).bundle
 
     def stage(
-        self,
-        organ: str,
-        *,
-        version: str = "",
-        digest: str = "",
-        actor: str,
-        reason: str = "",
-        dry_run: bool = False,
+        self, organ: str, *, actor: str, version: str = "", digest: str = "", **options: Unpack[ChangeOptions]
     ) -> control_pb2.OperationResponse:
         """Begins a rollout of a bundle, named by its version in the registry or by its digest."""
-        request = message(
-            control_pb2.StageRequest,
-            organ=organ,
-            version=version,
-            digest=digest,
-            actor=actor,
-            reason=reason,
-            dry_run=dry_run,
-        )
-        return self._call(self._stub.Stage, control_pb2.OperationResponse, request)
+        fields = {"organ": organ, "actor": actor, "version": version, "digest": digest, **options}
+        return self._change(self._stub.Stage, control_pb2.StageRequest, fields)
 
     def canary(
         self,
         organ: str,
         percent: float,
         *,
-        digest: str = "",
         actor: str,
-        reason: str = "",
-        expected: Expected | None = None,
-        dry_run: bool = False,
         gates_json: str = "",
         override: bool = False,
+        **options: Unpack[ExpectingOptions],
     ) -> control_pb2.OperationResponse:
         """Has the candidate answer a part of the requests.
 
         With `gates_json`, a JSON array of what a rollout file has under `gates`, it does so by itself once it has
         passed them. With `override` it does although it has not passed its gates; that needs a reason.
         """
-        request = _traffic(organ, percent, digest, actor, reason, expected, dry_run)
-        request.gates_json, request.override = gates_json, override
-        return self._call(self._stub.Canary, control_pb2.OperationResponse, request)
+        gates = {"gates_json": gates_json, "override": override}
+        fields = {"organ": organ, "percent": percent, "actor": actor, **gates, **options}
+        return self._change(self._stub.Canary, control_pb2.TrafficRequest, fields)
 
     def shadow(
-        self,
-        organ: str,
-        percent: float,
-        *,
-        digest: str = "",
-        actor: str,
-        reason: str = "",
-        expected: Expected | None = None,
-        dry_run: bool = False,
+        self, organ: str, percent: float, *, actor: str, **options: Unpack[ExpectingOptions]
     ) -> control_pb2.OperationResponse:
         """Has the candidate compute a part of the requests beside the incumbent; its answers are discarded."""
-        request = _traffic(organ, percent, digest, actor, reason, expected, dry_run)
-        return self._call(self._stub.Shadow, control_pb2.OperationResponse, request)
+        fields = {"organ": organ, "percent": percent, "actor": actor, **options}
+        return self._change(self._stub.Shadow, control_pb2.TrafficRequest, fields)
 
     def promote(
         self,
         organ: str,
         *,
-        digest: str = "",
         actor: str,
-        reason: str = "",
-        expected: Expected | None = None,
-        dry_run: bool = False,
         gates_json: str = "",
         override: bool = False,
+        **options: Unpack[ExpectingOptions],
     ) -> control_pb2.OperationResponse:
         """Makes the candidate the organ's version for all new requests. Gates and override are those of `canary`."""
-        request = message(
-            control_pb2.OrganRequest,
-            organ=organ,
-            digest=digest,
-            actor=actor,
-            reason=reason,
-            expected=expected,
-            dry_run=dry_run,
-            gates_json=gates_json,
-            override=override,
-        )
-        return self._call(self._stub.Promote, control_pb2.OperationResponse, request)
+        fields = {"organ": organ, "actor": actor, "gates_json": gates_json, "override": override, **options}
+        return self._change(self._stub.Promote, control_pb2.OrganRequest, fields)
 
-    def rollback(
-        self,
-        organ: str,
-        *,
-        digest: str = "",
-        actor: str,
-        reason: str = "",
-        expected: Expected | None = None,
-        dry_run: bool = False,
-    ) -> control_pb2.OperationResponse:
+    def rollback(self, organ: str, *, actor: str, **options: Unpack[ExpectingOptions]) -> control_pb2.OperationResponse:
         """Ends a candidate's rollout. Never touches the stable version; see `roll_back_stable`.
 
         Without `digest` or `expected.rollout_id`, whatever candidate is in flight is meant.
@@ -197,73 +165,30 @@ class ExpertControlClient:
         Raises:
             FailedPreconditionError: nothing is in flight, or something else; the text says what happened since.
         """
-        request = message(
-            control_pb2.OrganRequest,
-            organ=organ,
-            digest=digest,
-            actor=actor,
-            reason=reason,
-            expected=expected,
-            dry_run=dry_run,
-        )
-        return self._call(self._stub.Rollback, control_pb2.OperationResponse, request)
+        return self._change(self._stub.Rollback, control_pb2.OrganRequest, {"organ": organ, "actor": actor, **options})
 
     def roll_back_stable(
-        self,
-        organ: str,
-        *,
-        version: str = "",
-        digest: str = "",
-        actor: str,
-        reason: str = "",
-        expected: Expected | None = None,
-        dry_run: bool = False,
+        self, organ: str, *, actor: str, version: str = "", **options: Unpack[ExpectingOptions]
     ) -> control_pb2.OperationResponse:
         """Goes back from the stable version, named by its version or digest, to the one that was stable before.
 
         Raises:
             FailedPreconditionError: another version is stable, a candidate is in flight, or there is none before.
         """
-        request = message(
-            control_pb2.RollBackStableRequest,
-            organ=organ,
-            version=version,
-            digest=digest,
-            actor=actor,
-            reason=reason,
-            expected=expected,
-            dry_run=dry_run,
-        )
-        return self._call(self._stub.RollBackStable, control_pb2.OperationResponse, request)
+        fields = {"organ": organ, "actor": actor, "version": version, **options}
+        return self._change(self._stub.RollBackStable, control_pb2.RollBackStableRequest, fields)
 
     def retire(
-        self,
-        organ: str,
-        *,
-        version: str = "",
-        digest: str = "",
-        actor: str,
-        reason: str = "",
-        expected: Expected | None = None,
-        dry_run: bool = False,
+        self, organ: str, *, actor: str, version: str = "", **options: Unpack[ExpectingOptions]
     ) -> control_pb2.OperationResponse:
         """Takes an organ, or one version of it, out of service for good."""
-        request = message(
-            control_pb2.RetireRequest,
-            organ=organ,
-            version=version,
-            digest=digest,
-            actor=actor,
-            reason=reason,
-            expected=expected,
-            dry_run=dry_run,
-        )
-        return self._call(self._stub.Retire, control_pb2.OperationResponse, request)
+        fields = {"organ": organ, "actor": actor, "version": version, **options}
+        return self._change(self._stub.Retire, control_pb2.RetireRequest, fields)
 
     def apply(self, rollout_json: str, *, actor: str, dry_run: bool = False) -> control_pb2.OperationResponse:
         """Stages what a rollout file says, with its steps; applying it again changes nothing."""
-        request = message(control_pb2.ApplyRequest, rollout_json=rollout_json, actor=actor, dry_run=dry_run)
-        return self._call(self._stub.Apply, control_pb2.OperationResponse, request)
+        fields = {"rollout_json": rollout_json, "actor": actor, "dry_run": dry_run}
+        return self._change(self._stub.Apply, control_pb2.ApplyRequest, fields)
 
     def list(self, organ: str = "") -> control_pb2.ListResponse:
         """The live expert set, the rollouts, the replicas, and the bundles of the registry; of one organ or of all."""
@@ -335,6 +260,13 @@ class ExpertControlClient:
         """Closes the connection."""
         self.close()
 
+    def _change(
+        self, method: Callable[..., Any], kind: type[Message], fields: Mapping[str, object]
+    ) -> control_pb2.OperationResponse:
+        if unknown := sorted(set(fields) - set(kind.DESCRIPTOR.fields_by_name)):
+            raise TypeError(f"there is no option {', '.join(unknown)}")
+        return self._call(method, control_pb2.OperationResponse, message(kind, **fields))
+
     def _call(
         self, method: Callable[..., Any], kind: type[Response], request: Any, *, limited: bool = True
     ) -> Response:
@@ -345,18 +277,3 @@ class ExpertControlClient:
             raise from_rpc_error(error, self.address, request_id, service="Control") from None
         assert isinstance(response, kind)
         return response
-
-
-def _traffic(
-    organ: str, percent: float, digest: str, actor: str, reason: str, expected: Expected | None, dry_run: bool
-) -> control_pb2.TrafficRequest:
-    return message(
-        control_pb2.TrafficRequest,
-        organ=organ,
-        percent=percent,
-        digest=digest,
-        actor=actor,
-        reason=reason,
-        expected=expected,
-        dry_run=dry_run,
-    )
