@@ -26,7 +26,7 @@ from rich.console import Console
 
 from benchmarks.checkpoints import ROOT
 from benchmarks.machine import describe
-from benchmarks.measure_table import measure_table
+from benchmarks.measure_table import measure_table, table_head
 from echovlm_ray.checkpoint.demo import make_demo
 from echovlm_ray.config import GatewaySection, RouterSection
 from echovlm_ray.fair_queue import FairThreads
@@ -253,8 +253,7 @@ async def measure(repetitions: int) -> tuple[list[Comparison], dict[str, float]]
 def markdown(lines: Sequence[Comparison], memory: dict[str, float]) -> str:
     """The result as it is written."""
     table = [
-        "| request | on threads, ms | in processes, ms | ratio | ratio of the best | target |",
-        "| --- | --- | --- | --- | --- | --- |",
+        *table_head("| request | on threads, ms | in processes, ms | ratio | ratio of the best | target |"),
     ]
     for line in lines:
         target = f"≤ {TARGETS[line.name]}" if line.name in TARGETS else ""

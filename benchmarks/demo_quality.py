@@ -6,7 +6,6 @@ served system on reports about them in both languages, with the three baselines.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -19,15 +18,14 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.machine import describe
-from benchmarks.measure_table import measure_table
+from benchmarks.measure_table import measure_table, table_head
 from benchmarks.measured_gateway import add_gateway_options, gateway_of
 from benchmarks.systems.protocol import SystemFailedError, exit_on_sigterm
-from benchmarks.terminal import progress_of_parts, show_result
+from benchmarks.terminal import add_result_options, keep_result, progress_of_parts
 from echovlm_ray.evaluation.baselines import VARIANTS
 from echovlm_ray.evaluation.result import EvaluationResult, GroupScores
 from echovlm_ray.tasks import LANGUAGES
 
-RESULTS = Path(__file__).resolve().parent / "results"
 ECHORAY = Path(sys.executable).with_name("echoray")
 SEED = 90_001
 PLAIN = "plain"
@@ -169,8 +167,7 @@ def report(found: dict[str, EvaluationResult], count: int) -> tuple[str, dict[st
         "",
         *measure_table(measures(found)),
         "",
-        "| class | diagnosis accuracy | all attributes right |",
-        "| --- | --- | --- |",
+        *table_head("| class | diagnosis accuracy | all attributes right |"),
         *(f"| {' | '.join(row)} |" for row in classes),
     ]
     values = {
@@ -206,10 +203,7 @@ def main() -> None:
     except SystemFailedError as error:
         sys.exit(f"the system failed: {error}")
     text, values = report(found, options.count)
-    show_result(text, values, console, as_json=options.json)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "demo_quality.md").write_text(text)
-    (options.output / "demo_quality.json").write_text(json.dumps(values, indent=1) + "\n")
+    keep_result("demo_quality", text, values, options, console)
 
 
 def _options() -> argparse.Namespace:
@@ -219,8 +213,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--conditions", type=int, default=len(CONDITIONS), help="only the first so many (default: %(default)s)"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results (default: %(default)s)")
+    add_result_options(parser)
     return parser.parse_args()
 
 

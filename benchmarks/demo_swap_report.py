@@ -11,7 +11,7 @@ from typing import Any
 from scipy.stats import binomtest
 
 from benchmarks.demo_swap_callers import LEFT_OUT, ORGAN, Answered, Heard
-from benchmarks.drawing import load_pyplot
+from benchmarks.drawing import new_figure, save_figure
 from benchmarks.measure_table import measure_table
 from benchmarks.timings import nearest_rank
 
@@ -175,10 +175,8 @@ def _share(found: int, asked: int) -> str:
 
 def plot_recall(found: Findings, path: Path) -> None:
     """What each class of the swapped organ gained, with 95 % intervals, and how many answers of others changed."""
-    pyplot = load_pyplot()
-    figure, (classes, organs) = pyplot.subplots(
-        1, 2, figsize=(11, 4), layout="constrained", gridspec_kw={"width_ratios": [3, 2]}
-    )
+    figure = new_figure(2, figsize=(11, 4), width_ratios=[3, 2])
+    classes, organs = figure.axes
     counts = found.by_class()
     for offset, column, version in ((-0.2, 1, found.versions[0]), (0.2, 2, found.versions[1])):
         shares = [row[column] / row[0] for row in counts.values()]
@@ -204,14 +202,13 @@ def plot_recall(found: Findings, path: Path) -> None:
     organs.set_xlim(0, max(asked.values()) * 1.25)
     organs.set_xlabel("answers, compared word for word")
     organs.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def plot_swap(found: Findings, path: Path) -> None:
     """When which version answered, and the pauses of all callers meanwhile."""
-    pyplot = load_pyplot()
-    figure, (who, pauses) = pyplot.subplots(2, 1, figsize=(11, 5), sharex=True, layout="constrained")
+    figure = new_figure(rows=2, figsize=(11, 5), sharex=True)
+    who, pauses = figure.axes
     start = min(answer.began for answer in found.heard.answers)
     rows = {found.versions[0]: 1, found.versions[1]: 2, "": 0}
     for version, row in rows.items():
@@ -236,11 +233,9 @@ def plot_swap(found: Findings, path: Path) -> None:
     pauses.set_ylabel("pause within an answer, ms")
     pauses.set_xlabel("s")
     pauses.legend(fontsize="small", loc="upper right")
-    for axis in (who, pauses):
+    for axis in figure.axes:
         for name, moment in found.moments.items():
             axis.axvline(moment - start, color="C3", linestyle="--", linewidth=1)
             if axis is who:
                 axis.text(moment - start, 2.42, f" {name}", fontsize="small", va="top", color="C3")
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save_figure(figure, path)

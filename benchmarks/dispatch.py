@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.dispatch_peers import HIDDEN_SIZE, ORGAN, STREAM_METHOD, pin
-from benchmarks.drawing import check_drawing, load_pyplot
+from benchmarks.drawing import check_drawing, new_figure, save_figure
 from benchmarks.machine import describe
 from benchmarks.timings import nearest_rank
 from echovlm_ray.config import Config
@@ -256,19 +256,16 @@ def as_json(found: list[Measured]) -> str:
 def plot(found: list[Measured], path: Path) -> None:
     """p50 by size, one panel for each place."""
     places = [place for place in PLACES if any(row.place == place for row in found)]
-    pyplot = load_pyplot()
-    figure, panels = pyplot.subplots(1, len(places), figsize=(5.5 * len(places), 4.2), sharey=True, squeeze=False)
-    for panel, place in zip(panels[0], places, strict=True):
+    figure = new_figure(len(places), figsize=(5.5 * len(places), 4.2), sharey=True)
+    for panel, place in zip(figure.axes, places, strict=True):
         rows = [row for row in found if row.place == place]
         for way in WAYS:
             panel.plot([SIZES[row.size] for row in rows], [row.percentile(way, 50) for row in rows], "o-", label=way)
         panel.set(xscale="log", yscale="log", title=PLACES[place], xlabel="bytes each way")
         panel.set_xticks(list(SIZES.values()), list(SIZES))
-        panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("round trip, p50, µs")
-    panels[0][0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.axes[0].set_ylabel("round trip, p50, µs")
+    figure.axes[0].legend()
+    save_figure(figure, path)
 
 
 def main() -> None:

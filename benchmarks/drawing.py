@@ -2,6 +2,7 @@
 
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 
@@ -14,11 +15,24 @@ def check_drawing() -> None:
         )
 
 
-def load_pyplot() -> Any:
-    """`matplotlib.pyplot`, which draws into files here."""
+def new_figure(columns: int = 1, rows: int = 1, **options: Any) -> Any:
+    """A matplotlib figure with `figure.axes`, and what `pyplot.subplots` takes."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    return pyplot
+    figure, _ = pyplot.subplots(rows, columns, layout="constrained", **({"figsize": (15, 4.5)} | options))
+    return figure
+
+
+def save_figure(figure: Any, path: Path, title: str = "") -> None:
+    """Writes a figure as PNG, with a grid in all axes and a title above them."""
+    from matplotlib import pyplot
+
+    for axis in figure.axes:
+        axis.grid(alpha=0.3)
+    if title:
+        figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
 from benchmarks.machine import describe
+from benchmarks.measure_table import table_head
 from echovlm_ray.checkpoint.demo import make_demo
 from echovlm_ray.checkpoint.layout import backbone_directory, read_index, registry_root
 from echovlm_ray.engine.block_pool import BLOCK_SIZE
@@ -283,8 +284,7 @@ def main() -> None:
         f"{options.requests:,} requests of seed {options.seed} in {seconds:.0f} seconds; demo, experts in process, "
         f"a batch of 16, a cache of {engine.num_blocks} blocks of {BLOCK_SIZE} tokens, prefix reuse on.",
         "",
-        "| measure | value | target |",
-        "| --- | --- | --- |",
+        *table_head("| measure | value | target |"),
         f"| blocks that did not come back | {report.leaked} | 0 |",
         f"| blocks that are not free when the kept prefixes are dropped too | {report.still_held} | 0 |",
         f"| requests sent back to be computed again | {engine.preemptions:,} | |",

@@ -22,9 +22,10 @@ from PIL import Image
 from rich.console import Console
 
 from benchmarks.machine import describe
+from benchmarks.measure_table import table_head
 from benchmarks.measured_gateway import add_gateway_options, gateway_of
 from benchmarks.systems.protocol import SystemFailedError, exit_on_sigterm
-from benchmarks.terminal import progress_of_parts, show_result
+from benchmarks.terminal import add_result_options, keep_result, progress_of_parts
 from echovlm_ray.client import AsyncEchoVLMClient, EchoVLMError
 from echovlm_ray.data.dataset import RecordDataset
 from echovlm_ray.data.draws import draws_of
@@ -36,7 +37,6 @@ from echovlm_ray.evaluation.settings import AskSettings, RequestLimits, settings
 from echovlm_ray.tasks import TASKS
 from echovlm_ray.vision.images import ImageLimits
 
-RESULTS = Path(__file__).resolve().parent / "results"
 TARGET = 2.0
 SIDE = 224
 LIMITS = ImageLimits(max_image_bytes=10**7, max_image_pixels=10**7, max_frames=8)
@@ -92,8 +92,7 @@ def report(options: argparse.Namespace, found: dict[int, list[float]], questions
         f"{questions} questions a run ({options.records} records, asked with their own image, a blank one and another "
         f"record's), {options.new_tokens} new tokens at most, greedy; {options.runs} runs of each, in turn.",
         "",
-        "| questions at once | seconds, median | questions a second |",
-        "| --- | --- | --- |",
+        *table_head("| questions at once | seconds, median | questions a second |"),
         *(f"| {count} | {seconds:.2f} | {questions / seconds:.2f} |" for count, seconds in medians.items()),
         "",
         f"{options.concurrency} at once ÷ one at a time: **{ratio:.2f} ×** (runs: "
@@ -128,10 +127,7 @@ def main() -> None:
     except (EchoVLMError, SystemFailedError) as error:
         sys.exit(f"the system failed: {error}")
     text, values = report(options, found, questions)
-    show_result(text, values, console, as_json=options.json)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "evaluation.md").write_text(text)
-    (options.output / "evaluation.json").write_text(json.dumps(values, indent=1) + "\n")
+    keep_result("evaluation", text, values, options, console)
 
 
 def _options() -> argparse.Namespace:
@@ -141,8 +137,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=48, help="at most, of each answer (default: %(default)s)")
     parser.add_argument("--concurrency", type=int, default=8, help="questions at once (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=3, help="of each kind (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results (default: %(default)s)")
+    add_result_options(parser)
     return parser.parse_args()
 
 

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from benchmarks.flood import Counts, Flood, flooded
 from benchmarks.machine import describe
+from benchmarks.measure_table import table_head
 from benchmarks.swaps import copied
 from benchmarks.systems.protocol import MeasuredSystem, SystemFailedError, exit_on_sigterm
 from benchmarks.terminal import progress_of_parts, show_result
@@ -109,8 +110,7 @@ def report(measured: Measured, flood: Flood) -> str:
         f"{measured.floods.answered} requests of the floods were answered, {measured.floods.failed} failed or were "
         "refused.",
         "",
-        "| question | situation | asked | median | p90 | ÷ alone |",
-        "| --- | --- | --- | --- | --- | --- |",
+        *table_head("| question | situation | asked | median | p90 | ÷ alone |"),
     ]
     for kind in ("text", "picture"):
         for situation in SITUATIONS:

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from benchmarks import demo_swap_callers
 from benchmarks.machine import describe
+from benchmarks.measure_table import table_head
 from benchmarks.swap_operations import ACTOR, ControlWatch, SwapFailedError
 from benchmarks.swap_streams import Streams
 from benchmarks.systems.protocol import MeasuredSystem, SystemFailedError, exit_on_sigterm
@@ -202,8 +203,7 @@ def page(loads: Sequence[Load], options: argparse.Namespace) -> str:
         f"evaluation of a candidate of {ORGAN} under way and {options.seconds:g} s without, in turn. Target: p99 with "
         f"÷ p99 without ≤ {TARGET:g}. `python -m benchmarks.gate_cost`.",
         "",
-        "| load | pauses | p50, ms | p99, ms | p99.9, ms | questions of the gate/s | failed requests |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        *table_head("| load | pauses | p50, ms | p99, ms | p99.9, ms | questions of the gate/s | failed requests |"),
         *(load.row() for load in loads),
     ]
     return "\n".join([*lines, ""])

@@ -23,6 +23,7 @@ import torch
 
 from benchmarks.gate_system import GateSystem, gate_system
 from benchmarks.machine import describe
+from benchmarks.measure_table import table_head
 from echovlm_ray.checkpoint.layout import registry_root
 from echovlm_ray.evaluation.statistics import clusters_of, compare, f1_statistic
 from experts.bundles.bundle import Bundle
@@ -204,9 +205,10 @@ def _page(rows: list[Row], records: int, simulations: Mapping[tuple[int, float],
         f"Gate: `{METRIC}` of {ORGAN}, `at_least: {AT_LEAST:g}`, `not_below_incumbent_by: {MARGIN:g}`; {records} "
         "phantoms of an unseen seed each time. Made by `python -m benchmarks.gates`.",
         "",
-        "| candidate | seeds | let through | refused by `at_least` | refused by the comparison | lowest and highest "
-        "figures | s a gate |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        *table_head(
+            "| candidate | seeds | let through | refused by `at_least` | refused by the comparison "
+            "| lowest and highest figures | s a gate |"
+        ),
     ]
     for row in rows:
         texts = sorted(verdict.text.split(" is ")[1][:5] for verdict in row.verdicts)
@@ -222,8 +224,7 @@ def _page(rows: list[Row], records: int, simulations: Mapping[tuple[int, float],
         "good, or worse, and differ in their errors as much as they can were simulated: each states each of five "
         f"attributes of a record rightly with a probability of 0.9 (the candidate: less the loss), {seeds} seeds.",
         "",
-        "| records | loss of the candidate | let through by the comparison |",
-        "| --- | --- | --- |",
+        *table_head("| records | loss of the candidate | let through by the comparison |"),
     ]
     lines += [f"| {count} | {loss:g} | {part:.1%} |" for (count, loss), part in simulations.items()]
     lines += ["", "What evaluations cost those who ask meanwhile: [gate_cost.md](gate_cost.md)."]

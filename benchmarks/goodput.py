@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from benchmarks.measure_table import table_head
 from benchmarks.open_loop import Outcome, Trial
 from benchmarks.timings import percentile
 
@@ -106,11 +107,10 @@ def _latencies(answered: Sequence[Outcome]) -> dict[str, dict[str, float]]:
 
 def rate_table(results: Sequence[RateResult]) -> list[str]:
     """All rates, as lines of Markdown."""
-    lines = [
+    lines = table_head(
         "| offered, requests/s | arrived | answered/s | **goodput/s** | in time | errors | first text, ms: p50 | p99 "
-        "| per token, ms: p50 | p99 | whole answer, ms: p50 | p99 |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+        "| per token, ms: p50 | p99 | whole answer, ms: p50 | p99 |"
+    )
     for result in results:
         errors = ", ".join(f"{count} {kind}" for kind, count in result.errors.items()) or "none"
         offered = f"{result.offered:g}" + (f" (stopped after {result.seconds:.0f} s)" if result.cut_short else "")

@@ -20,6 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from benchmarks import gpu_packages
+from benchmarks.measure_table import table_head
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "gpu_check.md"
@@ -168,7 +169,7 @@ def end_to_end(arguments: argparse.Namespace) -> tuple[str, bool]:
     usable = {torch.float32: ("triton_small",), torch.bfloat16: ("megablocks_sparse", "triton_small", "torch_grouped")}
     if arguments.device == "cpu":
         usable = {torch.float32: ("cpu_packed",), torch.bfloat16: ("torch_grouped",)}
-    lines = ["| kernel | dtype | error | tokens equal | |", "| --- | --- | --- | --- | --- |"]
+    lines = table_head("| kernel | dtype | error | tokens equal | |")
     well = True
     with tempfile.TemporaryDirectory() as work:
         checkpoint = arguments.checkpoint

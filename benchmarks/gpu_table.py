@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.gpu_roofline import COLD_BYTES, Ceilings, Work, seconds, work_of
+from benchmarks.measure_table import table_head
 from experts.kernels.base import ExpertKernel, ExpertWeights, PreparedExperts
 from experts.kernels.registry import get_kernel
 
@@ -83,10 +84,9 @@ def measure(names: Sequence[str], grid: Iterable[Shape], device: str, dtype: tor
 
 def markdown(rows: Sequence[Row], ceilings: Ceilings) -> str:
     """The table, and under it how far `auto` is behind the best kernel of each shape."""
-    lines = [
-        "| experts | ffn | tokens | kernel | µs | µs in a graph | TFLOP/s | GB/s | bound | share of roofline | |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = table_head(
+        "| experts | ffn | tokens | kernel | µs | µs in a graph | TFLOP/s | GB/s | bound | share of roofline | |"
+    )
     best = {shape: min(row.best_seconds for row in rows if row.shape == shape) for shape in {row.shape for row in rows}}
     for row in rows:
         shape, time_s = row.shape, row.best_seconds

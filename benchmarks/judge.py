@@ -19,9 +19,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.drawing import check_drawing, load_pyplot
+from benchmarks.drawing import check_drawing, new_figure, save_figure
 from benchmarks.judge_simulation import Outcome, Traffic, simulation
 from benchmarks.machine import describe
+from benchmarks.measure_table import table_head
 from router.rollouts.settings import Mode, RolloutPlan, RolloutSettings, Step
 from router.rollouts.states import State
 
@@ -96,11 +97,10 @@ def share_within(requests: Sequence[float], limit: float) -> float:
 
 def good_lines(outcomes: Sequence[Outcome]) -> list[str]:
     """The table of good candidates, by the usual rate."""
-    lines = [
+    lines = table_head(
         "| usual rate of failures | rollouts | with shared outages | candidate's requests | promoted "
-        "| taken back | target |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+        "| taken back | target |"
+    )
     for number, usual in enumerate(USUAL):
         seeds = range(number, len(outcomes), len(USUAL))
         own = [outcomes[seed] for seed in seeds]
@@ -114,10 +114,7 @@ def good_lines(outcomes: Sequence[Outcome]) -> list[str]:
 
 def bad_lines(found: dict[tuple[float, str], list[float]]) -> list[str]:
     """The table of bad candidates."""
-    lines = [
-        "| fails | reached by | median requests | 95th percentile | back within 100 | target |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = table_head("| fails | reached by | median requests | 95th percentile | back within 100 | target |")
     for (rate, way), requests in found.items():
         median, late = requests[len(requests) // 2], requests[min(int(0.95 * len(requests)), len(requests) - 1)]
         share = share_within(requests, TARGET_REQUESTS)
@@ -129,9 +126,8 @@ def bad_lines(found: dict[tuple[float, str], list[float]]) -> list[str]:
 
 def draw(found: dict[tuple[float, str], list[float]], path: Path) -> None:
     """The part that was taken back against the candidate's requests, a curve for each rate of failures."""
-    pyplot = load_pyplot()
-    figure, axes = pyplot.subplots(1, len(WAYS), figsize=(15, 4.5), layout="constrained", sharey=True)
-    for axis, way in zip(axes, WAYS, strict=True):
+    figure = new_figure(len(WAYS), sharey=True)
+    for axis, way in zip(figure.axes, WAYS, strict=True):
         for rate in RATES:
             requests = found[rate, way.name]
             x = [1.0, *(each for each in requests if each <= MAX_REQUESTS), float(MAX_REQUESTS)]
@@ -141,12 +137,9 @@ def draw(found: dict[tuple[float, str], list[float]], path: Path) -> None:
         axis.set_xscale("log")
         axis.set_xlabel("the candidate's requests")
         axis.set_title(way.name)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("part taken back")
-    axes[0].legend(fontsize="small")
-    figure.suptitle("How soon a bad candidate is taken back")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    figure.axes[0].set_ylabel("part taken back")
+    figure.axes[0].legend(fontsize="small")
+    save_figure(figure, path, "How soon a bad candidate is taken back")
 
 
 def report(outcomes: Sequence[Outcome], found: dict[tuple[float, str], list[float]], each: int) -> str:

@@ -8,7 +8,6 @@ own lifecycle test does. Writes `benchmarks/results/lifecycle.md`, `.json` and `
 """
 
 import argparse
-import json
 import os
 import signal
 import statistics
@@ -26,13 +25,13 @@ import psutil
 import torch
 from rich.console import Console
 
-from benchmarks.drawing import check_drawing, load_pyplot
+from benchmarks.drawing import check_drawing, new_figure, save_figure
 from benchmarks.lifecycle_callers import TOLERANCE, Caller, HangingError, Question, Tally
 from benchmarks.machine import describe
 from benchmarks.measure_table import measure_table
 from benchmarks.swap_operations import write_version
 from benchmarks.systems.protocol import MeasuredSystem, SystemFailedError, exit_on_sigterm
-from benchmarks.terminal import progress_of_parts, show_result
+from benchmarks.terminal import add_result_options, keep_result, progress_of_parts
 from echovlm_ray.checkpoint.demo import make_demo
 from echovlm_ray.checkpoint.layout import read_index, registry_root
 from echovlm_ray.config import Config, ModelSection
@@ -42,7 +41,6 @@ from experts.bundles.bundle import Bundle
 from experts.kernels.registry import get_kernel
 from experts.registry.registry import Registry
 
-RESULTS = Path(__file__).resolve().parent / "results"
 ORGAN = "heart"
 NUM_VERSIONS, ROOM_FOR = 6, 4
 ROUNDS = 16
@@ -249,18 +247,16 @@ def table(found: Findings) -> list[str]:
 
 def plot(found: Findings, path: Path) -> None:
     """Memory over the cycles."""
-    pyplot = load_pyplot()
-    figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = new_figure(figsize=(8, 4.5))
+    (axis,) = figure.axes
     rounds = len(found.memory) - 1
     cycles = [found.threads * found.cycles * done // rounds for done in range(rounds + 1)]
     axis.plot(cycles, [sample / MIB for sample in found.memory], marker="o")
     axis.set_xlabel("cycles of load, exchanges, unload")
     axis.set_ylabel("resident memory with nothing loaded, MiB")
     axis.set_ylim(bottom=0)
-    axis.grid(alpha=0.3)
     axis.set_title(f"{found.threads} threads, one expert group")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def environment(checkpoint: Path) -> Mapping[str, str]:
@@ -334,11 +330,7 @@ def main() -> None:
         ]
     )
     values = {"machine": describe(), **found.to_json()}
-    show_result(text, values, console, as_json=options.json)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "lifecycle.md").write_text(f"{text}\n![memory](lifecycle.png)\n")
-    (options.output / "lifecycle.json").write_text(json.dumps(values, indent=1) + "\n")
-    plot(found, options.output / "lifecycle.png")
+    plot(found, keep_result("lifecycle", text, values, options, console, "memory"))
     if not found.ok or found.growth > TARGET_GROWTH:
         sys.exit(1)
 
@@ -347,8 +339,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=32, help="that call at once (default: %(default)s)")
     parser.add_argument("--cycles", type=int, default=1024, help="of each thread (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results (default: %(default)s)")
+    add_result_options(parser)
     options = parser.parse_args()
     if options.threads < 1 or options.cycles < 1:
         parser.error("--threads and --cycles must be at least 1")

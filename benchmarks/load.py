@@ -8,7 +8,6 @@ With `--start CHECKPOINT` the system is started, and ended afterwards. Writes `b
 
 import argparse
 import asyncio
-import json
 import random
 import signal
 import sys
@@ -27,11 +26,10 @@ from benchmarks.measured_gateway import add_gateway_options, gateway_of
 from benchmarks.open_loop import Question, Trial, offer, poisson_arrivals
 from benchmarks.plots import plot_goodput
 from benchmarks.systems.protocol import SystemFailedError, exit_on_sigterm
-from benchmarks.terminal import show_result
+from benchmarks.terminal import add_result_options, keep_result, show_result
 from echovlm_ray.checkpoint.demo_text import ENGLISH
 from echovlm_ray.client import AsyncEchoVLMClient, EchoVLMError, GenerateOptions, ModelInfo
 
-RESULTS = Path(__file__).resolve().parent / "results"
 REFRESH_S = 0.25
 
 
@@ -195,14 +193,12 @@ def main() -> None:
         "target_per_token_ms": options.target_itl_ms,
         "rates": [result.to_json() for result in results],
     }
-    show_result(text, values, console, as_json=options.json)
     if any(result.cut_short for result in results):
+        show_result(text, values, console, as_json=options.json)
         console.print("Cut short: nothing was written.")
         return
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "load.md").write_text(f"{text}\n![goodput and latency](load.png)\n")
-    (options.output / "load.json").write_text(json.dumps(values, indent=1) + "\n")
-    plot_goodput(results, f"{info.name}: {plan.targets}", options.output / "load.png")
+    picture = keep_result("load", text, values, options, console, "goodput and latency")
+    plot_goodput(results, f"{info.name}: {plan.targets}", picture)
 
 
 def _options() -> argparse.Namespace:
@@ -221,8 +217,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=32, help="at most, of each request (default: %(default)s)")
     parser.add_argument("--image", type=Path, action="append", default=[], help="send this file too; may be repeated")
     parser.add_argument("--seed", type=int, default=0, help="of arrivals and prompts (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results (default: %(default)s)")
+    add_result_options(parser)
     return parser.parse_args()
 
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,24 +12,82 @@ from typing import Literal
 import torch
 
 from benchmarks.expert_processes import ExpertProcess, expert_processes
-from benchmarks.systems.engine import run_in_engine
+from benchmarks.systems.protocol import now
 from benchmarks.timings import Timings
 from benchmarks.workload import Workload
 from echovlm_ray.config import Config, ModelSection, Resources, RouterSection
 from echovlm_ray.engine.engine import Engine
 from echovlm_ray.engine.runner import ModelRunner
+from echovlm_ray.engine.sequence import SequenceRequest, StepOutput
 from echovlm_ray.model.configuration import EchoVLMTextConfig
+from echovlm_ray.model.positions import mrope_positions
 from echovlm_ray.serving.cluster.endpoints import Endpoints
 from echovlm_ray.serving.cluster.served import served_checkpoint
 from echovlm_ray.serving.cluster.settings import ROUTER, RouterSettings, expert_application, settings_of
 from echovlm_ray.serving.deploy.replica import environment_of
 from echovlm_ray.serving.deploy.router_deployment import build_engine
+from echovlm_ray.serving.lm.request import ServedModel
 from router.dispatch.remote import RemoteExperts
 from router.gating.expert_set import ExpertSet
+from router.gating.organ_gate import OrganGate
 
 Placement = Literal["remote", "in process"]
 DTypeName = Literal["auto", "float32", "bfloat16"]
 CONNECT_SECONDS = 30
+
+
+def run_in_engine(engine: Engine, model: ServedModel, organ_gate: OrganGate, workload: Workload) -> Timings:
+    """Submits all streams one after the other, and notes when the engine gives their tokens."""
+    requests = [
+        _request(model, organ_gate, prompt, organ, workload.new_tokens)
+        for prompt, organ in zip(workload.prompts, workload.organs, strict=True)
+    ]
+    streams = [_Stream() for _ in requests]
+    began = now()
+    for stream, request in zip(streams, requests, strict=True):
+        stream.submitted = now()
+        engine.submit(request, stream.sink)
+    for stream in streams:
+        stream.ended.wait()
+        if stream.error is not None:
+            raise stream.error
+    return Timings(
+        workload.prompt_tokens,
+        tuple(stream.submitted - began for stream in streams),
+        tuple(tuple(time - began for time in stream.times) for stream in streams),
+    )
+
+
+class _Stream:
+    def __init__(self) -> None:
+        self.submitted = 0.0
+        self.times: list[float] = []
+        self.error: Exception | None = None
+        self.ended = threading.Event()
+
+    def sink(self, output: StepOutput | Exception) -> None:
+        if isinstance(output, Exception):
+            self.error = output
+            self.ended.set()
+            return
+        self.times.append(now())
+        if output.finish is not None:
+            self.ended.set()
+
+
+def _request(
+    model: ServedModel, organ_gate: OrganGate, prompt: tuple[int, ...], organ: str, new_tokens: int
+) -> SequenceRequest:
+    position_ids, delta = mrope_positions(torch.tensor(prompt), [], [], model.config)
+    choice = organ_gate.choose([organ] if organ else [], [], None, model.expert_set)
+    return SequenceRequest(
+        input_ids=prompt,
+        position_ids_3T=position_ids,
+        position_delta=delta,
+        expert_set_id=model.expert_set.id,
+        shares=choice.shares,
+        max_new_tokens=new_tokens,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +169,11 @@ def measured_engine(
         yield MeasuredEngine(engine, run, served.expert_set, processes)
 
 
+def router_environment(threads: int) -> dict[str, str]:
+    """The environment of a served router's process."""
+    return environment_of(_settings(Path("checkpoint"), "remote", "auto", 1, threads))
+
+
 def become_router_process(module: str) -> None:
     """Starts this program again with the environment of a served router's process, unless it has it already.
 
@@ -118,7 +182,7 @@ def become_router_process(module: str) -> None:
     Args:
         module: that runs as `__main__`.
     """
-    environment = environment_of(_settings(Path("checkpoint"), "remote", "auto", 1, 1))
+    environment = router_environment(1)
     if any(os.environ.get(name) != value for name, value in environment.items()):
         os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], os.environ | environment)
 

@@ -20,7 +20,6 @@ look: --seeds 0 --variants dense moe --steps 100 --pictures 500 --look-steps 50 
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -29,9 +28,8 @@ from rich.console import Console
 
 from benchmarks.drawing import check_drawing
 from benchmarks.machine import describe
-from benchmarks.terminal import show_result
+from benchmarks.terminal import add_result_options, keep_result
 
-RESULTS = Path(__file__).resolve().parent / "results"
 WORK = Path("build/paper_table")
 VARIANTS = ("dense", "dense-large", "moe", "top-1", "no-shared", "by-organ", "ungated-large")
 
@@ -68,11 +66,7 @@ def main() -> None:
         **scores.as_json(),
         "cells": [cell.model_dump(exclude={"answers", "organs"}) for cell in cells],
     }
-    show_result(text, values, console, as_json=options.json)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "paper_table.md").write_text(text, encoding="utf-8")
-    (options.out / "paper_table.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    draw(scores, options.out / "paper_table.png")
+    draw(scores, keep_result("paper_table", text, values, options, console))
 
 
 def _options() -> argparse.Namespace:
@@ -91,8 +85,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--work", type=Path, default=WORK, help="folder for phantoms, towers and finished cells (default: %(default)s)"
     )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the result (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of the page")
+    add_result_options(parser)
     options = parser.parse_args()
     for name in ("steps", "look_steps", "pictures", "held_out", "threads"):
         if (value := getattr(options, name)) is not None and value < 1:

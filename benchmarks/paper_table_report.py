@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.drawing import load_pyplot
+from benchmarks.drawing import new_figure, save_figure
 from benchmarks.machine import describe
+from benchmarks.measure_table import table_head
 from benchmarks.paper_table_data import HELD_OUT_SEED, TRAINING_SEED, Scale
 from benchmarks.paper_table_scores import ATTRIBUTES, BLEU, METRICS, ROUGE, SETTINGS, Comparison, Gain, Scores, Value
 from benchmarks.paper_table_training import Cell
@@ -167,14 +168,14 @@ def _verdicts(gains: dict[str, Gain]) -> str:
 
 
 def _score_table(scores: Scores) -> list[str]:
-    lines = [f"| variant | {' | '.join(map(_name, METRICS))} |", f"| --- |{' --- |' * len(METRICS)}"]
+    lines = table_head(f"| variant | {' | '.join(map(_name, METRICS))} |")
     for name, values in scores.values.items():
         lines.append(f"| {TITLES.get(name, name)} | {' | '.join(_value(values[each], each) for each in METRICS)} |")
     return lines
 
 
 def _seed_table(scores: Scores) -> list[str]:
-    lines = [f"| variant | {' | '.join(map(_name, SHOWN))} |", f"| --- |{' --- |' * len(SHOWN)}"]
+    lines = table_head(f"| variant | {' | '.join(map(_name, SHOWN))} |")
     for name, values in scores.values.items():
         if name in TITLES:
             cells = [", ".join(_plain(seed, metric) for seed in values[metric].seeds) for metric in SHOWN]
@@ -183,10 +184,7 @@ def _seed_table(scores: Scores) -> list[str]:
 
 
 def _difference_table(comparisons: Sequence[Comparison]) -> list[str]:
-    lines = [
-        f"| variant | against | {' | '.join(map(_name, SHOWN))} | BLEU-1, each seed |",
-        f"| --- | --- |{' --- |' * len(SHOWN)} --- |",
-    ]
+    lines = table_head(f"| variant | against | {' | '.join(map(_name, SHOWN))} | BLEU-1, each seed |")
     for each in comparisons:
         cells = []
         for metric in SHOWN:
@@ -199,11 +197,10 @@ def _difference_table(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def _cost_table(cells: Sequence[Cell]) -> list[str]:
-    lines = [
+    lines = table_head(
         "| variant | parameters, million | of these a token meets | s a step | loss on held-out reports "
-        "| token accuracy | dead experts |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+        "| token accuracy | dead experts |"
+    )
     for variant in VARIANTS:
         own = [cell for cell in cells if cell.variant == variant.name]
         if own:
@@ -250,11 +247,9 @@ def _signed_of(gain: Gain, metric: str) -> str:
 
 def draw(scores: Scores, path: Path) -> None:
     """The three scores of all variants: a point with its interval, the seeds, and a line where the baseline is."""
-    pyplot = load_pyplot()
     names = [name for name in scores.values if name in TITLES]
-    figure, axes = pyplot.subplots(
-        1, len(SHOWN), figsize=(14, 0.6 * len(names) + 1.6), sharey=True, layout="constrained"
-    )
+    figure = new_figure(len(SHOWN), figsize=(14, 0.6 * len(names) + 1.6), sharey=True)
+    axes = figure.axes
     places = range(len(names))
     for axis, metric in zip(axes, SHOWN, strict=True):
         values = [scores.values[name][metric] for name in names]
@@ -268,10 +263,8 @@ def draw(scores: Scores, path: Path) -> None:
             baseline = scores.values[BASELINE][metric].value
             axis.axvline(baseline, color="gray", linestyle=":", label="the dense baseline")
         axis.set_xlabel(_name(metric))
-        axis.grid(alpha=0.3)
     axes[0].set_yticks(list(places), [TITLES[name] for name in names])
     axes[0].invert_yaxis()
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save_figure(figure, path)

@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.machine import describe
+from benchmarks.measure_table import table_head
 from benchmarks.terminal import progress_of_parts
 from echovlm_ray.data.phantom.anatomy import ANATOMY
 from echovlm_ray.data.phantom.catalogue import select_classes
@@ -76,8 +77,7 @@ def main() -> None:
             f"{options.count} phantoms of 224 × 224 a region, all classes in turns, one thread, processor time. The "
             f"target is at most {TARGET_MILLISECONDS:.0f} ms. The theory of speckle is {RAYLEIGH_SNR:.3f}.",
             "",
-            "| region | probe | mean, ms | 95th percentile, ms | speckle signal to noise |",
-            "| --- | --- | --- | --- | --- |",
+            *table_head("| region | probe | mean, ms | 95th percentile, ms | speckle signal to noise |"),
             *rows,
             "",
         ]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.drawing import load_pyplot
+from benchmarks.drawing import new_figure, save_figure
 from benchmarks.goodput import RateResult
 from benchmarks.throughput_table import Cell
 
@@ -15,9 +15,8 @@ if TYPE_CHECKING:
 
 def plot_throughput(cells: Sequence[Cell], title: str, path: Path) -> None:
     """Decode throughput, first token and pause between tokens against the number of streams, a line for each system."""
-    pyplot = load_pyplot()
-    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    throughput, first_token, inter_token = axes
+    figure = new_figure(3)
+    throughput, first_token, inter_token = figure.axes
     streams = sorted({cell.streams for cell in cells})
     for system in dict.fromkeys(cell.system for cell in cells):
         own = [cell for cell in cells if cell.system == system]
@@ -29,26 +28,23 @@ def plot_throughput(cells: Sequence[Cell], title: str, path: Path) -> None:
         throughput.fill_between(x, lowest, highest, alpha=0.2, color=line.get_color())
         _band(first_token, x, [(cell.first_token_ms(50), cell.first_token_ms(99)) for cell in own], line.get_color())
         _band(inter_token, x, [(cell.inter_token_ms(50), cell.inter_token_ms(99)) for cell in own], line.get_color())
-    for axis, name in zip(axes, ("decode, tokens/s", "first token, ms", "between tokens, ms"), strict=True):
+    for axis, name in zip(figure.axes, ("decode, tokens/s", "first token, ms", "between tokens, ms"), strict=True):
         axis.set_xscale("log", base=2)
         axis.set_xticks(streams, [str(count) for count in streams])
         axis.set_xlabel("streams")
         axis.set_ylabel(name)
         axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
     throughput.set_title("median; shade: all runs", fontsize="medium")
     first_token.set_title("solid p50, dashed p99", fontsize="medium")
     inter_token.set_title("solid p50, dashed p99", fontsize="medium")
     throughput.legend(fontsize="small")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save_figure(figure, path, title)
 
 
 def plot_goodput(results: Sequence[RateResult], title: str, path: Path) -> None:
     """Goodput and answers a second, and latencies, against the offered rate."""
-    pyplot = load_pyplot()
-    figure, (rates, first_text, per_token) = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    figure = new_figure(3)
+    rates, first_text, per_token = figure.axes
     offered = [result.offered for result in results]
     rates.plot(offered, offered, color="gray", linestyle=":", label="offered")
     rates.plot(offered, [result.arrived for result in results], marker="o", label="arrived")
@@ -62,13 +58,10 @@ def plot_goodput(results: Sequence[RateResult], title: str, path: Path) -> None:
         _band(axis, x, [(percents["p50"], percents["p99"]) for percents in values], "C0")
         axis.set_ylabel(f"{measure}, ms")
         axis.set_title("solid p50, dashed p99", fontsize="medium")
-    for axis in (rates, first_text, per_token):
+    for axis in figure.axes:
         axis.set_xlabel("offered, requests/s")
         axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save_figure(figure, path, title)
 
 
 def _band(axis: "Axes", x: Sequence[float], percentiles: Sequence[tuple[float, float]], color: str) -> None:

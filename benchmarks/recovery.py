@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.machine import describe
+from benchmarks.measure_table import table_head
 from benchmarks.running_parts import first_replicas
 from echovlm_ray.client import EchoVLMClient, EchoVLMError, Text
 
@@ -89,8 +90,7 @@ def main() -> None:
         describe(),
         f"SIGKILL of the process of {options.organ}, {options.kills} times; three other organs stream meanwhile. Demo.",
         "",
-        "| measure | value | target |",
-        "| --- | --- | --- |",
+        *table_head("| measure | value | target |"),
         f"| seconds until the killed organ has answered, median | {statistics.median(times):.1f} | {target} |",
         f"| the same, worst | {max(times):.1f} | {target} |",
         f"| failed requests of other organs, of {asked} | {load.failures} | 0 |",

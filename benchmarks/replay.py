@@ -22,6 +22,7 @@ import psutil
 from rich.console import Console
 
 from benchmarks.machine import describe
+from benchmarks.measure_table import table_head
 from benchmarks.running_parts import first_replicas
 from benchmarks.swap_operations import write_version
 from benchmarks.swap_streams import Streams
@@ -254,8 +255,7 @@ def _report(
             f"{options.workers} at a time, while {options.streams} other callers ask without pause. "
             "`python -m benchmarks.replay`.",
             "",
-            "| measure | value |",
-            "| --- | --- |",
+            *table_head("| measure | value |"),
             *(f"| {name} | {value} |" for name, value in rows),
             "",
             "A replay loads what its set needs and replicas do not hold, asks, compares, and releases them. "

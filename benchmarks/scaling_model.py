@@ -1,8 +1,8 @@
 """Predicts the released model's decode tokens/s on 1, 8 and 64 GPUs: `python -m benchmarks.scaling_model`.
 
 The formulas are in `benchmarks/scaling_formulas.py` and, in words, in `docs/scaling.md`. What the software costs is
-read from what `python -m benchmarks.layer_costs` measured; devices and network are assumptions, each an option.
-The same formulas are applied to the machine on which the layers were measured, and compared with what it really did.
+read from what `python -m benchmarks.host_costs` measured; devices and network are assumptions, each an option.
+The same formulas are applied to the machine that was measured, and compared with what it really did.
 Writes `benchmarks/results/scaling_model.md`; with --plot also `.png`; with --json prints JSON instead.
 """
 
@@ -40,7 +40,7 @@ REQUESTS = (1, 8, 64, 512)
 def arguments() -> argparse.ArgumentParser:
     """The options; every assumption is one."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--costs", type=Path, default=RESULTS / "layer_costs.json", help="(default: %(default)s)")
+    parser.add_argument("--costs", type=Path, default=RESULTS / "host_costs.json", help="(default: %(default)s)")
     parser.add_argument("--gpus", type=int, nargs="+", default=GPUS, help="(default: %(default)s)")
     parser.add_argument("--batches", type=int, nargs="+", default=REQUESTS, help="requests (default: %(default)s)")
     parser.add_argument("--context", type=int, default=1024, help="tokens of each request (default: %(default)s)")
@@ -61,7 +61,7 @@ def main() -> None:
         check_drawing()
     assumptions = Assumptions(**{name: getattr(options, name) for name in asdict(Assumptions())})
     if not options.costs.is_file():
-        parser.error(f"{options.costs} does not exist: run `python -m benchmarks.layer_costs` first")
+        parser.error(f"{options.costs} does not exist: run `python -m benchmarks.host_costs` first")
     result = json.loads(options.costs.read_text())
     sizes = sizes_of(ModelShape.from_config(RELEASED))
     lines, checks = lines_of(sizes, result, assumptions, options), check(result)

@@ -61,15 +61,15 @@ class Assumptions:
 
 
 def software_of(result: Mapping[str, Any], dtype: str, expert_s: float) -> Software:
-    """What `benchmarks.layer_costs` measured of the software.
+    """What `benchmarks.host_costs` measured of the software.
 
     Raises:
         ValueError: it did not measure that dtype.
     """
     if dtype not in result["software"]:
         raise ValueError(
-            f"the layer costs have no {dtype}, only {', '.join(result['software'])}: "
-            f"run `python -m benchmarks.layer_costs --dtype {dtype}`"
+            f"the host's costs have no {dtype}, only {', '.join(result['software'])}: "
+            f"run `python -m benchmarks.host_costs --dtype {dtype}`"
         )
     costs, exchange = SoftwareCosts(**result["software"][dtype]), ExchangeCosts(**result["exchange"])
     return Software(
@@ -165,7 +165,7 @@ class Check:
 
 
 def machine_system(result: Mapping[str, Any], dtype: str, placement: str, organs: int) -> System:
-    """The machine on which the layers were measured: a core for the router, and one for all expert processes.
+    """The machine that was measured: a core for the router, and one for all expert processes.
 
     The two share the memory. Half of what a round trip takes beside sending and kernel occupies the experts' core.
     """
@@ -195,15 +195,12 @@ def machine_system(result: Mapping[str, Any], dtype: str, placement: str, organs
 
 
 def check(result: Mapping[str, Any]) -> list[Check]:
-    """Every decode figure of the layer costs, predicted."""
+    """Every figure of decoding, predicted."""
     checks = []
-    for cost in result["costs"]:
-        if cost["phase"] == "decode":
-            system = machine_system(result, cost["dtype"], cost["placement"], cost["organs"])
-            prediction = predict(system, cost["rows"], cost["context"], Schedule.ONE)
-            checks.append(
-                Check(cost["dtype"], cost["placement"], cost["organs"], cost["rows"], cost["tokens_per_s"], prediction)
-            )
+    for found in result["decoding"]:
+        dtype, placement, organs, batch = (found[name] for name in ("dtype", "placement", "organs", "batch"))
+        prediction = predict(machine_system(result, dtype, placement, organs), batch, found["context"], Schedule.ONE)
+        checks.append(Check(dtype, placement, organs, batch, found["tokens_per_s"], prediction))
     return checks
 
 

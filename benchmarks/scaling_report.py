@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.drawing import load_pyplot
+from benchmarks.drawing import new_figure, save_figure
 from benchmarks.scaling_formulas import Schedule
 from benchmarks.scaling_predictions import (
     CAPTURED,
@@ -41,7 +41,7 @@ def markdown(
         "| --- | ---: |",
         *(f"| {name} | {value:g} |" for name, value in asdict(assumptions).items()),
         "",
-        "Software costs are those that `python -m benchmarks.layer_costs` measured: " + machine,
+        "Software costs are those that `python -m benchmarks.host_costs` measured: " + machine,
     ]
     titles = {
         MEASURED: "With the software's measured costs",
@@ -62,9 +62,8 @@ def markdown(
         "",
         "## The formulas against measurements",
         "",
-        "The same formulas, given the rates of products of another size and the software's cost on the demo, against "
-        "what the engine really did with the configuration of the layer costs. No figure of that configuration goes "
-        "in.",
+        "The same formulas, given the rates of products of another size and the software's cost in small models, "
+        "against what the engine really did with the measured configuration. No figure of that configuration goes in.",
         "",
         "| dtype | experts | organs | batch | measured, tokens/s | predicted | error | limit |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
@@ -124,8 +123,8 @@ def _overlap(lines: Sequence[Line], context: int) -> Iterator[str]:
 
 def plot(lines: Sequence[Line], path: Path) -> None:
     """Tokens/s against requests for each number of GPUs, and what the steps are spent on."""
-    pyplot = load_pyplot()
-    figure, (throughput, spent) = pyplot.subplots(1, 2, figsize=(15, 6), layout="constrained")
+    figure = new_figure(2, figsize=(15, 6))
+    throughput, spent = figure.axes
     for gpus in dict.fromkeys(line.gpus for line in lines):
         color = None
         for software, style in ((MEASURED, "-"), (CAPTURED, "--")):
@@ -138,7 +137,6 @@ def plot(lines: Sequence[Line], path: Path) -> None:
             (drawn,) = throughput.plot(*zip(*own, strict=True), style, marker="o", label=label, color=color)
             color = drawn.get_color()
     throughput.set(xscale="log", yscale="log", xlabel="requests at once", ylabel="decode tokens/s, predicted")
-    throughput.grid(alpha=0.3)
     throughput.legend()
     shown = [(line, line.prediction) for line in lines if line.prediction is not None]
     labels = [f"{line.gpus} GPU, {line.requests} requests, {line.software}" for line, _ in shown]
@@ -151,8 +149,7 @@ def plot(lines: Sequence[Line], path: Path) -> None:
     spent.set_xlabel("% of a step")
     spent.tick_params(axis="y", labelsize="x-small")
     spent.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=4, fontsize="small")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def to_json(lines: Sequence[Line], checks: Sequence[Check], assumptions: Assumptions) -> dict[str, Any]:

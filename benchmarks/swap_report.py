@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from benchmarks.drawing import load_pyplot
+from benchmarks.drawing import new_figure, save_figure
 from benchmarks.measure_table import measure_table
 from benchmarks.swap_operations import Swap
 from benchmarks.swap_streams import Heard
@@ -252,8 +252,8 @@ def table(found: Findings) -> list[str]:
 
 def plot(found: Findings, title: str, path: Path) -> None:
     """Pauses over time with the swaps shaded, their distribution, and memory over the swaps."""
-    pyplot = load_pyplot()
-    figure, (over_time, distribution, memory) = pyplot.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
+    figure = new_figure(3)
+    over_time, distribution, memory = figure.axes
     began = min((swap.began for swap in found.swaps), default=0.0)
     points = [(end - began, (end - begin) * 1e3) for heard in found.heard for begin, end in heard.gaps]
     over_time.scatter([moment for moment, _ in points], [gap for _, gap in points], s=2, alpha=0.4)
@@ -277,8 +277,4 @@ def plot(found: Findings, title: str, path: Path) -> None:
     memory.set_ylabel("resident memory, MiB")
     memory.set_ylim(bottom=0)
     memory.legend(fontsize="small")
-    for axis in (over_time, distribution, memory):
-        axis.grid(alpha=0.3)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save_figure(figure, path, title)

@@ -8,7 +8,6 @@ Every answer is compared with the one that its version gives when there is no ot
 """
 
 import argparse
-import json
 import shutil
 import sys
 import tempfile
@@ -36,7 +35,7 @@ from benchmarks.swap_operations import (
 from benchmarks.swap_report import Findings, plot, table
 from benchmarks.swap_streams import Asked, Streams, ask
 from benchmarks.systems.protocol import MeasuredSystem, SystemFailedError, exit_on_sigterm
-from benchmarks.terminal import progress_of_parts, show_result
+from benchmarks.terminal import add_result_options, keep_result, progress_of_parts
 from echovlm_ray.checkpoint.demo import make_demo
 from echovlm_ray.checkpoint.layout import read_index, registry_root
 from echovlm_ray.client import EchoVLMClient, EchoVLMError
@@ -45,7 +44,6 @@ from experts.bundles.bundle import Bundle
 from experts.bundles.writer import link_or_copy
 from experts.registry.registry import Registry
 
-RESULTS = Path(__file__).resolve().parent / "results"
 PROMPTS = ("What is shown?", "Describe the image.", "Is there flow?")
 NUM_VERSIONS = 4
 KINDS = len(Swapper.KINDS)
@@ -174,12 +172,9 @@ def main() -> None:
         ]
     )
     values = {"machine": describe(), **found.to_json()}
-    show_result(text, values, console, as_json=options.json)
-    name = options.name or what.replace(" ", "_").removeprefix("the_")
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / f"swaps_{name}.md").write_text(f"{text}\n![pauses and memory](swaps_{name}.png)\n")
-    (options.output / f"swaps_{name}.json").write_text(json.dumps(values) + "\n")
-    plot(found, f"{len(found.swaps)} swaps, {options.streams} streams, {what}", options.output / f"swaps_{name}.png")
+    name = f"swaps_{options.name or what.replace(' ', '_').removeprefix('the_')}"
+    picture = keep_result(name, text, values, options, console, "pauses and memory")
+    plot(found, f"{len(found.swaps)} swaps, {options.streams} streams, {what}", picture)
     for failure in found.failures[:10]:
         console.print(failure, style="red", markup=False)
     if found.failures or found.mismatches:
@@ -200,8 +195,7 @@ def _options() -> argparse.Namespace:
         "--quiet", type=float, default=0.5, help="time without swaps, for each second of them (default: %(default)s)"
     )
     parser.add_argument("--name", help="of the result files (default: the checkpoint's)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results (default: %(default)s)")
+    add_result_options(parser)
     return parser.parse_args()
 
 

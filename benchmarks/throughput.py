@@ -9,7 +9,6 @@ A whole run writes `benchmarks/results/throughput_<config>_<dtype>.md`, `.json` 
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -21,16 +20,13 @@ from rich.console import Console
 from benchmarks.checkpoints import DTYPES, BenchCheckpoint, add_options, checkpoint_with_progress
 from benchmarks.drawing import check_drawing
 from benchmarks.machine import describe
+from benchmarks.measured_engine import router_environment
 from benchmarks.plots import plot_throughput
 from benchmarks.systems.protocol import MeasuredSystem, SystemFailedError, exit_on_sigterm
-from benchmarks.terminal import progress_of_parts, show_result
+from benchmarks.terminal import RESULTS, keep_result, progress_of_parts, show_result
 from benchmarks.throughput_table import ENGINE, GENERATE, SERVED, Cell, System, cell_table, ratio_table, ratios
 from benchmarks.workload import Workload, random_workload
-from echovlm_ray.config import ExpertsSection, ModelSection, RouterSection, ServeSection
-from echovlm_ray.serving.cluster.settings import RouterSettings
-from echovlm_ray.serving.deploy.replica import environment_of
 
-RESULTS = Path(__file__).resolve().parent / "results"
 LEAST_BATCH = 32
 WARM_UP_PROMPT_TOKENS, WARM_UP_NEW_TOKENS = 32, 4
 
@@ -78,19 +74,8 @@ def start(system: System, checkpoint: BenchCheckpoint, max_batch_size: int) -> M
     if system.kind != GENERATE:
         arguments += ["--max-batch-size", str(max_batch_size)]
         # The allocator's settings are those of the router's own process.
-        environment |= environment_of(_router_settings(system.threads))
+        environment |= router_environment(system.threads)
     return MeasuredSystem(arguments, environment)
-
-
-def _router_settings(threads: int) -> RouterSettings:
-    return RouterSettings(
-        model=ModelSection(torch_threads=threads),
-        serve=ServeSection(),
-        network="loopback",
-        router=RouterSection(),
-        experts=ExpertsSection(),
-        policy_file=None,
-    )
 
 
 def measure(plan: Plan, checkpoint: BenchCheckpoint, console: Console) -> list[Cell]:
@@ -183,13 +168,13 @@ def main() -> None:
         "cells": [cell.to_json() for cell in cells],
         "targets": [ratio.to_json() for ratio in ratios(cells)],
     }
-    show_result(text, values, console, as_json=options.json)
-    if folder := _folder(options):
-        name = f"throughput_{checkpoint.name}_{checkpoint.dtype}{'_spread' if plan.spread else ''}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.md").write_text(f"{text}\n![throughput and latency]({name}.png)\n")
-        (folder / f"{name}.json").write_text(json.dumps(values, indent=1) + "\n")
-        plot_throughput(cells, f"{checkpoint.name.replace('_', ' ')}, {checkpoint.dtype}", folder / f"{name}.png")
+    options.output = _folder(options)
+    if options.output is None:
+        show_result(text, values, console, as_json=options.json)
+        return
+    name = f"throughput_{checkpoint.name}_{checkpoint.dtype}{'_spread' if plan.spread else ''}"
+    picture = keep_result(name, text, values, options, console, "throughput and latency")
+    plot_throughput(cells, f"{checkpoint.name.replace('_', ' ')}, {checkpoint.dtype}", picture)
 
 
 def _folder(options: argparse.Namespace) -> Path | None:

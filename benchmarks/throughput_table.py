@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.measure_table import table_head
 from benchmarks.timings import Timings, percentile
 
 SERVED, ENGINE, GENERATE = "served", "engine", "generate"
@@ -142,7 +143,7 @@ def _ratio_of_percentiles(run: Timings) -> float:
 
 def ratio_table(found: Sequence[Ratio]) -> list[str]:
     """The ratios with their targets, as lines of Markdown."""
-    lines = ["| measure | median | of all runs | target | |", "| --- | --- | --- | --- | --- |"]
+    lines = table_head("| measure | median | of all runs | target | |")
     for ratio in found:
         sign, verdict = "≥" if ratio.at_least else "≤", "met" if ratio.met else "**missed**"
         lines.append(
@@ -154,11 +155,10 @@ def ratio_table(found: Sequence[Ratio]) -> list[str]:
 
 def cell_table(cells: Sequence[Cell]) -> list[str]:
     """All cells, as lines of Markdown."""
-    lines = [
+    lines = table_head(
         "| system | streams | decode, tokens/s | of all runs | prefill, tokens/s | first token, ms: p50 | p99 "
-        "| between tokens, ms: p50 | p99 |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+        "| between tokens, ms: p50 | p99 |"
+    )
     for cell in cells:
         milliseconds: list[Callable[[float], float]] = [cell.first_token_ms, cell.inter_token_ms]
         latencies = " | ".join(f"{of(percent):,.0f}" for of in milliseconds for percent in (50, 99))

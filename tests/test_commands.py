@@ -118,7 +118,7 @@ def test_matplotlib_is_imported_in_one_place() -> None:
         if re.search(r"^    (import|from) matplotlib\b|^(import|from) matplotlib\b", path.read_text(), re.MULTILINE)
         and "TYPE_CHECKING" not in path.read_text()
     ]
-    assert importing == ["benchmarks.decode_profile", "benchmarks.drawing"]
+    assert importing == ["benchmarks.drawing"]
 
 
 @pytest.mark.parametrize("target", ["benchmarks", "client-check", "lock"])

@@ -29,7 +29,6 @@ from echovlm_ray.client.errors import (
 from echovlm_ray.client.request import GenerateOptions
 from echovlm_ray.client.synchronous import AnswerStream, EchoVLMClient
 from echovlm_ray.client.types import (
-    Accepted,
     Answer,
     Event,
     Limits,
@@ -38,8 +37,8 @@ from echovlm_ray.client.types import (
     OrganShare,
     Provenance,
     Summary,
-    Text,
 )
+from echovlm_ray.events import Accepted, Text
 
 __all__ = [
     "TLS",

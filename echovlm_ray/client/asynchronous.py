@@ -8,24 +8,24 @@ from typing import Self, Unpack
 
 import grpc
 
-from echovlm_ray.client.arguments import timeout
+from echovlm_ray.client.common import AnswerState, CallSettings
 from echovlm_ray.client.connection import (
     DEFAULT_ADDRESS,
     TLS,
     call_metadata,
-    check_connection,
     open_asynchronous_channel,
 )
-from echovlm_ray.client.errors import EchoVLMError, InternalServerError, from_rpc_error
+from echovlm_ray.client.errors import EchoVLMError, from_rpc_error
 from echovlm_ray.client.request import GenerateOptions, Image, build_request
 from echovlm_ray.client.retries import Retries, Waiting
 from echovlm_ray.client.synchronous import Metadata, Response
-from echovlm_ray.client.types import Accepted, Answer, Event, ModelInfo, Summary, Text, event_from_proto
+from echovlm_ray.client.types import Answer, Event, ModelInfo, Summary
+from echovlm_ray.events import Text
 from protos import echovlm_pb2, echovlm_pb2_grpc
 
 
-class AsyncAnswerStream(AsyncIterator[Event]):
-    """A streamed answer: iterate over its events, or over `text()`.
+class AsyncAnswerStream(AnswerState, AsyncIterator[Event]):
+    """An answer while it is written: iterate over its events, or over `text()` alone.
 
     Leaving the `async with` block, `cancel()`, cancelling the reading task, or deleting the stream before its end
     cancels the request on the server.
@@ -39,17 +39,12 @@ class AsyncAnswerStream(AsyncIterator[Event]):
         address: str,
         request_id: str,
     ) -> None:
+        super().__init__(address, request_id)
         self._send = send
         self._retries = retries
         self._closed = closed
         self._call = send()
         self._cancelled = asyncio.Event()
-        # No retries from then on.
-        self._begun = False
-        self._address = address
-        self.request_id = request_id
-        self.accepted: Accepted | None = None
-        self.summary: Summary | None = None
 
     async def __anext__(self) -> Event:
         """The next event.
@@ -65,22 +60,9 @@ class AsyncAnswerStream(AsyncIterator[Event]):
                 await self._send_again(from_rpc_error(error, self._address, self.request_id))
                 continue
             if message is grpc.aio.EOF:
-                if self.summary is None:
-                    raise InternalServerError(
-                        "the server ended the stream without a summary", request_id=self.request_id
-                    )
+                self._check_ended()
                 raise StopAsyncIteration
-            event = event_from_proto(message)
-            if isinstance(event, Accepted):
-                if self.accepted is not None:
-                    # A lost server has accepted it before.
-                    continue
-                self.accepted = event
-            else:
-                self._begun = True
-            if isinstance(event, Summary):
-                self.summary = event
-            if event is not None:
+            if (event := self._take(message)) is not None:
                 return event
 
     async def text(self) -> AsyncIterator[str]:
@@ -115,8 +97,8 @@ class AsyncAnswerStream(AsyncIterator[Event]):
         self.cancel()
 
 
-class AsyncEchoVLMClient:
-    """The asyncio client of an EchoVLM gateway. Create one in a running event loop and reuse it.
+class AsyncEchoVLMClient(CallSettings):
+    """Calls an EchoVLM gateway from asyncio. Make one in a running event loop and keep it.
 
     Arguments and retries are those of `EchoVLMClient`.
 
@@ -134,15 +116,10 @@ class AsyncEchoVLMClient:
         retry: bool = True,
         waiting: Waiting | None = None,
     ) -> None:
-        check_connection(address, token, tls)
-        self._timeout_s = timeout("timeout_s", timeout_s)
-        self._retry = retry
-        self._waiting = waiting
+        super().__init__(address, token, tls, timeout_s, retry, waiting)
         self._closed = False
         self._channel = open_asynchronous_channel(address, tls)
         self._stub = echovlm_pb2_grpc.EchoVLMStub(self._channel)
-        self._address = address
-        self._token = token
 
     async def generate(
         self,
@@ -222,7 +199,3 @@ class AsyncEchoVLMClient:
             if self._closed:
                 raise failure
             await asyncio.sleep(retries.pause_after(failure))
-
-    def _retries_of(self, timeout_s: float | None) -> Retries:
-        seconds = self._timeout_s if timeout_s is None else timeout("timeout_s", timeout_s)
-        return Retries(seconds, retry=self._retry, waiting=self._waiting)

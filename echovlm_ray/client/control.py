@@ -13,9 +13,10 @@ Messages are those of protos/control.proto. Errors are `EchoVLMError`s, as in th
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypedDict, TypeVar, Unpack
 
 import grpc
+from google.protobuf.message import Message
 
 from echovlm_ray.client.arguments import message, text, texts, timeout
 from echovlm_ray.client.bundle_upload import open_upload
@@ -31,6 +32,21 @@ Expected = control_pb2.Expected
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
 
 Response = TypeVar("Response")
+
+
+class ChangeOptions(TypedDict, total=False):
+    """What every operation takes besides what it is about; see `ExpertControlClient`."""
+
+    reason: str
+    dry_run: bool
+
+
+class ExpectingOptions(ChangeOptions, total=False):
+    """What an operation takes on what is there already."""
+
+    # Only if this is the bundle in question.
+    digest: str
+    expected: Expected | None
 
 
 class ExpertControlClient:
@@ -95,128 +111,63 @@ class ExpertControlClient:
         return self._call(self._stub.Push, control_pb2.PushResponse, upload.messages(progress), limited=False).bundle
 
     def stage(
-        self,
-        organ: str,
-        *,
-        version: str = "",
-        digest: str = "",
-        actor: str,
-        reason: str = "",
-        dry_run: bool = False,
+        self, organ: str, *, actor: str, version: str = "", digest: str = "", **options: Unpack[ChangeOptions]
     ) -> control_pb2.OperationResponse:
-        """Begins a rollout of a bundle, given by its version in the registry or its digest."""
-        request = message(
-            control_pb2.StageRequest,
-            organ=organ,
-            version=version,
-            digest=digest,
-            actor=actor,
-            reason=reason,
-            dry_run=dry_run,
-        )
-        return self._call(self._stub.Stage, control_pb2.OperationResponse, request)
+        """Begins a rollout of a bundle, named by its version in the registry or by its digest."""
+        fields = {"organ": organ, "actor": actor, "version": version, "digest": digest, **options}
+        return self._change(self._stub.Stage, control_pb2.StageRequest, fields)
 
     def canary(
         self,
         organ: str,
         percent: float,
         *,
-        digest: str = "",
         actor: str,
-        reason: str = "",
-        expected: Expected | None = None,
-        dry_run: bool = False,
         gates_json: str = "",
         override: bool = False,
+        **options: Unpack[ExpectingOptions],
     ) -> control_pb2.OperationResponse:
         """Sends a share of the requests to the candidate.
 
         With `gates_json`, a JSON array with the format of `gates` in a rollout file, the canary begins automatically
         once the candidate has passed them. `override` ignores gates that were not passed, and needs a reason.
         """
-        request = _traffic(organ, percent, digest, actor, reason, expected, dry_run)
-        request.gates_json, request.override = gates_json, override
-        return self._call(self._stub.Canary, control_pb2.OperationResponse, request)
+        gates = {"gates_json": gates_json, "override": override}
+        fields = {"organ": organ, "percent": percent, "actor": actor, **gates, **options}
+        return self._change(self._stub.Canary, control_pb2.TrafficRequest, fields)
 
     def shadow(
-        self,
-        organ: str,
-        percent: float,
-        *,
-        digest: str = "",
-        actor: str,
-        reason: str = "",
-        expected: Expected | None = None,
-        dry_run: bool = False,
+        self, organ: str, percent: float, *, actor: str, **options: Unpack[ExpectingOptions]
     ) -> control_pb2.OperationResponse:
-        """Mirrors a share of the requests to the candidate; its answers are discarded."""
-        request = _traffic(organ, percent, digest, actor, reason, expected, dry_run)
-        return self._call(self._stub.Shadow, control_pb2.OperationResponse, request)
+        """Has the candidate compute a part of the requests beside the incumbent; its answers are discarded."""
+        fields = {"organ": organ, "percent": percent, "actor": actor, **options}
+        return self._change(self._stub.Shadow, control_pb2.TrafficRequest, fields)
 
     def promote(
         self,
         organ: str,
         *,
-        digest: str = "",
         actor: str,
-        reason: str = "",
-        expected: Expected | None = None,
-        dry_run: bool = False,
         gates_json: str = "",
         override: bool = False,
+        **options: Unpack[ExpectingOptions],
     ) -> control_pb2.OperationResponse:
-        """Makes the candidate the organ's version for all new requests. Gates and override are as in `canary`."""
-        request = message(
-            control_pb2.OrganRequest,
-            organ=organ,
-            digest=digest,
-            actor=actor,
-            reason=reason,
-            expected=expected,
-            dry_run=dry_run,
-            gates_json=gates_json,
-            override=override,
-        )
-        return self._call(self._stub.Promote, control_pb2.OperationResponse, request)
+        """Makes the candidate the organ's version for all new requests. Gates and override are those of `canary`."""
+        fields = {"organ": organ, "actor": actor, "gates_json": gates_json, "override": override, **options}
+        return self._change(self._stub.Promote, control_pb2.OrganRequest, fields)
 
-    def rollback(
-        self,
-        organ: str,
-        *,
-        digest: str = "",
-        actor: str,
-        reason: str = "",
-        expected: Expected | None = None,
-        dry_run: bool = False,
-    ) -> control_pb2.OperationResponse:
-        """Rolls back a candidate. Never changes the stable version; see `roll_back_stable`.
+    def rollback(self, organ: str, *, actor: str, **options: Unpack[ExpectingOptions]) -> control_pb2.OperationResponse:
+        """Ends a candidate's rollout. Never touches the stable version; see `roll_back_stable`.
 
         Without `digest` or `expected.rollout_id` it applies to any candidate in flight.
 
         Raises:
             FailedPreconditionError: nothing is in flight, or another candidate; the text has the last event.
         """
-        request = message(
-            control_pb2.OrganRequest,
-            organ=organ,
-            digest=digest,
-            actor=actor,
-            reason=reason,
-            expected=expected,
-            dry_run=dry_run,
-        )
-        return self._call(self._stub.Rollback, control_pb2.OperationResponse, request)
+        return self._change(self._stub.Rollback, control_pb2.OrganRequest, {"organ": organ, "actor": actor, **options})
 
     def roll_back_stable(
-        self,
-        organ: str,
-        *,
-        version: str = "",
-        digest: str = "",
-        actor: str,
-        reason: str = "",
-        expected: Expected | None = None,
-        dry_run: bool = False,
+        self, organ: str, *, actor: str, version: str = "", **options: Unpack[ExpectingOptions]
     ) -> control_pb2.OperationResponse:
         """Rolls back the stable version, given by its version or digest, to the previous one.
 
@@ -224,46 +175,20 @@ class ExpertControlClient:
             FailedPreconditionError: another version is stable, a candidate is in flight, or there is no previous
                 version.
         """
-        request = message(
-            control_pb2.RollBackStableRequest,
-            organ=organ,
-            version=version,
-            digest=digest,
-            actor=actor,
-            reason=reason,
-            expected=expected,
-            dry_run=dry_run,
-        )
-        return self._call(self._stub.RollBackStable, control_pb2.OperationResponse, request)
+        fields = {"organ": organ, "actor": actor, "version": version, **options}
+        return self._change(self._stub.RollBackStable, control_pb2.RollBackStableRequest, fields)
 
     def retire(
-        self,
-        organ: str,
-        *,
-        version: str = "",
-        digest: str = "",
-        actor: str,
-        reason: str = "",
-        expected: Expected | None = None,
-        dry_run: bool = False,
+        self, organ: str, *, actor: str, version: str = "", **options: Unpack[ExpectingOptions]
     ) -> control_pb2.OperationResponse:
-        """Retires an organ, or one of its versions, permanently."""
-        request = message(
-            control_pb2.RetireRequest,
-            organ=organ,
-            version=version,
-            digest=digest,
-            actor=actor,
-            reason=reason,
-            expected=expected,
-            dry_run=dry_run,
-        )
-        return self._call(self._stub.Retire, control_pb2.OperationResponse, request)
+        """Takes an organ, or one version of it, out of service for good."""
+        fields = {"organ": organ, "actor": actor, "version": version, **options}
+        return self._change(self._stub.Retire, control_pb2.RetireRequest, fields)
 
     def apply(self, rollout_json: str, *, actor: str, dry_run: bool = False) -> control_pb2.OperationResponse:
-        """Begins the rollout that a file describes. Applying it again changes nothing."""
-        request = message(control_pb2.ApplyRequest, rollout_json=rollout_json, actor=actor, dry_run=dry_run)
-        return self._call(self._stub.Apply, control_pb2.OperationResponse, request)
+        """Stages what a rollout file says, with its steps; applying it again changes nothing."""
+        fields = {"rollout_json": rollout_json, "actor": actor, "dry_run": dry_run}
+        return self._change(self._stub.Apply, control_pb2.ApplyRequest, fields)
 
     def list(self, organ: str = "") -> control_pb2.ListResponse:
         """The live expert set, the rollouts, the replicas, and the registry's bundles, of one organ or of all."""
@@ -335,6 +260,13 @@ class ExpertControlClient:
         """Closes the connection."""
         self.close()
 
+    def _change(
+        self, method: Callable[..., Any], kind: type[Message], fields: Mapping[str, object]
+    ) -> control_pb2.OperationResponse:
+        if unknown := sorted(set(fields) - set(kind.DESCRIPTOR.fields_by_name)):
+            raise TypeError(f"there is no option {', '.join(unknown)}")
+        return self._call(method, control_pb2.OperationResponse, message(kind, **fields))
+
     def _call(
         self, method: Callable[..., Any], kind: type[Response], request: Any, *, limited: bool = True
     ) -> Response:
@@ -345,18 +277,3 @@ class ExpertControlClient:
             raise from_rpc_error(error, self.address, request_id, service="Control") from None
         assert isinstance(response, kind)
         return response
-
-
-def _traffic(
-    organ: str, percent: float, digest: str, actor: str, reason: str, expected: Expected | None, dry_run: bool
-) -> control_pb2.TrafficRequest:
-    return message(
-        control_pb2.TrafficRequest,
-        organ=organ,
-        percent=percent,
-        digest=digest,
-        actor=actor,
-        reason=reason,
-        expected=expected,
-        dry_run=dry_run,
-    )

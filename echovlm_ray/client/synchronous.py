@@ -7,20 +7,21 @@ from typing import Self, TypeVar, Unpack
 
 import grpc
 
-from echovlm_ray.client.arguments import timeout
-from echovlm_ray.client.connection import DEFAULT_ADDRESS, TLS, call_metadata, check_connection, open_channel
-from echovlm_ray.client.errors import EchoVLMError, InternalServerError, from_rpc_error
+from echovlm_ray.client.common import AnswerState, CallSettings
+from echovlm_ray.client.connection import DEFAULT_ADDRESS, TLS, call_metadata, open_channel
+from echovlm_ray.client.errors import EchoVLMError, from_rpc_error
 from echovlm_ray.client.request import GenerateOptions, Image, build_request
 from echovlm_ray.client.retries import Retries, Waiting
-from echovlm_ray.client.types import Accepted, Answer, Event, ModelInfo, Summary, Text, event_from_proto
+from echovlm_ray.client.types import Answer, Event, ModelInfo, Summary
+from echovlm_ray.events import Text
 from protos import echovlm_pb2, echovlm_pb2_grpc
 
 Response = TypeVar("Response")
 Metadata = tuple[tuple[str, str], ...]
 
 
-class AnswerStream(Iterator[Event]):
-    """A streamed answer: iterate over its events, or over `text()`.
+class AnswerStream(AnswerState, Iterator[Event]):
+    """An answer while it is written: iterate over its events, or over `text()` alone.
 
     Leaving the `with` block, `cancel()`, or deleting the stream before its end cancels the request on the server.
     """
@@ -33,17 +34,12 @@ class AnswerStream(Iterator[Event]):
         address: str,
         request_id: str,
     ) -> None:
+        super().__init__(address, request_id)
         self._send = send
         self._retries = retries
         self._closed = closed
         self._call = send()
         self._cancelled = threading.Event()
-        # No retries from then on.
-        self._begun = False
-        self._address = address
-        self.request_id = request_id
-        self.accepted: Accepted | None = None
-        self.summary: Summary | None = None
 
     def __next__(self) -> Event:
         """Waits for the next event.
@@ -56,25 +52,12 @@ class AnswerStream(Iterator[Event]):
             try:
                 message = next(self._call)
             except StopIteration:
-                if self.summary is None:
-                    raise InternalServerError(
-                        "the server ended the stream without a summary", request_id=self.request_id
-                    ) from None
+                self._check_ended()
                 raise
             except grpc.RpcError as error:
                 self._send_again(from_rpc_error(error, self._address, self.request_id))
                 continue
-            event = event_from_proto(message)
-            if isinstance(event, Accepted):
-                if self.accepted is not None:
-                    # A lost server has accepted it before.
-                    continue
-                self.accepted = event
-            else:
-                self._begun = True
-            if isinstance(event, Summary):
-                self.summary = event
-            if event is not None:
+            if (event := self._take(message)) is not None:
                 return event
 
     def text(self) -> Iterator[str]:
@@ -107,8 +90,8 @@ class AnswerStream(Iterator[Event]):
         self.cancel()
 
 
-class EchoVLMClient:
-    """The client of an EchoVLM gateway. Thread-safe; create one and reuse it.
+class EchoVLMClient(CallSettings):
+    """Calls an EchoVLM gateway. Safe to share between threads; make one and keep it.
 
     Args:
         address: host:port of the gateway.
@@ -136,16 +119,11 @@ class EchoVLMClient:
         retry: bool = True,
         waiting: Waiting | None = None,
     ) -> None:
-        check_connection(address, token, tls)
-        self._timeout_s = timeout("timeout_s", timeout_s)
-        self._retry = retry
-        self._waiting = waiting
-        # Ends the pauses between attempts.
+        super().__init__(address, token, tls, timeout_s, retry, waiting)
+        # Ends the pauses between tries.
         self._closed = threading.Event()
         self._channel = open_channel(address, tls)
         self._stub = echovlm_pb2_grpc.EchoVLMStub(self._channel)
-        self._address = address
-        self._token = token
 
     def generate(
         self,
@@ -239,10 +217,6 @@ class EchoVLMClient:
             except grpc.RpcError as error:
                 failure = from_rpc_error(error, self._address, request_id)
             _pause(retries, failure, self._closed)
-
-    def _retries_of(self, timeout_s: float | None) -> Retries:
-        seconds = self._timeout_s if timeout_s is None else timeout("timeout_s", timeout_s)
-        return Retries(seconds, retry=self._retry, waiting=self._waiting)
 
 
 def _pause(retries: Retries, failure: EchoVLMError, stopped: threading.Event) -> None:

@@ -5,34 +5,8 @@ from typing import Self
 
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 
+from echovlm_ray.events import Accepted, Text
 from protos import echovlm_pb2, router_pb2
-
-
-@dataclass(frozen=True, slots=True)
-class Accepted:
-    """The images are decoded and the request is running.
-
-    Attributes:
-        prompt_tokens: length of the whole prompt, visual tokens included.
-        visual_tokens: the number of tokens of images.
-        frames: the number of frames of each image, in order; 1 for a still image.
-    """
-
-    prompt_tokens: int
-    visual_tokens: int
-    frames: tuple[int, ...]
-
-    @classmethod
-    def from_proto(cls, message: echovlm_pb2.RequestAccepted) -> Self:
-        """Reads the message."""
-        return cls(message.prompt_tokens, message.visual_tokens, tuple(message.frames))
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A piece of the answer's text, with complete characters only."""
-
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +114,8 @@ def event_from_proto(message: echovlm_pb2.GenerateEvent) -> Event | None:
     """Reads one event of a stream; None for a kind that this client does not support."""
     match message.WhichOneof("event"):
         case "accepted":
-            return Accepted.from_proto(message.accepted)
+            accepted = message.accepted
+            return Accepted(accepted.prompt_tokens, accepted.visual_tokens, tuple(accepted.frames))
         case "text":
             return Text(message.text)
         case "summary":

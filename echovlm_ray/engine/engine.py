@@ -28,10 +28,6 @@ class Engine:
     """Runs requests with continuous batching on its own thread.
 
     `submit` and `cancel` may be called from any thread; sinks are called from the engine's thread and must not block.
-
-    Attributes:
-        on_outputs_ready: called from the engine's thread after sinks got outputs, at a moment when other threads
-            of this process delay the engine least. Idempotent; must not block.
     """
 
     def __init__(
@@ -55,7 +51,8 @@ class Engine:
             max_prefill_tokens=max_prefill_tokens,
             prefix_reuse=prefix_reuse,
         )
-        self.on_outputs_ready: Callable[[], None] = lambda: None
+        # What is to be called for the outputs that were delivered since `_notify`. Used from the engine's thread alone.
+        self._ready: set[Callable[[], None]] = set()
         self._condition = threading.Condition()
         self._stopping = False
         self._cancelled: list[Sequence] = []
@@ -121,7 +118,13 @@ class Engine:
         """The dispatcher. A request's expert set must be added to it before the request is submitted."""
         return self._runner.dispatcher
 
-    def submit(self, request: SequenceRequest, sink: Sink, gone: Callable[[], None] | None = None) -> Sequence:
+    def submit(
+        self,
+        request: SequenceRequest,
+        sink: Sink,
+        gone: Callable[[], None] | None = None,
+        on_outputs_ready: Callable[[], None] | None = None,
+    ) -> Sequence:
         """Queues a request.
 
         Args:
@@ -129,13 +132,16 @@ class Engine:
             sink: called with its outputs.
             gone: called once from the engine's thread, after the last call of the sink, when the engine has released
                 the request, however it ended; its expert set is not used any more then. Must not block.
+            on_outputs_ready: called from the engine's thread after the sink got outputs, at a moment when other threads
+                of this process delay the engine least; once for all requests of a step that have an equal one.
+                Idempotent; must not block.
 
         Raises:
             OverloadedError: the queue is full or the cache too small for the request.
             ShuttingDownError: the engine is shutting down.
         """
         experts = self.dispatcher.gates(request.expert_set_id).expert_set.used(request.shares)
-        sequence = Sequence.start(request, sink, experts, self._max_request_s, gone)
+        sequence = Sequence.start(request, sink, experts, self._max_request_s, gone, on_outputs_ready)
         with self._condition:
             if self._stopping:
                 raise ShuttingDownError("the router is shutting down")
@@ -224,11 +230,13 @@ class Engine:
             self._release(sequence)
 
     def _notify(self) -> None:
-        try:
-            self.on_outputs_ready()
-        except Exception:
-            # An error here must not end any request.
-            logger.exception("on_outputs_ready failed")
+        while self._ready:
+            ready = self._ready.pop()
+            try:
+                ready()
+            except Exception:
+                # It must not end any request.
+                logger.exception("on_outputs_ready failed")
 
     def _release(self, sequence: Sequence) -> None:
         if sequence.gone is None:
@@ -242,6 +250,8 @@ class Engine:
     def _deliver(self, sequence: Sequence, output: StepOutput | Exception) -> None:
         if sequence.cancelled:
             return
+        if sequence.on_outputs_ready is not None:
+            self._ready.add(sequence.on_outputs_ready)
         try:
             sequence.sink(output)
         except Exception:

@@ -47,7 +47,6 @@ class ModelRunner:
         dispatcher: Dispatcher,
         *,
         kv_cache_tokens: int,
-        packed_linears: bool = True,
         compiled: bool = True,
         micro_batches: int = 1,
     ) -> None:
@@ -56,12 +55,11 @@ class ModelRunner:
         Args:
             model: a backbone without routed experts.
             dispatcher: computes the experts.
-            kv_cache_tokens: the number of tokens in the cache.
-            packed_linears: False does not pack the linear layers, for comparisons.
-            compiled: False uses torch's operators instead of the C library, for comparisons; see
-                `echovlm_ray.engine.compiled.use_compiled`.
-            micro_batches: 2 computes a step in two halves, so that the experts of one half overlap with the attention
-                of the other. This is faster if an expert call takes longer than the dense MLP and the shared expert.
+            kv_cache_tokens: how many tokens the cache holds.
+            compiled: False leaves the small arithmetic to torch's operators, to compare; they also do it where the C
+                library does not, see `echovlm_ray.engine.compiled.use_compiled`.
+            micro_batches: 2 computes a step in two halves, so that the experts of one work during the attention of
+                the other. It pays where an exchange takes longer than the dense MLP and the shared expert.
 
         Raises:
             ValueError: the model uses sliding-window attention, which the paged cache does not support.
@@ -73,8 +71,7 @@ class ModelRunner:
         dtype, self.device = model.dtype, model.device
         compiled = compiled and use_compiled(dtype, self.device)
         fuse_layers(model.model.language_model, compiled=compiled)
-        if packed_linears:
-            pack_linears(model)
+        pack_linears(model)
         self.model = model
         self.dispatcher = dispatcher
         self.micro_batches = micro_batches

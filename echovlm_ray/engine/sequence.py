@@ -141,7 +141,10 @@ class Sequence:
     cancelled: bool = False
     # Called once when the engine has released it.
     gone: Callable[[], None] | None = None
-    # Set while its experts do not answer: since when, how often in a row, and when they are retried.
+    # See `Engine.submit`.
+    on_outputs_ready: Callable[[], None] | None = None
+    # Set while the experts it needs do not answer; from when on and how often in a row they did not, and when they are
+    # asked again.
     stalled_by: ExpertsUnavailableError | None = None
     stalled_at: float = 0.0
     num_stalls: int = 0
@@ -155,6 +158,7 @@ class Sequence:
         experts: tuple[ExpertSetMember, ...],
         max_seconds: float = math.inf,
         gone: Callable[[], None] | None = None,
+        on_outputs_ready: Callable[[], None] | None = None,
     ) -> "Sequence":
         """Starts a sequence, which ends at its deadline or after `max_seconds`, whichever is first."""
         generator = None
@@ -165,7 +169,17 @@ class Sequence:
         if request.deadline is not None:
             deadline = min(deadline, request.deadline)
         prefix = PrefixKeys(request, experts)
-        return cls(request, sink, experts, list(request.input_ids), generator, deadline, prefix, gone=gone)
+        return cls(
+            request,
+            sink,
+            experts,
+            list(request.input_ids),
+            generator,
+            deadline,
+            prefix,
+            gone=gone,
+            on_outputs_ready=on_outputs_ready,
+        )
 
     @property
     def num_prompt(self) -> int:

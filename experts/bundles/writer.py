@@ -51,19 +51,17 @@ def write_bundle(
     *,
     max_file_bytes: int = MAX_FILE_BYTES,
     norm_weight: NormWeight | None = None,
-    probed: Callable[[int], None] = lambda _: None,
 ) -> Manifest:
     """Writes a bundle. The folder appears atomically when it is complete.
 
     Args:
-        directory: the folder to create; its parent must exist.
-        description: the manifest's fields. With `probe` set, the self-test's inputs and outputs are recorded.
-        source: returns a tensor by its name in the bundle; called once for each, in the files' order. Only one tensor
-            is in memory at a time.
-        max_file_bytes: experts are split into files with at most this many bytes of weights, unless one layer's
-            matrices of one projection are larger.
-        norm_weight: the weight of the norm before the experts, which gives the probe's inputs the backbone's scale.
-        probed: called with each layer after its probe was recorded.
+        directory: the folder to make; its parent exists.
+        description: what the manifest should say. With `probe` set, the self-test's inputs and outputs are recorded.
+        source: gives a tensor by its name in the bundle; asked once for each, in the files' order, and only one
+            tensor is held at a time.
+        max_file_bytes: experts are spread over several files, none with more bytes of weights than this, unless one
+            layer's matrices of one projection alone have more.
+        norm_weight: of the norm before the experts, for the probe's inputs to have the backbone's scale.
 
     Returns:
         The manifest, whose digest is the bundle's identity.
@@ -84,8 +82,7 @@ def write_bundle(
         if description.probe is not None:
 
             def load_layer(layer: int) -> ExpertWeights:
-                probed(layer)
-                # Opened again for each layer, so that the pages of earlier layers are released.
+                # Opened again for each layer: the pages of a map that is gone count for no process.
                 written = _manifest(description, files)
                 return Bundle(written, {entry.path: partial / entry.path for entry in files}).load_layer(layer)
 

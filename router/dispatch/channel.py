@@ -129,7 +129,6 @@ class ReplicaChannel:
         if self._state is not ChannelState.READY:
             raise ReplicaLostError(self._reason)
         correlation_id = next(self._correlation_ids)
-        started = time.perf_counter()
         local = self._local
         written = None if local is None else local.writer.write(tokens, correlation_id)
         link: Link
@@ -140,9 +139,8 @@ class ReplicaChannel:
                 link, (message, place) = local.link, written
         except LinkLostError:
             raise ReplicaLostError(self._reason) from None
-        gather_s = time.perf_counter() - started
         deadline = time.monotonic() + self._timeout_s
-        call = PendingCall(self.wait, correlation_id, tokens, link, place, deadline=deadline, gather_s=gather_s)
+        call = PendingCall(self.wait, correlation_id, tokens, link, place, deadline=deadline)
         with self._lock:
             if self._state is not ChannelState.READY:
                 raise ReplicaLostError(self._reason)

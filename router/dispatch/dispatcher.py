@@ -4,7 +4,6 @@ In each layer, every organ with tokens gets one call with only those tokens. Loc
 `ExpertPlacement` that sends the call, so their results are bitwise equal.
 """
 
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -12,7 +11,6 @@ import torch
 
 from router.dispatch.expert_call import ExpertCall, ExpertPlacement
 from router.dispatch.step_plan import FlatRows, OrganRows, RowGroup, StepPlan, TokenAssignment, plan_step
-from router.dispatch.stopwatch import Stopwatch
 from router.errors import ExpertsFailedError, ExpertsUnavailableError
 from router.gating.expert_gates import ExpertGates
 from router.gating.token_gate import TokenRouting, choose_experts
@@ -25,14 +23,11 @@ DispatchFailure = ExpertsUnavailableError | ExpertsFailedError
 class Dispatcher:
     """Has the gates of all expert sets in use, and the placement of their experts."""
 
-    def __init__(
-        self, placement: ExpertPlacement, *, top_k: int, norm_topk_prob: bool, stopwatch: Stopwatch | None = None
-    ) -> None:
-        """`top_k` and `norm_topk_prob` are the model's; `stopwatch` measures the stages."""
+    def __init__(self, placement: ExpertPlacement, *, top_k: int, norm_topk_prob: bool) -> None:
+        """Takes the model's `num_experts_per_tok` and `norm_topk_prob`."""
         self.placement = placement
         self.top_k = top_k
         self.norm_topk_prob = norm_topk_prob
-        self.stopwatch = stopwatch
         self._gates: dict[str, ExpertGates] = {}
 
     def add_set(self, gates: ExpertGates) -> None:
@@ -105,7 +100,6 @@ class DispatchStep:
     def __init__(self, dispatcher: Dispatcher, assignments: Sequence[TokenAssignment]) -> None:
         """Made by `Dispatcher.step`."""
         self.failures: dict[int, DispatchFailure] = {}
-        self.stopwatch = dispatcher.stopwatch
         self._dispatcher = dispatcher
         self._assignments = assignments
         self._num_rows = assignments[-1].end if assignments else 0
@@ -123,8 +117,6 @@ class DispatchStep:
         if plan is None:
             plan = self._plan = self._dispatcher.plan(self._assignments, self.failures, x_TD.device)
         self._layers_of_plan += 1
-        stopwatch = self.stopwatch
-        started = 0.0 if stopwatch is None else time.perf_counter()
         dispatch_groups: dict[tuple[str, str, int], _DispatchGroup] = {}
         routed: list[_RoutedRows] = []
         for organ_rows in plan.organ_sets:
@@ -134,8 +126,6 @@ class DispatchStep:
         for rows in routed:
             key = (rows.row_group.organ, rows.row_group.digest, rows.index_RK.shape[1])
             dispatch_groups.setdefault(key, _DispatchGroup()).routed.append(rows)
-        if stopwatch is not None:
-            stopwatch.lap("gate", started)
         for dispatch_group in dispatch_groups.values():
             self._send(dispatch_group, layer, x_TD)
         return PendingLayer(self, plan, list(dispatch_groups.values()), [rows.row_group for rows in routed], x_TD)
@@ -209,8 +199,6 @@ class DispatchStep:
         return choose_experts(logits_RE, top_k, self._dispatcher.norm_topk_prob)
 
     def _send(self, dispatch_group: _DispatchGroup, layer: int, x_TD: torch.Tensor) -> None:
-        stopwatch = self.stopwatch
-        started = 0.0 if stopwatch is None else time.perf_counter()
         first = dispatch_group.routed[0]
         row_R, index_RK, weight_RK = first.row_group.row_R, first.index_RK, first.weight_RK
         if len(dispatch_group.routed) > 1:
@@ -221,17 +209,11 @@ class DispatchStep:
             index_RK = torch.cat([rows.index_RK for rows in dispatch_group.routed])
             weight_RK = torch.cat([rows.weight_RK for rows in dispatch_group.routed])
         try:
-            call = self._dispatcher.placement.send(
+            dispatch_group.call = self._dispatcher.placement.send(
                 first.row_group.organ, first.row_group.digest, layer, x_TD, index_RK, weight_RK, row_R
             )
         except (ExpertsUnavailableError, ExpertsFailedError) as error:
             self.fail(dispatch_group.row_groups, error)
-            return
-        dispatch_group.call = call
-        if stopwatch is not None:
-            stopwatch.add("gather", call.gather_s)
-            # With local experts the kernel has run already.
-            stopwatch.add("send", time.perf_counter() - started - call.gather_s - call.compute_s)
 
     def _count_organs(self) -> None:
         if self._plan is None or not self._layers_of_plan:
@@ -288,33 +270,21 @@ class PendingLayer:
         Returns:
             tokens × hidden in x's dtype; undefined in the rows of failed sequences.
         """
-        stopwatch = self.step.stopwatch
-        started = 0.0
         outputs: dict[RowGroup, torch.Tensor] = {}
         for dispatch_group in self.dispatch_groups:
             if dispatch_group.call is None:
                 continue
-            if stopwatch is not None:
-                started = time.perf_counter()
             try:
                 output_RD = dispatch_group.call.result()
             except (ExpertsUnavailableError, ExpertsFailedError) as error:
                 self.step.fail(dispatch_group.row_groups, error)
                 continue
-            if stopwatch is not None:
-                stopwatch.lap("wait", started)
-                stopwatch.add("kernel", dispatch_group.call.compute_s)
             if len(dispatch_group.routed) == 1:
                 outputs[dispatch_group.routed[0].row_group] = output_RD
             else:
                 sizes = [len(rows.index_RK) for rows in dispatch_group.routed]
                 outputs.update(zip(dispatch_group.row_groups, output_RD.split(sizes), strict=True))
-        if stopwatch is None:
-            return self._sum(outputs)
-        started = time.perf_counter()
-        total_TD = self._sum(outputs)
-        stopwatch.lap("scatter", started)
-        return total_TD
+        return self._sum(outputs)
 
     def _sum(self, outputs: dict[RowGroup, torch.Tensor]) -> torch.Tensor:
         x_TD, row_groups = self.x_TD, self.row_groups

@@ -11,11 +11,9 @@ class ExpertCall(Protocol):
     """A call of an organ's experts.
 
     Attributes:
-        gather_s: seconds for gathering the rows.
-        compute_s: seconds in the experts' kernel, if known; 0 before the result.
+        compute_s: seconds that the experts' kernel took, where it is known; 0 before.
     """
 
-    gather_s: float
     compute_s: float
 
     def result(self) -> torch.Tensor:

@@ -16,7 +16,6 @@ class CompletedCall:
     """An `ExpertCall` that has completed."""
 
     output_TD: torch.Tensor
-    gather_s: float
     compute_s: float
 
     def result(self) -> torch.Tensor:
@@ -25,11 +24,15 @@ class CompletedCall:
 
 
 class LocalExperts:
-    """An `ExpertPlacement` of groups in this process; `send` computes the call."""
+    """An `ExpertPlacement` of groups in this process; a call is computed while it is sent.
+
+    Attributes:
+        groups: organ → its group.
+    """
 
     def __init__(self, groups: Mapping[str, ExpertGroup]) -> None:
         """`groups` maps organs to groups that have loaded the bundles in use."""
-        self._groups = dict(groups)
+        self.groups = dict(groups)
 
     def send(
         self,
@@ -44,20 +47,19 @@ class LocalExperts:
         """Computes the call; see `ExpertPlacement.send`."""
         if (reason := self.unavailable(organ)) is not None:
             raise reason
-        started = time.perf_counter()
         try:
             x_RD = x_TD if row_R is None else x_TD[row_R]
-            gathered = time.perf_counter()
-            output = self._groups[organ].forward(bundle_digest, layer, x_RD, expert_index_RK.to(torch.int32), weight_RK)
+            started = time.perf_counter()
+            output = self.groups[organ].forward(bundle_digest, layer, x_RD, expert_index_RK.to(torch.int32), weight_RK)
         except BundleNotResidentError as error:
             raise ExpertsUnavailableError(organ, str(error)) from error
         except Exception as error:
             raise ExpertsFailedError(organ, str(error)) from error
-        return CompletedCall(output, gathered - started, time.perf_counter() - gathered)
+        return CompletedCall(output, time.perf_counter() - started)
 
     def unavailable(self, organ: str) -> ExpertsUnavailableError | None:
-        """An error if there is no group of this organ."""
-        if organ in self._groups:
+        """An error when there is no group of that organ."""
+        if organ in self.groups:
             return None
         return ExpertsUnavailableError(organ, "this router was started without its expert group")
 

@@ -23,10 +23,9 @@ class PendingCall:
         link: the link on which it was sent.
         place: its region in shared memory, if it has one. Kept until the answer, because the replica writes there.
         deadline: when the replica counts as lost, in `time.monotonic` seconds.
-        gather_s: seconds for gathering the rows.
     """
 
-    __slots__ = ("_data", "_response", "_wait", "correlation_id", "deadline", "gather_s", "link", "place", "tokens")
+    __slots__ = ("_data", "_response", "_wait", "correlation_id", "deadline", "link", "place", "tokens")
 
     def __init__(
         self,
@@ -37,7 +36,6 @@ class PendingCall:
         place: Place | None,
         *,
         deadline: float,
-        gather_s: float,
     ) -> None:
         """Made by the channel; `wait` is the channel's."""
         self.correlation_id = correlation_id
@@ -45,7 +43,6 @@ class PendingCall:
         self.link = link
         self.place = place
         self.deadline = deadline
-        self.gather_s = gather_s
         self._wait = wait
         self._response: expert_pb2.ForwardResponse | None = None
         self._data: memoryview | None = None

@@ -196,11 +196,10 @@ class RemoteExpertCall:
     """A running call. Experts are pure functions, so it is sent again when a replica is lost.
 
     Attributes:
-        gather_s: see `ExpertCall`.
         compute_s: see `ExpertCall`.
     """
 
-    __slots__ = ("_channel", "_experts", "_organ", "_passing", "_pending", "_tokens", "_tried", "compute_s", "gather_s")
+    __slots__ = ("_channel", "_experts", "_organ", "_passing", "_pending", "_tokens", "_tried", "compute_s")
 
     def __init__(self, experts: RemoteExperts, organ: str, tokens: Tokens) -> None:
         """Sends the tokens.
@@ -220,7 +219,6 @@ class RemoteExpertCall:
     def _start(self) -> None:
         self._channel, self._pending = self._experts.start(self._organ, self._tokens, self._tried)
         self._tried.add(self._channel.address)
-        self.gather_s = self._pending.gather_s
 
     def result(self) -> torch.Tensor:
         """Waits; see `ExpertCall.result`."""

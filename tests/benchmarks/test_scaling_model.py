@@ -236,7 +236,7 @@ def test_plans_use_all_gpus_and_the_best_is_best() -> None:
 
 
 def measured() -> dict[str, Any]:
-    """Layer costs of a machine that does exactly what the formulas say."""
+    """What is measured of a machine that does exactly what the formulas say."""
     result: dict[str, Any] = {
         "machine": "A machine.",
         "config": RELEASED,
@@ -258,20 +258,20 @@ def measured() -> dict[str, Any]:
             }
         },
         "exchange": {"send_s": 1e-4, "round_trip_s": 4e-4, "bytes_per_s": 1e9},
-        "costs": [],
+        "decoding": [],
     }
     for placement in ("remote", "in process"):
-        for organs, rows in ((1, 1), (1, 8), (7, 8)):
-            cost = {"phase": "decode", "dtype": "bfloat16", "placement": placement, "organs": organs, "rows": rows}
-            found = predict(machine_system(result, "bfloat16", placement, organs), rows, 100, Schedule.ONE)
-            result["costs"].append(cost | {"context": 100, "tokens_per_s": found.tokens_per_s})
+        for organs, batch in ((1, 1), (1, 8), (7, 8)):
+            case = {"dtype": "bfloat16", "placement": placement, "organs": organs, "batch": batch}
+            found = predict(machine_system(result, "bfloat16", placement, organs), batch, 100, Schedule.ONE)
+            result["decoding"].append(case | {"context": 100, "tokens_per_s": found.tokens_per_s})
     return result
 
 
 def test_the_check_tells_the_error() -> None:
     result = measured()
     assert [found.error for found in check(result)] == pytest.approx([0.0] * 6)
-    result["costs"][0]["tokens_per_s"] *= 2
+    result["decoding"][0]["tokens_per_s"] *= 2
     assert check(result)[0].error == pytest.approx(-0.5)
 
 
@@ -297,11 +297,11 @@ def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr("sys.argv", ["scaling_model", "--costs", str(tmp_path / "none.json")])
     with pytest.raises(SystemExit):
         main()
-    assert "run `python -m benchmarks.layer_costs` first" in capsys.readouterr().err
+    assert "run `python -m benchmarks.host_costs` first" in capsys.readouterr().err
 
 
 def test_the_committed_result_is_made_of_the_committed_costs() -> None:
-    result = json.loads((RESULTS / "layer_costs.json").read_text())
+    result = json.loads((RESULTS / "host_costs.json").read_text())
     options = arguments().parse_args([])
     lines = lines_of(SIZES, result, Assumptions(), options)
     text = markdown(SIZES, lines, check(result), Assumptions(), options.mode, options.context, result["machine"])

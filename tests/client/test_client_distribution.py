@@ -1,5 +1,7 @@
 """The distribution `echovlm-ray-client`: what is in it, and that it works beside other packages, however old."""
 
+import ast
+import json
 import re
 import subprocess
 import sys
@@ -9,6 +11,8 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from tests.client.environments import CLIENT_DISTRIBUTION, ROOT, Environment, oldest
 from tests.client.scripted_server import PIECES, ScriptedEchoVLM, serving
@@ -48,12 +52,12 @@ def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def python(code: str, path: Path, *arguments: str) -> str:
+def python(code: str, path: Path, *arguments: str, **variables: str) -> str:
     """Runs code in this environment, which has the server's packages, with the client's first on the path."""
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         cwd=ROOT,
-        env={"PYTHONPATH": str(path), "PYTHONUTF8": "1"},
+        env={"PYTHONPATH": str(path), "PYTHONUTF8": "1", **variables},
         capture_output=True,
         text=True,
         timeout=60,
@@ -62,14 +66,24 @@ def python(code: str, path: Path, *arguments: str) -> str:
     return done.stdout
 
 
+def names_of(node: ast.stmt) -> list[str]:
+    """What a statement of a module's stub declares."""
+    match node:
+        case ast.ClassDef(name=name):
+            return [name]
+        case ast.AnnAssign(target=ast.Name(id=name)):
+            return [name]
+        case _:
+            return []
+
+
 def test_it_has_one_package(unpacked: Path) -> None:
     tops = {path.name for path in unpacked.iterdir() if path.suffix != ".dist-info"}
     assert tops == {"echovlm_ray_client"}
     package = unpacked / "echovlm_ray_client"
     assert (package / "py.typed").is_file()
-    assert {path.stem for path in package.glob("*.py")} == {
-        path.stem for path in (*(ROOT / "echovlm_ray" / "client").glob("*.py"), ROOT / "echovlm_ray" / "tasks.py")
-    }
+    sources = {path.stem for path in (ROOT / "echovlm_ray" / "client").glob("*.py")}
+    assert {path.stem for path in package.glob("*.py")} == sources | {"events", "tasks"}
     for source in package.rglob("*.py*"):
         left = re.search(r"^\s*(from|import) (echovlm_ray|protos|experts|router|cluster)\b", source.read_text(), re.M)
         assert left is None, f"{source.name} still has: {left}"
@@ -83,7 +97,10 @@ def test_its_metadata(unpacked: Path) -> None:
     assert set(wanted) == {"grpcio", "googleapis-common-protos", "protobuf"}
     own = {re.split("[<>=]", text)[0]: text for text in whole["dependencies"]}
     for name, text in wanted.items():
-        assert set(text.removeprefix(name).split(",")) == set(own[name].removeprefix(name).split(",")), name
+        least, limit = sorted(Requirement(text).specifier, key=str, reverse=True)
+        own_least, own_limit = sorted(Requirement(own[name]).specifier, key=str, reverse=True)
+        assert Version(least.version) <= Version(own_least.version), f"{name}: the whole package allows an older one"
+        assert str(limit) == str(own_limit), name
     for name in ("LICENSE", "NOTICE"):
         assert next(unpacked.glob(f"*.dist-info/licenses/{name}")).read_text() == (ROOT / name).read_text()
 
@@ -91,11 +108,43 @@ def test_its_metadata(unpacked: Path) -> None:
 def test_it_works_with_the_oldest_that_it_names(wheel: Path, tmp_path: Path) -> None:
     pins = oldest(CLIENT_DISTRIBUTION / "pyproject.toml")
     environment = Environment.create(tmp_path / "environment", [wheel, *pins])
-    assert environment.version("protobuf") == "6.30.0"
+    assert environment.version("protobuf") == "5.26.0"
     with serving(ScriptedEchoVLM()) as address:
-        called = environment.run("python", "-W", "error", "-c", CALL, address)
-    assert called.stderr == ""
-    assert called.stdout == f"echovlm-test {''.join(PIECES)}\n"
+        for implementation in ("upb", "python"):
+            called = environment.run(
+                *("python", "-W", "error", "-c", CALL, address), PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION=implementation
+            )
+            assert called.stderr == ""
+            assert called.stdout == f"echovlm-test {''.join(PIECES)}\n"
+
+
+@pytest.mark.parametrize("implementation", ["upb", "python"])
+def test_its_messages_have_all_that_the_generated_code_has(unpacked: Path, implementation: str) -> None:
+    names = {
+        stub.stem: [name for node in ast.parse(stub.read_text()).body for name in names_of(node)]
+        for stub in (unpacked / "echovlm_ray_client" / "protos").glob("*.pyi")
+    }
+    assert {"TASK_VQA", "Task", "GenerateRequest"} <= set(names["echovlm_pb2"])
+    code = (
+        "import copy, importlib, json, pickle, sys\n"
+        "for module, names in json.loads(sys.argv[1]).items():\n"
+        "    generated = importlib.import_module(f'protos.{module}')\n"
+        "    own = importlib.import_module(f'echovlm_ray_client.protos.{module}')\n"
+        "    for name in names:\n"
+        "        ours, theirs = getattr(own, name), getattr(generated, name)\n"
+        "        if hasattr(theirs, 'items'):\n"
+        "            assert ours.items() == theirs.items(), name\n"
+        "        if isinstance(theirs, type):\n"
+        "            assert ours.DESCRIPTOR.full_name == theirs.DESCRIPTOR.full_name\n"
+        # In pure Python, the entry types of maps are attributes of generated code alone.
+        "            missing = {part for part in dir(theirs) if part[-5:] != 'Entry' and not hasattr(ours, part)}\n"
+        "            assert not missing, f'{name} lacks {missing}'\n"
+        "            message = ours()\n"
+        "            assert pickle.loads(pickle.dumps(message)) == copy.deepcopy(message) == message\n"
+        "print('alike')\n"
+    )
+    chosen = {"PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": implementation}
+    assert python(code, unpacked, json.dumps(names), **chosen) == "alike\n"
 
 
 def test_both_clients_work_in_one_process(unpacked: Path) -> None:

@@ -58,6 +58,8 @@ def test_an_operation_is_made_only_if_it_is_still_as_its_caller_saw_it(tmp_path:
         assert restoring.restores
         with pytest.raises(InvalidRequestError, match="expected"):
             control.rollback("heart", actor="bob", expected="heart-2")  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="there is no option sure"):
+            control.rollback("heart", actor="bob", sure=True)  # type: ignore[call-arg]
 
 
 def test_refusals_have_types(tmp_path: Path) -> None:

@@ -341,7 +341,7 @@ class Alone:
     def tokens(
         self, expert_set: ExpertSet, organs: tuple[str, ...], count: int, input_ids: Sequence[int] = (5, 6, 7, 8)
     ) -> list[int]:
-        gates = {member.bundle_digest: self._read(member.bundle_digest) for member in expert_set.members}
+        gates = {member.bundle_digest: self._read(member.bundle_digest, ()) for member in expert_set.members}
         self._engine.dispatcher.add_set(ExpertGates.of(expert_set, gates))
         request = SequenceRequest(
             input_ids=tuple(input_ids),

@@ -1,6 +1,6 @@
 """A router's service over a running engine, as the deployment puts it together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from router.gating.expert_gates import BundleGates
 from router.gating.organ_gate import OrganGate
 from tests.split_golden import SplitGolden
 
+GateReader = Callable[[str, Collection[str]], BundleGates]
+
 
 @dataclass
 class RouterParts:
@@ -30,16 +32,16 @@ class RouterParts:
     outcomes: Outcomes
 
 
-def gate_reader(registry: Path, num_layers: int, dtype: torch.dtype) -> Callable[[str], BundleGates]:
+def gate_reader(registry: Path, num_layers: int, dtype: torch.dtype) -> GateReader:
     opened = Registry(registry)
-    return lambda digest: BundleGates.read(opened.open(digest), num_layers=num_layers, dtype=dtype)
+    return lambda digest, in_use: BundleGates.read(opened.open(digest), num_layers=num_layers, dtype=dtype)
 
 
 def served_model(split: SplitGolden, end_token_ids: frozenset[int]) -> ServedModel:
     config = EchoVLMConfig.from_pretrained(split.backbone)
     dtype = split.tensors["lm_head.weight"].dtype
     read = gate_reader(split.registry, config.text_config.num_hidden_layers, dtype)
-    gates = {member.bundle_digest: read(member.bundle_digest) for member in split.expert_set.members}
+    gates = {member.bundle_digest: read(member.bundle_digest, ()) for member in split.expert_set.members}
     return ServedModel(config, split.expert_set, gates, read, end_token_ids)
 
 

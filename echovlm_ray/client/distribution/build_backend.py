@@ -4,6 +4,7 @@ A PEP 517 build backend around setuptools. It copies the sources and rewrites th
 changed. The source distribution (sdist) contains the copy, and is built with setuptools only.
 """
 
+import ast
 import contextlib
 import os
 import re
@@ -17,26 +18,29 @@ from setuptools import build_meta
 FOLDER = Path(__file__).resolve().parent
 CLIENT = FOLDER.parent
 ROOT = CLIENT.parent.parent
-# Modules that client and server share.
-TASKS = CLIENT.parent / "tasks.py"
-# The contracts for callers and operators; the others are internal to the server.
-CONTRACTS = ("control", "echovlm", "router", "tensor", "vision")
-# In the order of application.
+# What client and server have in common.
+SHARED = (CLIENT.parent / "events.py", CLIENT.parent / "tasks.py")
+# What callers and operators need, each after what it imports; the others are between the parts of the server.
+CONTRACTS = ("tensor", "vision", "router", "echovlm", "control")
+# In the order in which they are applied.
 IMPORTS = (
     (r"\bechovlm_ray\.client\b", "echovlm_ray_client"),
-    (r"\bechovlm_ray\.tasks\b", "echovlm_ray_client.tasks"),
+    (r"\bechovlm_ray\.(events|tasks)\b", r"echovlm_ray_client.\1"),
     (r"\bfrom protos import\b", "from echovlm_ray_client.protos import"),
 )
-# protobuf's default pool has one file and one message of each name. A service may have its own `protos/tensor.proto`,
-# or the server's package in another version. In a separate pool this package conflicts with neither.
-POOL = ("_descriptor_pool.Default()", "_own_pool.POOL")
-POOL_IMPORT = "from google.protobuf import descriptor_pool as _descriptor_pool\n"
-POOL_MODULE = '''\
-"""The descriptors of this package's contracts, apart from those of other packages."""
+MESSAGES = '''\
+"""The messages of protos/{name}.proto."""
 
-from google.protobuf.descriptor_pool import DescriptorPool
+from echovlm_ray_client.protos import contracts
 
-POOL = DescriptorPool()
+globals().update(contracts.messages({descriptor!r}, __name__))
+'''
+STUBS = '''\
+"""The services of protos/{name}.proto."""
+
+from echovlm_ray_client.protos import {name}_pb2, contracts
+
+globals().update(contracts.stubs({name}_pb2.DESCRIPTOR))
 '''
 
 
@@ -61,20 +65,20 @@ def stage(target: Path) -> None:
     package = target / "echovlm_ray_client"
     contracts = package / "protos"
     contracts.mkdir(parents=True)
-    for source in (*CLIENT.glob("*.py"), TASKS):
+    for source in (*CLIENT.glob("*.py"), *SHARED):
         (package / source.name).write_text(_renamed(source.read_text()))
     (package / "py.typed").touch()
-    (contracts / "__init__.py").write_text('"""The contracts with the server, and the code generated from them."""\n')
-    (contracts / "_own_pool.py").write_text(POOL_MODULE)
+    names = ", ".join(f"{name}_pb2" for name in CONTRACTS)
+    (contracts / "__init__.py").write_text(
+        '"""The contracts with the server: their descriptors, and what is made of them."""\n\n'
+        f"from echovlm_ray_client.protos import {names}\n\n__all__ = {[f'{name}_pb2' for name in CONTRACTS]!r}\n"
+    )
+    shutil.copy(FOLDER / "contracts.py", contracts)
     for name in CONTRACTS:
-        for suffix in ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py"):
-            text = _renamed((ROOT / "protos" / f"{name}{suffix}").read_text())
-            if suffix == "_pb2.py":
-                if text.count(POOL[0]) != 1 or text.count(POOL_IMPORT) != 1:
-                    raise ValueError(f"protos/{name}_pb2.py does not register its descriptors as it used to")
-                text = text.replace(*POOL)
-                text = text.replace(POOL_IMPORT, "from echovlm_ray_client.protos import _own_pool\n")
-            (contracts / f"{name}{suffix}").write_text(text)
+        generated = ROOT / "protos" / f"{name}_pb2.py"
+        (contracts / generated.name).write_text(MESSAGES.format(name=name, descriptor=_descriptor(generated)))
+        (contracts / f"{name}_pb2_grpc.py").write_text(STUBS.format(name=name))
+        (contracts / f"{name}_pb2.pyi").write_text(_renamed(generated.with_suffix(".pyi").read_text()))
     project = (FOLDER / "pyproject.toml").read_text()
     project = re.sub(
         r"(?m)^#.*\nbuild-backend.*\nbackend-path.*\n", 'build-backend = "setuptools.build_meta"\n', project
@@ -83,6 +87,15 @@ def stage(target: Path) -> None:
     shutil.copy(FOLDER / "README.md", target)
     for name in ("LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, target)
+
+
+def _descriptor(generated: Path) -> bytes:
+    """The serialized descriptor that a generated module registers."""
+    for node in ast.walk(ast.parse(generated.read_text())):
+        match node:
+            case ast.Call(func=ast.Attribute(attr="AddSerializedFile"), args=[ast.Constant(value=bytes(descriptor))]):
+                return descriptor
+    raise ValueError(f"{generated} does not register a descriptor as it used to")
 
 
 def _renamed(text: str) -> str:

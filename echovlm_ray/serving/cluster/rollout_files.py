@@ -2,9 +2,9 @@
 
 rollouts.db                    the database, unless it is PostgreSQL
 rollouts.db.policy.json        the last policy, for replicas that start while Control is unavailable
-rollouts.db.incoming/          bundles that are being pushed rollouts.db.bundles/           copies of the bundles in
-use, unless experts.kept_bundles sets another folder rollouts.db.lock               held by the one Control
-that uses the database, and gone when it has ended in order
+rollouts.db.incoming/          bundles that are being pushed
+rollouts.db.bundles/           copies of the bundles in use, unless experts.kept_bundles sets another folder
+rollouts.db.lock               held by the one Control that uses the database; removed when it ends in order
 """
 
 import hashlib

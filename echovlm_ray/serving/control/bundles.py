@@ -10,9 +10,8 @@ from echovlm_ray.serving.cluster.rollout_files import RolloutFiles
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-    from experts.kept_bundles import KeptBundles
-
     from experts.bundles.signing import SignaturePolicy
+    from experts.registry.kept_bundles import KeptBundles
     from experts.registry.registry import Registry
     from experts.registry.source import RegistryLocation
 
@@ -59,7 +58,7 @@ def open_kept(
     Raises:
         RegistryError: see `open_registry`.
     """
-    from experts.kept_bundles import KeptBundles
+    from experts.registry.kept_bundles import KeptBundles
 
     folder = kept_folder(section, checkpoint)
     return KeptBundles(

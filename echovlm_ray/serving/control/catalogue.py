@@ -5,10 +5,9 @@ import threading
 from collections.abc import Iterable
 from contextlib import suppress
 
-from experts.kept_bundles import KeptBundles
-
 from experts.bundles.manifest import Manifest
 from experts.errors import RegistryError, UnknownBundleError
+from experts.registry.kept_bundles import KeptBundles
 from experts.registry.registry import Registry, reading_registry
 
 logger = logging.getLogger(__name__)

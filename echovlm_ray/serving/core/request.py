@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sized
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from echovlm_ray.events import Accepted, Text
 from echovlm_ray.tasks import Language, Task
 from protos import router_pb2
 
@@ -43,30 +44,8 @@ class GenerateRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Accepted:
-    """The images are decoded and the request is running; the first event.
-
-    Attributes:
-        prompt_tokens: length of the whole prompt, visual tokens included.
-        visual_tokens: the number of tokens of images.
-        frames: the number of frames of each image, in order; 1 for a still image.
-    """
-
-    prompt_tokens: int
-    visual_tokens: int
-    frames: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A piece of the answer's text, with complete characters only."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
 class Summary:
-    """The summary of an answer; the last event.
+    """How an answer came about; the last event. The client has it without messages: `echovlm_ray.client.Summary`.
 
     Attributes:
         provenance: the experts and their versions, from the router.

@@ -18,13 +18,12 @@ from echovlm_ray.serving.deploy.replica import Part, Replica, Service
 from protos import echovlm_pb2, echovlm_pb2_grpc
 
 if TYPE_CHECKING:
-    from experts.kept_bundles import KeptBundles
-
     from echovlm_ray.serving.cluster.live_model import LiveModel
     from echovlm_ray.serving.cluster.served import ServedCheckpoint
     from echovlm_ray.serving.core.description import ModelDescription
     from echovlm_ray.serving.grpc.health import Addresses, HealthMonitor
     from echovlm_ray.vision.decoding.pool import DecoderPool
+    from experts.registry.kept_bundles import KeptBundles
     from experts.transport.inner_channel import InnerChannels
 
 SERVICE_NAME = echovlm_pb2.DESCRIPTOR.services_by_name["EchoVLM"].full_name

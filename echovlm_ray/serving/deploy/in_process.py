@@ -7,6 +7,7 @@ a folder that is this user's alone.
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import grpc
 import torch
 
 from echovlm_ray.config import Config
+from echovlm_ray.engine.engine import Engine
 from echovlm_ray.engine.vision_encoder import VisionEncoder, encoder_digest
 from echovlm_ray.model.checkpoint import load_vision_tower
 from echovlm_ray.model.processing import EchoVLMProcessor
@@ -40,23 +42,30 @@ if TYPE_CHECKING:
     from experts.registry.registry import Registry
 
 
+@dataclass(frozen=True, slots=True)
+class AnsweringRouter:
+    """A router with its experts and a vision encoder; nothing of it is a process of its own.
+
+    Attributes:
+        address: where its gRPC service listens.
+        outcomes: what it would say to Control of its traffic.
+    """
+
+    address: str
+    engine: Engine
+    expert_sets: ExpertSets
+    outcomes: Outcomes
+
+
 @asynccontextmanager
-async def answering_checkpoint(checkpoint: Path, *, threads: int = 1) -> AsyncIterator[str]:
-    """The address of a gateway that serves a split checkpoint until the block ends.
+async def answering_router(config: Config, served: ServedCheckpoint, folder: Path) -> AsyncIterator[AnsweringRouter]:
+    """A router that serves a split checkpoint until the block ends.
 
     Args:
-        checkpoint: a folder that `echoray checkpoint split` made, with tokenizer and image processor.
-        threads: torch threads.
-
-    Raises:
-        ValueError: the folder is no such checkpoint.
+        config: with `router.experts: local`.
+        served: the checkpoint.
+        folder: for the sockets.
     """
-    torch.set_num_threads(threads)
-    config = _configuration(checkpoint)
-    served = served_checkpoint(config.model)
-    if served.missing_text_files:
-        raise ValueError(f"{checkpoint} has no {' and no '.join(served.missing_text_files)} in its backbone/ folder")
-    processor = EchoVLMProcessor.from_pretrained(served.directory)
     settings = settings_of(config, served.organs, "loopback")
     router_settings, vision_settings = settings[ROUTER], settings[VISION]
     assert isinstance(router_settings, RouterSettings)
@@ -70,40 +79,64 @@ async def answering_checkpoint(checkpoint: Path, *, threads: int = 1) -> AsyncIt
         max_batch_patches=config.vision.max_batch_patches,
         max_queue=config.vision.max_queue,
     )
+    router_address, vision_address = f"unix:{folder}/router", f"unix:{folder}/vision"
+    vision = VisionClient(lambda: [vision_address], PLAIN_CHANNELS)
+    expert_sets = ExpertSets(
+        engine.dispatcher,
+        organ_gate,
+        model.expert_set,
+        model.gates,
+        read=model.read_gates,
+        forget=engine.evict_bundle,
+    )
+    outcomes = Outcomes()
+    router = RouterService(engine, model, expert_sets, vision, config.router, outcomes)
+    async with AsyncExitStack() as stack:
+        engine.start()
+        stack.callback(engine.stop)
+        stack.push_async_callback(encoder.close)
+        stack.push_async_callback(vision.close)
+        register = vision_pb2_grpc.add_VisionEncoderServicer_to_server
+        await stack.enter_async_context(_listening(vision_address, register, VisionEncoderService(encoder)))
+        register = router_pb2_grpc.add_RouterServicer_to_server
+        await stack.enter_async_context(_listening(router_address, register, router))
+        yield AnsweringRouter(router_address, engine, expert_sets, outcomes)
+
+
+@asynccontextmanager
+async def answering_checkpoint(checkpoint: Path, *, threads: int = 1) -> AsyncIterator[str]:
+    """The address of a gateway that serves a split checkpoint until the block ends.
+
+    Args:
+        checkpoint: a folder that `echoray checkpoint split` made, with tokenizer and image processor.
+        threads: torch threads.
+
+    Raises:
+        ValueError: the folder is no such checkpoint.
+    """
+    torch.set_num_threads(threads)
+    config = local_configuration(checkpoint)
+    served = served_checkpoint(config.model)
+    if served.missing_text_files:
+        raise ValueError(f"{checkpoint} has no {' and no '.join(served.missing_text_files)} in its backbone/ folder")
+    processor = EchoVLMProcessor.from_pretrained(served.directory)
     description = _describe(served, open_registry(config.experts, served.directory), config)
-    with tempfile.TemporaryDirectory(prefix="echovlm-eval-") as folder:
-        sockets = {name: f"unix:{folder}/{name}" for name in ("gateway", "router", "vision")}
-        vision = VisionClient(lambda: [sockets["vision"]], PLAIN_CHANNELS)
-        expert_sets = ExpertSets(
-            engine.dispatcher,
-            organ_gate,
-            model.expert_set,
-            model.gates,
-            read=model.read_gates,
-            forget=engine.evict_bundle,
-        )
-        router = RouterService(engine, model, expert_sets, vision, config.router, Outcomes())
-        client = RouterClient(lambda: [sockets["router"]], PLAIN_CHANNELS)
+    async with AsyncExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="echovlm-eval-"))
+        router = await stack.enter_async_context(answering_router(config, served, Path(folder)))
+        client = RouterClient(lambda: [router.address], PLAIN_CHANNELS)
+        stack.push_async_callback(client.close)
         parts = GenerateParts(processor, client, lambda: description, gateway=config.gateway, limits=config.router)
-        async with AsyncExitStack() as stack:
-            engine.start()
-            stack.callback(engine.stop)
-            stack.push_async_callback(encoder.close)
-            stack.push_async_callback(vision.close)
-            stack.push_async_callback(client.close)
-            stack.push_async_callback(parts.close)
-            await parts.start()
-            servicers: dict[str, tuple[Callable[[Any, grpc.aio.Server], None], object]] = {
-                "vision": (vision_pb2_grpc.add_VisionEncoderServicer_to_server, VisionEncoderService(encoder)),
-                "router": (router_pb2_grpc.add_RouterServicer_to_server, router),
-                "gateway": (echovlm_pb2_grpc.add_EchoVLMServicer_to_server, GatewayService(parts)),
-            }
-            for name, (register, servicer) in servicers.items():
-                await stack.enter_async_context(_listening(sockets[name], register, servicer))
-            yield sockets["gateway"]
+        stack.push_async_callback(parts.close)
+        await parts.start()
+        address = f"unix:{folder}/gateway"
+        register = echovlm_pb2_grpc.add_EchoVLMServicer_to_server
+        await stack.enter_async_context(_listening(address, register, GatewayService(parts)))
+        yield address
 
 
-def _configuration(checkpoint: Path) -> Config:
+def local_configuration(checkpoint: Path) -> Config:
+    """What a checkpoint is served by in one process."""
     config = Config()
     model = config.model.model_copy(update={"checkpoint": checkpoint})
     router = config.router.model_copy(update={"experts": "local"})

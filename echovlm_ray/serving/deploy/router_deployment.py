@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from echovlm_ray.serving.cluster.metrics import RouterMetrics
     from echovlm_ray.serving.cluster.served import ServedCheckpoint
     from echovlm_ray.serving.lm.request import ServedModel
-    from experts.bundles.bundle import Bundle
     from experts.registry.registry import Registry
     from router.dispatch.expert_call import ExpertPlacement
     from router.gating.expert_gates import BundleGates
@@ -69,15 +68,7 @@ class RouterReplica(Replica):
         endpoints.start()
         channels = self._channels_of(parsed)
         first = await asyncio.to_thread(_first_set, parsed, served, endpoints, channels)
-        used: list[ExpertSets] = []
-
-        def in_use() -> Collection[str]:
-            return used[0].pins()[1] if used else {member.bundle_digest for member in first.expert_set.members}
-
-        keeps = in_use if parsed.router.experts == "remote" else None
-        engine, model, organ_gate = await asyncio.to_thread(
-            build_engine, parsed, first, device, endpoints, keeps, channels
-        )
+        engine, model, organ_gate = await asyncio.to_thread(build_engine, parsed, first, device, endpoints, channels)
         engine.start()
         vision = VisionClient(endpoints.source(VISION), channels)
         expert_sets = ExpertSets(
@@ -90,7 +81,6 @@ class RouterReplica(Replica):
             prepare=_find_new_organs(endpoints, served.organs),
             identity=parsed.identity,
         )
-        used.append(expert_sets)
         outcomes = Outcomes()
         feed = RolloutFeedClient(endpoints.source(CONTROL), expert_sets, outcomes, channels)
         service = RouterService(engine, model, expert_sets, vision, parsed.router, outcomes, feed.replayed)
@@ -114,7 +104,6 @@ def build_engine(
     served: "ServedCheckpoint",
     device: "torch.device",
     endpoints: Endpoints,
-    in_use: "Callable[[], Collection[str]] | None" = None,
     channels: InnerChannels = PLAIN_CHANNELS,
 ) -> "tuple[Engine, ServedModel, OrganGate]":
     """Loads the backbone and the gates, and puts the engine together; takes as long as reading the weights.
@@ -124,14 +113,13 @@ def build_engine(
         served: the checkpoint, with the set with which serving starts.
         device: where the backbone goes.
         endpoints: where the experts are.
-        in_use: the digests whose copies must stay on this machine; None reads the registry alone and copies nothing.
         channels: connects to the experts.
     """
     from echovlm_ray.engine.engine import Engine
     from echovlm_ray.engine.runner import ModelRunner
     from echovlm_ray.model.checkpoint import load_backbone
     from echovlm_ray.model.packing import warm_up
-    from echovlm_ray.serving.control.bundles import open_kept, open_registry
+    from echovlm_ray.serving.control.bundles import open_registry
     from echovlm_ray.serving.lm.request import ServedModel
     from router.dispatch.dispatcher import Dispatcher
     from router.gating.expert_gates import ExpertGates
@@ -140,10 +128,10 @@ def build_engine(
     backbone = load_backbone(served.directory, dtype=dtype_of(settings), device=device)
     config = backbone.config
     registry = open_registry(settings.experts, served.directory)
-    open_bundle = registry.open if in_use is None else open_kept(settings.experts, served.directory, in_use).open_gates
-    read_gates = _gate_reader(open_bundle, config.text_config.num_hidden_layers, backbone.dtype, device)
+    read_gates = _gate_reader(settings, served, registry, config.text_config.num_hidden_layers, backbone.dtype, device)
     expert_set = served.expert_set
-    gates = {member.bundle_digest: read_gates(member.bundle_digest) for member in expert_set.members}
+    digests = [member.bundle_digest for member in expert_set.members]
+    gates = {digest: read_gates(digest, digests) for digest in digests}
     top_k = config.text_config.num_experts_per_tok
     dispatcher = Dispatcher(
         _placement(settings, served, registry, device, backbone.dtype, top_k, endpoints, channels),
@@ -181,12 +169,23 @@ def _measure(metrics: "RouterMetrics", engine: "Engine") -> None:
 
 
 def _gate_reader(
-    open_bundle: "Callable[[str], Bundle]", num_layers: int, dtype: "torch.dtype", device: "torch.device"
-) -> "Callable[[str], BundleGates]":
+    settings: RouterSettings,
+    served: "ServedCheckpoint",
+    registry: "Registry",
+    num_layers: int,
+    dtype: "torch.dtype",
+    device: "torch.device",
+) -> "Callable[[str, Collection[str]], BundleGates]":
+    """Reads a bundle's gates: beside remote experts from this machine's copies, of which those in use stay."""
+    from echovlm_ray.serving.control.bundles import open_kept
     from router.gating.expert_gates import BundleGates
 
-    def read(digest: str) -> BundleGates:
-        return BundleGates.read(open_bundle(digest), num_layers=num_layers, dtype=dtype, device=device)
+    def read(digest: str, in_use: Collection[str]) -> BundleGates:
+        if settings.router.experts == "remote":
+            bundle = open_kept(settings.experts, served.directory, lambda: in_use).open_gates(digest)
+        else:
+            bundle = registry.open(digest)
+        return BundleGates.read(bundle, num_layers=num_layers, dtype=dtype, device=device)
 
     return read
 

@@ -7,7 +7,7 @@ the two.
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from echovlm_ray.serving.cluster.policy_follower import UnusablePolicyError
@@ -51,7 +51,7 @@ class ExpertSets:
         expert_set: ExpertSet,
         gates: Mapping[str, BundleGates],
         *,
-        read: Callable[[str], BundleGates],
+        read: Callable[[str, Collection[str]], BundleGates],
         forget: Callable[[str], None],
         prepare: Callable[[TrafficPolicy], None] = lambda policy: None,
         identity: str = "",
@@ -63,7 +63,7 @@ class ExpertSets:
             organ_gate: its settings count; the profiles come with the bundles.
             expert_set: the set.
             gates: bundle digest → what was read, of all its members.
-            read: reads a bundle by its digest; blocks.
+            read: reads a bundle by its digest; also given the digests of all that is in use. Blocks.
             forget: drops what caches keep of a bundle that is not used any more, by its digest.
             prepare: called with a policy before it is in force; may block until its experts can be reached.
             identity: of the deployment; "" has the first policy say it.
@@ -228,14 +228,15 @@ class ExpertSets:
         with self._lock:
             known = dict(self._gates)
         digests = sorted({member.bundle_digest for member in expert_set.members} - set(known))
-        missing = {digest: self._read(digest) for digest in digests}
+        missing = {digest: self._read(digest, self.pins()[1]) for digest in digests}
         return missing, ExpertGates.of(expert_set, known | missing)
 
     def _read_all(self, policy: TrafficPolicy) -> tuple[dict[str, BundleGates], ExpertGates]:
         """What is missing, checked together with what is there; and the stable set's gates."""
         with self._lock:
             known = dict(self._gates)
-        missing = {digest: self._read(digest) for digest in sorted(policy.digests) if digest not in known}
+        digests = sorted(policy.digests - set(known))
+        missing = {digest: self._read(digest, self.pins()[1]) for digest in digests}
         if policy.candidates:
             ExpertGates.of(with_candidates(policy.stable, policy.candidates), known | missing)
         stable_gates = ExpertGates.of(policy.stable, known | missing)

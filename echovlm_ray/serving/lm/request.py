@@ -1,7 +1,7 @@
 """What a `RouterGenerateRequest` must be, and how it becomes the engine's request."""
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,14 +29,14 @@ class ServedModel:
     Attributes:
         expert_set: the checkpoint's own.
         gates: bundle digest → what was read, of all its members.
-        read_gates: reads any other bundle by its digest.
+        read_gates: reads any other bundle by its digest; this machine's copies of those in use, by their digests, stay.
         end_token_ids: the tokens at which the model ends an answer.
     """
 
     config: EchoVLMConfig
     expert_set: ExpertSet
     gates: Mapping[str, BundleGates]
-    read_gates: Callable[[str], BundleGates]
+    read_gates: Callable[[str, Collection[str]], BundleGates]
     end_token_ids: frozenset[int]
 
 

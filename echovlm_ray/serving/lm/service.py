@@ -151,11 +151,12 @@ class RouterService(router_pb2_grpc.RouterServicer):
         self, request: SequenceRequest, experts: PinnedExperts, outputs: "asyncio.Queue[StepOutput | Exception]"
     ) -> EngineSequence:
         """Runs a request that answers no caller, where callers leave room; says nothing of its experts' traffic."""
-        run = Run(experts, (), self._outcomes, sink=self._opened_mailbox().sink(outputs))
+        mailbox = self._opened_mailbox()
+        run = Run(experts, (), self._outcomes, sink=mailbox.sink(outputs))
         try:
             if not self._shadows.has_room(len(request.input_ids) + request.max_new_tokens):
                 raise OverloadedError(NO_ROOM)
-            return self._engine.submit(request, run.sink, run.gone)
+            return self._engine.submit(request, run.sink, run.gone, mailbox.wake)
         except BaseException:
             run.drop()
             raise
@@ -163,7 +164,6 @@ class RouterService(router_pb2_grpc.RouterServicer):
     def _opened_mailbox(self) -> "Mailbox[StepOutput | Exception]":
         if self._mailbox is None:
             self._mailbox = Mailbox(asyncio.get_running_loop())
-            self._engine.on_outputs_ready = self._mailbox.wake
         return self._mailbox
 
     async def _submit(
@@ -184,11 +184,11 @@ class RouterService(router_pb2_grpc.RouterServicer):
         try:
             self._shadows.make_way(len(request.input_ids) + request.max_new_tokens)
             try:
-                return self._engine.submit(request, run.sink, run.gone)
+                return self._engine.submit(request, run.sink, run.gone, mailbox.wake)
             except OverloadedError:
                 if not await self._shadows.step_aside():
                     raise
-                return self._engine.submit(request, run.sink, run.gone)
+                return self._engine.submit(request, run.sink, run.gone, mailbox.wake)
         except BaseException:
             run.drop()
             raise

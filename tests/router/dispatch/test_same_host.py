@@ -121,7 +121,6 @@ def test_the_answer_is_read_where_the_replica_wrote_it(
         spans = [line.split()[0].split("-") for line in mapped(os.getpid())]
         assert any(int(low, 16) <= output_TD.data_ptr() < int(high, 16) for low, high in spans)
         assert exchange.compute_s > 0
-        assert exchange.gather_s > 0
 
 
 def test_answers_that_are_kept_do_not_change(split: SplitGolden, digest: str, replicas: list[ExpertProcess]) -> None:

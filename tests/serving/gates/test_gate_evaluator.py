@@ -95,8 +95,8 @@ def test_an_equal_version_passes_and_a_worse_one_does_not(
     assert (evidence.comparison.difference == 0) == passed
     # Both versions were asked every record, and nothing of it is evidence of traffic.
     assert seen[-1] == (2 * records, 2 * records)
-    assert system.outcomes.take() == ([], [])
-    assert system.engine.queue_length == 0
+    assert system.router.outcomes.take() == ([], [])
+    assert system.router.engine.queue_length == 0
 
 
 def test_experts_under_another_name_answer_where_the_organ_is_given(
@@ -116,7 +116,7 @@ def test_a_cancelled_evaluation_ends_at_once_and_leaves_nothing(
     run = GateRun(gate, versions["equal"], system.stable[ORGAN], threading.Event(), lambda *far: run.cancelled.set())
     with pytest.raises(EvaluationInterruptedError):
         system.evaluator.evaluate(run)
-    assert system.engine.queue_length == 0
+    assert system.router.engine.queue_length == 0
 
 
 def test_too_little_time_for_questions_is_a_reason_to_try_again(
