@@ -8,7 +8,7 @@ from rich.text import Text
 from echovlm_ray.cli.tables import Listing
 from echovlm_ray.cli.terminal import MAX_CELL, console_of, line, name_of, styled
 from experts.bundles.bundle import Bundle
-from experts.bundles.check import CheckResult
+from experts.bundles.check_request import CheckResult
 from experts.bundles.diff import BundleDiff
 from experts.bundles.invisible import visible
 from experts.bundles.manifest import Manifest

@@ -12,14 +12,15 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from experts.bundles import check
 from experts.bundles.fork_server import ForkServer, serve, set_idle_priority
 
 NUM_DESCRIPTORS = 4
 # The argument for checks that compute only when nothing else does.
 IDLE = "idle"
-# What the registry and the kernel `auto` import only when they are asked for.
+# Not when this module is loaded, for Control loads it too and needs no torch. The rest is what the registry and the
+# kernel `auto` import only when they are asked for.
 _PRELOADED = (
+    "experts.bundles.check",
     "experts.kernels.auto",
     "experts.kernels.cpu_packed",
     "experts.kernels.reference",
@@ -58,6 +59,8 @@ def _check(descriptors: Sequence[int]) -> int:
     for standard, descriptor in enumerate(descriptors):
         os.dup2(descriptor, standard)
         os.close(descriptor)
+    from experts.bundles import check
+
     try:
         return check.main()
     except BaseException:

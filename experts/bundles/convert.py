@@ -3,17 +3,12 @@
 A kernel computes in one dtype, that of the hidden states it is sent. A bundle may have been packed in another one.
 """
 
-from typing import Literal
-
 import torch
 
 from experts.bundles.finite import is_finite
-from experts.bundles.manifest import Manifest
+from experts.bundles.manifest import Manifest, OtherDtype
 from experts.errors import InvalidBundleError
 from experts.kernels.base import ExpertWeights
-
-# What happens to a bundle of another dtype.
-OtherDtype = Literal["convert", "refuse"]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from echovlm_ray.checkpoint.backbone_dtype import compute_dtype
 from echovlm_ray.config import ExpertsSection, ModelSection, RolloutsSection
 from echovlm_ray.serving.bundles import kept_folder, registry_location, signature_policy
-from experts.bundles.check import BackboneSizes, CheckRequest
+from experts.bundles.check_request import BackboneSizes, CheckRequest
 from experts.bundles.isolated_check import IsolatedChecks
 from experts.bundles.source import BundleSource
 from experts.errors import InvalidBundleError

@@ -16,7 +16,8 @@ import pytest
 from pydantic import ValidationError
 
 from experts.bundles.bundle import Bundle
-from experts.bundles.check import BackboneSizes, CheckRequest, CheckResult, check
+from experts.bundles.check import check
+from experts.bundles.check_request import BackboneSizes, CheckRequest, CheckResult
 from experts.bundles.isolated_check import IsolatedChecks, check_in_subprocess
 from experts.bundles.probe import probe_sizes
 from experts.bundles.signing import SignaturePolicy, sign_bundle

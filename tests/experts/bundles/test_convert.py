@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from experts.bundles.bundle import Bundle
-from experts.bundles.check import CheckRequest, check
-from experts.bundles.convert import OtherDtype
-from experts.bundles.manifest import BundleDescription, DTypeName
+from experts.bundles.check import check
+from experts.bundles.check_request import CheckRequest
+from experts.bundles.manifest import BundleDescription, DTypeName, OtherDtype
 from experts.bundles.probe import probe_sizes
 from experts.bundles.source import BundleSource
 from experts.bundles.writer import write_bundle
