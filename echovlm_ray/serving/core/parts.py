@@ -8,7 +8,7 @@ from typing import Protocol
 from echovlm_ray.config import GatewaySection, RouterSection
 from echovlm_ray.errors import OverloadedError, TextUnavailableError
 from echovlm_ray.fair_queue import FairThreads
-from echovlm_ray.model.processing import EchoVLMProcessor
+from echovlm_ray.model.request_processor import RequestProcessor
 from echovlm_ray.serving.core.description import ModelDescription
 from echovlm_ray.serving.core.images import ImageLoader, decoder_pool
 from echovlm_ray.serving.core.quotas import Quotas
@@ -36,7 +36,7 @@ class GenerateParts:
 
     def __init__(
         self,
-        processor: EchoVLMProcessor | None,
+        processor: RequestProcessor | None,
         router: TokenSource,
         describe: Callable[[], ModelDescription],
         *,
@@ -79,7 +79,7 @@ class GenerateParts:
         return None if self._images is None else self._images.decoders
 
     @property
-    def processor(self) -> EchoVLMProcessor:
+    def processor(self) -> RequestProcessor:
         """What makes tokens of text and images.
 
         Raises:
