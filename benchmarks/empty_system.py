@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from ray import serve
-from ray.serve import RunTarget
+from ray.serve import Deployment, RunTarget
 from ray.serve.schema import ApplicationStatus
 
 from benchmarks.empty_replica import EmptyReplica
@@ -26,7 +26,8 @@ POLL_S = 0.2
 
 def _target(name: str, settings: ReplicaSettings) -> RunTarget:
     options = settings.serve
-    deployment = serve.deployment(EmptyReplica).options(
+    undeployed: Deployment = serve.deployment(EmptyReplica)  # type: ignore[assignment] # its overloads
+    deployment = undeployed.options(
         name="Empty",
         ray_actor_options={
             "num_cpus": settings.resources.num_cpus,

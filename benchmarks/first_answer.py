@@ -172,8 +172,9 @@ def report(demo: Sequence[Measured], floor: Sequence[Measured], profiles: dict[s
     lines += ["", "| process | resident MiB | proportional MiB | in the floor |", "| --- | --- | --- | --- |"]
     beneath = {kind: _sum(last_floor, kind) for kind in dict.fromkeys(process.kind for process in last.processes)}
     for kind in sorted(beneath, key=lambda kind: (not kind.startswith(EXPERT), kind)):
-        own, least = _sum(last, kind), beneath[kind]
-        lines.append(f"| {kind} | {_mib(own[0])} | {_mib(own[1])} | {_mib(least[1]) if least[1] else ''} |")
+        resident, proportional = _sum(last, kind)
+        floor_mib = _mib(beneath[kind][1]) if beneath[kind][1] else ""
+        lines.append(f"| {kind} | {_mib(resident)} | {_mib(proportional)} | {floor_mib} |")
     lines += [
         "",
         "What each part imports, beyond Ray itself: seconds that modules took themselves, by package, with "

@@ -54,7 +54,7 @@ class PictureSettings:
         Raises:
             ValueError: mean and deviation are not one number for each channel.
         """
-        values = {name: getattr(image_processor, name, None) for name in _DEFAULTS}
+        values: dict[str, Any] = {name: getattr(image_processor, name, None) for name in _DEFAULTS}
         for name in ("image_mean", "image_std"):
             values[name] = _by_channel(name, values[name])
         return cls(**{**values, "size": dict(image_processor.size)})

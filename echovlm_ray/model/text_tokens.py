@@ -47,7 +47,8 @@ class TextTokens:
                 f"the tokenizer has no special token {', '.join(missing)}: use the tokenizer of a Qwen2-VL checkpoint"
             )
         self._tokenizer = tokenizer
-        self.control_ids = {token: tokenizer.token_to_id(token) for token in CONTROL_TOKENS}
+        vocabulary = tokenizer.get_vocab()
+        self.control_ids = {token: vocabulary[token] for token in CONTROL_TOKENS}
         self._never = frozenset(self.control_ids.values())
 
     def encode(self, text: str) -> list[int]:
