@@ -61,6 +61,8 @@ class Engine:
         self._cancelled: list[Sequence] = []
         # No sequence's deadline is before this one, so that a step looks at one number and not at every sequence.
         self._next_deadline = math.inf
+        # Since the start.
+        self.requests_taken = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -140,6 +142,7 @@ class Engine:
             if self._stopping:
                 raise ShuttingDownError("the router is shutting down")
             self._scheduler.add(sequence)
+            self.requests_taken += 1
             self._next_deadline = min(self._next_deadline, sequence.deadline)
             self._condition.notify()
         return sequence
@@ -208,6 +211,8 @@ class Engine:
 
     def _drop_expired(self, now: float) -> None:
         self._next_deadline = math.inf
+        # Since the start.
+        self.requests_taken = 0
         for sequence in (*self._scheduler.running, *self._scheduler.waiting):
             if sequence.deadline <= now:
                 late = DeadlineError("the deadline passed before the answer was complete")

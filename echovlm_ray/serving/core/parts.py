@@ -63,6 +63,8 @@ class GenerateParts:
         threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
         self.text_threads = FairThreads(threads, TEXT_THREADS, TEXT_THREADS - 1)
         self._under_way = 0
+        # Since the start.
+        self.requests_taken = 0
         self._images = None
         if processor is not None:
             decoders = decoders or decoder_pool(processor, gateway)
@@ -127,6 +129,7 @@ class GenerateParts:
             )
         with self.quotas.place(caller):
             self._under_way += 1
+            self.requests_taken += 1
             try:
                 yield
             finally:

@@ -63,6 +63,7 @@ class GatewayReplica(Replica):
         part = Part(
             services=[],
             queue_length=lambda: shared.queue_length,
+            work_done=lambda: shared.requests_taken,
             measure=lambda: _measure(decoding, shared.decoders),
             closing=[monitor.stop, live.stop, router.close, shared.close, endpoints.stop],
         )
