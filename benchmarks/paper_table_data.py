@@ -20,7 +20,8 @@ from echovlm_ray.data.phantom.schema import Organ
 from echovlm_ray.evaluation.items import Item, item_of
 from echovlm_ray.model.checkpoint import load_vision_tower
 from echovlm_ray.model.configuration import EchoVLMConfig
-from echovlm_ray.model.processing import TURN_END, EchoVLMProcessor
+from echovlm_ray.model.processing import EchoVLMProcessor
+from echovlm_ray.model.text_tokens import TURN_END
 from echovlm_ray.tasks import Language
 from echovlm_ray.training.batches import collate
 from echovlm_ray.training.emphasis import emphasised

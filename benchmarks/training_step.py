@@ -18,8 +18,8 @@ from benchmarks.machine import describe
 from benchmarks.measure_table import measure_table
 from echovlm_ray.model.configuration import EchoVLMConfig
 from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
+from echovlm_ray.model.picture_patches import VisionPatches
 from echovlm_ray.model.positions import mrope_positions
-from echovlm_ray.model.processing import VisionPatches
 from echovlm_ray.training.batches import collate
 from echovlm_ray.training.encode import IGNORED, EncodedExample
 from echovlm_ray.training.objective import TrainingObjective

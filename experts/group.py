@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 
 from experts.bundles.bundle import Bundle
-from experts.bundles.convert import OtherDtype, check_dtype, convert_experts, dtype_name
-from experts.bundles.manifest import Manifest
+from experts.bundles.convert import check_dtype, convert_experts, dtype_name
+from experts.bundles.manifest import Manifest, OtherDtype
 from experts.errors import BundleNotResidentError, BundleUnusableError, ExpertCapacityError, InvalidBundleError
 from experts.kernels.base import ExpertKernel, PreparedExperts, kernel_in_use
 from experts.load_failure import LoadFailure

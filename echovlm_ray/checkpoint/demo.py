@@ -9,7 +9,7 @@ from collections.abc import Callable
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -18,6 +18,7 @@ from safetensors.torch import load as load_tensors
 from echovlm_ray.checkpoint.atomic import new_folder, require_vacant
 from echovlm_ray.checkpoint.bundle_card import BundleCard, describe
 from echovlm_ray.checkpoint.layout import (
+    DEMO_NAME,
     CheckpointIndex,
     InvalidCheckpointError,
     OrganEntry,
@@ -41,7 +42,6 @@ from experts.bundles.writer import write_bundle
 from experts.registry.registry import Registry
 
 ABOUT_NAME, BACKBONE_WEIGHTS_NAME, PROTOTYPES_NAME = "about.json", "model.safetensors", "prototypes.safetensors"
-NAME: Final = "echovlm-demo"
 _PACKAGE = "echovlm_ray.checkpoint.demo_model"
 _WORK_NAME = ".bundles"
 
@@ -69,7 +69,7 @@ class DemoAbout(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Literal["echovlm-demo"] = NAME
+    name: Literal["echovlm-demo"] = DEMO_NAME
     version: str
     description: str
     bundles: tuple[DemoBundle, ...]

@@ -19,6 +19,8 @@ INDEX_NAME = "echovlm.json"
 BACKBONE_NAME = "backbone"
 REGISTRY_NAME = "registry"
 FORMAT: Final = "echovlm-split/1"
+# Of the checkpoint that `echoray checkpoint demo` makes.
+DEMO_NAME: Final = "echovlm-demo"
 # The order in which DESIGN names the regions that EchoVLM was trained on; it is the set order.
 ORGANS = ("breast", "gynaecology", "heart", "kidney", "liver", "thyroid", "vessel")
 

@@ -24,7 +24,7 @@ from echovlm_ray.client.control import ExpertControlClient
 
 if TYPE_CHECKING:
     from echovlm_ray.checkpoint.bundle_card import BundleCard
-    from experts.checks.check import BackboneSizes
+    from experts.checks.check_request import BackboneSizes
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -180,7 +180,7 @@ def verify(
     with clear_errors():
         from echovlm_ray.cli.experts_tables import print_check
         from experts.bundles.signing import SignaturePolicy
-        from experts.checks.check import CheckRequest
+        from experts.checks.check_request import CheckRequest
         from experts.checks.isolated_check import check_in_subprocess
 
         if device not in ("cpu", "cuda"):
@@ -291,7 +291,7 @@ def diff(
 
 def _backbone(checkpoint: Path) -> "BackboneSizes":
     from echovlm_ray.checkpoint.split_folder import open_split
-    from experts.checks.check import BackboneSizes
+    from experts.checks.check_request import BackboneSizes
 
     opened = open_split(checkpoint)
     shape = opened.backbone.known_shape()

@@ -11,7 +11,7 @@ from experts.bundles.bundle import Bundle
 from experts.bundles.diff import BundleDiff
 from experts.bundles.invisible import visible
 from experts.bundles.manifest import Manifest
-from experts.checks.check import CheckResult
+from experts.checks.check_request import CheckResult
 
 _SHOWN_DIGEST = 12
 # The most characters of a description or a changelog.

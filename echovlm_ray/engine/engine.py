@@ -58,6 +58,8 @@ class Engine:
         self._cancelled: list[Sequence] = []
         # A lower bound of all deadlines, so that a step compares one number instead of every sequence.
         self._next_deadline = math.inf
+        # Since the start.
+        self.requests_taken = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -146,6 +148,7 @@ class Engine:
             if self._stopping:
                 raise ShuttingDownError("the router is shutting down")
             self._scheduler.add(sequence)
+            self.requests_taken += 1
             self._next_deadline = min(self._next_deadline, sequence.deadline)
             self._condition.notify()
         return sequence
@@ -214,6 +217,8 @@ class Engine:
 
     def _drop_expired(self, now: float) -> None:
         self._next_deadline = math.inf
+        # Since the start.
+        self.requests_taken = 0
         for sequence in (*self._scheduler.running, *self._scheduler.waiting):
             if sequence.deadline <= now:
                 late = DeadlineError("the deadline passed before the answer was complete")

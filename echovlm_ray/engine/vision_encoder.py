@@ -134,6 +134,8 @@ class VisionEncoder:
         self._waiting: FairQueue[str] = FairQueue()
         self._shared_until = -math.inf
         self._arrived = asyncio.Event()
+        # Since the start, those that need no computing as well.
+        self.inputs_taken = 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vision")
         self._worker: asyncio.Task[None] | None = None
 
@@ -158,6 +160,7 @@ class VisionEncoder:
                     f"has {len(item.patches)} patches and the limit is {self.max_batch_patches} "
                     "(vision.max_batch_patches): send a smaller image or fewer frames",
                 )
+        self.inputs_taken += len(items)
         digests = await asyncio.to_thread(lambda: [content_digest(self.digest, item) for item in items])
         cached = {digest: embedding for digest in digests if (embedding := self.cache.get(digest)) is not None}
         wanted = {digest: item for digest, item in zip(digests, items, strict=True) if digest not in cached}

@@ -1,9 +1,12 @@
 """The limits of an image's size in a checkpoint's preprocessor_config.json."""
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from echovlm_ray.model.picture_settings import DEFAULT_MAX_PIXELS, DEFAULT_MIN_PIXELS, PictureSettings
+
+if TYPE_CHECKING:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +24,8 @@ class PictureSize:
     side: int
 
     @classmethod
-    def of(cls, processor: Qwen2VLImageProcessorPil) -> Self:
-        """Reads the limits under either of their names, in `size` or at the top level.
+    def of(cls, processor: "PictureSettings | Qwen2VLImageProcessorPil") -> Self:
+        """Reads them as either of their names, in `size` or beside it.
 
         Raises:
             ValueError: a number is missing, not an integer, or contradicts another; the text names it.
@@ -36,8 +39,8 @@ class PictureSize:
         low, high = (
             next((size[name] for name in names if name in size), default)
             for names, default in (
-                (("shortest_edge", "min_pixels"), processor.__class__.size["shortest_edge"]),
-                (("longest_edge", "max_pixels"), processor.__class__.size["longest_edge"]),
+                (("shortest_edge", "min_pixels"), DEFAULT_MIN_PIXELS),
+                (("longest_edge", "max_pixels"), DEFAULT_MAX_PIXELS),
             )
         )
         found = cls(

@@ -7,8 +7,10 @@ from typing import Protocol
 import torch
 
 from echovlm_ray.model.configuration import EchoVLMConfig
+from echovlm_ray.model.picture_patches import Picture, VisionPatches
 from echovlm_ray.model.positions import mrope_positions
-from echovlm_ray.model.processing import TURN_END, EchoVLMProcessor, Picture, VisionPatches
+from echovlm_ray.model.processing import EchoVLMProcessor
+from echovlm_ray.model.text_tokens import TURN_END
 from echovlm_ray.training.examples import Example, ExampleError, ExampleSource
 from echovlm_ray.training.finding_heads import FindingTargets, finding_targets
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from echovlm_ray.data.phantom.attributes import Attributes
-from echovlm_ray.model.processing import Picture
+from echovlm_ray.model.picture_patches import Picture
 from echovlm_ray.prompts import Message
 
 

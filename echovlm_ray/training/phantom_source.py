@@ -11,7 +11,7 @@ from echovlm_ray.data.phantom.records import records
 from echovlm_ray.data.phantom.regions import REGIONS
 from echovlm_ray.data.phantom.scores import category
 from echovlm_ray.data.phantom.settings import Settings
-from echovlm_ray.model.processing import Picture
+from echovlm_ray.model.picture_patches import Picture
 from echovlm_ray.prompts import Medium
 from echovlm_ray.tasks import LANGUAGES, Language
 from echovlm_ray.training.emphasis import emphasised

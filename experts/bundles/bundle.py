@@ -9,11 +9,8 @@ import os
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-import torch
-
-from experts.bundles.finite import is_finite
 from experts.bundles.layout import (
     PROBE_PARTS,
     PROTOTYPE_TENSOR,
@@ -25,9 +22,13 @@ from experts.bundles.layout import (
     probe_tensor,
 )
 from experts.bundles.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileEntry, Manifest
-from experts.bundles.safetensors_reader import SafetensorsFile
 from experts.errors import InvalidBundleError
-from experts.kernels.base import ExpertWeights
+
+if TYPE_CHECKING:
+    import torch
+
+    from experts.bundles.safetensors_reader import SafetensorsFile
+    from experts.kernels.base import ExpertWeights
 
 SIGNATURE_NAME = "model.sig"
 # A signature lists every file of the bundle once; typical ones have a few kilobytes.
@@ -39,6 +40,8 @@ _READ_BYTES = 4 * 1024 * 1024
 
 class Bundle:
     """Reads one bundle. Weights are views of memory-mapped files if the order in the files allows it.
+
+    torch is imported when the first weight is read: parts that read manifests alone do without its memory.
 
     Attributes:
         manifest: the bundle's manifest.
@@ -104,19 +107,21 @@ class Bundle:
         """The path of each file of the manifest."""
         return dict(self._locations)
 
-    def load_layer(self, layer: int) -> ExpertWeights:
-        """One layer's experts on the CPU, in the files' dtype.
+    def load_layer(self, layer: int) -> "ExpertWeights":
+        """One layer's experts, on the CPU, as the files have them.
 
         Raises:
             IndexError: there is no such layer.
             InvalidBundleError: a tensor is missing or a file is damaged.
         """
+        from experts.kernels.base import ExpertWeights
+
         self._check_layer(layer)
         gate, up, down = (self._stacked(names) for names in expert_tensors_of_layer(self.manifest, layer).values())
         return ExpertWeights(gate, up, down)
 
-    def gate_ED(self, layer: int) -> torch.Tensor:
-        """The gate rows of one layer: experts × hidden.
+    def gate_ED(self, layer: int) -> "torch.Tensor":
+        """The gate's rows of this organ's experts in one layer: experts × hidden.
 
         Raises:
             IndexError: there is no such layer.
@@ -126,7 +131,7 @@ class Bundle:
         name = gate_tensor(layer)
         return self._file_of(name).tensor(name)
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def tensor(self, name: str) -> "torch.Tensor":
         """One tensor by its name in the bundle.
 
         Raises:
@@ -134,13 +139,13 @@ class Bundle:
         """
         return self._file_of(name).tensor(name)
 
-    def prototype(self) -> torch.Tensor | None:
+    def prototype(self) -> "torch.Tensor | None":
         """The mean vision feature of this organ's images, [hidden] in float32, if the bundle has one."""
         if not self.manifest.has_prototype:
             return None
         return self._file_of(PROTOTYPE_TENSOR).tensor(PROTOTYPE_TENSOR)
 
-    def probe(self, layer: int) -> dict[ProbePart, torch.Tensor]:
+    def probe(self, layer: int) -> "dict[ProbePart, torch.Tensor]":
         """The recorded inputs and output of one layer; see `experts.bundles.probe`.
 
         Raises:
@@ -192,7 +197,9 @@ class Bundle:
                 self.__dict__.pop("_file_by_tensor", None)
 
     @cached_property
-    def _files(self) -> dict[str, SafetensorsFile]:
+    def _files(self) -> "dict[str, SafetensorsFile]":
+        from experts.bundles.safetensors_reader import SafetensorsFile
+
         return {
             entry.path: SafetensorsFile(self._locations[entry.path], display_name=entry.path)
             for entry in self.manifest.files
@@ -200,7 +207,7 @@ class Bundle:
         }
 
     @cached_property
-    def _file_by_tensor(self) -> dict[str, SafetensorsFile]:
+    def _file_by_tensor(self) -> "dict[str, SafetensorsFile]":
         files: dict[str, SafetensorsFile] = {}
         for file in self._files.values():
             for name in file.tensors:
@@ -209,15 +216,17 @@ class Bundle:
                 files[name] = file
         return files
 
-    def _file_of(self, name: str) -> SafetensorsFile:
+    def _file_of(self, name: str) -> "SafetensorsFile":
         if name not in self._file_by_tensor:
             raise InvalidBundleError(f"bundle {self.manifest.name} {self.manifest.version}: tensor {name} is missing")
         return self._file_by_tensor[name]
 
-    def _stacked(self, names: list[str]) -> torch.Tensor:
+    def _stacked(self, names: list[str]) -> "torch.Tensor":
         files = {self._file_of(name) for name in names}
         if len(files) == 1:
             return files.pop().stacked(names)
+        import torch
+
         return torch.stack([self._file_of(name).tensor(name) for name in names])
 
     def _check_layer(self, layer: int) -> None:
@@ -275,6 +284,8 @@ class Bundle:
                 )
 
     def _verify_finite(self) -> None:
+        from experts.bundles.finite import is_finite
+
         for name, file in self._file_by_tensor.items():
             tensor = file.tensor(name)
             if not is_finite(tensor):

@@ -3,17 +3,12 @@
 A kernel computes in the dtype of the hidden states. A bundle may have been packed in another one.
 """
 
-from typing import Literal
-
 import torch
 
 from experts.bundles.finite import is_finite
-from experts.bundles.manifest import Manifest
+from experts.bundles.manifest import Manifest, OtherDtype
 from experts.errors import InvalidBundleError
 from experts.kernels.base import ExpertWeights
-
-# How bundles of another dtype are handled.
-OtherDtype = Literal["convert", "refuse"]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,13 +1,14 @@
 """The names, shapes and order of a bundle's tensors."""
 
 from collections.abc import Iterator
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from experts.bundles.manifest import PROJECTIONS, BundleDescription, Projection
 
-TensorSpec = tuple[torch.dtype, tuple[int, ...]]
+if TYPE_CHECKING:
+    import torch
+
+TensorSpec: TypeAlias = "tuple[torch.dtype, tuple[int, ...]]"
 ProbePart = Literal["hidden_states", "expert_index", "weight", "output"]
 
 EXPERTS_FILE = "experts.safetensors"
@@ -56,12 +57,16 @@ def gate_tensors(description: BundleDescription) -> dict[str, TensorSpec]:
 
 
 def prototype_tensors(description: BundleDescription) -> dict[str, TensorSpec]:
-    """The prototype file's tensors; empty if the bundle has no prototype."""
+    """The prototype file's tensors; none if the bundle has no prototype."""
+    import torch
+
     return {PROTOTYPE_TENSOR: (torch.float32, (description.hidden_size,))} if description.has_prototype else {}
 
 
 def probe_tensors(description: BundleDescription) -> dict[str, TensorSpec]:
-    """The probe file's tensors, layer by layer; empty if the bundle has no probe."""
+    """The probe file's tensors, layer by layer; none if the bundle has no probe."""
+    import torch
+
     if description.probe is None:
         return {}
     tokens, top_k, hidden = description.probe.tokens, description.probe.top_k, description.hidden_size

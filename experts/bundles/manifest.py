@@ -7,14 +7,16 @@ version, changelog, task, description, authors, copyright, data_source, intended
 import json
 import re
 from functools import cached_property
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from experts.bundles.digest import digest_of
 from experts.bundles.text import Line, Prose, quoted
 from experts.errors import InvalidBundleError
+
+if TYPE_CHECKING:
+    import torch
 
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
@@ -23,6 +25,8 @@ _SHOWN_REASONS = 5
 _SHOWN_CHARACTERS = 200
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
+# What happens to a bundle of another dtype than the backbone's.
+OtherDtype = Literal["convert", "refuse"]
 Projection = Literal["gate", "up", "down"]
 PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
 
@@ -171,12 +175,12 @@ class BundleDescription(_Frozen):
         return self
 
     @property
-    def torch_dtype(self) -> torch.dtype:
+    def torch_dtype(self) -> "torch.dtype":
         """The experts' element type."""
         return _torch_dtype(self.dtype)
 
     @property
-    def gate_torch_dtype(self) -> torch.dtype:
+    def gate_torch_dtype(self) -> "torch.dtype":
         """The gate rows' element type."""
         return _torch_dtype(self.gate_dtype or self.dtype)
 
@@ -270,5 +274,8 @@ def _reasons(error: ValidationError) -> str:
     return "; ".join(reasons) + (f"; and {more} more" if more > 0 else "")
 
 
-def _torch_dtype(name: DTypeName) -> torch.dtype:
+def _torch_dtype(name: DTypeName) -> "torch.dtype":
+    # Only here: what reads no weights, as the gateway and Control, does without torch.
+    import torch
+
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]

@@ -3,9 +3,7 @@
 import math
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +22,9 @@ from experts.bundles.layout import (
     prototype_tensors,
 )
 from experts.bundles.manifest import MANIFEST_NAME, BundleDescription, FileEntry, Manifest
+from experts.bundles.new_folder import new_bundle_folder
 from experts.bundles.probe import NormWeight, ProbeSource
 from experts.bundles.safetensors_writer import StreamingWriter
-from experts.full_disk import full_disk_named
 from experts.kernels.base import ExpertWeights
 
 TensorSource = Callable[[str], torch.Tensor]
@@ -125,26 +123,6 @@ def link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target, follow_symlinks=False)
     except OSError:
         shutil.copyfile(source, target, follow_symlinks=False)
-
-
-@contextmanager
-def new_bundle_folder(directory: Path) -> Iterator[Path]:
-    """A temporary folder, which is renamed at the end of the block and removed if the block raises.
-
-    Raises:
-        FileExistsError: the name is taken.
-    """
-    if directory.exists():
-        raise FileExistsError(f"{directory} exists; bundles are never changed in place")
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
-    try:
-        with full_disk_named(directory.absolute().parent):
-            yield partial
-        partial.chmod(0o755)
-        partial.rename(directory)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _manifest(description: BundleDescription, files: list[FileEntry]) -> Manifest:

@@ -11,84 +11,19 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 
 from experts.bundles.bundle import Bundle
-from experts.bundles.convert import OtherDtype, check_dtype
+from experts.bundles.convert import check_dtype
 from experts.bundles.gate_check import check_gates
-from experts.bundles.manifest import Digest, DTypeName, Manifest
+from experts.bundles.manifest import Manifest
 from experts.bundles.probe import self_test
-from experts.bundles.signing import SignaturePolicy, SignatureState
+from experts.checks.check_request import BackboneSizes, CheckRequest, CheckResult
 from experts.errors import ExpertCapacityError, InvalidBundleError, UnknownBundleError
 from experts.kernels.registry import get_kernel
-from experts.registry.source import BundleSource
 
-DEFAULT_MEMORY_BYTES = 8 * 1024**3
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class BackboneSizes(BaseModel):
-    """The sizes of the backbone that a bundle must fit."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    digest: Digest
-    num_layers: Annotated[int, Field(ge=1)]
-    hidden_size: Annotated[int, Field(ge=1)]
-
-
-class CheckRequest(BaseModel):
-    """The bundle to check, and the options."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    source: BundleSource
-    # When set, a bundle of another organ is refused.
-    organ: str | None = None
-    # When set, a bundle for another backbone, or with other sizes, is refused.
-    backbone: BackboneSizes | None = None
-    policy: SignaturePolicy = SignaturePolicy()
-    kernel: str = "auto"
-    device: Literal["cpu", "cuda"] = "cpu"
-    # The dtype of the backbone and of the self-test; None is the bundle's dtype.
-    dtype: DTypeName | None = None
-    # "refuse" refuses bundles that would have to be converted.
-    other_dtype: OtherDtype = "convert"
-    # The memory limit of the check, in addition to this process and the bundle's files, which are mapped. Not enforced
-    # on a GPU, whose driver maps far more than it uses.
-    memory_bytes: Annotated[int, Field(ge=1)] = DEFAULT_MEMORY_BYTES
-    torch_threads: Annotated[int, Field(ge=1)] = 1
-
-
-class CheckResult(BaseModel):
-    """The result. Fields are None if the check ended before them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    ok: bool
-    # Why the bundle is not valid.
-    reason: str | None = None
-    organ: str | None = None
-    version: str | None = None
-    digest: str | None = None
-    signature: SignatureState | None = None
-    kernel: str | None = None
-    # The dtype of the computation, and of the bundle's experts: if they differ, weights are converted at load.
-    dtype: str | None = None
-    bundle_dtype: DTypeName | None = None
-    # Whether the bundle has a probe.
-    probe_recorded: bool | None = None
-    # The largest difference from the probe's outputs as a share of the layer's largest, and the tolerance.
-    worst_error: float | None = None
-    tolerance: float | None = None
-    # Bytes of all layers in the kernel's layout.
-    resident_bytes: int | None = None
-    # The peak memory of the checking process, mapped files included, and the time of the check.
-    peak_bytes: int | None = None
-    seconds: float | None = None
 
 
 def check(bundle: Bundle, request: CheckRequest) -> CheckResult:

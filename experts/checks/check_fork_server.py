@@ -13,14 +13,15 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from experts.checks import check
 from experts.checks.fork_server import ForkServer, serve, set_idle_priority
 
 NUM_DESCRIPTORS = 4
 # The argument for checks with idle priority.
 IDLE = "idle"
-# Modules that the registry and the kernel `auto` import on first use.
+# Not when this module is loaded, for Control loads it too and needs no torch. The rest is what the registry and the
+# kernel `auto` import only when they are asked for.
 _PRELOADED = (
+    "experts.checks.check",
     "experts.kernels.auto",
     "experts.kernels.cpu_packed",
     "experts.kernels.reference",
@@ -59,6 +60,8 @@ def _check(descriptors: Sequence[int]) -> int:
     for standard, descriptor in enumerate(descriptors):
         os.dup2(descriptor, standard)
         os.close(descriptor)
+    from experts.checks import check
+
     try:
         return check.main()
     except BaseException:

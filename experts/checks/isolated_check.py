@@ -13,8 +13,8 @@ from typing import BinaryIO
 
 from pydantic import ValidationError
 
-from experts.checks.check import CheckRequest, CheckResult
 from experts.checks.check_fork_server import IDLE, start_check
+from experts.checks.check_request import CheckRequest, CheckResult
 from experts.checks.fork_server import REPORT, ForkServer
 
 DEFAULT_TIMEOUT_S = 600.0

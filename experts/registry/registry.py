@@ -19,7 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from experts.bundles.bundle import MAX_SIGNATURE_BYTES, SIGNATURE_NAME, Bundle
 from experts.bundles.manifest import MANIFEST_NAME, FileEntry, Manifest, check_organ, check_version, version_key
-from experts.bundles.writer import new_bundle_folder
+from experts.bundles.new_folder import new_bundle_folder
 from experts.errors import (
     InvalidBundleError,
     RegistryError,

@@ -2,14 +2,16 @@
 
 import json
 from dataclasses import dataclass
-from typing import Any, Self
-
-from sqlalchemy import Row
+from typing import TYPE_CHECKING, Any, Self
 
 from router.errors import RolloutStateError
 from router.gating.expert_set import ExpertSet, ExpertSetMember, Routing
 from router.rollouts.settings import Mode, RolloutPlan
 from router.rollouts.states import IN_FLIGHT, WITH_TRAFFIC, State
+
+if TYPE_CHECKING:
+    # Only Control reads the database; routers know these objects too.
+    from sqlalchemy import Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ class Rollout:
     watching: bool = False
 
     @classmethod
-    def of_row(cls, row: Row[Any]) -> Self:
+    def of_row(cls, row: "Row[Any]") -> Self:
         """Reads a row of the table `rollouts`."""
         fields = dict(row._mapping)
         fields["state"] = State(fields["state"])
@@ -146,7 +148,7 @@ class Snapshot:
         return ExpertSet(backbone_digest=self.backbone_digest, routing=self.routing, members=members)
 
 
-def live_organ_of_row(row: Row[Any]) -> LiveOrgan:
+def live_organ_of_row(row: "Row[Any]") -> LiveOrgan:
     """Reads a row of the table `live_organs`."""
     return LiveOrgan(row.organ, row.stable_digest, tuple(json.loads(row.previous)))
 

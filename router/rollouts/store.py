@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from router.errors import RolloutStateError
 from router.gating.expert_set import ExpertSet
-from router.rollouts import history, past_sets, shadow
+from router.rollouts import history, past_sets, shadow_reports
 from router.rollouts.database import Database
 from router.rollouts.history import Entry, Head, Verification
 from router.rollouts.records import Rollout, Snapshot
@@ -167,7 +167,7 @@ class RolloutStore:
         """
         with self.write() as transaction:
             transaction.rollout(rollout_id)
-            return shadow.add_records(transaction.connection, rollout_id, records, transaction.now)
+            return shadow_reports.add_records(transaction.connection, rollout_id, records, transaction.now)
 
     def shadow_report(self, rollout_id: str) -> ShadowReport:
         """How far a rollout's shadow agrees with the incumbent.
@@ -177,7 +177,7 @@ class RolloutStore:
         """
         with self.read() as transaction:
             transaction.rollout(rollout_id)
-            return shadow.report_of(transaction.connection, rollout_id)
+            return shadow_reports.report_of(transaction.connection, rollout_id)
 
 
 def _remember_sets(transaction: Transaction) -> None:

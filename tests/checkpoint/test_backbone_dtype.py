@@ -25,6 +25,7 @@ def test_it_is_what_the_router_computes_in(tmp_path: Path, dtype: torch.dtype) -
     assert backbone.dtype == dtype
     exchange = expert_exchange(ModelSection(checkpoint=tmp_path))
     assert exchange.dtype == dtype
+    assert exchange.element_bytes == dtype.itemsize
     assert exchange.top_k == backbone.config.text_config.num_experts_per_tok
     assert expert_exchange(ModelSection(checkpoint=tmp_path, dtype="bfloat16")).dtype == torch.bfloat16
 

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 from google.protobuf import descriptor_pool, message_factory
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -14,7 +15,7 @@ from PIL import Image
 from pydicom.data import get_testdata_file
 
 from echovlm_ray.client import EchoVLMClient, InvalidRequestError
-from tests.running_system import RunningSystem
+from tests.running_system import RunningSystem, title_of
 
 ORGANS = ("breast", "gynaecology", "heart", "kidney", "liver", "thyroid", "vessel")
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -40,6 +41,21 @@ def test_a_cine_loop_streams_a_report(client: EchoVLMClient) -> None:
     assert (heart.organ, heart.routed_share) == ("heart", 1.0)
     again = client.generate(cine, task="report", language="en", organs=["heart"], max_new_tokens=24)
     assert again.text == "".join(pieces)
+
+
+def test_only_parts_that_compute_have_torch_in_memory(client: EchoVLMClient, running_system: RunningSystem) -> None:
+    """It takes 120 MB of each process. Looked at after an answer, when what is imported late is there too."""
+    cine = Path(str(get_testdata_file("examples_ybr_color.dcm")))
+    client.generate(cine, task="report", max_new_tokens=4)
+    parts = ("gateway", "control", "router", "vision", "expert-heart")
+    with_torch = {
+        part
+        for process in psutil.Process(running_system.process.pid).children(recursive=True)
+        for part in parts
+        if f"ServeReplica:{part}:" in title_of(process)
+        and any("libtorch_cpu" in mapped.path for mapped in process.memory_maps())
+    }
+    assert with_torch == {"router", "vision", "expert-heart"}
 
 
 def test_the_picture_matters(client: EchoVLMClient) -> None:

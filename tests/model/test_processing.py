@@ -16,7 +16,8 @@ from safetensors.numpy import load_file
 from transformers import Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from echovlm_ray.model.processing import CONTROL_TOKENS, EchoVLMProcessor
+from echovlm_ray.model.processing import EchoVLMProcessor
+from echovlm_ray.model.text_tokens import CONTROL_TOKENS
 from echovlm_ray.prompts import Message, build_messages
 from tests.random_checkpoint import make_random
 

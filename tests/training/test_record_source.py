@@ -10,7 +10,8 @@ import pytest
 
 from echovlm_ray.data.phantom.catalogue import all_classes, attributes_of, draw_attributes
 from echovlm_ray.data.phantom.wording.render import STYLES, render, render_diagnosis
-from echovlm_ray.model.processing import IMAGE_TOKEN, EchoVLMProcessor
+from echovlm_ray.model.processing import EchoVLMProcessor
+from echovlm_ray.model.text_tokens import IMAGE_TOKEN
 from echovlm_ray.prompts import SYSTEM, build_messages
 from echovlm_ray.tasks import Language
 from echovlm_ray.training.encode import IGNORED

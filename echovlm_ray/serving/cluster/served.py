@@ -12,6 +12,8 @@ from router.gating.expert_set import ExpertSet
 if TYPE_CHECKING:
     import torch
 
+    from experts.bundles.manifest import DTypeName
+
 
 @dataclass(frozen=True, slots=True)
 class ServedCheckpoint:
@@ -82,12 +84,24 @@ class ExpertExchange:
     """What a router sends to experts, known without loading the backbone.
 
     Attributes:
-        dtype: of the hidden states, and so of the experts' weights.
+        dtype_name: of the hidden states, and so of the experts' weights.
         top_k: experts per token.
     """
 
-    dtype: "torch.dtype"
+    dtype_name: "DTypeName"
     top_k: int
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        """The dtype itself; only what computes asks for it, and so loads torch."""
+        import torch
+
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.dtype_name]
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one number."""
+        return 4 if self.dtype_name == "float32" else 2
 
 
 def expert_exchange(model: ModelSection) -> ExpertExchange:
@@ -96,13 +110,10 @@ def expert_exchange(model: ModelSection) -> ExpertExchange:
     Raises:
         InvalidCheckpointError: they are missing or damaged.
     """
-    import torch
-
     from echovlm_ray.checkpoint.backbone_dtype import compute_dtype
     from echovlm_ray.checkpoint.reader import read_config
     from echovlm_ray.checkpoint.schema import ModelShape
 
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     shape = ModelShape.from_config(read_config(backbone_directory(model.checkpoint)))
     # As `echovlm_ray.model.configuration` has it where config.json does not say.
-    return ExpertExchange(dtypes[compute_dtype(model.checkpoint, model.dtype)], shape.num_experts_per_tok or 2)
+    return ExpertExchange(compute_dtype(model.checkpoint, model.dtype), shape.num_experts_per_tok or 2)

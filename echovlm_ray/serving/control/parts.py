@@ -107,7 +107,7 @@ async def control_parts(settings: ControlSettings, channels: InnerChannels, stat
         routers=lambda: endpoints.replicas(ROUTER),
         watching=watchers.connected,
         manifest=catalogue.manifest,
-        element_bytes=expert_exchange(settings.model).dtype.itemsize,
+        element_bytes=expert_exchange(settings.model).element_bytes,
         channels=channels,
     )
     endpoints.on_change(lambda: fleet.keep_only(_reachable(endpoints)))

@@ -19,7 +19,7 @@ from router.rollouts.controller import RolloutController
 from router.rollouts.fleet import Fleet
 from router.rollouts.fleet_view import FleetObserver
 from router.rollouts.organ_problem import organ_problems
-from router.rollouts.shadow import report_of
+from router.rollouts.shadow_reports import report_of
 from router.rollouts.states import State
 from router.rollouts.store import RolloutStore
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from echovlm_ray.checkpoint.backbone_dtype import compute_dtype
 from echovlm_ray.config import ExpertsSection, ModelSection, RolloutsSection
 from echovlm_ray.serving.control.bundles import kept_folder, registry_location, signature_policy
-from experts.checks.check import BackboneSizes, CheckRequest
+from experts.checks.check_request import BackboneSizes, CheckRequest
 from experts.checks.isolated_check import IsolatedChecks
 from experts.errors import InvalidBundleError
 from experts.registry.source import BundleSource

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from echovlm_ray.config import GatewaySection
 from echovlm_ray.fair_queue import FairThreads
-from echovlm_ray.model.processing import EchoVLMProcessor, VisionPatches
+from echovlm_ray.model.picture_patches import VisionPatches
+from echovlm_ray.model.request_processor import RequestProcessor
 from echovlm_ray.vision.decoding.pool import DecoderPool
 from echovlm_ray.vision.decoding.settings import DecoderSettings
 from echovlm_ray.vision.images import DecodedImage, ImageLimits
@@ -34,8 +35,8 @@ class LoadedImage:
 class ImageLoader:
     """Decodes image files and splits them into patches. For one event loop."""
 
-    def __init__(self, processor: EchoVLMProcessor, decoders: DecoderPool, threads: int) -> None:
-        """Takes the processor, the decoders, and the number of threads for splitting."""
+    def __init__(self, processor: RequestProcessor, decoders: DecoderPool, threads: int) -> None:
+        """Takes what cuts up, what decodes, and the number of threads to cut up on."""
         self._processor = processor
         self._threads = FairThreads(ThreadPoolExecutor(threads, thread_name_prefix="picture"), threads)
         self.decoders = decoders
@@ -71,8 +72,8 @@ class ImageLoader:
         return LoadedImage(decoded.frames_taken, decoded.anatomy_terms, notices, patches, _to_proto(patches))
 
 
-def decoder_pool(processor: EchoVLMProcessor, gateway: GatewaySection) -> DecoderPool:
-    """Creates the decoders of a gateway, without starting them."""
+def decoder_pool(processor: RequestProcessor, gateway: GatewaySection) -> DecoderPool:
+    """The decoders of a gateway, not started yet."""
     limits = ImageLimits(
         max_image_bytes=gateway.max_image_bytes,
         max_image_pixels=gateway.max_image_pixels,

@@ -8,7 +8,7 @@ from typing import Protocol
 from echovlm_ray.config import GatewaySection, RouterSection
 from echovlm_ray.errors import OverloadedError, TextUnavailableError
 from echovlm_ray.fair_queue import FairThreads
-from echovlm_ray.model.processing import EchoVLMProcessor
+from echovlm_ray.model.request_processor import RequestProcessor
 from echovlm_ray.serving.core.caller import Caller
 from echovlm_ray.serving.core.description import ModelDescription
 from echovlm_ray.serving.core.images import ImageLoader, decoder_pool
@@ -36,7 +36,7 @@ class GenerateParts:
 
     def __init__(
         self,
-        processor: EchoVLMProcessor | None,
+        processor: RequestProcessor | None,
         router: TokenSource,
         describe: Callable[[], ModelDescription],
         *,
@@ -63,6 +63,8 @@ class GenerateParts:
         threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
         self.text_threads = FairThreads(threads, TEXT_THREADS, TEXT_THREADS - 1)
         self._under_way = 0
+        # Since the start.
+        self.requests_taken = 0
         self._images = None
         if processor is not None:
             decoders = decoders or decoder_pool(processor, gateway)
@@ -79,8 +81,8 @@ class GenerateParts:
         return None if self._images is None else self._images.decoders
 
     @property
-    def processor(self) -> EchoVLMProcessor:
-        """The processor for text and images.
+    def processor(self) -> RequestProcessor:
+        """What makes tokens of text and images.
 
         Raises:
             TextUnavailableError: the checkpoint has none.
@@ -127,6 +129,7 @@ class GenerateParts:
             )
         with self.quotas.place(caller):
             self._under_way += 1
+            self.requests_taken += 1
             try:
                 yield
             finally:

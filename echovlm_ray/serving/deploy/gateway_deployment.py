@@ -34,7 +34,7 @@ class GatewayReplica(Replica):
 
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc] # Serve awaits it
         """Takes the fields of `GatewaySettings`."""
-        from echovlm_ray.model.processing import EchoVLMProcessor
+        from echovlm_ray.model.load_processor import load_request_processor
         from echovlm_ray.serving.cluster.live_model import LiveModel
         from echovlm_ray.serving.cluster.served import served_checkpoint
         from echovlm_ray.serving.control.bundles import open_kept
@@ -50,7 +50,7 @@ class GatewayReplica(Replica):
         endpoints.start()
         processor = None
         if not served.missing_text_files:
-            processor = await asyncio.to_thread(EchoVLMProcessor.from_pretrained, served.directory)
+            processor = await asyncio.to_thread(load_request_processor, served.directory)
         bundles = await asyncio.to_thread(open_kept, parsed.experts, served.directory)
         description = await asyncio.to_thread(_describe, parsed, served, bundles)
         live = LiveModel(endpoints.source(CONTROL), description, bundles.manifest, channels, parsed.identity)
@@ -63,6 +63,7 @@ class GatewayReplica(Replica):
         part = Part(
             services=[],
             queue_length=lambda: shared.queue_length,
+            work_done=lambda: shared.requests_taken,
             measure=lambda: _measure(decoding, shared.decoders),
             closing=[monitor.stop, live.stop, router.close, shared.close, endpoints.stop],
         )
@@ -115,7 +116,7 @@ def _monitor(
 
 
 def _describe(settings: GatewaySettings, served: "ServedCheckpoint", bundles: "KeptBundles") -> "ModelDescription":
-    from echovlm_ray.checkpoint import demo
+    from echovlm_ray.checkpoint.layout import DEMO_NAME
     from echovlm_ray.serving.cluster.live_model import describe_organ
     from echovlm_ray.serving.core.description import ModelDescription
 
@@ -129,5 +130,5 @@ def _describe(settings: GatewaySettings, served: "ServedCheckpoint", bundles: "K
         expert_set_id=expert_set.id,
         organs=tuple(organs),
         default_organ=settings.model.default_organ,
-        notices=(index.description,) if index.name == demo.NAME else (),
+        notices=(index.description,) if index.name == DEMO_NAME else (),
     )

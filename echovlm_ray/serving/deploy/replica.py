@@ -8,6 +8,7 @@ libraries.
 import ctypes
 import inspect
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# A part that had nothing to do for so long gives free memory back. The next request takes it again, a page at a time,
+# which costs that request some milliseconds.
+REST_S = 5.0
 # What is left of Serve's own time limit when our calls have had theirs.
 STOP_RESERVE_S = 2.0
 
@@ -67,7 +71,8 @@ class Part:
         queue_length: requests waiting or under way.
         arithmetic: see `arithmetic_of`.
         healthy: false makes Serve replace the replica.
-        work_done: grows with everything the part does; when it rests, free memory goes back to the system.
+        work_done: grows with everything the part does; once it has rested for `REST_S`, free memory goes back to the
+            system.
         pending: whether work is under way that no open call shows, which a stopping replica waits for.
         problem: why the part cannot do all of its work, for operators; "" if it can.
         measure: brings metrics of the part's own up to date; called with every health check.
@@ -99,6 +104,7 @@ class Replica:
     _metrics: PartMetrics | None = None
     _grace_s: float = 0.0
     _seen_work: int = 0
+    _worked_at: float = 0.0
     _rested_after: int = 0
 
     def _channels_of(self, settings: ReplicaSettings) -> InnerChannels:
@@ -146,7 +152,7 @@ class Replica:
         if self._part is not None and not self._part.healthy():
             raise RuntimeError("the part has stopped working")
         if self._part is not None:
-            self._rest(self._part.work_done())
+            self._rest(self._part.work_done(), busy=self._part.queue_length() > 0)
             self._measure(self._part)
 
     def _measure(self, part: Part) -> None:
@@ -159,11 +165,13 @@ class Replica:
             # No request needs them.
             logger.exception("the replica's metrics could not be brought up to date")
 
-    def _rest(self, work_done: int) -> None:
-        if work_done == self._seen_work and work_done != self._rested_after:
+    def _rest(self, work_done: int, *, busy: bool) -> None:
+        now = time.monotonic()
+        if busy or work_done != self._seen_work:
+            self._seen_work, self._worked_at = work_done, now
+        elif work_done != self._rested_after and now - self._worked_at >= REST_S:
             self._rested_after = work_done
             _return_free_memory()
-        self._seen_work = work_done
 
     async def __del__(self) -> None:
         """Called by Ray Serve before the process ends: calls under way finish, within the grace time."""

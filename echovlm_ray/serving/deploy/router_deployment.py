@@ -87,6 +87,7 @@ class RouterReplica(Replica):
         part = Part(
             services=[Service(router_pb2_grpc.add_RouterServicer_to_server, service, SERVICE_NAME)],
             queue_length=lambda: service.queue_length,
+            work_done=lambda: engine.requests_taken,
             device=str(device),
             arithmetic=arithmetic_of(engine.dtype, device),
             healthy=lambda: engine.alive,

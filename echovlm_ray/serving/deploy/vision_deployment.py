@@ -39,6 +39,7 @@ class VisionReplica(Replica):
         part = Part(
             services=[Service(vision_pb2_grpc.add_VisionEncoderServicer_to_server, service, SERVICE_NAME)],
             queue_length=lambda: service.queue_length,
+            work_done=lambda: encoder.inputs_taken,
             device=str(device),
             arithmetic=arithmetic_of(dtype, device),
             closing=[encoder.close],

@@ -10,7 +10,7 @@ from pathlib import Path
 import grpc
 
 from echovlm_ray.config import GatewaySection, RouterSection
-from echovlm_ray.model.processing import EchoVLMProcessor
+from echovlm_ray.model.request_processor import RequestProcessor
 from echovlm_ray.serving.core.description import ModelDescription
 from echovlm_ray.serving.core.parts import GenerateParts
 from echovlm_ray.serving.grpc.gateway import GatewayService
@@ -65,7 +65,7 @@ class PinnedRouterClient(RouterClient):
 @asynccontextmanager
 async def answering_version(
     router: RouterClient,
-    processor: EchoVLMProcessor,
+    processor: RequestProcessor,
     describe: Callable[[], ModelDescription],
     gateway: GatewaySection,
     limits: RouterSection,

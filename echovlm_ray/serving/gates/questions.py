@@ -14,7 +14,8 @@ from echovlm_ray.errors import PartUnavailableError
 from echovlm_ray.evaluation.answers import Answer, AnswerLog
 from echovlm_ray.evaluation.asking import Asking, Outcome, ServiceLostError, Work, ask_all
 from echovlm_ray.evaluation.settings import AskSettings, RequestLimits
-from echovlm_ray.model.processing import EchoVLMProcessor
+from echovlm_ray.model.load_processor import load_request_processor
+from echovlm_ray.model.request_processor import RequestProcessor
 from echovlm_ray.serving.cluster.served import ServedCheckpoint
 from echovlm_ray.serving.core.description import ModelDescription
 from echovlm_ray.serving.gates.dataset import GateDataset
@@ -62,7 +63,7 @@ class Questioner:
             UnusableGateError: a version does not answer, or refuses a question.
             EvaluationInterruptedError: the run was cancelled, or the system was away for long.
         """
-        processor = EchoVLMProcessor.from_pretrained(self.served.directory)
+        processor = load_request_processor(self.served.directory)
         try:
             return asyncio.run(_cancellable(self._ask_all(run, dataset, processor, digests), run))
         except (ServiceLostError, PartUnavailableError) as error:
@@ -73,7 +74,7 @@ class Questioner:
             raise UnusableGateError(f"the version cannot be asked: {error}") from None
 
     async def _ask_all(
-        self, run: GateRun, dataset: GateDataset, processor: EchoVLMProcessor, digests: Sequence[str]
+        self, run: GateRun, dataset: GateDataset, processor: RequestProcessor, digests: Sequence[str]
     ) -> list[list[str]]:
         """The answers of each version, one a record."""
         pace = Pace(self.questions_per_s)
@@ -100,7 +101,7 @@ class Questioner:
         self,
         run: GateRun,
         dataset: GateDataset,
-        processor: EchoVLMProcessor,
+        processor: RequestProcessor,
         digest: str,
         pace: Pace,
         before: int,

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from experts.bundles.bundle import Bundle
-from experts.bundles.convert import OtherDtype
-from experts.bundles.manifest import BundleDescription, DTypeName
+from experts.bundles.manifest import BundleDescription, DTypeName, OtherDtype
 from experts.bundles.probe import probe_sizes
 from experts.bundles.writer import write_bundle
-from experts.checks.check import CheckRequest, check
+from experts.checks.check import check
+from experts.checks.check_request import CheckRequest
 from experts.errors import ExpertCapacityError, InvalidBundleError
 from experts.group import ExpertGroup
 from experts.kernels.registry import get_kernel

@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from experts.bundles.bundle import Bundle
 from experts.bundles.probe import probe_sizes
 from experts.bundles.signing import SignaturePolicy, sign_bundle
-from experts.checks.check import BackboneSizes, CheckRequest, CheckResult, check
+from experts.checks.check import check
+from experts.checks.check_request import BackboneSizes, CheckRequest, CheckResult
 from experts.checks.isolated_check import IsolatedChecks, check_in_subprocess
 from experts.errors import UnknownBundleError
 from experts.registry.source import BundleSource, RegistryLocation

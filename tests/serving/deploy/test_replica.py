@@ -3,18 +3,21 @@
 import pytest
 
 from echovlm_ray.serving.deploy import replica
-from echovlm_ray.serving.deploy.replica import Part, Replica
+from echovlm_ray.serving.deploy.replica import REST_S, Part, Replica
 
 
 def test_free_memory_goes_back_once_after_every_burst_of_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    returned: list[int] = []
-    work = 0
-    monkeypatch.setattr(replica, "_return_free_memory", lambda: returned.append(work))
+    returned: list[tuple[int, int]] = []
+    work = queued = second = 0
+    monkeypatch.setattr(replica, "_return_free_memory", lambda: returned.append((second, work)))
+    monkeypatch.setattr("echovlm_ray.serving.deploy.replica.time.monotonic", lambda: 100.0 + second)
     each = Replica()
-    each._part = Part(services=[], queue_length=lambda: 0, work_done=lambda: work)
-    for work in (0, 0, 5, 9, 9, 9, 9, 12, 12, 12):  # noqa: B007 - the part and the trim read it
+    each._part = Part(services=[], queue_length=lambda: queued, work_done=lambda: work)
+    # At each second: all work until then, and what is under way.
+    seconds = [(0, 0)] * 8 + [(5, 1), (9, 0)] + [(9, 0)] * 8 + [(12, 1)] * 8 + [(12, 0)] * 8
+    for second, (work, queued) in enumerate(seconds):  # noqa: B007 - the part and the trim read them
         each.check_health()
-    assert returned == [9, 12]
+    assert returned == [(9 + REST_S, 9), (25 + REST_S, 12)]
 
 
 def test_a_part_that_stopped_working_is_replaced() -> None:
