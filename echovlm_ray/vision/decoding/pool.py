@@ -40,7 +40,8 @@ _CRASHED = "could not be decoded, because the decoder crashed on it; export it a
 class DecoderPool:
     """Decodes files, each in one of a few processes. Belongs to the event loop in which it was started.
 
-    Callers take turns; a caller's files wait for a process in the order in which they came.
+    Callers take turns; a caller's files wait for a process in the order in which they came. No caller holds all of
+    several processes while another one has sent files within the last minute.
     """
 
     def __init__(self, settings: DecoderSettings, *, processes: int, max_cpu_s: float) -> None:
@@ -52,7 +53,8 @@ class DecoderPool:
         """
         self._settings = settings
         self._processes = processes
-        self._places = FairSemaphore(processes)
+        # One is left to the other callers, who would wait for as long as `max_cpu_s` if one held all.
+        self._places = FairSemaphore(processes, most_when_shared=max(1, processes - 1))
         self._max_cpu_s = max_cpu_s
         self._server: ForkServer | None = None
         # None wakes those who wait when the pool is closed.
