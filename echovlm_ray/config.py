@@ -148,7 +148,7 @@ class GatewaySection(Section):
     default_new_tokens: PositiveInt = 256
     # When a call carries no deadline, this one, in seconds.
     default_deadline_s: PositiveFloat = 300.0
-    # When answers that callers do not read should leave memory sooner, lower it: after so many seconds a client is asked
+    # When answers that callers do not read should leave memory sooner, lower it: after so many seconds a client is told
     # to connect again, which it does by itself, and what is still under way on the old connection goes on for as long
     # as default_deadline_s or router.max_request_s, whichever is longer. Then the connection ends.
     max_connection_s: PositiveFloat = 3600.0
