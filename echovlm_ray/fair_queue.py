@@ -13,6 +13,8 @@ T = TypeVar("T")
 
 # After a caller had a place, it may come back for so long.
 SHARED_S = 60.0
+# For so long a caller that took long is one that shares, whether others are there or not.
+RESTRICTED_S = 600.0
 
 
 class FairQueue(Generic[T]):
@@ -89,6 +91,8 @@ class FairSemaphore:
         self._most_when_shared = self._most_of_one if most_when_shared is None else most_when_shared
         # When each caller was last here; the latest is the last.
         self._seen: OrderedDict[bytes, float] = OrderedDict()
+        # Until when a caller is one that shares.
+        self._restricted: dict[bytes, float] = {}
         self._held: Counter[bytes] = Counter()
         self._waiting: FairQueue[asyncio.Future[None]] = FairQueue()
 
@@ -148,6 +152,12 @@ class FairSemaphore:
                 self._take(waiter)
                 turn.set_result(None)
 
+    def restrict(self, caller: bytes) -> None:
+        """For ten minutes a caller holds no more than `most_when_shared`, also when it is alone."""
+        now = time.monotonic()
+        self._restricted = {other: until for other, until in self._restricted.items() if until > now}
+        self._restricted[caller] = now + RESTRICTED_S
+
     def _see(self, caller: bytes) -> None:
         if self._most_when_shared == self._most_of_one:
             return
@@ -157,7 +167,9 @@ class FairSemaphore:
             self._seen.popitem(last=False)
 
     def _is_shared(self, caller: bytes) -> bool:
-        """Whether another caller was here lately."""
+        """Whether another caller was here lately, or this one is restricted."""
+        if self._restricted.get(caller, 0.0) > time.monotonic():
+            return True
         latest = next((when for other, when in reversed(self._seen.items()) if other != caller), None)
         return latest is not None and latest > time.monotonic() - SHARED_S
 

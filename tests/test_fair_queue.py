@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echovlm_ray import fair_queue
-from echovlm_ray.fair_queue import SHARED_S, FairQueue, FairSemaphore, FairThreads
+from echovlm_ray.fair_queue import RESTRICTED_S, SHARED_S, FairQueue, FairSemaphore, FairThreads
 
 
 def test_callers_take_turns_and_each_is_served_in_order() -> None:
@@ -117,7 +116,11 @@ def test_a_caller_has_all_places_until_another_one_comes(monkeypatch: pytest.Mon
         assert places.must_wait(b"a")
         assert not places.must_wait(b"b")
         now = time.monotonic()
-        monkeypatch.setattr(fair_queue.time, "monotonic", lambda: now + SHARED_S + 1)
+        monkeypatch.setattr(time, "monotonic", lambda: now + SHARED_S + 1)
+        assert not places.must_wait(b"a")
+        places.restrict(b"a")
+        assert places.must_wait(b"a")
+        monkeypatch.setattr(time, "monotonic", lambda: now + SHARED_S + RESTRICTED_S + 2)
         assert not places.must_wait(b"a")
 
     asyncio.run(run())

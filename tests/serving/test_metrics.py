@@ -116,7 +116,7 @@ def test_what_the_parts_say_is_scraped_with_its_labels() -> None:
     assert found["echovlm_decoded_files_total", "ok"] == 7
     assert found["echovlm_decoded_files_total", "limit"] == 1
     refused = {key[1:]: value for key, value in found.items() if key[0] == "echovlm_refused_calls_total"}
-    assert refused == {("credentials",): 4, ("quota.concurrent", "ward"): 2}
+    assert refused == {("credentials", ""): 4, ("quota.concurrent", "ward"): 2}
     assert found["echovlm_seconds_per_token_count", "heart", "1.0.0"] == 1
     assert found["echovlm_seconds_per_token_bucket", "heart", "1.0.0", "0.01"] == 0
     assert found["echovlm_seconds_per_token_bucket", "heart", "1.0.0", "0.025"] == 1

@@ -109,6 +109,19 @@ async def test_a_caller_whose_files_take_long_leaves_a_process_to_the_others() -
         await asyncio.gather(*flood)
 
 
+async def test_a_caller_with_a_slow_file_leaves_a_process_also_before_another_one_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("echovlm_ray.vision.decoding.pool.SLOW_S", 0.05)
+    async with running_pool(processes=2) as pool:
+        await pool.decode(large_png(), field=FIELD, caller=b"flood")
+        flood = [asyncio.create_task(pool.decode(large_png(), field=FIELD, caller=b"flood")) for _ in range(4)]
+        await until_async(lambda: pool.queue_length == 4)
+        await pool.decode(png(), field=FIELD, caller=b"other")
+        assert not any(task.done() for task in flood)
+        await asyncio.gather(*flood)
+
+
 async def test_processor_time_is_limited_and_a_process_replaced() -> None:
     async with running_pool(max_cpu_s=0.2) as pool:
         (before,) = pool.process_ids
