@@ -327,27 +327,27 @@ class Scheduler:
 
     def _end_turn(self, sequence: Sequence, ready: list[Sequence]) -> bool:
         """Preempts the sequence of the caller that was served most, if it is ahead, had its turn, and makes room."""
-        caller = sequence.request.caller
         needed = BlockPool.blocks_for(len(sequence.token_ids)) + len(ready)
+        leads = {other: self._callers.lead(other.request.caller, sequence.request.caller) for other in ready}
+        ahead = [
+            other
+            for other in ready
+            if leads[other] >= TURN_LEAD
+            and self.turns.is_over(other)
+            and self.pool.num_free + len(other.block_table) >= needed
+        ]
+        if not ahead:
+            return False
         # If there is room for all that has begun, also when the batch has become as long as it can, it stays cached.
         begun = [len(other.token_ids) for other in self.waiting if other.num_served and other is not sequence]
         held = sum(map(BlockPool.blocks_for, begun)) + sum(BlockPool.blocks_for(other.max_tokens) for other in ready)
         fits = self.prefix_reuse and held + needed <= self.pool.num_blocks
-        kept = {other: fits and not other.request.return_logits for other in ready}
-        ended = [
-            other
-            for other in ready
-            if self._callers.lead(other.request.caller, caller) >= TURN_LEAD
-            and self.turns.may_end(other, is_kept=kept[other])
-            and self.pool.num_free + len(other.block_table) >= needed
-        ]
-        if not ended:
-            return False
-        victim = max(ended, key=lambda other: self._callers.lead(other.request.caller, caller))
-        self.turns.end(victim, is_kept=kept[victim])
-        self._preempt(victim)
-        ready.remove(victim)
-        return True
+        for victim in sorted(ahead, key=lambda other: -leads[other]):
+            if self.turns.end(victim, is_kept=fits and not victim.request.return_logits):
+                self._preempt(victim)
+                ready.remove(victim)
+                return True
+        return False
 
     def _make_blocks(self, sequence: Sequence, ready: list[Sequence]) -> bool:
         """Preempts a sequence of the caller with the most blocks, if that is more than an equal share of all."""

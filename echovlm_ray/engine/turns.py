@@ -29,26 +29,25 @@ class Turns:
         """Tokens are computed in a step."""
         self._saved = min(MAX_SAVED, self._saved + num_tokens * RECOMPUTED_PART)
 
-    def may_end(self, sequence: Sequence, *, is_kept: bool) -> bool:
-        """Whether a sequence has made enough tokens, and can be computed again.
+    def is_over(self, sequence: Sequence) -> bool:
+        """Whether a sequence of the batch has made enough tokens since it was admitted."""
+        return sequence.num_generated - sequence.num_generated_before >= self._turn_tokens
+
+    def end(self, sequence: Sequence, *, is_kept: bool) -> bool:
+        """Ends the turn of a sequence; False, and nothing done, when too much would be computed again.
 
         Args:
-            sequence: of the batch.
+            sequence: whose turn is over.
             is_kept: whether the cache has room for its blocks while it waits.
         """
-        made = sequence.num_generated - sequence.num_generated_before
-        return made >= self._turn_tokens and self._cost(sequence, is_kept=is_kept) <= self._saved
-
-    def end(self, sequence: Sequence, *, is_kept: bool) -> None:
-        """The turn of a sequence ends."""
-        sequence.num_paid = self._cost(sequence, is_kept=is_kept)
-        self._saved -= sequence.num_paid
+        cost = min(MAX_SAVED, float(BLOCK_SIZE if is_kept else len(sequence.token_ids)))
+        if cost > self._saved:
+            return False
+        sequence.num_paid = cost
+        self._saved -= cost
+        return True
 
     def resume(self, sequence: Sequence) -> None:
         """A sequence that was preempted, for any reason, goes on with those of its tokens that are still cached."""
         self._saved -= sequence.num_served - sequence.num_computed - sequence.num_paid
         sequence.num_paid = 0.0
-
-    def _cost(self, sequence: Sequence, *, is_kept: bool) -> float:
-        """Tokens that will be computed again, as far as is known; at most what can be saved up for."""
-        return min(MAX_SAVED, float(BLOCK_SIZE if is_kept else len(sequence.token_ids)))
