@@ -7,7 +7,7 @@ from pathlib import Path
 
 import grpc
 
-from echovlm_ray.config import GatewaySection
+from echovlm_ray.config import GatewaySection, RouterSection
 from echovlm_ray.serving.grpc.gateway import server_options
 from echovlm_ray.serving.grpc.server import GrpcServer
 from protos import echovlm_pb2, echovlm_pb2_grpc
@@ -45,7 +45,7 @@ async def serve_bare() -> None:
 
 async def serve_ours(token_file: Path) -> None:
     """A server with the options of a gateway that has a token file; prints its address."""
-    server = GrpcServer(server_options(GatewaySection(port=0, token_file=token_file)))
+    server = GrpcServer(server_options(GatewaySection(port=0, token_file=token_file), RouterSection()))
     server.add(echovlm_pb2_grpc.add_EchoVLMServicer_to_server, Answers(), "echovlm.v1.EchoVLM")
     await server.start()
     print(server.address, flush=True)

@@ -22,9 +22,11 @@ class UnknownServiceError(LookupError):
 class OverloadedError(RuntimeError):
     """A queue is full. The text names the limit; the caller may retry after `retry_after_s`."""
 
-    def __init__(self, description: str, retry_after_s: float = 1.0) -> None:
+    def __init__(self, description: str, retry_after_s: float = 1.0, *, reason: str = "busy") -> None:
+        """Takes the text, the pause, and a word by which metrics count it."""
         super().__init__(description)
         self.retry_after_s = retry_after_s
+        self.reason = reason
 
 
 class PartUnavailableError(RuntimeError):

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Container
 from concurrent.futures import Executor
@@ -9,6 +10,11 @@ from contextlib import asynccontextmanager
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+# After a caller had a place, it may come back for so long.
+SHARED_S = 60.0
+# For so long a caller that took long is one that shares, whether others are there or not.
+RESTRICTED_S = 600.0
 
 
 class FairQueue(Generic[T]):
@@ -73,16 +79,26 @@ class FairQueue(Generic[T]):
 class FairSemaphore:
     """A semaphore whose permits callers get in turn. For one event loop."""
 
-    def __init__(self, places: int, most_of_one: int | None = None) -> None:
-        """Takes the number of permits, and the limit for one caller; None for no limit."""
+    def __init__(self, places: int, most_of_one: int | None = None, *, most_when_shared: int | None = None) -> None:
+        """
+        Args:
+            places: how many there are.
+            most_of_one: how many of them one caller may hold; None for all.
+            most_when_shared: the same, for a minute after another caller asked for a place or gave one back.
+        """
         self._free = places
         self._most_of_one = places if most_of_one is None else most_of_one
+        self._most_when_shared = self._most_of_one if most_when_shared is None else most_when_shared
+        # When each caller was last here; the latest is the last.
+        self._seen: OrderedDict[bytes, float] = OrderedDict()
+        # Until when a caller is one that shares.
+        self._restricted: dict[bytes, float] = {}
         self._held: Counter[bytes] = Counter()
         self._waiting: FairQueue[asyncio.Future[None]] = FairQueue()
 
     def has_most(self, caller: bytes) -> bool:
-        """Whether a caller has reached its limit."""
-        return self._held[caller] >= self._most_of_one
+        """Whether a caller holds as many places as it may."""
+        return self._held[caller] >= (self._most_when_shared if self._is_shared(caller) else self._most_of_one)
 
     def must_wait(self, caller: bytes) -> bool:
         """Whether a caller would have to wait."""
@@ -98,7 +114,8 @@ class FairSemaphore:
             self.release(caller)
 
     async def acquire(self, caller: bytes) -> None:
-        """Waits for a permit."""
+        """Waits for a place and takes it."""
+        self._see(caller)
         if self.must_wait(caller):
             await self._wait(caller)
         else:
@@ -125,14 +142,36 @@ class FairSemaphore:
         self._held[caller] -= 1
         if not self._held[caller]:
             del self._held[caller]
+        self._see(caller)
         while self._free:
-            full = {holder for holder, held in self._held.items() if held >= self._most_of_one}
+            full = {holder for holder in self._held if self.has_most(holder)}
             if (found := self._waiting.pop_without(full)) is None:
                 return
             waiter, turn = found
             if not turn.done():
                 self._take(waiter)
                 turn.set_result(None)
+
+    def restrict(self, caller: bytes) -> None:
+        """For ten minutes a caller holds no more than `most_when_shared`, also when it is alone."""
+        now = time.monotonic()
+        self._restricted = {other: until for other, until in self._restricted.items() if until > now}
+        self._restricted[caller] = now + RESTRICTED_S
+
+    def _see(self, caller: bytes) -> None:
+        if self._most_when_shared == self._most_of_one:
+            return
+        self._seen[caller] = now = time.monotonic()
+        self._seen.move_to_end(caller)
+        while next(iter(self._seen.values())) < now - SHARED_S:
+            self._seen.popitem(last=False)
+
+    def _is_shared(self, caller: bytes) -> bool:
+        """Whether another caller was here lately, or this one is restricted."""
+        if self._restricted.get(caller, 0.0) > time.monotonic():
+            return True
+        latest = next((when for other, when in reversed(self._seen.items()) if other != caller), None)
+        return latest is not None and latest > time.monotonic() - SHARED_S
 
 
 class FairThreads:

@@ -26,7 +26,7 @@ from protos import control_pb2 as protos_dot_control__pb2
 from protos import expert_pb2 as protos_dot_expert__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/status.proto\x12\nechovlm.v1\x1a\x14protos/control.proto\x1a\x13protos/expert.proto\"\x11\n\x0f\x44\x65scribeRequest\"\x9d\x02\n\x12ReplicaDescription\x12\x13\n\x0b\x61pplication\x18\x01 \x01(\t\x12\x12\n\ndeployment\x18\x02 \x01(\t\x12\x12\n\nreplica_id\x18\x03 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x04 \x01(\t\x12\x0c\n\x04node\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x16\n\x0eresident_bytes\x18\x08 \x01(\x04\x12\x14\n\x0cqueue_length\x18\t \x01(\r\x12\r\n\x05organ\x18\n \x01(\t\x12+\n\x07\x62undles\x18\x0b \x03(\x0b\x32\x1a.echovlm.v1.ResidentBundle\x12\x0f\n\x07problem\x18\x0c \x01(\t\x12\x12\n\narithmetic\x18\r \x01(\t\"\x12\n\x10GetStatusRequest\"\xae\x01\n\x11GetStatusResponse\x12\x33\n\x0c\x61pplications\x18\x01 \x03(\x0b\x32\x1d.echovlm.v1.ApplicationStatus\x12\x15\n\rexpert_set_id\x18\x02 \x01(\t\x12*\n\x08problems\x18\x03 \x03(\x0b\x32\x18.echovlm.v1.OrganProblem\x12\x10\n\x08identity\x18\x04 \x01(\t\x12\x0f\n\x07notices\x18\x14 \x03(\t\"t\n\x11\x41pplicationStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06status\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x30\n\x08replicas\x18\x04 \x03(\x0b\x32\x1e.echovlm.v1.ReplicaDescription2X\n\rReplicaStatus\x12G\n\x08\x44\x65scribe\x12\x1b.echovlm.v1.DescribeRequest\x1a\x1e.echovlm.v1.ReplicaDescription2X\n\x0cSystemStatus\x12H\n\tGetStatus\x12\x1c.echovlm.v1.GetStatusRequest\x1a\x1d.echovlm.v1.GetStatusResponseB?\n\nechovlm.v1B\x0bStatusProtoP\x01Z\x15\x65\x63hovlm-ray/echovlmv1\xaa\x02\nEchovlm.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/status.proto\x12\nechovlm.v1\x1a\x14protos/control.proto\x1a\x13protos/expert.proto\"\x11\n\x0f\x44\x65scribeRequest\"\xc5\x02\n\x12ReplicaDescription\x12\x13\n\x0b\x61pplication\x18\x01 \x01(\t\x12\x12\n\ndeployment\x18\x02 \x01(\t\x12\x12\n\nreplica_id\x18\x03 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x04 \x01(\t\x12\x0c\n\x04node\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x16\n\x0eresident_bytes\x18\x08 \x01(\x04\x12\x14\n\x0cqueue_length\x18\t \x01(\r\x12\r\n\x05organ\x18\n \x01(\t\x12+\n\x07\x62undles\x18\x0b \x03(\x0b\x32\x1a.echovlm.v1.ResidentBundle\x12\x0f\n\x07problem\x18\x0c \x01(\t\x12\x12\n\narithmetic\x18\r \x01(\t\x12&\n\x08refusals\x18\x0e \x03(\x0b\x32\x14.echovlm.v1.Refusals\"9\n\x08Refusals\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0e\n\x06\x63\x61ller\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\"\x12\n\x10GetStatusRequest\"\xae\x01\n\x11GetStatusResponse\x12\x33\n\x0c\x61pplications\x18\x01 \x03(\x0b\x32\x1d.echovlm.v1.ApplicationStatus\x12\x15\n\rexpert_set_id\x18\x02 \x01(\t\x12*\n\x08problems\x18\x03 \x03(\x0b\x32\x18.echovlm.v1.OrganProblem\x12\x10\n\x08identity\x18\x04 \x01(\t\x12\x0f\n\x07notices\x18\x14 \x03(\t\"t\n\x11\x41pplicationStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06status\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x30\n\x08replicas\x18\x04 \x03(\x0b\x32\x1e.echovlm.v1.ReplicaDescription2X\n\rReplicaStatus\x12G\n\x08\x44\x65scribe\x12\x1b.echovlm.v1.DescribeRequest\x1a\x1e.echovlm.v1.ReplicaDescription2X\n\x0cSystemStatus\x12H\n\tGetStatus\x12\x1c.echovlm.v1.GetStatusRequest\x1a\x1d.echovlm.v1.GetStatusResponseB?\n\nechovlm.v1B\x0bStatusProtoP\x01Z\x15\x65\x63hovlm-ray/echovlmv1\xaa\x02\nEchovlm.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,15 +37,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIBEREQUEST']._serialized_start=78
   _globals['_DESCRIBEREQUEST']._serialized_end=95
   _globals['_REPLICADESCRIPTION']._serialized_start=98
-  _globals['_REPLICADESCRIPTION']._serialized_end=383
-  _globals['_GETSTATUSREQUEST']._serialized_start=385
-  _globals['_GETSTATUSREQUEST']._serialized_end=403
-  _globals['_GETSTATUSRESPONSE']._serialized_start=406
-  _globals['_GETSTATUSRESPONSE']._serialized_end=580
-  _globals['_APPLICATIONSTATUS']._serialized_start=582
-  _globals['_APPLICATIONSTATUS']._serialized_end=698
-  _globals['_REPLICASTATUS']._serialized_start=700
-  _globals['_REPLICASTATUS']._serialized_end=788
-  _globals['_SYSTEMSTATUS']._serialized_start=790
-  _globals['_SYSTEMSTATUS']._serialized_end=878
+  _globals['_REPLICADESCRIPTION']._serialized_end=423
+  _globals['_REFUSALS']._serialized_start=425
+  _globals['_REFUSALS']._serialized_end=482
+  _globals['_GETSTATUSREQUEST']._serialized_start=484
+  _globals['_GETSTATUSREQUEST']._serialized_end=502
+  _globals['_GETSTATUSRESPONSE']._serialized_start=505
+  _globals['_GETSTATUSRESPONSE']._serialized_end=679
+  _globals['_APPLICATIONSTATUS']._serialized_start=681
+  _globals['_APPLICATIONSTATUS']._serialized_end=797
+  _globals['_REPLICASTATUS']._serialized_start=799
+  _globals['_REPLICASTATUS']._serialized_end=887
+  _globals['_SYSTEMSTATUS']._serialized_start=889
+  _globals['_SYSTEMSTATUS']._serialized_end=977
 # @@protoc_insertion_point(module_scope)

@@ -13,7 +13,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ReplicaDescription(_message.Message):
-    __slots__ = ("application", "deployment", "replica_id", "endpoint", "node", "pid", "device", "resident_bytes", "queue_length", "organ", "bundles", "problem", "arithmetic")
+    __slots__ = ("application", "deployment", "replica_id", "endpoint", "node", "pid", "device", "resident_bytes", "queue_length", "organ", "bundles", "problem", "arithmetic", "refusals")
     APPLICATION_FIELD_NUMBER: _ClassVar[int]
     DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
@@ -27,6 +27,7 @@ class ReplicaDescription(_message.Message):
     BUNDLES_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
     ARITHMETIC_FIELD_NUMBER: _ClassVar[int]
+    REFUSALS_FIELD_NUMBER: _ClassVar[int]
     application: str
     deployment: str
     replica_id: str
@@ -40,7 +41,18 @@ class ReplicaDescription(_message.Message):
     bundles: _containers.RepeatedCompositeFieldContainer[_expert_pb2.ResidentBundle]
     problem: str
     arithmetic: str
-    def __init__(self, application: _Optional[str] = ..., deployment: _Optional[str] = ..., replica_id: _Optional[str] = ..., endpoint: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., resident_bytes: _Optional[int] = ..., queue_length: _Optional[int] = ..., organ: _Optional[str] = ..., bundles: _Optional[_Iterable[_Union[_expert_pb2.ResidentBundle, _Mapping]]] = ..., problem: _Optional[str] = ..., arithmetic: _Optional[str] = ...) -> None: ...
+    refusals: _containers.RepeatedCompositeFieldContainer[Refusals]
+    def __init__(self, application: _Optional[str] = ..., deployment: _Optional[str] = ..., replica_id: _Optional[str] = ..., endpoint: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., resident_bytes: _Optional[int] = ..., queue_length: _Optional[int] = ..., organ: _Optional[str] = ..., bundles: _Optional[_Iterable[_Union[_expert_pb2.ResidentBundle, _Mapping]]] = ..., problem: _Optional[str] = ..., arithmetic: _Optional[str] = ..., refusals: _Optional[_Iterable[_Union[Refusals, _Mapping]]] = ...) -> None: ...
+
+class Refusals(_message.Message):
+    __slots__ = ("reason", "caller", "count")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    CALLER_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    caller: str
+    count: int
+    def __init__(self, reason: _Optional[str] = ..., caller: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()

@@ -2,13 +2,15 @@
 
 import asyncio
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echovlm_ray.fair_queue import FairQueue, FairSemaphore, FairThreads
+from echovlm_ray.fair_queue import RESTRICTED_S, SHARED_S, FairQueue, FairSemaphore, FairThreads
 
 
 def test_callers_take_turns_and_each_is_served_in_order() -> None:
@@ -97,6 +99,44 @@ def test_a_place_that_one_caller_may_not_have_is_free_for_another() -> None:
                 assert places.must_wait(b"b")
             assert not waiting.done()
         await waiting
+
+    asyncio.run(run())
+
+
+def test_a_caller_has_all_places_until_another_one_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        places = FairSemaphore(3, most_when_shared=2)
+        async with places.place(b"a"), places.place(b"a"), places.place(b"a"):
+            waiting = [asyncio.create_task(places.acquire(caller)) for caller in (b"a", b"b", b"b")]
+            await asyncio.sleep(0)
+        await asyncio.gather(*waiting)
+        places.release(b"b")
+        places.release(b"b")
+        await places.acquire(b"a")
+        assert places.must_wait(b"a")
+        assert not places.must_wait(b"b")
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + SHARED_S + 1)
+        assert not places.must_wait(b"a")
+        places.restrict(b"a")
+        assert places.must_wait(b"a")
+        monkeypatch.setattr(time, "monotonic", lambda: now + SHARED_S + RESTRICTED_S + 2)
+        assert not places.must_wait(b"a")
+
+    asyncio.run(run())
+
+
+@given(st.integers(1, 3), st.lists(st.sampled_from([b"a", b"b", b"c"]), max_size=40))
+def test_all_get_a_place_however_many_are_left_to_others(most: int, callers: list[bytes]) -> None:
+    async def run() -> None:
+        places = FairSemaphore(3, most_when_shared=most)
+
+        async def call(caller: bytes) -> None:
+            async with places.place(caller):
+                await asyncio.sleep(0)
+
+        async with asyncio.timeout(10):
+            await asyncio.gather(*[call(caller) for caller in callers])
 
     asyncio.run(run())
 

@@ -1,5 +1,6 @@
 """`echoray status`: the status of all parts, from Control. Needs only the client's packages."""
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -111,6 +112,9 @@ def _replica_as_dict(replica: "ReplicaDescription") -> dict[str, Any]:
         "organ": replica.organ,
         "problem": replica.problem,
         "arithmetic": replica.arithmetic,
+        "refusals": [
+            {"reason": refused.reason, "caller": refused.caller, "count": refused.count} for refused in replica.refusals
+        ],
         "bundles": [
             {
                 "digest": bundle.digest,
@@ -139,6 +143,9 @@ def _print(found: "GetStatusResponse") -> None:
     console.print(line(f"expert set {found.expert_set_id[:12]}" + (f" on {min(nodes)}" if len(nodes) == 1 else "")))
     for text in _arithmetic(found):
         console.print(line(text), soft_wrap=True)
+    for application in found.applications:
+        if refused := _refused(application):
+            console.print(line(f"{application.name} refused {refused}"), soft_wrap=True)
     for notice in found.notices:
         console.print(styled(line(notice), "red"), soft_wrap=True)
     for application in found.applications:
@@ -150,6 +157,15 @@ def _print(found: "GetStatusResponse") -> None:
                 console.print(line(f"{application.name}: {replica.problem}"), soft_wrap=True)
     for problem in found.problems:
         console.print(format_problem(problem), soft_wrap=True)
+
+
+def _refused(application: "ApplicationStatus") -> str:
+    """The calls that its replicas refused since they started, the most frequent reason first."""
+    counts: Counter[str] = Counter()
+    for replica in application.replicas:
+        for refused in replica.refusals:
+            counts[f"{refused.reason}{f' of {refused.caller}' if refused.caller else ''}"] += refused.count
+    return ", ".join(f"{count} ({what})" for what, count in counts.most_common())
 
 
 def _arithmetic(found: "GetStatusResponse") -> list[str]:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 # A decoded token takes a step of its own; prompt tokens are computed many at a time.
 PROMPT_TOKEN = 1.0
 DECODED_TOKEN = 2.0
+# A caller of which nothing is in a full batch gets the place of one that is so far ahead of it, in prompt tokens.
+TURN_LEAD = 64 * DECODED_TOKEN
 # The most by which a caller that had less than the others is preferred to them, in prompt tokens.
 MAX_CREDIT = 16_384.0
 
@@ -53,6 +55,10 @@ class ServiceCounters:
         """Sorts active callers: the one that was served least is first, then the one with the fewest sequences."""
         leader = max(self._served[other] for other in self._sequences)
         return max(self._served[caller], leader - MAX_CREDIT), self._sequences[caller]
+
+    def lead(self, caller: bytes, other: bytes) -> float:
+        """By how much more one active caller was served than another, in prompt tokens; below zero for less."""
+        return self._served[caller] - self._served[other]
 
     def is_ahead(self, caller: bytes, others: Iterable[bytes]) -> bool:
         """Whether a caller was served more than one of these active callers."""

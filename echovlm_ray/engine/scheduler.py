@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from echovlm_ray.engine.block_pool import BLOCK_SIZE, BlockContents, BlockPool
-from echovlm_ray.engine.fairness import ServiceCounters
+from echovlm_ray.engine.fairness import TURN_LEAD, ServiceCounters
 from echovlm_ray.engine.sequence import Sequence
+from echovlm_ray.engine.turns import Turns
 from echovlm_ray.errors import OverloadedError
 from router.errors import ExpertsUnavailableError
 
@@ -54,11 +55,12 @@ class Scheduler:
     the oldest always advances and all sequences finish. Background sequences have the lowest priority: they are last in
     a step, with a small piece of their prompts, are preempted first, and return to the end of the queue.
 
-    With several callers, this order applies to the sequences of each. Among callers, the one that was served least is
-    first, in admission (for which a caller with more sequences in the batch or more blocks is preempted) and in
-    prefill. A step has the prefill of one caller only, so that short prompts are not computed together with long ones
-    of others. A short prompt of that caller is computed without the others' tokens if those are more, at most in every
-    second step, so that its first token does not wait for a whole batch.
+    With several callers, this holds for the sequences of each. Among callers, the one that was served least is first:
+    to be admitted, for which a caller with more sequences in the batch or more blocks is preempted, and in prefill, of
+    which a step computes that of one caller only, so that short prompts are not computed beside long ones of others.
+    A short prompt of that caller is computed without the others' tokens if those are more, in every other step at most,
+    so that its first token does not wait for a whole batch. With more callers than places, their sequences take turns,
+    see `engine.turns`.
 
     A sequence whose experts do not answer is stalled: it does not count in the batch and is preempted before others, so
     that a lost organ does not delay other organs' requests. Tokens whose blocks were freed are recomputed.
@@ -87,6 +89,7 @@ class Scheduler:
         self.max_prefill_tokens = max_prefill_tokens
         self.prefix_reuse = prefix_reuse
         self._callers = ServiceCounters()
+        self.turns = Turns()
         self._shared_until = -math.inf
         # Whether the last step had only one caller while others were ready.
         self._was_exclusive = False
@@ -172,13 +175,21 @@ class Scheduler:
                 budget -= count
                 prefilling = caller
             chunks.append(Chunk(sequence, sequence.num_computed, end))
+        self._charge(chunks)
+        return chunks
+
+    def _charge(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:
-            if not chunk.sequence.request.background:
-                self._callers.charge(chunk.sequence.request.caller, chunk.end - chunk.start)
+            own = chunk.sequence
+            # What is computed again is no service to the caller.
+            count = chunk.end - max(chunk.start, own.num_served)
+            if count > 0 and not own.request.background:
+                self._callers.charge(own.request.caller, count)
+            own.num_served = max(own.num_served, chunk.end)
+        self.turns.computed(sum(chunk.end - chunk.start for chunk in chunks))
         if self._was_exclusive and chunks:
             # It delayed the others by the time of reading the weights, for any number of tokens.
             self._callers.charge(chunks[0].sequence.request.caller, BLOCK_SIZE)
-        return chunks
 
     def _turn(self, ready: list[Sequence], budget: int) -> list[Sequence]:
         """The sequences of the next step: only the first caller's, if the step is for a short prompt of it.
@@ -186,7 +197,8 @@ class Scheduler:
         Not for a caller with as many sequences as all others, which would gain little.
         """
         own = [sequence for sequence in ready if _owner(sequence) == _owner(ready[0])]
-        prompt = next((sequence for sequence in own if sequence.num_pending > 1 and sequence.block_table), None)
+        prompts = (sequence for sequence in own if sequence.num_pending > 1 and not sequence.num_generated)
+        prompt = next((sequence for sequence in prompts if sequence.block_table), None)
         fits = prompt is not None and prompt.num_pending <= min(budget, SHORT_PROMPT_TOKENS)
         self._was_exclusive = fits and len(own) < len(ready) - len(own) and not self._was_exclusive
         return own if self._was_exclusive else ready
@@ -270,6 +282,7 @@ class Scheduler:
             ready.append(sequence)
         self.waiting.remove(sequence)
         self.running.append(sequence)
+        sequence.num_generated_before = sequence.num_generated
         return True
 
     def _let_past(self, first: Sequence, ready: list[Sequence], now: float) -> None:
@@ -302,13 +315,39 @@ class Scheduler:
         return False, *self._callers.priority(sequence.request.caller)
 
     def _make_place(self, sequence: Sequence, ready: list[Sequence]) -> bool:
-        """Preempts a sequence of the caller with the most in the batch, if it then still has at least as many as this
-        one's.
+        """Preempts a sequence of the caller with the most in the batch, if it then still has as many as this one's.
+
+        Or else, for a caller that has none, one that has had its turn.
         """
         if not self._may_preempt(sequence, ready) or self.unavailable(sequence) is not None:
             return False
         places = Counter(_owner(other) for other in ready)
-        return self._preempt_for(sequence, ready, places, places[_owner(sequence)] + 2)
+        own = places[_owner(sequence)]
+        return self._preempt_for(sequence, ready, places, own + 2) or (not own and self._end_turn(sequence, ready))
+
+    def _end_turn(self, sequence: Sequence, ready: list[Sequence]) -> bool:
+        """Preempts the sequence of the caller that was served most, if it is ahead, had its turn, and makes room."""
+        needed = BlockPool.blocks_for(len(sequence.token_ids)) + len(ready)
+        leads = {other: self._callers.lead(other.request.caller, sequence.request.caller) for other in ready}
+        ahead = [
+            other
+            for other in ready
+            if leads[other] >= TURN_LEAD
+            and self.turns.is_over(other)
+            and self.pool.num_free + len(other.block_table) >= needed
+        ]
+        if not ahead:
+            return False
+        # If there is room for all that has begun, also when the batch has become as long as it can, it stays cached.
+        begun = [len(other.token_ids) for other in self.waiting if other.num_served and other is not sequence]
+        held = sum(map(BlockPool.blocks_for, begun)) + sum(BlockPool.blocks_for(other.max_tokens) for other in ready)
+        fits = self.prefix_reuse and held + needed <= self.pool.num_blocks
+        for victim in sorted(ahead, key=lambda other: -leads[other]):
+            if self.turns.end(victim, is_kept=fits and not victim.request.return_logits):
+                self._preempt(victim)
+                ready.remove(victim)
+                return True
+        return False
 
     def _make_blocks(self, sequence: Sequence, ready: list[Sequence]) -> bool:
         """Preempts a sequence of the caller with the most blocks, if it has more than an equal share."""
@@ -370,6 +409,8 @@ class Scheduler:
         sequence.reuse(reused, [dict(self.pool.contents(block).routed_pairs) for block in reused])
         sequence.block_table = [*reused, *blocks]
         self.prefix_hits += len(reused) * BLOCK_SIZE
+        if sequence.num_served:
+            self.turns.resume(sequence)
         return True
 
     def _reusable(self, sequence: Sequence) -> list[int]:

@@ -128,8 +128,12 @@ class Sequence:
     # In `time.monotonic` seconds.
     deadline: float
     prefix: PrefixKeys
-    # Tokens whose keys and values are in the cache.
+    # Tokens whose keys and values are in the cache, and those for which they were at any time.
     num_computed: int = 0
+    num_served: int = 0
+    # Tokens made when it was last admitted, and those to be computed again that were counted when its turn ended.
+    num_generated_before: int = 0
+    num_paid: float = 0.0
     block_table: list[int] = field(default_factory=list)
     # The number of (token, layer, expert) triples per organ for the tokens of each block.
     block_pairs: list[dict[str, int]] = field(default_factory=list)

@@ -111,6 +111,24 @@ def test_json_has_numbers_as_numbers() -> None:
     assert replica["bundles"][0]["resident_bytes"] == 3_400_000_000
 
 
+def test_calls_that_were_refused_are_told_by_reason_and_name() -> None:
+    response = healthy()
+    for replica, count in zip(response.applications[0].replicas, (2, 3), strict=True):
+        replica.refusals.add(reason="quota.concurrent", caller="night[bold]", count=count)
+    response.applications[0].replicas[0].refusals.add(reason="credentials", count=1)
+    with control(response) as address:
+        code, output = run("--control", address)
+        _, as_json = run("--json", "--control", address)
+    assert code == 0
+    assert "expert-heart refused 5 (quota.concurrent of night[bold]), 1 (credentials)" in output
+    replicas = json.loads(as_json)["applications"][0]["replicas"]
+    assert replicas[0]["refusals"] == [
+        {"reason": "quota.concurrent", "caller": "night[bold]", "count": 2},
+        {"reason": "credentials", "caller": "", "count": 1},
+    ]
+    assert replicas[1]["refusals"] == [{"reason": "quota.concurrent", "caller": "night[bold]", "count": 3}]
+
+
 def test_a_part_that_is_not_well_is_told_with_the_reason_and_by_the_exit_status() -> None:
     response = healthy()
     response.applications.add(name="vision", status="DEPLOY_FAILED", message="ValueError: no GPU [here]")

@@ -19,6 +19,7 @@ from experts.private_folder import private_folder, runtime_folder
 from protos import control_pb2, control_pb2_grpc, expert_pb2, expert_pb2_grpc, router_pb2, router_pb2_grpc
 from tests.running_system import RunningSystem
 
+needs_ss = pytest.mark.skipif(shutil.which("ss") is None, reason="it needs ss")
 OPERATING = Path(__file__).parents[2] / "docs" / "operating.md"
 
 
@@ -26,23 +27,55 @@ def family(system: RunningSystem) -> list[psutil.Process]:
     return [psutil.Process(system.process.pid), *psutil.Process(system.process.pid).children(recursive=True)]
 
 
-@pytest.mark.skipif(shutil.which("ss") is None, reason="it needs ss")
-def test_everything_listens_on_loopback_but_one_port_of_serve_in_each_replica(running_system: RunningSystem) -> None:
-    replicas = {
-        replica["pid"] for application in running_system.status()["applications"] for replica in application["replicas"]
-    }
-    pids = {process.pid for process in family(running_system)}
+def listening(system: RunningSystem) -> list[tuple[int, str, str]]:
+    """Process, address and port of all that a system listens on."""
+    pids = {process.pid for process in family(system)}
     found = []
     for line in subprocess.run(["ss", "-Hltnp"], capture_output=True, text=True, check=True).stdout.splitlines():
         owner = re.search(r"pid=(\d+)", line)
         if owner and int(owner[1]) in pids:
             host, _, port = line.split()[3].rpartition(":")
             found.append((int(owner[1]), host.strip("[]"), port))
+    return found
+
+
+def open_to_others(system: RunningSystem) -> list[tuple[int, str]]:
+    """Process and port of what does not listen on loopback."""
+    return sorted((pid, port) for pid, host, port in listening(system) if host == "*" or not is_loopback(host))
+
+
+def pids_of_replicas(system: RunningSystem) -> list[int]:
+    applications = system.status()["applications"]
+    return sorted(replica["pid"] for application in applications for replica in application["replicas"])
+
+
+@needs_ss
+def test_everything_listens_on_loopback_but_one_port_of_serve_in_each_replica(running_system: RunningSystem) -> None:
     # The gateway's and Control's, one of each of the eleven parts, and Ray's.
-    assert len(found) > 20
-    open_to_others = sorted(pid for pid, host, _ in found if host == "*" or not is_loopback(host))
+    assert len(listening(running_system)) > 20
     # Ray Serve has its replicas listen on all addresses and has no option for it; Ray's token guards that port.
-    assert open_to_others == sorted(replicas)
+    assert [pid for pid, _ in open_to_others(running_system)] == pids_of_replicas(running_system)
+
+
+@needs_ss
+def test_serve_runs_no_proxy_and_takes_short_messages_alone(running_system: RunningSystem) -> None:
+    assert not {"8000", "9000"} & {port for _, _, port in listening(running_system)}
+    assert not [process for process in family(running_system) if "Proxy" in " ".join(process.cmdline())]
+    before = pids_of_replicas(running_system)
+    for _, port in open_to_others(running_system):
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            codes = []
+            for method in ("HandleRequest", "HandleRequestWithRejection"):
+                for message in (bytes(5000), b"\xff" * 100, b""):
+                    with pytest.raises(grpc.RpcError) as refused:
+                        channel.unary_unary(f"/ray.serve.ASGIService/{method}")(message, timeout=9)
+                    codes.append(refused.value.code())
+        # Ray Serve parses a message before it asks for the token.
+        too_long, malformed, without_token = codes[:3]
+        assert too_long == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert malformed in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAUTHENTICATED)
+        assert without_token == grpc.StatusCode.UNAUTHENTICATED
+    assert pids_of_replicas(running_system) == before
 
 
 def documented_modes() -> dict[str, int]:

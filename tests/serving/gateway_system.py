@@ -87,7 +87,7 @@ async def gateway(
             service,
             "echovlm.v1.EchoVLM",
             service.admit,
-            dataclasses.replace(server_options(section), port=0),
+            dataclasses.replace(server_options(section, limits), port=0),
         ) as address,
         grpc.aio.insecure_channel(address) as channel,
     ):

@@ -1,7 +1,8 @@
 """The Prometheus metrics of the system, through Ray's metrics agent.
 
-Labels are organ, version, kind and the system's name: no request, caller or picture is in them. Their number is
-bounded: of versions, a process tells at most `MAX_VERSIONS` apart. Where no Ray runs, all of this does nothing.
+Labels are organ, version, kind, the system's name, and the names that an operator gave to callers: nothing of a
+request or a picture is in them, and nothing that a caller sends. Their number is bounded: of versions, a process tells
+at most `MAX_VERSIONS` apart. Where no Ray runs, all of this does nothing.
 
 Ray puts `ray_` before every name, and `_total` behind a counter's.
 """
@@ -114,6 +115,26 @@ class DecodingMetrics:
             if kind not in self._totals:
                 self._totals[kind] = _Total(self._files, {"kind": kind})
             self._totals[kind].reached(total)
+
+
+class RefusalMetrics:
+    """The calls of clients that a server refused."""
+
+    def __init__(self) -> None:
+        self._refused = _counter(
+            "echovlm_refused_calls",
+            "Calls of clients that were refused, by the reason in `kind`; `caller`: by its name in the configuration.",
+            ("kind", "caller"),
+        )
+        self._totals: dict[tuple[str, str], _Total] = {}
+
+    def update(self, counts: Mapping[tuple[str, str], int]) -> None:
+        """Takes how many there were since the start, by reason and name; see `serving.grpc.refusals`."""
+        for (reason, caller), total in counts.items():
+            if (reason, caller) not in self._totals:
+                labels = {"kind": reason, "caller": caller}
+                self._totals[reason, caller] = _Total(self._refused, labels)
+            self._totals[reason, caller].reached(total)
 
 
 class PartMetrics:

@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -41,6 +41,7 @@ class ReplicaStatusService(status_pb2_grpc.ReplicaStatusServicer):
         queue_length: Callable[[], int],
         bundles: Callable[[], Sequence[expert_pb2.ResidentBundle]] = tuple,
         problem: Callable[[], str] = str,
+        refusals: Callable[[], Mapping[tuple[str, str], int]] = dict,
     ) -> None:
         """Takes what is fixed, and callables for what changes."""
         self._identity = identity
@@ -48,6 +49,7 @@ class ReplicaStatusService(status_pb2_grpc.ReplicaStatusServicer):
         self._queue_length = queue_length
         self._bundles = bundles
         self._problem = problem
+        self._refusals = refusals
         self._process = psutil.Process()
 
     async def Describe(
@@ -69,4 +71,8 @@ class ReplicaStatusService(status_pb2_grpc.ReplicaStatusServicer):
             bundles=self._bundles(),
             problem=self._problem(),
             arithmetic=identity.arithmetic,
+            refusals=[
+                status_pb2.Refusals(reason=reason, caller=caller, count=count)
+                for (reason, caller), count in sorted(self._refusals().items())
+            ],
         )

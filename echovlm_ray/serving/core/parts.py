@@ -125,7 +125,8 @@ class GenerateParts:
         if self._under_way >= self.gateway.max_requests:
             raise OverloadedError(
                 f"{self._under_way} requests are under way and that is the limit (gateway.max_requests): "
-                "send the request again a little later"
+                "send the request again a little later",
+                reason="max_requests",
             )
         with self.quotas.place(caller):
             self._under_way += 1

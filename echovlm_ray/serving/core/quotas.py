@@ -106,6 +106,7 @@ class Quotas:
                 f"{self._reserved} of gateway.max_requests are for callers that have none: send the request again when "
                 "one has ended",
                 RETRY_PLACE_S,
+                reason="max_requests",
             )
 
     def charge(self, caller: Caller, num_tokens: int) -> None:
@@ -130,16 +131,19 @@ def _check(account: _Account) -> None:
             f"{account.under_way} requests of this caller are under way and that is the limit (quota.concurrent): "
             "send the request again when one has ended",
             RETRY_PLACE_S,
+            reason="quota.concurrent",
         )
     if wait_s := account.requests.wait_s(1):
         raise OverloadedError(
             f"this caller has sent {quota.requests_per_minute} requests within a minute and that is the limit "
             f"(quota.requests_per_minute): send the request again in {wait_s:.1f} seconds",
             wait_s,
+            reason="quota.requests_per_minute",
         )
     if wait_s := account.tokens.wait_s(1):
         raise OverloadedError(
             f"this caller has used its {quota.tokens_per_minute} tokens of a minute, prompts and answers together "
             f"(quota.tokens_per_minute): send the request again in {wait_s:.1f} seconds",
             wait_s,
+            reason="quota.tokens_per_minute",
         )

@@ -57,7 +57,7 @@ class GatewayReplica(Replica):
         router = RouterClient(endpoints.source(ROUTER), channels)
         shared = GenerateParts(processor, router, live.describe, gateway=section, limits=parsed.router)
         await shared.start()
-        public = server_options(section)
+        public = server_options(section, parsed.router)
         monitor = _monitor(self, parsed, served, endpoints, live, channels)
         decoding = DecodingMetrics()
         part = Part(

@@ -9,12 +9,12 @@ import ctypes
 import inspect
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from echovlm_ray.serving.cluster.endpoints import ADDRESS_KEY, PUBLIC_ADDRESS_KEY, REPLICA_KEY
-from echovlm_ray.serving.cluster.metrics import PartMetrics
+from echovlm_ray.serving.cluster.metrics import PartMetrics, RefusalMetrics
 from echovlm_ray.serving.cluster.replica_status import SERVICE_NAME, ReplicaIdentity, ReplicaStatusService
 from echovlm_ray.serving.cluster.settings import (
     ExpertGroupSettings,
@@ -102,6 +102,7 @@ class Replica:
     _part: Part | None = None
     _replica_id: str = ""
     _metrics: PartMetrics | None = None
+    _refusal_metrics: RefusalMetrics | None = None
     _grace_s: float = 0.0
     _seen_work: int = 0
     _worked_at: float = 0.0
@@ -129,13 +130,16 @@ class Replica:
             for service in public_services:
                 self._public.add(service.register, service.servicer, service.name, service.admit)
             await self._public.start()
+            self._refusal_metrics = RefusalMetrics()
         self._internal = inner_server(_host(settings.network), self._channels_of(settings).secret)
         for service in part.services:
             self._internal.add(service.register, service.servicer, service.name)
         identity = _identity(part, settings)
         self._replica_id = identity.replica_id
         self._metrics = PartMetrics("experts" if part.organ else identity.application, part.organ)
-        status = ReplicaStatusService(identity, self._endpoint, part.queue_length, part.bundles, part.problem)
+        status = ReplicaStatusService(
+            identity, self._endpoint, part.queue_length, part.bundles, part.problem, self._refusals
+        )
         self._internal.add(status_pb2_grpc.add_ReplicaStatusServicer_to_server, status, SERVICE_NAME)
         await self._internal.start()
 
@@ -160,6 +164,8 @@ class Replica:
             return
         try:
             self._metrics.update(part.queue_length(), part.bundles())
+            if self._refusal_metrics is not None:
+                self._refusal_metrics.update(self._refusals())
             part.measure()
         except Exception:
             # No request needs them.
@@ -190,6 +196,9 @@ class Replica:
         for server in (self._public, self._internal):
             if server is not None:
                 await server.set_health(service, serving)
+
+    def _refusals(self) -> Mapping[tuple[str, str], int]:
+        return {} if self._public is None else self._public.refusals.counts
 
     def _endpoint(self) -> str:
         server = self._public or self._internal
@@ -235,6 +244,9 @@ def environment_of(settings: ReplicaSettings) -> dict[str, str]:
     environment = {
         # One loop for Serve and for us: takes a fifth off a round trip.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        # Of Serve's own gRPC port, which listens on all addresses, receives a message before it asks for Ray's token,
+        # and is used by nothing here.
+        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "4096",
         # Large tensors come and go with every request; giving their memory back each time costs more than they do.
         "MALLOC_TRIM_THRESHOLD_": str(256 * 1024 * 1024),
         "MALLOC_MMAP_THRESHOLD_": str(256 * 1024 * 1024),

@@ -6,7 +6,7 @@ from typing import Any
 
 import grpc
 
-from echovlm_ray.config import GatewaySection
+from echovlm_ray.config import GatewaySection, RouterSection
 from echovlm_ray.errors import InvalidRequestError
 from echovlm_ray.events import Accepted, Text
 from echovlm_ray.serving.core.caller import current_caller
@@ -23,8 +23,8 @@ from protos import echovlm_pb2, echovlm_pb2_grpc
 GENERATING = ("Generate", "GenerateStream")
 
 
-def server_options(gateway: GatewaySection) -> ServerOptions:
-    """What the server listens on that clients call, and its limits."""
+def server_options(gateway: GatewaySection, router: RouterSection) -> ServerOptions:
+    """What the server listens on that clients call, and its limits. `router` says how long an answer may take."""
     return ServerOptions(
         gateway.host,
         gateway.port,
@@ -34,6 +34,9 @@ def server_options(gateway: GatewaySection) -> ServerOptions:
         max_received_bytes=gateway.max_received_bytes,
         idle_s=gateway.default_deadline_s,
         call_limit_s=gateway.default_deadline_s,
+        connection_s=gateway.max_connection_s,
+        connection_grace_s=max(gateway.default_deadline_s, router.max_request_s),
+        caller_names=frozenset(gateway.quotas),
     )
 
 

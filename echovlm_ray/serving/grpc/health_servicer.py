@@ -11,10 +11,26 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from echovlm_ray.errors import OverloadedError, UnknownServiceError
+from echovlm_ray.serving.core.caller import sender_of
+from echovlm_ray.serving.grpc.recycled import RecycledPlaces
 
+# When there are more, one of the caller with the most ends.
 MAX_WATCHERS = 1000
 
 Status = health_pb2.HealthCheckResponse
+
+
+class _Watcher:
+    """One call of Watch."""
+
+    def __init__(self) -> None:
+        self.news = asyncio.Event()
+        self.is_replaced = False
+
+    def replace(self) -> None:
+        """Ends the call: another one gets its place."""
+        self.is_replaced = True
+        self.news.set()
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
@@ -23,9 +39,8 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     def __init__(self) -> None:
         self._statuses: dict[str, int] = {"": Status.SERVING}
         self._ending = False
-        self._watchers = 0
-        # Replaced with every change; those who watch wait for it.
-        self._changed = asyncio.Event()
+        self._places = RecycledPlaces(MAX_WATCHERS)
+        self._watchers: set[_Watcher] = set()
 
     async def set(self, service: str, status: int) -> None:
         """Says so of a service from now on; after `enter_graceful_shutdown` nothing changes any more."""
@@ -68,21 +83,26 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         Raises:
             OverloadedError: too many watch.
         """
-        if self._watchers >= MAX_WATCHERS:
-            raise OverloadedError(f"{MAX_WATCHERS} callers watch the health of services, and that is the limit")
-        self._watchers += 1
+        watcher = _Watcher()
+        self._watchers.add(watcher)
         last = None
         try:
-            while True:
-                changed = self._changed
-                status = self._statuses.get(request.service, Status.SERVICE_UNKNOWN)
-                if status != last:
-                    last = status
-                    yield Status(status=status)
-                await changed.wait()
+            with self._places.place(sender_of(context), watcher.replace):
+                while not watcher.is_replaced:
+                    watcher.news.clear()
+                    status = self._statuses.get(request.service, Status.SERVICE_UNKNOWN)
+                    if status != last:
+                        last = status
+                        yield Status(status=status)
+                    await watcher.news.wait()
         finally:
-            self._watchers -= 1
+            self._watchers.discard(watcher)
+        raise OverloadedError(
+            f"{MAX_WATCHERS} calls watch the health of services, which is the limit, and one that came later got the "
+            "place of this one: watch again",
+            reason="health_checks",
+        )
 
     def _announce(self) -> None:
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
+        for watcher in self._watchers:
+            watcher.news.set()

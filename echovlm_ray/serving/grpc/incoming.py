@@ -13,7 +13,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from echovlm_ray.errors import DeadlineError, InvalidRequestError, MessageTooLargeError
-from echovlm_ray.serving.core.caller import current_caller
+from echovlm_ray.serving.core.caller import sender_of
 from echovlm_ray.serving.grpc.received_bytes import ReceivedBytes
 from experts.transport.fields import next_field
 
@@ -62,13 +62,13 @@ class Incoming:
         if self._received is None:
             raw = await context.read()
         else:
-            async with self._received.arrivals(of_checks=is_check).place(_sender(context)):
+            async with self._received.arrivals(of_checks=is_check).place(sender_of(context)):
                 raw = await context.read()
         if not isinstance(raw, bytes):
             raise InvalidRequestError("request", "did not come: the call ended without a message")
         raw = await self._inflated(raw)
         if self._received is not None:
-            self._received.hold(_sender(context), len(raw))
+            self._received.hold(sender_of(context), len(raw))
         return _parsed(raw, parse)
 
     async def each(self, context: "grpc.aio.ServicerContext[Any, Any]", parse: Parse) -> AsyncIterator[Any]:
@@ -79,7 +79,7 @@ class Incoming:
         """
         arrivals = None if self._received is None else self._received.arrivals(of_checks=False)
         while True:
-            async with nullcontext() if arrivals is None else arrivals.place(_sender(context)):
+            async with nullcontext() if arrivals is None else arrivals.place(sender_of(context)):
                 try:
                     async with asyncio.timeout(self._idle_s) as limit:
                         raw = await context.read()
@@ -97,11 +97,6 @@ class Incoming:
         if len(raw) <= SMALL_BYTES // 64:
             return inflate(raw, self._max_bytes)
         return await asyncio.to_thread(inflate, raw, self._max_bytes)
-
-
-def _sender(context: "grpc.aio.ServicerContext[Any, Any]") -> bytes:
-    """The caller, or the machine that the call comes from where it shows no credentials."""
-    return current_caller().id or context.peer().rpartition(":")[0].encode()
 
 
 def inflate(raw: bytes, max_bytes: int) -> bytes:

@@ -29,12 +29,14 @@ import grpc
 from google.rpc import code_pb2
 from grpc_status import rpc_status
 
-from echovlm_ray.errors import DeadlineError, ShuttingDownError
-from echovlm_ray.serving.core.caller import KnownToken, caller_of, set_caller
+from echovlm_ray.errors import DeadlineError, ShuttingDownError, UnauthenticatedError
+from echovlm_ray.serving.core.caller import KnownToken, caller_of, current_caller, sender_of, set_caller
 from echovlm_ray.serving.grpc.auth import BearerTokens
 from echovlm_ray.serving.grpc.errors import to_status
 from echovlm_ray.serving.grpc.incoming import Incoming
+from echovlm_ray.serving.grpc.open_calls import OpenCalls
 from echovlm_ray.serving.grpc.received_bytes import new_receipt
+from echovlm_ray.serving.grpc.refusals import Refusals
 from echovlm_ray.serving.grpc.request_id import REQUEST_ID_KEY, current_request_id, request_id_of, set_request_id
 
 logger = logging.getLogger(__name__)
@@ -142,6 +144,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         *,
         call_limit_s: float | None = None,
         certificates: bool = False,
+        open_calls: OpenCalls | None = None,
+        refusals: Refusals | None = None,
     ) -> None:
         """
         Args:
@@ -149,11 +153,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             incoming: takes in the messages.
             call_limit_s: of a call that says no deadline and ends by itself; None for no limit.
             certificates: whether clients show who they are by one.
+            open_calls: bounds those of one sender; None for callers that are parts of the system.
+            refusals: counts the calls that are refused.
         """
         self._tokens = tokens
         self._incoming = incoming if incoming is not None else Incoming(MAX_PARSED_BYTES)
         self._call_limit_s = call_limit_s
         self._certificates = certificates
+        self._open_calls = open_calls
+        self._refusals = refusals if refusals is not None else Refusals()
         self._places: dict[str, Admit] = {}
         self._wrapped: dict[str, grpc.RpcMethodHandler] = {}
         self._active = 0
@@ -255,6 +263,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             with ExitStack() as held:
                 token = self._admit(method, metadata)
                 set_caller(caller_of(token, _identities(context) if self._certificates else None))
+                if self._open_calls is not None:
+                    self._open_calls.enter(sender_of(context), context)
                 held.enter_context(self._place(method))
                 held.callback(new_receipt().release)
                 held.enter_context(self._counted(method))
@@ -265,8 +275,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         except grpc.aio.AbortError:
             raise
         except Exception as error:
+            self._refusals.add(error, current_caller().names)
             status = to_status(error)
-            if status.code == code_pb2.INTERNAL:
+            # Where gRPC itself could not send, the caller is gone. That is no failure, see `_send_initial_metadata`.
+            if status.code == code_pb2.INTERNAL and not isinstance(error, grpc.aio.InternalError):
                 logger.error("%s failed, request id %s\n%s", method, request_id, trace_without_text(error))
             converted = rpc_status.to_status(status)
             await context.abort(converted.code, converted.details, (*converted.trailing_metadata, *echo))
@@ -284,6 +296,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     def _admit(self, method: str, metadata: list[tuple[str, str | bytes]]) -> KnownToken | None:
         """Lets the call pass, or raises. Returns the token that it must end with, if there is one."""
         if method.startswith(HEALTH):
+            # A probe may carry a token, to be distinguished from what else comes from its address.
+            with suppress(UnauthenticatedError):
+                return None if self._tokens is None else self._tokens.check(metadata)
             return None
         token = None if self._tokens is None else self._tokens.check(metadata)
         if self._draining:

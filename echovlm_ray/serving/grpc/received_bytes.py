@@ -1,10 +1,10 @@
 """A bound on the bytes of requests in a server's memory, over all calls together.
 
 How long a message is shows only when it has come, so one that is arriving counts as the longest that there may be: a
-few places are given out, to one sender after the other. No sender gets all of them, and health checks, which carry no
-credentials, have their own. So a sender whose messages do not come keeps no other one waiting. A call that waits for a
-place costs no memory for its message, because nothing of it is read. When a message has come, its own length counts
-until the call ends or says that it is done with it.
+few places are given out, to one sender after the other. No sender gets all of them, and health checks, which need no
+credentials, have their own, see `CheckArrivals`. So a sender whose messages do not come keeps no other one waiting. A
+call that waits for a place costs no memory for its message, because nothing of it is read. When a message has come, its
+own length counts until the call ends or says that it is done with it.
 """
 
 import asyncio
@@ -15,16 +15,16 @@ from contextvars import ContextVar
 
 from echovlm_ray.errors import DeadlineError, OverloadedError
 from echovlm_ray.fair_queue import FairSemaphore
+from echovlm_ray.serving.grpc.recycled import RecycledPlaces
 
 # A message that takes longer to arrive than the first ends its call, and than the second while others wait for a place.
 ARRIVE_WITHIN_S = 300.0
 ARRIVE_WITHIN_BUSY_S = 10.0
-# The second, of a health check, whose message comes together with its headers.
-CHECK_WITHIN_BUSY_S = 1.0
 # Of the places and the bytes, one in so many is kept from each sender.
 RESERVED = 4
-# Places for health checks, besides the others.
-CHECKS = 2
+# Places for health checks, besides the others; and how long a message, which comes together with its headers, may take.
+CHECKS = 4
+CHECK_WITHIN_S = 10.0
 # Calls of one sender that may wait for a place.
 MAX_WAITING = 1000
 
@@ -101,7 +101,8 @@ class Arrivals:
             if limit.when() == busy_at:
                 raise OverloadedError(
                     f"the request did not arrive within {self._busy_s:g} seconds, while others waited to be received: "
-                    "send it again"
+                    "send it again",
+                    reason="received_bytes",
                 ) from None
             raise DeadlineError(f"the request did not arrive within {ARRIVE_WITHIN_S:g} seconds") from None
         finally:
@@ -112,7 +113,8 @@ class Arrivals:
         if self._waiting[sender] >= MAX_WAITING:
             raise OverloadedError(
                 f"{MAX_WAITING} requests of this caller wait to be received, and that is the limit: send the request "
-                "again when some have come"
+                "again when some have come",
+                reason="received_bytes",
             )
         self._waiting[sender] += 1
         self._hurry()
@@ -134,6 +136,46 @@ class Arrivals:
                 limit.reschedule(busy_at)
 
 
+class CheckArrivals:
+    """Places in which messages of health checks arrive. Belongs to one event loop.
+
+    A check never waits for one: if all are taken, another check ends, see `RecycledPlaces`.
+    """
+
+    def __init__(self, places: int) -> None:
+        self._places = RecycledPlaces(places)
+
+    @asynccontextmanager
+    async def place(self, sender: bytes) -> AsyncIterator[None]:
+        """To be held while one message is read.
+
+        Raises:
+            OverloadedError: it did not come before other checks did.
+            DeadlineError: it took too long.
+        """
+        limit = asyncio.timeout(CHECK_WITHIN_S)
+        replaced = False
+
+        def end() -> None:
+            nonlocal replaced
+            replaced = True
+            limit.reschedule(0)
+
+        try:
+            async with limit:
+                with self._places.place(sender, end):
+                    yield
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            if replaced:
+                raise OverloadedError(
+                    "the message of this health check had not arrived when others came: send it again",
+                    reason="health_checks",
+                ) from None
+            raise DeadlineError(f"the message did not arrive within {CHECK_WITHIN_S:g} seconds") from None
+
+
 class ReceivedBytes:
     """The budget of one server. Belongs to one event loop.
 
@@ -150,9 +192,9 @@ class ReceivedBytes:
         self._held: Counter[bytes] = Counter()
         places = max(1, max_bytes // 2 // max_message_bytes)
         self._arrivals = Arrivals(places, max(1, places - max(1, places // RESERVED)), ARRIVE_WITHIN_BUSY_S)
-        self._checks = Arrivals(CHECKS, CHECKS - 1, CHECK_WITHIN_BUSY_S)
+        self._checks = CheckArrivals(CHECKS)
 
-    def arrivals(self, *, of_checks: bool) -> Arrivals:
+    def arrivals(self, *, of_checks: bool) -> Arrivals | CheckArrivals:
         """Where the messages of health checks arrive, or all others."""
         return self._checks if of_checks else self._arrivals
 
@@ -166,13 +208,15 @@ class ReceivedBytes:
             raise OverloadedError(
                 f"requests of {self.held_bytes} bytes are under way, and with this one's {nbytes} there would be more "
                 f"than half of the {self._max_bytes} that the server keeps (max_received_bytes): send it again a "
-                "little later"
+                "little later",
+                reason="received_bytes",
             )
         if self._held[sender] + nbytes > self._max_held_by_one:
             raise OverloadedError(
                 f"requests of this caller of {self._held[sender]} bytes are under way, and with this one's {nbytes} "
                 f"there would be more than the {self._max_held_by_one} that the server keeps of one caller "
-                "(max_received_bytes, of which a part is for others): send it again a little later"
+                "(max_received_bytes, of which a part is for others): send it again a little later",
+                reason="received_bytes",
             )
         self.held_bytes += nbytes
         self._held[sender] += nbytes

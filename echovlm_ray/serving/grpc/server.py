@@ -16,8 +16,10 @@ from echovlm_ray.serving.grpc.certificates import CertificateFiles
 from echovlm_ray.serving.grpc.health_servicer import HealthServicer
 from echovlm_ray.serving.grpc.incoming import SERVER_OPTIONS, Incoming
 from echovlm_ray.serving.grpc.interceptor import Admit, CallInterceptor
+from echovlm_ray.serving.grpc.open_calls import OpenCalls
 from echovlm_ray.serving.grpc.received_bytes import ReceivedBytes
 from echovlm_ray.serving.grpc.reflection import add_reflection
+from echovlm_ray.serving.grpc.refusals import Refusals
 from experts.transport.inner_channel import INNER_MESSAGE_BYTES, KEEPALIVE_MS
 
 # What a message holds beside its payload.
@@ -47,6 +49,9 @@ class ServerOptions:
         max_received_bytes: of all requests in memory together; None for no limit.
         idle_s: a stream of requests that sends nothing for so long ends; None has it wait.
         call_limit_s: of a call that says no deadline, writing its answer included; None for no limit.
+        connection_s: after so long clients are asked to connect again; None for never.
+        connection_grace_s: what is still open of a connection after that and so long ends with it.
+        caller_names: that the configuration knows, beside those of the token file.
     """
 
     host: str = "127.0.0.1"
@@ -58,6 +63,9 @@ class ServerOptions:
     max_received_bytes: int | None = None
     idle_s: float | None = None
     call_limit_s: float | None = None
+    connection_s: float | None = None
+    connection_grace_s: float = 3600.0
+    caller_names: frozenset[str] = frozenset()
 
 
 class GrpcServer:
@@ -75,12 +83,15 @@ class GrpcServer:
         """
         tokens = BearerTokens(options.token_file) if options.token_file else None
         self._options = options
+        self.refusals = Refusals(lambda: options.caller_names | (tokens.names if tokens is not None else frozenset()))
         self._credentials = CertificateFiles(options.tls).credentials() if options.tls else None
         self._interceptor = CallInterceptor(
             tokens,
             _incoming(options),
             call_limit_s=options.call_limit_s,
             certificates=options.tls is not None and options.tls.client_authority is not None,
+            open_calls=None if options.max_received_bytes is None else OpenCalls(),
+            refusals=self.refusals,
         )
         self._server = grpc.aio.server(
             interceptors=[*first, self._interceptor],
@@ -95,6 +106,7 @@ class GrpcServer:
                 ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
                 ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
                 ("grpc.max_concurrent_streams", MAX_CALLS_PER_CONNECTION),
+                *_connection_age(options),
                 *SERVER_OPTIONS,
             ],
         )
@@ -170,6 +182,16 @@ class GrpcServer:
         except TimeoutError:
             pass
         await self._server.stop(LAST_WORDS_S)
+
+
+def _connection_age(options: ServerOptions) -> list[tuple[str, int]]:
+    """A call whose answer is not read stays in memory for as long as its connection does."""
+    if options.connection_s is None:
+        return []
+    return [
+        ("grpc.max_connection_age_ms", round(options.connection_s * 1000)),
+        ("grpc.max_connection_age_grace_ms", round(options.connection_grace_s * 1000)),
+    ]
 
 
 def _incoming(options: ServerOptions) -> Incoming:

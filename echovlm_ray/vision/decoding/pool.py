@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import signal
+import time
 from collections import Counter
 from typing import Literal
 
@@ -28,6 +29,8 @@ _SETTINGS_OF_LIBRARIES = {
     "MALLOC_TRIM_THRESHOLD_": str(64 * 1024 * 1024),
     "MALLOC_MMAP_THRESHOLD_": str(64 * 1024 * 1024),
 }
+# A caller of which a file took longer, in seconds, leaves one process to others for ten minutes.
+SLOW_S = 2.0
 # How often a file is tried whose decoder was killed from outside.
 ATTEMPTS = 2
 # After a decoder could not be started, the next try.
@@ -40,7 +43,8 @@ _CRASHED = "could not be decoded, because the decoder crashed on it; export it a
 class DecoderPool:
     """Decodes files, each in one of a few processes. Belongs to the event loop in which it was started.
 
-    Callers take turns; a caller's files wait for a process in the order in which they came.
+    Callers take turns; a caller's files wait for a process in the order in which they came. No caller holds all of
+    several processes while another one has sent files within the last minute, or after a file of its own took long.
     """
 
     def __init__(self, settings: DecoderSettings, *, processes: int, max_cpu_s: float) -> None:
@@ -52,7 +56,8 @@ class DecoderPool:
         """
         self._settings = settings
         self._processes = processes
-        self._places = FairSemaphore(processes)
+        # One is left to the other callers, who would wait for as long as `max_cpu_s` if one held all.
+        self._places = FairSemaphore(processes, most_when_shared=max(1, processes - 1))
         self._max_cpu_s = max_cpu_s
         self._server: ForkServer | None = None
         # None wakes those who wait when the pool is closed.
@@ -124,7 +129,12 @@ class DecoderPool:
             for _ in range(ATTEMPTS):
                 try:
                     async with self._places.place(caller):
-                        return await self._decode(content, request_id)
+                        began = time.monotonic()
+                        try:
+                            return await self._decode(content, request_id)
+                        finally:
+                            if time.monotonic() - began > SLOW_S:
+                                self._places.restrict(caller)
                 except DecoderEndedError as error:
                     if error.status is not None and -error.status not in _FROM_OUTSIDE:
                         self.outcomes["crash"] += 1

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 TIMEOUT_S = 40.0
 SAMPLE = re.compile(r"^ray_(echovlm_\w+)\{(.*)\} ([-+.e\d]+)$", re.MULTILINE)
 LABEL = re.compile(r'(\w+)="([^"]*)"')
-OURS = {"organ", "version", "kind", "system", "le"}
+OURS = {"organ", "version", "kind", "caller", "system", "le"}
 RAYS = {
     "Component",
     "NodeAddress",
@@ -39,7 +39,8 @@ from echovlm_ray.config import Config
 @ray.remote(num_cpus=0)
 class Part:
     def feed(self):
-        from echovlm_ray.serving.cluster.metrics import ControlMetrics, DecodingMetrics, PartMetrics, RouterMetrics
+        from echovlm_ray.serving.cluster.metrics import ControlMetrics, DecodingMetrics, PartMetrics
+        from echovlm_ray.serving.cluster.metrics import RefusalMetrics, RouterMetrics
         from protos.expert_pb2 import ResidentBundle
 
         router, control, part = RouterMetrics(), ControlMetrics(), PartMetrics("experts", "heart")
@@ -58,8 +59,11 @@ class Part:
         decoding = DecodingMetrics()
         decoding.update(4, {"ok": 5})
         decoding.update(2, {"ok": 7, "limit": 1})
+        refusals = RefusalMetrics()
+        refusals.update({("credentials", ""): 1, ("quota.concurrent", "ward"): 1})
+        refusals.update({("credentials", ""): 4, ("quota.concurrent", "ward"): 2})
         # The registered metrics must outlive this call.
-        self.kept = router, control, part, decoding
+        self.kept = router, control, part, decoding, refusals
 
 with local_ray(Config()):
     part = Part.remote()
@@ -77,7 +81,7 @@ def scrape(address: str) -> dict[tuple[str, ...], float]:
     for name, labels, value in SAMPLE.findall(text):
         ours = dict(LABEL.findall(labels))
         assert set(ours) <= OURS | RAYS, labels
-        key = (name, *(ours[label] for label in ("organ", "version", "kind", "le") if label in ours))
+        key = (name, *(ours[label] for label in ("organ", "version", "kind", "caller", "le") if label in ours))
         found[key] = found.get(key, 0.0) + float(value)
     return found
 
@@ -111,6 +115,8 @@ def test_what_the_parts_say_is_scraped_with_its_labels() -> None:
     assert found["echovlm_decoding_queue",] == 2
     assert found["echovlm_decoded_files_total", "ok"] == 7
     assert found["echovlm_decoded_files_total", "limit"] == 1
+    refused = {key[1:]: value for key, value in found.items() if key[0] == "echovlm_refused_calls_total"}
+    assert refused == {("credentials", ""): 4, ("quota.concurrent", "ward"): 2}
     assert found["echovlm_seconds_per_token_count", "heart", "1.0.0"] == 1
     assert found["echovlm_seconds_per_token_bucket", "heart", "1.0.0", "0.01"] == 0
     assert found["echovlm_seconds_per_token_bucket", "heart", "1.0.0", "0.025"] == 1

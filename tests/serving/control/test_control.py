@@ -371,7 +371,10 @@ async def test_status_gathers_what_every_replica_says_of_itself() -> None:
     bundle = expert_pb2.ResidentBundle(digest="d", name="n", version="1.2.0", resident_bytes=2**40, kernel="reference")
     identity = ReplicaIdentity("expert-heart", "ExpertGroup", "r1", device="cpu", organ="heart")
     replica = GrpcServer(ServerOptions())
-    described = ReplicaStatusService(identity, lambda: replica.address, lambda: 7, lambda: [bundle])
+    refused = {("credentials", ""): 3, ("max_requests", "ward"): 1}
+    described = ReplicaStatusService(
+        identity, lambda: replica.address, lambda: 7, lambda: [bundle], refusals=lambda: refused
+    )
     replica.add(status_pb2_grpc.add_ReplicaStatusServicer_to_server, described, SERVICE_NAME)
     await replica.start()
     silent = GrpcServer(ServerOptions())
@@ -397,6 +400,7 @@ async def test_status_gathers_what_every_replica_says_of_itself() -> None:
     assert (heart.name, heart.status) == ("expert-heart", "RUNNING")
     assert (vision.name, vision.status, vision.message) == ("vision", "DEPLOY_FAILED", "no GPU")
     answering, not_answering = heart.replicas
+    assert {(each.reason, each.caller): each.count for each in answering.refusals} == refused
     assert answering.endpoint == replica.address
     assert answering.organ == "heart"
     assert answering.queue_length == 7

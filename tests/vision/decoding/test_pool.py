@@ -95,6 +95,33 @@ async def test_large_files_and_small_ones_take_turns() -> None:
             assert np.array_equal(frame, SCALING.apply(picture(*size)))
 
 
+async def test_a_caller_whose_files_take_long_leaves_a_process_to_the_others() -> None:
+    async def decode_of(caller: bytes, content: bytes) -> None:
+        await pool.decode(content, field=FIELD, caller=caller)
+
+    async with running_pool(processes=2) as pool:
+        await decode_of(b"other", png())
+        flood = [asyncio.create_task(decode_of(b"flood", large_png())) for _ in range(4)]
+        await until_async(lambda: pool.queue_length == 4)
+        for _ in range(3):
+            await decode_of(b"other", png())
+        assert not any(task.done() for task in flood)
+        await asyncio.gather(*flood)
+
+
+async def test_a_caller_with_a_slow_file_leaves_a_process_also_before_another_one_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("echovlm_ray.vision.decoding.pool.SLOW_S", 0.05)
+    async with running_pool(processes=2) as pool:
+        await pool.decode(large_png(), field=FIELD, caller=b"flood")
+        flood = [asyncio.create_task(pool.decode(large_png(), field=FIELD, caller=b"flood")) for _ in range(4)]
+        await until_async(lambda: pool.queue_length == 4)
+        await pool.decode(png(), field=FIELD, caller=b"other")
+        assert not any(task.done() for task in flood)
+        await asyncio.gather(*flood)
+
+
 async def test_processor_time_is_limited_and_a_process_replaced() -> None:
     async with running_pool(max_cpu_s=0.2) as pool:
         (before,) = pool.process_ids
