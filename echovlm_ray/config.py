@@ -267,7 +267,8 @@ class ControlSection(Section):
     tls: TLSSection | None = None
     # When set, a call must carry "authorization: Bearer <token>" with one of the lines of this file.
     token_file: Path | None = None
-    # When pushes over a slow line are cut off, raise it: seconds without a further piece of the bundle.
+    # When pushes over a slow line are cut off, raise it: seconds without a further piece of the bundle, or with less
+    # than 64 KiB of it.
     push_idle_s: PositiveFloat = 30.0
     # When Ray refuses to place Control, lower it. There is one replica, always: it is the only writer of what is live.
     num_cpus: NonNegativeFloat = 0.1
