@@ -251,7 +251,8 @@ class ControlSection(Section):
     tls: TLSSection | None = None
     # When set, a call must carry "authorization: Bearer <token>" with one of the lines of this file.
     token_file: Path | None = None
-    # When pushes over a slow connection are cancelled, raise it: seconds without data.
+    # When pushes over a slow line are cut off, raise it: seconds without a further piece of the bundle, or with less
+    # than 64 KiB of it.
     push_idle_s: PositiveFloat = 30.0
     # When Ray cannot place Control, lower it. There is always one replica, because it is the only writer of the live
     # set.

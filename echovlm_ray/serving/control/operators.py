@@ -52,7 +52,9 @@ async def operator_service(
         operations = RolloutOperations(store, parts.fleet, settings.rollouts, version_of, parts.evaluator)
     check = ReplayCheck(parts.registry, signature_policy(settings.experts).admit, version_of)
     replays = Replays(store, parts.fleet, parts.leases, parts.controller, check, settings.rollouts)
-    pushes = PushReceiver(parts.registry, parts.files.incoming, settings.rollouts.max_push_bytes)
+    pushes = PushReceiver(
+        parts.registry, parts.files.incoming, settings.rollouts.max_push_bytes, settings.control.push_idle_s
+    )
     await asyncio.to_thread(pushes.clear)
     service = ExpertControlService(
         store,

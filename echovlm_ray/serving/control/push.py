@@ -7,10 +7,11 @@ import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
+from math import inf
 from pathlib import Path
 from typing import BinaryIO
 
-from echovlm_ray.errors import InvalidRequestError, OverloadedError
+from echovlm_ray.errors import DeadlineError, InvalidRequestError, OverloadedError
 from echovlm_ray.serving.core.caller import current_caller
 from experts.bundles.bundle import MAX_SIGNATURE_BYTES, SIGNATURE_NAME
 from experts.bundles.manifest import MANIFEST_NAME, FileEntry, Manifest
@@ -24,6 +25,10 @@ MAX_FILES = 1000
 # Concurrent pushes of one operator, and of all.
 MAX_PUSHES_OF_ONE = 4
 MAX_PUSHES = 16
+# Of those of all, for operators that push nothing else at the moment.
+RESERVED_PUSHES = 4
+# So much must come in the time after which a silent push ends: a byte now and then would keep its place for ever.
+MIN_PROGRESS_BYTES = 64 * 1024
 RETRY_AFTER_S = 5.0
 DRAIN_S = 1.0
 
@@ -31,11 +36,18 @@ DRAIN_S = 1.0
 class PushReceiver:
     """Receives bundles and adds them to the registry. For one event loop."""
 
-    def __init__(self, registry: Registry, incoming: Path, max_bytes: int) -> None:
-        """Takes the registry, a folder for incoming bundles, and the size limit of a bundle."""
+    def __init__(self, registry: Registry, incoming: Path, max_bytes: int, idle_s: float = inf) -> None:
+        """
+        Args:
+            registry: where bundles go.
+            incoming: a folder of its own for those that are on their way.
+            max_bytes: the most bytes of one.
+            idle_s: a push that brings less than `MIN_PROGRESS_BYTES` in so long ends.
+        """
         self._registry = registry
         self._incoming = incoming
         self._max_bytes = max_bytes
+        self._idle_s = idle_s
         self._pushes: Counter[bytes] = Counter()
 
     def clear(self) -> None:
@@ -49,30 +61,39 @@ class PushReceiver:
             Its manifest, after the registry has it.
 
         Raises:
-            InvalidRequestError: the messages are out of order, or do not match the manifest.
-            InvalidBundleError: the bundle is invalid, or the registry has another one of its organ and version.
-            OverloadedError: too many pushes are running.
-            RegistryError: writing to the folder or the registry failed.
+            InvalidRequestError: the messages are not in order, or are not what the manifest says.
+            InvalidBundleError: the bundle is not one, or the registry has another one of its organ and version.
+            OverloadedError: others are being pushed.
+            DeadlineError: it comes too slowly.
+            RegistryError: nothing can be written here or there.
         """
-        operator = current_caller().id
-        if self._pushes[operator] >= MAX_PUSHES_OF_ONE:
-            raise OverloadedError(
-                f"{MAX_PUSHES_OF_ONE} bundles are being pushed with these credentials already; push it later",
-                RETRY_AFTER_S,
-            )
-        if self._pushes.total() >= MAX_PUSHES:
-            raise OverloadedError(f"{MAX_PUSHES} bundles are being pushed already; push it later", RETRY_AFTER_S)
-        self._pushes[operator] += 1
         try:
-            with self._folder() as folder:
+            with self._place(), self._folder() as folder:
                 try:
-                    await self._fill(folder, requests)
+                    await self._fill(folder, _in_time(requests, self._idle_s))
                 except OSError as error:
                     raise _cannot_write(self._incoming, error) from None
                 return await asyncio.to_thread(self._into_registry, folder)
         except Exception:
             await _drain(requests)
             raise
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        operator = current_caller().id
+        own, total = self._pushes[operator], self._pushes.total()
+        if own >= MAX_PUSHES_OF_ONE:
+            raise OverloadedError(
+                f"{MAX_PUSHES_OF_ONE} bundles are being pushed with these credentials already; push it later",
+                RETRY_AFTER_S,
+            )
+        if total >= MAX_PUSHES or (own and total >= MAX_PUSHES - RESERVED_PUSHES):
+            raise OverloadedError(
+                f"{total} bundles are being pushed already, {own} with these credentials; push it later", RETRY_AFTER_S
+            )
+        self._pushes[operator] += 1
+        try:
+            yield
         finally:
             self._pushes -= Counter([operator])
 
@@ -160,6 +181,30 @@ def _cannot_write(folder: Path, error: OSError) -> RegistryError:
         f"Control cannot write into {folder}: {error.strerror or type(error).__name__}; let the user who runs it write "
         "there, on a file system that is not mounted read-only"
     )
+
+
+async def _in_time(
+    requests: AsyncIterator[control_pb2.PushRequest], idle_s: float
+) -> AsyncIterator[control_pb2.PushRequest]:
+    """The messages of a push, as long as it makes progress.
+
+    Raises:
+        DeadlineError: it does not.
+    """
+    loop = asyncio.get_running_loop()
+    waited_s, nbytes, begun = 0.0, 0, loop.time()
+    async for request in requests:
+        waited_s += loop.time() - begun
+        nbytes += request.ByteSize()
+        if nbytes >= MIN_PROGRESS_BYTES:
+            waited_s, nbytes = 0.0, 0
+        elif waited_s > idle_s:
+            raise DeadlineError(
+                f"only {nbytes} bytes were sent in {idle_s:g} seconds, and {MIN_PROGRESS_BYTES} must be"
+            )
+        yield request
+        # Writing it to the disk is not the sender's time.
+        begun = loop.time()
 
 
 async def _drain(requests: AsyncIterator[control_pb2.PushRequest]) -> None:

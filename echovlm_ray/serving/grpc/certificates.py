@@ -1,9 +1,11 @@
 """The certificates of a TLS server: checked before they are used, and reloaded when they change."""
 
 import logging
+import os
 import ssl
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -80,14 +82,24 @@ class CertificateFiles:
             _check_dates(contents[2], f"{self._name}.client_authority {self._authority}", any)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
-            # A key that is encrypted would ask for its password on the terminal.
-            context.load_cert_chain(self._tls.certificate, self._tls.key, password=lambda: b"")
+            with _in_memory(contents[1]) as certificate, _in_memory(contents[0]) as key:
+                # A key that is encrypted would ask for its password on the terminal.
+                context.load_cert_chain(certificate, key, password=lambda: b"")
         except (ssl.SSLError, OSError, ValueError) as error:
             reason = getattr(error, "reason", None) or error
             raise ValueError(
                 f"{self._name}.certificate {self._tls.certificate} and {self._name}.key {self._tls.key} cannot be used "
                 f"together: {reason}; both must be PEM and belong together, and the key must have no password"
             ) from None
+
+
+@contextmanager
+def _in_memory(content: bytes) -> Iterator[str]:
+    """A path for what was read: `ssl` loads nothing else, and the file may hold something else by now."""
+    with open(os.memfd_create("tls"), "wb") as file:
+        file.write(content)
+        file.flush()
+        yield f"/proc/self/fd/{file.fileno()}"
 
 
 def _configuration(contents: tuple[bytes, ...]) -> grpc.ServerCertificateConfiguration:

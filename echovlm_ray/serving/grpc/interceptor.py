@@ -261,7 +261,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         context.set_trailing_metadata(echo)
         try:
             with ExitStack() as held:
-                token = self._admit(method, metadata)
+                token = await self._admit(method, metadata)
                 set_caller(caller_of(token, _identities(context) if self._certificates else None))
                 if self._open_calls is not None:
                     self._open_calls.enter(sender_of(context), context)
@@ -293,14 +293,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         admit = self._places.get(method.rpartition("/")[0].lstrip("/"))
         return nullcontext() if admit is None else admit(method)
 
-    def _admit(self, method: str, metadata: list[tuple[str, str | bytes]]) -> KnownToken | None:
+    async def _admit(self, method: str, metadata: list[tuple[str, str | bytes]]) -> KnownToken | None:
         """Lets the call pass, or raises. Returns the token that it must end with, if there is one."""
         if method.startswith(HEALTH):
             # A probe may carry a token, to be distinguished from what else comes from its address.
             with suppress(UnauthenticatedError):
                 return None if self._tokens is None else self._tokens.check(metadata)
             return None
-        token = None if self._tokens is None else self._tokens.check(metadata)
+        token = None if self._tokens is None else await self._tokens.admit(metadata)
         if self._draining:
             raise ShuttingDownError("this replica is shutting down; send the request again, another one will answer")
         return token

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from echovlm_ray.config import TLSSection
+from echovlm_ray.serving.grpc import certificates
 from echovlm_ray.serving.grpc.certificates import CertificateFiles
+from echovlm_ray.serving.grpc.private_file import read_private
 from echovlm_ray.serving.grpc.server import GrpcServer, ServerOptions
 from tests.certificates import write_certificates
 
@@ -90,6 +92,25 @@ def test_a_key_that_others_can_read_is_refused_with_what_to_type(directory: Path
 def serial_of(server: GrpcServer) -> str:
     port = int(server.address.rpartition(":")[2])
     return ssl.get_server_certificate(("127.0.0.1", port), timeout=10)
+
+
+def test_what_was_read_is_checked_and_not_what_has_taken_its_place_since(
+    directory: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path_factory.mktemp("other")
+    write_certificates(other)
+    files = CertificateFiles(section(directory, authority=False))
+
+    def read_and_replace(path: Path, field: str) -> bytes:
+        content = read_private(path, field)
+        for name in ("server.pem", "server.key"):
+            shutil.copy(other / name, directory / name)
+        return content
+
+    monkeypatch.setattr(certificates, "read_private", read_and_replace)
+    # The old key, and the certificate of the new one.
+    assert files.changed() is None
+    assert files.changed() is not None
 
 
 async def test_new_connections_get_the_certificate_of_this_moment(
