@@ -6,9 +6,10 @@ import secrets
 from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grpc
+if TYPE_CHECKING:
+    import grpc
 
 # Of this process alone: what is made with it means nothing to other processes, or after a restart.
 _SECRET = secrets.token_bytes(32)

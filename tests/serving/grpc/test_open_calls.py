@@ -56,15 +56,13 @@ async def test_calls_that_are_not_read_end_with_the_age_of_their_connection(
     model = Model()
     model.places = 100
     async with (
-        serving(model, call_limit_s=60.0, connection_s=1.5, connection_grace_s=1.0) as server,
+        serving(model, call_limit_s=60.0, connection_s=3.0, connection_grace_s=1.0) as server,
         grpc.aio.insecure_channel(server.address, DEAF) as deaf,
     ):
         counted = open_of(server)
-        calls = unread(deaf, 64)
-        await until_async(lambda: model.taken == 64)
-        await until_async(lambda: not model.taken)
+        calls = unread(deaf, 16)
         # They have lost their places, and are still in memory.
-        assert counted.count(b"ipv4:127.0.0.1") == 64
+        await until_async(lambda: counted.count(b"ipv4:127.0.0.1") == 16 and not model.taken)
         await until_async(lambda: counted.count(b"ipv4:127.0.0.1") == 0)
         assert not counted._open
         assert {await call.code() for call in calls} == {grpc.StatusCode.UNAVAILABLE}
@@ -107,8 +105,7 @@ async def test_a_sender_has_so_many_open_calls_and_others_have_theirs(
         grpc.aio.insecure_channel(server.address) as channel,
     ):
         calls = unread(deaf, 5, metadata=bearer("one"))
-        await until_async(lambda: model.taken == 5)
-        await until_async(lambda: not model.taken)
+        await until_async(lambda: sum(open_of(server)._open.values()) == 5 and not model.taken)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await method(channel)(prompt("abc"), metadata=bearer("one"))
         assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
