@@ -9,7 +9,7 @@ from echovlm_ray.serving.cluster.deployments.replica import REST_S, Part, Replic
 def test_free_memory_goes_back_once_after_every_burst_of_work(monkeypatch: pytest.MonkeyPatch) -> None:
     returned: list[tuple[int, int]] = []
     work = queued = second = 0
-    monkeypatch.setattr(replica, "_return_free_memory", lambda: returned.append((second, work)))
+    monkeypatch.setattr(replica, "return_free_memory", lambda: returned.append((second, work)))
     monkeypatch.setattr(replica.time, "monotonic", lambda: 100.0 + second)
     each = Replica()
     each._part = Part(services=[], queue_length=lambda: queued, work_done=lambda: work)
@@ -25,7 +25,3 @@ def test_a_part_that_stopped_working_is_replaced() -> None:
     each._part = Part(services=[], queue_length=lambda: 0, healthy=lambda: False)
     with pytest.raises(RuntimeError, match="stopped working"):
         each.check_health()
-
-
-def test_memory_can_be_given_back_here() -> None:
-    replica._return_free_memory()
