@@ -1,5 +1,7 @@
 """What all replicas do beside serving."""
 
+import weakref
+
 import pytest
 
 from echovlm_ray.serving.cluster.deployments import replica
@@ -18,6 +20,22 @@ def test_free_memory_goes_back_once_after_every_burst_of_work(monkeypatch: pytes
     for second, (work, queued) in enumerate(seconds):  # noqa: B007 - the part and the trim read them
         each.check_health()
     assert returned == [(9 + REST_S, 9), (25 + REST_S, 12)]
+
+
+def test_what_a_burst_of_work_left_in_cycles_is_freed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Node:
+        def __init__(self) -> None:
+            self.itself = self
+
+    freed: list[bool] = []
+    left = weakref.ref(Node())
+    monkeypatch.setattr(replica, "return_free_memory", lambda: freed.append(left() is None))
+    monkeypatch.setattr(replica, "REST_S", 0.0)
+    each = Replica()
+    each._part = Part(services=[], queue_length=lambda: 0, work_done=lambda: 1)
+    for _ in range(2):
+        each.check_health()
+    assert freed == [True]
 
 
 def test_a_part_that_stopped_working_is_replaced() -> None:

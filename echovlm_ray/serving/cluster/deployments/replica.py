@@ -5,6 +5,7 @@ in a process of its own for every application that it builds, and an expert grou
 libraries.
 """
 
+import gc
 import inspect
 import logging
 import time
@@ -121,6 +122,9 @@ class Replica:
         public_services: Sequence[Service] = (),
     ) -> None:
         """Serves the part to the other parts on a port of its own, and to clients on the public one if there is one."""
+        # Libraries' objects stay, hundreds of thousands of them: a collection that looks at them all stops requests for
+        # tenths of a second.
+        gc.freeze()
         # What loading left behind: with the thresholds of `environment_of`, malloc would keep it for good.
         return_free_memory()
         self._part = part
@@ -172,6 +176,7 @@ class Replica:
             self._seen_work, self._worked_at = work_done, now
         elif work_done != self._rested_after and now - self._worked_at >= REST_S:
             self._rested_after = work_done
+            gc.collect()
             return_free_memory()
 
     async def __del__(self) -> None:
