@@ -1,5 +1,6 @@
 """What all replicas do beside serving."""
 
+import time
 import weakref
 
 import pytest
@@ -12,7 +13,7 @@ def test_free_memory_goes_back_once_after_every_burst_of_work(monkeypatch: pytes
     returned: list[tuple[int, int]] = []
     work = queued = second = 0
     monkeypatch.setattr(replica, "return_free_memory", lambda: returned.append((second, work)))
-    monkeypatch.setattr(replica.time, "monotonic", lambda: 100.0 + second)
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0 + second)
     each = Replica()
     each._part = Part(services=[], queue_length=lambda: queued, work_done=lambda: work)
     # At each second: all work until then, and what is under way.
