@@ -39,8 +39,8 @@ EXPERT = "expert-"
 MAX_EXPERT_RATIO, MAX_START_RATIO, MAX_WHOLE_GB = 1.1, 1.3, 3.2
 START_LIMIT_S = 300.0
 POLL_S = 0.1
-# After the first answer: parts give memory back at their next looks, once a second.
-SETTLE_S = 10.0
+# After the first answer: parts that have rested for five seconds give memory back.
+SETTLE_S = 12.0
 SHOWN_PACKAGES = 8
 
 
@@ -151,7 +151,7 @@ def report(demo: Sequence[Measured], floor: Sequence[Measured], profiles: dict[s
         describe(),
         f"{len(demo)} starts of each, in turn, already installed; demo checkpoint, echocardiogram of 30 frames. The "
         "floor is as many empty replicas of Ray Serve, which import torch and start a gRPC server, with the same "
-        "settings. Memory is that of the last start, ten seconds after the first answer; proportional: a page that "
+        "settings. Memory is that of the last start, twelve seconds after the first answer; proportional: a page that "
         "several processes share is divided among them.",
         *(["pandas is installed here, which Ray Serve then imports in every process."] if find_spec("pandas") else []),
         "",

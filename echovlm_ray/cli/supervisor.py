@@ -6,6 +6,7 @@ processes that it started are ended.
 """
 
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -55,6 +56,8 @@ def supervised(
         _kill_family()
         leave()
 
+    # Both processes share what is there now as long as neither writes to it, which a collector would.
+    gc.freeze()
     request = StopRequest(lambda: _tell(writer), end_at_once)
     with request.listening():
         while True:

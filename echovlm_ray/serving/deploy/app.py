@@ -14,6 +14,7 @@ from ray.serve import RunTarget
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from echovlm_ray.config import Config
+from echovlm_ray.free_memory import return_free_memory
 from echovlm_ray.serving.cluster import serve_api
 from echovlm_ray.serving.cluster.endpoints import Endpoints
 from echovlm_ray.serving.cluster.ownership import (
@@ -159,6 +160,7 @@ def serve_system(
             control = endpoints.replicas(CONTROL)[0].public_address
             start_s = time.monotonic() - started_at
             unanswered = _unanswered(channels, endpoints.of(GATEWAY)[0], served.organs)
+            return_free_memory()
             yield RunningSystem(gateways, control, served, start_s, channels, unanswered)
         finally:
             watch.stop_asking()

@@ -5,7 +5,7 @@ in a process of its own for every application that it builds, and an expert grou
 libraries.
 """
 
-import ctypes
+import gc
 import inspect
 import logging
 import time
@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from echovlm_ray.free_memory import return_free_memory
 from echovlm_ray.serving.cluster.endpoints import ADDRESS_KEY, PUBLIC_ADDRESS_KEY, REPLICA_KEY
 from echovlm_ray.serving.cluster.metrics import PartMetrics, RefusalMetrics
 from echovlm_ray.serving.cluster.replica_status import SERVICE_NAME, ReplicaIdentity, ReplicaStatusService
@@ -122,7 +123,11 @@ class Replica:
         public_services: Sequence[Service] = (),
     ) -> None:
         """Serves the part to the other parts on a port of its own, and to clients on the public one if there is one."""
-        _return_free_memory()
+        # Libraries' objects stay, hundreds of thousands of them: a collection that looks at them all stops requests for
+        # tenths of a second.
+        gc.freeze()
+        # What loading left behind: with the thresholds of `environment_of`, malloc would keep it for good.
+        return_free_memory()
         self._part = part
         self._grace_s = max(0.0, settings.serve.graceful_shutdown_timeout_s - STOP_RESERVE_S)
         if public is not None:
@@ -177,7 +182,8 @@ class Replica:
             self._seen_work, self._worked_at = work_done, now
         elif work_done != self._rested_after and now - self._worked_at >= REST_S:
             self._rested_after = work_done
-            _return_free_memory()
+            gc.collect()
+            return_free_memory()
 
     async def __del__(self) -> None:
         """Called by Ray Serve before the process ends: calls under way finish, within the grace time."""
@@ -250,12 +256,11 @@ def environment_of(settings: ReplicaSettings) -> dict[str, str]:
         # Large tensors come and go with every request; giving their memory back each time costs more than they do.
         "MALLOC_TRIM_THRESHOLD_": str(256 * 1024 * 1024),
         "MALLOC_MMAP_THRESHOLD_": str(256 * 1024 * 1024),
+        # One heap for all threads wastes least, and few of them are at work at once. A router's tokens/s are the same
+        # with one heap, two, four, or as many as malloc likes.
+        "MALLOC_ARENA_MAX": "1",
         "OMP_NUM_THREADS": str(settings.model.torch_threads),
     }
-    if isinstance(settings, ExpertGroupSettings):
-        # There are many of these processes, with few threads each: one heap for all threads wastes least. A router's
-        # memory and tokens/s are the same with one heap, two, four, or as many as malloc likes.
-        environment["MALLOC_ARENA_MAX"] = "1"
     if not settings.serve.grpc_event_engine:
         environment["GRPC_EXPERIMENTS"] = "-event_engine_client,-event_engine_listener"
         if isinstance(settings, ExpertGroupSettings | RouterSettings):
@@ -263,13 +268,6 @@ def environment_of(settings: ReplicaSettings) -> dict[str, str]:
             # which suits servers with many connections and makes a dispatch to an expert group a quarter slower.
             environment["GRPC_POLL_STRATEGY"] = "poll"
     return environment
-
-
-def _return_free_memory() -> None:
-    # What loading or a burst of work left behind: with the thresholds above, malloc would keep it for good.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _host(network: Network) -> str:

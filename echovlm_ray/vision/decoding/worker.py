@@ -3,7 +3,6 @@
 It loads Pillow, pydicom and their decoders, and nothing of what serves.
 """
 
-import ctypes
 import json
 import mmap
 import os
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from echovlm_ray.errors import InvalidRequestError
+from echovlm_ray.free_memory import return_free_memory
 from echovlm_ray.vision.decoding.confinement import confine
 from echovlm_ray.vision.decoding.job import JOB, MAX_REFUSAL_CHARACTERS, MAX_TEXT_CHARACTERS, MAX_TEXTS
 from echovlm_ray.vision.decoding.settings import DecoderSettings
@@ -70,9 +70,7 @@ def _next_job(connection: socket.socket) -> bytes:
     try:
         return connection.recv(JOB.size)
     except TimeoutError:
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+        return_free_memory()
     connection.settimeout(None)
     return connection.recv(JOB.size)
 
