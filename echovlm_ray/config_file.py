@@ -1,24 +1,13 @@
 """Reads a configuration file: YAML in, `Config` out, and errors that name the file, the line and the fix."""
 
-import difflib
-import types
-import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from pydantic import BaseModel, ValidationError
+from typing import Any
 
 from echovlm_ray.config import Config
-from echovlm_ray.config_checks import ContradictionError
-from echovlm_ray.yaml_document import Document, DocumentError, Problem, read_document
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
-
-# The minimum similarity of a misspelling to a field's name.
-SIMILARITY = 0.6
+from echovlm_ray.document_validation import validated
+from echovlm_ray.yaml_document import Document, DocumentError, read_document
 
 
 class ConfigError(DocumentError):
@@ -41,10 +30,9 @@ def load_config(path: Path | None, overrides: Mapping[str, tuple[Any, str]] | No
     for field, (value, origin) in (overrides or {}).items():
         document.set(field, value, origin)
     try:
-        return Config.model_validate(document.values)
-    except ValidationError as error:
-        problems = {_problem(document, detail): None for detail in error.errors(include_url=False)}
-        raise ConfigError(sorted(problems, key=lambda problem: document.order(problem.where))) from None
+        return validated(Config, document)
+    except DocumentError as error:
+        raise ConfigError(list(error.problems)) from None
 
 
 @dataclass(slots=True)
@@ -86,57 +74,3 @@ def _read(path: Path) -> _Document:
     except DocumentError as error:
         raise ConfigError(list(error.problems)) from None
     return _Document(read.name, read.values, read.lines)
-
-
-def _problem(document: _Document, detail: "ErrorDetails") -> Problem:
-    cause = detail.get("ctx", {}).get("error")
-    if isinstance(cause, ContradictionError):
-        paths = [tuple(field.split(".")) for field in cause.fields]
-        path = next((path for path in paths if path in document.lines), paths[0])
-        return Problem(document.where(path), str(cause))
-    path = tuple(str(part) for part in detail["loc"])
-    field = ".".join(path)
-    if detail["type"] == "extra_forbidden":
-        return Problem(document.where(path), f"{field} is unknown; {_suggestion(path)}")
-    if detail["type"] == "missing":
-        return Problem(document.where(path), f"{field} is missing: add it, or leave its section out")
-    if detail["type"] in ("model_type", "dict_type"):
-        return Problem(document.where(path), f"{field} is a section: write its fields below it, indented")
-    message = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return Problem(document.where(path), f"{field} is {detail['input']!r}; it must be {message}")
-
-
-def _suggestion(path: tuple[str, ...]) -> str:
-    known = _fields_of(path[:-1])
-    similar = difflib.get_close_matches(path[-1], known, n=1, cutoff=SIMILARITY)
-    if similar:
-        return f"did you mean {similar[0]}?"
-    elsewhere = [".".join(found) for found in _paths(Config) if found[-1] == path[-1]]
-    if elsewhere:
-        return f"did you mean {' or '.join(elsewhere)}?"
-    return f"there are {', '.join(known)}"
-
-
-def _fields_of(path: tuple[str, ...]) -> list[str]:
-    section: type[BaseModel] = Config
-    for name in path:
-        inner = _section_of(section.model_fields[name].annotation) if name in section.model_fields else None
-        # The keys of `experts.organs` are organs; the field has the type of its values.
-        section = inner or section
-    return list(section.model_fields)
-
-
-def _paths(section: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    for name, field in section.model_fields.items():
-        yield (*prefix, name)
-        inner = _section_of(field.annotation)
-        if inner is not None:
-            yield from _paths(inner, (*prefix, name))
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section in a field's type: `Resources`, `TLSSection | None`, `dict[str, Resources]`."""
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-        return annotation if issubclass(annotation, BaseModel) else None
-    found = (_section_of(argument) for argument in typing.get_args(annotation))
-    return next((section for section in found if section is not None), None)

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from echovlm_ray.cli.control import EXIT_FAILED, with_control
 from echovlm_ray.cli.experts_targets import AsJSON
+from echovlm_ray.cli.messages import message_as_dict
 from echovlm_ray.cli.rollout_format import format_number
 from echovlm_ray.cli.tables import Listing
 from echovlm_ray.cli.terminal import console_of, line, name_of, say_json, styled
@@ -106,23 +107,12 @@ def _print_head(found: "HistoryResponse", verified: bool, console: Console) -> N
 
 
 def _as_dict(found: "HistoryResponse", *, verified: bool) -> dict[str, Any]:
-    return {
-        "entries": [
-            {
-                "sequence": entry.sequence,
-                "time": datetime.fromtimestamp(entry.time, UTC).isoformat(),
-                "organ": entry.organ,
-                "rollout_id": entry.rollout_id,
-                "event": entry.event,
-                "actor": entry.actor,
-                "reason": entry.reason,
-                "details": _parsed(entry.details_json),
-                "hash": entry.hash,
-            }
-            for entry in found.entries
-        ],
-        "length": found.length,
-        "head_hash": found.head_hash,
-        "verified": verified,
-        "faults": list(found.faults),
-    }
+    entries = [_entry_as_dict(entry) for entry in found.entries]
+    return message_as_dict(found) | {"entries": entries, "verified": verified}
+
+
+def _entry_as_dict(entry: "HistoryEntry") -> dict[str, Any]:
+    shown = message_as_dict(entry)
+    del shown["details_json"]
+    time = datetime.fromtimestamp(entry.time, UTC).isoformat()
+    return shown | {"time": time, "details": _parsed(entry.details_json)}

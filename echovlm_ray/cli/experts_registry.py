@@ -16,8 +16,9 @@ from echovlm_ray.cli.experts_targets import (
     registry_at,
 )
 from echovlm_ray.cli.experts_watch import watch_state
+from echovlm_ray.cli.messages import message_as_dict
 from echovlm_ray.cli.organ_problem import format_problem, problem_as_dict
-from echovlm_ray.cli.rollout_format import bundle_as_dict, state_as_dict, versions_of
+from echovlm_ray.cli.rollout_format import state_as_dict, versions_of
 from echovlm_ray.cli.rollout_tables import bundles_view, state_view
 from echovlm_ray.cli.terminal import console_of, line, say, say_json, styled
 from echovlm_ray.cli.work import byte_progress, clear_errors, fail
@@ -146,7 +147,7 @@ def _list_system(control: ExpertControlClient, organ: str, as_json: bool) -> Non
     if as_json:
         state = state_as_dict(found.live, found.rollouts, found.replicas, versions, organ)
         state["problems"] = [problem_as_dict(problem) for problem in found.problems]
-        state["bundles"] = [bundle_as_dict(bundle) for bundle in found.bundles]
+        state["bundles"] = [message_as_dict(bundle) for bundle in found.bundles]
         state["registry_problem"] = found.registry_problem
         state["notices"] = list(found.notices)
         say_json(state, indent=2)

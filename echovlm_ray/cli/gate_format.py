@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from echovlm_ray.cli.control import EXIT_INVALID
+from echovlm_ray.cli.messages import message_as_dict
 from echovlm_ray.cli.tables import Listing
 from echovlm_ray.cli.terminal import console_of, line, name_of
 from echovlm_ray.cli.work import fail
@@ -56,42 +57,15 @@ def failed_gates(rollout: "Rollout") -> str:
 
 
 def gate_as_dict(gate: "Gate") -> dict[str, Any]:
-    """A gate as JSON values."""
-    return {
-        "dataset": gate.dataset,
-        "dataset_digest": gate.dataset_digest,
-        "metric": gate.metric,
-        "organ": gate.organ,
-        "organs": gate.organs,
-        "at_least": gate.at_least if gate.HasField("at_least") else None,
-        "not_below_incumbent_by": gate.not_below_incumbent_by if gate.HasField("not_below_incumbent_by") else None,
-        "state": gate.state,
-        "answered": gate.answered,
-        "questions": gate.questions,
-        "evaluation": evaluation_as_dict(gate.evaluation) if gate.HasField("evaluation") else None,
-    }
+    """A gate; what it does not demand is None."""
+    evaluation = evaluation_as_dict(gate.evaluation) if gate.HasField("evaluation") else None
+    return message_as_dict(gate) | {"evaluation": evaluation}
 
 
 def evaluation_as_dict(evaluation: "Evaluation") -> dict[str, Any]:
-    """An evaluation as JSON values; None for values that it did not measure."""
-    optional = ("low", "high", "incumbent_value", "difference", "difference_low", "difference_high")
-    measured = {name: getattr(evaluation, name) if evaluation.HasField(name) else None for name in optional}
-    return {
-        "rollout": evaluation.rollout_id,
-        "organ": evaluation.organ,
-        "version": evaluation.version,
-        "digest": evaluation.digest,
-        "dataset": evaluation.dataset,
-        "dataset_digest": evaluation.dataset_digest,
-        "metric": evaluation.metric,
-        "passed": evaluation.passed,
-        "text": evaluation.text,
-        "records": evaluation.records,
-        "value": evaluation.value,
-        "incumbent_digest": evaluation.incumbent_digest or None,
-        **measured,
-        "evaluated_at": evaluation.evaluated_at,
-    }
+    """What an evaluation found; what it did not measure is None."""
+    found = message_as_dict(evaluation) | {"incumbent_digest": evaluation.incumbent_digest or None}
+    return {"rollout": found.pop("rollout_id"), **found}
 
 
 def print_evaluations(evaluations: Iterable["Evaluation"]) -> None:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
+from echovlm_ray.cli.messages import message_as_dict
 from echovlm_ray.cli.terminal import line, name_of, styled
 
 if TYPE_CHECKING:
@@ -30,13 +31,5 @@ def format_problem(problem: "OrganProblem") -> Text:
 
 
 def problem_as_dict(problem: "OrganProblem") -> dict[str, Any]:
-    """One organ's problem as JSON values."""
-    return {
-        "organ": problem.organ,
-        "version": problem.version,
-        "digest": problem.digest,
-        "answers": problem.holding > 0,
-        "replicas": problem.replicas,
-        "holding": problem.holding,
-        "reasons": [{"replica": reason.replica, "text": reason.text} for reason in problem.reasons],
-    }
+    """The same for programs."""
+    return message_as_dict(problem) | {"answers": problem.holding > 0}

@@ -5,13 +5,13 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from echovlm_ray.cli.gate_format import gate_as_dict
+from echovlm_ray.cli.messages import message_as_dict
 
 if TYPE_CHECKING:
     from protos.control_pb2 import (
         BundleInfo,
         ExpertSet,
         OperationResponse,
-        ReplicaMemory,
         ReplicaResidents,
         Rollout,
         ShadowReport,
@@ -92,43 +92,16 @@ def format_shadow(report: "ShadowReport") -> str:
 
 
 def operation_as_dict(response: "OperationResponse") -> dict[str, Any]:
-    """The outcome of an operation as JSON values."""
-    return {
-        "changed": response.changed,
-        "steps": list(response.steps),
-        "rollout": rollout_as_dict(response.rollout) if response.HasField("rollout") else None,
-        "memory": [_memory_as_dict(memory) for memory in response.memory],
-        "not_taken_up": list(response.not_taken_up),
-    }
+    """What an operation did, or would do."""
+    rollout = rollout_as_dict(response.rollout) if response.HasField("rollout") else None
+    return message_as_dict(response) | {"rollout": rollout}
 
 
 def rollout_as_dict(rollout: "Rollout") -> dict[str, Any]:
-    """A rollout as JSON values. Protobuf's JSON has 64-bit numbers as strings."""
-    shadow = None
-    if rollout.HasField("shadow"):
-        report = rollout.shadow
-        shadow = {
-            "requests": report.requests,
-            "identical": report.identical,
-            "token_overlap": report.token_overlap,
-            "mean_first_divergence": report.mean_first_divergence if report.HasField("mean_first_divergence") else None,
-            "latency_ratio": report.latency_ratio if report.HasField("latency_ratio") else None,
-        }
-    return {
-        "id": rollout.id,
-        "organ": rollout.organ,
-        "version": rollout.version,
-        "digest": rollout.digest,
+    """A rollout; what it does not have is None."""
+    return message_as_dict(rollout) | {
         "incumbent_digest": rollout.incumbent_digest or None,
-        "state": rollout.state,
-        "percent": rollout.percent,
-        "reason": rollout.reason,
-        "actor": rollout.actor,
-        "created_at": rollout.created_at,
-        "state_since": rollout.state_since,
-        "restores": rollout.restores,
         "waits_for": rollout.waits_for or None,
-        "shadow": shadow,
         "gates": [gate_as_dict(gate) for gate in rollout.gates],
     }
 
@@ -156,46 +129,13 @@ def state_as_dict(
         ],
         "rollouts": [rollout_as_dict(rollout) for rollout in rollouts if organ in ("", rollout.organ)],
         "replicas": [
-            {
-                "organ": replica.organ,
-                "replica": replica.replica,
-                "limit_bytes": replica.limit_bytes,
+            message_as_dict(replica)
+            | {
                 "bundles": [
-                    {
-                        "digest": share.digest,
-                        "version": versions.get(share.digest),
-                        "resident_bytes": share.resident_bytes,
-                        "progress": share.progress,
-                        "spare": share.spare,
-                    }
-                    for share in replica.bundles
-                ],
+                    message_as_dict(share) | {"version": versions.get(share.digest)} for share in replica.bundles
+                ]
             }
             for replica in replicas
             if organ in ("", replica.organ)
         ],
-    }
-
-
-def bundle_as_dict(bundle: "BundleInfo") -> dict[str, Any]:
-    """A bundle of the registry as JSON values."""
-    return {
-        "organ": bundle.organ,
-        "version": bundle.version,
-        "name": bundle.name,
-        "digest": bundle.digest,
-        "description": bundle.description,
-        "num_experts": bundle.num_experts,
-        "size_bytes": bundle.size_bytes,
-        "live": bundle.live,
-    }
-
-
-def _memory_as_dict(memory: "ReplicaMemory") -> dict[str, Any]:
-    return {
-        "replica": memory.replica,
-        "resident_bytes": memory.resident_bytes,
-        "needed_bytes": memory.needed_bytes,
-        "limit_bytes": memory.limit_bytes,
-        "fits": memory.fits,
     }

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from echovlm_ray.cli.control import SystemName, control_of, explain
 from echovlm_ray.cli.credentials import Authority, Certificate, Key, TokenFile, tls_of, token_of
+from echovlm_ray.cli.messages import message_as_dict
 from echovlm_ray.cli.organ_problem import NO_ANSWER, format_problem, problem_as_dict
 from echovlm_ray.cli.tables import Listing
 from echovlm_ray.cli.terminal import console_of, line, name_of, say_json, styled
@@ -21,7 +22,7 @@ from protos import status_pb2, status_pb2_grpc
 if TYPE_CHECKING:
     from protos.control_pb2 import OrganProblem
     from protos.expert_pb2 import ResidentBundle
-    from protos.status_pb2 import ApplicationStatus, GetStatusResponse, ReplicaDescription
+    from protos.status_pb2 import ApplicationStatus, GetStatusResponse
 
 EXIT_FAILED = 1
 EXIT_INVALID = 2
@@ -81,53 +82,7 @@ def _ask(control: str, token: str | None, tls: TLS | None, timeout: float) -> "G
 
 
 def _as_dict(found: "GetStatusResponse") -> dict[str, Any]:
-    return {
-        "expert_set_id": found.expert_set_id,
-        "problems": [problem_as_dict(problem) for problem in found.problems],
-        "identity": found.identity,
-        "notices": list(found.notices),
-        "applications": [
-            {
-                "name": application.name,
-                "status": application.status,
-                "message": application.message,
-                "replicas": [_replica_as_dict(replica) for replica in application.replicas],
-            }
-            for application in found.applications
-        ],
-    }
-
-
-def _replica_as_dict(replica: "ReplicaDescription") -> dict[str, Any]:
-    # Protobuf's JSON would have 64-bit numbers as strings.
-    return {
-        "deployment": replica.deployment,
-        "replica_id": replica.replica_id,
-        "endpoint": replica.endpoint,
-        "node": replica.node,
-        "pid": replica.pid,
-        "device": replica.device,
-        "resident_bytes": replica.resident_bytes,
-        "queue_length": replica.queue_length,
-        "organ": replica.organ,
-        "problem": replica.problem,
-        "arithmetic": replica.arithmetic,
-        "refusals": [
-            {"reason": refused.reason, "caller": refused.caller, "count": refused.count} for refused in replica.refusals
-        ],
-        "bundles": [
-            {
-                "digest": bundle.digest,
-                "dtype": bundle.dtype,
-                "bundle_dtype": bundle.bundle_dtype,
-                "name": bundle.name,
-                "version": bundle.version,
-                "resident_bytes": bundle.resident_bytes,
-                "kernel": bundle.kernel,
-            }
-            for bundle in replica.bundles
-        ],
-    }
+    return message_as_dict(found) | {"problems": [problem_as_dict(problem) for problem in found.problems]}
 
 
 def _print(found: "GetStatusResponse") -> None:

@@ -1,14 +1,11 @@
 """Reads a recipe: YAML in, `Recipe` out, and errors that name the file, the line and the fix."""
 
-import difflib
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
-
-from echovlm_ray.config_checks import ContradictionError
-from echovlm_ray.training.recipe import AdapterSection, Recipe, Stage
+from echovlm_ray.document_validation import validated
+from echovlm_ray.training.recipe import Recipe
 from echovlm_ray.yaml_document import (
     Document,
     DocumentError,
@@ -18,9 +15,6 @@ from echovlm_ray.yaml_document import (
     read_document,
     write_yaml,
 )
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
 
 _RECIPES = "echovlm_ray.training.recipes"
 
@@ -43,18 +37,7 @@ def load_recipe(name: str, settings: list[str] | None = None) -> Recipe:
     document = read_document(_path(name), "fields such as `seed:` and `stages:`, one a line")
     for setting in settings or []:
         _set(document, setting)
-    try:
-        return Recipe.model_validate(document.values)
-    except ValidationError as error:
-        details = error.errors(include_url=False)
-        # A list whose only item is wrong counts as empty too, which is not what has to be mended.
-        places = [detail["loc"] for detail in details]
-        problems = {
-            _problem(document, detail): None
-            for detail, place in zip(details, places, strict=True)
-            if not any(other[: len(place)] == place and other != place for other in places)
-        }
-        raise DocumentError(sorted(problems, key=lambda problem: document.order(problem.where))) from None
+    return validated(Recipe, document)
 
 
 def write_recipe(path: Path, recipe: Recipe) -> None:
@@ -103,37 +86,3 @@ def _set(document: Document, setting: str) -> None:
     else:
         raise DocumentError([Problem(origin, f"{field} is not in the recipe")])
     document.lines[tuple(field.split("."))] = origin
-
-
-def _problem(document: Document, detail: "ErrorDetails") -> Problem:
-    path = tuple(str(part) for part in detail["loc"])
-    cause = detail.get("ctx", {}).get("error")
-    if isinstance(cause, ContradictionError):
-        inner = tuple(cause.fields[0].split("."))
-        return Problem(document.where((*path, *inner)), ".".join((*path, str(cause))) if path else str(cause))
-    field = ".".join(path)
-    if detail["type"] == "extra_forbidden":
-        return Problem(document.where(path), f"{field} is unknown; {_suggestion(path)}")
-    if detail["type"] == "missing":
-        return Problem(document.where(path), f"{field} is missing: add it, or leave its section out")
-    if detail["type"] in ("model_type", "dict_type"):
-        return Problem(document.where(path), f"{field} is a section: write its fields below it, indented")
-    message = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return Problem(document.where(path), f"{field} is {detail['input']!r}; it must be {message}")
-
-
-def _suggestion(path: tuple[str, ...]) -> str:
-    known = list(_section(path[:-1]).model_fields)
-    similar = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.6)
-    return f"did you mean {similar[0]}?" if similar else f"there are {', '.join(known)}"
-
-
-def _section(path: tuple[str, ...]) -> type[BaseModel]:
-    if path[:1] == ("stages",):
-        return AdapterSection if "adapters" in path else Stage
-    section: type[BaseModel] = Recipe
-    for name in path:
-        field = section.model_fields.get(name)
-        inner = [] if field is None else [field.annotation, *get_args(field.annotation)]
-        section = next((each for each in inner if isinstance(each, type) and issubclass(each, BaseModel)), section)
-    return section
