@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
     from experts.bundles.signing import SignaturePolicy
     from experts.bundles.source import RegistryLocation
-    from experts.kept_bundles import KeptBundles
+    from experts.registry.kept_bundles import KeptBundles
     from experts.registry.registry import Registry
 
 
 def registry_location(section: ExpertsSection, checkpoint: Path) -> "RegistryLocation":
-    """The configured registry; the checkpoint's own, where none is configured, and besides it in any case."""
+    """The configured registry with the checkpoint's as a fallback, or only the checkpoint's."""
     from experts.bundles.source import RegistryLocation
 
     own = str(registry_root(checkpoint))
@@ -32,10 +32,10 @@ def registry_location(section: ExpertsSection, checkpoint: Path) -> "RegistryLoc
 
 
 def open_registry(section: ExpertsSection, checkpoint: Path) -> "Registry":
-    """The same, opened.
+    """Opens the registry of `registry_location`.
 
     Raises:
-        RegistryError: there is no file system for experts.registry, or one of experts.registry_options is wrong.
+        RegistryError: there is no file system for experts.registry, or one of experts.registry_options is invalid.
     """
     from experts.errors import RegistryError
 
@@ -46,19 +46,19 @@ def open_registry(section: ExpertsSection, checkpoint: Path) -> "Registry":
 
 
 def kept_folder(section: ExpertsSection, checkpoint: Path) -> Path:
-    """Where this machine keeps its copies of bundles, each in a folder named by its digest."""
+    """The folder of this machine's local copies of bundles."""
     return section.kept_bundles or RolloutFiles.of(RolloutsSection(), checkpoint).bundles
 
 
 def open_kept(
     section: ExpertsSection, checkpoint: Path, in_use: "Callable[[], Collection[str]]" = tuple
 ) -> "KeptBundles":
-    """The configured registry with this machine's copies of its bundles; `in_use` says which copies must stay.
+    """The registry with this machine's local copies; `in_use` returns the digests whose copies must stay.
 
     Raises:
-        RegistryError: see `open_registry`.
+        RegistryError: as in `open_registry`.
     """
-    from experts.kept_bundles import KeptBundles
+    from experts.registry.kept_bundles import KeptBundles
 
     folder = kept_folder(section, checkpoint)
     return KeptBundles(
@@ -70,7 +70,7 @@ def open_kept(
 
 
 def signature_policy(section: ExpertsSection) -> "SignaturePolicy":
-    """Which bundles may load."""
+    """The policy for signatures of bundles."""
     from experts.bundles.signing import SignaturePolicy
 
     return SignaturePolicy(signatures=section.signatures, public_keys=section.public_keys)

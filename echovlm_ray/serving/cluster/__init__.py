@@ -1,1 +1,1 @@
-"""The system on Ray: deployed, found by its parts, watched, and shut down in order."""
+"""The system on Ray: deployment, discovery of replicas, health, and orderly shutdown."""

@@ -1,4 +1,4 @@
-"""The whole system: deployed to Ray Serve, waited for, and shut down in order."""
+"""The whole system: deploys it to Ray Serve, waits until it serves, and shuts it down in order."""
 
 import logging
 import time
@@ -108,7 +108,7 @@ def serve_system(
     lost: Callable[[str], None] = logger.error,
     replaced: Replaced = lambda what, by_another: logger.error("%s", what),
 ) -> Iterator[RunningSystem]:
-    """Runs the whole system while the block lasts.
+    """Runs the whole system within the block.
 
     Args:
         config: what to serve and how.

@@ -1,7 +1,7 @@
-"""A file that one process at a time holds and that is removed when the process releases it.
+"""A lock file: one process at a time holds it, and removes it on release.
 
-The lock is the system's own (flock), so it is free again when its process ends, however it ends. The file of a process
-that was killed stays until the next one takes it or `remove_if_free` finds it.
+The lock is a flock, so it is released when its process ends in any way. The file of a killed process stays until the
+next one takes it or `remove_if_free` removes it.
 """
 
 import fcntl

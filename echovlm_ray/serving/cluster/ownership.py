@@ -1,4 +1,4 @@
-"""The systems of a Ray cluster by name, and who runs each: in the cluster's key-value store.
+"""The systems of a Ray cluster by name, with their owners, in the cluster's key-value store.
 
 A name belongs to one system at a time. `echoray serve` claims it before anything is deployed and releases it when the
 applications are removed. A system that finds another record than its own under its name has been replaced, and touches

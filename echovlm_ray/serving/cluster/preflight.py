@@ -1,4 +1,4 @@
-"""Checks before anything starts, so that a mistake is reported at once and in plain words."""
+"""Preflight checks: finds errors before anything starts."""
 
 import logging
 import os

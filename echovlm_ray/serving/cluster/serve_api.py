@@ -1,8 +1,7 @@
 """All uses of Ray Serve beyond its public interface, as of Ray 2.60.
 
-Serve's public Python interface cannot tell which replicas run now and what they said of themselves, nor give a
-deployment a version. Both are done here and nowhere else; what comes back is checked, so that another Ray fails with a
-clear text instead of somewhere else with a strange one.
+Serve's public Python interface has neither the running replicas with their metadata, nor versions of deployments. Only
+this module uses internals for both, and checks their results, so that another version of Ray fails with a clear error.
 """
 
 import time

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from experts.bundles.manifest import Manifest
 from experts.errors import RegistryError, UnknownBundleError
-from experts.kept_bundles import KeptBundles
+from experts.registry.kept_bundles import KeptBundles
 from experts.registry.registry import Registry, reading_registry
 
 logger = logging.getLogger(__name__)

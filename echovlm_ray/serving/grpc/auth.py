@@ -24,12 +24,10 @@ REVOKED = "the bearer token of this call was revoked"
 
 
 class BearerTokens:
-    """The tokens of a file, one a line; blank lines and lines that start with # do not count.
+    """The tokens of a file, one per line, without blank lines and lines that start with #.
 
-    A token may be followed by a name, with a space between: quotas go by it, and tokens of one name are one caller's.
-
-    The file is read with every call, so that its tokens are those of this moment. While it is missing, or holds what
-    cannot be read, no token is good. Belongs to one event loop.
+    A name may follow a token after a space: quotas use it, and tokens with the same name belong to one caller. The file
+    is read at every call. While it is missing or unreadable, every token is refused. For one event loop.
     """
 
     def __init__(self, path: Path) -> None:

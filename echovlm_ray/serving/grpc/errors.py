@@ -1,7 +1,7 @@
 """The errors of `serving.core.failures` in gRPC's form: a status with `google.rpc` details, and back.
 
-Servicers raise; `serving.interceptor` calls `to_status` on what they raise, and the expert groups on what goes wrong
-with one exchange inside a stream.
+Servicers raise exceptions. `serving.interceptor` converts them with `to_status`, and expert groups convert errors of
+single calls in a stream.
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
-"""Receives a message within bounds: decompressed and parsed after the call's credentials were checked.
+"""Receives a message within limits, and decompresses and parses it after the call's credentials were checked.
 
-gRPC's own order is to receive, inflate and parse a message before any code of ours sees the call.
+gRPC would receive, decompress and parse a message before our code runs.
 """
 
 import asyncio

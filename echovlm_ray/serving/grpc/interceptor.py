@@ -1,10 +1,10 @@
 """Wraps every call of every server: request id, credentials, errors, admission.
 
-All handlers are given to gRPC as ones that take a stream of bytes: then nothing of a call's message is received before
-its credentials were checked and it has its place. `serving.incoming` reads, inflates and parses the messages.
+All handlers are registered in gRPC with a stream of bytes as input, so that no message is received before the call's
+credentials were checked and it was admitted. `serving.incoming` reads, decompresses and parses the messages.
 
-A servicer raises and is done; here the exception becomes a status (`serving.grpc.errors`). An unexpected exception
-is logged with its place in the code but without its text, which may hold a patient's data.
+Exceptions of a servicer become a status here (`serving.grpc.errors`). An unexpected exception is logged with its stack
+but without its text, which may contain a patient's data.
 """
 
 import asyncio

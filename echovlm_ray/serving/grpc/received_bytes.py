@@ -1,10 +1,10 @@
-"""A bound on the bytes of requests in a server's memory, over all calls together.
+"""A limit for the bytes of all requests in a server's memory.
 
-How long a message is shows only when it has come, so one that is arriving counts as the longest that there may be: a
-few places are given out, to one sender after the other. No sender gets all of them, and health checks, which carry no
-credentials, have their own. So a sender whose messages do not come keeps no other one waiting. A call that waits for a
-place costs no memory for its message, because nothing of it is read. When a message has come, its own length counts
-until the call ends or says that it is done with it.
+The length of a message is known only after it has arrived, so an arriving one counts with the maximum length: a few
+slots are assigned to senders in turn. No sender gets all of them, and health checks, which have no credentials, have
+separate slots. So a sender whose messages do not arrive does not block others. A call that waits for a slot takes no
+memory for its message, because it is not read. After a message has arrived, its length counts until the call ends or
+releases it.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ MAX_WAITING = 1000
 
 
 class Receipt:
-    """The bytes of one call's message, counted from `ReceivedBytes.hold` until `release`."""
+    """The bytes of one call's message, counted from `ReceivedBytes.hold` to `release`."""
 
     def __init__(self) -> None:
         self._received: ReceivedBytes | None = None
@@ -64,7 +64,7 @@ def new_receipt() -> Receipt:
 
 
 class Arrivals:
-    """Places in which messages arrive, one each. Belongs to one event loop."""
+    """Slots for arriving messages. For one event loop."""
 
     def __init__(self, places: int, most_of_one: int, busy_s: float) -> None:
         """Takes how many there are, how many one sender may hold, and for how long while others wait."""
@@ -135,7 +135,7 @@ class Arrivals:
 
 
 class ReceivedBytes:
-    """The budget of one server. Belongs to one event loop.
+    """The budget of one server. For one event loop.
 
     Attributes:
         held_bytes: of messages that have come and are still needed.

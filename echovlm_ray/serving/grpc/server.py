@@ -1,4 +1,4 @@
-"""The one gRPC server of every replica: `grpc.aio` with health, reflection, TLS, tokens, limits and an orderly end."""
+"""The gRPC server of every replica: `grpc.aio` with health, reflection, TLS, tokens, limits and orderly shutdown."""
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
@@ -38,7 +38,7 @@ Register = Callable[[Any, grpc.aio.Server], None]
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
-    """What a server listens on and whom it lets in.
+    """The address and the access control of a server.
 
     Attributes:
         host: an address of this machine.
@@ -61,7 +61,7 @@ class ServerOptions:
 
 
 class GrpcServer:
-    """A server that is not started yet; add servicers, then `await start()`. Belongs to one event loop."""
+    """A gRPC server. Add servicers, then `await start()`. For one event loop."""
 
     def __init__(self, options: ServerOptions, *, first: Sequence[grpc.aio.ServerInterceptor] = ()) -> None:
         """Reads certificates and tokens.
@@ -152,7 +152,7 @@ class GrpcServer:
         await self.health.set(service, status.SERVING if serving else status.NOT_SERVING)
 
     async def stop(self, grace_s: float, pending: Iterable[Callable[[], bool]] = ()) -> None:
-        """Ends in order: health says NOT_SERVING, new calls are sent elsewhere, calls under way finish.
+        """Shuts down in order: health becomes NOT_SERVING, new calls are refused as UNAVAILABLE, running calls finish.
 
         Args:
             grace_s: what still runs after this many seconds is cancelled.

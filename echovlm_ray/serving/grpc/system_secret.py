@@ -1,4 +1,4 @@
-"""Stores the secret of a running system: with its Ray, and in a file of its user.
+"""Stores the secret of a running system in Ray, and in a private file.
 
 Replicas read it from Ray's key-value store, which asks for Ray's own token, on whatever machine they run; no command
 line and no environment shows it. The file, of mode 0600, is for tools that call a part itself, such as the benchmarks:

@@ -1,6 +1,6 @@
-"""A router's side of Control's `RolloutFeed`: policies come, outcomes go. Nothing waits for it.
+"""A router's client of Control's `RolloutFeed`: receives policies and reports outcomes, in the background.
 
-While Control is away the router goes on with what it last knew, and keeps its outcomes.
+While Control is unavailable, the router keeps its last policy and buffers outcomes.
 """
 
 import asyncio

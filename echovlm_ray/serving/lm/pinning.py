@@ -1,8 +1,7 @@
-"""Which experts a request gets, and that it keeps them: the policy in force, and the expert sets with runs under way.
+"""Pins requests to expert sets: the current policy, and the expert sets of running requests.
 
-A set is known to the dispatcher from before its first run is submitted until the engine has let go of its last one.
-What a Router still needs is counted under the same lock as it is given out, so that Control never sees it free between
-the two.
+A set is registered in the dispatcher from before its first run is submitted until the engine has released its last one.
+Reference counts change under the same lock as assignments, so that Control never sees a set as unused in between.
 """
 
 import asyncio
@@ -42,7 +41,7 @@ class _KnownSet:
 
 
 class ExpertSets:
-    """The policy in force and the sets that it gives. Safe to use from several threads, save `take_up`."""
+    """The current policy and its expert sets. Thread-safe, except `take_up`."""
 
     def __init__(
         self,
@@ -56,7 +55,7 @@ class ExpertSets:
         prepare: Callable[[TrafficPolicy], None] = lambda policy: None,
         identity: str = "",
     ) -> None:
-        """Begins with the checkpoint's own set for everybody, as policy 0.
+        """Starts with the checkpoint's set for all requests, as policy 0.
 
         Args:
             dispatcher: told of every set that comes and goes.
@@ -90,16 +89,16 @@ class ExpertSets:
 
     @property
     def policy(self) -> TrafficPolicy:
-        """The policy in force."""
+        """The current policy."""
         return self._policy
 
     def pins(self) -> tuple[int, frozenset[str]]:
-        """The version of the policy in force, and all bundles that it or a run under way may still use."""
+        """The version of the current policy, and all bundles that it or a running request may use."""
         with self._lock:
             return self._policy.version, self._needed(lambda known: known.runs > 0)
 
     def route(self, traits: RequestTraits) -> tuple[ExpertSet, OrganChoice]:
-        """What a request with these traits would get now; holds nothing.
+        """The assignment of a request with these traits, without pinning it.
 
         Raises:
             UnknownOrganError: the caller named an organ that there is not.
@@ -112,7 +111,7 @@ class ExpertSets:
         return assigned.expert_set, assigned.choice
 
     def admit(self, traits: RequestTraits) -> Admission:
-        """Pins a request; raises what `route` raises."""
+        """Pins a request. Raises the errors of `route`."""
         with self._lock:
             assigned = self._assign(traits)
             experts = self._hold(assigned.expert_set, assigned.choice)
@@ -132,7 +131,7 @@ class ExpertSets:
             return None if expert_set is None else self._admit_to(traits, expert_set)
 
     async def admit_replayed(self, traits: RequestTraits, expert_set: ExpertSet) -> Admission:
-        """Pins a request to a set that replicas hold for a replay. Nothing is kept of it when its last run has ended.
+        """Pins a request to the set of a replay, which is dropped when its last run has ended.
 
         Raises:
             UnusablePolicyError: it is for another backbone or another routing.
@@ -157,7 +156,7 @@ class ExpertSets:
                 self._forget_all(dropped)
 
     def admit_evaluation(self, traits: RequestTraits, digest: str) -> PinnedExperts:
-        """Pins a request of an evaluation to the stable set, or to that with one candidate, whatever its traffic.
+        """Pins a request of an evaluation to the stable set, or to that with one candidate, for any traffic of it.
 
         Args:
             traits: of the request.
@@ -177,18 +176,18 @@ class ExpertSets:
             return self._hold(expert_set, self._choose(expert_set, traits))
 
     def announce(self, policy: TrafficPolicy) -> None:
-        """Says that Control has a policy, which `take_up` will be given soon."""
+        """Announces a policy of Control before `take_up` is called with it."""
         with self._lock:
             if policy.version > self._announced.version:
                 self._announced = policy
 
     async def take_up(self, policy: TrafficPolicy) -> bool:
-        """Gives new requests what a policy says, once all of its bundles' gates are read; one call at a time.
+        """Applies a policy to new requests, after reading the gate rows of all its bundles. Not thread-safe.
 
-        A bundle that cannot be read leaves the policy before it in force.
+        If a bundle cannot be read, the previous policy stays.
 
         Returns:
-            False, and nothing changed: this one or a later one is in force.
+            False, without effect, if this policy or a later one is applied already.
 
         Raises:
             UnusablePolicyError: it is another deployment's, or for another backbone or another routing.
@@ -329,7 +328,7 @@ class ExpertSets:
         return known
 
     def _drop_unused(self) -> list[str]:
-        """Ends what nothing needs any more; the digests of the bundles, which caches must forget."""
+        """Drops unused sets and returns the digests of their bundles, whose cache entries must be evicted."""
         idle = [known for known in self._sets.values() if not known.runs]
         given = [known for known in idle if _is_given(self._policy, known.expert_set)]
         kept = [known for known in given if known.expert_set.id != self._policy.stable.id][-MAX_IDLE_SETS:]

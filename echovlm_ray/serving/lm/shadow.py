@@ -1,7 +1,7 @@
-"""Shadows: requests that are computed a second time with a candidate, and whose answers are discarded.
+"""Shadows: requests that are mirrored to a candidate, and whose answers are discarded.
 
-They use only what the others leave: few at once, begun when the batch and the cache have room to spare, and ended as
-soon as another request could use their place.
+They use only spare capacity: there are few at a time, they start only if the batch and the cache have free capacity,
+and they are cancelled as soon as another request needs it.
 """
 
 import asyncio
@@ -102,7 +102,7 @@ class Shadows:
         return queue_length > self._max_batch_size or self._engine.free_blocks < queue_length
 
     def submit(self, shadow: "Shadow", request: SequenceRequest, run: Run) -> Sequence | None:
-        """Has the engine run a shadow, if there is room; none, and nothing done, otherwise."""
+        """Submits a shadow to the engine if there is capacity; otherwise returns None."""
         if not self.has_room(len(request.input_ids) + request.max_new_tokens):
             return None
         with self._lock:
@@ -114,7 +114,7 @@ class Shadows:
             return None
 
     def cancel(self, sequence: Sequence) -> None:
-        """Has the engine end a shadow at its next step."""
+        """Cancels a shadow at the engine's next step."""
         self._engine.cancel(sequence)
 
     def forget(self, shadow: "Shadow") -> None:

@@ -14,7 +14,7 @@ from experts.bundles.manifest import Manifest
 from experts.errors import InvalidBundleError, RegistryUnavailableError, SignatureError, UnknownBundleError
 from experts.group import ExpertGroup
 from experts.kernels.registry import get_kernel
-from experts.kept_bundles import KEPT_PER_ORGAN, KeptBundles
+from experts.registry.kept_bundles import KEPT_PER_ORGAN, KeptBundles
 from experts.registry.registry import Registry
 
 MakeBundle = Callable[..., Path]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from echovlm_ray.serving.grpc.health import Addresses, HealthMonitor
     from echovlm_ray.serving.served import ServedCheckpoint
     from echovlm_ray.vision.decoding.pool import DecoderPool
-    from experts.kept_bundles import KeptBundles
+    from experts.registry.kept_bundles import KeptBundles
     from experts.transport.inner_channel import InnerChannels
 
 SERVICE_NAME = echovlm_pb2.DESCRIPTOR.services_by_name["EchoVLM"].full_name
