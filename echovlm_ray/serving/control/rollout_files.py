@@ -1,10 +1,10 @@
 """The files of the rollouts' state: the database, and those in the same folder.
 
-    rollouts.db                    the database, unless it is PostgreSQL
-    rollouts.db.policy.json        the last policy, for replicas that start while Control is unavailable
-    rollouts.db.incoming/          bundles that are being pushed
-    rollouts.db.bundles/           copies of the bundles in use, unless experts.kept_bundles sets another folder
-    rollouts.db.lock               the lock of the Control that uses the database; removed after an orderly stop
+rollouts.db                    the database, unless it is PostgreSQL
+rollouts.db.policy.json        the last policy, for replicas that start while Control is unavailable
+rollouts.db.incoming/          bundles that are being pushed
+rollouts.db.bundles/           copies of the bundles in use, unless experts.kept_bundles sets another folder
+rollouts.db.lock               the lock of the Control that uses the database; removed after an orderly stop
 """
 
 import hashlib
