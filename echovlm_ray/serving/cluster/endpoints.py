@@ -61,7 +61,7 @@ class Endpoints:
         """Starts to watch. Ray must be initialised, and Serve run.
 
         Raises:
-            UnsupportedRayError: this Ray keeps its deployments otherwise than the pinned one.
+            UnsupportedRayError: this Ray stores its deployments differently from the pinned version.
         """
         with self._lock:
             self._keys = self._keys_of(self._deployments)
@@ -83,7 +83,7 @@ class Endpoints:
                 self._watches_others.set()
 
     def stop(self) -> None:
-        """Ends watching, within half a second: no call to Ray may be under way when Ray itself is shut down."""
+        """Stops watching within half a second, because no call to Ray may be running when Ray is shut down."""
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join()

@@ -62,7 +62,7 @@ class PolicyFollower:
             channels: connects to Control.
             watcher: says who follows, at every connection: with a name Control waits for it and hears which policy is
                 in force; a policy of another deployment than `identity` is refused. The version is filled in here.
-            arrived: called at once with every newer policy; raises `ValueError` where it is none.
+            arrived: called immediately with every newer policy; raises `ValueError` for an invalid one.
         """
         self._addresses = addresses
         self._take = take
@@ -166,7 +166,7 @@ class PolicyFollower:
                 # Also of one that is in force already: another Control has not heard of it.
                 self._unsaid.set()
         except asyncio.CancelledError:
-            # So a stream ends whose channel was closed, because Control is elsewhere now.
+            # The stream's channel was closed, because Control has moved to another endpoint.
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise

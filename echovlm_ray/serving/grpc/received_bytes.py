@@ -19,11 +19,11 @@ from echovlm_ray.fair_queue import FairSemaphore
 # A message that takes longer to arrive than the first ends its call, and than the second while others wait for a place.
 ARRIVE_WITHIN_S = 300.0
 ARRIVE_WITHIN_BUSY_S = 10.0
-# The second, of a health check, whose message comes together with its headers.
+# The latter for a health check, whose message arrives together with its headers.
 CHECK_WITHIN_BUSY_S = 1.0
-# Of the places and the bytes, one in so many is kept from each sender.
+# One in this many of the slots and bytes is not available to each sender.
 RESERVED = 4
-# Places for health checks, besides the others.
+# Additional slots for health checks.
 CHECKS = 2
 # Calls of one sender that may wait for a place.
 MAX_WAITING = 1000
@@ -57,7 +57,7 @@ def current_receipt() -> Receipt:
 
 
 def new_receipt() -> Receipt:
-    """Gives the call that the current task serves one of its own."""
+    """Creates the receipt of the current task's call."""
     receipt = Receipt()
     _current.set(receipt)
     return receipt
@@ -76,7 +76,7 @@ class Arrivals:
 
     @asynccontextmanager
     async def place(self, sender: bytes) -> AsyncIterator[None]:
-        """To be held while one message is read; waits for a place.
+        """A context for reading one message; waits for a slot.
 
         Raises:
             OverloadedError: too many of the sender wait, or it took too long while others waited.
@@ -124,9 +124,9 @@ class Arrivals:
                 del self._waiting[sender]
 
     def _hurry(self) -> None:
-        """Limits the time of the messages for whose places others wait."""
+        """Limits the time of messages whose slots others wait for."""
         waiting = [sender for sender in self._waiting if self._places.must_wait(sender)]
-        # A sender that holds as many as it may waits for its own places only.
+        # A sender at its limit waits only for its own slots.
         for_any = any(not self._places.has_most(sender) for sender in waiting)
         for limit, (sender, busy_at) in self._arriving.items():
             when = limit.when()
@@ -138,7 +138,7 @@ class ReceivedBytes:
     """The budget of one server. For one event loop.
 
     Attributes:
-        held_bytes: of messages that have come and are still needed.
+        held_bytes: of messages that have arrived and are still needed.
     """
 
     def __init__(self, max_message_bytes: int, max_bytes: int) -> None:

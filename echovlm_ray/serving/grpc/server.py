@@ -20,17 +20,17 @@ from echovlm_ray.serving.grpc.received_bytes import ReceivedBytes
 from echovlm_ray.serving.grpc.reflection import add_reflection
 from experts.transport.inner_channel import INNER_MESSAGE_BYTES, KEEPALIVE_MS
 
-# What a message holds beside its payload.
+# The overhead of a message in addition to its payload.
 MESSAGE_SLACK_BYTES = 1024 * 1024
 # The largest length that gRPC takes as an option.
 MAX_MESSAGE_BYTES = 2**31 - 1
 # After the last call has ended, for its status to reach the caller.
 LAST_WORDS_S = 0.2
-# Calls that came and were not looked at yet. Above its default of 1000, gRPC would end some CANCELLED, without a word.
+# Calls that wait to be accepted. Above its default of 1000, gRPC would end some CANCELLED without a message.
 MAX_PENDING_CALLS = 100_000
-# Of one connection; the client's gRPC keeps what is more until others have ended.
+# Of one connection; the client's gRPC queues further calls until others have ended.
 MAX_CALLS_PER_CONNECTION = 1000
-# A client that is idle may ask so often whether the server is there; one that asks more often is cut off.
+# The shortest interval of an idle client's keepalive pings; a client with more is disconnected.
 MIN_PING_MS = 5_000
 
 Register = Callable[[Any, grpc.aio.Server], None]
@@ -42,11 +42,11 @@ class ServerOptions:
 
     Attributes:
         host: an address of this machine.
-        port: 0 lets the system choose one.
+        port: 0: the system chooses one.
         max_receive_bytes: a longer request is refused with `RESOURCE_EXHAUSTED`.
         max_received_bytes: of all requests in memory together; None for no limit.
         idle_s: a stream of requests that sends nothing for so long ends; None has it wait.
-        call_limit_s: of a call that says no deadline, writing its answer included; None for no limit.
+        call_limit_s: for a call without a deadline, including the writing of its answer; None for no limit.
     """
 
     host: str = "127.0.0.1"
@@ -67,7 +67,7 @@ class GrpcServer:
         """Reads certificates and tokens.
 
         Args:
-            options: what it listens on, and whom it lets in.
+            options: address and authentication.
             first: called around every call before anything else.
 
         Raises:
@@ -110,7 +110,7 @@ class GrpcServer:
 
     @property
     def active_calls(self) -> int:
-        """Calls under way, without those that never end by themselves."""
+        """Running calls, without watches, which never end."""
         return self._interceptor.active_calls
 
     def add(self, register: Register, servicer: object, service_name: str, admit: Admit | None = None) -> None:

@@ -33,8 +33,8 @@ MAX_WAITING = 60_000
 # What one report brings at most.
 MAX_REPORTED = 5_000
 MAX_BUNDLES = 1_000
-# A version is missing alone when another one of its organ still made tokens so long after its own last one; every
-# version is asked for again several times within it.
+# Only this version is missing if another one of its organ still generated tokens this long after its last one; every
+# version is retried several times in that time.
 ALONE_S = 1.0
 
 
@@ -90,19 +90,19 @@ class Outcomes:
         last_progress: float,
         complete: bool = True,
     ) -> None:
-        """Adds what a run says of the versions that it used, or of those that its rollout is about.
+        """Adds a run's outcome to the statistics of its versions, or of its rollout's versions.
 
         Args:
             used: the versions.
             error: what ended it, if it did not end well.
             tokens: that it made.
             seconds_per_token: between them, if it was measured.
-            last_progress: when its experts last computed for it, or when it came.
+            last_progress: when its experts last computed for it, or when it arrived.
             complete: whether it made its last token.
         """
         blamed = isinstance(error, ExpertsFailedError | ExpertsUnavailableError | NonFiniteLogitsError)
         if not blamed and (not tokens or (tokens == 1 and not complete)):
-            # It never reached its experts, or was cut short before anything could be said of their speed: where every
+            # It never reached its experts, or was cut short before their speed could be measured: where every
             # answer takes too long, none of them is a success.
             return
         nonfinite = isinstance(error, NonFiniteLogitsError)
@@ -124,7 +124,7 @@ class Outcomes:
             self._keep([Outcome(bundle.organ, bundle.digest, failed, is_nonfinite, tokens, seconds)], [])
 
     def record_shadow(self, rollout_ids: Iterable[str], record: ShadowRecord) -> None:
-        """Adds a comparison, for each of the rollouts whose candidates took part in it."""
+        """Adds a comparison to each rollout whose candidate took part."""
         observations = [
             control_pb2.ShadowObservation(
                 rollout_id=rollout_id,

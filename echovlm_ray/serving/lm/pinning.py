@@ -19,7 +19,7 @@ from router.gating.expert_set import ExpertSet
 from router.gating.organ_gate import OrganChoice, OrganGate
 from router.rollouts.traffic import CandidateTraffic, TrafficPolicy, assign, given_sets, with_candidates
 
-# Sets without a run that are kept because the next request may get them, besides the stable one.
+# Sets without a run that stay cached for the next request, in addition to the stable one.
 MAX_IDLE_SETS = 16
 MAX_ORGAN_GATES = 64
 
@@ -58,14 +58,14 @@ class ExpertSets:
         """Starts with the checkpoint's set for all requests, as policy 0.
 
         Args:
-            dispatcher: told of every set that comes and goes.
+            dispatcher: sets are registered with it and removed from it.
             organ_gate: its settings count; the profiles come with the bundles.
             expert_set: the set.
             gates: bundle digest → what was read, of all its members.
             read: reads a bundle by its digest; blocks.
             forget: drops what caches keep of a bundle that is not used any more, by its digest.
             prepare: called with a policy before it is in force; may block until its experts can be reached.
-            identity: of the deployment; "" has the first policy say it.
+            identity: of the deployment; "" takes it from the first policy.
 
         Raises:
             ValueError: the set's bundles do not fit each other, or it does not have the default organ.
@@ -78,7 +78,7 @@ class ExpertSets:
         self._prepare = prepare
         self._lock = threading.Lock()
         self._policy = TrafficPolicy(version=0, stable=expert_set, identity=identity)
-        # The newest one that Control said, taken up or not.
+        # The newest one from Control, applied or not.
         self._announced = self._policy
         # What requests may get now, by id.
         self._given = {expert_set.id: expert_set}
@@ -103,7 +103,7 @@ class ExpertSets:
         Raises:
             UnknownOrganError: the caller named an organ that there is not.
             OrganPendingError: it named one that is not known here, and a policy is on its way that brings new ones.
-            OrganInCanaryError: it named a new one whose candidate answers other requests than this.
+            OrganInCanaryError: it named a new organ whose canary serves other requests.
             TooManyOrgansError: it named more than a request may use.
         """
         with self._lock:
@@ -121,7 +121,7 @@ class ExpertSets:
             return Admission(experts, shadow)
 
     def admit_to(self, traits: RequestTraits, expert_set_id: str) -> Admission | None:
-        """Pins a request to a set that the policy gives, or that a run under way has; None if it is another one.
+        """Pins a request to a set of the policy or of a running request; None if it is another one.
 
         Raises what `route` raises.
         """
@@ -269,7 +269,9 @@ class ExpertSets:
         return _Assigned(assignment.expert_set, choice, shadow_set, shadow_choice)
 
     def _check_new_organs(self, offered: ExpertSet, traits: RequestTraits) -> None:
-        """Raises what says more than that an organ is unknown, where it is new and not for this request, or not yet."""
+        """Raises a more specific error than "unknown organ" for a new organ that does not serve this request, or not
+        yet.
+        """
         policy, announced = self._policy, self._announced
         new = set(announced.organs) - set(policy.organs) | set(announced.stable.organs) - set(policy.stable.organs)
         # By which words a bundle is named is known only once its gates are read, so any unknown word may mean it.
@@ -352,7 +354,7 @@ class ExpertSets:
         return self._policy.digests | held
 
     def _forget_all(self, digests: Sequence[str]) -> None:
-        # Without the lock: the thread that lets go of a run may hold the engine's.
+        # Without the lock: the thread that releases a run may have the engine's.
         for digest in digests:
             self._forget(digest)
 

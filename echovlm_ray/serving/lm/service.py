@@ -58,12 +58,12 @@ class RouterService(router_pb2_grpc.RouterServicer):
 
         Args:
             engine: runs the requests.
-            model: what is served.
-            expert_sets: pins them; has the engine's dispatcher told of their sets.
+            model: the served model.
+            expert_sets: pins requests, and registers sets with the engine's dispatcher.
             vision: encodes their images.
             limits: of a request.
-            outcomes: where it is noted what became of them.
-            replayed: id → the expert set, if Control has replicas hold it for a replay.
+            outcomes: collects their statistics.
+            replayed: id → the expert set, if it is resident for a replay.
         """
         self._engine = engine
         self._reader = RequestReader(model, limits)
@@ -126,7 +126,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
             if evaluated:
                 sequence = self._submit_evaluation(pinned, experts, outputs)
             else:
-                # What a caller chose by itself is no evidence about a version.
+                # A set that the caller chose does not count in a version's statistics.
                 judged = () if request.expert_set_id else experts.used
                 sequence = await self._submit(pinned, experts, judged, outputs, shadow)
             try:
@@ -150,7 +150,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
     def _submit_evaluation(
         self, request: SequenceRequest, experts: PinnedExperts, outputs: "asyncio.Queue[StepOutput | Exception]"
     ) -> EngineSequence:
-        """Runs a request that answers no caller, where callers leave room; says nothing of its experts' traffic."""
+        """Runs an evaluation's request with idle capacity; it does not count in the statistics of traffic."""
         run = Run(experts, (), self._outcomes, sink=self._opened_mailbox().sink(outputs))
         try:
             if not self._shadows.has_room(len(request.input_ids) + request.max_new_tokens):

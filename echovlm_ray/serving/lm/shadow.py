@@ -1,4 +1,4 @@
-"""Shadows: requests that are mirrored to a candidate, and whose answers are discarded.
+"""Shadow requests: copies for a candidate, whose answers are discarded.
 
 They use only spare capacity: there are few at a time, they start only if the batch and the cache have free capacity,
 and they are cancelled as soon as another request needs it.
@@ -134,7 +134,7 @@ class Shadow:
         self._shadows = shadows
         self._request = request
         self._outcomes = outcomes
-        # Beside a canary's experts it says nothing of those.
+        # Together with a canary's experts it is not comparable.
         rollouts = {bundle: bundle.rollout for bundle in experts.used if bundle.rollout is not None}
         judged = tuple(bundle for bundle, rollout in rollouts.items() if rollout.mode == "shadow")
         self._rollout_ids = tuple(rollouts[bundle].rollout_id for bundle in judged)
@@ -147,7 +147,7 @@ class Shadow:
         self._incumbent: Run | None = None
 
     def begin(self) -> None:
-        """Runs beside the incumbent from now on, if there is room; called at most once, before `end`."""
+        """Starts the shadow run, if there is capacity; called at most once, before `end`."""
         self._begun = True
         sequence = self._shadows.submit(self, self._request, self._run)
         with self._lock:
@@ -159,7 +159,7 @@ class Shadow:
             self._shadows.cancel(sequence)
 
     def end(self) -> None:
-        """It says nothing any more; for a request that was cancelled or failed, or to make room."""
+        """Discards the shadow: the request was cancelled or failed, or capacity is needed."""
         with self._lock:
             self._over = True
             self._run.excluded_from_metrics = True

@@ -64,11 +64,11 @@ class Part:
     """What a replica serves to the other parts, and how it describes itself.
 
     Attributes:
-        queue_length: requests waiting or under way.
+        queue_length: requests waiting or running.
         arithmetic: see `arithmetic_of`.
         healthy: false makes Serve replace the replica.
-        work_done: grows with everything the part does; when it rests, free memory goes back to the system.
-        pending: whether work is under way that no open call shows, which a stopping replica waits for.
+        work_done: a counter of the part's work; while it does not change, free memory is returned to the system.
+        pending: whether there is running work without an open call, which a stopping replica waits for.
         problem: why the part cannot do all of its work, for operators; "" if it can.
         measure: brings metrics of the part's own up to date; called with every health check.
     """
@@ -114,7 +114,7 @@ class Replica:
         public: ServerOptions | None = None,
         public_services: Sequence[Service] = (),
     ) -> None:
-        """Serves the part to the other parts on a port of its own, and to clients on the public one if there is one."""
+        """Serves the part to the other parts on an internal port, and to clients on the public port if there is one."""
         _return_free_memory()
         self._part = part
         self._grace_s = max(0.0, settings.serve.graceful_shutdown_timeout_s - STOP_RESERVE_S)
@@ -166,7 +166,7 @@ class Replica:
         self._seen_work = work_done
 
     async def __del__(self) -> None:
-        """Called by Ray Serve before the process ends: calls under way finish, within the grace time."""
+        """Called by Ray Serve before the process ends: running calls finish within the grace time."""
         if self._public is not None:
             await self._public.stop(self._grace_s)
         if self._internal is not None and self._part is not None:
@@ -178,7 +178,7 @@ class Replica:
                     await closed
 
     async def publish_health(self, service: str, serving: bool) -> None:
-        """Has the replica's servers say so of a service."""
+        """Sets a service's health status on the replica's servers."""
         for server in (self._public, self._internal):
             if server is not None:
                 await server.set_health(service, serving)
@@ -193,7 +193,7 @@ def device_of(settings: ReplicaSettings) -> "torch.device":
     """Where a replica computes.
 
     Raises:
-        ValueError: it has a share of a GPU, or should use one, and torch sees none.
+        ValueError: it has a share of a GPU, or is configured to use one, but torch finds none.
     """
     import torch
 
@@ -246,7 +246,7 @@ def environment_of(settings: ReplicaSettings) -> dict[str, str]:
 
 
 def _return_free_memory() -> None:
-    # What loading or a burst of work left behind: with the thresholds above, malloc would keep it for good.
+    # Free memory after a load or a burst of work: with the thresholds above, malloc would never return it.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
