@@ -26,8 +26,8 @@ from echovlm_ray.tasks import Language
 from echovlm_ray.training.batches import collate
 from echovlm_ray.training.emphasis import emphasised
 from echovlm_ray.training.encode import EncodedExample, ExampleEncoder
+from echovlm_ray.training.example_cache import pooled_direction
 from echovlm_ray.training.examples import Example
-from echovlm_ray.training.kept_examples import pooled_direction
 from echovlm_ray.training.phantom_pool import PhantomPool
 from echovlm_ray.training.recipe import DataSection, PhantomSection, Recipe, Stage
 from echovlm_ray.training.small_start import write_small_start

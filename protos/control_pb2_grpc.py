@@ -27,8 +27,8 @@ if _version_not_supported:
 
 class ExpertControlStub(object):
     """For operators. Errors: NOT_FOUND for an unknown organ or version, FAILED_PRECONDITION for a rollout in another state.
-    Canary, Shadow, Promote, Rollback and Retire answer when every Router and gateway applies what they decided, or after
-    rollouts.take_up_timeout_s: then `not_taken_up` names those that do not yet.
+    Canary, Shadow, Promote, Rollback and Retire return when every Router and gateway has acknowledged the new policy, or
+    // after rollouts.take_up_timeout_s: then `not_taken_up` lists those that have not.
     """
 
     def __init__(self, channel):
@@ -106,34 +106,34 @@ class ExpertControlStub(object):
 
 class ExpertControlServicer(object):
     """For operators. Errors: NOT_FOUND for an unknown organ or version, FAILED_PRECONDITION for a rollout in another state.
-    Canary, Shadow, Promote, Rollback and Retire answer when every Router and gateway applies what they decided, or after
-    rollouts.take_up_timeout_s: then `not_taken_up` names those that do not yet.
+    Canary, Shadow, Promote, Rollback and Retire return when every Router and gateway has acknowledged the new policy, or
+    // after rollouts.take_up_timeout_s: then `not_taken_up` lists those that have not.
     """
 
     def Push(self, request_iterator, context):
         """Puts a bundle into the registry: first its manifest, then its files piece by piece. Pushing a bundle again is not
-        an error; a push that breaks off leaves nothing that is visible.
+        an error; an interrupted push leaves nothing visible.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Stage(self, request, context):
-        """Begins a rollout: the bundle is verified and loaded on every replica, and gets no traffic yet.
+        """Starts a rollout: the bundle is verified and loaded on every replica, and gets no traffic yet.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Canary(self, request, context):
-        """Has the candidate answer a part of the requests.
+        """Sends a part of the requests to the candidate.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Shadow(self, request, context):
-        """Has the candidate compute a part of the requests beside the incumbent; its answers are discarded.
+        """Sends a copy of a part of the requests to the candidate; its answers are discarded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -147,22 +147,22 @@ class ExpertControlServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Rollback(self, request, context):
-        """Ends a candidate's rollout. Never touches the stable version: where nothing is in flight, FAILED_PRECONDITION says
-        what happened since.
+        """Ends a candidate's rollout. Never changes the stable version: where nothing is in flight, the error is //
+        FAILED_PRECONDITION and describes the last event.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RollBackStable(self, request, context):
-        """Goes back from an organ's stable version, which the request names, to the one that was stable before.
+        """Replaces an organ's stable version, which the request names, by the one that was stable before.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Retire(self, request, context):
-        """Takes an organ, or one version of it, out of service for good.
+        """Takes an organ, or one version of it, out of service permanently.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -183,25 +183,25 @@ class ExpertControlServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def History(self, request, context):
-        """What happened, oldest first.
+        """The events, oldest first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """The state now, and again whenever it changes.
+        """The current state, and every later one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Replay(self, request, context):
-        """Makes a past expert set answer again, beside the live one, for as long as the call lasts: until the caller ends it,
-        or for rollouts.max_replay_s. The last message before that says that requests may name the set. Changes nothing of
-        what other requests get. NOT_FOUND: this deployment never served the set. FAILED_PRECONDITION: a bundle of it is
-        gone, damaged or not admitted, or it is of another backbone. RESOURCE_EXHAUSTED: there is no room beside the live
-        set, or too many wait already.
+        """Serves a past expert set again, in addition to the live one, while the call lasts: until the caller ends it, or for
+        rollouts.max_replay_s. From the message PHASE_READY on, requests may name the set. Other requests are not affected.
+        NOT_FOUND: this deployment never served the set. FAILED_PRECONDITION: a bundle of it is missing, damaged or not
+        admitted, or it belongs to another backbone. RESOURCE_EXHAUSTED: there is not enough memory in addition to the live
+        set, or too many calls are waiting.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -285,8 +285,8 @@ def add_ExpertControlServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class ExpertControl(object):
     """For operators. Errors: NOT_FOUND for an unknown organ or version, FAILED_PRECONDITION for a rollout in another state.
-    Canary, Shadow, Promote, Rollback and Retire answer when every Router and gateway applies what they decided, or after
-    rollouts.take_up_timeout_s: then `not_taken_up` names those that do not yet.
+    Canary, Shadow, Promote, Rollback and Retire return when every Router and gateway has acknowledged the new policy, or
+    // after rollouts.take_up_timeout_s: then `not_taken_up` lists those that have not.
     """
 
     @staticmethod
@@ -678,28 +678,28 @@ class RolloutFeedServicer(object):
     """
 
     def WatchPolicy(self, request, context):
-        """What to do with new requests: the policy now, and again whenever it changes.
+        """The traffic policy for new requests: the current one, and every later one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def TakenUp(self, request, context):
-        """That a policy is in force: from now on new requests get what it says. Sent for every policy that is watched.
+        """Acknowledges a policy: from now on it applies to new requests. Sent for every policy that is watched.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Report(self, request, context):
-        """What was seen of the versions in use since the last report.
+        """The statistics of the versions in use since the last report.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Replayed(self, request, context):
-        """A set that is not in the policy, while an answer of it is replayed; otherwise NOT_FOUND.
+        """An expert set that is not in the policy, while an answer of it is replayed; otherwise NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

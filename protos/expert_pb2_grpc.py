@@ -60,31 +60,31 @@ class ExpertGroupServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Forward(self, request_iterator, context):
-        """The token loop. One long-lived stream per caller; exchanges carry a correlation id, may overlap, and may be
-        answered out of order. Experts are pure functions: an exchange may always be sent again. Here all tensors travel in
-        the messages. A caller on the replica's host may send the same messages over the Unix socket that Status names as
-        local_socket, with the tensors in memory that both share: see SharedMemory.
+        """Computes tokens. One long-lived stream per caller; exchanges have a correlation id, may overlap, and may be //
+        answered out of order. Experts are pure functions: an exchange may always be retried. Here all tensors are in the
+        // messages. A caller on the replica's host may send the same messages over the Unix socket local_socket of Status,
+        // with the tensors in shared memory: see SharedMemory.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Load(self, request, context):
-        """Makes a bundle resident; returns when it can be used. Loading a resident bundle again is not an error.
+        """Makes a bundle resident; returns when it is ready. Loading a resident bundle again is not an error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Unload(self, request, context):
-        """Forgets a bundle. Exchanges under way finish first. Unloading an absent bundle is not an error.
+        """Evicts a bundle after its running exchanges. Unloading an absent bundle is not an error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Status(self, request, context):
-        """What is resident, and how large it is.
+        """The resident bundles and their sizes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -55,21 +55,21 @@ class RouterServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Runs one request to its end; the last message carries the summary.
+        """Runs one request; the last message has the summary.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Route(self, request, context):
-        """A dry run: which organs a request would use, and of which expert set.
+        """A dry run: the organs and the expert set that a request would use.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Pins(self, request, context):
-        """The bundles that this Router still needs: those of the policy it applies, and of the requests under way.
+        """The bundles that this Router needs: those of its policy and of its running requests.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

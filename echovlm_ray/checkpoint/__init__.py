@@ -1,1 +1,1 @@
-"""Checkpoints on disk: the released layout, the split folder, and the way between them."""
+"""Checkpoints on disk: the released layout, the split folder, and conversions between them."""

@@ -1,4 +1,4 @@
-"""Makes a folder in one step: it appears whole under its name, or not at all. Nothing that is there is replaced."""
+"""Creates a folder atomically: it appears complete under its name, or not at all. Existing files are never replaced."""
 
 import os
 import shutil
@@ -12,10 +12,10 @@ from experts.full_disk import full_disk_named
 
 
 def require_vacant(destination: Path) -> None:
-    """Checks that a folder can be made here: the name is free, or an empty folder has it.
+    """Checks that a folder can be created: the path does not exist, or is an empty folder.
 
     Raises:
-        InvalidCheckpointError: something else is there.
+        InvalidCheckpointError: the path exists and is not an empty folder.
     """
     if destination.is_dir() and not destination.is_symlink():
         if any(destination.iterdir()):
@@ -25,20 +25,20 @@ def require_vacant(destination: Path) -> None:
 
 
 def require_vacant_file(destination: Path) -> None:
-    """Checks that a file can be made here: nothing has the name.
+    """Checks that a file can be created: the path does not exist.
 
     Raises:
-        InvalidCheckpointError: something has.
+        InvalidCheckpointError: the path exists.
     """
     if destination.exists() or destination.is_symlink():
         raise InvalidCheckpointError(f"{destination} exists; give a new name, or remove it first")
 
 
 def require_space(destination: Path, nbytes: int) -> None:
-    """Checks that the disk has room before hours are spent on filling it.
+    """Checks that the disk has enough space before a long operation.
 
     Raises:
-        InvalidCheckpointError: it has not; names both numbers.
+        InvalidCheckpointError: it has not; the text has both numbers.
     """
     existing = destination.absolute()
     while not existing.exists():
@@ -52,10 +52,10 @@ def require_space(destination: Path, nbytes: int) -> None:
 
 @contextmanager
 def naming_file(path: Path) -> Iterator[None]:
-    """Puts a file's name into an error that has none: what fails in the middle of writing, as on a full disk.
+    """Adds a file's name to an OSError without one, for example of a full disk during a write.
 
     Raises:
-        OSError: the one that was raised, with a name.
+        OSError: the original error with the name.
     """
     try:
         yield
@@ -67,13 +67,13 @@ def naming_file(path: Path) -> Iterator[None]:
 
 @contextmanager
 def new_folder(destination: Path) -> Iterator[Path]:
-    """A folder to fill; it becomes `destination` when the block ends well, and is removed when it raises.
+    """A temporary folder; it is renamed to `destination` at the end of the block, and removed if the block raises.
 
-    It lies beside the destination under a hidden name, so that the last step is a rename within one file system.
-    A killed process leaves at most that hidden folder.
+    It is a hidden folder next to the destination, so that the rename is within one file system. A killed process leaves
+    at most that hidden folder.
 
     Raises:
-        InvalidCheckpointError: the destination is taken, before or by the time the block ends.
+        InvalidCheckpointError: the destination exists, before or at the end of the block.
     """
     require_vacant(destination)
     destination.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def new_folder(destination: Path) -> Iterator[Path]:
     try:
         with full_disk_named(destination.absolute().parent):
             yield partial
-        # mkdtemp makes it private; a checkpoint is as readable as any folder that the user makes.
+        # mkdtemp makes it private; a checkpoint gets the user's default mode.
         mask = os.umask(0)
         os.umask(mask)
         partial.chmod(0o777 & ~mask)

@@ -14,11 +14,11 @@ _NAMES: "dict[str, DTypeName]" = {"F32": "float32", "BF16": "bfloat16", "F16": "
 
 
 def compute_dtype(directory: Path, configured: Literal["auto", "float32", "bfloat16"] = "auto") -> "DTypeName":
-    """The dtype of the hidden states that experts are sent.
+    """The dtype of the hidden states for experts.
 
     Args:
         directory: a split folder.
-        configured: `model.dtype`; "auto" is the dtype of the stored embeddings, which every hidden state begins with.
+        configured: `model.dtype`; "auto" is the dtype of the stored embeddings.
 
     Raises:
         InvalidCheckpointError: the embeddings are missing, damaged, or of another dtype.

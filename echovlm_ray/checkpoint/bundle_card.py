@@ -1,4 +1,4 @@
-"""The fields of a bundle's manifest that its maker states, from a YAML file and options."""
+"""The fields of a bundle's manifest that its author provides, from a YAML file and options."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ _MAX_FILE_BYTES = 1_000_000
 
 
 class BundleCard(BaseModel):
-    """The fields of a manifest that a person writes; None leaves one to what is known otherwise."""
+    """The author's fields of a manifest; None for fields that are taken from other sources."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -35,7 +35,7 @@ class BundleCard(BaseModel):
     organ_synonyms: tuple[str, ...] | None = None
 
     def over(self, other: "BundleCard") -> "BundleCard":
-        """This card, completed by another; changelogs and metrics are joined."""
+        """This card, completed by another one; changelogs and metrics are merged."""
         values = other.model_dump(exclude_none=True)
         for field, value in self.model_dump(exclude_none=True).items():
             values[field] = {**values.get(field, {}), **value} if isinstance(value, dict) else value
@@ -46,7 +46,7 @@ def read_card(path: Path) -> BundleCard:
     """Reads a card, YAML or JSON (which is YAML).
 
     Raises:
-        InvalidCheckpointError: not readable, not YAML, or a field that no card has.
+        InvalidCheckpointError: it is unreadable, not YAML, or has an unknown field.
     """
     try:
         content = path.read_bytes()
@@ -69,10 +69,10 @@ def read_card(path: Path) -> BundleCard:
 
 
 def describe(card: BundleCard, facts: Mapping[str, Any]) -> BundleDescription:
-    """Joins what a person says to what the weights say.
+    """Merges the author's fields with those from the weights.
 
     Raises:
-        InvalidCheckpointError: a field is missing or not valid; the text says how to give it.
+        InvalidCheckpointError: a field is missing or invalid; the text has the fix.
     """
     said = card.model_dump(exclude_none=True)
     needed = [name for name, field in BundleDescription.model_fields.items() if field.is_required()]

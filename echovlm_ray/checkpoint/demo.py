@@ -1,7 +1,7 @@
-"""Makes the demo checkpoint of the weights that come with the project: a small EchoVLM that has learnt phantoms.
+"""Creates the demo checkpoint from the weights in the project: a small EchoVLM that was trained on phantoms.
 
-The weights are kept in bfloat16, half as large, and written in float32, which every processor computes with. Nothing is
-computed on the way, so the same bytes come out on every machine.
+The weights are stored in bfloat16, which halves their size, and written in float32, which every processor supports.
+Nothing else is computed, so the bytes are the same on every machine.
 """
 
 import shutil
@@ -51,9 +51,9 @@ class DemoBundle(BaseModel):
 
     Attributes:
         organ: whose experts.
-        weights: the file with experts and gates, under their released names; several bundles may have the same.
-        card: version, metrics and words.
-        served: whether a fresh system serves this version of the organ.
+        weights: the file with experts and gates, under their released names; several bundles may share it.
+        card: version, metrics and texts.
+        served: whether this version of the organ is live in a new system.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,7 +65,7 @@ class DemoBundle(BaseModel):
 
 
 class DemoAbout(BaseModel):
-    """`about.json`: what the demo says about itself, and its bundles in set order."""
+    """`about.json`: the demo's metadata, and its bundles in set order."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -76,27 +76,27 @@ class DemoAbout(BaseModel):
 
 
 def demo_files() -> Traversable:
-    """Where the demo's weights lie: `about.json`, `backbone/`, experts, prototypes, model card and recipes."""
+    """The folder of the demo's weights: `about.json`, `backbone/`, experts, prototypes, model card and recipes."""
     return resources.files(_PACKAGE)
 
 
 def demo_about() -> DemoAbout:
-    """What the demo says about itself."""
+    """The demo's metadata."""
     return DemoAbout.model_validate_json((demo_files() / ABOUT_NAME).read_bytes())
 
 
 def make_demo(destination: Path, *, progress: Callable[[int], None] = lambda _: None) -> tuple[CheckpointIndex, bool]:
-    """Makes the demo checkpoint, unless it is there already.
+    """Creates the demo checkpoint, unless it exists.
 
     Args:
         destination: the folder to make.
         progress: called with the bytes of every tensor written.
 
     Returns:
-        Its index, and whether it was made now.
+        Its index, and whether it was created now.
 
     Raises:
-        InvalidCheckpointError: the folder holds something else, or a demo that is damaged.
+        InvalidCheckpointError: the folder contains something else, or a damaged demo.
     """
     about = demo_about()
     if is_split_folder(destination):
@@ -109,7 +109,7 @@ def make_demo(destination: Path, *, progress: Callable[[int], None] = lambda _: 
 def write_demo(
     source: Path, partial: Path, about: DemoAbout, *, progress: Callable[[int], None] = lambda _: None
 ) -> CheckpointIndex:
-    """Fills an empty folder with the split checkpoint that a folder like `demo_files` describes."""
+    """Writes a split checkpoint from a folder like `demo_files` to an empty folder."""
     digest = _write_backbone(source / "backbone", backbone_directory(partial), progress)
     manifests = _write_bundles(source, partial, about, digest, progress)
     served = [

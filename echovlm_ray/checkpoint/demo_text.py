@@ -1,6 +1,6 @@
-"""The text that the demo's tokenizer learns its pieces from: written for this project, from no patient.
+"""The training text of the demo's tokenizer: written for this project, without patients' data.
 
-It only decides how words are cut into tokens. The demo model has learnt nothing from it.
+It only determines the tokenization. The demo model was not trained on it.
 """
 
 ENGLISH = """

@@ -1,4 +1,4 @@
-"""The demo's tokenizer and processor files: byte-level BPE with Qwen2-VL's special tokens, trained in a moment."""
+"""The demo's tokenizer and processor files: byte-level BPE with Qwen2-VL's special tokens, trained in seconds."""
 
 import json
 from collections.abc import Iterable
@@ -19,19 +19,19 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-# Pixels that one visual token stands for: a patch of 14 and a merge of 2 in both directions.
+# Pixels per visual token: a patch of 14 and a merge of 2 in both directions.
 _PIXELS_PER_TOKEN = 28 * 28
 # The paper's limit for an image.
 MAX_VISUAL_TOKENS = 196
 MODEL_MAX_LENGTH = 32768
 
-# Qwen2's own cut into words: contractions, letters with one leading sign, single digits, signs, line ends, blanks.
+# Qwen2's pre-tokenization: contractions, letters with one leading sign, single digits, signs, line ends, blanks.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LARGEST_VOCABULARY = 8000
 
-# ChatML; within a message pictures stand before words, however the caller ordered them.
+# ChatML; within a message images come before text, in any order of the caller.
 CHAT_TEMPLATE = """\
 {%- if messages[0]['role'] != 'system' -%}
 <|im_start|>system
@@ -64,11 +64,11 @@ You are a helpful assistant.<|im_end|>
 
 
 def train_tokenizer(lines: Iterable[str] | None = None, *, vocab_size: int = _LARGEST_VOCABULARY) -> Tokenizer:
-    """Learns the pieces of a text. The same text gives the same tokenizer.
+    """Trains the tokenizer on a text. Deterministic.
 
     Args:
-        lines: the text; None: the built-in one.
-        vocab_size: the most pieces, the 256 bytes among them; special tokens come on top.
+        lines: the text; None for the built-in one.
+        vocab_size: the most pieces, including the 256 bytes, without special tokens.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -82,7 +82,7 @@ def train_tokenizer(lines: Iterable[str] | None = None, *, vocab_size: int = _LA
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=1,
-        # All 256 bytes, so that any text at all can be encoded.
+        # All 256 bytes, so that any text can be encoded.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

@@ -15,10 +15,10 @@ _MAX_FILE_BYTES = 1_000_000
 
 
 def clone_groups(organs: Sequence[str], num_experts: int) -> Groups:
-    """Every organ gets all the experts.
+    """Assigns all experts to every organ.
 
     Raises:
-        InvalidCheckpointError: no organ, one twice, or a name that cannot be one.
+        InvalidCheckpointError: there is no organ, a duplicate, or an invalid name.
     """
     if not organs:
         raise InvalidCheckpointError("no organs: name at least one, for example --organs breast,liver")
@@ -30,14 +30,14 @@ def clone_groups(organs: Sequence[str], num_experts: int) -> Groups:
 
 
 def partition_groups(groups: Mapping[str, Any], num_experts: int) -> Groups:
-    """Checks a division of the experts: every expert in exactly one group.
+    """Checks a partition: every expert must be in exactly one group.
 
     Args:
         groups: organ → list of expert indices, from 0.
         num_experts: how many the checkpoint has.
 
     Raises:
-        InvalidCheckpointError: empty, overlapping, with a gap, or naming an expert that does not exist.
+        InvalidCheckpointError: it is empty, overlapping, incomplete, or has an unknown expert.
     """
     if not groups:
         raise InvalidCheckpointError("the groups file names no organ; write one organ a line, like `breast: [0, 1]`")
@@ -61,7 +61,7 @@ def read_groups(path: Path) -> dict[str, Any]:
     """Reads a groups file, YAML or JSON (which is YAML).
 
     Raises:
-        InvalidCheckpointError: not readable, not YAML, or not a mapping with distinct organs.
+        InvalidCheckpointError: it is unreadable, not YAML, or not a mapping with distinct organs.
     """
     try:
         content = path.read_bytes()

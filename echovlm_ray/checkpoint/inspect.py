@@ -56,7 +56,7 @@ class OrganReport(BaseModel):
 
 
 class CheckpointReport(BaseModel):
-    """What `echoray checkpoint inspect` found."""
+    """The report of `echoray checkpoint inspect`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -85,7 +85,7 @@ class CheckpointReport(BaseModel):
 
 
 def inspect(directory: Path) -> CheckpointReport:
-    """Looks at a folder. What is wrong with it is in the report's `problems`.
+    """Inspects a folder. The report's `problems` has the problems.
 
     Raises:
         InvalidCheckpointError: there is no such folder.
@@ -100,7 +100,7 @@ def inspect(directory: Path) -> CheckpointReport:
     routed = None
     checkpoint = examine(directory)
     if checkpoint.stores_moe and not checkpoint.stores_experts:
-        # Not a released checkpoint with everything missing, but a whole backbone.
+        # A complete backbone, not a released checkpoint with missing tensors.
         routed = False
         checkpoint = examine(directory, routed=False)
     return _inspect_released(checkpoint, is_backbone=routed is False)

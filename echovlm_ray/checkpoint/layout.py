@@ -1,4 +1,4 @@
-"""A split checkpoint's folder: where its parts lie, and the index that ties them together.
+"""The layout of a split checkpoint's folder, and its index.
 
 ```
 DIR/echovlm.json   the index; written last, so a folder without it is no checkpoint
@@ -24,17 +24,18 @@ DEMO_NAME: Final = "echovlm-demo"
 # The order in which DESIGN names the regions that EchoVLM was trained on; it is the set order.
 ORGANS = ("breast", "gynaecology", "heart", "kidney", "liver", "thyroid", "vessel")
 
-# Same spelling rules as the bundles' manifests: an organ names a folder, a Serve application and a health service.
+# The same rules as in bundles' manifests: an organ's name is used for a folder, a Serve application and a health
+# service.
 OrganName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,39}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class InvalidCheckpointError(ValueError):
-    """A checkpoint folder is not what it must be. The text names the file or tensor, and what to do."""
+    """A checkpoint folder is invalid. The text names the file or tensor, and the fix."""
 
 
 class OrganEntry(BaseModel):
-    """One organ of a split checkpoint and the bundle that came out of the split."""
+    """One organ of a split checkpoint and its original bundle."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -44,7 +45,7 @@ class OrganEntry(BaseModel):
 
 
 class CheckpointIndex(BaseModel):
-    """`echovlm.json`: what a split folder holds."""
+    """`echovlm.json`: the index of a split folder."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -64,7 +65,7 @@ class CheckpointIndex(BaseModel):
         return self
 
     def expert_set(self) -> ExpertSet:
-        """The set that serves this checkpoint as it was split."""
+        """The original expert set of this checkpoint."""
         return ExpertSet(
             backbone_digest=self.backbone_digest,
             routing=self.routing,
@@ -88,12 +89,12 @@ class CheckpointIndex(BaseModel):
 
 
 def backbone_directory(directory: Path) -> Path:
-    """Where a split folder keeps everything but the routed experts and their gates."""
+    """The folder of a split checkpoint's backbone: everything but the routed experts and their gates."""
     return Path(directory) / BACKBONE_NAME
 
 
 def registry_root(directory: Path) -> Path:
-    """Where a split folder keeps its bundles: the root of an `experts.registry.Registry`."""
+    """The folder of a split checkpoint's bundles: the root of an `experts.registry.Registry`."""
     return Path(directory) / REGISTRY_NAME
 
 
@@ -106,7 +107,7 @@ def read_index(directory: Path) -> CheckpointIndex:
     """Reads a split folder's index.
 
     Raises:
-        InvalidCheckpointError: no folder, no index, or an index that is not one.
+        InvalidCheckpointError: the folder or the index is missing or invalid.
     """
     directory = Path(directory)
     path = directory / INDEX_NAME

@@ -37,7 +37,7 @@ def merge(
     start: Callable[[int], None] = lambda _: None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Writes a split checkpoint as one model in the released layout. One tensor at a time is in memory.
+    """Writes a split checkpoint as one model in the released layout. Only one tensor at a time is in memory.
 
     Args:
         source: a split folder.
@@ -49,8 +49,7 @@ def merge(
         progress: called with the bytes of every tensor written.
 
     Raises:
-        InvalidCheckpointError: something is wrong with the source, its organs' copies differ, or the destination is
-            taken.
+        InvalidCheckpointError: the source is invalid, its organs' copies differ, or the destination exists.
     """
     require_vacant(destination)
     folder = open_split(source)
@@ -78,7 +77,7 @@ def merge(
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """What one merged tensor is made of: a stored tensor, or rows of several (in a gate)."""
+    """The source of one merged tensor: a stored tensor, or rows of several (in a gate)."""
 
     specification: Specification
     # Each with the rows that it fills; None when it is the whole tensor.
@@ -97,7 +96,7 @@ class _Source:
 
 
 def _choose(folder: SplitFolder, organ: str | None, version: str | None) -> Mapping[str, OrganBundle]:
-    """The bundles to merge: all of a partition, one of copies that agree, or the one that was asked for."""
+    """The bundles to merge: all of a partition, one of equal copies, or the requested one."""
     if organ is None:
         if version is not None:
             raise InvalidCheckpointError("a version belongs to an organ: add --organ")
@@ -196,9 +195,9 @@ def _plan(folder: SplitFolder, chosen: Mapping[str, OrganBundle]) -> dict[str, _
 
 
 def _places(member: OrganBundle, alone: bool) -> tuple[int, ...]:
-    """Which expert of the merged model each of a bundle's experts becomes."""
+    """The indices of a bundle's experts in the merged model."""
     experts, count = member.manifest.source_experts, member.manifest.num_experts
-    # An organ's own model may have lost or gained experts since the split; then the old places mean nothing.
+    # An organ may have lost or gained experts since the split; then the original indices are not valid.
     if experts is None or (alone and set(experts) != set(range(count))):
         return tuple(range(count))
     return experts

@@ -32,14 +32,14 @@ _DTYPE_NAMES: dict[torch.dtype, DTypeName] = {
 
 @dataclass(frozen=True, slots=True)
 class PackOptions:
-    """What to make of the source.
+    """The options of packing.
 
     Attributes:
-        organ: whose experts these are.
-        checkpoint: the split checkpoint whose backbone they are for.
+        organ: the organ of the experts.
+        checkpoint: the split checkpoint with their backbone.
         from_organ: of a split source, whose bundle to take; by default the organ's own.
         experts: of the source's experts these, in this order; by default all.
-        dtype: what the experts and gates are converted to; by default they stay as they are.
+        dtype: the dtype to convert experts and gates to; by default unchanged.
         prototype: a file with the organ's prototype; by default the source's, if it has one.
     """
 
@@ -66,8 +66,8 @@ def pack(
     Args:
         source: see `echovlm_ray.checkpoint.pack_source.open_source`.
         destination: the bundle's folder; it appears when it is complete.
-        card: what its maker says about it.
-        options: what to make of the source.
+        card: the author's fields of the manifest.
+        options: the options.
         start: called with the number of bytes to read, before the first.
         progress: called with the bytes of every tensor read.
 
@@ -75,7 +75,7 @@ def pack(
         The manifest.
 
     Raises:
-        InvalidCheckpointError: the source does not fit, weights are not finite, or something is not said.
+        InvalidCheckpointError: the source does not fit, weights are not finite, or a field is missing.
         FileExistsError: the destination exists.
     """
     if destination.exists() or destination.is_symlink():
@@ -153,7 +153,7 @@ def _dtypes(found: PackSource, wanted: DTypeName | None) -> dict[str, DTypeName 
 
 
 class _Tensors:
-    """Gives a bundle's tensors out of the source, and refuses those that are not finite."""
+    """Reads a bundle's tensors from the source, and refuses NaN and infinity."""
 
     def __init__(
         self,

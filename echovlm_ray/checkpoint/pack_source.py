@@ -27,8 +27,8 @@ class PackSource:
     Attributes:
         tensors: released name → where it lies.
         num_experts: how many experts each layer has.
-        card: what the source itself says about them.
-        source_experts: which experts of the released checkpoint they are, if that is known.
+        card: the source's metadata about them.
+        source_experts: their indices in the released checkpoint, if known.
         prototype: the organ's prototype, if the source has one.
     """
 
@@ -52,7 +52,7 @@ class PackSource:
 def open_source(
     source: Path, organ: str, *, digest: str, shape: ModelShape, progress: Callable[[int], None]
 ) -> PackSource:
-    """Opens whatever holds the experts, and checks that they fit the backbone.
+    """Opens a source of experts, and checks that they fit the backbone.
 
     Args:
         source: a split checkpoint's folder, a released one's, or a file or folder of safetensors with nothing but
@@ -85,7 +85,7 @@ def bytes_to_compare(source: Path) -> int:
 
 
 def read_prototype(path: Path, hidden_size: int) -> StoredTensor:
-    """A prototype in a safetensors file of its own.
+    """Reads a prototype from a safetensors file.
 
     Raises:
         InvalidCheckpointError: it holds anything else, or a prototype of another size or dtype.
@@ -112,7 +112,7 @@ def _of_split(source: Path, organ: str, digest: str) -> PackSource:
             f"{digest[:12]}…: experts work with no other backbone than theirs"
         )
     bundle = folder.organs[organ].bundle
-    # A file that has rotted must not come out as a bundle with good digests.
+    # A damaged file must not become a bundle with valid digests.
     bundle.verify()
     manifest = bundle.manifest
     stored = folder.organs[organ].tensors

@@ -1,6 +1,6 @@
 """Reads checkpoints in safetensors: headers first, then one tensor at a time.
 
-Nothing is mapped into memory, so a process that walks through a checkpoint never holds more than one tensor of it.
+Nothing is mapped into memory, so a process that reads a checkpoint has at most one tensor of it in memory.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ _CHUNK_BYTES = 4 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where one tensor's bytes lie."""
+    """The location of one tensor's bytes."""
 
     name: str
     path: Path
@@ -74,7 +74,7 @@ class StoredTensor:
 
 @dataclass(slots=True)
 class TensorFolder:
-    """What the headers of a folder's weights say, and what is wrong with them."""
+    """The headers of a folder's weights, and their problems."""
 
     directory: Path
     # Sorted by name.
@@ -147,7 +147,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def differences(stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What is missing, unexpected, misshapen or of an unusable dtype; empty when all is right."""
+    """The tensors that are missing, unexpected, or of a wrong shape or dtype; empty if there are none."""
     problems = [
         f"{name}: is {list(stored[name].shape)}, but config.json makes it {list(shape)}"
         for name, shape in expected.items()
@@ -178,7 +178,7 @@ def _read_weight_map(index: Path, problems: list[str]) -> dict[str, str]:
         return {}
     sound: dict[str, str] = {}
     for name, file in entries.items():
-        # A shard lies in the same folder: an index must not be able to point elsewhere.
+        # A shard must be in the same folder: an index must not refer to other folders.
         if not isinstance(file, str) or Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
             problems.append(f"{index.name}: {name} lies in {file!r}, which is not a safetensors file of this folder")
         else:

@@ -1,4 +1,4 @@
-"""A checkpoint in the released layout: its headers, its sizes, and whether they fit each other."""
+"""A checkpoint in the released layout: its headers and sizes, and their consistency."""
 
 import shutil
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from echovlm_ray.checkpoint.reader import (
 )
 from echovlm_ray.checkpoint.schema import ModelShape, is_routed
 
-# What lies beside the weights and belongs to the model: configuration, tokenizer, processor, terms of use. No code.
+# The other files of a model: configuration, tokenizer, processor, terms of use. No code.
 COMPANION_NAMES = (
     "generation_config.json",
     "tokenizer.json",
@@ -39,7 +39,7 @@ _SHOWN_PROBLEMS = 3
 
 @dataclass(slots=True)
 class ReleasedCheckpoint:
-    """A folder in the released layout, with or without its routed experts, and what is wrong with it."""
+    """A folder in the released layout, with or without its routed experts, and its problems."""
 
     directory: Path
     config: dict[str, Any]
@@ -71,7 +71,7 @@ class ReleasedCheckpoint:
 
 
 def examine(directory: Path, *, routed: bool | None = None) -> ReleasedCheckpoint:
-    """Reads the headers of a folder and collects all that is wrong, without raising.
+    """Reads the headers of a folder and collects all problems, without raising.
 
     Args:
         directory: the folder.
@@ -114,7 +114,7 @@ def open_released(directory: Path) -> ReleasedCheckpoint:
     """Opens a whole EchoVLM in the released layout.
 
     Raises:
-        InvalidCheckpointError: it is something else, or something is wrong with it.
+        InvalidCheckpointError: it is something else, or has problems.
     """
     if is_split_folder(directory):
         raise InvalidCheckpointError(f"{directory} is split already")
@@ -136,7 +136,7 @@ def first_problems(problems: Sequence[str]) -> str:
 
 
 def copy_companions(source: Path, destination: Path) -> list[str]:
-    """Copies config.json and what belongs to it; weights and anything unknown stay behind.
+    """Copies config.json and the other files of the model, but not weights and unknown files.
 
     Returns:
         The names of the files that were not copied, sorted.

@@ -34,7 +34,7 @@ _GATE = re.compile(r"model\.layers\.(\d+)\.moe\.gate\.weight")
 
 
 class VisionShape(BaseModel):
-    """The vision tower's sizes. What config.json leaves out is at Qwen2-VL's default, not missing."""
+    """The vision tower's sizes. Fields that are not in config.json have Qwen2-VL's defaults."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -69,7 +69,7 @@ class VisionShape(BaseModel):
 
 
 class ModelShape(BaseModel):
-    """The sizes in a config.json that decide which tensors there must be."""
+    """The sizes in a config.json that determine the tensors."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -195,7 +195,7 @@ def part_of(name: str) -> str | None:
 
 
 def backbone_digest(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...], str]]) -> str:
-    """A backbone's identity, which does not depend on how its tensors are spread over files.
+    """A backbone's identity, which does not depend on the files of its tensors.
 
     Args:
         config: the parsed config.json; only its sizes count, with Qwen2-VL's defaults filled in.

@@ -41,7 +41,7 @@ _WORK_NAME = ".bundles"
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """What a split checkpoint and its bundles say about themselves."""
+    """The metadata of a split checkpoint and its bundles."""
 
     name: str
     version: str = "1.0.0"
@@ -59,7 +59,7 @@ class Labels:
 
 @dataclass(frozen=True, slots=True)
 class SplitResult:
-    """What a split made."""
+    """The result of a split."""
 
     index: CheckpointIndex
     # Files of the source that were left behind because nothing in the system reads them.
@@ -77,7 +77,7 @@ def split(
     start: Callable[[int], None] = lambda _: None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> SplitResult:
-    """Splits a checkpoint. One tensor at a time is in memory.
+    """Splits a checkpoint. Only one tensor at a time is in memory.
 
     Args:
         source: a folder in the released layout.
@@ -90,7 +90,7 @@ def split(
         progress: called with the bytes of every tensor written.
 
     Raises:
-        InvalidCheckpointError: the source is no sound EchoVLM, the groups do not fit it, or the destination is taken.
+        InvalidCheckpointError: the source is not a valid EchoVLM, the groups do not fit it, or the destination exists.
     """
     require_vacant(destination)
     checkpoint = open_released(source)
@@ -182,7 +182,7 @@ def _work_folder(partial: Path) -> Iterator[Path]:
 
 
 class _BundleSource:
-    """Gives a bundle's tensors out of the released checkpoint."""
+    """Reads a bundle's tensors from the released checkpoint."""
 
     def __init__(
         self,

@@ -17,13 +17,13 @@ from experts.registry.registry import Registry
 
 @dataclass(frozen=True)
 class OrganBundle:
-    """One organ's bundle as it lies in a split checkpoint's registry."""
+    """One organ's bundle in a split checkpoint's registry."""
 
     bundle: Bundle
 
     @property
     def manifest(self) -> Manifest:
-        """What it says about itself."""
+        """The bundle's manifest."""
         return self.bundle.manifest
 
     @cached_property
@@ -46,7 +46,7 @@ class OrganBundle:
 
 @dataclass(frozen=True, slots=True)
 class SplitFolder:
-    """A split checkpoint and what is wrong with it; organs whose bundle cannot be opened are missing in `organs`."""
+    """A split checkpoint and its problems. Organs whose bundle cannot be opened are not in `organs`."""
 
     directory: Path
     index: CheckpointIndex

@@ -1,6 +1,6 @@
-"""Checks a dataset and counts what is in it; every finding has its file, its line and its fix.
+"""Checks a dataset and collects statistics; every finding has its file, its line and its fix.
 
-Findings name places, not contents: an id or a path may name a patient.
+Findings quote no contents, because an id or a path may name a patient.
 """
 
 import hashlib
@@ -24,9 +24,9 @@ from echovlm_ray.vision.images import ImageLimits
 from echovlm_ray.vision.kinds import VIDEOS, file_kind
 from echovlm_ray.vision.scaling import Scaling
 
-# All findings are counted; so many of each kind are listed.
+# All findings are counted; at most this many of each kind are listed.
 LISTED_PER_KIND = 200
-# Different names that a count shows; a file can hold as many as it has records.
+# Distinct values that a statistic lists; a file can have as many as records.
 NAMES_SHOWN = 40
 # The kind of a finding that makes a whole file unusable.
 UNREADABLE = "unreadable file"
@@ -38,7 +38,7 @@ class _Model(BaseModel):
 
 
 class Finding(_Model):
-    """One thing that is wrong.
+    """One finding of a check.
 
     Attributes:
         kind: a short name, the same for all of its kind.
@@ -56,7 +56,7 @@ class Finding(_Model):
 
 
 class Counts(_Model):
-    """What a dataset holds. `patients` counts different ones; records without a known one are in `without_patient`."""
+    """Statistics of a dataset. `patients` counts distinct ones; `without_patient` counts records without a patient."""
 
     records: int
     organs: dict[str, int]
@@ -83,16 +83,16 @@ class CheckReport(_Model):
 
 @dataclass(frozen=True, slots=True)
 class CheckOptions:
-    """What a check looks at.
+    """Options of a check.
 
     Attributes:
-        root: where the images are; None leaves them alone.
+        root: the images' folder; None: images are not checked.
         limits: of one image file.
         scaling: how pictures are scaled for the model; one that cannot be scaled to fit is a finding.
         grouping: how a record's patient is found.
         num_tokens: the length of a record in tokens, as training counts them, to compare with `max_tokens`; raises
             ValueError for what training refuses; None compares nothing.
-        show_names: whether findings carry ids and paths.
+        show_names: whether findings contain ids and paths.
     """
 
     root: Callable[[Path], ImageRoot] | None
@@ -107,11 +107,11 @@ class CheckOptions:
 def check(
     paths: Sequence[Path], options: CheckOptions, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> CheckReport:
-    """Reads every record and every image of the files once. Several files are the sides of one split.
+    """Reads every record and every image once. Several files are the sides of one split.
 
     Args:
         paths: JSON or JSON Lines files.
-        options: what to look at.
+        options: of the check.
         progress: called with how many records are done, and how many there are.
 
     Raises:
@@ -141,7 +141,7 @@ def check(
 
 @dataclass(slots=True)
 class _Tally:
-    """What is counted while records pass by."""
+    """Running counts over the records."""
 
     records: int = 0
     organs: Counter[str] = field(default_factory=Counter)
@@ -237,7 +237,7 @@ class _Checker:
             progress(index + 1, len(file))
 
     def across_files(self) -> None:
-        """What is on more than one side of a split."""
+        """Findings about patients and images on more than one side of a split."""
         for what, sides in self._sides.items():
             pairs: Counter[tuple[str, ...]] = Counter(
                 tuple(sorted(files)) for files in sides.values() if len(files) > 1

@@ -1,4 +1,4 @@
-"""Records in the three forms: the published one, ms-swift's messages, and OpenAI's chat. Nothing is lost either way."""
+"""Converts records between three formats without loss: the published one, ms-swift's messages, and OpenAI's chat."""
 
 import base64
 import binascii
@@ -21,7 +21,7 @@ MAX_EMBEDDED_BYTES = 64 * 1024 * 1024
 
 
 def to_form(record: Record, form: Form, embed_from: ImageRoot | None = None) -> dict[str, Any]:
-    """A record as JSON in one of the forms.
+    """A record as JSON in one of the formats.
 
     Args:
         record: a valid one.
@@ -29,7 +29,7 @@ def to_form(record: Record, form: Form, embed_from: ImageRoot | None = None) -> 
         embed_from: for "openai": puts the images themselves into the record, as data URLs, instead of their paths.
 
     Raises:
-        InvalidDataError: the form has no place for what the record holds; or an image to embed is no PNG or JPEG.
+        InvalidDataError: the format cannot represent the record; or an image to embed is not PNG or JPEG.
         UnusableImageError: an image to embed cannot be read.
     """
     shared = {
@@ -85,24 +85,25 @@ def _data_url(content: bytes) -> str:
 
 
 def extract_embedded(record: Record, directory: Path | None) -> Record:
-    """The record with the images that are embedded in it as files, named by their content.
+    """Writes a record's embedded images to files, named by their content, and returns the record with their paths.
 
     Args:
-        record: of any form.
-        directory: where the files go; None refuses embedded images.
+        record: in any format.
+        directory: of the files; None refuses embedded images.
 
     Raises:
-        InvalidDataError: there are some and no directory is given; or one is broken, too large, or no PNG or JPEG.
+        InvalidDataError: an image is embedded and no directory is given; or one is broken, too large, or not PNG or
+            JPEG.
     """
     paths = [_extract(path, directory) if path.startswith("data:") else path for path in record.images]
     return replace(record, images=tuple(paths))
 
 
 def require_paths(record: Record) -> None:
-    """Checks that a record names files: nothing here reads an address, so a record with one would never be used.
+    """Checks that a record names files: URLs are never read, so a record with one could not be used.
 
     Raises:
-        InvalidDataError: an image or a video is named by an address.
+        InvalidDataError: an image or a video is given by a URL.
     """
     for number, path in enumerate((*record.images, *record.videos), start=1):
         if _ADDRESS.match(path):

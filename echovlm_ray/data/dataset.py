@@ -1,4 +1,4 @@
-"""Records of one or several files by number, read when they are asked for."""
+"""A map-style dataset over one or several files, which reads records lazily."""
 
 import os
 from bisect import bisect_right
@@ -14,7 +14,7 @@ from echovlm_ray.data.source import RecordFile
 
 
 def require_different(paths: Sequence[str | os.PathLike[str]]) -> None:
-    """Checks that no file is named twice, under whatever name.
+    """Checks that no file is given twice, also under different paths.
 
     Raises:
         InvalidDataError: one is.
@@ -27,10 +27,10 @@ def require_different(paths: Sequence[str | os.PathLike[str]]) -> None:
 
 
 class RecordDataset(Sequence[Record]):
-    """A map-style dataset. What it keeps in memory is the place of each record; close it, or use it as a block."""
+    """A map-style dataset with only each record's position in memory; close it, or use it in a `with` statement."""
 
     def __init__(self, paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> None:
-        """Opens the files and finds their records.
+        """Opens the files and indexes their records.
 
         Raises:
             InvalidDataError: a file is empty, truncated, or not UTF-8, or is given twice.
@@ -51,7 +51,7 @@ class RecordDataset(Sequence[Record]):
         self._ends = list(accumulate(len(file) for file in self.files))
 
     def __len__(self) -> int:
-        """How many records all files have together."""
+        """The number of records in all files."""
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> Record:  # type: ignore[override] # no slices: they would load everything
@@ -67,22 +67,22 @@ class RecordDataset(Sequence[Record]):
         return record
 
     def read(self, index: int) -> tuple[Record | None, list[Problem]]:
-        """One record as far as it can be read, and what is wrong with it."""
+        """One record, as far as it is readable, and its problems."""
         file, position = self._locate(index)
         raw, problem = file.raw(position)
         return parse_record(raw) if problem is None else (None, [problem])
 
     def file_of(self, index: int) -> int:
-        """Which of the files a record is in."""
+        """The file of a record."""
         return bisect_right(self._ends, index)
 
     def line(self, index: int) -> int:
-        """The line of its file at which a record begins."""
+        """The first line of a record in its file."""
         file, position = self._locate(index)
         return file.line(position)
 
     def place(self, index: int) -> str:
-        """Where a record is, for a message: file and line."""
+        """File and line of a record, for messages."""
         return f"{self.files[self.file_of(index)].path}, line {self.line(index)}"
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
-"""Random numbers that depend on (seed, epoch, index) alone.
+"""Random numbers as a function of (seed, epoch, index).
 
-So a run that is resumed in the middle of an epoch, on another number of workers, draws what it would have drawn.
+A run that is resumed in the middle of an epoch, with another number of workers, has the same draws as without the
+interruption.
 """
 
 import hashlib
@@ -8,7 +9,7 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
-# Keeps the stream of orders apart from those of records.
+# Separates the stream of epoch orders from those of records.
 _ORDER = 0x6F72646572
 
 
@@ -24,5 +25,5 @@ def epoch_order(count: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
 
 
 def hash_draw(seed: int, key: str) -> int:
-    """A number of 64 bits for a key, the same on every machine; what is drawn for one key depends on no other."""
+    """A 64-bit number for a key, the same on every machine and independent of other keys."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "big")

@@ -1,6 +1,6 @@
-"""Image files of records: found within one folder, whatever a record says, read and decoded within bounds.
+"""Image files of records: located only within one folder, read and decoded within limits.
 
-Checking a data set and training on it decode with the same function, so that one refuses what the other does.
+`echoray data check` and training decode with the same function, so both refuse the same files.
 """
 
 import os
@@ -15,19 +15,19 @@ MAX_PATH_CHARACTERS = 1024
 
 
 class UnusableImageError(ValueError):
-    """A path in a record leads nowhere, out of the image root, or to what is no image file. Quotes nothing."""
+    """A path in a record does not exist, is outside the image root, or is not an image file."""
 
     def __init__(self, kind: str, text: str) -> None:
-        """Takes a short name of the kind, and a sentence with the fix."""
+        """An error with a short name of its kind and a sentence with the fix."""
         super().__init__(text)
         self.kind = kind
 
 
 class ImageRoot:
-    """The folder that a dataset's paths start from; nothing outside it is ever read."""
+    """The folder that a dataset's paths are relative to; files outside it are never read."""
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        """Takes the folder; it must exist.
+        """An existing folder as image root.
 
         Raises:
             ValueError: there is no such folder.
@@ -37,11 +37,11 @@ class ImageRoot:
             raise ValueError(f"there is no folder {directory}: name the folder that the paths of the images start from")
 
     def locate(self, path: str) -> Path:
-        """The file that a record's path means, links followed.
+        """Resolves a record's path, following links.
 
         Raises:
-            UnusableImageError: the path is absolute, climbs out of the root, follows a link out of it, is a URL, or
-                leads to no regular file.
+            UnusableImageError: the path is absolute, leaves the root with `..` or a link, is a URL, or is not a regular
+                file.
         """
         if path.lower().startswith(("http:", "https:", "file:", "ftp:", "s3:", "data:")):
             raise UnusableImageError("not a path", "is a URL; only files below the image root are read")
@@ -71,7 +71,7 @@ class ImageRoot:
         """
         found = self.locate(path)
         try:
-            # Without O_NONBLOCK a named pipe would wait for a writer forever.
+            # Without O_NONBLOCK, opening a named pipe would block until there is a writer.
             descriptor = os.open(found, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             with os.fdopen(descriptor, "rb") as file:
                 status = os.fstat(descriptor)
@@ -86,12 +86,12 @@ class ImageRoot:
 
 
 def decode_media_file(content: bytes, limits: ImageLimits) -> DecodedImage:
-    """A record's image or video as training takes it.
+    """Decodes a record's image or video for training.
 
-    A service answers from what is left of a file that is cut off; what is learnt must be what the file was.
+    A service answers from the remaining frames of a truncated file; training needs the whole file.
 
     Raises:
-        UnusableImageError: it cannot be decoded, is over a limit, or is cut off or damaged.
+        UnusableImageError: it cannot be decoded, exceeds a limit, or is truncated or damaged.
     """
     try:
         decoded = decode_image_file(content, limits=limits, field="")
@@ -104,10 +104,10 @@ def decode_media_file(content: bytes, limits: ImageLimits) -> DecodedImage:
 
 
 def check_shape(decoded: DecodedImage, scaling: Scaling) -> None:
-    """Whether the model can look at a picture of this shape; the same arithmetic as where it is cut into patches.
+    """Checks that a picture of this shape can be scaled for the model, with the arithmetic of the patch preprocessing.
 
     Raises:
-        UnusableImageError: it is so long and narrow that it cannot be scaled to fit.
+        UnusableImageError: it is too long and narrow.
     """
     height, width, _ = decoded.frames[0].shape
     try:

@@ -1,6 +1,6 @@
-"""Raw JSON objects to records, whatever form they have, with every problem named and nothing quoted.
+"""Parses JSON objects of three formats into records; problems are named without quoting the record.
 
-Three forms are read: the published one (`conversations`), ms-swift's (`messages` of strings, `images`, `videos`), and
+The formats are the published one (`conversations`), ms-swift's (`messages` of strings, `images`, `videos`), and
 OpenAI's chat (`messages` whose content is a list of parts).
 """
 
@@ -12,18 +12,18 @@ from typing import Any, get_args
 from echovlm_ray.data.record import IMAGE_MARK, VIDEO_MARK, Record, Role, Turn
 
 ROLES: dict[str, Role] = {"system": "system", "human": "human", "gpt": "gpt", "user": "human", "assistant": "gpt"}
-# What a record has of its own; everything else is kept in `extra`.
+# The fields of a record; all other fields go to `extra`.
 FIELDS = frozenset(
     ("id", "image", "images", "video", "videos", "conversations", "messages", "organ", "task", "language")
 ) | {"patient", "options", "answer", "references", "attributes"}
 MAX_DEPTH = 32
-# Letters and signs by their category that are drawn as nothing: the fillers of Hangul and of Braille.
+# Letters and symbols by category that are rendered blank: the fillers of Hangul and of Braille.
 _UNSEEN = frozenset("\u115f\u1160\u2800\u3164\uffa0")
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something wrong with a record: a short name of the kind, and a sentence with the fix."""
+    """A problem of a record: a short name of its kind, and a sentence with the fix."""
 
     kind: str
     text: str
@@ -39,7 +39,7 @@ def parse_record(raw: object) -> tuple[Record | None, list[Problem]]:
     """Reads one JSON object.
 
     Returns:
-        the record, or None where it has no conversation that could be read; and what is wrong with it.
+        the record, or None if its conversation is unreadable; and its problems.
     """
     if not isinstance(raw, Mapping):
         return None, [Problem("wrong type", f"is {_kind(raw)}; a record is an object with id, image and conversations")]
@@ -127,7 +127,7 @@ def _record(raw: Mapping[str, Any], turns: Sequence[Turn], images: Sequence[str]
 
 
 def problems_of(record: Record) -> list[Problem]:
-    """What is wrong with the turns, marks and fields of a record that could be read."""
+    """The problems of a readable record's turns, marks and fields."""
     found = []
     turns = record.turns[1:] if record.turns[0].role == "system" else record.turns
     expected: list[Role] = ["human", "gpt"] * (len(turns) // 2)
@@ -157,7 +157,7 @@ def problems_of(record: Record) -> list[Problem]:
 
 
 def is_blank(text: str) -> bool:
-    """Whether nothing of a text can be seen: no character but spaces, controls, format characters and lone accents."""
+    """Whether a text has no visible character: only spaces, controls, format characters and isolated accents."""
     return all(unicodedata.category(letter)[0] in "CMZ" or letter in _UNSEEN for letter in text)
 
 
@@ -207,7 +207,7 @@ def _kind(value: object) -> str:
 
 
 def _depth(value: object) -> int:
-    """How deep a value is nested, counted without recursion."""
+    """The nesting depth of a value, computed without recursion."""
     deepest, waiting = 0, [(value, 1)]
     while waiting:
         item, depth = waiting.pop()

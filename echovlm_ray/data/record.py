@@ -1,7 +1,7 @@
-"""One record of a dataset: images, a conversation about them, and what is known about both.
+"""One record of a dataset: images, a conversation about them, and metadata.
 
-The form is the one that EchoVLM's authors publish (`id`, `image`, `conversations`), with optional fields beside it:
-`video`, `organ`, `task`, `language`, `patient`, `options`, `answer`, `references`, `attributes`.
+The format is that of EchoVLM's authors (`id`, `image`, `conversations`), with optional further fields: `video`,
+`organ`, `task`, `language`, `patient`, `options`, `answer`, `references`, `attributes`.
 
 No text here quotes a record: a path, an identifier or an answer may name a patient.
 """
@@ -18,7 +18,7 @@ IMAGE_MARK = "<image>"
 VIDEO_MARK = "<video>"
 Role = Literal["system", "human", "gpt"]
 _MARKS = re.compile(f"({re.escape(IMAGE_MARK)}|{re.escape(VIDEO_MARK)})")
-# From here on a text counts as Chinese: the share of CJK characters among its letters.
+# The share of CJK characters among its letters from which a text counts as Chinese.
 CHINESE_SHARE = 0.3
 
 
@@ -36,7 +36,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A record, whichever form its file has.
+    """A record, independent of its file's format.
 
     Attributes:
         id: unique in a dataset.
@@ -46,12 +46,12 @@ class Record:
         organ: the region shown, if known.
         task: a name of `tasks.TASKS`, if known.
         language: "en" or "zh", if known.
-        patient: whose images these are, if known; splits keep a patient on one side.
-        options: the answers to choose from, of a question that offers some.
+        patient: the patient, if known; a split puts all records of a patient on one side.
+        options: the answers to choose from, of a multiple-choice question.
         answer: the right one of the options, or the short right answer of a question.
         references: further right wordings of the last turn.
-        attributes: what the images show, as `echovlm_ray.data.phantom` spells it.
-        extra: every other field of the record, kept as it was.
+        attributes: the content of the images, in the terms of `echovlm_ray.data.phantom`.
+        extra: all other fields, unchanged.
     """
 
     id: str
@@ -70,7 +70,7 @@ class Record:
 
     @property
     def target(self) -> str:
-        """What the last turn answers."""
+        """The text of the last turn."""
         return self.turns[-1].text
 
     @property

@@ -60,7 +60,7 @@ class EncodedInput:
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """An input that waits or is computed, and how many callers want it."""
+    """A waiting or running input, and the number of its callers."""
 
     item: EncoderInput
     result: asyncio.Future[torch.Tensor]
@@ -73,7 +73,7 @@ def encoder_digest(backbone_digest: str, dtype: torch.dtype) -> str:
 
 
 def content_digest(encoder: str, item: EncoderInput) -> str:
-    """What an embedding is kept under: SHA-256 over the encoder's digest, the salt, the grid and the patches."""
+    """The key of an embedding: SHA-256 over the encoder's digest, the salt, the grid and the patches."""
     digest = hashlib.sha256(encoder.encode())
     digest.update(struct.pack("<I", len(item.salt)) + item.salt)
     digest.update(struct.pack("<3I", *item.grid))
@@ -97,7 +97,7 @@ class EmbeddingCache:
         return embedding
 
     def put(self, digest: str, embedding: torch.Tensor) -> None:
-        """Keeps an embedding, and drops those that were not used for longest; one above the limit is not kept."""
+        """Caches an embedding, and evicts the least recently used ones; one above the limit is not cached."""
         if digest in self._entries or embedding.nbytes > self._max_bytes:
             return
         self._entries[digest] = embedding
@@ -108,7 +108,7 @@ class EmbeddingCache:
 
 
 class VisionEncoder:
-    """Batches what arrives together, and computes an input once even if several callers want it at the same time."""
+    """Batches concurrent inputs, and computes an input once for several concurrent callers."""
 
     def __init__(
         self, tower: EchoVLMVisionTower, digest: str, *, cache_bytes: int, max_batch_patches: int, max_queue: int
@@ -118,7 +118,7 @@ class VisionEncoder:
             tower: see `echovlm_ray.model.checkpoint.load_vision_tower`. On a CPU its linear layers are packed, so that
                 an input's embedding has the same bits whatever else is in the batch.
             digest: the encoder's identity (`encoder_digest`).
-            cache_bytes: 0 keeps nothing.
+            cache_bytes: the size of the cache; 0 disables it.
             max_batch_patches: patches in one forward pass; a larger input is refused.
             max_queue: inputs that may wait.
         """

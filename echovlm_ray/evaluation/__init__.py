@@ -1,1 +1,1 @@
-"""Evaluation: asks a model a dataset's questions and scores its answers."""
+"""Evaluation: sends a dataset's questions to a model and scores its answers."""

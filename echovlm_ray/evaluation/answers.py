@@ -1,7 +1,7 @@
 """Answers on disk: one line of JSON each, append-only, so that a run that was killed can be resumed.
 
-An answer belongs to a record's id, the digest of the settings, the variant and the digest of the question: after a
-change of the model, of the settings or of the record it is asked for again.
+The key of an answer is the record's id, the digest of the settings, the variant and the digest of the question: after a
+change of the model, the settings or the record it is requested again.
 """
 
 import fcntl
@@ -21,21 +21,21 @@ Key = tuple[str, str, str, str]
 
 
 class Answer(BaseModel):
-    """One answer, and how it came about.
+    """One answer with its provenance.
 
     Attributes:
         id: the record's.
         settings: see `settings.settings_digest`.
-        variant: whose answer it is.
+        variant: the model or a baseline.
         question: see `items.question_digest`.
-        text: what the model wrote; empty where the request was refused.
-        refused: why the service refused the request for good; empty where it answered.
+        text: the answer; empty if the request was refused.
+        refused: why the service refused the request; empty if it answered.
         finish_reason: "stop" or "length".
         completion_tokens: how many it wrote.
-        expert_set_id: which experts answered.
+        expert_set_id: the expert set of the answer.
         organs: organ → its share of the routed tokens.
         organ_source: how the organs were found.
-        seconds: from asking to the last word.
+        seconds: the time from the request to the last token.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,19 +55,19 @@ class Answer(BaseModel):
 
     @property
     def key(self) -> Key:
-        """What the answer is found by."""
+        """The key of the answer."""
         return self.id, self.settings, self.variant, self.question
 
 
 class AnswerLogError(ValueError):
-    """The file of answers cannot be used; the text says why."""
+    """The file of answers is unusable; the text has the reason."""
 
 
 class AnswerLog:
-    """The file of answers. Held by one process at a time; use it as a context manager."""
+    """The file of answers. Locked by one process at a time; use it as a context manager."""
 
     def __init__(self, path: Path) -> None:
-        """Opens or makes the file, and reads what is in it.
+        """Opens or creates the file, and reads its answers.
 
         Raises:
             AnswerLogError: another process writes to it, or a line in it is no answer.
@@ -98,7 +98,7 @@ class AnswerLog:
         return self._answers.get(key)
 
     def add(self, answer: Answer) -> None:
-        """Appends an answer; it is in the file when this returns, whatever happens to this process.
+        """Appends an answer durably.
 
         Raises:
             OSError: the disk is full.
@@ -109,7 +109,7 @@ class AnswerLog:
         self._answers[answer.key] = answer
 
     def close(self) -> None:
-        """Has the disk hold what was written, and lets other processes write."""
+        """Syncs the file to disk and releases the lock."""
         if not self._file.closed:
             os.fsync(self._file.fileno())
             self._file.close()
@@ -151,7 +151,7 @@ def parse_answer(line: bytes, path: Path, number: int) -> Answer:
 
 
 def read_answers(path: Path) -> dict[Key, Answer]:
-    """The answers in a file, which is left as it is; a line that is cut off at the end is passed over.
+    """Reads the answers of a file without changing it. An incomplete last line is ignored.
 
     Raises:
         AnswerLogError: a line in it is no answer.

@@ -31,19 +31,19 @@ from echovlm_ray.evaluation.items import Item, question_digest
 from echovlm_ray.evaluation.settings import AskSettings, RequestLimits, Target
 from echovlm_ray.vision.images import ImageLimits, decode_image_file
 
-# What is asked again after a failure that may be of the moment.
+# Errors that may be temporary, after which a question is retried.
 TRIES = 3
-# Where the service does not say when to come back.
+# The default delay before a retry.
 RETRY_S = 1.0
 
 
 class ServiceLostError(RuntimeError):
-    """The service does not answer any more; what it answered is kept."""
+    """The service is unavailable; earlier answers are stored."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One question of one variant: the item asked, and the item whose images are shown."""
+    """One question of one variant: the item, and the item whose images are sent."""
 
     item: Item
     shown: Item
@@ -52,11 +52,11 @@ class Work:
 
 @dataclass(slots=True)
 class Outcome:
-    """What a run of questions ended with.
+    """The result of a run of questions.
 
     Attributes:
         answers: variant → item index → answer.
-        failed: how many got no answer, for a reason that may be of the moment: name of the error → count.
+        failed: name of the error → number of questions without an answer.
     """
 
     answers: dict[Variant, dict[int, Answer]] = field(default_factory=lambda: {variant: {} for variant in ASKED})
@@ -65,11 +65,11 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """Everything that stays the same over a run of questions.
+    """The constant parameters of a run of questions.
 
     Attributes:
         root: the folder of the images.
-        log: where answers are kept.
+        log: the file of answers.
         settings: their digest.
         asking: how questions are asked.
         request_limits: how many at once, and how long a service is waited for.
@@ -90,7 +90,7 @@ def work_of(items: Sequence[Item], seed: int) -> list[Work]:
     """All questions of a run, the model's own first.
 
     Raises:
-        InvalidDataError: all records show the same images, so that none can be exchanged.
+        InvalidDataError: all records have the same images, so that none can be exchanged.
     """
     partners = shuffled(items, seed)
     work = [Work(item, item, "model") for item in items]
@@ -100,7 +100,7 @@ def work_of(items: Sequence[Item], seed: int) -> list[Work]:
 
 
 def target_of(info: ModelInfo) -> Target:
-    """What identifies a served model."""
+    """The identity of a served model."""
     return Target(
         name=info.name,
         version=info.version,
@@ -113,7 +113,7 @@ def target_of(info: ModelInfo) -> Target:
 async def ask_all(
     client: AsyncEchoVLMClient, work: Sequence[Work], run: Asking, progress: Callable[[int], None] = lambda count: None
 ) -> Outcome:
-    """Asks what is not answered yet.
+    """Sends the questions without an answer.
 
     Args:
         client: of the service; made with `retry=False`, since waiting is done here.
@@ -122,8 +122,8 @@ async def ask_all(
         progress: called with how many questions have been dealt with since the call before.
 
     Raises:
-        ServiceLostError: the service was away or full for too long.
-        EchoVLMError: the service refuses every request alike, as without the right token.
+        ServiceLostError: the service was unavailable or overloaded for too long.
+        EchoVLMError: the service refuses every request, for example because of a wrong token.
         UnusableImageError: an image is missing.
     """
     outcome = Outcome()
@@ -183,7 +183,7 @@ def _size(content: bytes, limits: ImageLimits) -> tuple[int, int]:
 async def _ask_with_retries(
     client: AsyncEchoVLMClient, work: Work, images: Sequence[bytes], organs: Sequence[str], run: Asking
 ) -> ClientAnswer | EchoVLMError:
-    """The answer, or what it failed with in the end; waits as long as a full service asks for."""
+    """The answer or the last error; waits as long as an overloaded service requests."""
     request = work.item.request
     options: GenerateOptions = {
         "task": request.task,

@@ -1,6 +1,6 @@
 """Three baselines that do not use the image: a blank image, another record's images, and the commonest answer.
 
-A model is worth what it is above them.
+The value of a model is its difference to the baselines.
 """
 
 import io
@@ -15,7 +15,7 @@ from echovlm_ray.data.draws import epoch_order
 from echovlm_ray.data.record import InvalidDataError
 from echovlm_ray.evaluation.items import Item, attributes_key
 
-# Whose answers are compared; all but the last are asked of the model.
+# The variants that are compared; all but the last are answered by the model.
 Variant = Literal["model", "blank image", "shuffled images", "commonest report"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 ASKED: tuple[Variant, ...] = VARIANTS[:3]
@@ -29,7 +29,7 @@ def blank_image(width: int, height: int) -> bytes:
 
 
 def shuffled(items: Sequence[Item], seed: int) -> list[int]:
-    """For each item another one whose images it is shown instead, drawn from the seed; never one with the same images.
+    """For each item another one whose images are sent instead, by the seed; never one with the same images.
 
     Raises:
         InvalidDataError: all have the same images, so there are no others to show.
@@ -50,9 +50,8 @@ def shuffled(items: Sequence[Item], seed: int) -> list[int]:
 def commonest_answers(items: Sequence[Item]) -> list[str]:
     """For each item the right answer that is most frequent among those of its organ, task and language.
 
-    Answers count as the same where they state the same attributes, else where they have the same words; of a question
-    only answers to the same question are compared. It is taken from the evaluated records themselves: no constant
-    answer, learnt from whatever data, does better.
+    Answers are equal if they state the same attributes, or else if they have the same words; only answers to the same
+    question are compared. They are taken from the evaluated records, so no constant answer can score higher.
     """
     groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for index, item in enumerate(items):

@@ -16,7 +16,7 @@ from echovlm_ray.evaluation.statistics import NotComputableError, clusters_of, c
 
 
 class ComparisonError(ValueError):
-    """Two evaluations cannot be compared; the text says why."""
+    """Two evaluations cannot be compared; the text has the reason."""
 
 
 class ComparedMetric(BaseModel):
@@ -26,7 +26,7 @@ class ComparedMetric(BaseModel):
         words: whether it compares words only.
         difference: the second minus the first; with the interval of 95 % of it.
         p_value: of approximate randomisation; of one test, not corrected for how many there are.
-        error: why it cannot be compared.
+        error: why the metric cannot be compared.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -79,7 +79,7 @@ def stored_answers(
     """The answers of a finished evaluation: variant → item index → answer.
 
     Raises:
-        ComparisonError: the dataset is another one than was evaluated.
+        ComparisonError: the dataset differs from the evaluated one.
         AnswerLogError: the file of answers is damaged.
     """
     if dataset_digest(items) != result.dataset_digest:
@@ -101,7 +101,7 @@ def compare_runs(items: Sequence[Item], first: Path, second: Path, *, draws: int
     """Compares the model's answers of two finished evaluations of the same dataset.
 
     Raises:
-        ComparisonError: one of them is not finished, or they evaluated other records.
+        ComparisonError: one of them is not finished, or their records differ.
     """
     results = [read_result(directory) for directory in (first, second)]
     found = []

@@ -1,4 +1,4 @@
-"""Predictions and references in the form that U2-BENCH's evaluation kit reads.
+"""Predictions and references in the format of U2-BENCH's evaluation kit.
 
 The kit (github.com/dolphin-sound/u2-bench-evalkit, commit 4ab2465, `vlmeval/eval_func/report_eval.py` and
 `cla_eval.py`) looks for `<task>/<dataset>/<model>/multimodal_test_results*.jsonl` with `id`, `response` and `model` a
@@ -20,7 +20,7 @@ from echovlm_ray.evaluation.items import Item
 from echovlm_ray.evaluation.judging import judge
 
 PREDICTIONS_FILE = "multimodal_test_results_echovlm.jsonl"
-# What the kit's classification counts as an answer that fits no class.
+# The kit's marker of an answer that matches no class.
 UNKNOWN_CLASS = "unknown"
 # pandas reads these as a missing value, and the kit would compare with "nan".
 _MISSING = frozenset(("", "na", "n/a", "nan", "null", "none", "<na>", "#n/a", "-nan"))
@@ -28,7 +28,7 @@ _MISSING = frozenset(("", "na", "n/a", "nan", "null", "none", "<na>", "#n/a", "-
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What was written: the kit's task, and how many records."""
+    """The written files: the kit's task, and the number of records."""
 
     task: str
     predictions: Path
@@ -77,7 +77,7 @@ def export_u2_bench(
 
 
 def _classified(item: Item, text: str) -> tuple[str, str | None] | None:
-    """The true class and the one that the answer gives, in words."""
+    """The true class and the answer's class, as text."""
     judgement = judge(item, text)
     if judgement.choice is not None:
         truth, given = judgement.choice

@@ -1,4 +1,4 @@
-"""A dataset as an evaluation uses it: the question and the reference of each record."""
+"""The items of an evaluation: the question and the reference of each record."""
 
 import hashlib
 import json
@@ -24,11 +24,11 @@ class Item:
         organ: the region, "unknown" where the record does not say.
         task: as the record or its question says.
         language: of the answer.
-        cluster: what is drawn together in a bootstrap: the patient, else the record.
-        request: how the question is asked.
+        cluster: the unit of the bootstrap: the patient, or else the record.
+        request: the request of the question.
         media: paths of images and videos in order.
         references: right wordings of the answer, the record's own first; none is empty.
-        attributes: what the images show, where the record says.
+        attributes: the images' attributes, if the record has them.
         question: the phantom's question that the record asks, where it is one.
         options, answer: see `Record`.
     """
@@ -49,12 +49,12 @@ class Item:
 
     @property
     def kind(self) -> AnswerKind | None:
-        """By which metrics the answer is judged; None of a task that is not known here."""
+        """The kind of answer, which determines the metrics; None for an unknown task."""
         return TASKS[self.task].answer if self.task in TASKS else None
 
     @property
     def states(self) -> tuple[Stated, ...]:
-        """What of the attributes the answer states; nothing of a task that is not known here."""
+        """The attributes that the answer states; empty for an unknown task."""
         return TASKS[self.task].states if self.task in TASKS else ()
 
 
@@ -68,8 +68,8 @@ class LoadedItems:
     """A dataset's items.
 
     Attributes:
-        items: what can be asked.
-        left_out: where the records are that cannot be asked of a service.
+        items: the usable items.
+        left_out: the positions of records that cannot be sent to a service.
         remarks: what the records' `notice` says, each text once: of phantoms, that they are synthetic.
     """
 
@@ -79,7 +79,8 @@ class LoadedItems:
 
 
 def load_items(dataset: RecordDataset, limit: int | None = None) -> LoadedItems:
-    """All items of a dataset. A conversation of several questions cannot be asked of a service, and is left out.
+    """Loads all items of a dataset. Conversations with several questions are skipped, because a service cannot answer
+    them.
 
     Raises:
         InvalidDataError: a record is broken, an id occurs twice, or attributes are none that a phantom has.
@@ -158,7 +159,7 @@ def attributes_key(attributes: Attributes) -> str:
 
 
 def question_digest(request: Request, organs: Sequence[str], images: Sequence[bytes]) -> str:
-    """What makes two questions the same: the words, the hint, and the images' content."""
+    """The identity of a question: the text, the hint, and the images' content."""
     head = json.dumps([request.task, request.language, request.prompt, list(organs)], ensure_ascii=False)
     digest = hashlib.sha256(head.encode())
     for image in images:

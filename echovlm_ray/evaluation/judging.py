@@ -1,7 +1,7 @@
-"""Judges an answer: attributes, diagnosis, the answer of a question, normal or not.
+"""Judges an answer: attributes, diagnosis, the answer to a question, normal or not.
 
-An answer is read by the phantoms' parser. What it does not state, or states in two ways, it has not got right: no
-keyword is never "normal".
+An answer is parsed by the phantoms' parser. Attributes that are missing or contradictory are wrong: the absence of
+keywords never means "normal".
 """
 
 import re
@@ -21,7 +21,7 @@ NORMAL, ABNORMAL = "normal", "abnormal"
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """One answer, judged. What the record gives no truth for is None.
+    """The judgement of one answer. Fields without a truth in the record are None.
 
     Attributes:
         attributes: true positives, false positives and false negatives.
@@ -41,7 +41,7 @@ class Judgement:
 
 
 def judge(item: Item, answer: str) -> Judgement:
-    """Compares an answer with what is known of its record."""
+    """Compares an answer with its record."""
     if item.states and item.attributes is not None:
         return _judge_text(item, item.attributes, answer)
     if item.question is not None:
@@ -62,7 +62,7 @@ def _read(item: Item, answer: str) -> str | None:
 
 def _judge_text(item: Item, truth: Attributes, answer: str) -> Judgement:
     stated = item.states
-    # A text that should name its region counts only for the one that it names.
+    # A text that should state its region counts only for that one.
     found = parse(answer, item.language, None if "organ" in stated else truth.organ)
     if stated == ("diagnosis",) and truth.organ is not None:
         class_name = parse_diagnosis(answer, item.language, truth.organ)

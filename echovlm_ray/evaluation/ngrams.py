@@ -1,7 +1,7 @@
-"""BLEU, ROUGE, METEOR and BERTScore, each record for itself, against one or several right wordings.
+"""BLEU, ROUGE, METEOR and BERTScore for each record, against one or several references.
 
 They compare words, not findings: the report of a fibroadenoma has a BLEU-1 of about 80 against that of a cyst. They are
-computed here and shown nowhere without what the answer got right (`result` holds that).
+never shown without the clinical metrics (`result` enforces that).
 """
 
 from collections.abc import Callable, Sequence
@@ -131,7 +131,7 @@ def _rouge_metrics(
 
 
 class _NoWordNet:
-    """Knows no synonyms."""
+    """A WordNet without synonyms."""
 
     def synsets(self, word: str) -> list[object]:
         return []

@@ -1,4 +1,4 @@
-"""One page of HTML that needs nothing else: scores, baselines, example images side by side.
+"""A self-contained HTML page: scores, baselines, example images.
 
 Everything that a model or a dataset wrote is escaped by the template engine, what would change the direction of text or
 show nothing is seen as its escape, and the page itself forbids scripts and any connection.

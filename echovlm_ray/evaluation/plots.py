@@ -1,4 +1,4 @@
-"""Scores of the model beside those of its baselines, as a PNG."""
+"""Plots the scores of the model and its baselines as a PNG."""
 
 from pathlib import Path
 

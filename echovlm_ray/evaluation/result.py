@@ -1,6 +1,6 @@
 """The result of an evaluation, as it is stored in JSON.
 
-A group of records shows scores of words only beside what was got right."""
+A group of records shows text metrics only together with clinical ones."""
 
 from typing import Literal, Self
 
@@ -11,7 +11,7 @@ from echovlm_ray.evaluation.settings import AskSettings, ScoreSettings, Target
 
 FORMAT = 1
 Dimension = Literal["all", "organ", "task", "language", "class"]
-# One of these has to stand beside an n-gram metric: words alone reward wrong reports.
+# An n-gram metric is shown only with one of these, because n-gram metrics reward wrong reports.
 SUBSTANCE = ("attribute F1", "diagnosis accuracy")
 WITHHELD = (
     "withheld: these records carry neither attributes nor a diagnosis, and a score of words alone rewards wrong reports"
@@ -26,7 +26,7 @@ class Score(_Model):
     """One metric on some records.
 
     Attributes:
-        value: None where it cannot be computed, and then `error` says why.
+        value: None if it cannot be computed; then `error` has the reason.
         low, high: the interval of 95 %, where there is one.
         records: how many it is computed on.
         signature: what another program needs to know to get the same number.
@@ -52,7 +52,7 @@ class GroupScores(_Model):
     Attributes:
         by: what the records have in common.
         name: the organ, task, language or class; empty for all.
-        substance: what the answers got right, from 0 to 1.
+        substance: the clinical metrics, from 0 to 1.
         words: n-gram metrics, from 0 to 100.
     """
 
@@ -71,7 +71,7 @@ class GroupScores(_Model):
 
 
 def shows_substance(scores: dict[str, Score]) -> bool:
-    """Whether scores of words may be shown beside these."""
+    """Whether text metrics may be shown with these."""
     return any(name in scores and scores[name].value is not None for name in SUBSTANCE)
 
 
@@ -95,14 +95,14 @@ class Example(_Model):
 
 
 class EvaluationResult(_Model):
-    """Everything that an evaluation found.
+    """The result of an evaluation.
 
     Attributes:
         format: of this file.
         dataset: the file's path as it was given.
         dataset_digest: SHA-256 of the questions and right answers.
         settings: digest of what decides the answers.
-        notices: what a reader must know, a sentence each.
+        notices: notes for the reader.
         failed: questions without an answer, by the reason; the evaluation is not complete then.
     """
 

@@ -31,7 +31,7 @@ THUMBNAIL_PIXELS = 256
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is evaluated, and how.
+    """The plan of an evaluation.
 
     Attributes:
         dataset: a JSON or JSON Lines file.
@@ -65,11 +65,11 @@ class Progress:
 async def ask(
     plan: Plan, loaded: LoadedItems, client: AsyncEchoVLMClient, log: AnswerLog, progress: Progress
 ) -> tuple[Target, Outcome]:
-    """Asks all questions that are not answered yet, the baselines' included.
+    """Sends all questions without an answer, including the baselines'.
 
     Raises:
-        ServiceLostError: the service was away or full for too long.
-        EchoVLMError: the service refuses every request alike, or does not answer at all.
+        ServiceLostError: the service was unavailable or overloaded for too long.
+        EchoVLMError: the service refuses every request, or does not answer.
         UnusableImageError: an image is missing.
         InvalidDataError: the images of the baseline cannot be exchanged.
     """
@@ -82,7 +82,7 @@ async def ask(
 
 
 def score(plan: Plan, loaded: LoadedItems, target: Target, outcome: Outcome) -> EvaluationResult:
-    """The result of answers; a question without one counts as answered with nothing."""
+    """Scores the answers; a missing answer counts as empty."""
     items = loaded.items
     groups = []
     judgements: list[Judgement] = []
@@ -107,7 +107,7 @@ def score(plan: Plan, loaded: LoadedItems, target: Target, outcome: Outcome) -> 
 
 
 def variants_of(items: Sequence[Item], answers: dict[Variant, dict[int, Answer]]) -> list[Answered]:
-    """What the model and each baseline said, in the order of the items."""
+    """The answers of the model and each baseline, in the order of the items."""
     variants = []
     for variant in ASKED:
         found = [answers[variant].get(item.index) for item in items]
@@ -120,12 +120,12 @@ def variants_of(items: Sequence[Item], answers: dict[Variant, dict[int, Answer]]
 def _chosen_organ(answer: Answer | None) -> str | None:
     if answer is None or answer.organ_source in ("", "caller", "flat", "unspecified") or not answer.organs:
         return None
-    # Where nothing named the organ, the default answered, and the gate found nothing.
+    # The default organ was used, so the gate determined nothing.
     return "" if answer.organ_source == "default" else max(answer.organs.items(), key=lambda entry: entry[1])[0]
 
 
 def dataset_digest(items: Sequence[Item]) -> str:
-    """What makes two evaluations comparable: the same questions with the same right answers, in the same order."""
+    """The identity of the questions, right answers and their order; equal ones are comparable."""
     digest = hashlib.sha256()
     for item in items:
         content = [item.id, item.organ, item.task, item.language, item.request.prompt, item.references, item.answer]

@@ -1,4 +1,4 @@
-"""Answers to scores: every metric once over all records, then group by group, each with its interval."""
+"""Scores answers: every metric over all records and for each group, with intervals. Add a metric in `metrics_of`."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -44,8 +44,8 @@ class Metric:
     """A metric over the records that it concerns.
 
     Attributes:
-        kind: whether it tells what is right, or compares words.
-        places: the items that it concerns, by position.
+        kind: a clinical metric, or a text metric.
+        places: the indices of its items.
         statistic: one row for each of them; None where it cannot be computed, and then `error` says why.
     """
 
@@ -59,7 +59,7 @@ class Metric:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Answered:
-    """What one variant said.
+    """The answers of one variant.
 
     Attributes:
         texts: one an item, in order; empty where there is no answer.
@@ -93,7 +93,7 @@ def metrics_of(
 
 
 def substance_metrics(items: Sequence[Item], texts: Sequence[str]) -> list[Metric]:
-    """What answers got right: the metrics of `METRIC_NAMES`, without a comparison of words.
+    """The clinical metrics of `METRIC_NAMES`.
 
     Args:
         items: the questions.

@@ -1,4 +1,4 @@
-"""The settings of an evaluation. Answers are kept by the digest of what decides them."""
+"""The settings of an evaluation. Answers are stored under the digest of the settings that affect them."""
 
 import hashlib
 import json
@@ -10,37 +10,37 @@ from echovlm_ray.config import PositiveFloat, PositiveInt, Section
 
 
 class AskSettings(Section):
-    """How questions are asked. Every field changes what is answered."""
+    """The settings of requests. Every field affects the answers."""
 
     # When answers are cut off, raise it; greedy decoding stops by itself at an answer's end.
     max_new_tokens: PositiveInt = 256
-    # When you want to know how well the experts answer, whatever the organ gate finds, "given" names each record's
-    # organ to the service; "found" lets the service find it, as callers do.
+    # When you evaluate the experts independently of the organ gate, "given" sends each record's organ; with "found" the
+    # service determines it, as for most callers.
     organs: Literal["found", "given"] = "found"
 
 
 class ScoreSettings(Section):
-    """How answers are scored. Nothing here needs an answer to be asked for again."""
+    """The settings of scoring, which do not affect the answers."""
 
     # When intervals are too coarse, raise it: resamples of a bootstrap.
     draws: Annotated[int, Field(ge=100)] = 1000
-    # When you repeat an evaluation, keep it: it decides the resamples, and which images are exchanged.
+    # When you repeat an evaluation, keep it: the seed of the resamples, and of the exchanged images.
     seed: Annotated[int, Field(ge=0)] = 0
 
 
 class RequestLimits(Section):
-    """How long a service is waited for. Nothing here changes an answer."""
+    """The limits of requests, which do not affect the answers."""
 
-    # When the service has room for more, raise it: requests under way at once.
+    # When the service has more capacity, raise it: concurrent requests.
     concurrency: PositiveInt = 8
-    # When one answer takes longer, in seconds, it is asked for again, three times in all.
+    # When one answer takes longer, in seconds, it is retried, three times in total.
     timeout_s: PositiveFloat = 300.0
-    # When the service is away, or full, for longer, the evaluation ends, and can be resumed.
+    # When the service is unavailable or overloaded for longer, in seconds, the evaluation ends, and can be resumed.
     retry_s: PositiveFloat = 600.0
 
 
 class Target(Section):
-    """Which model answers: what identifies it, not where it runs."""
+    """The identity of the evaluated model."""
 
     name: str
     version: str

@@ -23,7 +23,7 @@ MAX_UNDEFINED = 0.05
 
 
 class NotComputableError(ValueError):
-    """A metric cannot be computed on these records; the text says why."""
+    """A metric cannot be computed on these records; the text has the reason."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,7 +41,7 @@ class Statistic:
     reason: str = "there is nothing to compute it from"
 
     def take(self, indices: Sequence[int]) -> "Statistic":
-        """The same metric on some of the records."""
+        """The metric on some of the records."""
         return Statistic(self.rows[list(indices)], self.reduce, self.reason)
 
     def spread(self, places: Sequence[int], count: int) -> "Statistic":
@@ -116,7 +116,7 @@ class Difference:
 def compare(
     first: Statistic, second: Statistic, clusters: npt.NDArray[np.int64], *, draws: int, seed: int
 ) -> Difference:
-    """Whether two versions differ in a metric; row by row the same records.
+    """Tests whether two versions differ in a metric; their rows must be the same records.
 
     The test is approximate randomisation (Noreen 1989), over clusters, with one added to both counts.
 

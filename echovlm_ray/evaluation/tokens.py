@@ -1,8 +1,8 @@
 """Tokenization of texts for n-gram metrics.
 
-Scores of different tokenizations are different measures, so each is named after its own. The defaults of sacrebleu and
-rouge-score find no word in Chinese and give identical texts 0.0; here Chinese is cut into characters, and into words by
-jieba.
+Scores of different tokenizations are different metrics, so each has the tokenization in its name. The defaults of
+sacrebleu and rouge-score find no words in Chinese and score identical texts 0.0; here Chinese is split into characters,
+and into words by jieba.
 """
 
 import logging
@@ -59,7 +59,7 @@ def _words(text: str) -> list[str]:
 
 @cache
 def _jieba() -> jieba.Tokenizer:
-    """A tokenizer of our own. By default jieba loads what anyone may have left as a cache in the shared /tmp."""
+    """A separate tokenizer, because jieba loads by default a cache from /tmp, which other users can write."""
     tokenizer = jieba.Tokenizer()
     with tempfile.TemporaryDirectory(prefix="echovlm-jieba-") as private:
         tokenizer.tmp_dir = private

@@ -1,1 +1,1 @@
-"""The parts as gRPC services, and the Ray Serve applications that run them."""
+"""Serving: the use case, its gRPC transport, the parts' services, and the Ray Serve applications that run them."""

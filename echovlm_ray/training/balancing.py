@@ -7,14 +7,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-# An expert that gets less than this share of what an even spread would give it counts as dead.
+# An expert with less than this fraction of an even share counts as dead.
 DEAD_SHARE = 0.01
 
 
 def sequence_balancing_loss(
     router_logits: Sequence[torch.Tensor], top_k: int, sequence_lengths_B: torch.Tensor
 ) -> torch.Tensor:
-    """`E · Σ_e f_e · p_e` of the Switch Transformer (arXiv 2101.03961), for each layer and sequence by itself.
+    """`E · Σ_e f_e · p_e` of the Switch Transformer (arXiv 2101.03961), for each layer and sequence separately.
 
     Of whole batches it would not be a sum over examples: four batches of one would have other gradients than one of
     four, and two workers others than one. For each sequence (as in DeepSeek-V3, arXiv 2412.19437, section 2.1.2) it is.
@@ -69,7 +69,7 @@ class RoutingCounts:
         self.tokens += logits_LNE.shape[1]
 
     def take(self, total: Callable[[Any], Any] = lambda value: value) -> dict[str, float]:
-        """Numbers for the log, and back to nothing.
+        """Returns the numbers for the log, and resets the counts.
 
         Args:
             total: adds up a number or a tensor over all workers.

@@ -9,12 +9,12 @@ import torch
 from echovlm_ray.training.encode import EncodedExample
 from echovlm_ray.training.stream import UnusableExample
 
-# The field of a batch that says why it cannot be used.
+# The field of a batch with the reason why it cannot be used.
 UNUSABLE = "unusable"
 
 
 def collate(examples: Sequence[EncodedExample | UnusableExample]) -> dict[str, Any]:
-    """One batch, or a dictionary with `UNUSABLE` alone. The examples lie one after the other: nothing is padded.
+    """Packs examples into one batch without padding, or returns a dictionary with only `UNUSABLE`.
 
     Returns:
         `input_ids`, `targets`, `target_weights`: 1 × tokens of all examples; `position_ids`: 3 × 1 × tokens;

@@ -32,8 +32,8 @@ from echovlm_ray.checkpoint.split import Labels, split
 from echovlm_ray.data.phantom.phantom import NOTICE, attributes_at
 from echovlm_ray.model.checkpoint import load_vision_tower
 from echovlm_ray.model.processing import EchoVLMProcessor
+from echovlm_ray.training.example_cache import pooled_direction
 from echovlm_ray.training.expert import CARD_NAME, train_expert
-from echovlm_ray.training.kept_examples import pooled_direction
 from echovlm_ray.training.phantom_pool import PhantomPool
 from echovlm_ray.training.recipe import PhantomSection, Stage
 from echovlm_ray.training.recipe_file import load_recipe
@@ -48,7 +48,7 @@ from echovlm_ray.training.run import (
     stage_folder,
     train_stages,
 )
-from echovlm_ray.training.run_lock import hold_run
+from echovlm_ray.training.run_lock import lock_run
 from echovlm_ray.training.small_start import write_small_start
 from echovlm_ray.training.sources import DataFiles
 from echovlm_ray.training.stage import MODEL_NAME, RESULT_NAME
@@ -60,7 +60,7 @@ DESCRIPTION = (
     "A small EchoVLM that was trained on synthetic ultrasound phantoms, to try the system with. It has never seen a "
     "patient: what it says about real images means nothing. Not a medical device."
 )
-# The organ that has a second version, and what only that one has seen.
+# The organ with a second version, and the class that only that one was trained on.
 ORGAN, NEW_VERSION = "breast", "1.1.0"
 _INTENDED = "Trying out the system on synthetic phantoms. Not a medical device."
 # Pictures of each organ that a prototype is the mean of.
@@ -74,7 +74,7 @@ def train_demo(
     threads: int | None = None,
     quiet: bool = False,
 ) -> Path:
-    """Trains the demo, or goes on with what of it is in the folder.
+    """Trains the demo, or resumes its training in the folder.
 
     Args:
         folder: the work folder: runs, checkpoints, phantoms; about 2 GB.
@@ -86,7 +86,7 @@ def train_demo(
         The folder `demo_model` in it.
 
     Raises:
-        TrainingInterrupted: Ctrl-C; the same call goes on.
+        TrainingInterrupted: Ctrl-C; the same call resumes.
         TrainingError: it cannot go on, or another process trains it.
     """
     made = folder / "demo_model"
@@ -95,7 +95,7 @@ def train_demo(
     if threads is not None:
         torch.set_num_threads(threads)
     folder.mkdir(parents=True, exist_ok=True)
-    with hold_run(folder):
+    with lock_run(folder):
         _train_demo(folder, made, changes, threads, quiet)
     return made
 
@@ -130,7 +130,7 @@ def _train_demo(folder: Path, made: Path, changes: Mapping[str, list[str]], thre
 def _export(partial: Path, start: Path, model: Path, checkpoint: Path, first: Path, second: Path, bundle: Path) -> None:
     (partial / "backbone").mkdir()
     copy_companions(model, partial / "backbone")
-    # The demo is written in float32, whatever its weights are kept in.
+    # The demo is written in float32, for any dtype of its stored weights.
     config = json.loads((model / CONFIG_NAME).read_text(encoding="utf-8"))
     text = json.dumps({**config, "torch_dtype": "float32"}, indent=2)
     (partial / "backbone" / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")

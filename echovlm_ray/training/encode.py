@@ -1,4 +1,4 @@
-"""An example as tokens: the prompt exactly as the served model gets it, and a target wherever an answer is learnt."""
+"""Encodes an example as tokens: the prompt exactly as when serving, and targets for the answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from echovlm_ray.model.text_tokens import TURN_END
 from echovlm_ray.training.examples import Example, ExampleError, ExampleSource
 from echovlm_ray.training.finding_heads import FindingTargets, finding_targets
 
-# The target of a place that is not learnt, as torch's cross entropy has it.
+# The target of ignored positions in torch's cross entropy.
 IGNORED = -100
 
 
@@ -23,13 +23,13 @@ class EncodedExample:
     """One example, ready to be put into a batch.
 
     Attributes:
-        input_ids_T: int64, prompt and answers, the last token left out, since nothing follows it.
+        input_ids_T: int64, prompt and answers without the last token, which has no target.
         target_T: int64, the token that follows each place where that belongs to an answer; elsewhere `IGNORED`.
-        weight_T: float32, how much each target counts; 0 where there is none.
+        weight_T: float32, the weight of each target; 0 without one.
         position_3T: int64, see `echovlm_ray.model.positions`.
         vision: the pictures' patches, in order.
-        embeddings_VD: float32, what the vision tower made of the pictures, in place of `vision`; None: not computed.
-        findings: what the pictures show, where that is known.
+        embeddings_VD: float32, the images' embeddings, in place of `vision`; None if they are not computed.
+        findings: the contents of the images, if known.
     """
 
     input_ids_T: torch.Tensor
@@ -118,7 +118,7 @@ class ExampleEncoder:
         return self._processor.image_patches(picture, max_visual_tokens=self._max_visual_tokens)
 
     def _tokens(self, example: Example, vision: Sequence[VisionPatches]) -> tuple[list[int], list[float]]:
-        """All tokens, and how much each is learnt: 0 for a prompt's."""
+        """All tokens with their weights: 0 for a prompt's."""
         tokens: list[int] = []
         weights: list[float] = []
         asked: list[int] = []
@@ -162,7 +162,7 @@ class ExampleEncoder:
 
 
 class EncodedSource(Protocol):
-    """A data set whose examples come as tokens. Worker processes get a copy of it."""
+    """A data set of encoded examples. Worker processes get a copy of it."""
 
     def __len__(self) -> int:
         """How many examples an epoch has."""
@@ -180,7 +180,7 @@ class EncodedSource(Protocol):
 
 
 class FreshlyEncoded:
-    """Encodes the examples of a source each time they are asked for; an `EncodedSource`."""
+    """Encodes the examples of a source on every access; an `EncodedSource`."""
 
     def __init__(self, source: ExampleSource, encoder: ExampleEncoder) -> None:
         self._source = source

@@ -1,4 +1,4 @@
-"""Errors that end a training run early. Each text says what was kept and how to go on."""
+"""Errors that end a training run early. Each text has what was saved and how to resume."""
 
 
 class TrainingError(ValueError):
@@ -14,4 +14,4 @@ class TrainingInterrupted(Exception):  # noqa: N818
 
 
 class MissingFindingsError(TrainingError):
-    """A stage learns from what pictures show, and a record does not say it."""
+    """A stage learns from the contents of images, which a record does not have."""

@@ -13,7 +13,9 @@ from echovlm_ray.prompts import Message
 
 
 class ExampleError(ValueError):
-    """An example cannot be used. The text names its place in the data set and the reason, and quotes nothing of it."""
+    """An example cannot be used. The text has its position in the data set and the reason, without quoting its
+    contents.
+    """
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,7 +23,7 @@ class Example:
     """One example.
 
     Attributes:
-        messages: the chat; the turns of the assistant are what is learnt, and the last turn is one of them.
+        messages: the chat; the assistant's turns are the targets, and the last turn is one of them.
         pictures: the images and videos that the messages show, in their order. A video is a sequence of frames.
         emphasis: words whose tokens count more in the loss wherever they stand in an answer, see
             `echovlm_ray.training.recipe.LossSection.emphasis_weight`.

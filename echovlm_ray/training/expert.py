@@ -16,12 +16,12 @@ from echovlm_ray.model.checkpoint import load_vision_tower
 from echovlm_ray.model.configuration import EchoVLMConfig
 from echovlm_ray.training.encode import IGNORED
 from echovlm_ray.training.errors import TrainingError
+from echovlm_ray.training.example_cache import CachedExamples, cache_examples, pooled_mean
 from echovlm_ray.training.examples import ExampleError
-from echovlm_ray.training.kept_examples import KeptExamples, keep, pooled_mean
 from echovlm_ray.training.objective import TrainingObjective
 from echovlm_ray.training.recipe import Recipe
 from echovlm_ray.training.run import CACHE_NAME, Run, draw_phantoms, stage_folder, train_stages
-from echovlm_ray.training.run_lock import hold_run
+from echovlm_ray.training.run_lock import lock_run
 from echovlm_ray.training.stage import MODEL_NAME, RESULT_NAME, StageJob, open_encoded
 from echovlm_ray.training.start import organ_bundle
 from echovlm_ray.training.validation import ValidationResult, validate
@@ -53,7 +53,7 @@ def require_later(version: str, base: str) -> None:
 
 
 def require_experts_only(recipe: Recipe) -> None:
-    """Checks that a recipe changes nothing that a bundle does not carry.
+    """Checks that a recipe trains only weights that a bundle contains.
 
     Raises:
         TrainingError: it trains something else, or has adapters.
@@ -78,7 +78,7 @@ def train_expert(
     threads: int | None = None,
     quiet: bool = False,
 ) -> tuple[Path, Manifest]:
-    """Trains what is left of a run, and packs the bundle.
+    """Trains the remaining steps of a run, and packs the bundle.
 
     Args:
         folder: made by `begin_run`, of kind "expert".
@@ -97,7 +97,7 @@ def train_expert(
         TrainingError: it cannot go on, its pictures are missing, or another process trains it.
     """
     require_experts_only(recipe)
-    with hold_run(folder):
+    with lock_run(folder):
         return _train_expert(folder, run, recipe, workers, device, threads, quiet)
 
 
@@ -184,7 +184,7 @@ Loss and accuracy of tokens say how well the wording is predicted, not whether a
 
 def _keep_examples(
     folder: Path, run: Run, recipe: Recipe, quiet: bool
-) -> tuple[KeptExamples, KeptExamples | None, str]:
+) -> tuple[CachedExamples, CachedExamples | None, str]:
     job = StageJob(
         folder=folder,
         model=folder / MODEL_NAME,
@@ -196,7 +196,7 @@ def _keep_examples(
     )
     *fresh, division = open_encoded(job, EchoVLMConfig.from_pretrained(backbone_directory(run.start.folder)))
     tower = load_vision_tower(run.start.folder, dtype=torch.float32)
-    kept: list[KeptExamples | None] = []
+    kept: list[CachedExamples | None] = []
     console = Console(stderr=True)
     for name, source in zip(("train", "validation"), fresh, strict=True):
         if source is None:
@@ -205,22 +205,22 @@ def _keep_examples(
         hidden = quiet or not console.is_terminal
         steps = iter(track(range(len(source)), f"encoding pictures ({name})", console=console, disable=hidden))
         skip = recipe.data.unusable == "skip"
-        left_out = keep(
+        skipped = cache_examples(
             source,
             tower,
             folder / CACHE_NAME / name,
             skip_unusable=skip,
             progress=lambda _, steps=steps: next(steps, None),  # type: ignore[misc]
         )
-        if left_out and not quiet:
-            console.print(f"{left_out} of {len(source)} records cannot be used and were left out")
-        kept.append(KeptExamples(source, folder / CACHE_NAME / name))
+        if skipped and not quiet:
+            console.print(f"{skipped} of {len(source)} records cannot be used and were skipped")
+        kept.append(CachedExamples(source, folder / CACHE_NAME / name))
     train, held_out = kept
     assert train is not None
     return train, held_out, division
 
 
-def _measure(run: Run, recipe: Recipe, held_out: KeptExamples) -> ValidationResult:
+def _measure(run: Run, recipe: Recipe, held_out: CachedExamples) -> ValidationResult:
     model = run.start.load(recipe)
     return validate(
         TrainingObjective(model, balancing=0.0),
@@ -230,7 +230,7 @@ def _measure(run: Run, recipe: Recipe, held_out: KeptExamples) -> ValidationResu
     )
 
 
-def _card(folder: Path, run: Run, recipe: Recipe, base: Manifest, train: KeptExamples, division: str) -> BundleCard:
+def _card(folder: Path, run: Run, recipe: Recipe, base: Manifest, train: CachedExamples, division: str) -> BundleCard:
     assert run.version is not None
     examples = pictures = tokens = 0
     for index in range(len(train)):

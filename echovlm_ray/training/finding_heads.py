@@ -1,4 +1,4 @@
-"""Heads that name what is seen from the visual tokens alone; they teach the vision tower and are then discarded.
+"""Auxiliary heads that predict findings from the visual tokens; they train the vision tower and are then discarded.
 
 A language model learns the wording of reports long before their content, and then gains little from the picture. With
 a loss on the visual tokens themselves the tower learns what tissue lies where, and what the lesion looks like, first.
@@ -28,7 +28,7 @@ _ORGAN_SCALE = 16.0
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FindingTargets:
-    """What is seen in the pictures of one example.
+    """The findings in the images of one example.
 
     Attributes:
         values_Q: int64, for each question of `question_slices` the place of the right value, or `UNKNOWN`.
@@ -163,7 +163,7 @@ class FindingHeads(nn.Module):
 
 
 def _mean_of_each(value_N: torch.Tensor, known_N: torch.Tensor, example_N: torch.Tensor, count: int) -> torch.Tensor:
-    """For each example the mean of its known values; 0 where it has none."""
+    """For each example the mean of its known values; 0 if it has none."""
     number_B = torch.bincount(example_N[known_N], minlength=count).clamp(min=1)
     total_B = value_N.new_zeros(count).index_add(0, example_N, torch.where(known_N, value_N, 0.0))
     return total_B / number_B

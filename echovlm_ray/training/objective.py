@@ -42,16 +42,16 @@ class StepTotals:
 class TrainingObjective(nn.Module):
     """Cross entropy of the answers' tokens and the load-balancing loss; or the loss of finding heads; or all of them.
 
-    Its state is what is trained and nothing else, under the modules' own names: what is frozen comes from where the
-    training started.
+    Its state has only the trained parameters, under the modules' names: frozen ones come from the start of the
+    training.
 
     Attributes:
         model: what is trained; adapters may have been put into it.
-        counts: what the gates did since the log was last written.
+        counts: the gates' statistics since the last log entry.
         heads: see `echovlm_ray.training.finding_heads`; None where a stage learns from answers alone.
     """
 
-    # Tells transformers' Trainer that the loss is normalised here.
+    # transformers' Trainer must not normalise the loss, which is done here.
     accepts_loss_kwargs = True
 
     def __init__(
@@ -64,10 +64,10 @@ class TrainingObjective(nn.Module):
     ) -> None:
         """
         Args:
-            model: what is trained.
-            balancing: what the load-balancing loss is multiplied with before it joins the loss.
+            model: the model to train.
+            balancing: the coefficient of the load-balancing loss.
             learn: from what; see `echovlm_ray.training.recipe.Stage`.
-            findings: with "both", what the loss of the finding heads is multiplied with.
+            findings: with "both", the coefficient of the finding heads' loss.
         """
         super().__init__()
         self.model = model

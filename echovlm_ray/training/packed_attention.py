@@ -1,4 +1,4 @@
-"""Attention of several sequences that lie one after the other in one row, without padding and without a mask."""
+"""Attention for packed sequences in one row, without padding and without a mask."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -54,7 +54,7 @@ def packed_attention(
         if sliding_window is not None and length > sliding_window:
             allowed = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - sliding_window)
             output, _ = sdpa_attention_forward(module, query_T, key_T, value_T, allowed[None, None], **_known(kwargs))
-        elif is_plain_quicker(query_T):
+        elif is_plain_faster(query_T):
             groups = query.shape[1] // key.shape[1]
             key_T, value_T = (part.repeat_interleave(groups, dim=1) for part in (key_T, value_T))
             mask = _causal_mask(query.dtype)[:length, :length]
@@ -69,7 +69,7 @@ def _known(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: kwargs[name] for name in ("scaling", "dropout") if name in kwargs}
 
 
-def is_plain_quicker(query: torch.Tensor) -> bool:
+def is_plain_faster(query: torch.Tensor) -> bool:
     """Whether two products and a softmax are quicker than torch's fused kernel, whose backward pass is slow here."""
     return query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[2] <= _PLAIN_TOKENS
 

@@ -47,7 +47,7 @@ def prepare_stage(model: EchoVLMForConditionalGeneration, stage: Stage) -> None:
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Adds every adapter to the layer that it stands beside, and takes it out of the model."""
+    """Merges every adapter into its layer and removes it from the model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in list(model.named_modules()):

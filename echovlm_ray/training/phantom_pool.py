@@ -1,4 +1,4 @@
-"""Phantoms drawn beforehand by several processes and kept as arrays, so that each can be looked at in many epochs."""
+"""A pool of phantoms, drawn in advance by several processes and stored as arrays, for use in many epochs."""
 
 import json
 import os
@@ -71,7 +71,7 @@ class PhantomPool:
 
         Raises:
             ExampleError: the section leaves no class, or names one that there is not.
-            TrainingError: the folder holds other phantoms.
+            TrainingError: the folder contains other phantoms.
         """
         try:
             classes = select_classes(section.organs, exclude=section.exclude)

@@ -1,4 +1,4 @@
-"""The vision tower as it is trained: pictures of one size attend in one batch, and patches are embedded by a product.
+"""The vision tower's attention and patch embedding for training: images of one size are batched.
 
 transformers splits the patches by picture, attends picture by picture and joins the results; forwards and backwards,
 on a CPU, the splitting and joining take longer than the attention. A patch is as large as the convolution's kernel, so
@@ -13,7 +13,7 @@ from torch import nn
 from transformers.models.qwen2_vl.modeling_qwen2_vl import PatchEmbed, VisionAttention
 
 from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
-from echovlm_ray.training.packed_attention import is_plain_quicker, plain_attention
+from echovlm_ray.training.packed_attention import is_plain_faster, plain_attention
 
 
 class PictureAttention(nn.Module):
@@ -21,7 +21,7 @@ class PictureAttention(nn.Module):
 
     def __init__(self, attention: VisionAttention) -> None:
         super().__init__()
-        # Whatever stands there, also with an adapter around it.
+        # Any module, also with an adapter around it.
         self.qkv = attention.qkv
         self.proj = attention.proj
         self.num_heads = attention.num_heads
@@ -66,7 +66,7 @@ class PictureAttention(nn.Module):
         """
         query, key = queries_keys.permute(2, 0, 3, 1, 4).unbind(0)
         value = values.squeeze(2).transpose(1, 2)
-        if is_plain_quicker(query):
+        if is_plain_faster(query):
             output = plain_attention(query, key, value, None, self.scaling)
         else:
             output = F.scaled_dot_product_attention(query, key, value, scale=self.scaling)

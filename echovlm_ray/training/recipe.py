@@ -1,7 +1,7 @@
-"""A training recipe: everything that decides what a run computes, except its data and where it starts from.
+"""A training recipe: everything that determines what a run computes, except its data and its start.
 
-Every field says what to do with it in the form "when this, do that". Reading a file is
-`echovlm_ray.training.recipe_file`; ready recipes lie in `echovlm_ray/training/recipes/`.
+Each field has a comment in the form "when this, do that". `echovlm_ray.training.recipe_file` reads a file; ready
+recipes are in `echovlm_ray/training/recipes/`.
 """
 
 from typing import Annotated, Literal, Self, get_args
@@ -13,7 +13,7 @@ from echovlm_ray.config_checks import ContradictionError
 from echovlm_ray.data.phantom.schema import Organ
 from echovlm_ray.tasks import TaskName, phantom_tasks
 
-# The parts of the model that a stage can train; `echovlm_ray.training.parts` says which tensors they are.
+# The parts of the model that a stage can train; `echovlm_ray.training.parts` has their tensors.
 Part = Literal[
     "vision",
     "projector",
@@ -28,18 +28,18 @@ Part = Literal[
     "coefficient",
 ]
 PARTS: tuple[Part, ...] = get_args(Part)
-# Parts made of linear layers, which an adapter can be put beside.
+# Parts with linear layers, which can get adapters.
 AdaptedPart = Literal["vision", "projector", "attention", "dense_mlp"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class PhantomSection(Section):
-    """Synthetic pictures and true answers about them, drawn when the run begins and kept in its folder.
+    """Synthetic images with true answers, drawn at the start of the run and stored in its folder.
 
-    What is asked about a picture, how it is worded and how it is displayed differ in every epoch.
+    Questions, wordings and displays differ in every epoch.
     """
 
-    # When other pictures should be drawn, change it; keep it different from that of what you evaluate on.
+    # When you want other images, change it; use another seed than for your evaluation.
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     # When two runs should see different pictures of one seed, begin the second where the first ends.
     first: Annotated[int, Field(ge=0)] = 0
@@ -49,11 +49,11 @@ class PhantomSection(Section):
     loops: Annotated[int, Field(ge=0)] = 0
     # When pictures cost more than steps, raise it: examples that an epoch has about each picture.
     examples_each: PositiveInt = 1
-    # When only some organs are to be learnt, name them.
+    # When only some organs should be trained, name them.
     organs: tuple[Organ, ...] = ()
-    # When a class is to be kept unseen, name it like breast/simple_cyst.
+    # When a class should be held out, name it like breast/simple_cyst.
     exclude: tuple[str, ...] = ()
-    # When an answer of one kind stays poor, raise its weight: how often each task is asked for.
+    # When the answers of one task stay poor, raise its weight: the frequency of each task.
     tasks: Annotated[dict[TaskName, PositiveFloat], Field(min_length=1)] = Field(
         default={"report": 5.0, "diagnosis": 2.0, "vqa": 2.0, "findings": 0.4, "impression": 0.4, "caption": 0.2}
     )
@@ -92,9 +92,9 @@ class DataSection(Section):
     unusable: Literal["stop", "skip"] = "stop"
     # When the processor waits for images, raise it: worker processes that read them. The order does not depend on it.
     workers: Annotated[int, Field(ge=0)] = 0
-    # When you have no records, or want more pictures than a disk holds, draw phantoms instead of reading files.
+    # When you have no records, or want more images than a disk can store, draw phantoms instead of reading files.
     phantoms: PhantomSection | None = None
-    # When you want to keep back data for validation, give its share; a file of its own (--validation) wins.
+    # When you want to hold out data for validation, set the share; a separate file (--validation) overrides it.
     validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
@@ -117,7 +117,7 @@ class UpcyclingSection(Section):
 
     # When tokens differ much (several organs, languages), use more experts; memory grows with them.
     num_experts: PositiveInt = 4
-    # When quality counts more than speed, raise it: experts a token goes to.
+    # When quality is more important than speed, raise it: experts per token.
     num_experts_per_tok: PositiveInt = 2
     # When memory is short, lower it: the inner size of a routed expert.
     expert_size: PositiveInt = 1408
@@ -126,13 +126,13 @@ class UpcyclingSection(Section):
     # When 0, experts begin with rows of the dense MLP; when 1, at random; between, that share of their rows is drawn
     # again (Drop-Upcycling, arXiv 2502.19261, which finds 0.5 best), so that experts differ from the beginning.
     redrawn: Share = 0.5
-    # When true, the mixture begins at zero and step 0 computes what the dense model does; when false, experts begin
+    # When true, the mixture starts at zero and step 0 computes what the dense model does; when false, experts start
     # with their full output and the model is disturbed at first.
     preserve: bool = True
 
 
 class AdapterSection(Section):
-    """Low-rank adapters (LoRA, arXiv 2106.09685) beside frozen linear layers; merged into them when the stage ends."""
+    """Low-rank adapters (LoRA, arXiv 2106.09685) of frozen linear layers, merged when the stage ends."""
 
     # When a part needs small and cheap changes, name it here instead of under `train`.
     parts: tuple[AdaptedPart, ...]
@@ -143,31 +143,31 @@ class AdapterSection(Section):
 
 
 class Stage(Section):
-    """One stage: what learns, how fast and for how long. The next begins with what it made."""
+    """One stage: the trained parts, the learning rate and the duration. The next stage starts from its result."""
 
     # When a recipe has several stages, names tell them apart; also the name of the stage's folder.
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,39}$")] = "all"
-    # When a part is to be trained, name it; what is named neither here nor under `adapters` is frozen.
+    # When a part should be trained, name it; parts that are neither here nor under `adapters` are frozen.
     train: tuple[Part, ...] = PARTS
-    # When the vision tower has learnt nothing yet, begin with a stage of "findings": heads on the visual tokens name
-    # tissue, class and attributes, and are discarded at the end. "both" learns answers and keeps the heads beside.
+    # When the vision tower is untrained, start with a stage of "findings": heads on the visual tokens predict tissue,
+    # class and attributes, and are discarded at the end. "both" trains the answers and the heads.
     learn: Literal["answers", "findings", "both"] = "answers"
     # When set, the named parts learn through adapters.
     adapters: AdapterSection | None = None
     # When the data set is small, give several; a part of an epoch is possible.
     epochs: PositiveFloat = 1.0
-    # When set, the stage takes this many optimizer steps, whatever `epochs` says.
+    # When set, the stage has this many optimizer steps, and `epochs` is ignored.
     steps: PositiveInt | None = None
     # When gradients are noisy, raise it: examples an optimizer step, over all workers and micro-batches together.
     batch_size: PositiveInt = 16
-    # When memory does not hold a whole batch, lower it: examples in one forward pass of one worker. The result is the
-    # same but for rounding.
+    # When a whole batch does not fit in memory, lower it: examples in one forward pass of one worker. The result is the
+    # same up to rounding.
     micro_batch_size: PositiveInt = 4
     # When the loss jumps or is not a number, lower it; when it falls slowly, raise it.
     learning_rate: PositiveFloat = 1e-4
     # When a run is short, "linear" or "cosine" end it well; "constant" suits one that will be continued.
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    # When the first steps disturb what was learnt before, raise it: the share of steps over which the rate rises.
+    # When the first steps damage earlier training, raise it: the share of steps of the learning rate's warm-up.
     warmup_share: Share = 0.03
     # When the model learns the data by heart, raise it; norms and biases are left out.
     weight_decay: NonNegativeFloat = 0.05
@@ -199,7 +199,7 @@ class Stage(Section):
 
 
 class Recipe(Section):
-    """Everything that decides what a run computes, except its data and where it starts from."""
+    """Everything that determines what a run computes, except its data and its start."""
 
     # When a result should be seen with other random draws, change it; the same seed gives the same bytes on the same
     # machine with the same number of workers and threads.
@@ -207,28 +207,28 @@ class Recipe(Section):
     data: DataSection = DataSection()
     loss: LossSection = LossSection()
     upcycling: UpcyclingSection = UpcyclingSection()
-    # When one after the other should be trained, list several; each begins with what the one before made.
+    # When parts should be trained one after the other, list several; each starts from the previous one's result.
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)] = (Stage(),)
     # When the processor has no bfloat16, or rounding is suspected, choose "float32"; weights and optimizer are float32
     # in any case.
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     # When the result should be half as large, choose "bfloat16": the type of the finished weights.
     weights: Literal["float32", "bfloat16"] = "float32"
-    # When memory does not hold a micro-batch of one, set it to true: a third more work, far less memory.
+    # When a micro-batch of one does not fit in memory, set it to true: a third more work, far less memory.
     activation_checkpointing: bool = False
     # When the model does not fit one GPU, set it to true: weights, gradients and optimizer are divided among the
     # workers (FSDP2). Never run here: this project's tests have no machine with several GPUs.
     shard: bool = False
     # When a lost hour would hurt, lower it: optimizer steps between two checkpoints.
     save_every: PositiveInt = 500
-    # When the disk is small, lower it: how many checkpoints are kept.
+    # When the disk is small, lower it: the number of stored checkpoints.
     keep: PositiveInt = 2
     # When curves should be finer, lower it: optimizer steps between two lines of the log.
     log_every: PositiveInt = 10
-    # When set, the loss on what was kept back is measured every so many steps; it is measured at the end in any case.
+    # When set, the validation loss is measured every this many steps; it is always measured at the end.
     validate_every: PositiveInt | None = None
-    # When you want the curves in a tool of your own, name it; it must be installed, and finds its place by its own
-    # environment (MLFLOW_TRACKING_URI); TensorBoard's files lie in the stage's folder. Log and PNG are always made.
+    # When you want the curves in another tool, name it; it must be installed, and is configured by its environment
+    # (MLFLOW_TRACKING_URI). TensorBoard's files are in the stage's folder. Log and PNG are always written.
     tracker: Literal["none", "tensorboard", "mlflow"] = "none"
 
     @model_validator(mode="after")

@@ -39,7 +39,7 @@ PATIENT = "patient"
 
 
 class RecordSource:
-    """The records of one or several files, an `ExampleSource`. They are read when an example is asked for.
+    """The records of one or several files; an `ExampleSource`. They are read on access.
 
     Its files stay open as long as it lives; worker processes can read from it at the same time.
     """

@@ -17,7 +17,7 @@ CURVES_NAME = "curves.png"
 
 
 class LogFile(TrainerCallback):
-    """Appends every entry of the log to a file; a run that goes on first takes away what came after its checkpoint."""
+    """Appends every log entry to a file; a resumed run first removes the entries after its checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -43,7 +43,7 @@ class ProgressBar(TrainerCallback):
     """A bar on a terminal; elsewhere a line a minute."""
 
     def __init__(self, title: str, *, quiet: bool = False) -> None:
-        """Takes what the stage is called, and whether to say nothing."""
+        """Takes the stage's name, and whether to be quiet."""
         self._console = Console(stderr=True, markup=False)
         self._quiet = quiet
         self._title = title
@@ -108,7 +108,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 
 def draw_curves(log: Path, picture: Path, title: str) -> None:
-    """Losses, learning rate, and what the gates did, over the steps; nothing without matplotlib or without entries."""
+    """Plots losses, learning rate, and the gates' statistics over the steps; nothing without matplotlib or entries."""
     entries = read_log(log)
     try:
         import matplotlib

@@ -14,7 +14,7 @@ from echovlm_ray.training.errors import TrainingError
 from echovlm_ray.training.phantom_pool import PhantomPool
 from echovlm_ray.training.recipe import Recipe
 from echovlm_ray.training.recipe_file import load_recipe, write_recipe
-from echovlm_ray.training.run_lock import LOCK_NAME, hold_run
+from echovlm_ray.training.run_lock import LOCK_NAME, lock_run
 from echovlm_ray.training.sources import DataFiles
 from echovlm_ray.training.stage import HEADS_NAME, MODEL_NAME, StageJob, train_stage
 from echovlm_ray.training.start import Start
@@ -22,14 +22,14 @@ from echovlm_ray.training.tracker import require_tracker
 
 RUN_NAME = "run.json"
 RECIPE_NAME = "recipe.yaml"
-# Where a run of kind "expert" keeps its examples with their pictures' embeddings.
+# The cache of examples of a run of kind "expert".
 CACHE_NAME = "cache"
-# Where a run keeps the phantoms that its recipe asks for.
+# The folder of a run's phantoms.
 PHANTOMS_NAME = "phantoms"
 
 
 class Run(Section):
-    """`run.json`: what a run's folder holds, enough to go on with it."""
+    """`run.json`: the description of a run, sufficient for resuming it."""
 
     format: Literal["echovlm-training/1"] = "echovlm-training/1"
     kind: Literal["model", "expert"]
@@ -50,7 +50,7 @@ def begin_run(folder: Path, run: Run, recipe: Recipe) -> None:
     require_tracker(recipe.tracker)
     _require_empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with hold_run(folder):
+    with lock_run(folder):
         # Another process may have begun one meanwhile.
         _require_empty(folder)
         write_recipe(folder / RECIPE_NAME, recipe)
@@ -96,7 +96,7 @@ def train_stages(
     quiet: bool = False,
     train: Callable[[StageJob], None] = train_stage,
 ) -> Path:
-    """Trains what is left of a run's stages.
+    """Trains the remaining stages of a run.
 
     Args:
         folder: made by `begin_run`.
@@ -106,7 +106,7 @@ def train_stages(
         device: see `StageJob`.
         threads: see `StageJob`.
         quiet: see `StageJob`.
-        train: what trains one stage.
+        train: trains one stage.
 
     Returns:
         the folder of the finished model.
@@ -116,7 +116,7 @@ def train_stages(
         TrainingError: it cannot go on, or another process trains it.
     """
     require_tracker(recipe.tracker)
-    with hold_run(folder):
+    with lock_run(folder):
         return _train_stages(folder, run, recipe, workers, device, threads, quiet, train)
 
 
@@ -166,11 +166,11 @@ def _train_stages(
 
 
 def draw_phantoms(folder: Path, recipe: Recipe, *, quiet: bool) -> Path | None:
-    """Draws what the recipe asks for, unless it is there, and returns its folder; None where it asks for none.
+    """Draws the recipe's phantoms, unless they exist, and returns their folder; None without phantoms.
 
     Raises:
         ExampleError: there is no such class.
-        TrainingError: the folder holds other phantoms.
+        TrainingError: the folder contains other phantoms.
     """
     section = recipe.data.phantoms
     if section is None:
@@ -189,10 +189,10 @@ def draw_phantoms(folder: Path, recipe: Recipe, *, quiet: bool) -> Path | None:
 
 
 def require_start(start: Start) -> None:
-    """Checks that a run can still be gone on with.
+    """Checks that a run can be resumed.
 
     Raises:
-        InvalidCheckpointError: what it starts from is gone.
+        InvalidCheckpointError: its start is missing.
     """
     if not start.folder.is_dir():
         raise InvalidCheckpointError(f"{start.folder}, which the run starts from, is gone: put it back")

@@ -18,21 +18,21 @@ _held: set[Path] = set()
 
 
 class Holder(Section):
-    """Who trains a run, as its lock file says; counts only while the file is locked."""
+    """The process that trains a run, from its lock file; valid only while the file is locked."""
 
     pid: int
     host: str
 
 
 @contextmanager
-def hold_run(folder: Path) -> Iterator[None]:
-    """Keeps other processes from training in a folder, which exists, until the block ends.
+def lock_run(folder: Path) -> Iterator[None]:
+    """Locks an existing folder against other training processes within the block.
 
     The lock is one of POSIX records (`fcntl.lockf`): those are not passed on to forked processes, so that readers of
     examples that outlive a killed run do not hold it. The file stays; only its lock counts.
 
     Raises:
-        TrainingError: another process holds it, or the file system has no locks; the text says which process.
+        TrainingError: another process holds the lock, which the text names, or the file system has no locks.
     """
     path = folder.resolve() / LOCK_NAME
     if path in _held:

@@ -1,4 +1,4 @@
-"""Opens the data of a run: files of records, and what is kept back of them to measure on."""
+"""Opens the data of a run: training records, and held-out records for validation."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class DataFiles(Section):
     train: tuple[Path, ...] = ()
     # The folder to which image paths are relative; None: each file's own.
     images: Path | None = None
-    # Files of records to measure on; none: a share of the training records.
+    # Files of validation records; if empty, a share of the training records.
     validation: tuple[Path, ...] = ()
 
     @model_validator(mode="after")
@@ -57,7 +57,7 @@ class ChosenSource:
 
 
 class Sources(NamedTuple):
-    """What is trained on; what is measured on, if anything; and a sentence on how the two were divided."""
+    """The training data, the validation data if any, and a description of the split."""
 
     train: ExampleSource
     held_out: ExampleSource | None
@@ -65,7 +65,7 @@ class Sources(NamedTuple):
 
 
 def open_sources(files: DataFiles, data: DataSection, *, seed: int, phantoms: Path | None = None) -> Sources:
-    """What is trained on, and what is measured on.
+    """Opens the training and the validation data.
 
     Args:
         files: where the records are.
@@ -117,7 +117,7 @@ def _given(train: ExampleSource, files: DataFiles) -> Sources:
 
 
 def _divided(source: RecordSource, share: float, seed: int) -> Sources:
-    """Keeps back a share of the records: whole patients, where records name them."""
+    """Holds out a share of the records: whole patients, if records have them."""
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
     for index in range(len(source)):
         groups[source.group(index)].append(index)

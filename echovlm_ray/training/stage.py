@@ -1,4 +1,4 @@
-"""Trains one stage: in this process, or as one of several workers that all call the same function."""
+"""Trains one stage, in this process or as one of several workers."""
 
 # transformers leaves most of its methods untyped.
 # mypy: disable-error-code="no-untyped-call"
@@ -19,7 +19,7 @@ from echovlm_ray.model.processing import EchoVLMProcessor
 from echovlm_ray.training.batches import collate
 from echovlm_ray.training.encode import EncodedSource, ExampleEncoder, FreshlyEncoded
 from echovlm_ray.training.errors import NotFiniteError, TrainingError, TrainingInterrupted
-from echovlm_ray.training.kept_examples import KeptExamples
+from echovlm_ray.training.example_cache import CachedExamples
 from echovlm_ray.training.objective import TrainingObjective
 from echovlm_ray.training.parts import merge_adapters, prepare_stage
 from echovlm_ray.training.recipe import Recipe
@@ -47,11 +47,12 @@ class StageJob(Section):
         workers: how many processes train.
         device: "cpu", "cuda", or "auto" for a GPU where there is one.
         threads: torch's threads a process; None leaves them to torch.
-        quiet: whether to say nothing on the terminal.
-        resume: the command that goes on with the run, for messages.
-        cache: where examples were kept with their pictures' embeddings, see `echovlm_ray.training.kept_examples`.
+        quiet: whether to print nothing.
+        resume: the command that resumes the run, for messages.
+        cache: the folder of cached examples, see `echovlm_ray.training.example_cache`.
         phantoms: the folder of the pool of phantoms, see `echovlm_ray.training.phantom_pool`.
-        heads: the finding heads of the stage before, which this one goes on with; none where the file is not there.
+        heads: the finding heads of the previous stage, with which this one continues; ignored if the file does not
+            exist.
         experts_only: write the experts and gates alone, as `echoray experts pack` takes them.
     """
 
@@ -73,12 +74,12 @@ class StageJob(Section):
 
 
 def train_stage(job: StageJob) -> None:
-    """Trains from the start, or from the stage's last whole checkpoint; writes the model when it is done.
+    """Trains from the start, or from the stage's last complete checkpoint, and writes the model at the end.
 
     Raises:
         TrainingInterrupted: Ctrl-C; the state was saved.
-        TrainingError: it cannot go on (a record is missing, the loss is not a number, the disk is full); the text says
-            what was kept.
+        TrainingError: it cannot continue (a record is missing, the loss is NaN, the disk is full); the text has what
+            was saved.
     """
     require_divisible(job)
     recipe, stage = job.recipe, job.recipe.stages[job.number]
@@ -144,9 +145,9 @@ def train_stage(job: StageJob) -> None:
 
 
 def open_encoded(job: StageJob, config: EchoVLMConfig) -> tuple[EncodedSource, EncodedSource | None, str]:
-    """What is trained on, what is measured on, if anything, and how they were divided.
+    """Opens the encoded training data, the validation data if any, and the description of the split.
 
-    Embeddings are taken where they were kept.
+    Cached embeddings are used if there are any.
 
     Raises:
         ExampleError: a file cannot be read.
@@ -164,7 +165,7 @@ def open_encoded(job: StageJob, config: EchoVLMConfig) -> tuple[EncodedSource, E
     for name, source in (("train", sources.train), ("validation", sources.held_out)):
         fresh = None if source is None else FreshlyEncoded(source, encoder)
         kept = fresh is not None and job.cache is not None
-        opened.append(KeptExamples(fresh, job.cache / name) if kept and fresh and job.cache else fresh)
+        opened.append(CachedExamples(fresh, job.cache / name) if kept and fresh and job.cache else fresh)
     train, held_out = opened
     assert train is not None
     return train, held_out, sources.division
@@ -241,7 +242,7 @@ def _finish(
 
 
 def micro_batches(job: StageJob) -> int:
-    """How many micro-batches each worker has in a step.
+    """The number of micro-batches of each worker in a step.
 
     Raises:
         TrainingError: a batch cannot be divided like that.
@@ -257,7 +258,7 @@ def micro_batches(job: StageJob) -> int:
 
 
 def require_divisible(job: StageJob) -> None:
-    """Checks that weights can be divided among the workers, where the recipe asks for it.
+    """Checks that weights can be sharded, if the recipe sets it.
 
     Raises:
         TrainingError: they cannot: accelerate divides them among GPUs alone, and leaves them whole without a word.

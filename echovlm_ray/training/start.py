@@ -1,4 +1,4 @@
-"""The model that a stage begins with, and the files that belong to it."""
+"""The model and the files from which a stage starts."""
 
 # transformers leaves most of its methods untyped.
 # mypy: disable-error-code="no-untyped-call"
@@ -31,7 +31,7 @@ from experts.registry.registry import Registry
 
 
 class Start(Section):
-    """Where a run starts from.
+    """The start of a run.
 
     Attributes:
         kind: "fresh" (random weights), "dense" (a Qwen2-VL to be upcycled), "trained" (an EchoVLM) or "organ" (one
@@ -75,7 +75,7 @@ class Start(Section):
 
 
 def save_experts(model: EchoVLMForConditionalGeneration, destination: Path) -> None:
-    """Writes the routed experts and gates alone, under their released names; the folder appears when it is complete."""
+    """Writes only the routed experts and gates, under their released names. The folder appears when it is complete."""
     tensors: dict[str, torch.Tensor] = {}
     for number, layer in enumerate(model.model.language_model.layers):
         assert isinstance(layer, EchoVLMDecoderLayer)
@@ -94,10 +94,10 @@ def save_experts(model: EchoVLMForConditionalGeneration, destination: Path) -> N
 
 
 def find_start(folder: Path, *, fresh: bool) -> Start:
-    """What a folder is to a training.
+    """Determines the kind of start of a folder.
 
     Raises:
-        InvalidCheckpointError: it is nothing that a training can start from.
+        InvalidCheckpointError: a training cannot start from it.
     """
     if is_split_folder(folder):
         raise InvalidCheckpointError(
@@ -154,7 +154,7 @@ def save_model(
     """Writes a model in the released layout, with tokenizer and processor; it appears when it is complete.
 
     Raises:
-        InvalidCheckpointError: the destination is taken.
+        InvalidCheckpointError: the destination exists.
         OSError: the disk is full.
     """
     with new_folder(destination) as partial:

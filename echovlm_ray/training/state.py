@@ -1,8 +1,7 @@
-"""Checkpoints of a run in progress: which are whole, which one to go on from.
+"""Checkpoints of a running training: which are complete, and from which to resume.
 
-transformers' `Trainer` writes a checkpoint's files one after the other. A process that is killed meanwhile leaves a
-part of them, so a checkpoint counts only once `complete.json` names all its files and their sizes; it is written last,
-in one step.
+transformers' `Trainer` writes a checkpoint's files one after the other, and a killed process leaves some of them. So a
+checkpoint is complete only when `complete.json` lists all its files with their sizes; it is written last, atomically.
 """
 
 import json
@@ -15,7 +14,7 @@ _PREFIX = "checkpoint-"
 
 
 def mark_complete(checkpoint: Path) -> None:
-    """Makes a checkpoint count; everything in it is on the disk before.
+    """Marks a checkpoint as complete, after syncing its files to disk.
 
     Raises:
         OSError: the disk is full or gone.
@@ -33,7 +32,7 @@ def mark_complete(checkpoint: Path) -> None:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether all files of a checkpoint are there, as large as they were written."""
+    """Whether all files of a checkpoint exist with their sizes."""
     try:
         sizes = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
@@ -42,12 +41,12 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole."""
+    """The newest complete checkpoint."""
     return next((path for path in reversed(_checkpoints(folder)) if is_complete(path)), None)
 
 
 def remove_unfinished(folder: Path) -> bool:
-    """Removes checkpoints that are not whole; returns whether there were any."""
+    """Removes incomplete checkpoints; returns whether there were any."""
     unfinished = [path for path in _checkpoints(folder) if not is_complete(path)]
     for path in unfinished:
         shutil.rmtree(path, ignore_errors=True)
@@ -55,7 +54,7 @@ def remove_unfinished(folder: Path) -> bool:
 
 
 def remove_old(folder: Path, keep: int) -> None:
-    """Removes all but the newest whole checkpoints."""
+    """Removes all but the newest complete checkpoints."""
     for path in [path for path in _checkpoints(folder) if is_complete(path)][:-keep]:
         # The marker first: a folder that is half removed must not count.
         (path / MARKER).unlink()
@@ -63,7 +62,7 @@ def remove_old(folder: Path, keep: int) -> None:
 
 
 def step_of(checkpoint: Path) -> int:
-    """How many optimizer steps a checkpoint has behind it."""
+    """The number of optimizer steps of a checkpoint."""
     return int(checkpoint.name.removeprefix(_PREFIX))
 
 

@@ -1,7 +1,7 @@
 """The order in which a run uses its examples: a function of the seed.
 
-A place is looked up without those before it, so a run that goes on in the middle reads nothing twice, and neither the
-number of worker processes nor a global generator can change what comes.
+Each position is computed independently, so a resumed run reads nothing twice, and neither the number of worker
+processes nor a global generator affects the order.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from echovlm_ray.training.encode import EncodedExample, EncodedSource
 from echovlm_ray.training.examples import ExampleError
-from echovlm_ray.training.left_out import LeftOut, reason_of
+from echovlm_ray.training.skipped import SkippedExamples, reason_of
 
 
 @lru_cache(maxsize=2)
@@ -24,7 +24,7 @@ def epoch_order(seed: int, epoch: int, size: int) -> npt.NDArray[np.int64]:
 
 @dataclass(frozen=True, slots=True)
 class UnusableExample:
-    """Stands in a batch for an example that cannot be used, so that the process that trains can end clearly."""
+    """A placeholder in a batch for an unusable example, so that the training process can end with a clear error."""
 
     reason: str
 
@@ -38,13 +38,13 @@ class ExampleStream(Dataset[EncodedExample | UnusableExample]):
             source: the examples.
             seed: decides the order.
             length: how many places the whole run has; epochs follow one another.
-            skip_unusable: take the next example of the source for one that cannot be used, and log why.
+            skip_unusable: replace and log unusable examples by the next one of the source.
         """
         self._source = source
         self._seed = seed
         self._length = length
         self._skip_unusable = skip_unusable
-        self._left_out = LeftOut()
+        self._skipped = SkippedExamples()
 
     def __len__(self) -> int:
         """How many places the whole run has."""
@@ -69,5 +69,5 @@ class ExampleStream(Dataset[EncodedExample | UnusableExample]):
             except ExampleError as error:
                 reason = reason_of(error, self._source.place(index))
                 if self._skip_unusable:
-                    self._left_out.add(index, reason)
+                    self._skipped.add(index, reason)
         return UnusableExample(reason)

@@ -26,7 +26,7 @@ class EchoVLMTrainer(Trainer):
     """Trains a `TrainingObjective` on an `ExampleStream`.
 
     Attributes:
-        failure: why the run ended before its time with its state saved; None otherwise.
+        failure: why the run ended early with its state saved; None otherwise.
     """
 
     # The objective divides by what `get_batch_samples` counted over the whole step.
@@ -98,7 +98,7 @@ class EchoVLMTrainer(Trainer):
         """This micro-batch's part of the step's loss, times the number of workers, whose gradients are averaged.
 
         Raises:
-            NotFiniteError: it is infinite or not a number; no weight has been changed by it.
+            NotFiniteError: it is NaN or infinite; no weight has been changed.
         """
         totals = num_items_in_batch if isinstance(num_items_in_batch, StepTotals) else None
         outputs = model(**inputs, totals=totals)
@@ -112,7 +112,7 @@ class EchoVLMTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds both parts of the loss and what the gates did."""
+        """Adds both parts of the loss and the gates' statistics."""
         if "loss" in logs:
             steps = self.args.logging_steps
             logs |= {name: self._over_workers(sum(values)) / steps for name, values in self._parts.items()}
@@ -131,7 +131,7 @@ class EchoVLMTrainer(Trainer):
 
 
 class Checkpointing(TrainerCallback):
-    """Marks checkpoints as whole once they are, and removes old ones."""
+    """Marks complete checkpoints, and removes old ones."""
 
     def __init__(self, keep: int) -> None:
         self._keep = keep
@@ -152,10 +152,10 @@ class FiniteGradients(TrainerCallback):
     """Ends a run before gradients that are not finite change a weight."""
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Looks at all gradients.
+        """Checks all gradients.
 
         Raises:
-            NotFiniteError: one is infinite or not a number.
+            NotFiniteError: one is NaN or infinite.
         """
         model: nn.Module = kwargs["model"]
         gradients = [value.grad for value in model.parameters() if value.grad is not None]
@@ -164,7 +164,7 @@ class FiniteGradients(TrainerCallback):
 
 
 class Interruption(TrainerCallback):
-    """Ctrl-C and SIGTERM: the step under way is finished and the state saved; a second one ends at once.
+    """Ctrl-C and SIGTERM: finishes the current step and saves the state; a second one ends immediately.
 
     Attributes:
         requested: whether it came.

@@ -1,4 +1,4 @@
-"""Makes an EchoVLM of a dense Qwen2-VL so that it computes at first what the dense model does.
+"""Upcycles a dense Qwen2-VL to an EchoVLM that initially computes what the dense model does.
 
 A layer adds `c0 · (routed + shared) + c1 · dense`. With the coefficient's layer at zero c0 = c1 = ½; with the dense
 `down_proj` doubled, which is exact in floating point, c1 · dense is what the dense model adds; and with the experts'
@@ -44,7 +44,7 @@ def is_dense(directory: Path) -> bool:
 
 
 def upcycle(directory: Path, section: UpcyclingSection, *, seed: int) -> EchoVLMForConditionalGeneration:
-    """The EchoVLM that a dense checkpoint becomes, in float32.
+    """Upcycles a dense checkpoint to an EchoVLM in float32.
 
     Args:
         directory: a Qwen2-VL's folder.

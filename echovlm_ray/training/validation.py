@@ -16,12 +16,12 @@ from echovlm_ray.training.objective import TrainingObjective
 
 @dataclass(frozen=True, slots=True)
 class ValidationResult:
-    """What a model does on examples that it was not trained on.
+    """The validation metrics of a model.
 
     Attributes:
         answer_loss: mean cross entropy of the answers' tokens, in nats, all counting alike.
-        token_accuracy: how many of them the model thinks likeliest, given those before.
-        tokens: how many there are.
+        token_accuracy: the share of tokens that are the model's most likely ones, given the previous tokens.
+        tokens: the number of tokens.
     """
 
     answer_loss: float
@@ -36,7 +36,7 @@ def validate(
     batch_size: int,
     bfloat16: bool,
 ) -> ValidationResult:
-    """Measures a model; it is left as it was.
+    """Measures a model without changing it.
 
     Raises:
         TrainingError: an example cannot be used.

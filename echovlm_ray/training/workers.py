@@ -50,7 +50,7 @@ def _work(config: dict[str, Any]) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """The last line of what Ray says, which names the error in the worker."""
+    """The last line of Ray's message, which has the worker's error."""
     failures = getattr(error, "worker_failures", None)
     text = str(next(iter(failures.values()))) if failures else str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -1,1 +1,1 @@
-"""Image files in, embeddings out."""
+"""Vision: decodes image files to frames, and encodes them to embeddings."""

@@ -1,4 +1,4 @@
-"""What a DICOM object says about the anatomy shown, from coded attributes only: free text may hold names (P12)."""
+"""The anatomy of a DICOM object, from coded attributes only, because free text may contain names (P12)."""
 
 import re
 from collections.abc import Iterator

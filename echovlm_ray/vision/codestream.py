@@ -1,4 +1,4 @@
-"""What a compressed frame says of itself: its size, its bits, and its colours, read from its header.
+"""The header of a compressed frame: its size, bits and colours.
 
 A DICOM header and the frames below it can disagree, and decoders allocate what the frame claims. So it is read first.
 JPEG is ISO 10918-1, JPEG-LS 14495-1, JPEG 2000 15444-1.
@@ -22,7 +22,7 @@ END_BYTES = 64
 
 @dataclass(frozen=True, slots=True)
 class FrameSize:
-    """What the header of a codestream says.
+    """The contents of a codestream's header.
 
     Attributes:
         width: pixels.

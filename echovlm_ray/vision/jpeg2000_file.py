@@ -1,4 +1,4 @@
-"""JPEG 2000 files (ISO 15444-1): what a codestream announces, read before a decoder allocates for it.
+"""JPEG 2000 files (ISO 15444-1): the codestream's header, checked before a decoder allocates memory.
 
 A few bytes can announce millions of tiles, layers or precincts, each of which costs a decoder memory and time.
 """

@@ -32,7 +32,7 @@ MAX_SCANNED = 16
 
 @dataclass(slots=True)
 class JpegFile:
-    """What the markers of a JPEG say.
+    """The contents of a JPEG's markers.
 
     Attributes:
         width: pixels.

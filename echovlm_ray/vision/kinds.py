@@ -1,4 +1,4 @@
-"""What kind of file some bytes are, by their content: names and media types of callers are not asked.
+"""Detects the format of a file by its content, not by names or media types of callers.
 
 The signatures are those of the formats' own specifications.
 """

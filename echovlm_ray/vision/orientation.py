@@ -1,4 +1,4 @@
-"""The orientation that a camera notes in EXIF or XMP: read from the bytes of the field alone.
+"""The orientation in EXIF or XMP, read from the bytes of this field only.
 
 Libraries parse all of EXIF and fail on a broken field beside the one that matters.
 """

@@ -26,7 +26,7 @@ _INFLATE_STEP = 1 << 20
 
 @dataclass(slots=True)
 class PngFile:
-    """What the chunks of a PNG say.
+    """The contents of a PNG's chunks.
 
     Attributes:
         width: pixels.

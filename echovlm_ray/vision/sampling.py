@@ -1,4 +1,4 @@
-"""Which frames of a cine loop the model sees."""
+"""Samples the frames of a cine loop for the model."""
 
 
 def sample_frames(num_frames: int, max_frames: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The size at which the model looks at a frame: Qwen2-VL's `smart_resize`, with Pillow and nothing else.
+"""Scales frames for the model: Qwen2-VL's `smart_resize`, with Pillow only.
 
 The processor and the decoder processes scale with it, so that a frame is made small where it was decoded. The result is
 the same to the bit as that of transformers' PIL image processor.

@@ -1,4 +1,4 @@
-"""How many bytes a container of video says that it has: a file with fewer is cut off, whatever of it can be played."""
+"""The number of bytes in a video container's header: a file with fewer bytes is truncated, even if it can be played."""
 
 # Sizes of a live recording, which was never closed, have no bit that is zero (Matroska) or are zero (AVI).
 _SEGMENT = b"\x18\x53\x80\x67"

@@ -9,7 +9,7 @@ _MAX_CHUNKS = 100_000
 
 @dataclass(slots=True)
 class WebpFile:
-    """What the chunks of a WebP say.
+    """The contents of a WebP's chunks.
 
     Attributes:
         width: of the canvas, pixels.

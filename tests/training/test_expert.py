@@ -16,8 +16,8 @@ from echovlm_ray.cli.main import app
 from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
 from echovlm_ray.training.batches import collate
 from echovlm_ray.training.encode import FreshlyEncoded
+from echovlm_ray.training.example_cache import CachedExamples, cache_examples
 from echovlm_ray.training.expert import next_version
-from echovlm_ray.training.kept_examples import KeptExamples, keep
 from echovlm_ray.training.objective import TrainingObjective
 from echovlm_ray.training.recipe import DataSection
 from echovlm_ray.training.recipe_file import write_recipe
@@ -134,9 +134,11 @@ def test_kept_embeddings_give_the_loss_of_the_pictures_themselves(trained: Path,
     model = EchoVLMForConditionalGeneration.from_pretrained(trained / "released")
     source = FreshlyEncoded(RecordSource(trained / "records" / "train.json"), encoder_of(start))
     counted: list[int] = []
-    assert keep(source, model.model.visual, trained / "kept", skip_unusable=False, progress=counted.append) == 0
+    assert (
+        cache_examples(source, model.model.visual, trained / "kept", skip_unusable=False, progress=counted.append) == 0
+    )
     assert sum(counted) == 12
-    kept = KeptExamples(source, trained / "kept")
+    kept = CachedExamples(source, trained / "kept")
     objective = TrainingObjective(model, balancing=0.1).eval()
     for indices in ((0, 3, 5), (3,)):
         with torch.no_grad():
@@ -152,9 +154,9 @@ def test_what_cannot_be_kept_is_counted_and_named(
     records = write_records(tmp_path, 3)
     (tmp_path / "train.json-1.png").unlink()
     source = FreshlyEncoded(RecordSource(records), encoder_of(start))
-    assert keep(source, model.model.visual, tmp_path / "kept", skip_unusable=True) == 1
+    assert cache_examples(source, model.model.visual, tmp_path / "kept", skip_unusable=True) == 1
     reason = f"{records}, line 1: image 1 of 1 does not exist below the image root"
-    assert [each.getMessage() for each in caplog.records] == [f"left out, 1 so far: {reason}"]
+    assert [each.getMessage() for each in caplog.records] == [f"skipped, 1 so far: {reason}"]
 
 
 def test_pictures_are_read_once(trained: Path, start: Path, tmp_path: Path) -> None:

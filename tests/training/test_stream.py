@@ -79,7 +79,7 @@ def test_what_is_left_out_is_counted_and_named_once(
         )
     messages = sorted(message.getMessage() for message in caplog.records)
     assert len(messages) == 2
-    assert {message.split(":")[0] for message in messages} == {"left out, 1 so far", "left out, 2 so far"}
+    assert {message.split(":")[0] for message in messages} == {"skipped, 1 so far", "skipped, 2 so far"}
     reasons = sorted(message.split(": ", 1)[1] for message in messages)
     assert re.match(rf"{paths[1]}, line 1: takes \d+ tokens, 0 of them visual, and data.max_tokens is 60", reasons[0])
     assert reasons[1].startswith(f"{paths[3]}, line 1: conversations must be a list")

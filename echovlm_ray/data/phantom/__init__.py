@@ -1,4 +1,4 @@
-"""Ultrasound phantoms: synthetic pictures with known content, and the reports that are true of them.
+"""Ultrasound phantoms: synthetic pictures with known content, and true reports about them.
 
-They are a demonstration corpus. Nothing here was learnt from patients, and a model trained on it is no medical device.
+They are a demonstration corpus without any patient data, and a model trained on it is not a medical device.
 """

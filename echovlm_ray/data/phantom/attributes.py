@@ -1,4 +1,4 @@
-"""The attributes of one picture, or what a text says that they are."""
+"""The attributes of one picture, or those that a text states."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,11 +9,11 @@ from echovlm_ray.data.phantom.schema import NORMAL, SIDE, Organ
 
 @dataclass(frozen=True, slots=True)
 class Attributes:
-    """What a picture shows, or what a text says it shows; the two are compared with `==`.
+    """The attributes of a picture or a text; the two are compared with `==`.
 
     Attributes:
-        organ: None where a text does not say.
-        class_name: the diagnosis; None where a text does not say, or names several.
+        organ: None if a text does not state it.
+        class_name: the diagnosis; None if a text states none or several.
         pairs: attribute and value, in the order of the region's schema. What is not said is not there. Use
             `attributes_of` to make them from a mapping.
         contradictions: what a text states in two ways, or against its own diagnosis: names of attributes, or "organ",

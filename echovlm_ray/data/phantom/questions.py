@@ -39,9 +39,9 @@ class Question:
 
     Attributes:
         organ: the region shown.
-        about: the attribute asked for; or "normal", or what cannot be told: "millimetres", "flow", "age".
+        about: an attribute; or "normal", or what cannot be told: "millimetres", "flow", "age".
         expected: the value's name; "yes" or "no" for "normal"; `CANNOT_BE_TOLD`.
-        text: in the language asked for.
+        text: of the question.
         answer: the true answer in words.
     """
 
@@ -59,7 +59,7 @@ def questions(attributes: Attributes, language: Language) -> tuple[Question, ...
 
 
 def read_answer(text: str, question: Question, language: Language) -> str | None:
-    """What an answer says, in the terms of `Question.expected`; None where it says nothing, or several things."""
+    """Parses an answer in the terms of `Question.expected`; None if it has no value or several."""
     plain = text.lower()
     if any(phrase.lower() in plain for phrase in _CANNOT.read(language)):
         return CANNOT_BE_TOLD

@@ -1,4 +1,4 @@
-"""Records about a phantom, in the form that EchoVLM's authors publish: what a model is asked, and the true answer."""
+"""Records about a phantom in the format of EchoVLM's authors: questions and true answers."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -42,9 +42,9 @@ def records(
         index: of the phantom.
         path: of its file, as the record has it.
         medium: "video" for a loop.
-        tasks: what is asked, of `phantom_tasks`.
+        tasks: of `phantom_tasks`.
         languages: of question and answer.
-        questions_each: how many of the questions there are ("vqa") are asked, in each language.
+        questions_each: the number of questions ("vqa") in each language.
     """
     for language in languages:
         for task in tasks:
@@ -107,7 +107,7 @@ def _record(
         "organ": attributes.organ,
         "task": task,
         "language": language,
-        # Every phantom is a patient of its own.
+        # Every phantom is a separate patient.
         "patient": f"phantom-{seed}-{index}",
         "attributes": attributes.as_json(),
         "notice": NOTICE,

@@ -1,4 +1,4 @@
-"""The geometry of a probe: where its samples lie in the picture, and how lines become a picture.
+"""The geometry of a probe: the position of its samples in the picture, and scan conversion.
 
 Positions are shares of the picture: x from -0.5 (left) to 0.5, z from 0 (top) to 1.
 """
@@ -20,10 +20,10 @@ Grid = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Optics:
-    """What a probe's beam is like. Lengths in cm, frequency in MHz.
+    """A probe's beam. Lengths in cm, frequency in MHz.
 
     Attributes:
-        depth: what the whole height of the picture shows.
+        depth: of the picture.
         frequency: the centre frequency.
         cycles: of a pulse.
         f_number: focal length to aperture.
@@ -55,7 +55,7 @@ class Scan:
         apex: z of the point in which the lines of a convex or sector probe meet; None for a linear probe.
         angle: between the middle and the outermost line, radians; 0 for a linear probe.
         first: range of the first samples, shares of the picture.
-        inside: of the picture, 224 × 224, bool: where the probe looks.
+        inside: the field of view in the picture, 224 × 224, bool.
         corners: the four samples around each inside pixel, 4 × pixels, flat indices.
         weights: of those, 4 × pixels, float32.
         nearest: the sample nearest to each inside pixel, flat indices.
@@ -88,7 +88,7 @@ class Scan:
         return picture
 
     def window(self, x: float, z: float, reach: float) -> tuple[slice, slice]:
-        """The samples around a point, as slices of samples and lines that hold all within `reach` of it."""
+        """Slices of samples and lines that include all samples within `reach` of a point."""
         if self.apex is None:
             return (
                 _slice((z - reach - self.first) / self.step, (z + reach - self.first) / self.step, SAMPLES),
@@ -117,7 +117,7 @@ _FANS: dict[Probe, tuple[float, float, float, float]] = {
 
 @cache
 def scan_of(probe: Probe) -> Scan:
-    """The sampling of a probe; made once."""
+    """The sampling of a probe; cached."""
     pixel = (np.arange(SIZE, dtype=np.float64) + 0.5) / SIZE
     picture_x, picture_z = np.meshgrid(pixel - 0.5, pixel)
     if probe == "linear":

@@ -1,4 +1,4 @@
-"""What can be said of a picture: regions, their attributes with the words for each value, and their classes.
+"""The schema of a picture's description: regions, their attributes with the words for each value, and their classes.
 
 The words follow the lexicons of each region: BI-RADS US, ACR TI-RADS, O-RADS, US LI-RADS, SFU, ASE/ESC and SRU.
 """
@@ -18,12 +18,12 @@ NORMAL = "normal"
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """Wordings of one thing, most usual first; which is taken depends on a report's style.
+    """Wordings of one term, most usual first; a report's style chooses one.
 
     Attributes:
         en: English, lower case.
         zh: Chinese.
-        also_en: wordings that are read, but never written.
+        also_en: wordings that the parser accepts, but reports do not use.
         also_zh: likewise.
     """
 
@@ -37,22 +37,22 @@ class Words:
         return self.en if language == "en" else self.zh
 
     def read(self, language: str) -> tuple[str, ...]:
-        """All wordings that the parser knows."""
+        """All wordings that the parser accepts."""
         return self.en + self.also_en if language == "en" else self.zh + self.also_zh
 
 
 def words(en: str, zh: str, also_en: str = "", also_zh: str = "") -> Words:
-    """Words from texts in which `|` divides the wordings."""
+    """Words from texts with `|` between the wordings."""
     return Words(*(tuple(part for part in text.split("|") if part) for text in (en, zh, also_en, also_zh)))
 
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
-    """One thing that can be stated, as "margin", and its values.
+    """An attribute, such as "margin", and its values.
 
     Attributes:
         name: unique within a region.
-        question: what a question asks for, as "What is the margin of the mass?".
+        question: such as "What is the margin of the mass?".
         values: name of a value → its words. The words of two values of a region are never the same.
     """
 
@@ -96,8 +96,8 @@ class Region:
 
     Attributes:
         organ: its name in expert bundles.
-        subject: its words; `{side}` is where a side goes that a body marker shows.
-        probe: the transducer it is looked at with.
+        subject: its words; `{side}` is replaced by the body marker's side.
+        probe: its transducer.
         mirrors: whether a mirrored picture is a valid one. Where the anatomy has an orientation by convention, it is
             not.
         attributes: all that can be stated, in order.
@@ -157,7 +157,7 @@ def size_attribute(names: str = "small|medium|large") -> Attribute:
 
 
 def depth_attribute() -> Attribute:
-    """Where a lesion's centre is between the top and the bottom of the picture."""
+    """The depth of a lesion's centre between the top and the bottom of the picture."""
     return Attribute(
         "depth",
         words("At which depth does the lesion lie?", "病灶位于图像的什么深度？"),

@@ -1,4 +1,4 @@
-"""How a picture is displayed and stored, to make sets for tests of robustness."""
+"""Display and storage settings of a picture, for robustness tests."""
 
 import io
 
@@ -10,15 +10,15 @@ from scipy import ndimage
 
 
 class Settings(BaseModel):
-    """What is done to a finished picture; without any, it stays as it is."""
+    """Changes to a finished picture; none by default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    # Every grey value is multiplied by it: 1.12 is 12 % more gain.
+    # Factor of every grey value: 1.12 is 12 % more gain.
     gain: float = Field(default=1.0, gt=0.0, le=4.0)
     # Standard deviation of a Gaussian blur in pixels; 0 for none.
     blur: float = Field(default=0.0, ge=0.0, le=10.0)
-    # Stores the picture as a JPEG of this quality and reads it again; none: not at all.
+    # Encodes the picture as a JPEG of this quality and decodes it again; None: not.
     jpeg_quality: int | None = Field(default=None, ge=1, le=100)
 
     def apply(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

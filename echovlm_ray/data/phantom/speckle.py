@@ -29,7 +29,7 @@ def scatterers(rng: np.random.Generator) -> Field:
 
 
 def attenuation_left(attenuation: Grid, compensated: float, optics: Optics, step: float) -> Grid:
-    """What the time-gain compensation leaves over: A(z) = 2 f Σ (α - α0) Δz, in dB, positive where echoes are weaker.
+    """The attenuation after time-gain compensation: A(z) = 2 f Σ (α - α0) Δz, in dB, positive where echoes are weaker.
 
     Args:
         attenuation: α, samples × lines, dB/cm/MHz.

@@ -24,7 +24,7 @@ class Tissue:
     attenuation: float
 
 
-# Names of the numbers in label maps. A number stays what it is: trained heads refer to it.
+# Names of the numbers in label maps. The numbers must not change: trained heads refer to them.
 LABELS = (
     "outside",
     "fat",

@@ -1,8 +1,8 @@
-"""The addresses of the other parts' replicas.
+"""Service discovery: how a replica finds the addresses of the other parts' replicas.
 
-Every replica tells Serve the address of its gRPC server (`record_replica_metadata`), and Serve's controller tells all
-who ask by long poll which replicas run. A replica that dies is gone from here after about a second, and its successor
-appears as soon as it listens. While the controller is away the last known addresses stay.
+Every replica publishes the address of its gRPC server in Serve (`record_replica_metadata`), and Serve's controller
+pushes the running replicas by long poll. A dead replica disappears after about a second, and its replacement appears as
+soon as it listens. While the controller is unavailable the last known addresses are used.
 """
 
 import logging
@@ -28,7 +28,7 @@ RETRY_S = 0.5
 
 @dataclass(frozen=True, slots=True, order=True)
 class ReplicaAddresses:
-    """Where one replica listens.
+    """The addresses of one replica.
 
     Attributes:
         address: host:port for the other parts.
@@ -42,7 +42,7 @@ class ReplicaAddresses:
 
 
 class Endpoints:
-    """The live addresses of some deployments. Reading is cheap and allowed from any thread."""
+    """The live addresses of some deployments. Reading is cheap and thread-safe."""
 
     def __init__(self, deployments: Mapping[str, str], system: SystemId = DEFAULT_SYSTEM) -> None:
         """Takes part → name of its deployment, of one system; they need not run yet."""
@@ -61,7 +61,7 @@ class Endpoints:
         """Starts to watch. Ray must be initialised, and Serve run.
 
         Raises:
-            UnsupportedRayError: this Ray keeps its deployments otherwise than the pinned one.
+            UnsupportedRayError: this Ray stores its deployments differently from the pinned version.
         """
         with self._lock:
             self._keys = self._keys_of(self._deployments)
@@ -83,7 +83,7 @@ class Endpoints:
                 self._watches_others.set()
 
     def stop(self) -> None:
-        """Ends watching, within half a second: no call to Ray may be under way when Ray itself is shut down."""
+        """Stops watching within half a second, because no call to Ray may be running when Ray is shut down."""
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join()

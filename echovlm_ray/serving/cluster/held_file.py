@@ -1,7 +1,7 @@
-"""A file that one process at a time holds and that is removed when the process releases it.
+"""A lock file that one process at a time locks, and removes on release.
 
-The lock is the system's own (flock), so it is free again when its process ends, however it ends. The file of a process
-that was killed stays until the next one takes it or `remove_if_free` finds it.
+The lock is a flock, so it is released when its process ends in any way. The file of a killed process stays until the
+next one takes it or `remove_if_free` removes it.
 """
 
 import fcntl
@@ -18,10 +18,10 @@ _POLL_S = 0.005
 
 
 class HeldError(Exception):
-    """Another process holds the file.
+    """Another process has the lock.
 
     Attributes:
-        holder: its process id; "" if the file does not say it, or names one that has ended: what it started still ends.
+        holder: its process id; "" if the file has none, or that of an ended process, whose children still end.
     """
 
     def __init__(self, holder: str) -> None:
@@ -40,7 +40,7 @@ def hold(path: Path, mode: int) -> int:
         The descriptor to give to `release`.
 
     Raises:
-        HeldError: another process holds it.
+        HeldError: another process has the lock.
         OSError: it cannot be made or locked.
     """
     deadline = time.monotonic() + LOOK_S
@@ -48,9 +48,10 @@ def hold(path: Path, mode: int) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The one before may have removed the file between the two calls; a lock on that one keeps no process out.
+            # The previous owner may have removed the file between the two calls; a lock on the removed file excludes no
+            # process.
             if _has_name(descriptor, path):
-                # On a full disk the file stays without it, and is held all the same.
+                # On a full disk the file has no process id, but is locked all the same.
                 with suppress(OSError):
                     os.ftruncate(descriptor, 0)
                     os.pwrite(descriptor, str(os.getpid()).encode(), 0)
@@ -80,7 +81,7 @@ def release(descriptor: int, path: Path) -> None:
 
 
 def remove_if_free(path: Path) -> None:
-    """Removes the file that a process left behind when it was killed; one that is held stays."""
+    """Removes the file of a killed process; a locked file is not removed."""
     with suppress(OSError):
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:

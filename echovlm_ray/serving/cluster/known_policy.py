@@ -1,7 +1,7 @@
-"""The traffic policy for a replica that starts: from Control, or from its last file while Control is away.
+"""The traffic policy for a replica that starts: from Control, or from its last file while Control is unavailable.
 
-Control writes every policy into a file before it publishes it, so a replica that starts without
-Control misses at most the last change; Control sees that and mends it when it is back.
+Control writes every policy to a file before it publishes it, so a replica that starts without Control misses at most
+the last change, which it gets when Control is available again.
 """
 
 import logging

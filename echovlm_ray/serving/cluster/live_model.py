@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class LiveModel:
-    """Follows Control's policy; while Control is away it says what it last knew. Belongs to one event loop."""
+    """Follows Control's policy, and uses the last one while Control is unavailable. For one event loop."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class LiveModel:
         self._follower = PolicyFollower(addresses, self._take, channels, watcher=watcher)
 
     def describe(self) -> ModelDescription:
-        """What is served at this moment."""
+        """The current description of the model."""
         return self._current
 
     async def start(self) -> None:

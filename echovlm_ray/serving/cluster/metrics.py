@@ -4,7 +4,7 @@ Labels are organ, version, kind, the system's name, and the names that an operat
 request or a picture is in them, and nothing that a caller sends. Their number is bounded: of versions, a process tells
 at most `MAX_VERSIONS` apart. Where no Ray runs, all of this does nothing.
 
-Ray puts `ray_` before every name, and `_total` behind a counter's.
+Ray adds the prefix `ray_` to every name, and the suffix `_total` to counters.
 """
 
 import sys
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from protos.expert_pb2 import ResidentBundle
 
 MAX_VERSIONS = 200
-# The label of several systems on one cluster; Prometheus has none where it is empty.
+# The label of named systems; Prometheus omits an empty one.
 SYSTEM = "system"
-# The version of whatever comes above that.
+# The label of all further versions.
 OTHER = "other"
 # Seconds per token: a tenth of a millisecond to ten seconds.
 SECONDS_PER_TOKEN = (0.0001, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
@@ -28,7 +28,7 @@ RequestKind = Literal["ok", "error", "nonfinite"]
 
 
 class RouterMetrics:
-    """What a router sees of every organ's versions, and of its cache."""
+    """A router's metrics of all versions, and of its KV cache."""
 
     def __init__(self) -> None:
         self._versions = _Versions()
@@ -59,14 +59,14 @@ class RouterMetrics:
     def request(
         self, organ: str, version: str, *, tokens: int, seconds_per_token: float | None, kind: RequestKind
     ) -> None:
-        """Counts what one request says of one organ's version.
+        """Counts a request for one organ's version.
 
         Args:
             organ: the organ.
             version: the version of its experts.
-            tokens: that it made.
-            seconds_per_token: between them, where it was measured.
-            kind: how it ended, as far as this version is to blame.
+            tokens: the number of generated tokens.
+            seconds_per_token: the mean time between them, if measured.
+            kind: the result that this version caused.
         """
         labels = {"organ": organ, "version": self._versions.bounded(version)}
         self._requests.inc(1, tags={**labels, "kind": kind})
@@ -76,27 +76,27 @@ class RouterMetrics:
             self._latency.observe(seconds_per_token, tags=labels)
 
     def prefix_hits(self, total: int) -> None:
-        """Takes the engine's count since its start."""
+        """Sets the engine's count since its start."""
         self._prefix_hits.reached(total)
 
     def preemptions(self, total: int) -> None:
-        """Takes the engine's count since its start."""
+        """Sets the engine's count since its start."""
         self._preemptions.reached(total)
 
     def cache_blocks(self, *, total: int, free: int, kept: int) -> None:
-        """Takes how the KV cache stands now.
+        """Sets the state of the KV cache.
 
         Args:
-            total: blocks that there are.
-            free: that no request holds, the kept ones included.
-            kept: of these, the ones that a later prompt may begin with.
+            total: all blocks.
+            free: blocks without a reference, including cached ones.
+            kept: blocks without a reference in the prefix cache.
         """
         for kind, blocks in (("used", total - free), ("kept", kept), ("free", free - kept)):
             self._blocks.set(blocks, tags={"kind": kind})
 
 
 class DecodingMetrics:
-    """What a gateway's decoder processes do."""
+    """The metrics of a gateway's decoder processes."""
 
     def __init__(self) -> None:
         self._queue = _gauge("echovlm_decoding_queue", "Image files waiting to be decoded, or being decoded.", ())
@@ -109,7 +109,7 @@ class DecodingMetrics:
         self._totals: dict[str, _Total] = {}
 
     def update(self, queue_length: int, outcomes: Mapping[str, int]) -> None:
-        """Takes how things stand now, and how many files ended in which way since the start."""
+        """Sets the queue length, and the number of files by result since the start."""
         self._queue.set(queue_length)
         for kind, total in outcomes.items():
             if kind not in self._totals:
@@ -138,13 +138,13 @@ class RefusalMetrics:
 
 
 class PartMetrics:
-    """What every replica says of itself: its queue, and what it holds."""
+    """The metrics of every replica: its queue, and its loaded bundles."""
 
     def __init__(self, kind: str, organ: str) -> None:
         """
         Args:
             kind: "gateway", "vision", "router", "control" or "experts".
-            organ: of an expert group.
+            organ: the organ of an expert group.
         """
         self._versions = _Versions()
         self._labels = {"organ": organ, "kind": kind}
@@ -155,7 +155,7 @@ class PartMetrics:
         )
 
     def update(self, queue_length: int, bundles: Iterable["ResidentBundle"]) -> None:
-        """Takes how things stand now; what is no longer resident goes to zero."""
+        """Sets the current state; unloaded bundles are set to zero."""
         self._queue.set(queue_length, tags=self._labels)
         held: dict[tuple[tuple[str, str], ...], float] = {}
         for bundle in bundles:
@@ -165,7 +165,7 @@ class PartMetrics:
 
 
 class ControlMetrics:
-    """What Control knows: which version of every organ is live, and where its rollout stands."""
+    """Control's metrics: the live version and the rollout of every organ."""
 
     def __init__(self) -> None:
         self._versions = _Versions()
@@ -179,7 +179,7 @@ class ControlMetrics:
         )
 
     def update(self, live: Mapping[str, str], rollouts: Iterable[tuple[str, str, str, float]]) -> None:
-        """Takes how things stand now; everything that was before goes to zero.
+        """Sets the current state; earlier series are set to zero.
 
         Args:
             live: organ → stable version.
@@ -196,7 +196,7 @@ class ControlMetrics:
 
 
 class _Total:
-    """A counter that follows a count kept elsewhere."""
+    """A counter that follows a total."""
 
     def __init__(self, counter: Any, labels: Mapping[str, str] | None = None) -> None:
         self._counter = counter
@@ -210,7 +210,7 @@ class _Total:
 
 
 class _CurrentOnly:
-    """A gauge of which only what was set last is not zero: Ray keeps every series that there ever was."""
+    """A gauge whose earlier series are set to zero, because Ray keeps every series."""
 
     def __init__(self, gauge: Any) -> None:
         self._gauge = gauge
@@ -239,7 +239,7 @@ class _Versions:
 
 
 class _Nothing:
-    """A metric where no Ray runs."""
+    """The metric without Ray: does nothing."""
 
     def inc(self, value: float = 1.0, tags: Mapping[str, str] | None = None) -> None:
         """Counts nothing."""
@@ -276,7 +276,7 @@ def _histogram(name: str, description: str, boundaries: Iterable[float], labels:
 
 
 def _system() -> str:
-    """The name of the system whose replica this process is; "" for one without a name."""
+    """The name of this replica's system; "" without a name."""
     from ray import serve
     from ray.serve.exceptions import RayServeException
 
@@ -288,6 +288,6 @@ def _system() -> str:
 
 
 def _ray_runs() -> bool:
-    """Whether this process belongs to a Ray; loads nothing."""
+    """Whether this process is connected to Ray; imports nothing."""
     ray = sys.modules.get("ray")
     return ray is not None and bool(ray.is_initialized())

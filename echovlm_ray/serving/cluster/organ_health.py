@@ -1,4 +1,4 @@
-"""The health of an expert replica: whether it holds the version that its organ's requests get."""
+"""The health of an expert replica: whether it has loaded the live version of its organ."""
 
 import asyncio
 import logging

@@ -1,4 +1,4 @@
-"""The systems of a Ray cluster by name, and who runs each: in the cluster's key-value store.
+"""The systems of a Ray cluster by name, with their owners, in the cluster's key-value store.
 
 A name belongs to one system at a time. `echoray serve` claims it before anything is deployed and releases it when the
 applications are removed. A system that finds another record than its own under its name has been replaced, and touches
@@ -24,7 +24,7 @@ TAKE_OVER = "To replace it on purpose add --take-over; to run beside it give ano
 
 
 class OwnedByAnotherError(RuntimeError):
-    """A name or a port on a cluster belongs to another system. The text says whose, and what can be done."""
+    """A name or a port on a cluster belongs to another system. The text names it and the options."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ def claim(record: SystemRecord, *, deployed: bool, take_over: bool) -> SystemRec
     """Takes a name on the cluster.
 
     Args:
-        record: who wants it.
+        record: of the system that requests it.
         deployed: whether applications of that name are on the cluster.
         take_over: whether another system's may be taken.
 
@@ -141,7 +141,7 @@ def check_database(record: SystemRecord, deployed: Callable[[SystemId], bool]) -
     """Refuses a database that another system of the cluster uses: its identity is that system's.
 
     Args:
-        record: who wants to start.
+        record: of the system that starts.
         deployed: whether applications of a system are on the cluster.
 
     Raises:

@@ -1,6 +1,6 @@
-"""Follows what Control says is served: policies come, and Control hears which one is in force. Nothing waits for it.
+"""Follows Control's policy in the background, and acknowledges the one that is applied.
 
-While Control is away, what it said last stays in force.
+While Control is unavailable, the last policy stays applied.
 """
 
 import asyncio
@@ -23,11 +23,11 @@ TAKEN_UP_TIMEOUT_S = 5.0
 
 
 class UnusablePolicyError(ValueError):
-    """A policy that cannot be followed here, and a later try would not change that."""
+    """A policy cannot be applied here, and a retry would not help."""
 
 
 class ControlAwayError(ConnectionError):
-    """Control is not to be reached now."""
+    """Control is unavailable."""
 
 
 def _ignore(policy: control_pb2.TrafficPolicy) -> None:
@@ -35,9 +35,9 @@ def _ignore(policy: control_pb2.TrafficPolicy) -> None:
 
 
 class PolicyFollower:
-    """Watches Control wherever it is now, and has its newest policy taken up. Belongs to one event loop.
+    """Watches Control at its current address, and applies its newest policy. For one event loop.
 
-    Policies are taken up one at a time. One that cannot be yet is tried again, until a newer one comes.
+    Policies are applied one at a time. A failed one is retried until a newer one arrives.
 
     Attributes:
         version: of the policy in force; 0 before the first.
@@ -62,7 +62,7 @@ class PolicyFollower:
             channels: connects to Control.
             watcher: says who follows, at every connection: with a name Control waits for it and hears which policy is
                 in force; a policy of another deployment than `identity` is refused. The version is filled in here.
-            arrived: called at once with every newer policy; raises `ValueError` where it is none.
+            arrived: called immediately with every newer policy; raises `ValueError` for an invalid one.
         """
         self._addresses = addresses
         self._take = take
@@ -166,7 +166,7 @@ class PolicyFollower:
                 # Also of one that is in force already: another Control has not heard of it.
                 self._unsaid.set()
         except asyncio.CancelledError:
-            # So a stream ends whose channel was closed, because Control is elsewhere now.
+            # The stream's channel was closed, because Control has moved to another endpoint.
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise

@@ -36,7 +36,7 @@ IDLE_SAVINGS = {
 
 @contextmanager
 def local_ray(config: Config) -> Iterator[None]:
-    """A Ray of our own on this machine, with Serve. When the block ends, none of its processes is left.
+    """Starts a local Ray with Serve. All of its processes have ended at the end of the block.
 
     Its ports accept only calls that carry a token that no other user knows: what arrives at some of them is unpickled.
     """
@@ -81,7 +81,7 @@ def _started_in(folder: Path, config: Config) -> Iterator[None]:
 
 @contextmanager
 def joined_ray(address: str) -> Iterator[None]:
-    """Connects to a cluster, and starts Serve there if it does not run. The cluster stays as it is afterwards.
+    """Connects to a cluster, and starts Serve there if it does not run. The cluster is not changed otherwise.
 
     Args:
         address: host:port of the cluster's head, or "auto" for the cluster that this machine belongs to.

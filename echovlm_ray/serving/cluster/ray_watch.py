@@ -23,7 +23,7 @@ ESSENTIAL = ("gcs_server", "raylet")
 
 
 class RayWatch:
-    """Looks at Ray's processes, and asks Ray itself, on threads of its own."""
+    """Monitors Ray's processes, and polls Ray, on its own threads."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Every replica's description of itself, for `echoray status`."""
+"""The description of a replica, for `echoray status`."""
 
 import os
 import socket

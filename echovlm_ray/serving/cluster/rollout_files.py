@@ -1,4 +1,4 @@
-"""The files of the rollouts' state: the database, and those beside it.
+"""The files of the rollouts' state: the database, and those in the same folder.
 
 rollouts.db                    the database, unless it is PostgreSQL
 rollouts.db.policy.json        the last policy, for replicas that start while Control is unavailable

@@ -1,8 +1,7 @@
 """All uses of Ray Serve beyond its public interface, as of Ray 2.60.
 
-Serve's public Python interface cannot tell which replicas run now and what they said of themselves, nor give a
-deployment a version. Both are done here and nowhere else; what comes back is checked, so that another Ray fails with a
-clear text instead of somewhere else with a strange one.
+Serve's public Python interface has neither the running replicas with their metadata, nor versions of deployments. Only
+this module uses internals for both, and checks their results, so that another version of Ray fails with a clear error.
 """
 
 import time
@@ -15,25 +14,25 @@ from ray.serve import Deployment
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
-# Where the cluster's key-value store keeps what is ours.
+# The namespace of this project's entries in the cluster's key-value store.
 RECORDS = "echovlm"
 TIMEOUT_S = 60.0
 # The controller itself answers a poll without news after a minute.
 POLL_TIMEOUT_S = 90.0
 
-# One deployment's targets, as the controller's long poll knows them.
+# The key of one deployment's targets in the controller's long poll.
 TargetKey = Hashable
 
 
 class UnsupportedRayError(RuntimeError):
-    """Ray Serve's internals are not as this module knows them."""
+    """Ray Serve's internals differ from those that this module supports."""
 
 
 def target_key(application: str, deployment: str) -> TargetKey:
     """The name of a deployment's targets in `wait_for_targets`.
 
     Raises:
-        UnsupportedRayError: this Ray keeps them otherwise.
+        UnsupportedRayError: this Ray stores them differently.
     """
     try:
         from ray.serve._private.common import DeploymentID
@@ -51,7 +50,7 @@ def wait_for_targets(
 
     Args:
         snapshots: what to watch, and the snapshot last seen of it; below zero for none.
-        stopping: asked twice a second; true ends the wait without news.
+        stopping: polled twice a second; true ends the wait without a result.
 
     Returns:
         for each deployment that changed, its new snapshot and what every running replica returned from
@@ -82,7 +81,7 @@ def wait_for_targets(
 
 
 def with_version(deployment: Deployment, version: str) -> Deployment:
-    """The deployment with a version of our own; deploying the same version again leaves its replicas alone.
+    """The deployment with an explicit version; deploying the same version again does not restart its replicas.
 
     Raises:
         UnsupportedRayError: this Ray takes no versions.
@@ -94,12 +93,12 @@ def with_version(deployment: Deployment, version: str) -> Deployment:
 
 
 def delete_applications(names: Iterable[str]) -> None:
-    """Has Serve remove applications, and returns at once."""
+    """Starts the removal of applications by Serve, and does not wait for it."""
     ray.get(_controller().delete_apps.remote(list(names)), timeout=TIMEOUT_S)
 
 
 def read_record(key: str) -> bytes | None:
-    """What the cluster keeps under a key; it lasts as long as the cluster."""
+    """The value of a key in the cluster's store, which lasts as long as the cluster."""
     value: bytes | None = _store()._internal_kv_get(key, namespace=RECORDS)
     return value
 
@@ -120,7 +119,7 @@ def delete_record(key: str) -> None:
 
 
 def record_keys() -> list[str]:
-    """All keys under which something is kept."""
+    """All keys in the store."""
     return [key.decode() for key in _store()._internal_kv_list(b"", namespace=RECORDS)]
 
 

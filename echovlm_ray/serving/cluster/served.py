@@ -1,4 +1,4 @@
-"""The organs and the expert set that a configuration and a split checkpoint serve."""
+"""The organs and the initial expert set of a configuration and a split checkpoint."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ServedCheckpoint:
-    """A checkpoint as it is served.
+    """A checkpoint with the configured routing.
 
     Attributes:
         directory: the split folder.
         index: its contents.
-        expert_set: the set with which serving starts.
-        other_versions: digest → version of the set's bundles that did not come with the checkpoint.
-        identity: of the deployment that serves it; "" where that is not known.
+        expert_set: the initial expert set.
+        other_versions: digest → version of the set's bundles that are not the checkpoint's.
+        identity: the identity of the deployment; "" if unknown.
     """
 
     directory: Path
@@ -40,7 +40,7 @@ class ServedCheckpoint:
 
     @property
     def missing_text_files(self) -> tuple[str, ...]:
-        """What the gateway needs to turn text and images into tokens, and the backbone does not have."""
+        """The files for tokenizer and image processor that the backbone does not have."""
         backbone = backbone_directory(self.directory)
         missing = [
             name for name in ("tokenizer_config.json", "preprocessor_config.json") if not (backbone / name).exists()
@@ -59,7 +59,7 @@ def served_checkpoint(model: ModelSection) -> ServedCheckpoint:
     """Reads the checkpoint's index and applies the configured routing.
 
     Raises:
-        ValueError: there is no split checkpoint there, or the configuration does not fit it.
+        ValueError: it is not a split checkpoint, or the configuration does not fit it.
     """
     index = read_index(model.checkpoint)
     expert_set = index.expert_set()
@@ -81,7 +81,7 @@ def served_checkpoint(model: ModelSection) -> ServedCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class ExpertExchange:
-    """What a router sends to experts, known without loading the backbone.
+    """The format of a router's expert calls, read without loading the backbone.
 
     Attributes:
         dtype_name: of the hidden states, and so of the experts' weights.
@@ -105,7 +105,7 @@ class ExpertExchange:
 
 
 def expert_exchange(model: ModelSection) -> ExpertExchange:
-    """Reads it from the backbone's config.json and the headers of its weights.
+    """Reads the format from the backbone's config.json and the headers of its weights.
 
     Raises:
         InvalidCheckpointError: they are missing or damaged.

@@ -1,4 +1,4 @@
-"""Stores the secret of a running system: with its Ray, and in a file of its user.
+"""Stores the secret of a running system in Ray, and in a private file.
 
 Replicas read it from Ray's key-value store, which asks for Ray's own token, on whatever machine they run; no command
 line and no environment shows it. The file, of mode 0600, is for tools that call a part itself, such as the benchmarks:
@@ -36,7 +36,7 @@ def secret_of(system: SystemId) -> SystemSecret:
     """The secret of the system that a replica belongs to.
 
     Raises:
-        RuntimeError: it is not kept any more.
+        RuntimeError: it is no longer in the store.
     """
     secret = _stored(system)
     if secret is None:
@@ -54,7 +54,7 @@ def delete_secrets(name: str) -> None:
 
 
 def delete_secret_file(identity: str) -> None:
-    """Removes the file alone: the Ray that kept the secret is gone, or it is another machine's."""
+    """Removes only the file: the Ray with the secret has ended, or it runs on another machine."""
     with suppress(OSError, ValueError):
         secret_file(identity).unlink(missing_ok=True)
 
@@ -72,7 +72,7 @@ def channels_to(identity: str) -> InnerChannels:
     """Channels to the parts of a deployment that this user runs on this machine.
 
     Args:
-        identity: of the deployment, as `echoray status --json` says.
+        identity: of the deployment, as in `echoray status --json`.
 
     Raises:
         ValueError: none runs here.

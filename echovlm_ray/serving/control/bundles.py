@@ -32,10 +32,10 @@ def registry_location(section: ExpertsSection, checkpoint: Path) -> "RegistryLoc
 
 
 def open_registry(section: ExpertsSection, checkpoint: Path) -> "Registry":
-    """The same, opened.
+    """Opens the registry of `registry_location`.
 
     Raises:
-        RegistryError: there is no file system for experts.registry, or one of experts.registry_options is wrong.
+        RegistryError: there is no file system for experts.registry, or one of experts.registry_options is invalid.
     """
     from experts.errors import RegistryError
 
@@ -46,17 +46,17 @@ def open_registry(section: ExpertsSection, checkpoint: Path) -> "Registry":
 
 
 def kept_folder(section: ExpertsSection, checkpoint: Path) -> Path:
-    """Where this machine keeps its copies of bundles, each in a folder named by its digest."""
+    """The folder of this machine's local copies of bundles."""
     return section.kept_bundles or RolloutFiles.of(RolloutsSection(), checkpoint).bundles
 
 
 def open_kept(
     section: ExpertsSection, checkpoint: Path, in_use: "Callable[[], Collection[str]]" = tuple
 ) -> "KeptBundles":
-    """The configured registry with this machine's copies of its bundles; `in_use` says which copies must stay.
+    """The registry with this machine's local copies; `in_use` returns the digests whose copies must stay.
 
     Raises:
-        RegistryError: see `open_registry`.
+        RegistryError: as in `open_registry`.
     """
     from experts.registry.kept_bundles import KeptBundles
 
@@ -70,7 +70,7 @@ def open_kept(
 
 
 def signature_policy(section: ExpertsSection) -> "SignaturePolicy":
-    """Which bundles may load."""
+    """The policy for signatures of bundles."""
     from experts.bundles.signing import SignaturePolicy
 
     return SignaturePolicy(signatures=section.signatures, public_keys=section.public_keys)

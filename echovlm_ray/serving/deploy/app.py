@@ -1,4 +1,4 @@
-"""The whole system: deployed to Ray Serve, waited for, and shut down in order."""
+"""The whole system: deploys it to Ray Serve, waits until it serves, and shuts it down in order."""
 
 import logging
 import time
@@ -68,7 +68,7 @@ class StartError(RuntimeError):
 
 
 class StoppedError(Exception):
-    """The system was asked to stop while it was starting."""
+    """The system was stopped while it was starting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ def serve_system(
     lost: Callable[[str], None] = logger.error,
     replaced: Replaced = lambda what, by_another: logger.error("%s", what),
 ) -> Iterator[RunningSystem]:
-    """Runs the whole system while the block lasts.
+    """Runs the whole system within the block.
 
     Args:
         config: what to serve and how.
@@ -118,9 +118,9 @@ def serve_system(
             cluster only our own applications are touched.
         keep: leave the applications running on the joined cluster when the block ends.
         name: of the system on the cluster; several run side by side by name.
-        take_over: replace another system of this name, or another deployment's policy beside the database.
+        take_over: replace another system of this name, or another deployment's policy file next to the database.
         progress: called again and again with which applications listen, while they start.
-        stopping: asked while they start; true gives up, and cleans up.
+        stopping: polled while they start; true cancels the start and cleans up.
         lost: called on a thread, with what happened, once Ray has died or does not answer; no call to Ray may return
             any more, so that only the end of the process is left.
         replaced: called on a thread, again and again, once another `echoray serve` has taken the name on the cluster,
@@ -130,7 +130,7 @@ def serve_system(
         ValueError: the configuration cannot be used; nothing was started.
         ConnectionError: no cluster at the address.
         StartError: a part did not start; everything is down again.
-        StoppedError: `stopping` said so; everything is down again.
+        StoppedError: `stopping` returned true; everything has been removed.
     """
     started_at = time.monotonic()
     config = preflight.resolve_paths(config)
@@ -214,7 +214,7 @@ def _owned_name(
     try:
         yield record
     except BaseException:
-        # It did not start, or Ray is gone with all that is kept there.
+        # It did not start, or Ray has ended and its key-value store with it.
         if not _ours(system):
             release(record)
         raise
@@ -339,7 +339,7 @@ def _wait_until_serving(
         progress({part: part in listening for part in parts})
         all_listen = listening == set(parts)
         if all_listen or time.monotonic() >= next_status:
-            # What listens may still be what an update is about to replace; only Serve knows that.
+            # The listening process may be one that an update is about to replace; only Serve has that information.
             settled = _all_settled(names)
             next_status = time.monotonic() + STATUS_PERIOD_S
             if all_listen and settled and _serves(channels, endpoints.of(GATEWAY)[0]):
@@ -384,7 +384,7 @@ def _serves(channels: InnerChannels, address: str, service: str = OVERALL) -> bo
 def _finish_requests(system: SystemId) -> None:
     """Ends the gateway, then the router: each finishes what it does while all that it calls is still there.
 
-    Control closes its database meanwhile, so that SQLite leaves none of its other files beside it.
+    Control then closes its database, so that SQLite removes its auxiliary files.
     """
     _remove([system.application(GATEWAY)])
     _remove([system.application(part) for part in (ROUTER, CONTROL)])

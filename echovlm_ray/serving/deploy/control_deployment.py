@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from echovlm_ray.serving.control.parts import ControlParts
     from echovlm_ray.serving.control.status import ApplicationState
 
-# A failed application's message holds a trace; its last line says what was wrong.
+# A failed application's message contains a trace; its last line is the error.
 MAX_MESSAGE = 500
 # The largest message is a manifest.
 MAX_RECEIVE_BYTES = 8 * 1024 * 1024
@@ -42,7 +42,7 @@ class ControlReplica(Replica):
 
         parsed = ControlSettings.model_validate(settings)
         threads = operation_threads()
-        # Before any other thread is started: on Linux it holds for this one and for those that it starts.
+        # Before any other thread starts: on Linux it applies to this thread and to those that it starts.
         os.nice(parsed.control.niceness)
         remote = parsed.experts_placement == "remote"
         state = ExitStack()
@@ -69,7 +69,7 @@ class ControlReplica(Replica):
         closing: list[Callable[[], object]] = [lost.stop, parts.policies.stop, *operators.closing]
         closing += [partial(asyncio.to_thread, stop) for stop in blocking]
         part = Part(
-            # Operators' calls come over the public server alone, which asks for their token.
+            # Operators call the public server only, which requires their token.
             services=[Service(control_pb2_grpc.add_RolloutFeedServicer_to_server, parts.feed, FEED_SERVICE)],
             queue_length=lambda: self._public.active_calls if self._public is not None else 0,
             healthy=lambda: not lost.must_restart,
@@ -88,7 +88,7 @@ class ControlReplica(Replica):
             await lost.start()
 
     async def _publish_control(self, serving: bool) -> None:
-        """The gateway asks for the health of the whole server, operators for that of the service."""
+        """The gateway queries the health of the whole server, operators that of the service."""
         from echovlm_ray.serving.control import CONTROL_SERVICE
 
         for service in ("", CONTROL_SERVICE):
@@ -130,7 +130,7 @@ def _organ_applications(settings: ControlSettings, parts: "ControlParts") -> "Or
 
 
 def _states(system: SystemId) -> "Mapping[str, ApplicationState]":
-    """Part → what Serve says of it, of one system."""
+    """Part → Serve's status of it, for one system."""
     from ray import serve
 
     from echovlm_ray.serving.control.status import ApplicationState
@@ -151,7 +151,7 @@ def _deployed_organs(system: SystemId) -> set[str]:
 
 
 def cause(overview: "ApplicationStatusOverview") -> str:
-    """Why an application is not well: its deployment knows, and Serve's word for the application only names that."""
+    """Why an application is unhealthy, from its deployment's message; the application's only refers to that."""
     messages = [deployment.message for deployment in overview.deployments.values() if deployment.message]
     return brief(messages[0] if messages else overview.message)
 

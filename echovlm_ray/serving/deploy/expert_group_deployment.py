@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 SERVICE_NAME = expert_pb2.DESCRIPTOR.services_by_name["ExpertGroup"].full_name
 # Python's own is 0.005: so long an exchange would wait for every step of a load in another thread, layer after layer.
 SWITCH_INTERVAL_S = 0.0005
-# Those that compute products of packed weights; another says by its name what computes.
+# The kernels that multiply packed weights; other kernels' names state what computes.
 _PACKED_KERNELS = ("auto", "cpu_packed")
 # A replica that starts together with Control need not wait for it.
 FIND_CONTROL_S = 0.5
@@ -48,7 +48,7 @@ class ExpertGroupReplica(Replica):
         parsed = ExpertGroupSettings.model_validate(settings)
         device = device_of(parsed)
         if device.type == "cpu":
-            # Before any thread that computes is started: on Linux it holds for this one and for those that it starts.
+            # Before any compute thread starts: on Linux it applies to this thread and to those that it starts.
             # With a GPU this process only hands work on, and doing that late would leave the GPU idle.
             os.nice(parsed.experts.niceness)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -100,7 +100,7 @@ class ExpertGroupReplica(Replica):
 def _policy(
     settings: ExpertGroupSettings, served: "ServedCheckpoint", channels: "InnerChannels"
 ) -> "control_pb2.TrafficPolicy | None":
-    """What Control says, or what it last said, of this checkpoint; None where it never said anything.
+    """Control's current or last policy for this checkpoint; None if there is none.
 
     Raises:
         ForeignPolicyError: it is another deployment's.
@@ -114,11 +114,12 @@ def _policy(
 
 
 def _load(group: "ExpertGroup", wanted: Sequence[str], served: "ServedCheckpoint") -> None:
-    """Loads what requests may get; where nothing is known of that, what the checkpoint came with."""
+    """Loads the bundles of the policy, or without a policy the checkpoint's initial bundles."""
     own = [served.expert_set.bundle_digest(group.organ)] if group.organ in served.organs else []
     for digest in wanted or own:
         try:
             group.load(digest)
         except Exception as error:
-            # What was left on the disk may be outdated. Control sees what is missing here, tries again, and judges.
+            # The policy file may be outdated. Control detects missing bundles, retries their loads, and reports
+            # failures.
             logger.warning("%s… of %s is not loaded at the start: %s", digest[:12], group.organ, error)

@@ -1,7 +1,6 @@
-"""A checkpoint answers without a running system: gateway, router, experts and vision encoder in this one process.
+"""Serves a checkpoint without a running system: gateway, router, experts and vision encoder in this process.
 
-They are the parts that are served, so an answer is the one that the service would give. They listen on Unix sockets in
-a folder that is this user's alone.
+It uses the same parts as the service, so the answers are the same. They listen on Unix sockets in a private folder.
 """
 
 import tempfile
@@ -105,7 +104,7 @@ async def answering_router(config: Config, served: ServedCheckpoint, folder: Pat
 
 @asynccontextmanager
 async def answering_checkpoint(checkpoint: Path, *, threads: int = 1) -> AsyncIterator[str]:
-    """The address of a gateway that serves a split checkpoint until the block ends.
+    """The address of a gateway that serves a split checkpoint within the block.
 
     Args:
         checkpoint: a folder that `echoray checkpoint split` made, with tokenizer and image processor.

@@ -1,4 +1,4 @@
-"""Checks before anything starts, so that a mistake is reported at once and in plain words."""
+"""Preflight checks: finds errors before anything starts."""
 
 import logging
 import os
@@ -71,19 +71,19 @@ def check(config: Config, *, local: bool, take_over: bool = False) -> ServedChec
     Args:
         config: with absolute paths.
         local: whether the servers will run on this machine.
-        take_over: whether a database may take the place of another deployment's, whose policy is beside it.
+        take_over: whether the database may replace another deployment's, whose policy file is in the same folder.
 
     Returns:
-        the checkpoint that will be served, with the experts that the rollouts' database says.
+        the checkpoint to serve, with the experts of the rollouts' database.
 
     Raises:
-        ValueError: something cannot be used; the text says what and how to mend it.
+        ValueError: something cannot be used; the text names it and the fix.
     """
     served = served_checkpoint(config.model)
     if config.router.experts == "remote":
         served = _with_live_set(config, served, local=local, take_over=take_over)
     else:
-        # Nothing is kept, so what is served says who it is.
+        # Without a database, the identity is derived from the served checkpoint.
         stateless = {"checkpoint": str(served.directory), "backbone": served.expert_set.backbone_digest}
         served = replace(served, identity=digest_of(stateless)[:32])
     _check_organs(config, served)
@@ -161,7 +161,8 @@ def _with_live_set(config: Config, served: ServedCheckpoint, *, local: bool, tak
     others = [member.bundle_digest for member in live.members if member.bundle_digest not in own]
     versions = {}
     for digest in others:
-        # A bundle that neither a copy nor the registry has cannot be answered, and status says so; the others can.
+        # Requests for a bundle that neither a copy nor the registry has fail, and the status names it; the others are
+        # served.
         with suppress(UnknownBundleError, RegistryUnavailableError):
             versions[digest] = bundles.manifest(digest).version
     return replace(served, expert_set=live, other_versions=versions)
@@ -171,8 +172,8 @@ def _open_database(files: RolloutFiles, *, take_over: bool) -> "Database":
     """Opens the database, or makes it where there never was one.
 
     Raises:
-        RolloutDatabaseError: it is missing beside what it left behind, or cannot be opened.
-        ForeignPolicyError: the policy beside it is another deployment's.
+        RolloutDatabaseError: it is missing although its other files exist, or cannot be opened.
+        ForeignPolicyError: the policy file in its folder belongs to another deployment.
     """
     from router.rollouts.database import Database
 

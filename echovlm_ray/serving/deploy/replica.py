@@ -69,7 +69,7 @@ class Part:
     """What a replica serves to the other parts, and how it describes itself.
 
     Attributes:
-        queue_length: requests waiting or under way.
+        queue_length: requests waiting or running.
         arithmetic: see `arithmetic_of`.
         healthy: false makes Serve replace the replica.
         work_done: grows with everything the part does; once it has rested for `REST_S`, free memory goes back to the
@@ -186,7 +186,7 @@ class Replica:
             return_free_memory()
 
     async def __del__(self) -> None:
-        """Called by Ray Serve before the process ends: calls under way finish, within the grace time."""
+        """Called by Ray Serve before the process ends: running calls finish within the grace time."""
         if self._public is not None:
             await self._public.stop(self._grace_s)
         if self._internal is not None and self._part is not None:
@@ -198,7 +198,7 @@ class Replica:
                     await closed
 
     async def publish_health(self, service: str, serving: bool) -> None:
-        """Has the replica's servers say so of a service."""
+        """Sets a service's health status on the replica's servers."""
         for server in (self._public, self._internal):
             if server is not None:
                 await server.set_health(service, serving)
@@ -216,7 +216,7 @@ def device_of(settings: ReplicaSettings) -> "torch.device":
     """Where a replica computes.
 
     Raises:
-        ValueError: it has a share of a GPU, or should use one, and torch sees none.
+        ValueError: it has a share of a GPU, or is configured to use one, but torch finds none.
     """
     import torch
 

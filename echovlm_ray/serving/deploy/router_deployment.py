@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # At start, Control's policy is waited for so long; then what it last left in its file serves, and where there is none,
 # the checkpoint's own experts.
 FIRST_POLICY_S = 10.0
-# When a router starts together with Control, it need not wait for it.
+# A router that starts together with Control need not wait for it.
 FIND_CONTROL_S = 0.5
 # How long a policy waits for the address of a new organ's replica.
 NEW_ORGAN_S = 3.0
@@ -95,7 +95,7 @@ class RouterReplica(Replica):
             measure=lambda: _measure(outcomes.metrics, engine),
             closing=[vision.close, engine.stop, feed.stop, endpoints.stop],
         )
-        # Before the first request: what Control took out of service meanwhile is not resident anywhere.
+        # Before the first request: bundles that Control has taken out of service since are not resident anywhere.
         await feed.start(FIRST_POLICY_S, lambda: _last_known(parsed, served))
         await self._start(parsed, part)
 
@@ -112,7 +112,7 @@ def build_engine(
     Args:
         settings: the configuration.
         served: the checkpoint, with the set with which serving starts.
-        device: where the backbone goes.
+        device: of the backbone.
         endpoints: where the experts are.
         channels: connects to the experts.
     """
@@ -236,9 +236,9 @@ def _placement(
 def _first_set(
     settings: RouterSettings, served: "ServedCheckpoint", endpoints: Endpoints, channels: InnerChannels
 ) -> "ServedCheckpoint":
-    """The checkpoint with the set that Control says is live, if it says so now or has left it in its file.
+    """The checkpoint with the live expert set from Control, or from its policy file if Control does not answer.
 
-    What the checkpoint came with may be gone from its registry, and is then not what a router must have to start.
+    The checkpoint's initial bundles may no longer be in its registry, and a router must be able to start without them.
     """
     from echovlm_ray.serving.cluster.known_policy import ask_policy
     from echovlm_ray.serving.lm.feed import policy_from_proto
@@ -252,7 +252,7 @@ def _first_set(
 
 
 def _last_known(settings: RouterSettings, served: "ServedCheckpoint") -> control_pb2.TrafficPolicy | None:
-    """What Control last said, if it was said of this checkpoint.
+    """Control's last policy, if it is for this checkpoint.
 
     Raises:
         ForeignPolicyError: it was another deployment's Control.

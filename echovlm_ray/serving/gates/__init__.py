@@ -1,1 +1,1 @@
-"""Evaluates candidates for their gates: the dataset, the questions to the serving routers, and the figures."""
+"""Rollout gates: evaluates candidates with a dataset and the serving routers."""

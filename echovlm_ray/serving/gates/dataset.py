@@ -16,12 +16,12 @@ PIECE_BYTES = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class GateDataset:
-    """What a gate asks.
+    """A gate's dataset.
 
     Attributes:
         items: of the gate's organ.
         root: the folder of their images.
-        digest: SHA-256 over the file of the records and the content of every image that is asked.
+        digest: SHA-256 over the file of the records and all images.
     """
 
     items: tuple[Item, ...]
@@ -41,7 +41,7 @@ def read_dataset(
         is_cancelled: asked before every image; ends the reading.
 
     Raises:
-        UnusableGateError: it is gone, changed, empty, broken, too large, or has no record of the organ.
+        UnusableGateError: it is missing, changed, empty, invalid, too large, or has no record of the organ.
         InterruptedError: it was cancelled.
     """
     path = Path(gate.dataset)

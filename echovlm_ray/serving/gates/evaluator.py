@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class GateEvaluator:
-    """Implements `router.rollouts.gates.Evaluator` over the serving routers. Nothing of it stays between evaluations.
+    """Implements `router.rollouts.gates.Evaluator` with the serving routers. Has no state between evaluations.
 
-    The answers are those of callers: the same gateway code reads the images and writes the prompt, and the routers
-    compute with the replicas that will serve.
+    The answers are the same as for callers: the same gateway code decodes the images and builds the prompt, and the
+    routers use the serving replicas.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_le
 
 
 class Pace:
-    """Spaces requests so that no more than so many begin in a second. Belongs to one event loop."""
+    """A rate limiter for requests. For one event loop."""
 
     def __init__(self, per_second: float) -> None:
         self._interval_s = 1 / per_second
@@ -38,7 +38,7 @@ class Pace:
 
 
 class PinnedRouterClient(RouterClient):
-    """Has every request answered by one version of an organ, whatever part of the traffic it gets."""
+    """Pins every request to one version of an organ, for any share of traffic."""
 
     def __init__(
         self,

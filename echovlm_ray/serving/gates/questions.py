@@ -1,4 +1,4 @@
-"""Asks the serving routers a gate's questions, pinned to one version after another. Loaded for an evaluation alone."""
+"""Sends a gate's questions to the serving routers, pinned to one version after another. Used only by evaluations."""
 
 import asyncio
 import tempfile
@@ -57,7 +57,7 @@ class Questioner:
     default_organ: str
 
     def answers(self, run: GateRun, dataset: GateDataset, digests: Sequence[str]) -> list[list[str]]:
-        """The answers of each version, one a record. Blocks; the answers are kept nowhere.
+        """The answers of each version, one per record. Blocks; the answers are not stored.
 
         Raises:
             UnusableGateError: a version does not answer, or refuses a question.
@@ -177,6 +177,6 @@ async def _cancellable(asked: Coroutine[Any, Any, T], run: GateRun) -> T:
 
 
 def _nameless_log() -> AnswerLog:
-    """A file of answers whose name is gone already: however this process ends, no answer stays on the disk."""
+    """An unlinked file of answers, so that no answer stays on disk when the process ends."""
     with tempfile.TemporaryDirectory(prefix="echovlm-gate-answers-") as folder:
         return AnswerLog(Path(folder) / "answers.jsonl")

@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 
 class Absence:
-    """Counts from the moment at which a part was first missed, over all requests.
+    """The time since a part was first unavailable, over all requests.
 
-    A killed replica has a successor after some seconds, for which a request may wait. Where none comes, because for
-    example the weights that it loads are gone, only those that came first wait; the others end at once.
+    A killed replica is replaced after some seconds, for which a request may wait. If it is not replaced, for example
+    because its weights are missing, only the first requests wait; later ones fail immediately.
     """
 
     def __init__(self, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:

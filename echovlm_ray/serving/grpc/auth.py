@@ -43,7 +43,7 @@ class _State(NamedTuple):
 
 
 class BearerTokens:
-    """The tokens of a file, one a line; blank lines and lines that start with # do not count.
+    """The tokens of a file, one per line, without blank lines and lines that start with #.
 
     A token may be followed by a name, with a space between: quotas go by it, and tokens of one name are one caller's.
 

@@ -27,27 +27,27 @@ class CertificateFiles:
             name: what the configuration calls the section, for example gateway.tls.
 
         Raises:
-            ValueError: one of them cannot be used; the text says which, and why.
+            ValueError: one of them cannot be used; the text names it and the reason.
         """
         self._tls = tls
         self._name = name
-        # gRPC asks on threads of its own, one for each connection that begins.
+        # gRPC calls this on its own threads, one for each new connection.
         self._lock = threading.Lock()
         self._contents = self._read()
         self._refused: tuple[bytes, ...] | str = ""
         self._check(self._contents)
 
     def credentials(self) -> grpc.ServerCredentials:
-        """For a server that uses what the files hold when a connection begins.
+        """Credentials for a server that reloads the files for new connections.
 
-        While they hold what cannot be used, the last that could be stays in use, and the log says why.
+        While the files are invalid, the last valid ones stay in use, and the reason is logged.
         """
         return grpc.dynamic_ssl_server_credentials(
             _configuration(self._contents), self.changed, require_client_authentication=self._authority is not None
         )
 
     def changed(self) -> grpc.ServerCertificateConfiguration | None:
-        """What connections use from now on, if the files hold something else than before; called by gRPC."""
+        """The new configuration if the files have changed; called by gRPC."""
         with self._lock:
             contents: tuple[bytes, ...] = ()
             try:
@@ -78,7 +78,7 @@ class CertificateFiles:
     def _check(self, contents: tuple[bytes, ...]) -> None:
         _check_dates(contents[1], f"{self._name}.certificate {self._tls.certificate}", all)
         if self._authority is not None:
-            # A file of authorities may hold some that are not used any more.
+            # A file of authorities may contain outdated ones.
             _check_dates(contents[2], f"{self._name}.client_authority {self._authority}", any)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
@@ -119,7 +119,7 @@ def _read(path: Path, field: str) -> bytes:
 
 
 def _check_dates(content: bytes, what: str, enough: Callable[[Iterable[bool]], bool]) -> None:
-    """Refuses what holds no certificate, or where those that are valid now are not enough."""
+    """Refuses a file without a certificate, or without enough certificates that are valid now."""
     from cryptography import x509
 
     try:

@@ -1,7 +1,7 @@
 """The errors of `serving.core.failures` in gRPC's form: a status with `google.rpc` details, and back.
 
-Servicers raise; `serving.interceptor` calls `to_status` on what they raise, and the expert groups on what goes wrong
-with one exchange inside a stream.
+Servicers raise exceptions. `serving.interceptor` converts them with `to_status`, and expert groups convert errors of
+single calls in a stream.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ LOST_TEXT = "a part of the system was lost during the call; sending the request 
 
 
 def to_status(exception: BaseException) -> status_pb2.Status:
-    """The status that a caller sees for an exception: code, text, and `google.rpc` details where the type has some."""
+    """The gRPC status of an exception: code, text, and `google.rpc` details if the type has some."""
     failure = failure_of_call(exception) if isinstance(exception, grpc.aio.AioRpcError) else failure_of(exception)
     status = status_pb2.Status(code=failure.code, message=failure.text)
     for detail in _details(failure):
@@ -45,7 +45,7 @@ def _details(failure: Failure) -> Iterator[Message]:
 def failure_of_call(error: grpc.aio.AioRpcError) -> Failure:
     """The failure that a caller gets when a call between two parts of the system failed.
 
-    What the other part said with `to_status` is passed on. Whatever gRPC itself says is replaced: its texts name
+    A status that another part made with `to_status` is passed on. A status of gRPC itself is replaced: its texts name
     internal addresses.
     """
     said = said_by_part(error)
@@ -59,7 +59,7 @@ def failure_of_call(error: grpc.aio.AioRpcError) -> Failure:
 
 
 def said_by_part(error: grpc.aio.AioRpcError) -> Failure | None:
-    """What a living part said with `to_status`; None where gRPC itself says that the call failed."""
+    """The status that the other part made with `to_status`; None if gRPC itself reports the failure."""
     for key, value in error.trailing_metadata() or ():
         if key == DETAILS_KEY and isinstance(value, bytes):
             try:

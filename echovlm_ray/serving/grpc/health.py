@@ -1,8 +1,8 @@
 """The gateway's health service: the live state of every part of the system.
 
-About every second, and at once when a replica appears or is lost, each part's replicas are asked for their own health;
-a part is SERVING while one of them says so. A replica of an expert group is asked for its organ's, which serves only
-while the replica holds the version that requests get.
+About every second, and immediately when a replica appears or is lost, the health of each part's replicas is probed; a
+part is SERVING while one of them is. For a replica of an expert group the probe is its organ's, which is SERVING only
+while the replica has loaded the live version.
 """
 
 import asyncio

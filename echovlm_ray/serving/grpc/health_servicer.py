@@ -1,6 +1,6 @@
 """The standard health service: Check, Watch and List.
 
-grpcio's own holds a lock while it writes to a watcher, so one that does not read would keep every state from changing.
+grpcio's servicer has a lock while it writes to a watcher, so a watcher that does not read would block every change.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ class _Watcher:
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """What is said of each service. Belongs to one event loop."""
+    """The status of each service. Belongs to one event loop."""
 
     def __init__(self) -> None:
         self._statuses: dict[str, int] = {"": Status.SERVING}
@@ -60,7 +60,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         """The state of one service.
 
         Raises:
-            UnknownServiceError: nothing is said of it.
+            UnknownServiceError: it has no status.
         """
         status = self._statuses.get(request.service)
         if status is None:

@@ -1,6 +1,6 @@
-"""Receives a message within bounds: decompressed and parsed after the call's credentials were checked.
+"""Receives a message within limits, and decompresses and parses it after the call's credentials were checked.
 
-gRPC's own order is to receive, inflate and parse a message before any code of ours sees the call.
+gRPC would receive, decompress and parse a message before our code runs.
 """
 
 import asyncio
@@ -55,9 +55,9 @@ class Incoming:
             is_check: whether it is a health check, which may carry no credentials.
 
         Raises:
-            InvalidRequestError: none came, or it is not what the method takes.
+            InvalidRequestError: there was none, or it has the wrong type.
             MessageTooLargeError: it is longer than a message may be.
-            OverloadedError: there is no room for it.
+            OverloadedError: there is no memory for it.
         """
         if self._received is None:
             raw = await context.read()
@@ -75,7 +75,7 @@ class Incoming:
         """The messages of a call that has several; raises what `one` raises.
 
         Raises:
-            DeadlineError: nothing came for too long.
+            DeadlineError: nothing arrived for too long.
         """
         arrivals = None if self._received is None else self._received.arrivals(of_checks=False)
         while True:

@@ -1,10 +1,10 @@
 """Wraps every call of every server: request id, credentials, errors, admission.
 
-All handlers are given to gRPC as ones that take a stream of bytes: then nothing of a call's message is received before
-its credentials were checked and it has its place. `serving.incoming` reads, inflates and parses the messages.
+All handlers are registered in gRPC with a stream of bytes as input, so that no message is received before the call's
+credentials were checked and it was admitted. `serving.incoming` reads, decompresses and parses the messages.
 
-A servicer raises and is done; here the exception becomes a status (`serving.grpc.errors`). An unexpected exception
-is logged with its place in the code but without its text, which may hold a patient's data.
+Exceptions of a servicer become a status here (`serving.grpc.errors`). An unexpected exception is logged with its stack
+but without its text, which may contain a patient's data.
 """
 
 import asyncio
@@ -56,11 +56,11 @@ ENDLESS = frozenset(
     }
 )
 
-# Of one message, where nothing else is said.
+# The default for one message.
 MAX_PARSED_BYTES = 256 * 1024 * 1024
 # A caller that takes in nothing of an answer for so long is not waited for.
 STALLED_WRITE_S = 20.0
-# A servicer that looks at the deadline itself says more about it.
+# A servicer that checks the deadline itself gives a more specific error.
 DEADLINE_SLACK_S = 0.25
 LATE = "the deadline passed before the answer was complete"
 
@@ -70,7 +70,7 @@ Admit = Callable[[str], AbstractContextManager[None]]
 
 
 class _Call:
-    """One call under way, which must have ended within a limit, writing its answer included."""
+    """One running call, which must end within a limit, including the writing of its answer."""
 
     def __init__(self, seconds: float | None, held: ExitStack) -> None:
         """Takes how long it may last, None forever, and what to release when it has ended."""
@@ -100,7 +100,7 @@ class _Call:
             raise self._ending or DeadlineError(LATE) from None
 
     def end(self, error: Exception) -> None:
-        """Ends the call with an error: at once, or when the message that is being written has been."""
+        """Ends the call with an error: immediately, or after the message that is being written."""
         if self._ending is not None:
             return
         self._ending = error
@@ -112,8 +112,8 @@ class _Call:
     async def write(self, context: grpc.aio.ServicerContext, response: Any) -> None:
         """Writes a message.
 
-        gRPC cannot take a write back, and sends nothing else meanwhile. So a call that must end during one gives back
-        what it holds, and only then waits for the caller to read.
+        gRPC cannot cancel a write, and sends nothing else until it is done. A call that must end during a write
+        therefore first releases its resources, and then waits for the caller to read.
 
         Raises:
             Exception: what it must end with, such as a `DeadlineError`.
@@ -135,7 +135,7 @@ class _Call:
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Wraps every handler of a server, and knows how many calls are under way."""
+    """Wraps every handler of a server, and counts running calls."""
 
     def __init__(
         self,
@@ -151,7 +151,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         Args:
             tokens: when given, all calls but health checks must carry one.
             incoming: takes in the messages.
-            call_limit_s: of a call that says no deadline and ends by itself; None for no limit.
+            call_limit_s: for a call without a deadline that is not a watch; None for no limit.
             certificates: whether clients show who they are by one.
             open_calls: bounds those of one sender; None for callers that are parts of the system.
             refusals: counts the calls that are refused.
@@ -175,7 +175,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     @property
     def active_calls(self) -> int:
-        """Calls under way that will end by themselves."""
+        """Running calls, without watches, which never end."""
         return self._active
 
     def refuse_new_calls(self) -> None:
@@ -183,7 +183,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self._draining = True
 
     async def wait_until_idle(self) -> None:
-        """Returns when no call is under way that ends by itself."""
+        """Returns when no call is running except for watches."""
         await self._idle.wait()
 
     async def intercept_service(
@@ -223,7 +223,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 message = [await incoming.one(context, parse, is_check=is_check)]
             finally:
                 await sending
-            # Not kept in a variable, so that a behaviour that is done with its message frees its memory.
+            # Not in a variable, so that a handler that has processed its message frees its memory.
             return behaviour(message.pop(), context)
 
         async def several(requests: Any, context: grpc.aio.ServicerContext) -> Any:
@@ -328,13 +328,13 @@ def _identities(context: grpc.aio.ServicerContext) -> Iterable[bytes]:
 
 
 async def _send_initial_metadata(context: grpc.aio.ServicerContext) -> None:
-    # A caller that is gone already is no failure, and a line in the log for each would fill the disk.
+    # A disconnected caller is not a failure, and a log line for each would fill the disk.
     with suppress(grpc.aio.InternalError):
         await context.send_initial_metadata(((REQUEST_ID_KEY, current_request_id()),))
 
 
 def trace_without_text(error: BaseException) -> str:
-    """Where an exception and its causes came from, by file, line and type, without what they say."""
+    """The trace of an exception and its causes by file, line and type, without their texts."""
     lines: list[str] = []
     cause: BaseException | None = error
     while cause is not None:

@@ -1,4 +1,4 @@
-"""A bound on the bytes of requests in a server's memory, over all calls together.
+"""A limit for the bytes of all requests in a server's memory.
 
 How long a message is shows only when it has come, so one that is arriving counts as the longest that there may be: a
 few places are given out, to one sender after the other. No sender gets all of them, and health checks, which need no
@@ -30,7 +30,7 @@ MAX_WAITING = 1000
 
 
 class Receipt:
-    """The bytes of one call's message, counted from `ReceivedBytes.hold` until `release`."""
+    """The bytes of one call's message, counted from `ReceivedBytes.hold` to `release`."""
 
     def __init__(self) -> None:
         self._received: ReceivedBytes | None = None
@@ -57,14 +57,14 @@ def current_receipt() -> Receipt:
 
 
 def new_receipt() -> Receipt:
-    """Gives the call that the current task serves one of its own."""
+    """Creates the receipt of the current task's call."""
     receipt = Receipt()
     _current.set(receipt)
     return receipt
 
 
 class Arrivals:
-    """Places in which messages arrive, one each. Belongs to one event loop."""
+    """Slots for arriving messages. For one event loop."""
 
     def __init__(self, places: int, most_of_one: int, busy_s: float) -> None:
         """Takes how many there are, how many one sender may hold, and for how long while others wait."""
@@ -76,7 +76,7 @@ class Arrivals:
 
     @asynccontextmanager
     async def place(self, sender: bytes) -> AsyncIterator[None]:
-        """To be held while one message is read; waits for a place.
+        """A context for reading one message; waits for a slot.
 
         Raises:
             OverloadedError: too many of the sender wait, or it took too long while others waited.
@@ -126,9 +126,9 @@ class Arrivals:
                 del self._waiting[sender]
 
     def _hurry(self) -> None:
-        """Limits the time of the messages for whose places others wait."""
+        """Limits the time of messages whose slots others wait for."""
         waiting = [sender for sender in self._waiting if self._places.must_wait(sender)]
-        # A sender that holds as many as it may waits for its own places only.
+        # A sender at its limit waits only for its own slots.
         for_any = any(not self._places.has_most(sender) for sender in waiting)
         for limit, (sender, busy_at) in self._arriving.items():
             when = limit.when()
@@ -177,10 +177,10 @@ class CheckArrivals:
 
 
 class ReceivedBytes:
-    """The budget of one server. Belongs to one event loop.
+    """The budget of one server. For one event loop.
 
     Attributes:
-        held_bytes: of messages that have come and are still needed.
+        held_bytes: of messages that have arrived and are still needed.
     """
 
     def __init__(self, max_message_bytes: int, max_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""Channels to the replicas of a part, one an address, and how many calls are under way on each."""
+"""A pool of channels to the replicas of a part, with the number of running calls on each."""
 
 import threading
 from collections import Counter
@@ -11,7 +11,7 @@ _NONE_TRIED: Mapping[str, int] = {}
 
 
 class ReplicaPool(Generic[Channel]):
-    """Opens a channel at the first call to an address and keeps it while the replica lives. Safe from several threads.
+    """Opens a channel on the first call to an address and keeps it while the replica lives. Thread-safe.
 
     A `grpc.aio` channel on which nothing runs is closed with its last reference, so `least_busy` only drops it.
     """
@@ -40,7 +40,7 @@ class ReplicaPool(Generic[Channel]):
             self._count(address, -1)
 
     def least_busy(self, live: Sequence[str], tried: Mapping[str, int] = _NONE_TRIED) -> str | None:
-        """Of the live replicas, the one that was tried least and, among those, has the fewest calls; None without any.
+        """The live replica with the fewest attempts and, among those, the fewest running calls; None without any.
 
         Channels to other replicas are dropped once no call runs on them.
         """

@@ -1,4 +1,4 @@
-"""The one gRPC server of every replica: `grpc.aio` with health, reflection, TLS, tokens, limits and an orderly end."""
+"""The gRPC server of every replica: `grpc.aio` with health, reflection, TLS, tokens, limits and orderly shutdown."""
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
@@ -22,17 +22,17 @@ from echovlm_ray.serving.grpc.reflection import add_reflection
 from echovlm_ray.serving.grpc.refusals import Refusals
 from experts.transport.inner_channel import INNER_MESSAGE_BYTES, KEEPALIVE_MS
 
-# What a message holds beside its payload.
+# The overhead of a message in addition to its payload.
 MESSAGE_SLACK_BYTES = 1024 * 1024
 # The largest length that gRPC takes as an option.
 MAX_MESSAGE_BYTES = 2**31 - 1
 # After the last call has ended, for its status to reach the caller.
 LAST_WORDS_S = 0.2
-# Calls that came and were not looked at yet. Above its default of 1000, gRPC would end some CANCELLED, without a word.
+# Calls that wait to be accepted. Above its default of 1000, gRPC would end some CANCELLED without a message.
 MAX_PENDING_CALLS = 100_000
-# Of one connection; the client's gRPC keeps what is more until others have ended.
+# Of one connection; the client's gRPC queues further calls until others have ended.
 MAX_CALLS_PER_CONNECTION = 1000
-# A client that is idle may ask so often whether the server is there; one that asks more often is cut off.
+# The shortest interval of an idle client's keepalive pings; a client with more is disconnected.
 MIN_PING_MS = 5_000
 
 Register = Callable[[Any, grpc.aio.Server], None]
@@ -40,11 +40,11 @@ Register = Callable[[Any, grpc.aio.Server], None]
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
-    """What a server listens on and whom it lets in.
+    """The address and the access control of a server.
 
     Attributes:
         host: an address of this machine.
-        port: 0 lets the system choose one.
+        port: 0: the system chooses one.
         max_receive_bytes: a longer request is refused with `RESOURCE_EXHAUSTED`.
         max_received_bytes: of all requests in memory together; None for no limit.
         idle_s: a stream of requests that sends nothing for so long ends; None has it wait.
@@ -69,13 +69,13 @@ class ServerOptions:
 
 
 class GrpcServer:
-    """A server that is not started yet; add servicers, then `await start()`. Belongs to one event loop."""
+    """A gRPC server. Add servicers, then `await start()`. For one event loop."""
 
     def __init__(self, options: ServerOptions, *, first: Sequence[grpc.aio.ServerInterceptor] = ()) -> None:
         """Reads certificates and tokens.
 
         Args:
-            options: what it listens on, and whom it lets in.
+            options: address and authentication.
             first: called around every call before anything else.
 
         Raises:
@@ -122,7 +122,7 @@ class GrpcServer:
 
     @property
     def active_calls(self) -> int:
-        """Calls under way, without those that never end by themselves."""
+        """Running calls, without watches, which never end."""
         return self._interceptor.active_calls
 
     def add(self, register: Register, servicer: object, service_name: str, admit: Admit | None = None) -> None:
@@ -164,7 +164,7 @@ class GrpcServer:
         await self.health.set(service, status.SERVING if serving else status.NOT_SERVING)
 
     async def stop(self, grace_s: float, pending: Iterable[Callable[[], bool]] = ()) -> None:
-        """Ends in order: health says NOT_SERVING, new calls are sent elsewhere, calls under way finish.
+        """Shuts down in order: health becomes NOT_SERVING, new calls are refused as UNAVAILABLE, running calls finish.
 
         Args:
             grace_s: what still runs after this many seconds is cancelled.

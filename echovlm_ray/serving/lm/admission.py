@@ -1,4 +1,4 @@
-"""What is known of a request when its experts are chosen, and what it is given."""
+"""The admission of a request: the traits by which its experts are chosen, and the pinned experts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from router.rollouts.traffic import CandidateTraffic
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RequestTraits:
-    """By what a request's organs and experts are chosen.
+    """The traits of a request by which its organs and experts are chosen.
 
     Attributes:
-        organs: what the caller named.
-        anatomy_terms: what its DICOM objects say.
+        organs: the caller's organs.
+        anatomy_terms: the anatomy terms of its DICOM objects.
         pooled_D: the mean of its vision embeddings; None without images.
-        request_id: decides about candidates where there is no session.
-        session_key: when given, all requests with it get the same experts.
-        policy_version: of the newest policy that the caller knows of; 0 of none.
+        request_id: the key for canaries if there is no session key.
+        session_key: all requests with the same one get the same experts.
+        policy_version: the version of the newest policy that the gateway has; 0 for none.
     """
 
     organs: Sequence[str]
@@ -36,7 +36,7 @@ class UsedBundle:
     """The version of one organ's experts that a run uses.
 
     Attributes:
-        rollout: in which it was a candidate when the run got it; None of the stable one.
+        rollout: its rollout if it was a candidate; None for the stable version.
     """
 
     organ: str
@@ -47,7 +47,7 @@ class UsedBundle:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PinnedExperts:
-    """The experts of one run. Held until `release`, which is called once, from any thread."""
+    """The experts of one run. Pinned until `release`, which must be called once, from any thread."""
 
     expert_set: ExpertSet
     choice: OrganChoice
@@ -57,18 +57,18 @@ class PinnedExperts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Admission:
-    """What a request computes with.
+    """The experts of an admitted request.
 
     Attributes:
-        experts: what answers.
-        shadow: what is computed beside it and is not answered, or none. Held on its own.
+        experts: the experts that answer.
+        shadow: the experts of its shadow, or None. Pinned separately.
     """
 
     experts: PinnedExperts
     shadow: PinnedExperts | None = None
 
     def release(self) -> None:
-        """Lets go of the experts, where no run takes them over."""
+        """Releases the experts if no run has taken ownership of them."""
         self.experts.release()
         if self.shadow is not None:
             self.shadow.release()

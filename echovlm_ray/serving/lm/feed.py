@@ -1,6 +1,6 @@
-"""A router's side of Control's `RolloutFeed`: policies come, outcomes go. Nothing waits for it.
+"""A router's client of Control's `RolloutFeed`: receives policies and reports outcomes, in the background.
 
-While Control is away the router goes on with what it last knew, and keeps its outcomes.
+While Control is unavailable, the router keeps its last policy and buffers outcomes.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ class RolloutFeedClient:
             channels: connects to Control.
             report_period_s: seconds between reports.
         """
-        # Never used again by another process, as Control may hold against it what this one did.
+        # Never reused by another process, because Control attributes acknowledgements to it.
         self.name = f"router-{uuid.uuid4().hex}"
         self._expert_sets = expert_sets
         self._outcomes = outcomes
@@ -69,7 +69,7 @@ class RolloutFeedClient:
 
         Args:
             wait_s: the longest to wait; Control may be away.
-            last_known: what Control said before, taken up when it says nothing in that time; may block.
+            last_known: Control's earlier policy, applied if Control does not answer in that time; may block.
         """
         await self._follower.start(self._report)
         if not wait_s or await self._follower.in_force(wait_s):
@@ -88,10 +88,10 @@ class RolloutFeedClient:
         await self._follower.close()
 
     async def replayed(self, expert_set_id: str) -> ExpertSet | None:
-        """A set that is not in the policy, if Control has replicas hold it for a replay.
+        """A set that is not in the policy, if it is resident for a replay.
 
         Raises:
-            PartUnavailableError: Control does not answer, and only it knows.
+            PartUnavailableError: Control does not answer.
         """
         try:
             stub = await self._follower.stub()

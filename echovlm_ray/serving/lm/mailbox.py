@@ -1,4 +1,4 @@
-"""From the engine's thread to the event loop: the outputs of a step wake the loop once."""
+"""Passes outputs from the engine's thread to the event loop, with one wake-up per step."""
 
 import asyncio
 from collections import deque
@@ -9,16 +9,16 @@ Item = TypeVar("Item")
 
 
 class Mailbox(Generic[Item]):
-    """Moves items of other threads into queues of an event loop, in order, when `wake` is called."""
+    """Moves items from other threads to queues of an event loop, in order, when `wake` is called."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        """`loop` is the one on which the queues are read."""
+        """`loop` is the event loop of the queues' readers."""
         self._loop = loop
         self._items: deque[tuple[asyncio.Queue[Item], Item]] = deque()
         self._woken = False
 
     def sink(self, queue: "asyncio.Queue[Item]") -> Callable[[Item], None]:
-        """What another thread calls with each item for a queue without a limit."""
+        """A function with which another thread adds items to an unbounded queue."""
 
         def put(item: Item) -> None:
             # A closed loop means that there is no reader left.
@@ -29,7 +29,7 @@ class Mailbox(Generic[Item]):
         return put
 
     def wake(self) -> None:
-        """Has the loop deliver all items so far; may be called from any thread, and costs nothing without items."""
+        """Makes the loop deliver all items so far. Thread-safe, and free without items."""
         if self._items and not self._woken and not self._loop.is_closed():
             self._woken = True
             self._loop.call_soon_threadsafe(self._deliver)

@@ -1,16 +1,16 @@
-"""What became of the runs, by organ and version: kept until Control has it. Numbers only, nothing of any request.
+"""The outcomes of runs by organ and version, buffered until Control has them. Numbers only, no contents of requests.
 
-What counts as an error of an organ's experts:
+These count as errors of an organ's experts:
 
-- They answered that they cannot compute (`ExpertsFailedError`): theirs, whichever other organs the request used.
-- The logits were infinite or not a number: the request's candidates did it, for the incumbents served all the others;
-  without a candidate, every organ that it used is named.
-- They could not be reached (`ExpertsUnavailableError`): a dead replica takes every version with it, and says nothing
-  of one of them. It counts only where another version of the organ went on while the request was kept waiting, so
-  that this one alone was missing; not while it waited for a place, or a caller's short deadline could bring it about.
-- No replica could load them (`ExpertsUnusableError`): that version's, and no other's.
+- They refused or failed a call (`ExpertsFailedError`), for any other organs of the request.
+- The logits had NaN or infinity: counts for the request's candidates, because the incumbents serve all other requests;
+  without a candidate, for every organ that it used.
+- They were unavailable (`ExpertsUnavailableError`): a dead replica makes all versions unavailable, which is no evidence
+  against one. It counts only if another version of the organ computed while the request was stalled, so that only this
+  version was unavailable. Time in the queue does not count, because callers could provoke it with short deadlines.
+- No replica could load them (`ExpertsUnusableError`): counts for that version.
 
-A deadline, a full queue or a caller who left is no version's error, but how long each token took counts all the same.
+Deadlines, full queues and cancellations do not count as errors, but the time per token is recorded.
 """
 
 import logging
@@ -33,18 +33,18 @@ MAX_WAITING = 60_000
 # What one report brings at most.
 MAX_REPORTED = 5_000
 MAX_BUNDLES = 1_000
-# A version is missing alone when another one of its organ still made tokens so long after its own last one; every
-# version is asked for again several times within it.
+# Only this version is missing if another one of its organ still generated tokens this long after its last one; every
+# version is retried several times in that time.
 ALONE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one run says of one organ's version.
+    """The outcome of one run for one organ's version.
 
     Attributes:
-        tokens: that it helped to make.
-        seconds_per_token: between the tokens; none of a run that failed or made a single one.
+        tokens: the number of generated tokens.
+        seconds_per_token: the mean time between tokens; None if the run failed or had only one.
     """
 
     organ: str
@@ -56,7 +56,7 @@ class Outcome:
 
 
 class Outcomes:
-    """Waits for Control; over the bound the oldest are lost, and the log says how many. Safe from several threads."""
+    """A bounded buffer of outcomes for Control. Above the limit the oldest are dropped and logged. Thread-safe."""
 
     def __init__(self, max_waiting: int = MAX_WAITING) -> None:
         """`max_waiting` bounds the outcomes and the shadows' comparisons, each."""
@@ -90,19 +90,19 @@ class Outcomes:
         last_progress: float,
         complete: bool = True,
     ) -> None:
-        """Adds what a run says of the versions that it used, or of those that its rollout is about.
+        """Adds a run's outcome to the statistics of its versions, or of its rollout's versions.
 
         Args:
             used: the versions.
             error: what ended it, if it did not end well.
             tokens: that it made.
             seconds_per_token: between them, if it was measured.
-            last_progress: when its experts last computed for it, or when it came.
+            last_progress: when its experts last computed for it, or when it arrived.
             complete: whether it made its last token.
         """
         blamed = isinstance(error, ExpertsFailedError | ExpertsUnavailableError | NonFiniteLogitsError)
         if not blamed and (not tokens or (tokens == 1 and not complete)):
-            # It never reached its experts, or was cut short before anything could be said of their speed: where every
+            # It never reached its experts, or was cut short before their speed could be measured: where every
             # answer takes too long, none of them is a success.
             return
         nonfinite = isinstance(error, NonFiniteLogitsError)
@@ -124,7 +124,7 @@ class Outcomes:
             self._keep([Outcome(bundle.organ, bundle.digest, failed, is_nonfinite, tokens, seconds)], [])
 
     def record_shadow(self, rollout_ids: Iterable[str], record: ShadowRecord) -> None:
-        """Adds a comparison, for each of the rollouts whose candidates took part in it."""
+        """Adds a comparison to each rollout whose candidate took part."""
         observations = [
             control_pb2.ShadowObservation(
                 rollout_id=rollout_id,

@@ -1,8 +1,7 @@
-"""Which experts a request gets, and that it keeps them: the policy in force, and the expert sets with runs under way.
+"""Pins requests to expert sets: the current policy, and the expert sets of running requests.
 
-A set is known to the dispatcher from before its first run is submitted until the engine has let go of its last one.
-What a Router still needs is counted under the same lock as it is given out, so that Control never sees it free between
-the two.
+A set is registered in the dispatcher from before its first run is submitted until the engine has released its last one.
+Reference counts change under the same lock as assignments, so that Control never sees a set as unused in between.
 """
 
 import asyncio
@@ -20,7 +19,7 @@ from router.gating.expert_set import ExpertSet
 from router.gating.organ_gate import OrganChoice, OrganGate
 from router.rollouts.traffic import CandidateTraffic, TrafficPolicy, assign, given_sets, with_candidates
 
-# Sets without a run that are kept because the next request may get them, besides the stable one.
+# Sets without a run that stay cached for the next request, in addition to the stable one.
 MAX_IDLE_SETS = 16
 MAX_ORGAN_GATES = 64
 
@@ -42,7 +41,7 @@ class _KnownSet:
 
 
 class ExpertSets:
-    """The policy in force and the sets that it gives. Safe to use from several threads, save `take_up`."""
+    """The current policy and its expert sets. Thread-safe, except `take_up`."""
 
     def __init__(
         self,
@@ -56,17 +55,17 @@ class ExpertSets:
         prepare: Callable[[TrafficPolicy], None] = lambda policy: None,
         identity: str = "",
     ) -> None:
-        """Begins with the checkpoint's own set for everybody, as policy 0.
+        """Starts with the checkpoint's set for all requests, as policy 0.
 
         Args:
-            dispatcher: told of every set that comes and goes.
+            dispatcher: sets are registered with it and removed from it.
             organ_gate: its settings count; the profiles come with the bundles.
             expert_set: the set.
             gates: bundle digest → what was read, of all its members.
             read: reads a bundle by its digest; also given the digests of all that is in use. Blocks.
             forget: drops what caches keep of a bundle that is not used any more, by its digest.
             prepare: called with a policy before it is in force; may block until its experts can be reached.
-            identity: of the deployment; "" has the first policy say it.
+            identity: of the deployment; "" takes it from the first policy.
 
         Raises:
             ValueError: the set's bundles do not fit each other, or it does not have the default organ.
@@ -79,7 +78,7 @@ class ExpertSets:
         self._prepare = prepare
         self._lock = threading.Lock()
         self._policy = TrafficPolicy(version=0, stable=expert_set, identity=identity)
-        # The newest one that Control said, taken up or not.
+        # The newest one from Control, applied or not.
         self._announced = self._policy
         # What requests may get now, by id.
         self._given = {expert_set.id: expert_set}
@@ -90,21 +89,21 @@ class ExpertSets:
 
     @property
     def policy(self) -> TrafficPolicy:
-        """The policy in force."""
+        """The current policy."""
         return self._policy
 
     def pins(self) -> tuple[int, frozenset[str]]:
-        """The version of the policy in force, and all bundles that it or a run under way may still use."""
+        """The version of the current policy, and all bundles that it or a running request may use."""
         with self._lock:
             return self._policy.version, self._needed(lambda known: known.runs > 0)
 
     def route(self, traits: RequestTraits) -> tuple[ExpertSet, OrganChoice]:
-        """What a request with these traits would get now; holds nothing.
+        """The assignment of a request with these traits, without pinning it.
 
         Raises:
             UnknownOrganError: the caller named an organ that there is not.
             OrganPendingError: it named one that is not known here, and a policy is on its way that brings new ones.
-            OrganInCanaryError: it named a new one whose candidate answers other requests than this.
+            OrganInCanaryError: it named a new organ whose canary serves other requests.
             TooManyOrgansError: it named more than a request may use.
         """
         with self._lock:
@@ -112,7 +111,7 @@ class ExpertSets:
         return assigned.expert_set, assigned.choice
 
     def admit(self, traits: RequestTraits) -> Admission:
-        """Pins a request; raises what `route` raises."""
+        """Pins a request. Raises the errors of `route`."""
         with self._lock:
             assigned = self._assign(traits)
             experts = self._hold(assigned.expert_set, assigned.choice)
@@ -122,7 +121,7 @@ class ExpertSets:
             return Admission(experts, shadow)
 
     def admit_to(self, traits: RequestTraits, expert_set_id: str) -> Admission | None:
-        """Pins a request to a set that the policy gives, or that a run under way has; None if it is another one.
+        """Pins a request to a set of the policy or of a running request; None if it is another one.
 
         Raises what `route` raises.
         """
@@ -132,7 +131,7 @@ class ExpertSets:
             return None if expert_set is None else self._admit_to(traits, expert_set)
 
     async def admit_replayed(self, traits: RequestTraits, expert_set: ExpertSet) -> Admission:
-        """Pins a request to a set that replicas hold for a replay. Nothing is kept of it when its last run has ended.
+        """Pins a request to the set of a replay, which is dropped when its last run has ended.
 
         Raises:
             UnusablePolicyError: it is for another backbone or another routing.
@@ -157,7 +156,7 @@ class ExpertSets:
                 self._forget_all(dropped)
 
     def admit_evaluation(self, traits: RequestTraits, digest: str) -> PinnedExperts:
-        """Pins a request of an evaluation to the stable set, or to that with one candidate, whatever its traffic.
+        """Pins a request of an evaluation to the stable set, or to that with one candidate, for any traffic of it.
 
         Args:
             traits: of the request.
@@ -177,18 +176,18 @@ class ExpertSets:
             return self._hold(expert_set, self._choose(expert_set, traits))
 
     def announce(self, policy: TrafficPolicy) -> None:
-        """Says that Control has a policy, which `take_up` will be given soon."""
+        """Announces a policy of Control before `take_up` is called with it."""
         with self._lock:
             if policy.version > self._announced.version:
                 self._announced = policy
 
     async def take_up(self, policy: TrafficPolicy) -> bool:
-        """Gives new requests what a policy says, once all of its bundles' gates are read; one call at a time.
+        """Applies a policy to new requests, after reading the gate rows of all its bundles. Not thread-safe.
 
-        A bundle that cannot be read leaves the policy before it in force.
+        If a bundle cannot be read, the previous policy stays.
 
         Returns:
-            False, and nothing changed: this one or a later one is in force.
+            False, without effect, if this policy or a later one is applied already.
 
         Raises:
             UnusablePolicyError: it is another deployment's, or for another backbone or another routing.
@@ -271,7 +270,9 @@ class ExpertSets:
         return _Assigned(assignment.expert_set, choice, shadow_set, shadow_choice)
 
     def _check_new_organs(self, offered: ExpertSet, traits: RequestTraits) -> None:
-        """Raises what says more than that an organ is unknown, where it is new and not for this request, or not yet."""
+        """Raises a more specific error than "unknown organ" for a new organ that does not serve this request, or not
+        yet.
+        """
         policy, announced = self._policy, self._announced
         new = set(announced.organs) - set(policy.organs) | set(announced.stable.organs) - set(policy.stable.organs)
         # By which words a bundle is named is known only once its gates are read, so any unknown word may mean it.
@@ -330,7 +331,7 @@ class ExpertSets:
         return known
 
     def _drop_unused(self) -> list[str]:
-        """Ends what nothing needs any more; the digests of the bundles, which caches must forget."""
+        """Drops unused sets and returns the digests of their bundles, whose cache entries must be evicted."""
         idle = [known for known in self._sets.values() if not known.runs]
         given = [known for known in idle if _is_given(self._policy, known.expert_set)]
         kept = [known for known in given if known.expert_set.id != self._policy.stable.id][-MAX_IDLE_SETS:]
@@ -354,7 +355,7 @@ class ExpertSets:
         return self._policy.digests | held
 
     def _forget_all(self, digests: Sequence[str]) -> None:
-        # Without the lock: the thread that lets go of a run may hold the engine's.
+        # Without the lock: the thread that releases a run may have the engine's.
         for digest in digests:
             self._forget(digest)
 

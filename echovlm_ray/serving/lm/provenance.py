@@ -1,4 +1,4 @@
-"""Which experts made an answer, and which part each organ had in it."""
+"""The provenance of an answer: its experts, and the share of each organ."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ from protos import router_pb2
 
 
 def provenance_of(experts: PinnedExperts, routed_pairs: Mapping[str, int]) -> router_pb2.Provenance:
-    """What a response says of the request's own set.
+    """The provenance of a request's expert set.
 
     Args:
         experts: the request's.

@@ -1,4 +1,4 @@
-"""What a `RouterGenerateRequest` must be, and how it becomes the engine's request."""
+"""Checks a `RouterGenerateRequest` and converts it to the engine's request."""
 
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -24,7 +24,7 @@ MAX_CALLER_BYTES = 64
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What the router serves: the model's shape and end tokens, and the experts with which it starts.
+    """The router's model: its shape and end tokens, and the initial experts.
 
     Attributes:
         expert_set: the checkpoint's own.
@@ -41,14 +41,14 @@ class ServedModel:
 
 
 class RequestReader:
-    """Checks requests against the model's shape and the configured limits, and lays them out for the engine."""
+    """Checks requests against the model's shape and the configured limits, and converts them for the engine."""
 
     def __init__(self, model: ServedModel, limits: RouterSection) -> None:
         self._model = model
         self._limits = limits
 
     def check(self, request: router_pb2.RouterGenerateRequest) -> None:
-        """Everything that can be checked before the images are encoded.
+        """Checks everything that can be checked before the images are encoded.
 
         Raises:
             InvalidRequestError: names the field, what is wrong with it and what is allowed.

@@ -1,4 +1,4 @@
-"""How the gateway reaches the routers: the least busy one first, another one when that is lost before it answered."""
+"""The gateway's client of the routers: uses the least busy replica, or another one if that is lost first."""
 
 import asyncio
 import time
@@ -27,8 +27,8 @@ LOST = "the replica was lost before it answered"
 class RouterClient:
     """Streams tokens from whichever router replica is least busy.
 
-    Experts are pure functions, so sending a request again is always safe; but a caller has seen the tokens that came,
-    so only a stream that has not begun is sent again.
+    Experts are pure functions, so a retry is always safe. But callers have seen the tokens of a stream, so only a
+    stream that has not begun is retried.
     """
 
     def __init__(self, addresses: Callable[[], Sequence[str]], channels: InnerChannels = PLAIN_CHANNELS) -> None:

@@ -1,4 +1,4 @@
-"""One run of a request in the engine: what it says, and what follows when the engine has let go of it."""
+"""One run of a request in the engine: its outputs, and its clean-up when the engine has released it."""
 
 import time
 from collections.abc import Callable
@@ -9,16 +9,15 @@ from echovlm_ray.serving.lm.outcomes import Outcomes, seconds_per_token
 
 
 class Run:
-    """Passes a run's outputs on, counts them, and in the end reports them and lets go of the experts.
+    """Forwards and counts a run's outputs, and at the end reports its outcome and releases the experts.
 
-    `sink` and `gone` are given to the engine and called from its thread. When the engine refuses the run, call `drop`
-    instead.
+    The engine calls `sink` and `gone` from its thread. If the engine refuses the run, call `drop` instead.
 
     Attributes:
         token_ids: all tokens, where they are compared with another run's.
         error: what ended it, if anything did.
         complete: whether it made its last token.
-        excluded_from_metrics: set when it says nothing of its experts, because it was ended to make room.
+        excluded_from_metrics: set if it does not count for its experts, because it was preempted.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class Run:
             self._sink(output)
 
     def gone(self) -> None:
-        """Reports, and lets go of the experts."""
+        """Reports the outcome and releases the experts."""
         try:
             if not self.excluded_from_metrics:
                 self._outcomes.record(
@@ -89,5 +88,5 @@ class Run:
                 self._ended()
 
     def drop(self) -> None:
-        """Lets go of the experts of a run that the engine did not take."""
+        """Releases the experts of a run that the engine refused."""
         self._experts.release()

@@ -1,4 +1,4 @@
-"""The router's gRPC service: checks a request, has its images encoded, pins it, and streams the engine's tokens."""
+"""The router's gRPC service: checks a request, encodes its images, pins it, and streams the engine's tokens."""
 
 import asyncio
 import time
@@ -58,12 +58,12 @@ class RouterService(router_pb2_grpc.RouterServicer):
 
         Args:
             engine: runs the requests.
-            model: what is served.
-            expert_sets: pins them; has the engine's dispatcher told of their sets.
+            model: the served model.
+            expert_sets: pins requests, and registers sets with the engine's dispatcher.
             vision: encodes their images.
             limits: of a request.
-            outcomes: where it is noted what became of them.
-            replayed: id → the expert set, if Control has replicas hold it for a replay.
+            outcomes: collects their statistics.
+            replayed: id → the expert set, if it is resident for a replay.
         """
         self._engine = engine
         self._reader = RequestReader(model, limits)
@@ -83,7 +83,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
     async def Route(
         self, request: router_pb2.RouteRequest, context: grpc.aio.ServicerContext
     ) -> router_pb2.RouteResponse:
-        """Says which organs and which expert set a request would use; computes nothing but the vision features."""
+        """Returns the organs and the expert set that a request would use. Computes only the vision features."""
         check_session_key(request.session_key)
         self._reader.check_vision(request.vision_inputs)
         pictures = await self._encode(request.vision_inputs, self._deadline(context))
@@ -96,14 +96,14 @@ class RouterService(router_pb2_grpc.RouterServicer):
         return router_pb2.RouteResponse(expert_set_id=expert_set.id, organ_source=choice.source, organs=shares)
 
     async def Pins(self, request: router_pb2.PinsRequest, context: grpc.aio.ServicerContext) -> router_pb2.PinsResponse:
-        """Which bundles must stay resident for this router."""
+        """Returns the bundles that must stay loaded for this router."""
         version, digests = self._expert_sets.pins()
         return router_pb2.PinsResponse(policy_version=version, digests=sorted(digests))
 
     async def Generate(
         self, request: router_pb2.RouterGenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[router_pb2.RouterGenerateResponse]:
-        """Streams the tokens of one request; leaving the stream cancels it at the engine's next step."""
+        """Streams the tokens of one request. Closing the stream cancels it at the engine's next step."""
         self._reader.check(request)
         evaluated = request.evaluated_bundle
         # Before its pictures are encoded too.
@@ -126,7 +126,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
             if evaluated:
                 sequence = self._submit_evaluation(pinned, experts, outputs)
             else:
-                # What a caller chose by itself is no evidence about a version.
+                # A set that the caller chose does not count in a version's statistics.
                 judged = () if request.expert_set_id else experts.used
                 sequence = await self._submit(pinned, experts, judged, outputs, shadow)
             try:

@@ -1,7 +1,7 @@
-"""Shadows: requests that are computed a second time with a candidate, and whose answers are discarded.
+"""Shadow requests: copies for a candidate, whose answers are discarded.
 
-They use only what the others leave: few at once, begun when the batch and the cache have room to spare, and ended as
-soon as another request could use their place.
+They use only spare capacity: there are few at a time, they start only if the batch and the cache have free capacity,
+and they are cancelled as soon as another request needs it.
 """
 
 import asyncio
@@ -102,7 +102,7 @@ class Shadows:
         return queue_length > self._max_batch_size or self._engine.free_blocks < queue_length
 
     def submit(self, shadow: "Shadow", request: SequenceRequest, run: Run) -> Sequence | None:
-        """Has the engine run a shadow, if there is room; none, and nothing done, otherwise."""
+        """Submits a shadow to the engine if there is capacity; otherwise returns None."""
         if not self.has_room(len(request.input_ids) + request.max_new_tokens):
             return None
         with self._lock:
@@ -114,7 +114,7 @@ class Shadows:
             return None
 
     def cancel(self, sequence: Sequence) -> None:
-        """Has the engine end a shadow at its next step."""
+        """Cancels a shadow at the engine's next step."""
         self._engine.cancel(sequence)
 
     def forget(self, shadow: "Shadow") -> None:
@@ -134,7 +134,7 @@ class Shadow:
         self._shadows = shadows
         self._request = request
         self._outcomes = outcomes
-        # Beside a canary's experts it says nothing of those.
+        # Together with a canary's experts it is not comparable.
         rollouts = {bundle: bundle.rollout for bundle in experts.used if bundle.rollout is not None}
         judged = tuple(bundle for bundle, rollout in rollouts.items() if rollout.mode == "shadow")
         self._rollout_ids = tuple(rollouts[bundle].rollout_id for bundle in judged)
@@ -147,7 +147,7 @@ class Shadow:
         self._incumbent: Run | None = None
 
     def begin(self) -> None:
-        """Runs beside the incumbent from now on, if there is room; called at most once, before `end`."""
+        """Starts the shadow run, if there is capacity; called at most once, before `end`."""
         self._begun = True
         sequence = self._shadows.submit(self, self._request, self._run)
         with self._lock:
@@ -159,7 +159,7 @@ class Shadow:
             self._shadows.cancel(sequence)
 
     def end(self) -> None:
-        """It says nothing any more; for a request that was cancelled or failed, or to make room."""
+        """Discards the shadow: the request was cancelled or failed, or capacity is needed."""
         with self._lock:
             self._over = True
             self._run.excluded_from_metrics = True

@@ -1,4 +1,4 @@
-"""How a router reaches the vision encoders: patches go out, embeddings come back, and the gateway carries neither."""
+"""A router's client of the vision encoders: sends patches and receives embeddings."""
 
 import asyncio
 import time
@@ -35,7 +35,7 @@ class EncodedPicture:
 
 
 class VisionClient:
-    """Encodes through whichever vision encoder replica is least busy; tries another when one is lost."""
+    """Encodes on the least busy vision encoder replica, and on another one if that is lost."""
 
     def __init__(self, addresses: Callable[[], Sequence[str]], channels: InnerChannels) -> None:
         """`addresses` gives the live replicas at any time, and `channels` connects to them."""

@@ -1,4 +1,4 @@
-"""The vision encoder's gRPC service: checks what it is sent, and hands it to the encoder."""
+"""The vision encoder's gRPC service: checks inputs and passes them to the encoder."""
 
 import asyncio
 from typing import Any
@@ -30,7 +30,7 @@ class VisionEncoderService(vision_pb2_grpc.VisionEncoderServicer):
     async def Encode(
         self, request: vision_pb2.EncodeRequest, context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> vision_pb2.EncodeResponse:
-        """Encodes images and videos; a caller that leaves, or whose deadline passes, is dropped from the queue.
+        """Encodes images and videos. Cancelled and expired calls are removed from the queue.
 
         Raises:
             InvalidRequestError: no inputs, or one whose patches do not fit its grid or the model.

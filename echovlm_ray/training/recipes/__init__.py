@@ -1,1 +1,1 @@
-"""Ready recipes, YAML files; `echovlm_ray.training.recipe` says what every field does."""
+"""Ready recipes as YAML files; `echovlm_ray.training.recipe` documents every field."""

@@ -1,4 +1,4 @@
-"""The decoder processes beside a gateway: a few that are kept, and replaced when a file has cost one."""
+"""The pool of decoder processes of a gateway, which are reused, and replaced after a crash."""
 
 import asyncio
 import logging

@@ -1,4 +1,4 @@
-"""Frames of compressed pixel data: what the codestreams say of themselves decides, not the attributes around them."""
+"""Frames of compressed pixel data: the codestreams' headers take precedence over the DICOM attributes."""
 
 from collections import Counter
 from typing import Any

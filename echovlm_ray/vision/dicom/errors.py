@@ -1,4 +1,4 @@
-"""What is said about a DICOM file that cannot be shown."""
+"""The errors of DICOM files that cannot be decoded."""
 
 
 class InvalidDicomError(ValueError):

@@ -1,4 +1,4 @@
-"""What the attributes of a DICOM image say about its pixels (DICOM PS3.3 C.7.6.3), and what they should say.
+"""The attributes of a DICOM image that describe its pixels (DICOM PS3.3 C.7.6.3), checked and corrected.
 
 Attributes may be missing or contradict each other and the pixel data. Where one sensible reading is left, it is taken
 and named in a notice; where none is, the file is refused by the names of the attributes.

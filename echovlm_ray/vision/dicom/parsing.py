@@ -1,4 +1,4 @@
-"""The bytes of a DICOM file to its attributes and to where its pixel data lie (DICOM PS3.5 and PS3.10).
+"""Parses a DICOM file to its attributes and the location of its pixel data (DICOM PS3.5 and PS3.10).
 
 What the bytes are decides, not what they are said to be: the preamble, the file meta information and the transfer
 syntax may be missing or wrong. pydicom reads the attributes up to the pixel data; the pixel data themselves are not

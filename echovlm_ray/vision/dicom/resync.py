@@ -1,4 +1,4 @@
-"""Attributes behind one whose written length is wrong: where the next one starts is found from the bytes.
+"""Finds the attributes after one with a wrong length, from the bytes.
 
 A parser that believes such a length reads on in the middle of a value, and everything behind it is lost.
 """

@@ -1,4 +1,4 @@
-"""What the seven regions look like, one module a region."""
+"""Drawing of the seven regions' anatomy, one module per region."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from echovlm_ray.data.phantom.schema import Organ
 
 @dataclass(frozen=True, slots=True)
 class Anatomy:
-    """How a region is looked at and drawn.
+    """How a region is scanned and drawn.
 
     Attributes:
         draw: fills the canvas.
         optics: of the probe.
-        compensated: the attenuation that the time-gain compensation is set to, dB/cm/MHz.
-        motion: how far the tissue moves in a cine loop, shares of the picture: the probe and the breath move it.
+        compensated: the attenuation that the time-gain compensation assumes, dB/cm/MHz.
+        motion: the amplitude of the tissue's motion in a cine loop, by probe and breathing, as shares of the picture.
     """
 
     draw: Callable[[Scene, Attributes], None]

@@ -1,4 +1,4 @@
-"""What several regions have in common: how large a lesion of a size class is, and the layers under the skin."""
+"""Parts that several regions share: lesion sizes by size class, and the layers under the skin."""
 
 from dataclasses import dataclass
 
@@ -13,11 +13,11 @@ SIZES = {"small": (0.16, 0.19), "medium": (0.27, 0.31), "large": (0.42, 0.48)}
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What is drawn into: the canvas, the random numbers of the anatomy, and the phase of a cine loop.
+    """The drawing state: the canvas, the anatomy's random numbers, and the phase of a cine loop.
 
     Attributes:
         canvas: the samples.
-        rng: for everything that is drawn; the same numbers in every frame of a loop.
+        rng: with the same numbers in every frame of a loop.
         phase: from 0 to 1, of one cycle of motion; 0 for a still picture.
     """
 
@@ -43,7 +43,7 @@ class Scene:
 
 
 def half_width(scene: Scene, z: float) -> float:
-    """Half of what a convex or sector probe sees at a depth."""
+    """Half the width of a convex or sector probe's field of view at a depth."""
     scan = scene.canvas.scan
     assert scan.apex is not None
     return float((z - scan.apex) * np.tan(scan.angle))

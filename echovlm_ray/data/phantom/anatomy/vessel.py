@@ -107,13 +107,13 @@ def _plaques(scene: Scene, attributes: Attributes, course: Profile, half: float)
 
 
 def _where_it_is_high(scene: Scene, shape: Shape, hill: Profile) -> Shape:
-    """The part of a shape under a hill: beside it the shape has no height, but is not empty."""
+    """The part of a shape under a hill: outside the hill the shape has no height, but is not empty."""
     high = hill(scene.canvas.x[:1]) > 0
     return Shape(shape.window, np.where(high, shape.distance, np.float32(1.0)))
 
 
 def _calcified(scene: Scene, shape: Shape, core: Shape) -> None:
-    """Bright, and below its surface it lets nothing pass."""
+    """A bright plaque with a full shadow below its surface."""
     canvas = scene.canvas
     canvas.fill(shape, bright(17.0, COMPENSATED))
     canvas.attenuate(core, 30.0)

@@ -1,4 +1,4 @@
-"""The seven regions: what can be said of each, one module a region."""
+"""Attributes and classes of the seven regions, one module per region."""
 
 from collections.abc import Mapping
 

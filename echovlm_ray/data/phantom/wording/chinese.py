@@ -1,4 +1,4 @@
-"""How Chinese sentences are put together, in three styles."""
+"""Builds Chinese sentences in three styles."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""How English sentences are put together, in three styles."""
+"""Builds English sentences in three styles."""
 
 from collections.abc import Sequence
 

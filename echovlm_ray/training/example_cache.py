@@ -1,4 +1,4 @@
-"""Keeps examples as tokens together with what a frozen vision tower makes of their pictures, one file each.
+"""Caches examples as tokens with the embeddings of their images by a frozen vision tower, one file each.
 
 Reading, decoding and encoding pictures is most of the work when only experts learn, and gives the same every epoch.
 """
@@ -14,16 +14,16 @@ from echovlm_ray.model.vision_tower import EchoVLMVisionTower
 from echovlm_ray.training.encode import EncodedExample, EncodedSource
 from echovlm_ray.training.errors import TrainingError
 from echovlm_ray.training.examples import ExampleError
-from echovlm_ray.training.left_out import LeftOut, reason_of
+from echovlm_ray.training.skipped import SkippedExamples, reason_of
 
 _FIELDS = {"input_ids": "input_ids_T", "targets": "target_T", "weights": "weight_T", "positions": "position_3T"}
 
 
-class KeptExamples:
-    """Examples that `keep` wrote, an `EncodedSource`. What is drawn at random is drawn as for epoch 0."""
+class CachedExamples:
+    """The examples that `cache_examples` wrote; an `EncodedSource`. Random choices are those of epoch 0."""
 
     def __init__(self, source: EncodedSource, folder: Path) -> None:
-        """Takes where the examples came from, and where they were kept."""
+        """Takes the source of the examples, and the cache's folder."""
         self._source = source
         self._folder = folder
 
@@ -46,7 +46,7 @@ class KeptExamples:
 
 
 @torch.no_grad()
-def keep(
+def cache_examples(
     source: EncodedSource,
     tower: EchoVLMVisionTower,
     folder: Path,
@@ -54,24 +54,24 @@ def keep(
     skip_unusable: bool,
     progress: Callable[[int], None] = lambda _: None,
 ) -> int:
-    """Writes every example that is not there yet.
+    """Writes every example that is not cached yet.
 
     Args:
         source: the examples.
         tower: frozen, in evaluation mode.
-        folder: where to write; only the user may look into it, because it holds what the data set says.
-        skip_unusable: leave out what cannot be used, and log why.
+        folder: the cache's folder; private, because it contains data of the data set.
+        skip_unusable: skip and log unusable examples.
         progress: called with 1 for every example.
 
     Returns:
-        how many examples were left out.
+        how many examples were skipped.
 
     Raises:
-        ExampleError: an example cannot be used and may not be left out.
+        ExampleError: an example cannot be used and must not be skipped.
         TrainingError: the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    left_out = LeftOut()
+    skipped = SkippedExamples()
     for index in range(len(source)):
         path = _path(folder, index)
         if not path.is_file():
@@ -81,11 +81,11 @@ def keep(
                 reason = reason_of(error, source.place(index))
                 if not skip_unusable:
                     raise ExampleError(reason) from None
-                left_out.add(index, reason)
+                skipped.add(index, reason)
             else:
                 _write(path, example, tower)
         progress(1)
-    return len(left_out)
+    return len(skipped)
 
 
 def pooled_direction(embeddings_VD: torch.Tensor) -> torch.Tensor:
@@ -93,8 +93,8 @@ def pooled_direction(embeddings_VD: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(embeddings_VD.float().mean(dim=0), dim=0)
 
 
-def pooled_mean(source: KeptExamples) -> torch.Tensor | None:
-    """The direction in which the pictures' pooled features lie: hidden size, float32; None without any picture.
+def pooled_mean(source: CachedExamples) -> torch.Tensor | None:
+    """The mean direction of the images' pooled features: hidden size, float32; None without images.
 
     Each example counts alike: the mean of the unit vectors of their pooled embeddings, which the organ gate compares
     with a request's by cosine similarity (`router.gating.organ_gate`).
