@@ -6,10 +6,13 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from echovlm_ray.errors import DeadlineError, InvalidRequestError
+from google.rpc import code_pb2
+
+from echovlm_ray.errors import DeadlineError, InvalidRequestError, PartUnavailableError
 from echovlm_ray.events import Accepted, Text
 from echovlm_ray.prompts import Medium, build_messages
 from echovlm_ray.serving.core.caller import Caller
+from echovlm_ray.serving.core.failures import PartRefusedError, failure_of
 from echovlm_ray.serving.core.images import LoadedImage
 from echovlm_ray.serving.core.parts import GenerateParts
 from echovlm_ray.serving.core.prompt_identity import check_prompt, prompt_digest
@@ -18,6 +21,8 @@ from echovlm_ray.serving.core.request_checks import check_request
 from echovlm_ray.serving.core.text_stream import Detokenizer, StopStrings
 from protos import router_pb2
 
+# The system had no room, or a part of it was away: the caller is not charged for a prompt that was not answered.
+NOT_SERVED = frozenset({code_pb2.RESOURCE_EXHAUSTED, code_pb2.UNAVAILABLE})
 NOT_A_DEVICE = "EchoVLM-Ray is not a medical device: nothing it writes is a diagnosis."
 
 
@@ -75,9 +80,16 @@ class GenerateSession:
         prepared = await self._prepare()
         self._charge(prepared.accepted.prompt_tokens)
         yield prepared.accepted
-        async with aclosing(self._write(prepared, Detokenizer(processor.decode))) as events:
-            async for event in events:
-                yield event
+        begun = False
+        try:
+            async with aclosing(self._write(prepared, Detokenizer(processor.decode))) as events:
+                async for event in events:
+                    begun = True
+                    yield event
+        except (PartRefusedError, PartUnavailableError) as error:
+            if not begun and failure_of(error).code in NOT_SERVED:
+                self._charge(-prepared.accepted.prompt_tokens)
+            raise
 
     def _charge(self, num_tokens: int) -> None:
         self._parts.quotas.charge(self._caller, num_tokens)

@@ -28,8 +28,10 @@ MESSAGE_SLACK_BYTES = 1024 * 1024
 MAX_MESSAGE_BYTES = 2**31 - 1
 # After the last call has ended, for its status to reach the caller.
 LAST_WORDS_S = 0.2
-# Calls that wait to be accepted. Above its default of 1000, gRPC would end some CANCELLED without a message.
-MAX_PENDING_CALLS = 100_000
+# Calls that wait to be accepted. gRPC ends further ones CANCELLED without a message. Not more, because their headers,
+# which need no token, take up to 1.3 MB each while they wait: gRPC bounds what 16 KB of them unpack to only for clients
+# that confirm its settings.
+MAX_PENDING_CALLS = 5000
 # Of one connection; the client's gRPC queues further calls until others have ended.
 MAX_CALLS_PER_CONNECTION = 1000
 # The shortest interval of an idle client's keepalive pings; a client with more is disconnected.

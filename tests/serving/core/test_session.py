@@ -11,7 +11,13 @@ import pytest
 from google.rpc import code_pb2
 
 from echovlm_ray.config import GatewaySection, QuotaSection, RouterSection
-from echovlm_ray.errors import DeadlineError, InvalidRequestError, OverloadedError, TextUnavailableError
+from echovlm_ray.errors import (
+    DeadlineError,
+    InvalidRequestError,
+    OverloadedError,
+    PartUnavailableError,
+    TextUnavailableError,
+)
 from echovlm_ray.events import Accepted, Text
 from echovlm_ray.model.processing import EchoVLMProcessor
 from echovlm_ray.serving.core.caller import Caller
@@ -168,6 +174,31 @@ async def test_errors_are_of_our_own(processor: EchoVLMProcessor) -> None:
         await collected(session(without_text, question()).events())
     await parts.close()
     await without_text.close()
+
+
+@pytest.mark.parametrize(
+    ("answered", "error", "is_charged"),
+    [
+        ("", PartRefusedError(Failure(code_pb2.RESOURCE_EXHAUSTED, "full")), False),
+        ("", PartUnavailableError("router", "is away"), False),
+        ("A", PartUnavailableError("router", "was lost"), True),
+        ("", PartRefusedError(Failure(code_pb2.INVALID_ARGUMENT, "wrong")), True),
+        ("", DeadlineError("late"), True),
+    ],
+)
+async def test_a_prompt_for_which_there_was_no_room_is_not_charged(
+    processor: EchoVLMProcessor, answered: str, error: Exception, is_charged: bool
+) -> None:
+    parts = parts_of(processor, Tokens(processor.encode_text(answered), error), quota=QuotaSection(tokens_per_minute=5))
+    with parts.place(CALLER), pytest.raises(type(error)):
+        await collected(session(parts, question()).events())
+    if is_charged:
+        with pytest.raises(OverloadedError, match=r"quota\.tokens_per_minute"), parts.place(CALLER):
+            pass
+    else:
+        with parts.place(CALLER):
+            pass
+    await parts.close()
 
 
 async def test_places_and_quotas_are_those_of_all_transports(processor: EchoVLMProcessor) -> None:
