@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from echovlm_ray.config import ContradictionError
+from echovlm_ray.config_checks import ContradictionError
 from echovlm_ray.yaml_document import Document, DocumentError, KeyPath, Problem
 
 if TYPE_CHECKING:

@@ -12,12 +12,14 @@ from echovlm_ray.engine.attention import AttentionStep, SequenceSpan, _attend, a
 from echovlm_ray.engine.compiled import CompiledLayerAttention, CompiledTokens, Norm
 from echovlm_ray.engine.kv_cache import BLOCK_SIZE, KVCache
 from experts.kernels.cpu.library import VARIANTS
-from tests.cpu_variants import choose_variant
+from tests.cpu_variants import choose_variant, need_library
 
 HEADS, KEY_VALUE_HEADS, HEAD_DIM = 6, 2, 16
 
 
 def filled_cache(*, compiled: bool, dtype: torch.dtype = torch.float32, num_blocks: int = 64) -> KVCache:
+    if compiled:
+        need_library()
     cache = KVCache(
         num_layers=1,
         num_blocks=num_blocks,

@@ -23,7 +23,7 @@ from echovlm_ray.engine.step_batch import split_chunks
 from echovlm_ray.model.checkpoint import load_backbone
 from echovlm_ray.model.packing import pack_linears
 from experts.kernels.cpu.library import VARIANTS
-from tests.cpu_variants import choose_variant
+from tests.cpu_variants import choose_variant, need_library
 from tests.engines import engine_request, local_experts, remote_experts, run_together, running_engine
 from tests.expert_servers import server_thread
 from tests.golden_cases import golden_rows
@@ -50,6 +50,8 @@ def test_joined_layers_give_the_outputs_of_each() -> None:
 def test_beside_experts_as_the_layer_itself(
     split_base: SplitGolden, dtype: torch.dtype, fused: type[FusedDensePath]
 ) -> None:
+    if fused is CompiledDensePath:
+        need_library()
     layer = load_backbone(split_base.backbone, dtype=dtype).model.language_model.layers[0]
     x, hidden_states = torch.randn(2, 1, 9, layer.hidden_size).to(dtype)
     routed_TD = torch.randn(9, layer.hidden_size).to(dtype)

@@ -10,7 +10,7 @@ from experts.kernels import onednn_product, packed_linear
 from experts.kernels.cpu.library import VARIANTS
 from experts.kernels.cpu.panel_weights import PanelWeights
 from experts.kernels.onednn_product import OneDnnWeights
-from tests.cpu_variants import choose_variant
+from tests.cpu_variants import choose_variant, need_library
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +19,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def built_library() -> None:
+    """Skips the test where the C library was not built; requested before `fresh`, which forgets what is built."""
+    need_library()
 
 
 @pytest.fixture(params=[*VARIANTS, "onednn"])

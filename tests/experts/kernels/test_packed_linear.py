@@ -229,6 +229,7 @@ def _of_another_version(self: Any, path: Path, variant: str | None) -> None:
     raise ValueError("it was built from another version (0) of its source")
 
 
+@pytest.mark.usefixtures("built_library")
 @pytest.mark.parametrize(
     ("module", "name", "broken", "reason"),
     [
@@ -265,7 +266,7 @@ def test_the_c_library_is_for_one_thread(
     assert "torch has 3 threads" in describe_products(dtype)
 
 
-@pytest.mark.usefixtures("fresh")
+@pytest.mark.usefixtures("built_library")
 def test_processors_are_judged_by_their_instructions(fresh: pytest.MonkeyPatch) -> None:
     found = cpu_library()
     assert found is not None
@@ -284,7 +285,7 @@ def test_processors_are_judged_by_their_instructions(fresh: pytest.MonkeyPatch) 
     assert panel_weights.unavailable_reason(torch.bfloat16) is None
 
 
-@pytest.mark.usefixtures("fresh")
+@pytest.mark.usefixtures("built_library")
 def test_a_variant_that_is_named_is_taken_or_refused(fresh: pytest.MonkeyPatch) -> None:
     fresh.setenv(ENVIRONMENT, "plain")
     assert describe_products(torch.bfloat16) == "the C library (plain)"
