@@ -29,8 +29,8 @@ from benchmarks.systems.protocol import ROOT, MeasuredSystem, SystemFailedError,
 from benchmarks.terminal import progress_of_parts
 from benchmarks.workload import random_workload
 from echovlm_ray.config import Config
-from echovlm_ray.serving.cluster.deployments.replica import environment_of
-from echovlm_ray.serving.cluster.deployments.settings import GATEWAY, settings_of
+from echovlm_ray.serving.cluster.settings import GATEWAY, settings_of
+from echovlm_ray.serving.deploy.replica import environment_of
 from protos import echovlm_pb2, echovlm_pb2_grpc
 
 RESULT = Path(__file__).resolve().parent / "results" / "call_costs.md"

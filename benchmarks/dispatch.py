@@ -28,8 +28,8 @@ from benchmarks.drawing import check_drawing, load_pyplot
 from benchmarks.machine import describe
 from benchmarks.timings import nearest_rank
 from echovlm_ray.config import Config
-from echovlm_ray.serving.cluster.deployments.replica import environment_of
-from echovlm_ray.serving.cluster.deployments.settings import ROUTER, settings_of
+from echovlm_ray.serving.cluster.settings import ROUTER, settings_of
+from echovlm_ray.serving.deploy.replica import environment_of
 from router.dispatch.remote import RemoteExperts
 
 RESULTS = Path(__file__).resolve().parent / "results"

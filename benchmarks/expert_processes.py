@@ -123,8 +123,8 @@ def expert_processes(checkpoint: Path, organs: Sequence[str], threads: int = 1) 
 @contextmanager
 def _started(checkpoint: Path, organ: str, threads: int) -> Iterator["subprocess.Popen[str]"]:
     # Ray is in there, and the process itself has no use for it.
-    from echovlm_ray.serving.cluster.deployments.replica import environment_of
-    from echovlm_ray.serving.cluster.deployments.settings import expert_application, settings_of
+    from echovlm_ray.serving.cluster.settings import expert_application, settings_of
+    from echovlm_ray.serving.deploy.replica import environment_of
 
     config = Config(model=ModelSection(checkpoint=checkpoint, torch_threads=threads, device="cpu"))
     settings = settings_of(config, (organ,), "loopback")[expert_application(organ)]

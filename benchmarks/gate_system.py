@@ -20,17 +20,17 @@ from echovlm_ray.checkpoint.layout import backbone_directory, registry_root
 from echovlm_ray.config import Config
 from echovlm_ray.engine.engine import Engine
 from echovlm_ray.engine.runner import ModelRunner
+from echovlm_ray.engine.vision_encoder import VisionEncoder, encoder_digest
 from echovlm_ray.model.checkpoint import load_backbone, load_vision_tower
+from echovlm_ray.serving.cluster.served import ServedCheckpoint, served_checkpoint
 from echovlm_ray.serving.gates.evaluator import GateEvaluator
 from echovlm_ray.serving.grpc.interceptor import CallInterceptor
 from echovlm_ray.serving.lm.outcomes import Outcomes
 from echovlm_ray.serving.lm.pinning import ExpertSets
 from echovlm_ray.serving.lm.request import ServedModel
 from echovlm_ray.serving.lm.service import RouterService
-from echovlm_ray.serving.served import ServedCheckpoint, served_checkpoint
 from echovlm_ray.serving.vision.client import VisionClient
 from echovlm_ray.serving.vision.service import VisionEncoderService
-from echovlm_ray.vision.encoder import VisionEncoder, encoder_digest
 from experts.group import ExpertGroup
 from experts.kernels.registry import get_kernel
 from experts.registry.registry import Registry

@@ -36,8 +36,8 @@ from benchmarks.terminal import progress_of_parts, show_result
 from echovlm_ray.checkpoint.demo import make_demo
 from echovlm_ray.checkpoint.layout import read_index, registry_root
 from echovlm_ray.config import Config, ModelSection
-from echovlm_ray.serving.cluster.deployments.replica import environment_of
-from echovlm_ray.serving.cluster.deployments.settings import expert_application, settings_of
+from echovlm_ray.serving.cluster.settings import expert_application, settings_of
+from echovlm_ray.serving.deploy.replica import environment_of
 from experts.bundles.bundle import Bundle
 from experts.kernels.registry import get_kernel
 from experts.registry.registry import Registry

@@ -18,11 +18,11 @@ from echovlm_ray.config import Config, ModelSection, Resources, RouterSection
 from echovlm_ray.engine.engine import Engine
 from echovlm_ray.engine.runner import ModelRunner
 from echovlm_ray.model.configuration import EchoVLMTextConfig
-from echovlm_ray.serving.cluster.deployments.replica import environment_of
-from echovlm_ray.serving.cluster.deployments.router import build_engine
-from echovlm_ray.serving.cluster.deployments.settings import ROUTER, RouterSettings, expert_application, settings_of
 from echovlm_ray.serving.cluster.endpoints import Endpoints
-from echovlm_ray.serving.served import served_checkpoint
+from echovlm_ray.serving.cluster.served import served_checkpoint
+from echovlm_ray.serving.cluster.settings import ROUTER, RouterSettings, expert_application, settings_of
+from echovlm_ray.serving.deploy.replica import environment_of
+from echovlm_ray.serving.deploy.router_deployment import build_engine
 from router.dispatch.remote import RemoteExperts
 from router.gating.expert_set import ExpertSet
 

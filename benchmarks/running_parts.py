@@ -8,7 +8,7 @@ from pathlib import Path
 
 import grpc
 
-from echovlm_ray.serving.grpc.system_secret import channels_to
+from echovlm_ray.serving.cluster.system_secret import channels_to
 
 ECHORAY = Path(sys.executable).with_name("echoray")
 

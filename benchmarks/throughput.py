@@ -27,8 +27,8 @@ from benchmarks.terminal import progress_of_parts, show_result
 from benchmarks.throughput_table import ENGINE, GENERATE, SERVED, Cell, System, cell_table, ratio_table, ratios
 from benchmarks.workload import Workload, random_workload
 from echovlm_ray.config import ExpertsSection, ModelSection, RouterSection, ServeSection
-from echovlm_ray.serving.cluster.deployments.replica import environment_of
-from echovlm_ray.serving.cluster.deployments.settings import RouterSettings
+from echovlm_ray.serving.cluster.settings import RouterSettings
+from echovlm_ray.serving.deploy.replica import environment_of
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LEAST_BATCH = 32

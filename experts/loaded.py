@@ -26,7 +26,7 @@ class Resident:
 
 @dataclass(slots=True)
 class LoadedBundle:
-    """A bundle's experts as a kernel prepared them; an `experts.expert_calls.SupportsForward` of this bundle alone.
+    """A bundle's experts as a kernel prepared them. It implements `experts.transport.expert_calls.SupportsForward`.
 
     Attributes:
         dtype: of the weights, and of the hidden states that it takes.

@@ -11,10 +11,10 @@ from google.rpc import status_pb2
 from grpc.aio import ServicerContext
 
 from experts.errors import InvalidTensorError
-from experts.expert_calls import ExpertCalls
 from experts.group import ExpertGroup
 from experts.loaded import Resident
 from experts.transport import wire
+from experts.transport.expert_calls import ExpertCalls
 from experts.transport.local_server import LocalTransportServer
 from experts.transport.secret import NO_SECRET, SystemSecret
 from protos import expert_pb2

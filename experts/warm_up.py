@@ -17,8 +17,8 @@ from experts.bundles.finite import is_finite
 from experts.bundles.manifest import ProbeSizes
 from experts.bundles.probe import TOLERANCES, ProbeInputs, make_inputs, probe_sizes
 from experts.errors import WarmUpError
-from experts.expert_calls import ExpertCalls, SupportsForward
 from experts.transport import wire
+from experts.transport.expert_calls import ExpertCalls, SupportsForward
 from protos import expert_pb2
 
 

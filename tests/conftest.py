@@ -18,10 +18,10 @@ SYSTEMS = (
     "tests/cli/test_serve.py",
     "tests/clients_node",
     "tests/end_to_end",
-    "tests/serving/cluster/test_applications.py",
+    "tests/serving/deploy/test_applications.py",
     "tests/serving/cluster/test_endpoints.py",
-    "tests/serving/test_metrics.py",
-    "tests/serving/cluster/test_niceness.py",
+    "tests/serving/cluster/test_metrics.py",
+    "tests/serving/deploy/test_niceness.py",
     "tests/test_docs.py",
     "tests/training/test_workers.py",
 )

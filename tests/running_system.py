@@ -18,7 +18,7 @@ import psutil
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from echovlm_ray.serving.grpc.system_secret import channels_to
+from echovlm_ray.serving.cluster.system_secret import channels_to
 
 ECHORAY = Path(sys.executable).with_name("echoray")
 START_SECONDS = 180

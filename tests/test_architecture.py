@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Each package may import itself and those before it.
 LAYERS = ("protos", "experts", "router", "echovlm_ray")
+# The rooms of the server, each with what it may import of the others: those before it.
+ROOMS = ("core", "grpc", "cluster", "vision", "lm", "gates", "control", "deploy")
 HEAVY = {"ray", "torch", "transformers"}
 
 
@@ -40,6 +43,32 @@ def test_imports_run_one_way(layer: str) -> None:
         if module.split(".")[0] in forbidden
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_rooms_of_the_server_import_one_way() -> None:
+    serving = ROOT / "echovlm_ray" / "serving"
+    assert {path.parent.name for path in serving.glob("*/__init__.py")} == set(ROOMS)
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {module}"
+        for room in ROOMS
+        for path in sources(f"echovlm_ray/serving/{room}")
+        for module in imported_modules(path)
+        if module.startswith("echovlm_ray.serving.") and ROOMS.index(module.split(".")[2]) > ROOMS.index(room)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_parts_of_a_package_do_not_import_in_circles(package: str) -> None:
+    """A part is a folder or a module directly below the package."""
+    imports: dict[str, set[str]] = {}
+    for path in sources(package):
+        own = path.relative_to(ROOT / package).with_suffix("").parts[0]
+        for module in imported_modules(path):
+            names = module.split(".")
+            if names[0] == package and len(names) > 1 and names[1] != own:
+                imports.setdefault(own, set()).add(names[1])
+    TopologicalSorter(imports).prepare()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Packages that serve look for it and go on without it, but do not expect an import that is halted.
 OPTIONAL = {"colorama"}
 # Started by other processes, with arguments that no person types.
-INTERNAL = {"echovlm_ray.vision.decoding.fork_server", "experts.bundles.check", "experts.bundles.check_fork_server"}
+INTERNAL = {"echovlm_ray.vision.decoding.fork_server", "experts.checks.check", "experts.checks.check_fork_server"}
 # In one process, because most of the time goes into importing torch. A package whose entry is None cannot be imported.
 RUN = """
 import contextlib, io, json, os, runpy, sys

@@ -18,11 +18,11 @@ from echovlm_ray.config import ExpertsSection, ModelSection, Resources, RouterSe
 from echovlm_ray.engine.engine import Engine
 from echovlm_ray.engine.sequence import SequenceRequest, StepOutput
 from echovlm_ray.model.positions import mrope_positions
-from echovlm_ray.serving.cluster.deployments.router import build_engine
-from echovlm_ray.serving.cluster.deployments.settings import RouterSettings
 from echovlm_ray.serving.cluster.endpoints import Endpoints
+from echovlm_ray.serving.cluster.served import served_checkpoint
+from echovlm_ray.serving.cluster.settings import RouterSettings
+from echovlm_ray.serving.deploy.router_deployment import build_engine
 from echovlm_ray.serving.lm.request import ServedModel
-from echovlm_ray.serving.served import served_checkpoint
 from router.gating.organ_gate import OrganGate
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.systems.protocol import answers_only, parent_has_gone
 from echovlm_ray.config import Config, ControlSection, GatewaySection, ModelSection, RolloutsSection, RouterSection
-from echovlm_ray.serving.cluster.app import serve_system
+from echovlm_ray.serving.deploy.app import serve_system
 
 
 def main() -> None:

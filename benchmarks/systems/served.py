@@ -13,9 +13,9 @@ from benchmarks.systems.protocol import Run, now, parent_has_gone, serve_workloa
 from benchmarks.timings import Timings
 from benchmarks.workload import Workload
 from echovlm_ray.config import Config, ControlSection, GatewaySection, ModelSection, RouterSection
-from echovlm_ray.serving.cluster.app import serve_system
-from echovlm_ray.serving.cluster.deployments.settings import ROUTER, deployment_of
 from echovlm_ray.serving.cluster.endpoints import Endpoints
+from echovlm_ray.serving.cluster.settings import ROUTER, deployment_of
+from echovlm_ray.serving.deploy.app import serve_system
 from experts.transport.inner_channel import InnerChannels
 from protos import router_pb2, router_pb2_grpc
 

@@ -126,7 +126,7 @@ async def _client(
         async with AsyncEchoVLMClient(address, timeout_s=timeout_s, retry=False, **connection) as client:
             yield client
         return
-    from echovlm_ray.evaluation.in_process import answering_checkpoint
+    from echovlm_ray.serving.deploy.in_process import answering_checkpoint
 
     async with (
         answering_checkpoint(checkpoint, threads=threads) as local,

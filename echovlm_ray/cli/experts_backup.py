@@ -15,7 +15,7 @@ from echovlm_ray.cli.work import clear_errors, fail
 if TYPE_CHECKING:
     from echovlm_ray.cli.state import LocalSystem
     from echovlm_ray.config import Config
-    from echovlm_ray.serving.control.rollout_files import RolloutFiles
+    from echovlm_ray.serving.cluster.rollout_files import RolloutFiles
 
 ConfigFile = Annotated[Path | None, typer.Option(help="The YAML file that the system is served with.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="The checkpoint that it serves; wins over the file.")]
@@ -79,9 +79,9 @@ def restore(
     Example: `echoray experts restore rollouts-monday.db --checkpoint checkpoints/demo`
     """
     with _failures():
+        from echovlm_ray.serving.cluster.rollout_files import RolloutFiles
+        from echovlm_ray.serving.cluster.served import served_checkpoint
         from echovlm_ray.serving.control.rollout_backup import restore as put_back
-        from echovlm_ray.serving.control.rollout_files import RolloutFiles
-        from echovlm_ray.serving.served import served_checkpoint
 
         parsed = _load(config, checkpoint)
         served = served_checkpoint(parsed.model)
@@ -105,7 +105,7 @@ def restore(
 def _files_of(config: Path | None, checkpoint: Path | None, name: str | None) -> "RolloutFiles":
     """Where the state lies of the system that the options name, or else of the one that runs here."""
     from echovlm_ray.cli.state import running_systems, system_named
-    from echovlm_ray.serving.control.rollout_files import RolloutFiles
+    from echovlm_ray.serving.cluster.rollout_files import RolloutFiles
 
     named = config is not None or checkpoint is not None
     if named and name is not None:
@@ -128,7 +128,7 @@ def _files_of(config: Path | None, checkpoint: Path | None, name: str | None) ->
 
 
 def _files_of_running(system: "LocalSystem") -> "RolloutFiles":
-    from echovlm_ray.serving.control.rollout_files import SQLITE, RolloutFiles
+    from echovlm_ray.serving.cluster.rollout_files import SQLITE, RolloutFiles
 
     if not system.database:
         fail(
@@ -140,7 +140,7 @@ def _files_of_running(system: "LocalSystem") -> "RolloutFiles":
 
 def _load(config: Path | None, checkpoint: Path | None) -> "Config":
     from echovlm_ray.config_file import load_system_config
-    from echovlm_ray.serving.cluster.preflight import resolve_paths
+    from echovlm_ray.serving.deploy.preflight import resolve_paths
 
     try:
         return resolve_paths(load_system_config(config, checkpoint))

@@ -24,7 +24,7 @@ from echovlm_ray.client.control import ExpertControlClient
 
 if TYPE_CHECKING:
     from echovlm_ray.checkpoint.bundle_card import BundleCard
-    from experts.bundles.check import BackboneSizes
+    from experts.checks.check import BackboneSizes
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -181,9 +181,9 @@ def verify(
     """
     with clear_errors():
         from echovlm_ray.cli.experts_tables import print_check
-        from experts.bundles.check import CheckRequest
-        from experts.bundles.isolated_check import check_in_subprocess
         from experts.bundles.signing import SignaturePolicy
+        from experts.checks.check import CheckRequest
+        from experts.checks.isolated_check import check_in_subprocess
 
         if device not in ("cpu", "cuda"):
             fail(f"--device {device!r} must be cpu or cuda", EXIT_INVALID)
@@ -293,7 +293,7 @@ def diff(
 
 def _backbone(checkpoint: Path) -> "BackboneSizes":
     from echovlm_ray.checkpoint.split_folder import open_split
-    from experts.bundles.check import BackboneSizes
+    from experts.checks.check import BackboneSizes
 
     opened = open_split(checkpoint)
     shape = opened.backbone.known_shape()

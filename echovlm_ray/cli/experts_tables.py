@@ -8,10 +8,10 @@ from rich.text import Text
 from echovlm_ray.cli.tables import Listing
 from echovlm_ray.cli.terminal import MAX_CELL, console_of, line, name_of, styled
 from experts.bundles.bundle import Bundle
-from experts.bundles.check import CheckResult
 from experts.bundles.diff import BundleDiff
 from experts.bundles.invisible import visible
 from experts.bundles.manifest import Manifest
+from experts.checks.check import CheckResult
 
 _SHOWN_DIGEST = 12
 # Of a description or a changelog.

@@ -9,7 +9,7 @@ import typer
 from echovlm_ray.cli.work import fail
 
 if TYPE_CHECKING:
-    from experts.bundles.source import BundleSource, RegistryLocation
+    from experts.registry.source import BundleSource, RegistryLocation
 
 EXIT_INVALID = 2
 DEFAULT_REGISTRY = "checkpoints/demo/registry"
@@ -42,7 +42,7 @@ AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")
 def registry_at(url: str, options: list[str] | None) -> "RegistryLocation":
     """The registry that the options name; of a split checkpoint its own."""
     from echovlm_ray.checkpoint.layout import is_split_folder, registry_root
-    from experts.bundles.source import RegistryLocation
+    from experts.registry.source import RegistryLocation
 
     if "://" not in url and is_split_folder(Path(url)):
         url = str(registry_root(Path(url)))
@@ -62,7 +62,7 @@ def source_of(target: str, registry: str, options: list[str] | None) -> "BundleS
         UnknownBundleError: the registry does not have it.
         InvalidBundleError: its manifest there is damaged.
     """
-    from experts.bundles.source import BundleSource
+    from experts.registry.source import BundleSource
 
     version = in_registry(target)
     if version is None:

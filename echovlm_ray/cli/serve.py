@@ -24,8 +24,8 @@ from echovlm_ray.client.connection import DEFAULT_ADDRESS
 
 if TYPE_CHECKING:
     from echovlm_ray.config import Config
-    from echovlm_ray.serving.cluster.app import RunningSystem
-    from echovlm_ray.serving.control.rollout_files import RolloutFiles
+    from echovlm_ray.serving.cluster.rollout_files import RolloutFiles
+    from echovlm_ray.serving.deploy.app import RunningSystem
 
 EXIT_FAILED = 1
 EXIT_INVALID = 2
@@ -125,8 +125,8 @@ def _alone(config: "Config") -> Iterator[None]:
 
 
 def _rollout_files(config: "Config") -> "RolloutFiles":
-    from echovlm_ray.serving.cluster.preflight import resolve_paths
-    from echovlm_ray.serving.control.rollout_files import RolloutFiles
+    from echovlm_ray.serving.cluster.rollout_files import RolloutFiles
+    from echovlm_ray.serving.deploy.preflight import resolve_paths
 
     resolved = resolve_paths(config)
     return RolloutFiles.of(resolved.rollouts, resolved.model.checkpoint)
@@ -203,7 +203,7 @@ def _serve(config: "Config", options: _Options, console: Console, supervisor: in
     with request.following(supervisor):
         # Everything that needs no Ray is checked before the seconds that loading it takes.
         _check(config, options)
-        from echovlm_ray.serving.cluster.app import serve_system
+        from echovlm_ray.serving.deploy.app import serve_system
 
         with (
             _no_exit_from_ray(request),
@@ -233,7 +233,7 @@ def _serve(config: "Config", options: _Options, console: Console, supervisor: in
 
 
 def _check(config: "Config", options: _Options) -> None:
-    from echovlm_ray.serving.cluster import preflight
+    from echovlm_ray.serving.deploy import preflight
 
     resolved = preflight.resolve_paths(config)
     if options.begin_anew:

@@ -64,7 +64,7 @@ def stop(
 
 
 def _stop_on_cluster(address: str, name: str) -> None:
-    from echovlm_ray.serving.cluster.app import names_on_cluster, remove_from_cluster
+    from echovlm_ray.serving.deploy.app import names_on_cluster, remove_from_cluster
 
     try:
         removed = remove_from_cluster(address, name)

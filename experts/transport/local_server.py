@@ -20,9 +20,9 @@ from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 
 from experts.errors import InvalidTensorError
-from experts.expert_calls import ExpertCalls
 from experts.private_folder import MAX_SOCKET_PATH, private_folder
 from experts.transport.attached_memory import AttachedMemory, AttachError
+from experts.transport.expert_calls import ExpertCalls
 from experts.transport.local_connection import (
     MAX_PACKET_BYTES,
     LocalConnection,

@@ -8,7 +8,7 @@ from echovlm_ray.checkpoint.backbone_dtype import compute_dtype
 from echovlm_ray.checkpoint.layout import InvalidCheckpointError
 from echovlm_ray.config import ModelSection
 from echovlm_ray.model.checkpoint import load_backbone
-from echovlm_ray.serving.served import expert_exchange
+from echovlm_ray.serving.cluster.served import expert_exchange
 from tests.random_checkpoint import make_random
 
 

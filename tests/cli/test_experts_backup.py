@@ -10,7 +10,7 @@ from echovlm_ray.checkpoint.layout import read_index
 from echovlm_ray.cli.experts import app
 from echovlm_ray.cli.state import announced
 from echovlm_ray.config import RolloutsSection
-from echovlm_ray.serving.control.rollout_files import DatabaseLock, RolloutFiles
+from echovlm_ray.serving.cluster.rollout_files import DatabaseLock, RolloutFiles
 from router.rollouts.database import Database
 from router.rollouts.store import RolloutStore
 

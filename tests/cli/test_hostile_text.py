@@ -233,8 +233,8 @@ def test_results_of_evaluations_and_bundles_are_harmless(capsys: pytest.CaptureF
     from echovlm_ray.evaluation.comparing import ComparedMetric, Comparison
     from echovlm_ray.evaluation.result import EvaluationResult, GroupScores, Score
     from echovlm_ray.evaluation.settings import AskSettings, Target
-    from experts.bundles.check import CheckResult
     from experts.bundles.diff import BundleDiff, FieldChange
+    from experts.checks.check import CheckResult
 
     target = Target.model_construct(name=HOSTILE, version=HOSTILE, expert_set_id=HOSTILE)
     groups = [

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from echovlm_ray.hosts import is_loopback
-from echovlm_ray.serving.grpc.system_secret import secret_file
+from echovlm_ray.serving.cluster.system_secret import secret_file
 from experts.private_folder import private_folder, runtime_folder
 from protos import control_pb2, control_pb2_grpc, expert_pb2, expert_pb2_grpc, router_pb2, router_pb2_grpc
 from tests.running_system import RunningSystem

@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2
 from echovlm_ray.checkpoint.layout import read_index, registry_root
 from echovlm_ray.client.errors import FailedPreconditionError
 from echovlm_ray.config import RolloutsSection
-from echovlm_ray.serving.control.rollout_files import RolloutFiles
+from echovlm_ray.serving.cluster.rollout_files import RolloutFiles
 from echovlm_ray.serving.grpc.health import organ_service
 from experts.registry.registry import Registry
 from router.rollouts.database import Database
@@ -88,7 +88,7 @@ def test_what_is_stable_survives_its_replicas_without_the_registry_and_without_i
 def test_a_system_starts_without_its_registry(checkpoint: Path, tmp_path: Path) -> None:
     """After the test before, in which copies were made."""
     with away(registry_root(checkpoint)), running(checkpoint, tmp_path) as system:
-        assert f"{ORGAN} {VERSION}" in system.log.read_text()
+        until(lambda: f"{ORGAN} {VERSION}" in system.log.read_text(), "the version in the log")
         assert ask(system, ORGAN)[1] == VERSION
         assert ask(system, "breast")[1] == "1.0.0"
 

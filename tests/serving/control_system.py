@@ -13,6 +13,7 @@ import grpc
 from echovlm_ray.checkpoint.layout import read_index, registry_root
 from echovlm_ray.config import ExpertsSection, ModelSection, RolloutsSection
 from echovlm_ray.serving.cluster.endpoints import ReplicaAddresses
+from echovlm_ray.serving.cluster.rollout_files import RolloutFiles
 from echovlm_ray.serving.control import CONTROL_SERVICE, FEED_SERVICE
 from echovlm_ray.serving.control.catalogue import Catalogue
 from echovlm_ray.serving.control.feed import RolloutFeedService
@@ -20,7 +21,6 @@ from echovlm_ray.serving.control.fleet import GrpcFleet
 from echovlm_ray.serving.control.operation_threads import operation_threads
 from echovlm_ray.serving.control.policies import PolicyPublisher
 from echovlm_ray.serving.control.push import PushReceiver
-from echovlm_ray.serving.control.rollout_files import RolloutFiles
 from echovlm_ray.serving.control.service import ExpertControlService
 from echovlm_ray.serving.control.state import StateReader, StateWatch
 from echovlm_ray.serving.control.take_up import TakeUp

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from echovlm_ray.checkpoint.layout import CheckpointIndex, backbone_directory, read_index, registry_root
 from echovlm_ray.config import GatewaySection, RouterSection
+from echovlm_ray.engine.vision_encoder import VisionEncoder, encoder_digest
 from echovlm_ray.model.checkpoint import load_vision_tower
 from echovlm_ray.model.processing import EchoVLMProcessor
 from echovlm_ray.serving.core.description import ModelDescription, OrganDescription
@@ -23,7 +24,6 @@ from echovlm_ray.serving.grpc.server import GrpcServer, ServerOptions
 from echovlm_ray.serving.lm.router_client import RouterClient
 from echovlm_ray.serving.vision.client import VisionClient
 from echovlm_ray.serving.vision.service import VisionEncoderService
-from echovlm_ray.vision.encoder import VisionEncoder, encoder_digest
 from experts.transport.inner_channel import PLAIN_CHANNELS
 from protos import echovlm_pb2_grpc, router_pb2, router_pb2_grpc, vision_pb2_grpc
 from tests.engines import local_experts, running_engine

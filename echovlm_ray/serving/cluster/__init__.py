@@ -1,1 +1,1 @@
-"""The system on Ray: deployed, found by its parts, watched, and shut down in order."""
+"""What runs where: Ray and its sessions, the addresses of all parts, their metrics and state."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import grpc
 
 from echovlm_ray.serving.cluster.endpoints import ReplicaAddresses
-from echovlm_ray.serving.cluster.replica_pool import ReplicaPool
+from echovlm_ray.serving.grpc.replica_pool import ReplicaPool
 from experts.bundles.manifest import Manifest
 from experts.errors import ExpertCapacityError, InvalidBundleError, UnknownBundleError
 from experts.transport.inner_channel import PLAIN_CHANNELS, InnerChannels

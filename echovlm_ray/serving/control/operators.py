@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-from echovlm_ray.serving.bundles import signature_policy
-from echovlm_ray.serving.cluster.deployments.settings import ControlSettings
+from echovlm_ray.serving.cluster.settings import ControlSettings
+from echovlm_ray.serving.control.bundles import signature_policy
 from echovlm_ray.serving.control.parts import ControlParts
 from echovlm_ray.serving.control.push import PushReceiver
 from echovlm_ray.serving.control.replay_check import ReplayCheck

@@ -1,4 +1,4 @@
-"""The parts of Control and how they are connected; `echovlm_ray.serving.cluster.deployments.control` serves them."""
+"""The parts of Control and how they are connected; `echovlm_ray.serving.deploy.control_deployment` serves them."""
 
 import asyncio
 import logging
@@ -8,8 +8,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from echovlm_ray.serving.bundles import open_kept, open_registry
-from echovlm_ray.serving.cluster.deployments.settings import (
+from echovlm_ray.serving.cluster.endpoints import Endpoints
+from echovlm_ray.serving.cluster.rollout_files import SQLITE, DatabaseLock, RolloutFiles
+from echovlm_ray.serving.cluster.served import ServedCheckpoint, expert_exchange, served_checkpoint
+from echovlm_ray.serving.cluster.settings import (
     DEPLOYMENTS,
     EXPERT_DEPLOYMENT,
     GATEWAY,
@@ -17,17 +19,15 @@ from echovlm_ray.serving.cluster.deployments.settings import (
     ControlSettings,
     expert_application,
 )
-from echovlm_ray.serving.cluster.endpoints import Endpoints
+from echovlm_ray.serving.control.bundles import open_kept, open_registry
 from echovlm_ray.serving.control.catalogue import Catalogue
 from echovlm_ray.serving.control.feed import RolloutFeedService
 from echovlm_ray.serving.control.fleet import GrpcFleet
 from echovlm_ray.serving.control.policies import PolicyPublisher
-from echovlm_ray.serving.control.rollout_files import SQLITE, DatabaseLock, RolloutFiles
 from echovlm_ray.serving.control.take_up import TakeUp
 from echovlm_ray.serving.control.verifier import SubprocessVerifier
 from echovlm_ray.serving.control.watchers import WatcherKind, Watchers
 from echovlm_ray.serving.gates.evaluator import GateEvaluator
-from echovlm_ray.serving.served import ServedCheckpoint, expert_exchange, served_checkpoint
 from experts.registry.registry import Registry
 from experts.transport.inner_channel import InnerChannels
 from router.errors import RolloutDatabaseError

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from echovlm_ray.errors import InvalidRequestError, OverloadedError
-from echovlm_ray.serving.grpc.caller import current_caller
+from echovlm_ray.serving.core.caller import current_caller
 from experts.bundles.bundle import MAX_SIGNATURE_BYTES, SIGNATURE_NAME
 from experts.bundles.manifest import MANIFEST_NAME, FileEntry, Manifest
 from experts.errors import InvalidBundleError, RegistryError, RegistryFullError

@@ -18,7 +18,7 @@ from urllib.parse import quote
 from sqlalchemy import create_engine
 from sqlalchemy.exc import DBAPIError
 
-from echovlm_ray.serving.control.rollout_files import SQLITE, DatabaseLock, RolloutFiles
+from echovlm_ray.serving.cluster.rollout_files import SQLITE, DatabaseLock, RolloutFiles
 from router.errors import RolloutDatabaseError, RolloutStateError
 from router.gating.expert_set import ExpertSet
 from router.rollouts import history

@@ -4,8 +4,8 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from echovlm_ray.serving.cluster.metrics import ControlMetrics
 from echovlm_ray.serving.control.changes import Changes
-from echovlm_ray.serving.metrics import ControlMetrics
 from router.rollouts.store import RolloutStore
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """The parts of the system's status that Control itself knows."""
 
-from echovlm_ray.serving.cluster.deployments.settings import DEPLOYMENTS, expert_application
+from echovlm_ray.serving.cluster.settings import DEPLOYMENTS, expert_application
 from echovlm_ray.serving.control.database_watch import DatabaseWatch
 from echovlm_ray.serving.control.messages import problem_to_proto
 from echovlm_ray.serving.control.parts import ControlParts

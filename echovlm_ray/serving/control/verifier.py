@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 
 from echovlm_ray.checkpoint.backbone_dtype import compute_dtype
 from echovlm_ray.config import ExpertsSection, ModelSection, RolloutsSection
-from echovlm_ray.serving.bundles import kept_folder, registry_location, signature_policy
-from experts.bundles.check import BackboneSizes, CheckRequest
-from experts.bundles.isolated_check import IsolatedChecks
-from experts.bundles.source import BundleSource
+from echovlm_ray.serving.control.bundles import kept_folder, registry_location, signature_policy
+from experts.checks.check import BackboneSizes, CheckRequest
+from experts.checks.isolated_check import IsolatedChecks
 from experts.errors import InvalidBundleError
+from experts.registry.source import BundleSource
 
 if TYPE_CHECKING:
     from experts.bundles.manifest import Manifest

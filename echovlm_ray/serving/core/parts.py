@@ -9,10 +9,10 @@ from echovlm_ray.config import GatewaySection, RouterSection
 from echovlm_ray.errors import OverloadedError, TextUnavailableError
 from echovlm_ray.fair_queue import FairThreads
 from echovlm_ray.model.processing import EchoVLMProcessor
+from echovlm_ray.serving.core.caller import Caller
 from echovlm_ray.serving.core.description import ModelDescription
 from echovlm_ray.serving.core.images import ImageLoader, decoder_pool
 from echovlm_ray.serving.core.quotas import Quotas
-from echovlm_ray.serving.grpc.caller import Caller
 from echovlm_ray.vision.decoding.pool import DecoderPool
 from protos import router_pb2
 

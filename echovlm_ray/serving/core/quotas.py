@@ -7,7 +7,7 @@ from math import inf
 
 from echovlm_ray.config import QuotaSection
 from echovlm_ray.errors import OverloadedError
-from echovlm_ray.serving.grpc.caller import Caller
+from echovlm_ray.serving.core.caller import Caller
 
 # Of the places of a gateway, one in so many, but one at least, is for callers that have no request under way.
 RESERVED = 16

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from echovlm_ray.errors import DeadlineError, InvalidRequestError
 from echovlm_ray.prompts import Medium, build_messages
+from echovlm_ray.serving.core.caller import Caller
 from echovlm_ray.serving.core.images import LoadedImage
 from echovlm_ray.serving.core.parts import GenerateParts
 from echovlm_ray.serving.core.prompt_identity import check_prompt, prompt_digest
 from echovlm_ray.serving.core.request import Accepted, Event, GenerateRequest, Summary, Text
 from echovlm_ray.serving.core.request_checks import check_request
 from echovlm_ray.serving.core.text_stream import Detokenizer, StopStrings
-from echovlm_ray.serving.grpc.caller import Caller
 from protos import router_pb2
 
 NOT_A_DEVICE = "EchoVLM-Ray is not a medical device: nothing it writes is a diagnosis."

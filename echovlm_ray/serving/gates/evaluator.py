@@ -8,8 +8,8 @@ from router.rollouts.gates import EvaluationInterruptedError, Evidence, Gate, Ga
 from router.rollouts.settings import RolloutSettings
 
 if TYPE_CHECKING:
+    from echovlm_ray.serving.cluster.served import ServedCheckpoint
     from echovlm_ray.serving.gates.dataset import GateDataset
-    from echovlm_ray.serving.served import ServedCheckpoint
     from experts.transport.inner_channel import InnerChannels
 
 

@@ -15,11 +15,11 @@ from echovlm_ray.evaluation.answers import Answer, AnswerLog
 from echovlm_ray.evaluation.asking import Asking, Outcome, ServiceLostError, Work, ask_all
 from echovlm_ray.evaluation.settings import AskSettings, RequestLimits
 from echovlm_ray.model.processing import EchoVLMProcessor
+from echovlm_ray.serving.cluster.served import ServedCheckpoint
 from echovlm_ray.serving.core.description import ModelDescription
 from echovlm_ray.serving.gates.dataset import GateDataset
 from echovlm_ray.serving.gates.figures import SEED
 from echovlm_ray.serving.gates.pinned import Pace, PinnedRouterClient, answering_version
-from echovlm_ray.serving.served import ServedCheckpoint
 from echovlm_ray.vision.images import ImageLimits
 from experts.transport.inner_channel import InnerChannels
 from router.rollouts.gates import EvaluationInterruptedError, Gate, GateRun, UnusableGateError

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from echovlm_ray.errors import UnauthenticatedError
-from echovlm_ray.serving.grpc.caller import KnownToken
+from echovlm_ray.serving.core.caller import KnownToken
 from echovlm_ray.serving.grpc.private_file import read_private
 
 logger = logging.getLogger(__name__)

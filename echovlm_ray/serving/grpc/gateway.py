@@ -8,10 +8,10 @@ import grpc
 
 from echovlm_ray.config import GatewaySection, RouterSection
 from echovlm_ray.errors import InvalidRequestError
+from echovlm_ray.serving.core.caller import current_caller
 from echovlm_ray.serving.core.parts import GenerateParts
 from echovlm_ray.serving.core.request import Accepted, Event, GenerateRequest, SamplingOptions, Summary, Text
 from echovlm_ray.serving.core.session import GenerateSession
-from echovlm_ray.serving.grpc.caller import current_caller
 from echovlm_ray.serving.grpc.received_bytes import current_receipt
 from echovlm_ray.serving.grpc.request_id import current_request_id, request_id_of
 from echovlm_ray.serving.grpc.server import MESSAGE_SLACK_BYTES, ServerOptions

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from echovlm_ray.serving.cluster.replica_pool import ReplicaPool
+from echovlm_ray.serving.grpc.replica_pool import ReplicaPool
 from experts.transport.inner_channel import PLAIN_CHANNELS, InnerChannels
 
 PERIOD_S = 1.0

@@ -20,8 +20,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from echovlm_ray.engine.sampler import NonFiniteLogitsError
+from echovlm_ray.serving.cluster.metrics import RequestKind, RouterMetrics
 from echovlm_ray.serving.lm.admission import UsedBundle
-from echovlm_ray.serving.metrics import RequestKind, RouterMetrics
 from protos import control_pb2
 from router.errors import ExpertsFailedError, ExpertsUnavailableError, ExpertsUnusableError
 from router.rollouts.shadow import ShadowRecord

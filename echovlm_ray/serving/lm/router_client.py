@@ -9,10 +9,10 @@ from contextlib import aclosing
 import grpc
 
 from echovlm_ray.errors import DeadlineError, PartUnavailableError
-from echovlm_ray.serving.cluster.absence import Absence
-from echovlm_ray.serving.cluster.replica_pool import ReplicaPool
 from echovlm_ray.serving.core.failures import ORGAN_PENDING, SHUTTING_DOWN, PartRefusedError
+from echovlm_ray.serving.grpc.absence import Absence
 from echovlm_ray.serving.grpc.errors import failure_of_call, said_by_part
+from echovlm_ray.serving.grpc.replica_pool import ReplicaPool
 from echovlm_ray.serving.grpc.request_id import REQUEST_ID_KEY
 from experts.transport.inner_channel import PLAIN_CHANNELS, InnerChannels
 from protos import router_pb2, router_pb2_grpc

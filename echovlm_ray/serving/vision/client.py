@@ -10,8 +10,8 @@ import grpc
 import torch
 
 from echovlm_ray.errors import DeadlineError, PartUnavailableError
-from echovlm_ray.serving.cluster.absence import Absence
-from echovlm_ray.serving.cluster.replica_pool import ReplicaPool
+from echovlm_ray.serving.grpc.absence import Absence
+from echovlm_ray.serving.grpc.replica_pool import ReplicaPool
 from experts.transport.codec import tensor_from_proto
 from experts.transport.inner_channel import InnerChannels
 from protos import vision_pb2, vision_pb2_grpc

@@ -6,8 +6,8 @@ from typing import Any
 import grpc
 import torch
 
+from echovlm_ray.engine.vision_encoder import EncoderInput, VisionEncoder
 from echovlm_ray.errors import InvalidRequestError
-from echovlm_ray.vision.encoder import EncoderInput, VisionEncoder
 from experts.bundles.finite import is_finite
 from experts.errors import InvalidTensorError
 from experts.transport.codec import tensor_from_proto, tensor_to_proto

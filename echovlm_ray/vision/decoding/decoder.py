@@ -18,7 +18,7 @@ from echovlm_ray.vision.decoding.job import JOB, MAX_ANSWER_BYTES
 from echovlm_ray.vision.decoding.memory import Memory
 from echovlm_ray.vision.decoding.settings import DecoderSettings
 from echovlm_ray.vision.images import DecodedImage
-from experts.bundles.fork_server import REPORT, ForkServer
+from experts.checks.fork_server import REPORT, ForkServer
 
 # How often a process is looked at that takes longer than this.
 WATCH_S = 0.05

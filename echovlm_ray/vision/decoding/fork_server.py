@@ -19,7 +19,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, JPEGBaseline8Bit, Ultrasoun
 from echovlm_ray.vision.decoding import worker
 from echovlm_ray.vision.decoding.settings import DecoderSettings
 from echovlm_ray.vision.images import ImageLimits, decode_image_file
-from experts.bundles.fork_server import serve
+from experts.checks.fork_server import serve
 from router.gating import anatomy
 
 # Jobs, inbox, outbox and reports.

@@ -14,7 +14,7 @@ from echovlm_ray.vision.decoding.answer import WrongAnswerError
 from echovlm_ray.vision.decoding.decoder import Decoder, DecoderEndedError, DecoderLimitError, FileRefusedError
 from echovlm_ray.vision.decoding.settings import DecoderSettings
 from echovlm_ray.vision.images import DecodedImage
-from experts.bundles.fork_server import ForkServer
+from experts.checks.fork_server import ForkServer
 
 logger = logging.getLogger(__name__)
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from experts.bundles.bundle import Bundle
-from experts.bundles.check import CheckRequest, check
 from experts.bundles.convert import OtherDtype
 from experts.bundles.manifest import BundleDescription, DTypeName
 from experts.bundles.probe import probe_sizes
-from experts.bundles.source import BundleSource
 from experts.bundles.writer import write_bundle
+from experts.checks.check import CheckRequest, check
 from experts.errors import ExpertCapacityError, InvalidBundleError
 from experts.group import ExpertGroup
 from experts.kernels.registry import get_kernel
 from experts.registry.registry import Registry
+from experts.registry.source import BundleSource
 from router.gating.expert_gates import BundleGates, ExpertGates
 from router.gating.expert_set import ExpertSet, ExpertSetMember
 

@@ -15,11 +15,11 @@ from s3fs import S3FileSystem  # type: ignore[import-untyped]
 
 from experts.bundles.bundle import Bundle
 from experts.bundles.signing import SignaturePolicy, check_signature, sign_bundle
-from experts.bundles.source import RegistryLocation
 from experts.errors import ExpertCapacityError, InvalidBundleError, UnknownBundleError
 from experts.group import ExpertGroup
 from experts.kernels.registry import get_kernel
 from experts.registry.registry import Registry
+from experts.registry.source import RegistryLocation
 from tests.experts.keys import make_keys
 
 MakeBundle = Callable[..., Path]
@@ -150,7 +150,7 @@ def test_a_push_killed_half_way_is_invisible(
 import os, signal
 from pathlib import Path
 from s3fs import S3FileSystem
-from experts.bundles.source import RegistryLocation
+from experts.registry.source import RegistryLocation
 original, calls = S3FileSystem.{stop_at}, []
 def stop(self, *arguments, **options):
     calls.append(1)

@@ -15,13 +15,14 @@ from ray import serve
 
 from echovlm_ray.checkpoint.layout import ORGANS
 from echovlm_ray.config import Config
-from echovlm_ray.serving.cluster import preflight, serve_api
-from echovlm_ray.serving.cluster.applications import build_applications
-from echovlm_ray.serving.cluster.deployments.settings import CONTROL, DEPLOYMENTS
+from echovlm_ray.serving.cluster import serve_api
 from echovlm_ray.serving.cluster.endpoints import Endpoints, addresses_now
 from echovlm_ray.serving.cluster.ray_session import local_ray
+from echovlm_ray.serving.cluster.settings import CONTROL, DEPLOYMENTS
 from echovlm_ray.serving.cluster.system_id import SystemId
-from echovlm_ray.serving.grpc.system_secret import delete_secrets, keep_secret, secret_of
+from echovlm_ray.serving.cluster.system_secret import delete_secrets, keep_secret, secret_of
+from echovlm_ray.serving.deploy import preflight
+from echovlm_ray.serving.deploy.applications import build_applications
 from experts.transport.inner_channel import InnerChannels
 from protos import status_pb2, status_pb2_grpc
 from tests.random_checkpoint import make_random

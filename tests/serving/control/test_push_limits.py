@@ -10,7 +10,7 @@ import pytest
 
 from echovlm_ray.errors import InvalidRequestError, OverloadedError
 from echovlm_ray.serving.control.push import MAX_PUSHES, MAX_PUSHES_OF_ONE, PushReceiver
-from echovlm_ray.serving.grpc.caller import Caller, set_caller
+from echovlm_ray.serving.core.caller import Caller, set_caller
 from echovlm_ray.serving.grpc.server import GrpcServer, ServerOptions
 from experts.registry.registry import Registry
 from protos import control_pb2, control_pb2_grpc

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from echovlm_ray.config import RolloutsSection
+from echovlm_ray.serving.cluster.rollout_files import DatabaseLock, RolloutFiles
 from echovlm_ray.serving.control import rollout_backup
 from echovlm_ray.serving.control.rollout_backup import back_up, restore
-from echovlm_ray.serving.control.rollout_files import DatabaseLock, RolloutFiles
 from router.errors import RolloutDatabaseError, RolloutStateError
 from router.gating.expert_set import ExpertSet, ExpertSetMember
 from router.rollouts.database import Database

@@ -7,8 +7,8 @@ import pytest
 
 from echovlm_ray.config import Config, GatewaySection, QuotaSection
 from echovlm_ray.errors import OverloadedError
+from echovlm_ray.serving.core.caller import Caller
 from echovlm_ray.serving.core.quotas import Quotas
-from echovlm_ray.serving.grpc.caller import Caller
 
 ONE, TWO = Caller(b"1" * 32), Caller(b"2" * 32, ("10.0.0.5", "ward"))
 

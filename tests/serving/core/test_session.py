@@ -13,12 +13,12 @@ from google.rpc import code_pb2
 from echovlm_ray.config import GatewaySection, QuotaSection, RouterSection
 from echovlm_ray.errors import DeadlineError, InvalidRequestError, OverloadedError, TextUnavailableError
 from echovlm_ray.model.processing import EchoVLMProcessor
+from echovlm_ray.serving.core.caller import Caller
 from echovlm_ray.serving.core.description import ModelDescription
 from echovlm_ray.serving.core.failures import Failure, PartRefusedError, failure_of
 from echovlm_ray.serving.core.parts import GenerateParts
 from echovlm_ray.serving.core.request import Accepted, Event, GenerateRequest, SamplingOptions, Summary, Text
 from echovlm_ray.serving.core.session import GenerateSession
-from echovlm_ray.serving.grpc.caller import Caller
 from echovlm_ray.tasks import TASKS
 from protos import router_pb2
 from tests.random_checkpoint import make_random

@@ -16,8 +16,8 @@ from grpc_status import rpc_status
 
 from echovlm_ray.config import TLSSection
 from echovlm_ray.errors import InvalidRequestError, MessageTooLargeError, OverloadedError
+from echovlm_ray.serving.core.caller import Caller, KnownToken, caller_of, current_caller
 from echovlm_ray.serving.grpc import auth, interceptor, received_bytes
-from echovlm_ray.serving.grpc.caller import Caller, KnownToken, caller_of, current_caller
 from echovlm_ray.serving.grpc.incoming import MAX_FIELDS, has_fields_beyond, inflate
 from echovlm_ray.serving.grpc.received_bytes import Arrivals, ReceivedBytes, current_receipt, new_receipt
 from echovlm_ray.serving.grpc.server import GrpcServer, ServerOptions

@@ -14,9 +14,9 @@ from echovlm_ray.errors import (
     OverloadedError,
     UnauthenticatedError,
 )
+from echovlm_ray.serving.core.caller import Caller
 from echovlm_ray.serving.core.failures import Failure, PartRefusedError
 from echovlm_ray.serving.core.quotas import Quotas
-from echovlm_ray.serving.grpc.caller import Caller
 from echovlm_ray.serving.grpc.gateway import server_options
 from echovlm_ray.serving.grpc.refusals import MAX_NAMES, Refusals, reason_of
 from tests.serving.grpc.test_limits import LIMIT, Model, bearer, method, prompt, refused, serving

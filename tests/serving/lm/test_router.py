@@ -14,12 +14,12 @@ import torch
 
 from echovlm_ray.config import RouterSection
 from echovlm_ray.engine.engine import Engine
+from echovlm_ray.engine.vision_encoder import VisionEncoder
 from echovlm_ray.model.checkpoint import load_vision_tower
 from echovlm_ray.serving.grpc.interceptor import CallInterceptor
 from echovlm_ray.serving.lm.service import RouterService
 from echovlm_ray.serving.vision.client import EncodedPicture, VisionClient
 from echovlm_ray.serving.vision.service import VisionEncoderService
-from echovlm_ray.vision.encoder import VisionEncoder
 from experts.transport.codec import tensor_from_proto
 from experts.transport.inner_channel import PLAIN_CHANNELS
 from protos import router_pb2, router_pb2_grpc, vision_pb2, vision_pb2_grpc

@@ -14,12 +14,12 @@ import torch
 from google.rpc import error_details_pb2
 from safetensors.torch import load_file
 
+from echovlm_ray.engine.vision_encoder import EmbeddingCache, EncodedInput, EncoderInput, VisionEncoder, content_digest
 from echovlm_ray.errors import InvalidRequestError, OverloadedError
 from echovlm_ray.model.checkpoint import load_vision_tower
 from echovlm_ray.model.vision_tower import EchoVLMVisionTower
 from echovlm_ray.serving.grpc.errors import to_status
 from echovlm_ray.serving.vision.service import VisionEncoderService
-from echovlm_ray.vision.encoder import EmbeddingCache, EncodedInput, EncoderInput, VisionEncoder, content_digest
 from experts.transport.codec import tensor_from_proto, tensor_to_proto
 from protos import tensor_pb2, vision_pb2, vision_pb2_grpc
 from tests.serving.gateway_system import served

@@ -13,7 +13,7 @@ import pytest
 from echovlm_ray.vision.decoding.answer import Answer, WrongAnswerError, read_answer
 from echovlm_ray.vision.decoding.decoder import Decoder, DecoderEndedError
 from echovlm_ray.vision.decoding.job import JOB, MAX_ANSWER_BYTES, MAX_TEXT_CHARACTERS, MAX_TEXTS
-from experts.bundles.fork_server import REPORT, ForkServer
+from experts.checks.fork_server import REPORT, ForkServer
 from tests.vision.decoding.pools import SETTINGS
 
 PICTURE = {

@@ -4,8 +4,8 @@ import pytest
 
 from echovlm_ray.checkpoint.layout import read_index, registry_root
 from echovlm_ray.config import Config, ContradictionError, ExpertsSection
-from echovlm_ray.serving.bundles import open_registry, registry_location, signature_policy
-from echovlm_ray.serving.cluster.preflight import check, resolve_paths
+from echovlm_ray.serving.control.bundles import open_registry, registry_location, signature_policy
+from echovlm_ray.serving.deploy.preflight import check, resolve_paths
 from experts.bundles.signing import SignaturePolicy, sign_bundle
 from experts.errors import SignatureError
 from experts.registry.registry import Registry

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from echovlm_ray.serving.cluster.replica_pool import ReplicaPool
+from echovlm_ray.serving.grpc.replica_pool import ReplicaPool
 
 
 class Channels:

@@ -5,8 +5,8 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from echovlm_ray.serving.cluster.deployments.replica import Part, Replica, Service, arithmetic_of, device_of, dtype_of
-from echovlm_ray.serving.cluster.deployments.settings import (
+from echovlm_ray.serving.cluster.endpoints import Endpoints
+from echovlm_ray.serving.cluster.settings import (
     CONTROL,
     DEPLOYMENTS,
     EXPERT_DEPLOYMENT,
@@ -14,7 +14,7 @@ from echovlm_ray.serving.cluster.deployments.settings import (
     RouterSettings,
     expert_application,
 )
-from echovlm_ray.serving.cluster.endpoints import Endpoints
+from echovlm_ray.serving.deploy.replica import Part, Replica, Service, arithmetic_of, device_of, dtype_of
 from experts.transport.inner_channel import PLAIN_CHANNELS, InnerChannels
 from protos import control_pb2, router_pb2, router_pb2_grpc
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from echovlm_ray.engine.engine import Engine
     from echovlm_ray.model.modeling import EchoVLMForConditionalGeneration
+    from echovlm_ray.serving.cluster.metrics import RouterMetrics
+    from echovlm_ray.serving.cluster.served import ServedCheckpoint
     from echovlm_ray.serving.lm.request import ServedModel
-    from echovlm_ray.serving.metrics import RouterMetrics
-    from echovlm_ray.serving.served import ServedCheckpoint
     from experts.bundles.bundle import Bundle
     from experts.registry.registry import Registry
     from router.dispatch.expert_call import ExpertPlacement
@@ -51,11 +51,11 @@ class RouterReplica(Replica):
         """Takes the fields of `RouterSettings`."""
         import torch
 
+        from echovlm_ray.serving.cluster.served import served_checkpoint
         from echovlm_ray.serving.lm.feed import RolloutFeedClient
         from echovlm_ray.serving.lm.outcomes import Outcomes
         from echovlm_ray.serving.lm.pinning import ExpertSets
         from echovlm_ray.serving.lm.service import RouterService
-        from echovlm_ray.serving.served import served_checkpoint
         from echovlm_ray.serving.vision.client import VisionClient
 
         parsed = RouterSettings.model_validate(settings)
@@ -131,7 +131,7 @@ def build_engine(
     from echovlm_ray.engine.runner import ModelRunner
     from echovlm_ray.model.checkpoint import load_backbone
     from echovlm_ray.model.packing import warm_up
-    from echovlm_ray.serving.bundles import open_kept, open_registry
+    from echovlm_ray.serving.control.bundles import open_kept, open_registry
     from echovlm_ray.serving.lm.request import ServedModel
     from router.dispatch.dispatcher import Dispatcher
     from router.gating.expert_gates import ExpertGates
@@ -201,7 +201,7 @@ def _placement(
     endpoints: Endpoints,
     channels: InnerChannels,
 ) -> "ExpertPlacement":
-    from echovlm_ray.serving.bundles import signature_policy
+    from echovlm_ray.serving.control.bundles import signature_policy
     from experts.group import ExpertGroup
     from experts.kernels.registry import get_kernel
     from router.dispatch.local import LocalExperts

@@ -7,15 +7,15 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from echovlm_ray.serving.cluster.deployments.replica import Part, Replica, Service, arithmetic_of, device_of
-from echovlm_ray.serving.cluster.deployments.settings import CONTROL, DEPLOYMENTS, ExpertGroupSettings
 from echovlm_ray.serving.cluster.endpoints import Endpoints, addresses_now
 from echovlm_ray.serving.cluster.known_policy import ask_policy, check_identity, read_policy
+from echovlm_ray.serving.cluster.settings import CONTROL, DEPLOYMENTS, ExpertGroupSettings
+from echovlm_ray.serving.deploy.replica import Part, Replica, Service, arithmetic_of, device_of
 from echovlm_ray.serving.grpc.errors import to_status
 from protos import expert_pb2
 
 if TYPE_CHECKING:
-    from echovlm_ray.serving.served import ServedCheckpoint
+    from echovlm_ray.serving.cluster.served import ServedCheckpoint
     from experts.group import ExpertGroup
     from experts.transport.inner_channel import InnerChannels
     from protos import control_pb2
@@ -38,9 +38,9 @@ class ExpertGroupReplica(Replica):
         """Takes the fields of `ExpertGroupSettings`."""
         import torch
 
-        from echovlm_ray.serving.bundles import open_kept, signature_policy
         from echovlm_ray.serving.cluster.organ_health import OrganHealth, OrganPolicy
-        from echovlm_ray.serving.served import expert_exchange, served_checkpoint
+        from echovlm_ray.serving.cluster.served import expert_exchange, served_checkpoint
+        from echovlm_ray.serving.control.bundles import open_kept, signature_policy
         from experts.group import ExpertGroup
         from experts.kernels.registry import get_kernel
         from experts.service import ExpertGroupService, add_expert_group_to_server

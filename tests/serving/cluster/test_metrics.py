@@ -9,8 +9,8 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from echovlm_ray.serving import metrics
-from echovlm_ray.serving.metrics import MAX_VERSIONS, OTHER
+from echovlm_ray.serving.cluster import metrics
+from echovlm_ray.serving.cluster.metrics import MAX_VERSIONS, OTHER
 from tests.running_system import ECHORAY, RunningSystem
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -39,8 +39,8 @@ from echovlm_ray.config import Config
 @ray.remote(num_cpus=0)
 class Part:
     def feed(self):
-        from echovlm_ray.serving.metrics import ControlMetrics, DecodingMetrics, PartMetrics
-        from echovlm_ray.serving.metrics import RefusalMetrics, RouterMetrics
+        from echovlm_ray.serving.cluster.metrics import ControlMetrics, DecodingMetrics, PartMetrics
+        from echovlm_ray.serving.cluster.metrics import RefusalMetrics, RouterMetrics
         from protos.expert_pb2 import ResidentBundle
 
         router, control, part = RouterMetrics(), ControlMetrics(), PartMetrics("experts", "heart")
@@ -168,7 +168,7 @@ def test_a_running_system_is_scraped(running_system: RunningSystem) -> None:
 
 def test_outside_a_ray_nothing_happens_and_nothing_is_loaded() -> None:
     code = (
-        "import sys; from echovlm_ray.serving.metrics import *\n"
+        "import sys; from echovlm_ray.serving.cluster.metrics import *\n"
         "RouterMetrics().request('heart', '1', tokens=1, seconds_per_token=0.1, kind='ok')\n"
         "PartMetrics('router', '').update(1, []); ControlMetrics().update({'heart': '1'}, [])\n"
         "assert not {'ray', 'torch'} & set(sys.modules)"

@@ -20,8 +20,8 @@ from echovlm_ray.config import (
     ServeSection,
     VisionSection,
 )
+from echovlm_ray.serving.cluster.rollout_files import RolloutFiles
 from echovlm_ray.serving.cluster.system_id import DEFAULT_SYSTEM, SystemId
-from echovlm_ray.serving.control.rollout_files import RolloutFiles
 
 GATEWAY = "gateway"
 VISION = "vision"

@@ -2,8 +2,8 @@
 
 import pytest
 
-from echovlm_ray.serving.cluster.deployments import replica
-from echovlm_ray.serving.cluster.deployments.replica import Part, Replica
+from echovlm_ray.serving.deploy import replica
+from echovlm_ray.serving.deploy.replica import Part, Replica
 
 
 def test_free_memory_goes_back_once_after_every_burst_of_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,12 @@ import pytest
 from pydantic import ValidationError
 
 from experts.bundles.bundle import Bundle
-from experts.bundles.check import BackboneSizes, CheckRequest, CheckResult, check
-from experts.bundles.isolated_check import IsolatedChecks, check_in_subprocess
 from experts.bundles.probe import probe_sizes
 from experts.bundles.signing import SignaturePolicy, sign_bundle
-from experts.bundles.source import BundleSource, RegistryLocation
+from experts.checks.check import BackboneSizes, CheckRequest, CheckResult, check
+from experts.checks.isolated_check import IsolatedChecks, check_in_subprocess
 from experts.errors import UnknownBundleError
+from experts.registry.source import BundleSource, RegistryLocation
 from tests.experts.bad_bundles import BAD_BUNDLES
 from tests.experts.keys import make_keys
 from tests.waiting import until
@@ -234,7 +234,7 @@ def test_the_command_itself(bundle: BundleSource) -> None:
     """JSON in, JSON out, as a Control written in another language would use it."""
     request = {"source": {"folder": str(bundle.folder)}, "kernel": "reference"}
     done = subprocess.run(
-        [sys.executable, "-m", "experts.bundles.check"],
+        [sys.executable, "-m", "experts.checks.check"],
         input=json.dumps(request),
         capture_output=True,
         text=True,
@@ -324,6 +324,6 @@ def fork_servers() -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children():
         with suppress(psutil.Error):
-            if "experts.bundles.check_fork_server" in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
+            if "experts.checks.check_fork_server" in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found

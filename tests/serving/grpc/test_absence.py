@@ -3,7 +3,7 @@ import time
 import pytest
 
 from echovlm_ray.errors import PartUnavailableError
-from echovlm_ray.serving.cluster.absence import Absence
+from echovlm_ray.serving.grpc.absence import Absence
 from echovlm_ray.serving.lm.router_client import RouterClient
 from echovlm_ray.serving.vision.client import VisionClient
 from experts.transport.inner_channel import PLAIN_CHANNELS

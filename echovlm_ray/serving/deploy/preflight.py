@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from echovlm_ray.config import Config, ControlSection, ExpertsSection, GatewaySection
 from echovlm_ray.hosts import host_port
 from echovlm_ray.serving.cluster.known_policy import ForeignPolicyError, check_identity, read_policy
-from echovlm_ray.serving.control.rollout_files import FOLDER, SQLITE, DatabaseLock, RolloutFiles
+from echovlm_ray.serving.cluster.rollout_files import FOLDER, SQLITE, DatabaseLock, RolloutFiles
+from echovlm_ray.serving.cluster.served import ServedCheckpoint, served_checkpoint
 from echovlm_ray.serving.grpc.auth import BearerTokens
 from echovlm_ray.serving.grpc.certificates import CertificateFiles
-from echovlm_ray.serving.served import ServedCheckpoint, served_checkpoint
 from experts.bundles.digest import digest_of
 from experts.errors import InvalidBundleError, RegistryAwayError, UnknownBundleError
 from router.errors import RolloutDatabaseError, RolloutStateError
@@ -155,7 +155,7 @@ def _with_live_set(config: Config, served: ServedCheckpoint, *, local: bool, tak
     own = {entry.bundle_digest for entry in served.index.organs}
     if all(member.bundle_digest in own for member in live.members):
         return replace(served, expert_set=live)
-    from echovlm_ray.serving.bundles import open_kept
+    from echovlm_ray.serving.control.bundles import open_kept
 
     bundles = open_kept(config.experts, served.directory)
     others = [member.bundle_digest for member in live.members if member.bundle_digest not in own]
@@ -199,7 +199,7 @@ def _check_organs(config: Config, served: ServedCheckpoint) -> None:
     """Refuses resources for organs that there are not, and of which no bundle is in the registry either."""
     known = {*served.organs, *(entry.organ for entry in served.index.organs)}
     if unknown := [organ for organ in config.experts.organs if organ not in known]:
-        from echovlm_ray.serving.bundles import open_registry
+        from echovlm_ray.serving.control.bundles import open_registry
 
         known |= {manifest.organ for manifest in open_registry(config.experts, served.directory).list()}
         for organ in unknown:
@@ -237,7 +237,7 @@ def _check_bundles(section: ExpertsSection, served: ServedCheckpoint) -> None:
     # The checkpoint's own bundles, by default accepted as they are: no look, which would need torch.
     if section.registry is None and section.signatures == "optional":
         return
-    from echovlm_ray.serving.bundles import open_kept, signature_policy
+    from echovlm_ray.serving.control.bundles import open_kept, signature_policy
 
     bundles, policy = open_kept(section, served.directory), signature_policy(section)
     for member in served.expert_set.members:

@@ -14,25 +14,25 @@ import grpc
 import torch
 
 from echovlm_ray.config import Config
+from echovlm_ray.engine.vision_encoder import VisionEncoder, encoder_digest
 from echovlm_ray.model.checkpoint import load_vision_tower
 from echovlm_ray.model.processing import EchoVLMProcessor
-from echovlm_ray.serving.bundles import open_registry
-from echovlm_ray.serving.cluster.deployments.replica import device_of, dtype_of
-from echovlm_ray.serving.cluster.deployments.router import build_engine
-from echovlm_ray.serving.cluster.deployments.settings import ROUTER, VISION, RouterSettings, VisionSettings, settings_of
 from echovlm_ray.serving.cluster.endpoints import Endpoints
+from echovlm_ray.serving.cluster.served import ServedCheckpoint, served_checkpoint
+from echovlm_ray.serving.cluster.settings import ROUTER, VISION, RouterSettings, VisionSettings, settings_of
+from echovlm_ray.serving.control.bundles import open_registry
 from echovlm_ray.serving.core.description import ModelDescription, OrganDescription
 from echovlm_ray.serving.core.parts import GenerateParts
+from echovlm_ray.serving.deploy.replica import device_of, dtype_of
+from echovlm_ray.serving.deploy.router_deployment import build_engine
 from echovlm_ray.serving.grpc.gateway import GatewayService
 from echovlm_ray.serving.grpc.interceptor import CallInterceptor
 from echovlm_ray.serving.lm.outcomes import Outcomes
 from echovlm_ray.serving.lm.pinning import ExpertSets
 from echovlm_ray.serving.lm.router_client import RouterClient
 from echovlm_ray.serving.lm.service import RouterService
-from echovlm_ray.serving.served import ServedCheckpoint, served_checkpoint
 from echovlm_ray.serving.vision.client import VisionClient
 from echovlm_ray.serving.vision.service import VisionEncoderService
-from echovlm_ray.vision.encoder import VisionEncoder, encoder_digest
 from experts.transport.inner_channel import PLAIN_CHANNELS
 from protos import echovlm_pb2_grpc, router_pb2_grpc, vision_pb2_grpc
 

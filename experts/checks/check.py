@@ -1,8 +1,8 @@
-"""Checks everything about one bundle, in a process of its own: `python -m experts.bundles.check`.
+"""Checks everything about one bundle, in a process of its own: `python -m experts.checks.check`.
 
 A `CheckRequest` comes in as JSON on stdin, a `CheckResult` goes out as one line of JSON on stdout; the exit code is 0
 for a good bundle and 1 for a bad one. A bundle that crashes its kernel or exhausts memory ends this process and no
-other: `experts.bundles.isolated_check` starts it, waits, and says what happened.
+other: `experts.checks.isolated_check` starts it, waits, and says what happened.
 """
 
 import errno
@@ -22,9 +22,9 @@ from experts.bundles.gate_check import check_gates
 from experts.bundles.manifest import Digest, DTypeName, Manifest
 from experts.bundles.probe import self_test
 from experts.bundles.signing import SignaturePolicy, SignatureState
-from experts.bundles.source import BundleSource
 from experts.errors import ExpertCapacityError, InvalidBundleError, UnknownBundleError
 from experts.kernels.registry import get_kernel
+from experts.registry.source import BundleSource
 
 DEFAULT_MEMORY_BYTES = 8 * 1024**3
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

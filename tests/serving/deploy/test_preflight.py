@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 
 from echovlm_ray.config import Config
-from echovlm_ray.serving.bundles import open_registry
-from echovlm_ray.serving.cluster import preflight
 from echovlm_ray.serving.cluster.known_policy import write_policy
-from echovlm_ray.serving.control.rollout_files import DatabaseLock, RolloutFiles
-from echovlm_ray.serving.served import served_checkpoint
+from echovlm_ray.serving.cluster.rollout_files import DatabaseLock, RolloutFiles
+from echovlm_ray.serving.cluster.served import served_checkpoint
+from echovlm_ray.serving.control.bundles import open_registry
+from echovlm_ray.serving.deploy import preflight
 from protos import control_pb2
 from router.gating.expert_set import ExpertSet, ExpertSetMember
 from router.rollouts.database import Database

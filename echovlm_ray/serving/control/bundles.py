@@ -5,20 +5,20 @@ from typing import TYPE_CHECKING
 
 from echovlm_ray.checkpoint.layout import registry_root
 from echovlm_ray.config import ExpertsSection, RolloutsSection
-from echovlm_ray.serving.control.rollout_files import RolloutFiles
+from echovlm_ray.serving.cluster.rollout_files import RolloutFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
     from experts.bundles.signing import SignaturePolicy
-    from experts.bundles.source import RegistryLocation
     from experts.registry.kept_bundles import KeptBundles
     from experts.registry.registry import Registry
+    from experts.registry.source import RegistryLocation
 
 
 def registry_location(section: ExpertsSection, checkpoint: Path) -> "RegistryLocation":
     """The configured registry; the checkpoint's own, where none is configured, and besides it in any case."""
-    from experts.bundles.source import RegistryLocation
+    from experts.registry.source import RegistryLocation
 
     own = str(registry_root(checkpoint))
     if section.registry is None:

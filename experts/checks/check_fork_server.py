@@ -1,7 +1,7 @@
-"""Starts checks of bundles by forking itself: `python -m experts.bundles.check_fork_server FD [idle]`.
+"""Starts checks of bundles by forking itself: `python -m experts.checks.check_fork_server FD [idle]`.
 
 Importing torch takes seconds of a core, more than checking a small bundle. This process does it once, and imports what
-else most checks need. `experts.bundles.isolated_check` starts it with the first check and ends it after the last.
+else most checks need. `experts.checks.isolated_check` starts it with the first check and ends it after the last.
 With `idle` the checks have idle priority, but not the imports: on busy cores the first check would wait for minutes.
 """
 
@@ -12,8 +12,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from experts.bundles import check
-from experts.bundles.fork_server import ForkServer, serve, set_idle_priority
+from experts.checks import check
+from experts.checks.fork_server import ForkServer, serve, set_idle_priority
 
 NUM_DESCRIPTORS = 4
 # The argument for checks that compute only when nothing else does.

@@ -13,9 +13,9 @@ from typing import BinaryIO
 
 from pydantic import ValidationError
 
-from experts.bundles.check import CheckRequest, CheckResult
-from experts.bundles.check_fork_server import IDLE, start_check
-from experts.bundles.fork_server import REPORT, ForkServer
+from experts.checks.check import CheckRequest, CheckResult
+from experts.checks.check_fork_server import IDLE, start_check
+from experts.checks.fork_server import REPORT, ForkServer
 
 DEFAULT_TIMEOUT_S = 600.0
 # Several organs are often staged together; between rollouts lie hours.
@@ -56,7 +56,7 @@ class IsolatedChecks:
             server.close()
 
     def check(self, request: CheckRequest, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> CheckResult:
-        """Runs `experts.bundles.check` and waits; a thread may be waiting while an event loop goes on.
+        """Runs `experts.checks.check` and waits; a thread may be waiting while an event loop goes on.
 
         Args:
             request: what to check, and how.
@@ -123,7 +123,7 @@ class IsolatedChecks:
                         if self._server is None:
                             arguments = [IDLE] if self._idle_priority else []
                             self._server = ForkServer(
-                                "experts.bundles.check_fork_server", *arguments, environment=os.environ
+                                "experts.checks.check_fork_server", *arguments, environment=os.environ
                             )
                         start_check(self._server, wanted, output, errors, report_of_check.fileno())
                 except OSError:

@@ -7,9 +7,9 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from echovlm_ray.serving.cluster.deployments.replica import Part, Replica, Service
-from echovlm_ray.serving.cluster.deployments.settings import EXPERT_PREFIX, ControlSettings, expert_application
+from echovlm_ray.serving.cluster.settings import EXPERT_PREFIX, ControlSettings, expert_application
 from echovlm_ray.serving.cluster.system_id import SystemId
+from echovlm_ray.serving.deploy.replica import Part, Replica, Service
 from echovlm_ray.serving.grpc.server import ServerOptions
 from protos import control_pb2_grpc, status_pb2_grpc
 
@@ -115,7 +115,7 @@ def _organ_applications(settings: ControlSettings, parts: "ControlParts") -> "Or
 
     def deploy(organ: str) -> None:
         # Only here: it loads the other parts' deployments.
-        from echovlm_ray.serving.cluster import applications
+        from echovlm_ray.serving.deploy import applications
 
         applications.deploy(expert_application(organ), settings.expert_group(organ))
 

@@ -14,18 +14,7 @@ from ray.serve import RunTarget
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from echovlm_ray.config import Config
-from echovlm_ray.serving.cluster import preflight, serve_api
-from echovlm_ray.serving.cluster.applications import build_applications
-from echovlm_ray.serving.cluster.deployments.control import cause
-from echovlm_ray.serving.cluster.deployments.settings import (
-    CONTROL,
-    DEPLOYMENTS,
-    EXPERT_PREFIX,
-    GATEWAY,
-    ROUTER,
-    Network,
-    deployment_of,
-)
+from echovlm_ray.serving.cluster import serve_api
 from echovlm_ray.serving.cluster.endpoints import Endpoints
 from echovlm_ray.serving.cluster.ownership import (
     OwnedByAnotherError,
@@ -40,10 +29,22 @@ from echovlm_ray.serving.cluster.ownership import (
 )
 from echovlm_ray.serving.cluster.ray_session import joined_ray, local_ray
 from echovlm_ray.serving.cluster.ray_watch import RayWatch, essential_processes
+from echovlm_ray.serving.cluster.served import ServedCheckpoint
+from echovlm_ray.serving.cluster.settings import (
+    CONTROL,
+    DEPLOYMENTS,
+    EXPERT_PREFIX,
+    GATEWAY,
+    ROUTER,
+    Network,
+    deployment_of,
+)
 from echovlm_ray.serving.cluster.system_id import SystemId
+from echovlm_ray.serving.cluster.system_secret import delete_secret_file, delete_secrets, keep_secret
+from echovlm_ray.serving.deploy import preflight
+from echovlm_ray.serving.deploy.applications import build_applications
+from echovlm_ray.serving.deploy.control_deployment import cause
 from echovlm_ray.serving.grpc.health import OVERALL, organ_service
-from echovlm_ray.serving.grpc.system_secret import delete_secret_file, delete_secrets, keep_secret
-from echovlm_ray.serving.served import ServedCheckpoint
 from experts.transport.inner_channel import InnerChannels
 
 logger = logging.getLogger(__name__)

@@ -10,15 +10,15 @@ from ray.serve.schema import (
 )
 
 from echovlm_ray.config import Config
-from echovlm_ray.serving.cluster.applications import version_of
-from echovlm_ray.serving.cluster.deployments.control import brief, cause
-from echovlm_ray.serving.cluster.deployments.replica import environment_of
-from echovlm_ray.serving.cluster.deployments.settings import (
+from echovlm_ray.serving.cluster.settings import (
     ControlSettings,
     ReplicaSettings,
     deployments_of,
     settings_of,
 )
+from echovlm_ray.serving.deploy.applications import version_of
+from echovlm_ray.serving.deploy.control_deployment import brief, cause
+from echovlm_ray.serving.deploy.replica import environment_of
 
 ORGANS = ("breast", "heart")
 

@@ -3,8 +3,8 @@
 import asyncio
 from typing import Any
 
-from echovlm_ray.serving.cluster.deployments.replica import Part, Replica, Service, arithmetic_of, device_of, dtype_of
-from echovlm_ray.serving.cluster.deployments.settings import VisionSettings
+from echovlm_ray.serving.cluster.settings import VisionSettings
+from echovlm_ray.serving.deploy.replica import Part, Replica, Service, arithmetic_of, device_of, dtype_of
 from protos import vision_pb2, vision_pb2_grpc
 
 SERVICE_NAME = vision_pb2.DESCRIPTOR.services_by_name["VisionEncoder"].full_name
@@ -17,10 +17,10 @@ class VisionReplica(Replica):
         """Takes the fields of `VisionSettings`."""
         import torch
 
+        from echovlm_ray.engine.vision_encoder import VisionEncoder, encoder_digest
         from echovlm_ray.model.checkpoint import load_vision_tower
-        from echovlm_ray.serving.served import served_checkpoint
+        from echovlm_ray.serving.cluster.served import served_checkpoint
         from echovlm_ray.serving.vision.service import VisionEncoderService
-        from echovlm_ray.vision.encoder import VisionEncoder, encoder_digest
 
         parsed = VisionSettings.model_validate(settings)
         torch.set_num_threads(parsed.model.torch_threads)

@@ -13,12 +13,7 @@ from ray.serve import Application, Deployment
 
 from echovlm_ray.config import Config
 from echovlm_ray.serving.cluster import serve_api
-from echovlm_ray.serving.cluster.deployments.control import ControlReplica
-from echovlm_ray.serving.cluster.deployments.expert_group import ExpertGroupReplica
-from echovlm_ray.serving.cluster.deployments.gateway import GatewayReplica
-from echovlm_ray.serving.cluster.deployments.replica import Replica, environment_of
-from echovlm_ray.serving.cluster.deployments.router import RouterReplica
-from echovlm_ray.serving.cluster.deployments.settings import (
+from echovlm_ray.serving.cluster.settings import (
     ControlSettings,
     ExpertGroupSettings,
     GatewaySettings,
@@ -29,8 +24,13 @@ from echovlm_ray.serving.cluster.deployments.settings import (
     deployment_of,
     settings_of,
 )
-from echovlm_ray.serving.cluster.deployments.vision import VisionReplica
 from echovlm_ray.serving.cluster.system_id import DEFAULT_SYSTEM, SystemId
+from echovlm_ray.serving.deploy.control_deployment import ControlReplica
+from echovlm_ray.serving.deploy.expert_group_deployment import ExpertGroupReplica
+from echovlm_ray.serving.deploy.gateway_deployment import GatewayReplica
+from echovlm_ray.serving.deploy.replica import Replica, environment_of
+from echovlm_ray.serving.deploy.router_deployment import RouterReplica
+from echovlm_ray.serving.deploy.vision_deployment import VisionReplica
 from experts.bundles.digest import digest_of
 
 # A replica whose constructor fails this often is given up, and the reason shown.

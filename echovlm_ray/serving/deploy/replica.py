@@ -12,19 +12,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from echovlm_ray.serving.cluster.deployments.settings import (
+from echovlm_ray.serving.cluster.endpoints import ADDRESS_KEY, PUBLIC_ADDRESS_KEY, REPLICA_KEY
+from echovlm_ray.serving.cluster.metrics import PartMetrics, RefusalMetrics
+from echovlm_ray.serving.cluster.replica_status import SERVICE_NAME, ReplicaIdentity, ReplicaStatusService
+from echovlm_ray.serving.cluster.settings import (
     ExpertGroupSettings,
     Network,
     ReplicaSettings,
     RouterSettings,
 )
-from echovlm_ray.serving.cluster.endpoints import ADDRESS_KEY, PUBLIC_ADDRESS_KEY, REPLICA_KEY
-from echovlm_ray.serving.cluster.replica_status import SERVICE_NAME, ReplicaIdentity, ReplicaStatusService
+from echovlm_ray.serving.cluster.system_secret import secret_of
 from echovlm_ray.serving.grpc.inner_server import inner_server
 from echovlm_ray.serving.grpc.interceptor import Admit
 from echovlm_ray.serving.grpc.server import GrpcServer, Register, ServerOptions
-from echovlm_ray.serving.grpc.system_secret import secret_of
-from echovlm_ray.serving.metrics import PartMetrics, RefusalMetrics
 from experts.transport.inner_channel import InnerChannels
 from protos import expert_pb2, status_pb2_grpc
 

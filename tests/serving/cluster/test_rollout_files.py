@@ -16,7 +16,7 @@ from echovlm_ray.serving.cluster.known_policy import (
     wanted_digests,
     write_policy,
 )
-from echovlm_ray.serving.control.rollout_files import DatabaseLock, RolloutFiles
+from echovlm_ray.serving.cluster.rollout_files import DatabaseLock, RolloutFiles
 from experts.transport.inner_channel import PLAIN_CHANNELS
 from protos import control_pb2
 from router.errors import RolloutDatabaseError
@@ -63,7 +63,7 @@ def test_another_kind_of_database_is_refused() -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from echovlm_ray.serving.control.rollout_files import DatabaseLock
+from echovlm_ray.serving.cluster.rollout_files import DatabaseLock
 DatabaseLock(Path(sys.argv[1])).take(0)
 print("held", flush=True)
 time.sleep(60)

@@ -3,8 +3,9 @@
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from echovlm_ray.serving.cluster.deployments.replica import Part, Replica, Service
-from echovlm_ray.serving.cluster.deployments.settings import (
+from echovlm_ray.serving.cluster.endpoints import Endpoints
+from echovlm_ray.serving.cluster.metrics import DecodingMetrics
+from echovlm_ray.serving.cluster.settings import (
     CONTROL,
     EXPERT_DEPLOYMENT,
     ROUTER,
@@ -13,15 +14,14 @@ from echovlm_ray.serving.cluster.deployments.settings import (
     deployments_of,
     expert_application,
 )
-from echovlm_ray.serving.cluster.endpoints import Endpoints
-from echovlm_ray.serving.metrics import DecodingMetrics
+from echovlm_ray.serving.deploy.replica import Part, Replica, Service
 from protos import echovlm_pb2, echovlm_pb2_grpc
 
 if TYPE_CHECKING:
     from echovlm_ray.serving.cluster.live_model import LiveModel
+    from echovlm_ray.serving.cluster.served import ServedCheckpoint
     from echovlm_ray.serving.core.description import ModelDescription
     from echovlm_ray.serving.grpc.health import Addresses, HealthMonitor
-    from echovlm_ray.serving.served import ServedCheckpoint
     from echovlm_ray.vision.decoding.pool import DecoderPool
     from experts.registry.kept_bundles import KeptBundles
     from experts.transport.inner_channel import InnerChannels
@@ -35,12 +35,12 @@ class GatewayReplica(Replica):
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc] # Serve awaits it
         """Takes the fields of `GatewaySettings`."""
         from echovlm_ray.model.processing import EchoVLMProcessor
-        from echovlm_ray.serving.bundles import open_kept
         from echovlm_ray.serving.cluster.live_model import LiveModel
+        from echovlm_ray.serving.cluster.served import served_checkpoint
+        from echovlm_ray.serving.control.bundles import open_kept
         from echovlm_ray.serving.core.parts import GenerateParts
         from echovlm_ray.serving.grpc.gateway import GatewayService, server_options
         from echovlm_ray.serving.lm.router_client import RouterClient
-        from echovlm_ray.serving.served import served_checkpoint
 
         parsed = GatewaySettings.model_validate(settings)
         section = parsed.gateway
