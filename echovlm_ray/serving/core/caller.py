@@ -6,10 +6,6 @@ import secrets
 from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import grpc
 
 # Of this process alone: what is made with it means nothing to other processes, or after a restart.
 _SECRET = secrets.token_bytes(32)
@@ -53,11 +49,6 @@ def current_caller() -> Caller:
 def set_caller(caller: Caller) -> None:
     """Names the caller of the call that the current task serves."""
     _current.set(caller)
-
-
-def sender_of(context: "grpc.aio.ServicerContext[Any, Any]") -> bytes:
-    """The caller of the call that is being served, or the machine that it comes from where it shows no credentials."""
-    return current_caller().id or context.peer().rpartition(":")[0].encode()
 
 
 def caller_of(token: KnownToken | None, peer_identities: Iterable[bytes] | None) -> Caller:

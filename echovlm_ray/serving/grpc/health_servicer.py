@@ -11,8 +11,8 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from echovlm_ray.errors import OverloadedError, UnknownServiceError
-from echovlm_ray.serving.core.caller import sender_of
 from echovlm_ray.serving.grpc.recycled import RecycledPlaces
+from echovlm_ray.serving.grpc.sender import sender_of
 
 # When there are more, one of the caller with the most ends.
 MAX_WATCHERS = 1000

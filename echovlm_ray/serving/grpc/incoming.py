@@ -13,8 +13,8 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from echovlm_ray.errors import DeadlineError, InvalidRequestError, MessageTooLargeError
-from echovlm_ray.serving.core.caller import sender_of
 from echovlm_ray.serving.grpc.received_bytes import ReceivedBytes
+from echovlm_ray.serving.grpc.sender import sender_of
 from experts.transport.fields import next_field
 
 # How gzip begins (RFC 1952, 2.3.1). No protobuf message begins so: it would be a field of wire type 7.

@@ -30,7 +30,7 @@ from google.rpc import code_pb2
 from grpc_status import rpc_status
 
 from echovlm_ray.errors import DeadlineError, ShuttingDownError, UnauthenticatedError
-from echovlm_ray.serving.core.caller import KnownToken, caller_of, current_caller, sender_of, set_caller
+from echovlm_ray.serving.core.caller import KnownToken, caller_of, current_caller, set_caller
 from echovlm_ray.serving.grpc.auth import BearerTokens
 from echovlm_ray.serving.grpc.errors import to_status
 from echovlm_ray.serving.grpc.incoming import Incoming
@@ -38,6 +38,7 @@ from echovlm_ray.serving.grpc.open_calls import OpenCalls
 from echovlm_ray.serving.grpc.received_bytes import new_receipt
 from echovlm_ray.serving.grpc.refusals import Refusals
 from echovlm_ray.serving.grpc.request_id import REQUEST_ID_KEY, current_request_id, request_id_of, set_request_id
+from echovlm_ray.serving.grpc.sender import sender_of
 
 logger = logging.getLogger(__name__)
 
