@@ -26,10 +26,10 @@ def test_a_profile_adds_up_what_modules_took_themselves() -> None:
 def test_every_process_below_one_is_measured_and_named() -> None:
     code = """
 import subprocess, sys
-bare = [sys.executable, "-c", "input()"]
+bare = [sys.executable, "-c", "import sys; sys.stdin.read()"]
 children = [subprocess.Popen([*bare, title], stdin=subprocess.PIPE) for title in ("raylet/" + "raylet", "other")]
 print("started", flush=True)
-input()
+sys.stdin.read()
 """
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
