@@ -36,6 +36,8 @@ ECHORAY = Path(sys.executable).with_name("echoray")
 CHECKPOINT = ROOT / "checkpoints" / "demo"
 RESULT = ROOT / "benchmarks" / "results" / "first_answer.md"
 EXPERT = "expert-"
+# What the process that the user starts is called, and the one below it that talks to Ray.
+COMMAND = "the command"
 MAX_EXPERT_RATIO, MAX_START_RATIO, MAX_WHOLE_GB = 1.1, 1.3, 3.2
 START_LIMIT_S = 300.0
 POLL_S = 0.1
@@ -68,7 +70,7 @@ def measure_demo(checkpoint: Path, image: bytes) -> Measured:
         _first_text(server, image)
         ready_s = time.monotonic() - started
         time.sleep(SETTLE_S)
-        return Measured(ready_s, memory_below(server.pid, "echoray serve"))
+        return Measured(ready_s, memory_below(server.pid, COMMAND))
 
 
 def measure_floor(checkpoint: Path) -> Measured:
@@ -79,7 +81,7 @@ def measure_floor(checkpoint: Path) -> Measured:
             raise RuntimeError(f"the empty system ended with {server.wait()}")
         ready_s = time.monotonic() - started
         time.sleep(SETTLE_S)
-        return Measured(ready_s, memory_below(server.pid, "command"))
+        return Measured(ready_s, memory_below(server.pid, COMMAND))
 
 
 def profile_demo(checkpoint: Path, image: bytes) -> dict[str, ImportProfile]:
@@ -89,7 +91,7 @@ def profile_demo(checkpoint: Path, image: bytes) -> dict[str, ImportProfile]:
         _first_text(server, image)
         parts = {
             process.kind: process.pid
-            for process in memory_below(server.pid, "echoray serve")
+            for process in memory_below(server.pid, COMMAND)
             if any(part.startswith("ray::ServeReplica") for part in psutil.Process(process.pid).cmdline())
         }
         return {part: profile_of_worker(_logs(server.pid), pid) for part, pid in parts.items()}

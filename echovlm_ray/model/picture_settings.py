@@ -12,7 +12,7 @@ _COMBINED_NAME = "processor_config.json"
 DEFAULT_MIN_PIXELS, DEFAULT_MAX_PIXELS = 56 * 56, 28 * 28 * 1280
 _CHANNELS = 3
 _BOUNDS = frozenset({"shortest_edge", "longest_edge"})
-# Beside `size`, which they overrule.
+# Older names, in `size` or beside it; beside it they overrule.
 _PIXELS = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
 # Of Qwen2-VL, for what the file leaves out.
 _DEFAULTS: Mapping[str, Any] = {
@@ -74,15 +74,18 @@ class PictureSettings:
         if not isinstance(values, dict) or any(values.get(name, 0) is None for name in (*_DEFAULTS, *_PIXELS)):
             return None
         found = {**_DEFAULTS, **{name: values[name] for name in _DEFAULTS if name in values}}
-        if not isinstance(found["size"], dict) or not found["size"].keys() <= _BOUNDS:
+        if not isinstance(found["size"], dict):
             return None
-        bounds = {edge: values[name] for name, edge in _PIXELS.items() if name in values}
+        size = {name: value for name, value in found["size"].items() if name not in values}
+        size |= {edge: values[name] for name, edge in _PIXELS.items() if name in values}
+        if not size.keys() <= _BOUNDS and size.keys() != _PIXELS.keys():
+            return None
         try:
             for name in ("image_mean", "image_std"):
                 found[name] = _by_channel(name, found[name])
         except ValueError:
             return None
-        return cls(**{**found, "size": {**found["size"], **bounds}})
+        return cls(**{**found, "size": size})
 
 
 def _by_channel(name: str, value: Any) -> tuple[float, ...]:

@@ -92,6 +92,9 @@ def test_bytes_become_what_transformers_makes_of_them(demo: Path, tmp_path: Path
         {"min_pixels": None, "max_pixels": None},
         {"min_pixels": 6272, "max_pixels": 10**6, "size": None},
         {"size": {"shortest_edge": 6272}, "min_pixels": None, "max_pixels": None},
+        # As transformers 4 wrote it, and so the released checkpoint has it.
+        {"size": {"min_pixels": 3136, "max_pixels": 10**6}},
+        {"size": {"min_pixels": 3136, "max_pixels": 10**6}, "min_pixels": None, "max_pixels": None},
         {"image_mean": None, "image_std": None, "rescale_factor": None, "resample": None},
         {"image_mean": 0.5, "image_std": 0.25},
         {"patch_size": 16, "merge_size": 1},
@@ -105,7 +108,7 @@ def test_settings_are_those_of_transformers(demo: Path, tmp_path: Path, values: 
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("preprocessor_config.json", {"size": {"min_pixels": 3136, "max_pixels": 10**6}}),
+        ("preprocessor_config.json", {"size": {"shortest_edge": 1, "width": 224}}),
         ("preprocessor_config.json", {"size": {"height": 224, "width": 224}}),
         ("preprocessor_config.json", {"image_mean": [0.5]}),
         ("tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"}),
@@ -126,6 +129,7 @@ def test_what_transformers_has_saved_serves_the_same(
 ) -> None:
     whole.save_pretrained(tmp_path)
     again = load_request_processor(tmp_path)
+    assert type(again) is RequestProcessor
     assert again.settings == light.settings
     text = "Liver, <|im_end|> 12 mm"
     assert again.encode_text(text) == light.encode_text(text)
