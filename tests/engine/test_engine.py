@@ -238,7 +238,7 @@ class FaultyExperts(LocalExperts):
 
 
 def test_failures_of_one_organ_leave_the_others_bits_alone(split: SplitGolden, prompt: SequenceRequest) -> None:
-    experts = FaultyExperts(local_experts(split)._groups)
+    experts = FaultyExperts(local_experts(split).groups)
     with running_engine(split, experts) as engine:
         good, lost = run_together(engine, [of(prompt, "breast"), of(prompt, "liver")])
         experts.failure = ExpertsFailedError("liver", "a kernel failed")
@@ -271,7 +271,7 @@ def test_failures_of_one_organ_leave_the_others_bits_alone(split: SplitGolden, p
 def test_experts_that_no_replica_could_load_end_their_requests_at_once(
     split: SplitGolden, prompt: SequenceRequest
 ) -> None:
-    experts = FaultyExperts(local_experts(split)._groups)
+    experts = FaultyExperts(local_experts(split).groups)
     with running_engine(split, experts) as engine:
         experts.failure = ExpertsUnavailableError("liver", "gone")
         waiting = submit(engine, of(prompt, "liver"))
@@ -285,7 +285,7 @@ def test_experts_that_no_replica_could_load_end_their_requests_at_once(
 
 
 def test_a_bug_in_a_step_ends_its_requests_and_the_engine_lives(split: SplitGolden, prompt: SequenceRequest) -> None:
-    experts = FaultyExperts(local_experts(split)._groups)
+    experts = FaultyExperts(local_experts(split).groups)
     with running_engine(split, experts) as engine:
         experts.failure = KeyError("a bug")
         assert isinstance(submit(engine, of(prompt, "liver")).wait().error, KeyError)
@@ -303,7 +303,7 @@ def test_experts_that_compute_nan_end_their_own_request_only(split: SplitGolden,
                 computed.output_TD.fill_(torch.nan)
             return computed
 
-    with running_engine(split, Poisoned(local_experts(split)._groups)) as engine:
+    with running_engine(split, Poisoned(local_experts(split).groups)) as engine:
         with engine._condition:
             good, bad = submit(engine, of(prompt, "breast")), submit(engine, of(prompt, "liver"))
         assert "not a number" in str(bad.wait().error)

@@ -209,7 +209,7 @@ class FaultyExperts(LocalExperts):
 
 @pytest.fixture
 def faulty(split: SplitGolden) -> FaultyExperts:
-    return FaultyExperts(local_experts(split)._groups)
+    return FaultyExperts(local_experts(split).groups)
 
 
 @pytest.mark.parametrize("kind", ["poison", "failure"])
