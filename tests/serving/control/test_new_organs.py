@@ -1,6 +1,7 @@
 """A new organ on its way to a router: what requests for it hear until it is there, and while it is in canary."""
 
 import asyncio
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,9 @@ async def reading_is_held(router: WatchingRouter, policy: TrafficPolicy) -> asyn
     expert_sets = router.parts.expert_sets
     read = expert_sets._read
 
-    def hold(digest: str) -> BundleGates:
+    def hold(digest: str, in_use: Collection[str]) -> BundleGates:
         asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(30)
-        return read(digest)
+        return read(digest, in_use)
 
     expert_sets._read = hold
     await router.control.servicer.set(policy)
