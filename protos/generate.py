@@ -2,7 +2,8 @@
 
 Generated code runs with the protobuf and gRPC of its compiler and with newer ones, up to protobuf's next major version
 (https://protobuf.dev/support/cross-version-runtime-guarantee). The compiler is therefore an old one: the first of
-protobuf 6, so that a client fits into services with protobuf 6 and 7.
+protobuf 6, so that the package fits into services with protobuf 6 and 7. The client's own distribution uses descriptors
+instead (echovlm_ray/client/distribution/contracts.py).
 """
 
 import argparse

@@ -49,6 +49,7 @@ def write_bundle(
     *,
     max_file_bytes: int = MAX_FILE_BYTES,
     norm_weight: NormWeight | None = None,
+    probed: Callable[[int], None] = lambda _: None,
 ) -> Manifest:
     """Writes a bundle. The folder appears atomically when it is complete.
 
@@ -60,6 +61,7 @@ def write_bundle(
         max_file_bytes: experts are spread over several files, none with more bytes of weights than this, unless one
             layer's matrices of one projection alone have more.
         norm_weight: of the norm before the experts, for the probe's inputs to have the backbone's scale.
+        probed: called with each layer of which the probe was recorded.
 
     Returns:
         The manifest, whose digest is the bundle's identity.
@@ -80,6 +82,7 @@ def write_bundle(
         if description.probe is not None:
 
             def load_layer(layer: int) -> ExpertWeights:
+                probed(layer)
                 # Opened again for each layer: the pages of a map that is gone count for no process.
                 written = _manifest(description, files)
                 return Bundle(written, {entry.path: partial / entry.path for entry in files}).load_layer(layer)

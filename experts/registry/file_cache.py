@@ -71,12 +71,8 @@ class FileCache:
                 with partial.open("xb") as file:
                     file.truncate(entry.size)
             with open_source() as reader, partial.open("r+b") as writer:
-                digest = _copy(reader, writer, limit=entry.size)
-            if digest != entry.sha256:
-                raise InvalidBundleError(
-                    f"{entry.path}: is damaged, its SHA-256 is {digest}, the manifest says {entry.sha256}"
-                )
-            # Read-only, against programs that open it to write.
+                copy_checked(reader, writer, entry)
+            # A program that opens it to write has mistaken it for a copy.
             partial.chmod(0o444)
             # Under the lock, so that a listing has it under one of the two names.
             with self._locked():
@@ -130,15 +126,20 @@ class FileCache:
             )
 
 
-def _copy(reader: BinaryIO, writer: BinaryIO, *, limit: int) -> str:
+def copy_checked(reader: BinaryIO, writer: BinaryIO, entry: FileEntry) -> None:
+    """Copies a file of a bundle.
+
+    Raises:
+        InvalidBundleError: it is not what the entry says.
+    """
     digest = hashlib.sha256()
     copied = 0
     while piece := reader.read(_PIECE_BYTES):
         copied += len(piece)
-        if copied > limit:
-            # The file is larger than its entry, so its digest will not match.
-            digest.update(piece)
-            break
         digest.update(piece)
+        if copied > entry.size:
+            # The digest will not match; the room that was taken is all there is.
+            break
         writer.write(piece)
-    return digest.hexdigest()
+    if (found := digest.hexdigest()) != entry.sha256:
+        raise InvalidBundleError(f"{entry.path}: is damaged, its SHA-256 is {found}, the manifest says {entry.sha256}")

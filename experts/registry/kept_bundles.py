@@ -8,7 +8,6 @@ A file is renamed to its path when it is complete and its SHA-256 matches the ma
 or refused. Several threads and processes may share a folder. Only its user can read it.
 """
 
-import hashlib
 import logging
 import os
 import shutil
@@ -22,13 +21,13 @@ from experts.bundles.bundle import SIGNATURE_NAME, Bundle, verify_file
 from experts.bundles.layout import GATE_FILE, PROTOTYPE_FILE
 from experts.bundles.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileEntry, Manifest
 from experts.errors import InvalidBundleError, RegistryUnavailableError, SignatureError, UnknownBundleError
+from experts.registry.file_cache import copy_checked
 from experts.registry.registry import reading_registry
 
 logger = logging.getLogger(__name__)
 
 # The stable version, a candidate, and the previous version.
 KEPT_PER_ORGAN = 3
-_COPY_BYTES = 4 * 1024 * 1024
 
 
 class BundleSource(Protocol):
@@ -211,11 +210,7 @@ class KeptBundles:
             self._write(digest, SIGNATURE_NAME, source.signature)
         for entry in self._missing(entries, digest):
             with source.locations[entry.path].open("rb") as reader, self._appearing(digest, entry.path) as writer:
-                found = _copy(reader, writer)
-                if found != entry.sha256:
-                    raise InvalidBundleError(
-                        f"{entry.path}: is damaged, its SHA-256 is {found}, the manifest says {entry.sha256}"
-                    )
+                copy_checked(reader, writer, entry)
 
     def _write(self, digest: str, name: str, content: bytes) -> None:
         with self._appearing(digest, name) as writer:
@@ -267,11 +262,3 @@ def _chosen(manifest: Manifest, wanted: Callable[[FileEntry], bool]) -> list[Fil
     entries = [entry for entry in manifest.files if wanted(entry)]
     # A bundle with its gate rows in another file is copied completely.
     return entries if any(entry.path == GATE_FILE for entry in entries) else list(manifest.files)
-
-
-def _copy(reader: BinaryIO, writer: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while piece := reader.read(_COPY_BYTES):
-        digest.update(piece)
-        writer.write(piece)
-    return digest.hexdigest()

@@ -1,6 +1,5 @@
 """Stores a registry's files on a disk or an object store; each becomes visible only when complete."""
 
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,13 +8,11 @@ from typing import BinaryIO
 
 from fsspec import AbstractFileSystem
 
-from experts.bundles.bundle import file_sha256, verify_file
+from experts.bundles.bundle import verify_file
 from experts.bundles.manifest import MAX_MANIFEST_BYTES, FileEntry
 from experts.errors import ExpertCapacityError, InvalidBundleError, RegistryError
 from experts.full_disk import full_disk_named
-from experts.registry.file_cache import FileCache
-
-_COPY_BYTES = 4 * 1024 * 1024
+from experts.registry.file_cache import FileCache, copy_checked
 
 
 class LocalStore:
@@ -38,10 +35,10 @@ class LocalStore:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _appearing(target) as partial:
             if link and _link(source, partial):
-                _check_digest(file_sha256(partial), entry)
+                verify_file(partial, entry)
                 return
             with source.open("rb") as reader, partial.open("xb") as writer:
-                _check_digest(_copy(reader, writer), entry)
+                copy_checked(reader, writer, entry)
                 writer.flush()
                 os.fsync(writer.fileno())
 
@@ -248,16 +245,3 @@ def _link(source: Path, target: Path) -> bool:
         # Another file system, or one without hard links: the caller makes a copy.
         return False
     return True
-
-
-def _copy(reader: BinaryIO, writer: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while piece := reader.read(_COPY_BYTES):
-        digest.update(piece)
-        writer.write(piece)
-    return digest.hexdigest()
-
-
-def _check_digest(found: str, entry: FileEntry) -> None:
-    if found != entry.sha256:
-        raise InvalidBundleError(f"{entry.path}: is damaged, its SHA-256 is {found}, the manifest says {entry.sha256}")

@@ -172,13 +172,13 @@ def test_two_pushes_at_once_of_different_bundles(any_registry: Registry, make_bu
 def test_a_push_killed_half_way_is_invisible_and_harmless(make_bundle: MakeBundle, tmp_path: Path) -> None:
     """The process is killed in the middle of copying the experts, and again before the manifest has its name."""
     directory, root = make_bundle(), tmp_path / "registry"
-    for stop_at in ("_copy", "os.link"):
+    for stop_at in ("copy_checked", "os.link"):
         code = f"""
 import os, signal
 from pathlib import Path
 import experts.registry.store as store
 def stop(*arguments, **options):
-    if {stop_at!r} == "_copy":
+    if {stop_at!r} == "copy_checked":
         arguments[1].write(b"half"); arguments[1].flush()
     os.kill(os.getpid(), signal.SIGKILL)
 store.{stop_at} = stop
