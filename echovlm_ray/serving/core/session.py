@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from google.rpc import code_pb2
 
-from echovlm_ray.errors import DeadlineError, InvalidRequestError, PartUnavailableError
+from echovlm_ray.errors import DeadlineError, InvalidRequestError, MessageTooLargeError, PartUnavailableError
 from echovlm_ray.events import Accepted, Text
 from echovlm_ray.prompts import Medium, build_messages
 from echovlm_ray.serving.core.caller import Caller
@@ -68,6 +68,7 @@ class GenerateSession:
         Raises:
             TextUnavailableError: the checkpoint has no tokenizer.
             InvalidRequestError: names the first invalid field, the problem and the allowed values.
+            MessageTooLargeError: the files are too long together.
             PromptChangedError: the prompt differs from the given digest.
             DeadlineError: the deadline passed.
             PartUnavailableError: no router or no decoder answers now.
@@ -104,8 +105,15 @@ class GenerateSession:
 
     async def _load_images(self) -> list[LoadedImage]:
         """Loads images one after the other, so that no caller occupies all decoders."""
-        images = []
+        images, nbytes, limit = [], 0, self._parts.gateway.max_request_bytes
         for index, content in enumerate(self._request.images):
+            nbytes += len(content)
+            if nbytes > limit:
+                # A transport refuses what is much longer before it reads it.
+                raise MessageTooLargeError(
+                    f"the files of the request have more than {limit} bytes together (gateway.max_request_bytes): send "
+                    "fewer or smaller ones"
+                )
             field = f"images[{index}].content"
             load = self._parts.images.load(content, field=field, request_id=self._request_id, caller=self._caller.id)
             images.append(await load)

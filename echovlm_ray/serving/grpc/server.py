@@ -109,6 +109,9 @@ class GrpcServer:
                 ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
                 ("grpc.max_concurrent_streams", MAX_CALLS_PER_CONNECTION),
                 *_connection_age(options),
+                # It would count calls that have ended and are not freed yet, and reset new ones of a client that keeps
+                # to the limit, without a word.
+                ("grpc.http.overload_protection", 0),
                 *SERVER_OPTIONS,
             ],
         )

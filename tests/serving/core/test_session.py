@@ -14,6 +14,7 @@ from echovlm_ray.config import GatewaySection, QuotaSection, RouterSection
 from echovlm_ray.errors import (
     DeadlineError,
     InvalidRequestError,
+    MessageTooLargeError,
     OverloadedError,
     PartUnavailableError,
     TextUnavailableError,
@@ -199,6 +200,22 @@ async def test_a_prompt_for_which_there_was_no_room_is_not_charged(
         with parts.place(CALLER):
             pass
     await parts.close()
+
+
+async def test_the_files_of_a_request_are_bounded_together_to_the_byte(processor: EchoVLMProcessor) -> None:
+    file = png()
+    both = question(images=Files([file, file]), organs=("breast",))
+    for limit, fits in ((2 * len(file), True), (2 * len(file) - 1, False)):
+        parts = parts_of(
+            processor, Tokens(()), max_image_bytes=len(file), max_request_bytes=limit, max_received_bytes=10**7
+        )
+        await parts.start()
+        if fits:
+            await collected(session(parts, both).events())
+        else:
+            with pytest.raises(MessageTooLargeError, match=r"gateway\.max_request_bytes"):
+                await collected(session(parts, both).events())
+        await parts.close()
 
 
 async def test_places_and_quotas_are_those_of_all_transports(processor: EchoVLMProcessor) -> None:

@@ -20,7 +20,7 @@ from echovlm_ray.serving.core.caller import Caller, KnownToken, caller_of, curre
 from echovlm_ray.serving.grpc import auth, interceptor, received_bytes
 from echovlm_ray.serving.grpc.incoming import MAX_FIELDS, has_fields_beyond, inflate
 from echovlm_ray.serving.grpc.received_bytes import Arrivals, ReceivedBytes, current_receipt, new_receipt
-from echovlm_ray.serving.grpc.server import GrpcServer, ServerOptions
+from echovlm_ray.serving.grpc.server import MAX_CALLS_PER_CONNECTION, GrpcServer, ServerOptions
 from protos import echovlm_pb2, echovlm_pb2_grpc
 from tests.certificates import write_certificates
 from tests.waiting import until_async
@@ -371,14 +371,16 @@ async def test_callers_that_are_gone_already_are_no_failures(caplog: pytest.LogC
     assert not [record for record in caplog.records if "failed" in record.message]
 
 
-async def test_thousands_at_once_all_get_a_typed_answer() -> None:
+@pytest.mark.parametrize(("count", "connections"), [(4000, 4), (3 * MAX_CALLS_PER_CONNECTION, 1)])
+async def test_thousands_at_once_all_get_a_typed_answer(count: int, connections: int) -> None:
     model = Model()
     model.places = 8
     async with serving(model) as server:
         channels = [
-            grpc.aio.insecure_channel(server.address, [("grpc.use_local_subchannel_pool", 1)]) for _ in range(4)
+            grpc.aio.insecure_channel(server.address, [("grpc.use_local_subchannel_pool", 1)])
+            for _ in range(connections)
         ]
-        calls = [method(channels[index % 4])(prompt("abc"), timeout=60) for index in range(4000)]
+        calls = [method(channels[index % connections])(prompt("abc"), timeout=60) for index in range(count)]
         codes = {await call.code() for call in calls}
         assert codes <= {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
         for call in calls:
