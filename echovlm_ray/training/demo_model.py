@@ -18,14 +18,13 @@ from echovlm_ray.checkpoint.bundle_card import BundleCard
 from echovlm_ray.checkpoint.demo import (
     ABOUT_NAME,
     BACKBONE_WEIGHTS_NAME,
-    NAME,
     PROTOTYPES_NAME,
     DemoAbout,
     DemoBundle,
     prototype_name,
 )
 from echovlm_ray.checkpoint.groups import clone_groups
-from echovlm_ray.checkpoint.layout import ORGANS, backbone_directory
+from echovlm_ray.checkpoint.layout import DEMO_NAME, ORGANS, backbone_directory
 from echovlm_ray.checkpoint.reader import CONFIG_NAME
 from echovlm_ray.checkpoint.released import copy_companions
 from echovlm_ray.checkpoint.schema import is_routed
@@ -116,7 +115,7 @@ def _train_demo(folder: Path, made: Path, changes: Mapping[str, list[str]], thre
             checkpoint,
             groups=lambda num_experts: clone_groups(ORGANS, num_experts),
             routing="organs",
-            labels=Labels(name=NAME, authors="EchoVLM-Ray", license="Apache-2.0", intended_use=_INTENDED),
+            labels=Labels(name=DEMO_NAME, authors="EchoVLM-Ray", license="Apache-2.0", intended_use=_INTENDED),
         )
     second = folder / ORGAN
     if not (second / RUN_NAME).is_file():
@@ -159,7 +158,7 @@ def _export(partial: Path, start: Path, model: Path, checkpoint: Path, first: Pa
     ]
     said = opened.manifest.model_dump(include=set(BundleCard.model_fields))
     bundles.insert(1, DemoBundle(organ=ORGAN, weights=special, card=BundleCard(**said), served=True))
-    about = DemoAbout(name=NAME, version=VERSION, description=DESCRIPTION, bundles=tuple(bundles))
+    about = DemoAbout(name=DEMO_NAME, version=VERSION, description=DESCRIPTION, bundles=tuple(bundles))
     (partial / ABOUT_NAME).write_text(about.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")
     _, recipe = read_run(first)
     stages = recipe.stages
@@ -183,7 +182,7 @@ def _model_card(parameters: int, stages: Sequence[Stage], results: Mapping[str, 
         f"{stage.learning_rate:g} | {found[stage.name].get('eval_token_accuracy', '-')} |"
         for stage in stages
     ]
-    return f"""# {NAME} {VERSION}
+    return f"""# {DEMO_NAME} {VERSION}
 
 {DESCRIPTION}
 
@@ -229,7 +228,7 @@ def _first_card(organ: str, first: Path) -> BundleCard:
     section = _phantoms(first)
     unseen = [name for name in section.exclude if name.startswith(f"{organ}/")]
     return BundleCard(
-        name=f"{NAME}-{organ}",
+        name=f"{DEMO_NAME}-{organ}",
         version="1.0.0",
         description="The experts that were trained with the backbone on the phantoms of all regions."
         + (f" They have never seen {', '.join(unseen)}." if unseen else ""),
