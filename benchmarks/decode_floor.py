@@ -1,4 +1,4 @@
-"""How fast a decoding step could be at best on two cores, beside what it is: `python -m benchmarks.decode_floor`.
+"""The lower bound of a decode step on two cores, compared with its real time: `python -m benchmarks.decode_floor`.
 
 In every run, in turn: the served system; while it is up and idle, the products of a step alone, divided over
 both cores with nothing between them (`benchmarks.systems.products`); the same with the served system down; and plain

@@ -1,9 +1,9 @@
-"""Where the time of a decode step goes, as a picture: `python -m benchmarks.decode_profile`.
+"""Plots a profile of a decode step: `python -m benchmarks.decode_profile`.
 
 The engine runs in this process with one thread, every organ's experts in a process of their own. The picture shows one
 step, that of median length, as it happened: what the engine's thread did, and when each expert process's kernel was at
 work. The table has the medians over all steps. Writes `benchmarks/results/decode_profile_<dtype>.md` and `.png`. The
-machine should have nothing else to do.
+machine should be idle.
 """
 
 import argparse
@@ -50,7 +50,7 @@ PASSES = 21
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What was seen of one case.
+    """The profile of one case.
 
     Attributes:
         seconds: median of a step.

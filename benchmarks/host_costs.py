@@ -46,7 +46,7 @@ class ProductRates:
 
 @dataclass(frozen=True, slots=True)
 class SoftwareCosts:
-    """Seconds of software beside products and kernels, in the router; see `benchmarks.scaling_system.Software`.
+    """Seconds of the router's software without matrix products and kernels; see `benchmarks.scaling_system.Software`.
 
     Attributes:
         kernel_s: of one call of an expert group, whose products take next to no time.
@@ -142,7 +142,7 @@ def measure_software(demo: MeasuredEngine) -> SoftwareCosts:
 
 
 def measure_exchange(demo: MeasuredEngine) -> ExchangeCosts:
-    """Exchanges with nothing beside them, while the engine is idle.
+    """Exchanges while the engine is idle.
 
     Args:
         demo: an engine of the demo with its experts in other processes.

@@ -2,7 +2,7 @@
 
 The engine runs in this process with one thread, its experts in processes of their own and then in this one. The
 figures are medians over steps, divided by the number of layers. Writes `benchmarks/results/layer_costs.md`, `.png` and
-`.json`; the last is what `benchmarks.scaling_model` reads. The machine should have nothing else to do.
+`.json`; the last is what `benchmarks.scaling_model` reads. The machine should be idle.
 """
 
 import argparse
