@@ -1,4 +1,4 @@
-"""What all replicas do beside serving."""
+"""What all replicas do in addition to serving."""
 
 import pytest
 
