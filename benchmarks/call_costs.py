@@ -47,7 +47,7 @@ Costs = tuple[float, float]
 
 @contextmanager
 def server(kind: str, token_file: Path) -> Iterator[str]:
-    """The address of a server in a process of its own, with a gateway's environment; see `call_costs_peers`."""
+    """The address of a server in a separate process with a gateway's environment; see `call_costs_peers`."""
     environment = os.environ | environment_of(settings_of(Config(), (), network="loopback")[GATEWAY])
     command = [sys.executable, "-m", "benchmarks.call_costs_peers", kind, str(token_file)]
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
@@ -122,7 +122,7 @@ def decode_rates(
         return system.run(workload).decode_tokens_per_s
 
     with ExitStack() as stack:
-        # Every system keeps the state of its rollouts beside its checkpoint.
+        # Every system stores the state of its rollouts next to its checkpoint.
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=checkpoint.split.parent)))
         systems = {}
         for name, root in checkouts.items():

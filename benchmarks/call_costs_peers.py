@@ -17,7 +17,7 @@ ANSWER = "x" * 100
 
 
 class Answers(echovlm_pb2_grpc.EchoVLMServicer):
-    """Answers at once."""
+    """Answers immediately."""
 
     async def Generate(
         self, request: echovlm_pb2.GenerateRequest, context: grpc.aio.ServicerContext
@@ -28,7 +28,7 @@ class Answers(echovlm_pb2_grpc.EchoVLMServicer):
     async def GenerateStream(
         self, request: echovlm_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[echovlm_pb2.GenerateEvent]:
-        """As many words as are asked for."""
+        """The requested number of words."""
         for _ in range(request.max_new_tokens):
             yield echovlm_pb2.GenerateEvent(text="word")
 

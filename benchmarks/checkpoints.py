@@ -1,7 +1,7 @@
 """The checkpoints that the benchmarks measure, made once: `python -m benchmarks.checkpoints`.
 
 Random weights from a seed, in the sizes of `benchmarks/configs/`: whole in the released layout for plain `generate`,
-and split for the served system. They are kept in `checkpoints/bench/`, which git ignores.
+and split for the served system. They are cached in `checkpoints/bench/`, which git ignores.
 """
 
 import argparse
@@ -80,8 +80,8 @@ def bench_checkpoint(
     Args:
         name: `config_<name>.json` is read.
         dtype: "float32" or "bfloat16"; the second is the first, rounded.
-        configs: the folder that holds the configurations.
-        folder: where the checkpoints are kept.
+        configs: the folder of the configurations.
+        folder: of the checkpoints.
         progress: called with the bytes written and all that there are to write.
 
     Raises:
@@ -176,7 +176,7 @@ def checkpoint_with_progress(name: str, dtype: str, configs: Path, folder: Path,
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options by which the benchmarks say where checkpoints come from."""
+    """The benchmarks' options for the source of checkpoints."""
     parser.add_argument(
         "--configs", type=Path, default=CONFIGS, help="folder of config_<name>.json (default: %(default)s)"
     )

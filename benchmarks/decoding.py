@@ -1,7 +1,7 @@
 """What it costs to decode images in processes of their own: `python -m benchmarks.decoding`.
 
 Two gateways in this process, one as it is and one that decodes on two of its own threads, are called by turns, so that
-both have the same noise. Their router ends every answer at once. The costly files are small PNGs of 39 megapixels,
+both have the same noise. Their router ends every answer immediately. The costly files are small PNGs of 39 megapixels,
 which take a core for about a second each. Writes `benchmarks/results/decoding.md` and `.json`.
 """
 
@@ -47,7 +47,7 @@ CONCURRENT = 16
 THREADS = 2
 # 39.7 megapixels, of the 40 that are allowed.
 COSTLY_SIDE = 6300
-# What threads decode goes on after its request was cancelled; so long after, it has ended.
+# Threads keep decoding after their request was cancelled; after this time they have finished.
 PAUSE_S = 3.0
 TARGETS = {"plain PNG": 1.1, "DICOM still": 1.1, f"{CONCURRENT} image requests at once": 1.0}
 
@@ -69,7 +69,7 @@ class Comparison:
 
 
 class Router(router_pb2_grpc.RouterServicer):
-    """Ends every answer at once."""
+    """Ends every answer immediately."""
 
     async def Generate(self, request: Any, context: Any) -> AsyncIterator[router_pb2.RouterGenerateResponse]:
         """One message, the last."""
@@ -200,14 +200,14 @@ async def one(stub: Any, request: echovlm_pb2.GenerateRequest) -> float:
 
 
 async def many(stub: Any, requests: Sequence[echovlm_pb2.GenerateRequest]) -> float:
-    """Seconds of requests that come at once."""
+    """Seconds of concurrent requests."""
     began = time.perf_counter()
     await asyncio.gather(*(stub.Generate(request, timeout=300) for request in requests))
     return time.perf_counter() - began
 
 
 async def beside(stub: Any, request: echovlm_pb2.GenerateRequest, costly: bytes, count: int) -> float:
-    """Seconds of a request that comes after so many costly ones, which are cancelled then."""
+    """Seconds of a request after a number of costly ones, which are cancelled then."""
     calls = [stub.Generate(report(costly), timeout=300) for _ in range(count)]
     await asyncio.sleep(0.1)
     try:
@@ -251,7 +251,7 @@ async def measure(repetitions: int) -> tuple[list[Comparison], dict[str, float]]
 
 
 def markdown(lines: Sequence[Comparison], memory: dict[str, float]) -> str:
-    """The result as it is written."""
+    """The result as Markdown."""
     table = [
         *table_head("| request | on threads, ms | in processes, ms | ratio | ratio of the best | target |"),
     ]

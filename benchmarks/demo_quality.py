@@ -1,4 +1,4 @@
-"""What the demo model gets right on unseen phantoms: `python -m benchmarks.demo_quality --start CHECKPOINT`.
+"""The demo model's accuracy on unseen phantoms: `python -m benchmarks.demo_quality --start CHECKPOINT`.
 
 Draws phantoms of another seed than training's, as they are and as other machines would show them, and evaluates the
 served system on reports about them in both languages, with the three baselines. Writes

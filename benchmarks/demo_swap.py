@@ -78,7 +78,7 @@ def write_rollout(path: Path, dataset: Path) -> None:
 
 
 def run(options: argparse.Namespace, work: Path, console: Console) -> Findings:
-    """Serves, asks, swaps under load, and asks again."""
+    """Serves, sends the questions, swaps under load, and sends the questions again."""
     started = time.monotonic()
     checkpoint, dataset, rollout = work / "checkpoint", work / "gate", work / "rollout.yaml"
     console.rule("Serving the demo with breast 1.0.0", style="dim")
@@ -132,7 +132,7 @@ def command(*arguments: str) -> str:
 
 
 def show(console: Console, *arguments: str) -> None:
-    """Runs `echoray` as it would be typed, and shows what it says.
+    """Runs an `echoray` command line and shows its output.
 
     Raises:
         SystemFailedError: it ended with another status than 0.

@@ -1,4 +1,4 @@
-"""The callers of `benchmarks.demo_swap`: pictures with a known truth, and what the service says about each."""
+"""The clients of `benchmarks.demo_swap`: pictures with known truth, and the service's answers."""
 
 import threading
 import time
@@ -38,7 +38,7 @@ class Question:
 
     @property
     def is_left_out(self) -> bool:
-        """Whether it is of the class that the version before has never seen."""
+        """Whether it is of the class that the old version was not trained on."""
         return (self.organ, self.class_name) == (ORGAN, LEFT_OUT)
 
 
@@ -48,10 +48,10 @@ class Answered:
 
     Attributes:
         version: of the breast's experts if they made it, else "".
-        organs: whose experts made it, as the answer says.
+        organs: of the experts in the answer's provenance.
         tokens: how many the model made.
-        began: when it was asked, on the monotonic clock.
-        times: when its pieces of text came.
+        began: when it was sent, on the monotonic clock.
+        times: when its pieces of text arrived.
     """
 
     question: Question
@@ -70,7 +70,7 @@ class Answered:
 
     @property
     def is_found(self) -> bool:
-        """Whether the report's impression names what the picture shows, and nothing else."""
+        """Whether the report's impression names exactly the picture's finding."""
         question = self.question
         return parse_diagnosis(self.text, question.language, question.organ) == question.class_name
 
@@ -102,7 +102,7 @@ def draw_questions(seed: int, left_out: int, organ: int, others: int) -> list[Qu
 
 
 def ask(client: EchoVLMClient, question: Question) -> Answered:
-    """Asks for one report and waits for it.
+    """Requests one report and waits for it.
 
     Raises:
         EchoVLMError: it failed.
@@ -136,11 +136,11 @@ def ask_all(address: str, questions: Sequence[Question], at_once: int) -> list[A
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """What the callers heard.
+    """The clients' results.
 
     Attributes:
         answers: in the order in which they were complete.
-        failures: what became of the other requests.
+        failures: the errors of the other requests.
     """
 
     answers: list[Answered] = field(default_factory=list)
@@ -151,7 +151,7 @@ class Heard:
 def callers(address: str, questions: Sequence[Question], at_once: int) -> Iterator[Heard]:
     """So many callers that ask the questions in turn, without pause, until the block ends.
 
-    Every answer under way is awaited at the end. A request that fails is counted, and not sent again.
+    Every running answer is awaited at the end. A request that fails is counted, and not sent again.
     """
     heard, stopping = Heard(), threading.Event()
 

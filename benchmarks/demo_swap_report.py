@@ -24,9 +24,9 @@ class Findings:
 
     Attributes:
         versions: of the experts before and after.
-        before: every question's answer before the swap, asked without other load.
+        before: every question's answer before the swap, without other load.
         after: the same questions' answers after it.
-        heard: what the callers heard meanwhile.
+        heard: the clients' results during the swap.
         moments: state of the rollout → when it was in it first, on the monotonic clock.
         returned: when the command that promoted returned.
         history: what Control notes of the swap.
@@ -44,12 +44,12 @@ class Findings:
 
     @cached_property
     def found_before(self) -> tuple[int, int]:
-        """Of the class that was left out: found, and asked."""
+        """Of the class that was left out: the numbers found and requested."""
         return _found(self.before)
 
     @cached_property
     def found_after(self) -> tuple[int, int]:
-        """Of the class that was left out: found, and asked."""
+        """Of the class that was left out: the numbers found and requested."""
         return _found(self.after)
 
     @cached_property
@@ -115,7 +115,7 @@ class Findings:
         }
 
     def by_class(self) -> dict[str, tuple[int, int, int]]:
-        """Class of the breast → asked, found before, found after."""
+        """Class of the breast → requested, found before, found after."""
         counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
         for old, new in zip(self.before, self.after, strict=True):
             if old.question.organ == ORGAN:

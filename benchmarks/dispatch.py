@@ -69,7 +69,7 @@ class Measured:
 
 @contextmanager
 def peer(kind: str, core: int | None, *arguments: str, descriptors: tuple[int, ...] = ()) -> Iterator[str]:
-    """Runs the other process; what it says when it is ready."""
+    """Runs the other process; its output when it is ready."""
     command = [sys.executable, "-m", "benchmarks.dispatch_peers", kind, *arguments]
     if core is not None:
         command += ["--core", str(core)]
@@ -109,7 +109,7 @@ def expert_group(core: int | None, shared_memory_bytes: int) -> Iterator[Dispatc
 
 @contextmanager
 def raw_stream(core: int | None) -> Iterator[Dispatch]:
-    """gRPC's synchronous client and its aio server, with bytes and nothing else."""
+    """gRPC's synchronous client and its aio server, with raw bytes only."""
     options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
     with peer("stream", core) as address, grpc.insecure_channel(address, options=options) as channel:
         requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()

@@ -85,7 +85,7 @@ async def serve_experts() -> None:
 
 
 async def serve_stream() -> None:
-    """gRPC and nothing else: a bidirectional stream that gives back raw bytes; prints its address."""
+    """Plain gRPC: a bidirectional stream that echoes raw bytes; prints its address."""
 
     async def echo(messages: object, context: "grpc.aio.ServicerContext[bytes, bytes]") -> None:
         while (message := await context.read()) is not grpc.aio.EOF:

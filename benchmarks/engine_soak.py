@@ -56,7 +56,7 @@ TIMEOUT_S = 120
 
 
 class UnreliableExperts(LocalExperts):
-    """Experts that are gone for an exchange now and then, and sometimes fail at one."""
+    """Experts that are sometimes unavailable for an exchange, and sometimes fail."""
 
     chance = random.Random(3)
 
@@ -75,10 +75,10 @@ class Report:
 
     Attributes:
         outcomes: how many requests ended in which way.
-        tokens: what they said in all.
+        tokens: of all answers.
         leaked: blocks that did not come back when all had ended.
-        still_held: blocks that are not free after the kept prefixes are dropped too.
-        peak_cached: the most blocks that were kept for prompts that begin alike.
+        still_held: blocks that are not free after the prefix cache is emptied too.
+        peak_cached: the peak number of cached prefix blocks.
     """
 
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -109,7 +109,7 @@ class Caller:
             return
         if self._leaves_after == 0:
             self._leaving = "cancelled at once"
-        # It may have heard enough before it knew what to cancel.
+        # It may have received enough before its id was known.
         if self._leaving:
             self._leave()
 
@@ -138,7 +138,7 @@ class RandomRequests:
         self.chance = random.Random(seed)
         self._number = 0
         text = config.text_config
-        # Below the special tokens, whose places would have to be filled with images.
+        # Below the special tokens, whose positions would need images.
         self._vocabulary = min(config.image_token_id, config.video_token_id, text.vocab_size)
         self._image_token_id = config.image_token_id
         self._set = expert_set

@@ -1,4 +1,4 @@
-"""How much faster an evaluation is with many questions at once: `python -m benchmarks.evaluation --start CHECKPOINT`.
+"""The speed-up of an evaluation by concurrent questions: `python -m benchmarks.evaluation --start CHECKPOINT`.
 
 `echoray eval` asks the served system the same kind of questions one at a time and eight at once, in turn, run after
 run. Every run has images of its own, so that no cache of embeddings or of prefixes answers for the system. Writes
@@ -59,7 +59,7 @@ def write_dataset(folder: Path, records: int, run: int) -> Path:
 
 
 async def evaluate(server: str, records: int, new_tokens: int, concurrency: int, run: int) -> tuple[float, int]:
-    """Seconds of one evaluation, and how many questions it asked: the model's, and those of two baselines."""
+    """Seconds and number of questions of one evaluation: the model's, and those of two baselines."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         with RecordDataset(write_dataset(folder, records, run)) as dataset:

@@ -1,4 +1,4 @@
-"""Expert groups as they are served, each in a process of its own, but without Ray.
+"""The served expert groups, each in a separate process, but without Ray.
 
 Beside the served group's service and server, such a process notes when its kernel was at work, and says so when asked:
 `ExpertProcess.busy`. All processes of a Linux machine share the clock of `time.perf_counter`.
@@ -35,7 +35,7 @@ Busy = tuple[float, float]
 
 
 class _NotedExperts:
-    """Prepared experts whose calls are noted."""
+    """Prepared experts that record their calls."""
 
     def __init__(self, prepared: PreparedExperts, busy: list[Busy]) -> None:
         self._prepared = prepared
@@ -83,12 +83,12 @@ class ExpertProcess:
         """Waits until it serves; then `address` is set.
 
         Raises:
-            RuntimeError: it ended instead; its own words are on the standard error.
+            RuntimeError: it ended instead; its error is on the standard error.
         """
         self.address = self._read()
 
     def busy(self) -> list[Busy]:
-        """When its kernel was at work since this was asked last."""
+        """The kernel's busy intervals since the last call."""
         stdin = self._process.stdin
         assert stdin is not None
         stdin.write("busy\n")
@@ -172,12 +172,12 @@ async def _serve(directory: Path, organ: str, answers: IO[str]) -> None:
 
 
 def main() -> None:
-    """Serves one organ until the standard input is closed; tells its address first, then what is asked."""
+    """Serves one organ until the standard input is closed; prints its address, then answers queries."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="a split folder")
     parser.add_argument("organ", help="whose experts")
     options = parser.parse_args()
-    # As `environment_of` says.
+    # See `environment_of`.
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     asyncio.run(_serve(options.checkpoint, options.organ, answers_only()))
 

@@ -1,6 +1,6 @@
 """What one caller's flood costs another: `python -m benchmarks.fairness`.
 
-Starts a system on a copy of the demo checkpoint with two tokens. One caller keeps many long prompts under way; the
+Starts a system on a copy of the demo checkpoint with two tokens. One caller keeps many long prompts running; the
 other asks short questions one after the other, with a picture and without. The time to the first piece of its answers
 is measured in turns without the flood, beside the flood of the other caller, and, for comparison, beside a flood of its
 own token, which shares its place. Writes `benchmarks/results/fairness.md`.
@@ -45,7 +45,7 @@ class Measured:
         return statistics.median(self.seconds[situation, kind])
 
     def ratio(self, situation: str, kind: str) -> float:
-        """How many times as long as alone, by the medians."""
+        """The ratio to the time without a flood, by the medians."""
         return self.median(situation, kind) / self.median("alone", kind)
 
 

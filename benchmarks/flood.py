@@ -1,4 +1,4 @@
-"""A caller that keeps many long prompts under way, in a process of its own: `python -m benchmarks.flood`.
+"""A caller with many long prompts running, in a separate process: `python -m benchmarks.flood`.
 
 Prints a line with the number of answers, and of requests that failed, after each, and ends when its standard input is
 closed.
@@ -27,7 +27,7 @@ PAUSE_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Flood:
-    """Requests of one caller, kept under way all the time.
+    """Requests of one caller that are running all the time.
 
     Attributes:
         at_once: how many.
@@ -42,7 +42,7 @@ class Flood:
 
 @dataclass
 class Counts:
-    """What became of the requests of a flood."""
+    """The results of a flood's requests."""
 
     answered: int = 0
     failed: int = 0
@@ -50,7 +50,7 @@ class Counts:
 
 @contextmanager
 def flooded(address: str, token: str, flood: Flood, counts: Counts) -> Iterator[None]:
-    """Keeps a flood under way for the block, which begins when a quarter of it was answered once.
+    """Runs a flood for the block, which begins after a quarter of it was answered once.
 
     Raises:
         RuntimeError: the flood's process ended.
@@ -87,7 +87,7 @@ def flooded(address: str, token: str, flood: Flood, counts: Counts) -> Iterator[
         process.kill()
         process.wait()
         reader.join()
-        # What it asked is cancelled, and the system idle again.
+        # Its requests are cancelled, and the system is idle again.
         time.sleep(1.0)
 
 

@@ -50,20 +50,20 @@ TARGET = 1.2
 
 
 class Answer(Protocol):
-    """What a caller heard."""
+    """One answer to a caller."""
 
     @property
     def times(self) -> tuple[float, ...]:
-        """When its pieces of text came, on the monotonic clock."""
+        """When its pieces of text arrived, on the monotonic clock."""
         ...
 
 
 @dataclass(slots=True)
 class Load:
-    """One load, and when an evaluation was under way beside it, and when not.
+    """One load, with the times with and without an evaluation.
 
     Attributes:
-        answered: questions of the evaluations that were answered meanwhile.
+        answered: the number of evaluation questions that were answered.
     """
 
     name: str
@@ -98,7 +98,7 @@ class Gating:
     """Begins an evaluation of a candidate, and ends it."""
 
     def __init__(self, control: ExpertControlClient, watch: ControlWatch, digest: str, dataset: Path) -> None:
-        """Takes the candidate and the records that are asked about it."""
+        """An evaluation of a candidate on records."""
         self._control = control
         self._watch = watch
         self._digest = digest
@@ -108,7 +108,7 @@ class Gating:
 
     @property
     def answered(self) -> int:
-        """Questions of the evaluation under way that are answered."""
+        """The number of answered questions of the running evaluation."""
         return self._rollout().gates[0].answered
 
     def begin(self) -> None:

@@ -1,4 +1,4 @@
-"""A router in this process that knows candidates: what evaluates a gate is given its address, as Control gives it.
+"""A router in this process that serves candidates; the gate's evaluator gets its address, as from Control.
 
 The router's service, its engine, the vision encoder and the experts are those that serve; only Ray is missing.
 """

@@ -44,7 +44,7 @@ SIMULATED_SEEDS = 2000
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What the gates of all seeds said of one candidate.
+    """The results of all seeds' gates for one candidate.
 
     Attributes:
         refused: by the rule, how many of them.
@@ -170,7 +170,7 @@ def _measured(system: GateSystem, name: str, digest: str, datasets: list[Path]) 
 
 
 def simulated(seeds: int, records: int, right: float, loss: float, margin: float) -> float:
-    """The part of candidates that the comparison lets through.
+    """The share of candidates that pass the comparison.
 
     Each record states five attributes, and each version states each of them rightly on its own: so the two differ as
     much as versions of the same quality can.

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "gpu_check.md"
 NO_CUDA = 2
 PARTS = ("conformance", "library-tests", "table", "end-to-end")
-# Only when asked for: it takes long, and what it finds is for tuning the kernels.
+# Only on request: it takes long, and its results are for tuning the kernels.
 EXTRA_PARTS = ("tiles",)
 KERNELS = ("reference", "torch_grouped", "triton_small", "megablocks_sparse", "megablocks_grouped", "auto")
 LIBRARIES = ("torch", "triton", "megablocks", "stanford-stk", "grouped_gemm", "transformers", "numpy")
@@ -123,7 +123,7 @@ def library_tests(arguments: argparse.Namespace) -> tuple[str, bool]:
 
 
 def table(arguments: argparse.Namespace) -> tuple[str, bool]:
-    """All kernels in shares of the roofline, whose ceilings are measured first."""
+    """All kernels as shares of the roofline; its ceilings are measured first."""
     import torch
 
     from benchmarks.gpu_roofline import measure_ceilings

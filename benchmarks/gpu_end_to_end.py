@@ -72,7 +72,7 @@ def compare(checkpoint: Path, device: str, kernels: Sequence[str], dtype: torch.
     """Runs the same prompts in one batch, on the CPU and then on the device with each kernel.
 
     Args:
-        checkpoint: a split folder whose routing is by organs.
+        checkpoint: a split folder with routing by organs.
         device: what is compared.
         kernels: by name.
         dtype: of the backbone and of the experts.
@@ -148,7 +148,7 @@ def _engine(checkpoint: Path, device: str, kernel: str, dtype: torch.dtype) -> I
         max_prefill_tokens=64,
         max_request_s=TIMEOUT_S,
     )
-    # Below the special tokens, whose places would have to be filled with images.
+    # Below the special tokens, whose positions would need images.
     vocabulary = min(backbone.config.image_token_id, backbone.config.video_token_id, text.vocab_size)
     engine.start()
     try:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-# A GPU keeps up to this much in its cache; what should come from memory must be several times larger.
+# The largest cache of a GPU; data to be read from memory must be several times larger.
 COLD_BYTES = 512 * 1024**2
 
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """The most that the machine was seen to do."""
+    """The highest measured rates of the machine."""
 
     flops_per_s: float
     bytes_per_s: float

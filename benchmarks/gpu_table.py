@@ -54,7 +54,7 @@ def shapes(experts: Sequence[int], inners: Sequence[int], tokens: Sequence[int],
 
 
 def measure(names: Sequence[str], grid: Iterable[Shape], device: str, dtype: torch.dtype) -> Iterator[Row]:
-    """Times every kernel everywhere. A kernel that cannot be used gives a row that says why."""
+    """Times every kernel in every case. A kernel that cannot be used gives a row with the reason."""
     held: tuple[int, int] | None = None
     layers: list[ExpertWeights] = []
     prepared: dict[str, list[PreparedExperts] | str] = {}

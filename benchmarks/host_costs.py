@@ -93,7 +93,7 @@ class ProductRates:
 
 @dataclass(frozen=True, slots=True)
 class SoftwareCosts:
-    """Seconds of software beside products and kernels, in the router; see `benchmarks.scaling_system.Software`.
+    """Seconds of the router's software without matrix products and kernels; see `benchmarks.scaling_system.Software`.
 
     Attributes:
         kernel_s: of one call of an expert group, whose products take next to no time.
@@ -207,7 +207,7 @@ def software_costs(
 
 
 def measure_exchange(demo: MeasuredEngine) -> ExchangeCosts:
-    """Exchanges with nothing beside them, while the engine is idle.
+    """Exchanges while the engine is idle.
 
     Args:
         demo: an engine with its experts in other processes.

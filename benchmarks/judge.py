@@ -1,8 +1,8 @@
-"""How soon bad candidates are taken back, and whether good ones ever are: `python -m benchmarks.judge`.
+"""How soon bad candidates are rolled back, and whether good ones ever are: `python -m benchmarks.judge`.
 
 Simulates rollouts with the controller, the store and the judge that serve, and a clock that is moved; no system runs.
 Good candidates go through all steps, the promotion and the watch after it, under loads, usual rates of failures and
-shared outages that a seed draws. Bad ones are in a single step until they are taken back. Writes
+shared outages that a seed draws. Bad ones are in a single step until they are rolled back. Writes
 `benchmarks/results/judge.md`, `.json` and `.png`.
 """
 
@@ -86,12 +86,12 @@ def bad(rate: float, way: Way, seed: int) -> Outcome:
 
 
 def requests_until_back(outcomes: Sequence[Outcome]) -> list[float]:
-    """The requests of each candidate until it was taken back, in order; infinite where it was not."""
+    """The requests of each candidate until its rollback, in order; infinite if there was none."""
     return sorted(each.requests if each.state == State.ROLLED_BACK else float("inf") for each in outcomes)
 
 
 def share_within(requests: Sequence[float], limit: float) -> float:
-    """The part of the rollouts that were taken back within so many requests."""
+    """The share of rollouts that were rolled back within a number of requests."""
     return sum(each <= limit for each in requests) / len(requests)
 
 

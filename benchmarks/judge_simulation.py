@@ -25,7 +25,7 @@ from router.rollouts.transaction import Transaction
 
 ORGAN, OTHER = "heart", "liver"
 INCUMBENT, CANDIDATE, NEIGHBOUR = "1" * 64, "2" * 64, "3" * 64
-# What the incumbent was seen to do before the rollout, in seconds.
+# The length of the incumbent's statistics before the rollout, in seconds.
 BEFORE_S = 120
 # Real time that a thread of the controller may take.
 TIMEOUT_S = 30.0
@@ -101,7 +101,7 @@ class ReadOnceStore(RolloutStore):
 
 
 class MemoryFleet:
-    """One replica of each organ, which loads at once."""
+    """One replica of each organ, which loads immediately."""
 
     def __init__(self) -> None:
         self.held = {ORGAN: {INCUMBENT}, OTHER: {NEIGHBOUR}}
@@ -111,7 +111,7 @@ class MemoryFleet:
         return [organ]
 
     def resident(self, replica: str, organ: str) -> ReplicaResidents:
-        """What it holds."""
+        """The resident bundles."""
         return ReplicaResidents(dict.fromkeys(self.held[organ], 1), 10)
 
     def load(self, replica: str, organ: str, digest: str, timeout_s: float) -> None:
@@ -150,7 +150,7 @@ class Simulation:
     numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def run(self, plan: RolloutPlan, limit_s: int, max_requests: int | None = None) -> Outcome:
-        """Stages the candidate and lets time pass until its rollout has ended, or a limit is reached.
+        """Stages the candidate and advances the time until its rollout has ended, or to a limit.
 
         Args:
             plan: its steps.

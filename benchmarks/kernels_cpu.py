@@ -1,8 +1,8 @@
 """The expert kernels on a CPU, one thread, against the Python loop over experts: `python -m benchmarks.kernels_cpu`.
 
-Writes `benchmarks/results/kernels_cpu.md`. The machine should have nothing else to do. In every repetition all kernels
-compute the same call one after the other, so what disturbs one disturbs all; a repetition uses another layer's weights
-than the one before, as decoding does, so that they come from memory and not from the processor's cache.
+Writes `benchmarks/results/kernels_cpu.md`. The machine should be idle. In every repetition all kernels compute the same
+call one after the other, so what disturbs one disturbs all; a repetition uses another layer's weights than the one
+before, as decoding does, so that they come from memory and not from the processor's cache.
 """
 
 import argparse

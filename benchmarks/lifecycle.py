@@ -1,4 +1,4 @@
-"""Loading, asking and unloading from many threads at once: `python -m benchmarks.lifecycle`.
+"""Loads, calls and unloads bundles from many threads concurrently: `python -m benchmarks.lifecycle`.
 
 One expert group in a process of its own, reached as Routers and Control reach it: threads load one of several versions
 of the demo's experts, send exchanges to it, compare the outputs with the reference kernel's, and unload it, while the
@@ -54,7 +54,7 @@ MIB = 1024 * 1024
 
 
 class LifecycleError(RuntimeError):
-    """The group did what it must not; the text says what."""
+    """The group broke its contract; the text says how."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ def questions_of(bundles: Sequence[Bundle]) -> list[Question]:
     """For every version, layer and number of tokens one exchange, with the reference kernel's output.
 
     Raises:
-        LifecycleError: two versions answer alike, so that one could stand in for the other unseen.
+        LifecycleError: two versions give the same output, so a mix-up would not be detected.
     """
     generator = torch.Generator().manual_seed(SEED)
     kernel = get_kernel("reference")
@@ -184,7 +184,7 @@ def stress(
                     return
                 caller.cycle()
         except Exception as error:
-            # Also what no caller should raise: without it the round would seem to have gone well.
+            # Also unexpected exceptions: without this the round would appear successful.
             errors.append(error)
 
     began = time.monotonic()
@@ -207,7 +207,7 @@ def stress(
 
 
 def check_empty(caller: Caller, questions: Sequence[Question]) -> None:
-    """Unloads everything, and sees that nothing is left.
+    """Unloads everything, and checks that nothing is left.
 
     Raises:
         LifecycleError: something is.

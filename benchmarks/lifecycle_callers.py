@@ -1,4 +1,4 @@
-"""The callers of `benchmarks.lifecycle`: each loads, asks and unloads, whatever the others do meanwhile.
+"""The callers of `benchmarks.lifecycle`: each loads, calls and unloads bundles, independent of the others.
 
 What one caller loads another may unload, because loads are counted only by Control. So these answers are
 legal, and a caller then begins its cycle again: an exchange with a bundle that is not loaded (any more) is refused with
@@ -82,10 +82,10 @@ class Tally:
     """What all callers together met with. Add under its lock.
 
     Attributes:
-        cycles: that came to their end: loaded, answered and unloaded.
+        cycles: completed ones: loaded, answered and unloaded.
         outputs: all of them, each compared with the reference.
         wrong: of these, the ones that are not what the bundle computes.
-        refusals: legal ones, by what they said.
+        refusals: expected ones, by their text.
         failures: everything else that went wrong.
         answers: question's number → its first output as bytes; a later one with other bits counts in `unequal`.
         longest_s: by kind of call.
@@ -108,7 +108,7 @@ class Tally:
 
 
 class Caller:
-    """One thread's side: a stream for its exchanges, and the calls that load and unload."""
+    """One thread's client: a stream for its exchanges, and calls to load and unload."""
 
     def __init__(self, number: int, address: str, questions: Sequence[Question], tally: Tally) -> None:
         """Connects. `questions` are numbered by their place."""
@@ -129,7 +129,7 @@ class Caller:
         self._reader.start()
 
     def cycle(self) -> None:
-        """Loads a bundle, asks it, and unloads it.
+        """Loads a bundle, calls it, and unloads it.
 
         Raises:
             HangingError: it does not come to an end.
@@ -150,7 +150,7 @@ class Caller:
         self._timed("unload", lambda: self._stub.Unload(expert_pb2.UnloadRequest(bundle_digest=digest), **_LIMIT))
 
     def status(self) -> expert_pb2.ExpertGroupStatusResponse:
-        """What the group says of itself."""
+        """The group's status."""
         answer: expert_pb2.ExpertGroupStatusResponse = self._stub.Status(
             expert_pb2.ExpertGroupStatusRequest(), **_LIMIT
         )
@@ -173,7 +173,7 @@ class Caller:
         return True
 
     def _ask(self, digest: str) -> bool:
-        """Several exchanges at once; whether all were answered with an output."""
+        """Several concurrent exchanges; whether all were answered with an output."""
         under_way: dict[int, tuple[int, Question]] = {}
         for place, question in self._chance.choices(self._questions[digest], k=EXCHANGES):
             self._correlation_id += 1

@@ -1,4 +1,4 @@
-"""One expert group as it is served, without Ray: `python -m benchmarks.lifecycle_group REGISTRY ORGAN MAX_BYTES`.
+"""One served expert group, without Ray: `python -m benchmarks.lifecycle_group REGISTRY ORGAN MAX_BYTES`.
 
 Starts empty. Prints its address and process id as JSON, and ends when its standard input is closed. SIGUSR1 has it
 write where every thread stands to its standard error.
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("max_resident_bytes", type=int, help="of all versions together")
     options = parser.parse_args()
     faulthandler.register(signal.SIGUSR1)
-    # As `environment_of` says.
+    # See `environment_of`.
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     asyncio.run(_serve(options.registry, options.organ, options.max_resident_bytes, answers_only()))
 

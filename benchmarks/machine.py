@@ -1,4 +1,4 @@
-"""What every result says of where it was measured."""
+"""The description of the machine in every result."""
 
 import datetime
 import os

@@ -119,7 +119,7 @@ class MeasuredEngine:
 
 
 class _FixedEndpoints(Endpoints):
-    """The addresses of processes that no Serve knows of."""
+    """The addresses of processes outside Ray Serve."""
 
     def __init__(self, processes: list[ExpertProcess]) -> None:
         super().__init__({})

@@ -1,4 +1,4 @@
-"""The gateway that a benchmark asks: one that runs, or a system started for the measurement."""
+"""A benchmark's gateway: a running one, or that of a system started for the measurement."""
 
 import argparse
 from contextlib import ExitStack
@@ -10,7 +10,7 @@ from benchmarks.systems.protocol import MeasuredSystem
 
 
 def add_gateway_options(parser: argparse.ArgumentParser) -> None:
-    """Adds `--server` and `--start`, of which one must be given."""
+    """Adds `--server` and `--start`; one of them is required."""
     system = parser.add_mutually_exclusive_group(required=True)
     system.add_argument("--server", help="a gateway that runs, host:port")
     system.add_argument("--start", type=Path, metavar="CHECKPOINT", help="start a system on this split folder")

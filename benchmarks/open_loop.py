@@ -1,4 +1,4 @@
-"""Open-loop load: requests arrive when a random clock says so, whether or not earlier ones have been answered."""
+"""Open-loop load: requests arrive at random times, whether or not earlier ones have been answered."""
 
 import asyncio
 import random
@@ -42,11 +42,11 @@ class Question:
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of one request. Times are seconds since it should have been sent.
+    """The result of one request. Times are seconds since its scheduled time.
 
     Attributes:
         lag_s: how late it was sent: the load generator's own fault.
-        pieces: when its pieces of text came.
+        pieces: when its pieces of text arrived.
         end_s: when it was complete, or failed.
         tokens: how many it got; 0 until it is complete.
         error: the kind of failure; "" for none.
@@ -82,7 +82,7 @@ class Trial:
         arrived: requests that were sent.
         open_s: how long requests arrived: the planned time, or less when it was cut short.
         whole_s: until the last one had ended.
-        cut_short: whether it was asked to stop; what had not ended then is not in `outcomes`.
+        cut_short: whether it was stopped; requests that had not ended are not in `outcomes`.
     """
 
     rate: float
@@ -106,13 +106,13 @@ async def offer(
     """Sends requests at their times, and waits for the answers when the last one has been sent.
 
     Args:
-        client: must not send anything again by itself.
+        client: without retries.
         trial: filled.
         arrivals: when to send, ascending.
-        question: what the request of a number asks.
+        question: of the request with a number.
         seconds: how long the rate is offered, at least as long as the last arrival.
         timeout_s: each request's deadline.
-        stopping: once set, nothing more is sent, and what is under way is cancelled.
+        stopping: once set, nothing more is sent, and running requests are cancelled.
     """
     began = time.perf_counter()
     stop = asyncio.create_task(stopping.wait())
@@ -136,7 +136,7 @@ async def offer(
 
 
 async def _moments(began: float, moments: Sequence[float], stop: "asyncio.Task[bool]") -> AsyncIterator[int]:
-    """The number of each moment, when it has come; ends early when asked to stop."""
+    """Yields the number of each moment at its time; ends early when stopped."""
     for index, moment in enumerate(moments):
         pause = began + moment - time.perf_counter()
         if pause > 0:

@@ -1,4 +1,4 @@
-"""All cells of the paper's comparison, each kept in a folder when it is done."""
+"""All cells of the paper's comparison, each stored in a folder when it is done."""
 
 import os
 from collections.abc import Sequence
@@ -29,11 +29,11 @@ SCALE_NAME = "scale.json"
 
 
 class ScaleDiffersError(ValueError):
-    """A work folder holds cells of another scale, which cannot be compared with these."""
+    """A work folder has cells of another scale, which cannot be compared with these."""
 
 
 def run_cells(work: Path, scale: Scale, seeds: Sequence[int], names: Sequence[str], console: Console) -> list[Cell]:
-    """Trains the cells that are missing, all variants of one seed after another, and returns all that were asked for.
+    """Trains the missing cells, all variants of one seed after another, and returns all requested cells.
 
     Args:
         work: the folder of phantoms, tower and cells.
@@ -43,7 +43,7 @@ def run_cells(work: Path, scale: Scale, seeds: Sequence[int], names: Sequence[st
         console: where to show how far it is.
 
     Raises:
-        ScaleDiffersError: the folder holds cells of another scale.
+        ScaleDiffersError: the folder has cells of another scale.
         TrainingInterrupted: Ctrl-C during the warm-up of the vision tower.
     """
     _claim(work, scale)
@@ -65,7 +65,7 @@ def run_cells(work: Path, scale: Scale, seeds: Sequence[int], names: Sequence[st
             gated = gated_organs(train, held_out_reports)
             for variant, seed in missing:
                 if _path(work, variant, seed).is_file():
-                    # Another process has done it meanwhile.
+                    # Another process has done it in the meantime.
                     bar.advance(task, scale.steps)
                     continue
                 bar.update(task, description=f"seed {seed}: {variant.name}")

@@ -1,4 +1,4 @@
-"""What the variants of the paper's comparison learn from and are asked: phantoms, a vision tower, and reports."""
+"""The data of the paper's comparison: phantoms, a vision tower, and reports."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -49,9 +49,9 @@ class Scale(Section):
     """How large the comparison is; every cell has the same.
 
     Attributes:
-        organs: whose phantoms.
+        organs: of the phantoms.
         pictures: to learn from.
-        held_out: of another seed, to be asked about.
+        held_out: of another seed, for the test.
         look_steps: optimizer steps of the vision tower's warm-up, of 32 examples each.
         steps: optimizer steps of each variant.
         batch: examples of such a step.
@@ -108,7 +108,7 @@ class Scale(Section):
 def open_phantoms(
     folder: Path, scale: Scale, *, held_out: bool = False, progress: Callable[[int], None] = lambda _: None
 ) -> PhantomPool:
-    """The pictures to learn from, or those to be asked about; drawn where they are not there yet."""
+    """The training or test pictures; generated if they do not exist yet."""
     section = scale.phantoms(held_out=held_out)
     return PhantomPool.open(folder / (HELD_OUT_NAME if held_out else PICTURES_NAME), section, progress=progress)
 
@@ -122,7 +122,7 @@ def prepare_start(folder: Path, scale: Scale) -> Path:
 
 
 def warm_tower(folder: Path, scale: Scale, *, quiet: bool) -> Path:
-    """The checkpoint whose vision tower all cells have; trained where it is not there yet.
+    """The checkpoint with the vision tower of all cells; trained if it does not exist yet.
 
     Raises:
         TrainingInterrupted: Ctrl-C.
@@ -149,7 +149,7 @@ def warm_tower(folder: Path, scale: Scale, *, quiet: bool) -> Path:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReportExample(EncodedExample):
-    """An example that knows its organ.
+    """An example with its organ.
 
     Attributes:
         organ: its place among the organs of the comparison.

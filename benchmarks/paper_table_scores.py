@@ -54,7 +54,7 @@ class Gain:
 
     @property
     def verdict(self) -> str:
-        """Whether the difference holds over the records and over the seeds."""
+        """Whether the difference is significant over the records and over the seeds."""
         if self.low <= 0 <= self.high:
             return "no difference shown"
         if len({seed > 0 for seed in self.seeds}) > 1:
@@ -102,7 +102,7 @@ def scores_of(items: Sequence[Item], cells: Sequence[Cell]) -> Scores:
     values = {name: _values(items, each) for name, each in by_variant.items()}
     best = MOE if MOE in names else names[0]
     partners = shuffled(items, SETTINGS.seed)
-    # What is written depends on the picture alone, so another picture's answer is the answer to that picture.
+    # An answer depends only on the picture, so another picture's answer is the answer to that picture.
     exchanged = [
         _statistics(items, [cell.answers[partner] for partner in partners]) for cell in cells if cell.variant == best
     ]

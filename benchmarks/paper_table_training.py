@@ -1,4 +1,4 @@
-"""One cell of the paper's comparison: a variant is trained with one seed and asked about the held-out phantoms."""
+"""One cell of the paper's comparison: a variant, trained with one seed and tested on the held-out phantoms."""
 
 # transformers leaves most of its methods untyped.
 # mypy: disable-error-code="no-untyped-call"
@@ -28,7 +28,7 @@ _TOGETHER = 34
 
 
 class Cell(BaseModel):
-    """What came out of one variant and one seed.
+    """The result of one variant and one seed.
 
     Attributes:
         answers: one a held-out picture, in order.
@@ -54,7 +54,7 @@ class Cell(BaseModel):
 
 
 class _Steps(TrainerCallback):
-    """Measures steps, and tells how many are done."""
+    """Measures steps, and reports progress."""
 
     def __init__(self, progress: Callable[[int], None]) -> None:
         self.seconds: list[float] = []
@@ -79,14 +79,14 @@ def run_cell(
     folder: Path,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Cell:
-    """Trains and asks.
+    """Trains and tests.
 
     Args:
         variant: the model.
         seed: of its random weights and of the order of the examples.
         scale: how long.
         train: what is learnt from.
-        held_out: what is asked about.
+        held_out: the test phantoms.
         gated: of each held-out picture the organ that the organ gate chose.
         folder: where the start and the vision tower are.
         progress: called with 1 after every step.

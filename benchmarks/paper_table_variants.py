@@ -35,9 +35,9 @@ class Variant:
         name: for options and files.
         title: for tables.
         experts: how many routed experts a layer has, of each organ where they belong to organs; 0: none.
-        top_k: how many of them a token goes to.
+        top_k: the number of them per token.
         shared: whether there is a shared expert.
-        by_organ: whether each organ has experts and gate rows of its own.
+        by_organ: whether each organ has separate experts and gate rows.
         as_large: whether the dense MLP is widened to the parameters of the MoE.
         groups: whether there are as many routed experts as with `by_organ`.
     """
@@ -77,7 +77,7 @@ class Size:
 
 
 class OrganGate(EchoVLMTokenGate):
-    """A gate whose rows belong to organs: a token goes to experts of its own organ alone, as in `routing: organs`.
+    """A gate whose rows belong to organs: a token uses only its organ's experts, as in `routing: organs`.
 
     Attributes:
         organ_T: int64, the organ of each token, or of all of them in one number; set before each forward pass.
@@ -172,7 +172,7 @@ def build(
     Args:
         variant: which one.
         start: the folder with the configuration, see `echovlm_ray.training.small_start`.
-        tower: the checkpoint whose vision tower is taken, and frozen.
+        tower: the checkpoint of the frozen vision tower.
         organs: how many organs there are.
         layers: of the language model.
         seed: of the random weights.

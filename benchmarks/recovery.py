@@ -53,7 +53,7 @@ class Load:
 
 
 def recover(organ: str, server: str, control: str) -> float:
-    """Kills the organ's expert process; seconds until it has answered a request that was sent at once."""
+    """Kills the organ's expert process; seconds until it has answered a request that was sent immediately."""
     os.kill(first_replicas(control)[f"expert-{organ}"].pid, signal.SIGKILL)
     killed_at = time.monotonic()
     with EchoVLMClient(server) as client:

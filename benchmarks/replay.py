@@ -47,13 +47,13 @@ WHO = "benchmark"
 
 @dataclass
 class Replayed:
-    """What became of the replays.
+    """The results of the replays.
 
     Attributes:
         equal: how many gave the same tokens.
         differences: of the others, which record and the first token that differs.
         seconds: from asking for the set to the whole answer, of each.
-        most_bundles: the most that any replica held while they ran.
+        most_bundles: the most that were resident in a replica while they ran.
     """
 
     equal: int = 0
@@ -204,7 +204,7 @@ def measure(
 
 
 def _until_bundles(control: ExpertControlClient, number: int) -> float:
-    """Waits until replicas hold so many bundles altogether; seconds that it took."""
+    """Waits until a number of bundles is resident in all replicas together; returns the seconds."""
     began = time.monotonic()
     while sum(len(replica.bundles) for replica in control.list().replicas) != number:
         if time.monotonic() - began > TIMEOUT_S:

@@ -1,4 +1,4 @@
-"""Which process is which part of a system that runs, asked of its Control as a user asks."""
+"""The processes of a running system's parts, from its Control's public status."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""What the scaling model is asked: the best plan for so many GPUs, when overlapping pays, and how well it predicts."""
+"""Queries of the scaling model: the best plan for a number of GPUs, when overlapping pays, and the model's accuracy."""
 
 import argparse
 from collections.abc import Iterator, Mapping
@@ -144,7 +144,7 @@ def hidden_latency(system: System, requests: int, context: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One measured figure beside its prediction."""
+    """One measured figure and its prediction."""
 
     dtype: str
     placement: str
@@ -217,7 +217,7 @@ class Line:
 def lines_of(
     sizes: Sizes, result: Mapping[str, Any], assumptions: Assumptions, options: argparse.Namespace
 ) -> list[Line]:
-    """All predictions, first with the software as it is, then with it captured."""
+    """All predictions, first with the measured software costs, then with CUDA graphs."""
     measured = software_of(result, "bfloat16", 1e-6 * assumptions.expert_us)
     captured = replace(measured, layer_s=1e-6 * assumptions.captured_layer_us, sequence_s=0.0)
     groups = len(ORGANS) if options.mode == "clone" else sizes.experts

@@ -1,4 +1,4 @@
-"""What the scaling model knows of a system: sizes, devices, network, software, and who does what."""
+"""The scaling model's description of a system: sizes, devices, network, software, and placement."""
 
 import math
 from collections import Counter
@@ -64,7 +64,7 @@ class Sizes:
 
     @property
     def backbone(self) -> int:
-        """What a router holds."""
+        """The parameters in a router."""
         return self.total - self.routed - self.vision
 
 
@@ -100,7 +100,7 @@ def sizes_of(shape: ModelShape) -> Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One processor; rates are what its kernels reach, not what its data sheet says.
+    """One processor; rates are those that its kernels reach, not those of its data sheet.
 
     Attributes:
         overlaps: True where a product reads weights while it computes, so that it takes the longer of the two times;

@@ -23,7 +23,7 @@ ACTOR = "benchmark"
 TIMEOUT_S = 180.0
 # Between two questions to the router about what it would do.
 ASK_AGAIN_S = 0.005
-# Between two looks at what the organ's replica holds.
+# Between two polls of the replica's resident bundles.
 LOOK_AGAIN_S = 0.25
 CANARY_S = 1.0
 MOST_SESSIONS = 64
@@ -32,7 +32,7 @@ STEP = 1.2
 
 
 class SwapFailedError(RuntimeError):
-    """A swap that should have gone through did not; the text says where it stands."""
+    """A swap did not complete; the text gives its state."""
 
 
 @dataclass(slots=True)
@@ -41,8 +41,8 @@ class Swap:
 
     Attributes:
         kind: how; see `Swapper.KINDS`.
-        began: when it was asked for.
-        ended: when the replica held what was live afterwards, and nothing else.
+        began: when it was requested.
+        ended: when only the new live version was resident.
         phases: "verify", "load", "canary" and "switch" → beginning and end, as far as there were any.
         decided: when `promote`, or the `rollback` of a stable version, was sent. None where a candidate was taken back.
         returned: when that command returned.
@@ -63,7 +63,7 @@ class Swap:
 
 
 def write_version(directory: Path, source: Bundle, version: str, number: int) -> None:
-    """Writes a bundle whose experts answer otherwise than the source's; number 0 gives the same weights."""
+    """Writes a bundle with other experts than the source's; number 0 gives the same weights."""
     # With a probe, as what `echoray experts pack` makes.
     content = source.manifest.model_dump(exclude={"format", "files"})
     description = BundleDescription.model_validate({**content, "version": version})
@@ -84,7 +84,7 @@ def seconds_to_read(source: Bundle) -> float:
 
 
 class ControlWatch(AbstractContextManager["ControlWatch"]):
-    """What Control says of one organ, as it changes: from the stream of its states, without polling."""
+    """Control's state of one organ, from the stream of its states, without polling."""
 
     def __init__(self, control: ExpertControlClient, organ: str) -> None:
         """Listens for as long as the block lasts."""
@@ -110,11 +110,11 @@ class ControlWatch(AbstractContextManager["ControlWatch"]):
         return max(found, key=lambda rollout: rollout.created_at, default=None)
 
     def since(self, rollout_id: str, state: str) -> float | None:
-        """When a rollout was first seen in a state, on the monotonic clock."""
+        """When a rollout was first in a state, on the monotonic clock."""
         return self._since.get((rollout_id, state))
 
     def wait(self, look: Callable[[], bool], what: str) -> float:
-        """Waits until something is so; the moment at which it was seen.
+        """Waits for a condition and returns the time.
 
         Raises:
             SwapFailedError: it does not come to pass.
@@ -157,7 +157,9 @@ class ControlWatch(AbstractContextManager["ControlWatch"]):
 
 
 class ExpertsView(AbstractContextManager["ExpertsView"]):
-    """What an organ's replica holds. It is asked itself: Control would ask every replica and read the registry."""
+    """The resident bundles of an organ's replica, from the replica itself: Control would query every replica and the
+    registry.
+    """
 
     def __init__(self, channel: grpc.Channel) -> None:
         """Takes the channel to the replica, and closes it in the end."""
@@ -165,7 +167,7 @@ class ExpertsView(AbstractContextManager["ExpertsView"]):
         self._stub = status_pb2_grpc.ReplicaStatusStub(self._channel)
 
     def wait_until_alone(self, digest: str) -> float:
-        """Waits until a bundle is resident, and no other; the moment at which it was seen.
+        """Waits until only this bundle is resident, and returns the time.
 
         Raises:
             SwapFailedError: that does not come to pass.
@@ -201,7 +203,7 @@ class RouterView(AbstractContextManager["RouterView"]):
         return response.expert_set_id
 
     def session_of(self, expert_set_id: str) -> str:
-        """The key of a session whose requests get an expert set, though others may get a candidate's.
+        """The key of a session that is assigned an expert set, though others may get a candidate's.
 
         Raises:
             SwapFailedError: there is none.
@@ -281,7 +283,7 @@ class Swapper:
         return swap
 
     def serve(self, version: str) -> None:
-        """Makes a version the live one, if it is not, and waits until it is alone."""
+        """Makes a version the live one, if it is not, and waits until only it is resident."""
         digest = self._versions[version]
         if self._watch.live != digest:
             self._stage(digest, Swap("", time.monotonic()))

@@ -32,7 +32,7 @@ class Findings:
     """One run.
 
     Attributes:
-        organ: whose experts are swapped.
+        organ: of the swapped experts.
         heard: all answers under load.
         failures: of requests under load.
         alone: organ, version, prompt → the answer when there is no other request.
@@ -55,12 +55,14 @@ class Findings:
 
     @property
     def mismatches(self) -> int:
-        """Answers that are not the ones that their version gives when run alone."""
+        """Answers that differ from their version's answer without load."""
         return sum(sum(kind["instead"].values()) for kind in self.mismatch_kinds)
 
     @cached_property
     def mismatch_kinds(self) -> list[dict[str, Any]]:
-        """For each question that was answered otherwise than alone: which, the answer alone, and those instead."""
+        """For each question with a different answer under load: the question, the answer without load, and those under
+        load.
+        """
         instead: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
         asked: Counter[tuple[str, str, str]] = Counter()
         for heard in self.heard:
@@ -82,7 +84,7 @@ class Findings:
 
     @cached_property
     def gaps_during_ms(self) -> list[float]:
-        """Pauses within answers of which some part fell into a swap."""
+        """Pauses within answers that overlap a swap."""
         return self._overlapping([(swap.began, swap.ended) for swap in self.swaps])
 
     @cached_property
@@ -97,7 +99,7 @@ class Findings:
 
     @cached_property
     def phases(self) -> Mapping[str, tuple[list[float], list[float]]]:
-        """Phase of a swap → how many seconds each took, and the pauses in ms of which some part fell into one.
+        """Phase of a swap → its durations in seconds, and the pauses in ms that overlap it.
 
         Only those into which some pause fell.
         """

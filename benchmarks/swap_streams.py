@@ -27,8 +27,8 @@ class Heard:
 
     Attributes:
         version: of the organ's experts, which the answer names itself.
-        began: when it was asked, on the monotonic clock.
-        times: when its pieces of text came.
+        began: when it was sent, on the monotonic clock.
+        times: when its pieces of text arrived.
         ended: when it was complete.
     """
 
@@ -46,7 +46,7 @@ class Heard:
 
 
 def ask(client: EchoVLMClient, asked: Asked) -> Heard:
-    """Asks one question and waits for its answer.
+    """Sends one question and waits for its answer.
 
     Raises:
         EchoVLMError: it failed.
@@ -72,11 +72,11 @@ def ask(client: EchoVLMClient, asked: Asked) -> Heard:
 
 @dataclass
 class Streams:
-    """One thread for every organ named, which asks its questions in turn until the block ends.
+    """One thread per organ, which sends its questions in turn until the block ends.
 
     Attributes:
         heard: the answers, in the order in which they were complete.
-        failures: what became of the others.
+        failures: the errors of the others.
     """
 
     server: str
@@ -110,7 +110,7 @@ class Streams:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Lets every answer under way end."""
+        """Waits for every running answer."""
         self._stopping.set()
         for thread in self._threads:
             thread.join()

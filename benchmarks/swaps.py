@@ -112,7 +112,7 @@ def push_versions(control: ExpertControlClient, source: Bundle, work: Path) -> d
 def answers_alone(
     server: str, swapper: Swapper, versions: dict[str, str], options: argparse.Namespace, organs: Sequence[str]
 ) -> dict[tuple[str, str, str], str]:
-    """Organ, version and prompt → text, one question at a time; the first version serves again afterwards."""
+    """Organ, version and prompt → text, one question at a time; the first version is restored afterwards."""
     found: dict[tuple[str, str, str], str] = {}
     with EchoVLMClient(server) as client:
         for version in [*list(versions)[1:], next(iter(versions))]:

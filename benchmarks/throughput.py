@@ -3,7 +3,7 @@
 Three systems with the same weights, each in processes of its own: the whole served system, driven at the router; the
 engine with all experts in its process; and plain `generate` of transformers. In every run each gets the same workload,
 one system after the other, so that what changes on the machine changes for all. Greedy, no end token, prompts of random
-tokens, no two alike. The machine should have nothing else to do.
+tokens, no two alike. The machine should be idle.
 
 A whole run writes `benchmarks/results/throughput_<config>_<dtype>.md`, `.json` and `.png`.
 """

@@ -1,4 +1,4 @@
-"""When the tokens of several streams came, and what follows from it."""
+"""Arrival times of the tokens of several streams, and statistics of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class Timings:
     Attributes:
         prompt_tokens: of all streams together.
         submitted: when each stream was.
-        tokens: when each stream's tokens came.
+        tokens: arrival times of each stream's tokens.
     """
 
     prompt_tokens: int

@@ -18,7 +18,7 @@ FIELDS = {
     "<|im_end|>": "eos_token_id",
     "<|endoftext|>": "pad_token_id",
 }
-# No text is cut into these pieces, but a random model says them. "Ġ" is how byte-level BPE writes a blank.
+# No text is tokenized into these pieces, but a random model generates them. "Ġ" is how byte-level BPE writes a blank.
 FILLER = "Ġword{}"
 
 

@@ -1,6 +1,6 @@
 """A training step of ours against the same step of plain transformers, in pairs: python -m benchmarks.training_step
 
-Both have the same weights, examples, loss, precision and optimizer. The plain one is what transformers does by itself:
+Both have the same weights, examples, loss, precision and optimizer. The plain one uses transformers' defaults:
 padded rows with labels, eager experts, logits of all tokens. Ours is `echovlm_ray.training`: one row without padding,
 logits of the answers alone, fused attention, and the experts by `--experts`.
 """
@@ -95,7 +95,7 @@ def make_step(
 
 
 def model_of(options: argparse.Namespace) -> EchoVLMForConditionalGeneration:
-    """With the same weights each time, and a configuration of its own, which says how it attends."""
+    """A model with the same weights each time, and a separate configuration with its attention implementation."""
     config = make_config(options.num_experts, options.expert_size)
     torch.manual_seed(0)
     model: EchoVLMForConditionalGeneration = EchoVLMForConditionalGeneration._from_config(config)  # type: ignore[no-untyped-call]

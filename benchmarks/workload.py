@@ -1,4 +1,4 @@
-"""What the throughput benchmark asks of every system: the same prompts, all at once."""
+"""The throughput benchmark's workload for every system: the same prompts, all concurrently."""
 
 import random
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ class Workload:
 
     Attributes:
         prompts: token ids of every stream.
-        organs: whose experts each stream uses; empty strings where the checkpoint has one gate for all.
+        organs: of the experts that each stream uses; empty strings if the checkpoint has one gate for all.
         new_tokens: how many tokens each stream makes; end tokens do not end it.
     """
 

@@ -20,7 +20,7 @@ def not_a_number(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def changed_description(source: Bundle, version: str, **fields: object) -> BundleDescription:
-    """What a bundle says of itself, with another version and other fields; without a probe, if they bring none."""
+    """A bundle's description with another version and other fields; without a probe unless the fields have one."""
     content = source.manifest.model_dump(exclude={"format", "files", "probe"})
     return BundleDescription.model_validate({**content, "version": version, **fields})
 

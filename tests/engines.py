@@ -145,7 +145,7 @@ def encode(checkpoint: Path, patches: torch.Tensor, grid: tuple[int, int, int]) 
 
 @dataclass
 class Answer:
-    """Collects what an engine tells about one request."""
+    """Collects an engine's outputs for one request."""
 
     token_ids: list[int] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)

@@ -88,7 +88,7 @@ def server_thread() -> Iterator[ServerThread]:
 
 @dataclass(frozen=True)
 class ExpertProcess:
-    """An expert group in a process of its own."""
+    """An expert group in a separate process."""
 
     process: subprocess.Popen[str]
     address: str

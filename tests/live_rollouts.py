@@ -1,4 +1,4 @@
-"""Rollouts on a running system: asking, waiting, killing, and seeing what is held, for all tests of them."""
+"""Helpers for tests of rollouts on a running system: requests, waiting, kills, and resident bundles."""
 
 import os
 import signal
@@ -127,7 +127,7 @@ def kill(system: RunningSystem, *applications: str) -> list[int]:
 
 
 def held(control: ExpertControlClient, organ: str) -> list[set[str]]:
-    """What each replica holds, apart from what only stays to go back to."""
+    """The resident bundles of each replica, without those that stay only for a rollback."""
     replicas = control.list(organ).replicas
     return [
         {bundle.digest for bundle in replica.bundles if bundle.progress == 1 and not bundle.spare}
@@ -136,6 +136,6 @@ def held(control: ExpertControlClient, organ: str) -> list[set[str]]:
 
 
 def bundle_of(system: RunningSystem, organ: str) -> Bundle:
-    """What the checkpoint came with."""
+    """The checkpoint's initial bundle."""
     index = read_index(system.checkpoint)
     return Registry(registry_root(system.checkpoint)).open(index.entry(organ).bundle_digest)

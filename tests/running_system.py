@@ -60,7 +60,7 @@ class RunningSystem:
         return channels_to(self.status()["identity"]).blocking(address)
 
     def health(self, service: str) -> int:
-        """What `grpc.health.v1` says of a service at the gateway, which hears of new organs a moment later."""
+        """The status of a service in `grpc.health.v1` at the gateway, which learns of new organs with a delay."""
         with grpc.insecure_channel(self.gateway_address) as channel:
             request = health_pb2.HealthCheckRequest(service=service)
             try:

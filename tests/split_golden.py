@@ -49,7 +49,7 @@ def split_golden(
     synonyms: Mapping[str, tuple[str, ...]] | None = None,
     prototypes: Mapping[str, torch.Tensor] | None = None,
 ) -> SplitGolden:
-    """Takes a checkpoint apart; `groups` says which experts each organ gets, in the set's order."""
+    """Splits a checkpoint; `groups` has each organ's experts, in the set's order."""
     tensors = load_file(checkpoint / "model.safetensors")
     config = json.loads((checkpoint / "config.json").read_text())
     backbone = directory / "backbone"
@@ -87,7 +87,7 @@ def write_golden_bundle(
     synonyms: tuple[str, ...] = (),
     prototype_D: torch.Tensor | None = None,
 ) -> str:
-    """Puts a bundle of some of a checkpoint's experts into the registry beside it; its digest."""
+    """Puts a bundle of some of a checkpoint's experts into its registry; returns the digest."""
     description = BundleDescription(
         name=f"golden-{organ}",
         organ=organ,

@@ -1,4 +1,4 @@
-"""What `python -m` can run answers `--help` after `make serve` alone, and says what to install where it needs more."""
+"""Every `python -m` command has a `--help` after `make serve`, and names the extra to install if it needs more."""
 
 import ast
 import json

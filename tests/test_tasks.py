@@ -1,4 +1,4 @@
-"""A new task is one row of the table: in a process that has one more, every part that knows tasks knows it too."""
+"""A new task is one row of the table: in a process with one more, every part supports it."""
 
 import json
 import subprocess

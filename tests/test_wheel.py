@@ -1,4 +1,4 @@
-"""What the wheel has: our packages with their types, the contracts, the configuration files, and nothing else.
+"""The wheel contains only our packages with their types, the contracts and the configuration files.
 
 And the C library, if there is a compiler.
 """

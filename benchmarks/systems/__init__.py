@@ -1,1 +1,1 @@
-"""The systems that are measured side by side, each in processes of its own that get workloads and give back times."""
+"""The compared systems, each in separate processes that get workloads and return times."""

@@ -1,4 +1,4 @@
-"""The engine with all experts in its own process: `python -m benchmarks.systems.engine --checkpoint DIR --threads N`.
+"""The engine with all experts in its process: `python -m benchmarks.systems.engine --checkpoint DIR --threads N`.
 
 It is built by the function that the served router is built by, with `router.experts: local`.
 """

@@ -59,7 +59,7 @@ def open_generate(checkpoint: Path, threads: int) -> Iterator[Run]:
     model = EchoVLMForConditionalGeneration.from_pretrained(
         checkpoint, dtype="auto", experts_implementation="eager"
     ).eval()
-    # Random weights may say the end token at any time.
+    # Random weights may generate the end token at any time.
     model.generation_config.eos_token_id = None
     yield lambda workload: run_generate(model, workload)
 

@@ -1,4 +1,4 @@
-"""A measured system in a process of its own: a line of JSON with a workload in, a line with the times out.
+"""A measured system in a separate process: a line of JSON with a workload in, a line with the times out.
 
 Every system gets a process so that its thread settings, allocator and libraries are its own. While one is measured,
 the others wait for their next line.
@@ -36,7 +36,7 @@ class MeasuredSystem(AbstractContextManager["MeasuredSystem"]):
     """The parent's side: starts the process, sends workloads, and ends it with the block."""
 
     def __init__(self, arguments: Sequence[str], environment: dict[str, str], root: Path = ROOT) -> None:
-        """Starts the process, and does not wait for it.
+        """Starts the process without waiting for it.
 
         Args:
             arguments: of the Python interpreter.
@@ -44,7 +44,7 @@ class MeasuredSystem(AbstractContextManager["MeasuredSystem"]):
             root: the checkout that it is of.
         """
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 # closed in __exit__
-        # A session of its own: Ctrl-C reaches us alone, and we end it in order.
+        # A separate session: Ctrl-C reaches only this process, which ends the child in order.
         self._process = subprocess.Popen(
             [sys.executable, *arguments],
             cwd=root,
@@ -57,7 +57,7 @@ class MeasuredSystem(AbstractContextManager["MeasuredSystem"]):
         )
 
     def wait_until_ready(self) -> dict[str, Any]:
-        """Waits for it to load; what it says of itself.
+        """Waits until it is loaded; returns its description.
 
         Raises:
             SystemFailedError: it ended instead.
@@ -77,7 +77,7 @@ class MeasuredSystem(AbstractContextManager["MeasuredSystem"]):
         return Timings.from_json(self._read())
 
     def log_tail(self, lines: int = LOG_LINES) -> str:
-        """The last lines of what it and its libraries said."""
+        """The last lines of its and its libraries' output."""
         self._log.seek(0)
         return "\n".join(self._log.read().decode(errors="replace").splitlines()[-lines:])
 
@@ -93,7 +93,7 @@ class MeasuredSystem(AbstractContextManager["MeasuredSystem"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ends the process; kills what does not end by itself."""
+        """Ends the process, or kills it after a time."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with suppress(BrokenPipeError):
@@ -136,7 +136,7 @@ def answers_only() -> IO[str]:
 
 
 def parent_has_gone() -> bool:
-    """Whether the parent has closed the pipe, asked before the system is ready: until then it sends nothing else."""
+    """Whether the parent has closed the pipe before the system is ready: until then it sends nothing else."""
     return bool(select.select([sys.stdin], [], [], 0)[0])
 
 

@@ -24,7 +24,7 @@ TIMEOUT_SECONDS = 600
 
 
 async def run_at_router(channels: InnerChannels, address: str, workload: Workload) -> Timings:
-    """Opens all streams at once, and notes when their tokens arrive."""
+    """Opens all streams concurrently, and records when their tokens arrive."""
     async with channels.asynchronous(address) as channel:
         stub = router_pb2_grpc.RouterStub(channel)
         await channel.channel_ready()

@@ -77,7 +77,7 @@ def actor_of(actor: str | None) -> str:
     try:
         return getpass.getuser()
     except (OSError, KeyError):
-        fail("this user has no login name: say who asks with --actor", EXIT_INVALID)
+        fail("this user has no login name: give --actor", EXIT_INVALID)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ Authority = Annotated[
     Path | None,
     typer.Option("--ca", help="PEM file of the authority that signed the server's certificate; turns TLS on."),
 ]
-Certificate = Annotated[Path | None, typer.Option(help="PEM file of your own certificate, if the server asks for one.")]
+Certificate = Annotated[Path | None, typer.Option(help="PEM file of your own certificate, if the server requires one.")]
 Key = Annotated[Path | None, typer.Option(help="PEM file of your certificate's key.")]
 
 
@@ -32,7 +32,7 @@ def token_of(path: Path | None) -> str | None:
     lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
     token = next((line.split()[0] for line in lines if line and not line.startswith("#")), None)
     if token is None:
-        raise ValueError(f"{path} holds no token: write it on a line of its own")
+        raise ValueError(f"{path} holds no token: write it on a separate line")
     return token
 
 

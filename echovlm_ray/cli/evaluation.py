@@ -153,7 +153,7 @@ def _report(result: "EvaluationResult", output: Path, *, as_json: bool) -> None:
         console_of(stderr=True).print(written, markup=False)
     if result.failed:
         reasons = ", ".join(f"{name} {count}" for name, count in result.failed.items())
-        fail(f"some questions have no answer ({reasons}): the same command asks them again", code=EXIT_INCOMPLETE)
+        fail(f"some questions have no answer ({reasons}): the same command sends them again", code=EXIT_INCOMPLETE)
 
 
 @app.command("compare")

@@ -80,7 +80,7 @@ def push(
         return
     source = context.get_parameter_source("registry")
     if registry_option or (source is not None and source.name == "COMMANDLINE"):
-        fail("give --registry or --control, not both: Control has a registry of its own", EXIT_INVALID)
+        fail("give --registry or --control, not both: Control uses its own registry", EXIT_INVALID)
     with byte_progress("sending") as (start, advance):
         info = control.push(bundle, start=start, progress=advance)
     say(f"{info.organ}@{info.version} is in the registry of {control.address}: {info.digest}")

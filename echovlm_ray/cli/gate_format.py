@@ -46,7 +46,7 @@ def gates_json(path: Path | None) -> str:
 def check_override(override: bool, reason: str) -> None:
     """Ends the command if an override has no reason."""
     if override and not reason.strip():
-        fail("--override needs --reason: it says in the history why the evaluations do not count", EXIT_INVALID)
+        fail("--override needs --reason, which is recorded in the history", EXIT_INVALID)
 
 
 def failed_gates(rollout: "Rollout") -> str:

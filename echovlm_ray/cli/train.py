@@ -100,8 +100,8 @@ def model_command(
     learns, how fast and for how long; `paper` has the two stages of EchoVLM's paper.
 
     The run's folder holds recipe, checkpoints, log, curves, and at the end `model/` in the released layout. Ctrl-C
-    saves and says how to go on; so does whatever else ends a run. The same command resumed gives the same bytes as if
-    it had never been stopped.
+    saves a checkpoint and prints how to resume, as does any other end of a run. A resumed run gives the same bytes as
+    if it had never been stopped.
 
     The exit status is 0 when the model is trained, 1 when a run ended before its time, 2 when something that was given
     cannot be used and nothing was begun, 130 after Ctrl-C.
@@ -163,7 +163,7 @@ def expert_command(
     """Trains one organ's experts and gate rows; everything else is frozen, so no other organ's answers change.
 
     Pictures are encoded once and kept in the run's folder. The end is a bundle with prototype, self-test, metrics and a
-    summary of the data, and a model card beside it, ready to be pushed, staged and promoted. Ctrl-C saves and says how
+    summary of the data, with a model card, ready to be pushed, staged and promoted. Ctrl-C saves and says how
     to go on.
 
     The exit status is 0 when the bundle is packed, 1 when a run ended before its time, 2 when something that was given
@@ -213,7 +213,7 @@ def demo_command(
 
     Two runs: backbone and experts on the phantoms of all regions (recipe `demo`), which never see a simple cyst of the
     breast; then version 1.1.0 of the breast's experts, which does (recipe `demo-expert`). After Ctrl-C the same command
-    goes on. What comes out, `demo_model/` in the work folder, is what `echoray checkpoint demo` makes a checkpoint of.
+    goes on. `echoray checkpoint demo` converts the result, `demo_model/` in the work folder, to a checkpoint.
 
     Example: `echoray train demo build/demo-model`
     """
@@ -266,7 +266,7 @@ def training_errors(code: int = EXIT_ENDED) -> Iterator[None]:
 def _open_run(
     options: RunOptions, kind: Literal["model", "expert"], new_run: "Callable[[Path, DataFiles, Recipe], Run]"
 ) -> "tuple[Path, Run, Recipe]":
-    """Folder, run and recipe: of the run that is gone on with, or of a new one, which is begun."""
+    """Folder, run and recipe of the resumed run, or of a new one."""
     _quiet_libraries()
     with training_errors(EXIT_INVALID):
         return _opened(options, kind, new_run)
@@ -323,7 +323,7 @@ def _require_new(folder: Path) -> None:
 
 
 def _quiet_libraries() -> None:
-    """Leaves the terminal to our own progress: transformers draws bars of its own."""
+    """Disables transformers' progress bars in favour of ours."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]

@@ -44,7 +44,7 @@ def fail(message: str, code: int = 1) -> NoReturn:
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """Turns what a user did, and what a disk does, into one line; lets SIGTERM clean up as Ctrl-C does."""
+    """Reports user errors and disk errors in one line; SIGTERM cleans up like Ctrl-C."""
 
     from echovlm_ray.checkpoint.layout import InvalidCheckpointError
     from experts.errors import ExpertCapacityError, InvalidBundleError, RegistryError, UnknownBundleError

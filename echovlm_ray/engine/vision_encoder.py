@@ -1,6 +1,6 @@
 """The vision encoder: patches to embeddings, many inputs in one forward pass, each picture encoded once.
 
-Lives on an event loop; the forward pass runs on a thread of its own.
+Belongs to an event loop; the forward pass runs on a separate thread.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from experts.bundles.digest import digest_of
 # one caller's input does not wait for many of another's, nor is computed beside them.
 SHARED_S = 10.0
 SHARED_BATCH = 16
-# Of the places in the queue, one in so many is for callers of which nothing waits.
+# One in this many places of the queue is reserved for callers without a waiting input.
 RESERVED = 4
 
 
@@ -50,7 +50,7 @@ class EncodedInput:
 
     Attributes:
         content_digest: SHA-256 over the encoder's digest, the salt, the grid and the patches.
-        cached: whether nothing had to be computed for it.
+        cached: whether it came from the cache.
     """
 
     content_digest: str
@@ -116,7 +116,7 @@ class VisionEncoder:
         """
         Args:
             tower: see `echovlm_ray.model.checkpoint.load_vision_tower`. On a CPU its linear layers are packed, so that
-                an input's embedding has the same bits whatever else is in the batch.
+                an input's embedding has the same bits in every batch.
             digest: the encoder's identity (`encoder_digest`).
             cache_bytes: the size of the cache; 0 disables it.
             max_batch_patches: patches in one forward pass; a larger input is refused.
@@ -151,7 +151,7 @@ class VisionEncoder:
 
         Raises:
             OverloadedError: too many inputs wait.
-            InvalidRequestError: an input alone is larger than a batch may be.
+            InvalidRequestError: a single input is larger than the largest batch.
         """
         for index, item in enumerate(items):
             if len(item.patches) > self.max_batch_patches:
@@ -214,7 +214,7 @@ class VisionEncoder:
     def _leave(self, jobs: dict[str, _Job]) -> None:
         for digest, job in jobs.items():
             job.callers -= 1
-            # The same image may have come again since the job ended, as a job of its own that others wait for.
+            # Since the job ended, the same image may have arrived again as a separate job that others wait for.
             unwanted = not job.callers and self._jobs.get(digest) is job
             if unwanted and self._waiting.discard(job.item.caller, digest):
                 del self._jobs[digest]
@@ -235,7 +235,7 @@ class VisionEncoder:
                     del self._jobs[digest]
                     if not job.result.done():
                         job.result.set_exception(error)
-                        # Read here too: with all callers gone it would never be read, and asyncio would complain.
+                        # Retrieved here too: without callers it would never be, and asyncio would log a warning.
                         job.result.exception()
                 continue
             for digest, job, embedding in zip(digests, batch, embeddings, strict=True):
@@ -266,5 +266,5 @@ class VisionEncoder:
         grids = torch.tensor([item.grid for item in items], device=device)
         embeddings = self._tower(patches, grid_thw=grids).pooler_output.cpu()
         sizes = [len(item.patches) // self.merge_size**2 for item in items]
-        # Copies, or one kept embedding would keep its whole batch in memory.
+        # Copies, because a cached view would keep its whole batch in memory.
         return [part.clone() for part in embeddings.split(sizes)]

@@ -72,7 +72,7 @@ class Asking:
         log: the file of answers.
         settings: their digest.
         asking: how questions are asked.
-        request_limits: how many at once, and how long a service is waited for.
+        request_limits: concurrency, and how long to wait for an unavailable service.
         limits: of an image, where a blank one of its size is made.
         seed: decides which images are exchanged.
     """
@@ -172,7 +172,7 @@ def _images(work: Work, run: Asking) -> list[bytes]:
 
 
 def _size(content: bytes, limits: ImageLimits) -> tuple[int, int]:
-    """Width and height of an image as the model sees it."""
+    """Width and height of an image as the model's input."""
     if content[128:132] != b"DICM":
         with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
             return image.width, image.height

@@ -22,7 +22,7 @@ ASKED: tuple[Variant, ...] = VARIANTS[:3]
 
 
 def blank_image(width: int, height: int) -> bytes:
-    """A black PNG: the background of every ultrasound image, and nothing else."""
+    """A black PNG: only the background of an ultrasound image."""
     buffer = io.BytesIO()
     Image.fromarray(np.zeros((height, width, 3), dtype=np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()

@@ -70,7 +70,7 @@ class LoadedItems:
     Attributes:
         items: the usable items.
         left_out: the positions of records that cannot be sent to a service.
-        remarks: what the records' `notice` says, each text once: of phantoms, that they are synthetic.
+        remarks: the texts of the records' `notice`, each once; for phantoms, that they are synthetic.
     """
 
     items: tuple[Item, ...]

@@ -28,7 +28,7 @@ class Judgement:
         exact: whether every attribute is right, and nothing contradicts.
         diagnosis: the true class and the one that the answer names, None where it names none or several.
         choice: likewise for a question: the expected answer and the given one.
-        normal: "normal" or "abnormal", and what the answer says, None where that is neither.
+        normal: "normal" or "abnormal", and the answer's value, None if it is neither.
         missed: attributes that are not right, by name.
     """
 

@@ -151,7 +151,7 @@ def _meteor_metric(
     tokenization: Tokenization,
     language: Language,
 ) -> NgramMetric:
-    """METEOR with what there is: without WordNet, or in Chinese, it knows no synonyms, and its name says so."""
+    """METEOR; without WordNet, or in Chinese, it has no synonyms, and its name says so."""
     synonyms = language == "en" and _has_wordnet()
     source = wordnet if synonyms else _NoWordNet()
     values = [

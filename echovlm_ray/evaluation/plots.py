@@ -12,7 +12,7 @@ _COLOURS = dict(zip(VARIANTS, ("#0b5cad", "#8c959f", "#bf8700", "#cf222e"), stri
 
 
 def draw_scores(result: EvaluationResult, path: Path) -> bool:
-    """Draws what was right, and beside it BLEU-1 and ROUGE-L where they are shown.
+    """Plots the share of right answers, with BLEU-1 and ROUGE-L where they are shown.
 
     Returns:
         whether there was anything to draw.

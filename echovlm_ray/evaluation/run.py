@@ -221,7 +221,7 @@ def _thumbnail(plan: Plan, item: Item) -> str:
     try:
         frame = decode_image_file(content, limits=plan.limits, field="").frames[0]
     except ValueError:
-        # The service refused it too, and the notices say so.
+        # The service refused it too, which is in the notices.
         return ""
     image = Image.fromarray(frame)
     image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))

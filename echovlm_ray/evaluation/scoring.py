@@ -46,7 +46,7 @@ class Metric:
     Attributes:
         kind: a clinical metric, or a text metric.
         places: the indices of its items.
-        statistic: one row for each of them; None where it cannot be computed, and then `error` says why.
+        statistic: one row for each of them; None if it cannot be computed, with the reason in `error`.
     """
 
     name: str

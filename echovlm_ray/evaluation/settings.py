@@ -12,7 +12,7 @@ from echovlm_ray.config import PositiveFloat, PositiveInt, Section
 class AskSettings(Section):
     """The settings of requests. Every field affects the answers."""
 
-    # When answers are cut off, raise it; greedy decoding stops by itself at an answer's end.
+    # Raise it when answers are cut off; greedy decoding stops at an answer's end anyway.
     max_new_tokens: PositiveInt = 256
     # When you evaluate the experts independently of the organ gate, "given" sends each record's organ; with "found" the
     # service determines it, as for most callers.
@@ -51,11 +51,11 @@ class Target(Section):
 
 
 def settings_digest(target: Target, asking: AskSettings, seed: int) -> str:
-    """The identity of a run: the same model, asked in the same way.
+    """The identity of a run: model and request settings.
 
     Args:
         target: the model; its names play no part.
-        asking: how it is asked.
+        asking: the request settings.
         seed: decides which images are exchanged in a baseline.
     """
     content = {

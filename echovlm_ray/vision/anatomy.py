@@ -24,7 +24,7 @@ SEQUENCES = (
 # Where enhanced objects keep the sequences above: PS3.3 C.7.6.16.2.8.
 NESTED = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "FrameAnatomySequence")
 # What devices write that declare another character set, or none. A text in one of them counts only when the table
-# knows it: bytes that merely can be decoded prove nothing.
+# has it: that bytes can be decoded is no evidence of their encoding.
 UNDECLARED = ("utf-8", "gb18030", "big5", "shift_jis", "latin-1")
 # An escape sequence of ISO 2022; pydicom leaves those of GB 2312 in the text.
 ESCAPE_SEQUENCE = re.compile("\x1b(?:\\$[()]?|[()-])[@-~]")
@@ -94,7 +94,7 @@ def _text(dataset: Dataset, keyword: str, encodings: tuple[str, ...]) -> str:
 
 
 def _decoded(value: bytes, encodings: tuple[str, ...]) -> str:
-    """The text as it is declared; as another encoding when that makes a known term of it; empty when neither fits."""
+    """The text in the declared encoding, or in another one if that gives a known term; empty if none fits."""
     declared = _as_declared(value, encodings)
     if declared is not None and (value.isascii() or anatomy.is_known(declared)):
         return declared
@@ -110,7 +110,7 @@ def _decoded(value: bytes, encodings: tuple[str, ...]) -> str:
 
 def _as_declared(value: bytes, encodings: tuple[str, ...]) -> str | None:
     if b"\x1b" in value:
-        # Where the escape sequences are not declared, they still say themselves what they mean.
+        # Escape sequences are self-describing, even if they are not declared.
         every = (*(encodings or ("ascii",)), *(name for name in python_encoding.values() if name not in encodings))
         try:
             text = ESCAPE_SEQUENCE.sub("", decode_bytes(value, every, set()))

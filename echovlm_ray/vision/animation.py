@@ -53,7 +53,7 @@ def decode_animation(
 
 
 def count_gif_frames(content: bytes, max_pixels: int) -> tuple[int, tuple[str, ...]]:
-    """How many whole frames a GIF holds (GIF 89a), with a notice if it is cut off.
+    """The number of complete frames in a GIF (GIF 89a), with a notice if it is truncated.
 
     Raises:
         InvalidPictureError: none, or more blocks or pixels than are decoded.

@@ -16,7 +16,7 @@ _JFIF, _ADOBE = 0xE0, 0xEE
 _JP2_SIGNATURE = b"\x00\x00\x00\x0cjP  "
 _JPEG2000_START = b"\xff\x4f\xff\x51"
 END_MARKER = b"\xff\xd9"
-# It stands within so many bytes of the end, because padding makes a fragment even.
+# It is within this many bytes of the end, because fragments are padded to even lengths.
 END_BYTES = 64
 
 
@@ -29,7 +29,7 @@ class FrameSize:
         height: pixels.
         samples: how many values a pixel has.
         bits: of a value.
-        signed: whether values are (JPEG 2000 alone can say so).
+        signed: whether values are (only JPEG 2000 declares it).
         kind: how the frame is compressed.
         colours: of three samples, what decoding without a colour transform gives; None where nothing says so. Of
             JPEG 2000 with a component transform it is RGB, because every decoder reverses it.

@@ -25,7 +25,7 @@ def to_eight_bits(
     Args:
         arrays: of any shape: booleans, integers or floats.
         bits: how many bits an unsigned value has by the file's header; floats and signed integers do not use it.
-        significant: how many of them the file says are meaningful (the sBIT chunk of a PNG); believed if they fit.
+        significant: the number of significant bits in the file (the sBIT chunk of a PNG); used if the values fit.
 
     Returns:
         The arrays as uint8, and notices of what was assumed.

@@ -25,7 +25,7 @@ def video_kind(stream: bytes | memoryview, transfer_syntax: str | None) -> str |
     Args:
         stream: the pixel data as one stream: joined fragments (bytes), or a value without fragments (memoryview), which
             is a video only if the transfer syntax says so; empty where they are compressed frames.
-        transfer_syntax: decides where the stream does not say what it is.
+        transfer_syntax: decides if the stream's kind cannot be detected.
     """
     if not stream:
         return None
@@ -52,7 +52,7 @@ def decode_dicom_video(dataset: Any, stream: bytes, kind: str, *, max_pixels: in
     Args:
         dataset: a pydicom dataset.
         stream: all fragments of its pixel data behind the offset table, joined.
-        kind: what `video_kind` says of the stream.
+        kind: of the stream, from `video_kind`.
         max_pixels: of the frames taken together.
         max_frames: at least 2.
 

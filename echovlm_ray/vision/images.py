@@ -40,7 +40,7 @@ class DecodedImage:
         frames_taken: how many different frames of the file those are.
         source_frames: how many frames the file has.
         anatomy_terms: DICOM's coded names of the body part shown.
-        notices: what was done differently from what the file or the configuration asks for, a sentence each.
+        notices: deviations from the file's attributes or the configuration, one sentence each.
         is_partial: whether the file is cut off or damaged, so that frames or parts of them are missing. A request is
             answered from what is there; data sets refuse such files.
     """

@@ -21,7 +21,7 @@ MAX_PACKETS = 500_000
 class Jpeg2000File:
     """Size of the picture in pixels, how many values a pixel has, of how many bits each at most.
 
-    `has_end` is False where a file lacks the mark of its end and nothing else.
+    `has_end` is False if only the end marker is missing.
     """
 
     width: int

@@ -42,7 +42,7 @@ class JpegFile:
         process: the marker of the frame, 0xC0 for baseline, 0xF7 for JPEG-LS and so on.
         exif: the contents of the first EXIF segment.
         xmp: the contents of the first XMP segment.
-        holds_several: whether further pictures follow the first.
+        holds_several: whether more pictures follow the first.
         body: the file without segments that do not concern the picture; `scans_at` is a place in it.
         scans_at: where the first scan begins.
     """
@@ -62,7 +62,7 @@ class JpegFile:
 
     @property
     def has_end(self) -> bool:
-        """Whether the mark of the end is there, whatever follows it."""
+        """Whether there is an end marker, with or without data after it."""
         return self.body.rfind(END, self.scans_at) >= 0
 
 
@@ -138,7 +138,7 @@ def check_cost(jpeg: JpegFile, max_pixels: int) -> None:
     """Refuses files whose scans take far longer to decode than their pixels do.
 
     Raises:
-        InvalidPictureError: too many scans, or a kind of JPEG that no decoder here knows.
+        InvalidPictureError: too many scans, or an unsupported kind of JPEG.
     """
     if jpeg.process in _HIERARCHICAL:
         raise InvalidPictureError("is a hierarchical JPEG, which is not accepted; save it as baseline JPEG or PNG")
@@ -171,7 +171,7 @@ def _scan_headers(jpeg: JpegFile, most: int) -> list[bytes]:
 
 
 def may_be_complete(jpeg: JpegFile) -> bool:
-    """Whether a file without the mark of its end may still hold every pixel, by its scans and restart markers.
+    """Whether a file without end marker may still have every pixel, by its scans and restart markers.
 
     A file that is cut between two scans, or where decoding starts again, decodes without any complaint: what is missing
     is grey or coarse.

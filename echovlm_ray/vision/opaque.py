@@ -17,7 +17,7 @@ def opaque_rgb(image: Image.Image) -> tuple[FrameArray, tuple[str, ...]]:
     """
     if "A" in image.mode or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        # A palette whose every colour is transparent is meant so; an empty alpha channel is a fault of its writer.
+        # A palette with only transparent colours is intentional; an empty alpha channel is an error of the writer.
         if "A" in image.mode and rgba.getchannel("A").getextrema()[1] == 0:
             return np.array(rgba.convert("RGB")), (TRANSPARENT,)
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba)

@@ -1,6 +1,6 @@
 """The orientation in EXIF or XMP, read from the bytes of this field only.
 
-Libraries parse all of EXIF and fail on a broken field beside the one that matters.
+Libraries parse all of EXIF and fail on broken fields that do not matter here.
 """
 
 import re
@@ -61,7 +61,7 @@ def _exif_orientation(exif: bytes) -> int | None:
 
 
 def oriented(frame: FrameArray, orientation: int) -> FrameArray:
-    """The frame as it is to be shown: mirrored and turned as the orientation says."""
+    """The frame mirrored and rotated according to the orientation."""
     if orientation >= 5:
         frame = frame.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):

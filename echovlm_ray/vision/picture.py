@@ -23,7 +23,7 @@ class Picture:
         frames: height × width × 3, uint8, RGB, all of one size.
         indices: where in the file they are; the last one may occur twice (see `sample_frames`).
         source_frames: how many frames the file has.
-        notices: what was done differently from what the file asks for, a sentence each.
+        notices: deviations from the file's attributes, one sentence each.
         is_partial: whether the file is cut off or damaged, so that frames or parts of them are missing.
     """
 
@@ -40,8 +40,8 @@ def check_pixels(width: int, height: int, frames: int, max_pixels: int, pixel_by
     Args:
         width: of a frame.
         height: likewise.
-        frames: how many are decoded at once.
-        max_pixels: the limit; `STORED_BYTES` times as many bytes may be decoded at once.
+        frames: the number that is decoded together.
+        max_pixels: the limit; `STORED_BYTES` times as many bytes may be decoded together.
         pixel_bytes: what a decoder returns for a pixel.
 
     Raises:

@@ -33,10 +33,10 @@ class PngFile:
         height: likewise.
         bits: of a value.
         colour: the colour type: 0 grey, 2 RGB, 3 palette, 4 grey with alpha, 6 RGBA.
-        significant: how many bits of a value are meaningful, where the file says so.
+        significant: the number of significant bits, if the file has it.
         exif: the contents of the eXIf chunk.
         xmp: the XMP, unless it is compressed.
-        animation_frames: how many frames of an animation the file holds; 0 for a still.
+        animation_frames: the number of complete frames of an animation; 0 for a still.
         body: the file with only the chunks that concern the pixels.
         wrong: the kinds of those chunks whose checksum is wrong, and IEND if it is missing.
     """

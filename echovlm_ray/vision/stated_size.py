@@ -12,7 +12,7 @@ _SYNC = b"\x47"
 
 
 def is_cut_short(content: bytes, kind: str) -> bool:
-    """Whether a file has fewer bytes than it says; False where its kind does not say.
+    """Whether a file has fewer bytes than it declares; False if its kind does not declare a size.
 
     AVI: the size of its RIFF list. Matroska: that of its segment (RFC 8794, RFC 9559). WMV: the field of its file
     properties (ASF 3.2). MPEG transport stream: its packets are of one size (ISO 13818-1).
@@ -65,6 +65,6 @@ def _asf(content: bytes) -> int | None:
         return None
     # Behind identifier and size of the object, and the identifier of the file.
     size = int.from_bytes(content[place + 40 : place + 48], "little")
-    # A live stream, whose size is not meant.
+    # A live stream, whose size has no meaning.
     is_live = content[place + 88 : place + 89] != b"" and content[place + 88] & 1
     return None if is_live or not size else size

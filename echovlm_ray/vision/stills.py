@@ -43,7 +43,7 @@ def decode_still(content: bytes, kind: str, *, max_pixels: int, max_frames: int)
         max_frames: at least 2.
 
     Raises:
-        InvalidPictureError: truncated, damaged, over a limit, or of a form that no decoder here knows.
+        InvalidPictureError: truncated, damaged, over a limit, or unsupported.
     """
     try:
         return _DECODERS[kind](content, max_pixels, max_frames)
@@ -114,7 +114,7 @@ def _pillow_jpeg(content: bytes) -> FrameArray:
 
 
 def _without_end(jpeg: JpegFile, decode: Callable[[bytes], _Array]) -> _Array:
-    """A JPEG that lacks the mark of its end, and nothing else.
+    """Decodes a JPEG in which only the end marker is missing.
 
     Decoders fill what is missing without a word. So it is decoded with two different fillings: where the pixels are
     complete, neither is looked at.

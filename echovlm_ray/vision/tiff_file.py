@@ -28,12 +28,12 @@ _Values = npt.NDArray[np.unsignedinteger]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TiffPage:
-    """One directory of a TIFF: its number in the file and what it says of its picture.
+    """One directory of a TIFF: its number in the file and its picture's fields.
 
     Attributes:
         bits: of a value; the largest where they differ.
         photometric: 0 white is zero, 1 black is zero, 2 RGB, 3 palette, 5 CMYK, 6 YCbCr, 8 CIELab.
-        planar: whether each sample is a plane of its own.
+        planar: whether each sample is a separate plane.
         extra: what samples beyond the colours are: 1 alpha already multiplied, 2 alpha, 0 anything.
         colours: of a palette: all the reds, all the greens and all the blues, 16 bits each.
         reduced: whether it is a smaller copy of another page, or a mask.
@@ -153,7 +153,7 @@ def _page(content: bytes, number: int, tags: dict[int, _Values]) -> TiffPage:
 
 
 def check_cost(content: bytes, page: TiffPage, max_pixels: int) -> None:
-    """Refuses pages that no decoder here knows, or that take far longer to decode than their pixels do.
+    """Refuses unsupported pages, and those that take far longer to decode than their pixels justify.
 
     Raises:
         InvalidPictureError: with what to do instead.

@@ -20,7 +20,7 @@ def decode_tiff(content: bytes, max_pixels: int, max_frames: int) -> Picture:
     """Decodes the pages of a TIFF, evenly spread if they are many; smaller copies of a page are left out.
 
     Raises:
-        InvalidPictureError: truncated, damaged, over a limit, or of a form that no decoder here knows.
+        InvalidPictureError: truncated, damaged, over a limit, or unsupported.
     """
     pages = read_tiff(content)
     whole = [page for page in pages if not page.reduced] or pages

@@ -76,7 +76,7 @@ class _Frames:
         if not self._video.has_times:
             if not all(packet.is_keyframe for packet in packets):
                 return None
-            # Every frame stands alone, so the order of decoding is the order of showing.
+            # Every frame is independent, so the decoding order is the display order.
             for place, packet in enumerate(packets):
                 packet.pts = packet.dts = place
         times = [packet.pts for packet in packets if not packet.is_discard and packet.pts is not None]

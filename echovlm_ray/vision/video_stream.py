@@ -33,7 +33,7 @@ CONVERT = "convert it to MP4 with H.264"
 _MAX_PACKETS = 100_000
 # FFmpeg looks at this much to find out what is in a container.
 _PROBED_BYTES = 5_000_000
-# Containers that do not say when a frame is to be shown: where frames refer to later ones, FFmpeg guesses it wrong.
+# Containers without presentation times: if frames refer to later ones, FFmpeg guesses the times wrong.
 _WITHOUT_TIMES = frozenset(("AVI", "MPEG video", "MPEG-4 video", "H.264", "HEVC"))
 # A video that lasts less than this share of its stated time, by more than some seconds, is cut off.
 _SHORT, _SHORT_S = 0.9, 0.2
@@ -49,9 +49,9 @@ class OpenVideo:
         stream: PyAV's, with its decoder not yet opened.
         packets: all of the stream that are to be shown, in the order in which they are decoded.
         has_times: whether the times of the packets are those of the container.
-        stated_frames: how many frames the container says there are; 0 if it says nothing.
+        stated_frames: the container's number of frames; 0 if it has none.
         notices: what is amiss with the container.
-        is_cut_off: whether packets or parts of them are missing that the container says there are.
+        is_cut_off: whether packets that the container declares, or parts of them, are missing.
     """
 
     stream: "VideoStream"
@@ -169,7 +169,7 @@ def _packets(container: Any, stream: "VideoStream", file_bytes: int) -> tuple[li
 
 
 def _is_short(container: Any, stream: "VideoStream", packets: list["Packet[Any]"]) -> bool:
-    """Whether the container says that it lasts much longer than its packets do; nothing is known without times."""
+    """Whether the container declares a much longer duration than its packets have; False without times."""
     times = [packet.pts for packet in packets if packet.pts is not None]
     if stream.frames or container.streams.audio or not container.duration or not times or not stream.time_base:
         return False

@@ -14,7 +14,7 @@ class WebpFile:
     Attributes:
         width: of the canvas, pixels.
         height: likewise.
-        animation_frames: how many frames of an animation the file holds; 0 for a still.
+        animation_frames: the number of complete frames of an animation; 0 for a still.
         exif: the contents of the EXIF chunk.
         xmp: the contents of the XMP chunk.
     """

@@ -80,13 +80,13 @@ def check_file_path(path: str) -> str:
     """
     shown = repr(path[:200])
     if path.startswith("/") or re.match(r"[A-Za-z]:", path):
-        raise ValueError(f"path {shown} is absolute; a bundle's files lie beside its manifest")
+        raise ValueError(f"path {shown} is absolute; a bundle's files are in its manifest's folder")
     if "\\" in path:
         raise ValueError(f"path {shown} has a backslash")
     if ".." in path.split("/"):
         raise ValueError(f"path {shown} leaves the bundle")
     if "/" in path:
-        raise ValueError(f"path {shown} names a subfolder; a bundle's files lie beside its manifest")
+        raise ValueError(f"path {shown} names a subfolder; a bundle's files are in its manifest's folder")
     if path.startswith("."):
         raise ValueError(f"path {shown} is hidden")
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,150}", path):

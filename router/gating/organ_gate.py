@@ -106,7 +106,7 @@ class OrganGate:
             return OrganChoice(_equal_shares([nearest]), router_pb2.ORGAN_SOURCE_PROTOTYPE)
         if self._default_organ not in expert_set.organs:
             raise UnknownOrganError(
-                f"nothing tells the organ, and {self._default_organ!r} (model.default_organ) is not served any more: "
+                f"the organ is unknown, and {self._default_organ!r} (model.default_organ) is not served any more: "
                 f"name one of {', '.join(expert_set.organs)}"
             )
         return OrganChoice(_equal_shares([self._default_organ]), router_pb2.ORGAN_SOURCE_DEFAULT)

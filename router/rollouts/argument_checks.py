@@ -18,7 +18,7 @@ def check_actor(actor: str) -> str:
     """
     if not actor.strip() or len(actor) > MAX_ACTOR or not actor.isprintable():
         raise InvalidRolloutRequestError(
-            "actor", f"must say who asks, in 1 to {MAX_ACTOR} printable characters; it stands in the history"
+            "actor", f"must name the operator, in 1 to {MAX_ACTOR} printable characters; it is recorded in the history"
         )
     return actor
 

@@ -172,7 +172,7 @@ class Database:
         if seen is not None and hash_at(connection, seen.count) != seen.hash:
             raise RolloutDatabaseLostError(
                 f"the rollouts' database {self.name} was replaced by an older or another state while it was in use: "
-                "restart Control to go on from what it says now"
+                "restart Control to continue from its present state"
             )
 
     def close(self) -> None:

@@ -31,7 +31,7 @@ def stage_steps(organ: str, is_new: bool, plan: RolloutPlan) -> tuple[str, ...]:
     assert plan.thresholds is not None
     if plan.gates:
         listed = ", ".join(gate.subject for gate in plan.gates)
-        steps.append(f"it is evaluated beside the requests, without answering any before it has passed: {listed}")
+        steps.append(f"it is evaluated in parallel to the requests, and gets none before it has passed: {listed}")
     for step in plan.steps:
         verb = "answers" if step.mode == "canary" else "computes, unseen,"
         needed = plan.thresholds.min_successes if step.min_successes is None else step.min_successes

@@ -173,7 +173,7 @@ class GateOperations:
 
 def gate_steps(plan: RolloutPlan) -> tuple[str, ...]:
     """The steps that follow when gates are added."""
-    steps = [f"it is evaluated beside the requests, without answering any: {_demand(gate)}" for gate in plan.gates]
+    steps = [f"it is evaluated in parallel to the requests, and gets none: {_demand(gate)}" for gate in plan.gates]
     if plan.promote:
         steps.append("it becomes stable by itself once it has passed; otherwise an operator decides")
     for step in plan.steps:

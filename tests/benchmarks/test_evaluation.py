@@ -1,4 +1,4 @@
-"""The benchmark of evaluations runs against a gateway, and says what it measured."""
+"""The benchmark of evaluations runs against a gateway, and reports its measurement."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The lifecycle benchmark: that it sees what is wrong, and a whole run of it on a small scale."""
+"""The lifecycle benchmark: it detects faults; and a whole run on a small scale."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The paper's comparison: its variants are what they are called, and a short run ends, goes on and refuses."""
+"""The paper's comparison: its variants are correct, and a short run ends, resumes and refuses."""
 
 import json
 import subprocess

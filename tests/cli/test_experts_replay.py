@@ -174,7 +174,7 @@ def test_two_replays_at_the_memory_limit_take_turns(system: System, control: Exp
         next(waiting)
         time.sleep(0.5)
         assert system.leases.ready_set(second) is None
-        # What is served is never unloaded for it.
+        # Live bundles are never unloaded for it.
         holds(system, "1.0.0", "1.2.0")
     with waiting:
         waiting.wait()

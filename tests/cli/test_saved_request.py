@@ -1,4 +1,4 @@
-"""The file of a request: what is written reads back, and nothing else is taken for one."""
+"""The file of a request: round trip, and refusal of other files."""
 
 import json
 import os

@@ -57,7 +57,7 @@ class Status(status_pb2_grpc.SystemStatusServicer):
 def control(
     response: status_pb2.GetStatusResponse | None = None, options: ServerOptions | None = None
 ) -> Iterator[str]:
-    """A real Control server on a loop of its own; yields its address."""
+    """A real Control server on a separate event loop; yields its address."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()

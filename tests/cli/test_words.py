@@ -1,4 +1,4 @@
-"""What is said when something is in the way: the cause, and what to type. And tables at 80 columns."""
+"""Error messages have the cause and the command to type; and tables at 80 columns."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A real gRPC server whose EchoVLM does what a test tells it: for failures that a healthy system does not show."""
+"""A real gRPC server with a scripted EchoVLM service, for failures that a healthy system does not have."""
 
 import asyncio
 import threading
@@ -37,7 +37,7 @@ PIECES = ("The left ", "ventricle ", "心脏")
 
 
 class ScriptedEchoVLM(echovlm_pb2_grpc.EchoVLMServicer):
-    """Fails as often as `failures` says, then answers; keeps what it saw."""
+    """Fails `failures` times, then answers; records the requests."""
 
     def __init__(self) -> None:
         self.failures: list[status_pb2.Status] = []

@@ -1,4 +1,4 @@
-"""The distribution `echovlm-ray-client`: what is in it, and that it works beside other packages, however old."""
+"""The distribution `echovlm-ray-client`: its contents, and that it works with old versions of other packages."""
 
 import ast
 import json

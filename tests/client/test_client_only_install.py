@@ -1,4 +1,4 @@
-"""The base install in an environment of its own: neither torch nor ray comes along, and client and command work."""
+"""The base install in a separate environment: without torch and ray, and client and command work."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Whatever comes together, whenever, in however little room: every answer is what plain `generate` says of it alone."""
+"""For any mix of requests, arrival times and cache sizes, every answer equals that of plain `generate`."""
 
 import threading
 import time

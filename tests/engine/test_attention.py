@@ -1,4 +1,4 @@
-"""Paged attention gives what attention over each sequence alone gives, to the bit, whatever else is in the step."""
+"""Paged attention equals attention over each sequence alone, to the bit, in every batch."""
 
 from collections.abc import Iterator
 

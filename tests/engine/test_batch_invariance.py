@@ -1,4 +1,4 @@
-"""What a request computes has the same bits whatever is computed beside it, and however its prompt was divided."""
+"""A request's results have the same bits in every batch, and for every chunking of its prompt."""
 
 from collections import defaultdict
 from collections.abc import Iterator

@@ -88,7 +88,7 @@ def test_mixture(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_not_a_number_is_passed_on(dtype: torch.dtype) -> None:
-    """A rollout is taken back because of it, so that it must not be lost on the way."""
+    """NaN must be propagated, because a rollout is rolled back for it."""
     bad_TD = randn(2, HIDDEN, dtype=dtype)
     bad_TD[1, 3] = torch.nan
     x_TD = torch.empty_like(bad_TD)

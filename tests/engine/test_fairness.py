@@ -1,4 +1,4 @@
-"""Callers share the engine: one with many long prompts keeps no other waiting, and is not starved either."""
+"""Callers share the engine: one with many long prompts does not block the others, and is not starved either."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st

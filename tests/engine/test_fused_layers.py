@@ -1,4 +1,4 @@
-"""A fused layer computes what the model's own does, holds no weight twice, and two half batches give the whole."""
+"""A fused layer equals the model's layer, stores no weight twice, and two half batches equal the whole batch."""
 
 import copy
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Keys are equal where, and only where, nothing that decides what the cache holds is different."""
+"""Prefix keys are equal if and only if everything that determines the cached blocks is equal."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The engine says once of every request when it has released it, after the last output."""
+"""The engine reports the release of every request exactly once, after its last output."""
 
 import time
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Blocks are neither lost nor given twice, whatever happens to the sequences."""
+"""Blocks are neither leaked nor allocated twice, in any sequence of events."""
 
 import time
 from collections import Counter

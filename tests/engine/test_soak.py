@@ -1,4 +1,4 @@
-"""The benchmark's soak, small: whatever happens to requests, every block comes back."""
+"""A small run of the soak benchmark: every block is freed, whatever happens to requests."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A gateway that answers as a test tells it to, over real gRPC."""
+"""A scripted gateway over real gRPC."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -16,7 +16,7 @@ from protos import echovlm_pb2, echovlm_pb2_grpc, router_pb2
 
 @dataclass
 class ScriptedGateway(echovlm_pb2_grpc.EchoVLMServicer):
-    """Answers each request by a function of it; counts what it is asked and how many at once."""
+    """Answers each request with a function of it; counts requests and their concurrency."""
 
     answer: Callable[[echovlm_pb2.GenerateRequest], str]
     seconds: float = 0.0

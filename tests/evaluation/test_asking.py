@@ -1,4 +1,4 @@
-"""Many questions at once against a real gRPC server: limits, retry hints, failures, resuming."""
+"""Concurrent questions to a real gRPC server: limits, retry hints, failures, resuming."""
 
 from collections import Counter
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is exported is what U2-BENCH's kit reads, as its own functions read it."""
+"""The export can be read with the functions of U2-BENCH's kit."""
 
 import json
 from pathlib import Path

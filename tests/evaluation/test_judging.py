@@ -1,4 +1,4 @@
-"""What an answer got right; nothing said is nothing right."""
+"""Scores of an answer's attributes; an empty answer has none right."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""From answers to result, page and picture: perfect and useless models, words never alone, everything escaped."""
+"""From answers to result, page and plot: perfect and useless models, no text metrics alone, everything escaped."""
 
 import html
 import json

@@ -1,4 +1,4 @@
-"""The kinds of bad bundle, each made out of a good one, with what its refusal says."""
+"""The kinds of bad bundles, each made from a good one, with the text of its refusal."""
 
 import json
 import os

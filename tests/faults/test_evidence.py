@@ -1,4 +1,4 @@
-"""Without requests, time alone promotes nothing; after a promotion the version before is kept to go back to."""
+"""Without requests, time alone does not promote; after a promotion the old version stays resident for a rollback."""
 
 import json
 import time

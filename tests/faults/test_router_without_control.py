@@ -1,4 +1,4 @@
-"""A Router that starts while Control is away gives what was promoted last, not what the checkpoint came with."""
+"""A Router that starts while Control is unavailable serves the last promoted version, not the initial one."""
 
 import fcntl
 import os

@@ -52,7 +52,7 @@ TIMEOUT_S = 60.0
 
 
 class PinningRouter(router_pb2_grpc.RouterServicer):
-    """What Control sees of a Router: a policy, and what it still needs."""
+    """A Router's part for Control: a policy, and the bundles that it needs."""
 
     def __init__(self) -> None:
         self.pins = router_pb2.PinsResponse(policy_version=1)

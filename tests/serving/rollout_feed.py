@@ -1,4 +1,4 @@
-"""A small Control: sends the policies that a test sets, and keeps what is reported. And a router that listens to it."""
+"""A small Control that sends a test's policies and records reports; and a router that follows it."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
@@ -108,11 +108,11 @@ class SmallControl(control_pb2_grpc.RolloutFeedServicer):
         self.policy: TrafficPolicy | None = None
         self.reports: list[control_pb2.ReportRequest] = []
         self.watchers: set[str] = set()
-        # Watcher → version of the policy that it said is in force.
+        # Watcher → version of the policy that it acknowledged.
         self.taken_up: dict[str, int] = {}
         # Bundle digest → version.
         self.versions: dict[str, str] = {}
-        # What is held for replays, by id.
+        # The sets that are resident for replays, by id.
         self.replayed: dict[str, ExpertSet] = {}
         self.changed = asyncio.Condition()
 
@@ -216,7 +216,7 @@ class WatchingRouter:
     version: int = 0
 
     async def policy(self, stable: ExpertSet, candidates: Iterable[CandidateTraffic] = ()) -> int:
-        """Has Control say so, and waits until it is in force."""
+        """Has Control send the policy, and waits for the acknowledgement."""
         self.version += 1
         await self.control.servicer.set(
             TrafficPolicy(version=self.version, stable=stable, candidates=tuple(candidates))
@@ -246,7 +246,7 @@ class WatchingRouter:
 
 
 class Stream:
-    """One request under way."""
+    """One running request."""
 
     def __init__(self, call: Any) -> None:
         self.call = call
@@ -329,7 +329,7 @@ async def watching_router(
 
 
 class Alone:
-    """What a set gives when it is the only one: an engine that a test's router knows nothing of."""
+    """The answers of a set without others: from an engine that is independent of a test's router."""
 
     def __init__(self, engine: Engine, versions: Versions) -> None:
         self._engine = engine

@@ -1,4 +1,4 @@
-"""Prompts as served, answers alone as targets, and no picture cut."""
+"""Prompts equal the served ones, only answers are targets, and no picture is truncated."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""One organ's experts: what learns, what is kept, and what comes out."""
+"""Training of one organ's experts: trained parameters, cached embeddings, and the resulting bundle."""
 
 import hashlib
 import re

@@ -153,9 +153,7 @@ def check(path: Path, name: str) -> Backup:
 
 def _database_file(files: RolloutFiles, other_way: str) -> Path:
     if not files.database.startswith(SQLITE):
-        raise RolloutDatabaseError(
-            f"the rollouts' database is PostgreSQL, which has tools of its own: use `{other_way}`"
-        )
+        raise RolloutDatabaseError(f"the rollouts' database is PostgreSQL, which has its own tools: use `{other_way}`")
     return files.base
 
 

@@ -42,7 +42,7 @@ class Picture(_Checked):
 
 
 class Answer(_Checked):
-    """What became of a file: exactly one of the three.
+    """The result of a file: exactly one of the three.
 
     Attributes:
         picture: it was decoded.

@@ -1,6 +1,6 @@
 """Drops the privileges of a decoder process before it reads a caller's first byte.
 
-The limits hold for code that has been taken over, too, except where that runs as root: root may raise them again.
+The limits also apply to code that an attacker has taken over, unless it runs as root, which may raise them again.
 """
 
 import ctypes

@@ -24,9 +24,9 @@ from experts.checks.fork_server import REPORT, ForkServer
 WATCH_S = 0.05
 # A process that has not used its processor time within so many times that time on the clock is not decoding.
 STUCK_FACTOR = 10.0
-# More bytes are copied on another thread, so that the event loop goes on meanwhile.
+# More bytes are copied on another thread, so that the event loop is not blocked.
 MAX_COPY_ON_LOOP = 512 * 1024
-# How long a killed process may take to be gone.
+# How long a killed process may take to end.
 KILL_S = 5.0
 
 P = ParamSpec("P")
@@ -105,10 +105,10 @@ class Decoder:
         self._idle_bytes = self._usage().resident_bytes
 
     async def decode(self, content: bytes) -> DecodedImage:
-        """Decodes a file. The process is of no more use after whatever is raised, except `FileRefusedError` itself.
+        """Decodes a file. After any exception but `FileRefusedError`, the process cannot be used again.
 
         Raises:
-            FileRefusedError: the decoder says so.
+            FileRefusedError: the decoder refused it.
             DecoderLimitError: decoding takes more processor time or memory than it may.
             DecoderEndedError: the process has ended.
             WrongAnswerError: the process has sent what no sound decoder sends.
@@ -180,11 +180,11 @@ class Decoder:
             times = process.cpu_times()
             return _Usage(times.user + times.system, process.memory_info().rss)
         except psutil.NoSuchProcess:
-            # It has just ended, and so will the wait for its answer.
+            # It has just ended, which also ends the wait for its answer.
             return _Usage(0.0, 0)
 
     def has_ended(self) -> bool:
-        """Whether the process is gone."""
+        """Whether the process has ended."""
         if self._ended:
             return True
         try:
@@ -194,14 +194,14 @@ class Decoder:
         return True
 
     def kill(self) -> None:
-        """Ends the process at once, whatever it does."""
+        """Kills the process."""
         if self.process_id is not None and not self.has_ended():
-            # Its end is not reported, so the id is still its own.
+            # It has not been reaped, so its id cannot have been reused.
             with suppress(ProcessLookupError):
                 os.kill(self.process_id, signal.SIGKILL)
 
     async def ended(self) -> int | None:
-        """Waits until the process is gone; to be called once.
+        """Waits until the process has ended; to be called once.
 
         Returns:
             See `DecoderEndedError.status`.

@@ -36,7 +36,7 @@ class Memory:
         return array if complete else None
 
     def give_back(self, used_bytes: int) -> None:
-        """Gives the pages of a large file back; those of a usual one are kept for the next."""
+        """Returns the pages of a large file to the system; those of a usual one are reused."""
         if used_bytes > KEPT_BYTES:
             os.ftruncate(self.descriptor, 0)
             os.ftruncate(self.descriptor, self._size)

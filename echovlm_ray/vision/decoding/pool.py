@@ -22,7 +22,7 @@ Outcome = Literal["ok", "refused", "limit", "crash", "lost", "cancelled"]
 
 # All that the processes see of the environment: where programs and libraries are, and no secret.
 ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "LANG", "LC_ALL")
-# One heap and no threads in libraries; memory of one file is kept for the next one until the process rests.
+# One heap and no threads in libraries; memory is reused for the next file until the process is idle.
 _SETTINGS_OF_LIBRARIES = {
     "OPENBLAS_NUM_THREADS": "1",
     "MALLOC_ARENA_MAX": "1",
@@ -31,7 +31,7 @@ _SETTINGS_OF_LIBRARIES = {
 }
 # A caller of which a file took longer, in seconds, leaves one process to others for ten minutes.
 SLOW_S = 2.0
-# How often a file is tried whose decoder was killed from outside.
+# The number of attempts for a file if its decoder is killed from outside.
 ATTEMPTS = 2
 # After a decoder could not be started, the next try.
 RESTART_S = 1.0
@@ -51,7 +51,7 @@ class DecoderPool:
         """
         Args:
             settings: limits of a file, its frames' size, and memory.
-            processes: files that are decoded at once.
+            processes: the number of files that are decoded in parallel.
             max_cpu_s: processor time for one file.
         """
         self._settings = settings
@@ -66,7 +66,7 @@ class DecoderPool:
         self._renewals: set[asyncio.Task[None]] = set()
         self._starting = asyncio.Lock()
         self._closed = False
-        # Files waiting or under way.
+        # Files waiting or being decoded.
         self.queue_length = 0
         # How files ended since the start.
         self.outcomes: Counter[str] = Counter()
@@ -91,7 +91,7 @@ class DecoderPool:
             raise PartUnavailableError("image decoding", "its processes end at once; stderr says why") from None
 
     async def close(self) -> None:
-        """Ends the processes; files under way and waiting end with `ShuttingDownError`."""
+        """Ends the processes; running and waiting files end with `ShuttingDownError`."""
         self._closed = True
         self._idle.put_nowait(None)
         if self._server is not None:
@@ -104,7 +104,7 @@ class DecoderPool:
         self._idle.put_nowait(None)
 
     async def decode(self, content: bytes, *, field: str, request_id: str = "", caller: bytes = b"") -> DecodedImage:
-        """Decodes a file, see `decode_image_file`; its frames are scaled. One that is cancelled is ended at once.
+        """Decodes a file, see `decode_image_file`; its frames are scaled. Cancellation ends it immediately.
 
         Args:
             content: the whole file.

@@ -21,7 +21,7 @@ from echovlm_ray.vision.decoding.settings import DecoderSettings
 from echovlm_ray.vision.images import DecodedImage, decode_image_file
 from echovlm_ray.vision.picture import FrameArray
 
-# When no file came for so long, free memory goes back to the system.
+# After this long without a file, free memory is returned to the system.
 IDLE_S = 1.0
 
 
@@ -111,7 +111,7 @@ def _scaled(decoded: DecodedImage, settings: DecoderSettings) -> list[FrameArray
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether a failure began with too little memory, whatever it was taken for on the way."""
+    """Whether lack of memory is the cause of a failure, whatever exception it was converted to."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, MemoryError):

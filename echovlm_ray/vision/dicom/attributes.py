@@ -1,6 +1,6 @@
 """Attributes as numbers and words, or None where they are missing, empty or cannot be read.
 
-pydicom converts a value when it is asked for and raises then, with a text that may quote the value (P12).
+pydicom converts a value on access and may raise then, with a text that may quote the value (P12).
 """
 
 import math
@@ -53,5 +53,5 @@ def items(dataset: Dataset, keyword: str) -> list[Dataset]:
 
 
 def has(dataset: Dataset, keyword: str) -> bool:
-    """Whether the attribute is there at all, whatever it holds."""
+    """Whether the attribute is present, with any value."""
     return keyword in dataset

@@ -88,7 +88,7 @@ class CodedFrames:
         return pixels * max(self.layout.value_bytes, _JPEG2000_VALUE_BYTES if self._jpeg2000 else 1)
 
     def _claim(self, fragments: tuple[Fragment, ...]) -> tuple[str, int, int, int, int, bool] | None:
-        """Kind, width, height, samples, bits and sign, as the frame says."""
+        """Kind, width, height, samples, bits and sign from the frame's header."""
         start = bytes(fragments[0].data[:4096])
         if starts_rle(start):
             segments = rle_segments(start)
@@ -138,7 +138,7 @@ class CodedFrames:
             signed=header.signed or signed,
             photometric=photometric,
         )
-        # A decoder returns exactly the bits that the frame says; attributes can only narrow them.
+        # A decoder returns exactly the bits of the frame's header; attributes can only narrow them.
         if kind == "RLE" or (header.stored is not None and header.stored < bits):
             return settled_bits(layout, header, notices)
         return layout
@@ -196,7 +196,7 @@ class CodedFrames:
         return "YBR_FULL" if self.layout.photometric in YBR - {"YBR_ICT", "YBR_RCT"} else "RGB"
 
     def _without_marker(self, values: npt.NDArray[Any], bits: int) -> str:
-        """The colours of a frame of three samples that does not say them itself."""
+        """The colours of a frame of three samples whose header does not specify them."""
         if values.ndim != 3:
             return ""
         return self._noted(looks_like(values, bits, CERTAINLY_GREYER) or self._labelled)

@@ -65,7 +65,7 @@ def palette_tables(
 
 
 def has_palette(dataset: Dataset) -> bool:
-    """Whether the object has a palette of its own."""
+    """Whether the object has a palette."""
     return "RedPaletteColorLookupTableDescriptor" in dataset
 
 

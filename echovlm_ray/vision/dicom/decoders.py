@@ -87,7 +87,7 @@ def decode_rle(frame: bytes, rows: int, columns: int, samples: int, value_bytes:
     """The values of an RLE frame (PS3.5 annex G), rows × columns (× samples), unsigned.
 
     Raises:
-        FrameError: it cannot be decoded, or holds less than a frame.
+        FrameError: it cannot be decoded, or has less than a frame.
     """
     count = rle_segments(frame)
     if count != samples * value_bytes:
@@ -104,7 +104,7 @@ def decode_rle(frame: bytes, rows: int, columns: int, samples: int, value_bytes:
         if len(decoded) < pixels:
             raise FrameError
         sample, place = divmod(index, value_bytes)
-        # The first segment of a value holds its most significant bytes.
+        # The first segment has a value's most significant bytes.
         values[sample, :, value_bytes - 1 - place] = np.frombuffer(decoded, np.uint8, pixels)
     planes = values.reshape(samples, -1).view(f"<u{value_bytes}").reshape(samples, rows, columns)
     return planes[0] if samples == 1 else np.moveaxis(planes, 0, -1)

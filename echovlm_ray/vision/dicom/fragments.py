@@ -50,7 +50,7 @@ class Encapsulated:
 
 
 def is_encapsulated(content: bytes, start: int) -> bool:
-    """Whether the pixel data that start here consist of items, whatever the transfer syntax says."""
+    """Whether the pixel data that start here consist of items, independent of the transfer syntax."""
     if content[start : start + 4] != ITEM:
         return False
     value = start + _ITEM_HEADER
@@ -124,7 +124,7 @@ def group_frames(
 
     Args:
         encapsulated: the items.
-        stated: Number of Frames, if it says anything.
+        stated: Number of Frames, if valid.
         extended_offsets: the Extended Offset Table, empty without one.
 
     Returns:

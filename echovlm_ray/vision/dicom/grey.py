@@ -87,7 +87,7 @@ def grey_frames(
     little_endian: bool,
     notices: list[str],
 ) -> list[Bytes]:
-    """Grey of frames, small values dark unless the object says otherwise.
+    """Grey of frames, small values dark unless the object specifies the opposite.
 
     Without a VOI LUT or a window, values of up to eight bits stay as they are; more bits are stretched from the
     smallest to the largest value of all the frames, so that brightness does not jump between them.

@@ -125,7 +125,7 @@ def _absent(dataset: Dataset, keyword: str) -> str:
 
 
 def absent_frames(dataset: Dataset) -> str:
-    """The start of a notice about a Number of Frames that says nothing."""
+    """The start of a notice about a missing or invalid Number of Frames."""
     return _absent(dataset, "NumberOfFrames")
 
 

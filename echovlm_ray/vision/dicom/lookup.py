@@ -1,6 +1,6 @@
 """Lookup tables of DICOM: palettes, Modality LUT and VOI LUT (PS3.3 C.7.6.3.1.5, C.7.9.2, C.11.1, C.11.2).
 
-A descriptor says how many entries a table has, which stored value the first one is for, and how many bits an entry has.
+A descriptor has the number of entries, the stored value of the first one, and the number of bits per entry.
 The last is often wrong: the entries themselves decide.
 """
 
@@ -29,7 +29,7 @@ class LookupTable:
         first: the value that the first entry is for.
         entries: uint16.
         bits: how many of them count.
-        stated_bits: how many the descriptor says.
+        stated_bits: the descriptor's.
     """
 
     first: int
@@ -70,7 +70,7 @@ def read_table(
     """A table, or None where its descriptor or its data are missing, empty or cannot be read.
 
     Args:
-        dataset: the object, or the sequence item that holds the table.
+        dataset: the object, or the table's sequence item.
         descriptor: keyword.
         data: keyword.
         signed: whether the values that are looked up can be negative.

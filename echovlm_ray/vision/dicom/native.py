@@ -25,7 +25,7 @@ _SIZE_NAMES = (
     "Rows (0028,0010), Columns (0028,0011), Samples per Pixel (0028,0002), Bits Allocated (0028,0100) and "
     "Photometric Interpretation (0028,0004)"
 )
-# Differences between neighbours must be this much smaller before the layout by plane or by pixel is not believed.
+# Differences between neighbours must be this much smaller to override the declared layout by plane or by pixel.
 _CLEARLY_SMOOTHER = 0.8
 # In a smaller picture chance decides.
 _SMALLEST_SIDE = 24
@@ -34,9 +34,9 @@ _SAMPLES = 20_000
 
 
 def uncompressed(encapsulated: Encapsulated, header: PixelHeader) -> bytes | None:
-    """The pixel data of fragments that hold frames without compression (PS3.5 A.4.11), or None where they do not.
+    """The pixel data of fragments with uncompressed frames (PS3.5 A.4.11), or None for other fragments.
 
-    Each frame is a fragment of its own, perhaps with a byte to be even, or all of them are in one.
+    Each frame is a separate fragment, possibly padded to an even length, or all of them are in one.
     """
     if not (header.rows and header.columns and header.allocated):
         return None
@@ -195,7 +195,7 @@ class NativeFrames:
             return header.samples
         candidates = [samples for samples in (by_photometric, header.samples) if samples is not None]
         if header.frames is None:
-            # A still is likelier than a loop that does not say that it is one.
+            # A still is more likely than a loop without Number of Frames.
             candidates.sort(key=lambda samples: not self._is_one_frame(available, self._bits(samples, allocated)))
         for samples in candidates:
             if self._fits(available, self._bits(samples, allocated)):

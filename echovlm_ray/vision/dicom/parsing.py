@@ -19,7 +19,7 @@ from echovlm_ray.vision.dicom.resync import repaired_elements
 
 PIXEL_KEYWORDS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", 0x7FE00010: "PixelData"}
 UNDEFINED_LENGTH = 0xFFFFFFFF
-# An inflated file may have this many bytes beside its pixels.
+# An inflated file may have this many bytes in addition to its pixels.
 HEADER_BYTES = 4 * 1024**2
 # GE's private syntax: attributes are implicit little endian, pixel data are big endian.
 _GE_BIG_ENDIAN_PIXELS = "1.2.840.113619.5.2"
@@ -42,7 +42,7 @@ class Encoding:
 
 @dataclass(frozen=True, slots=True)
 class PixelElement:
-    """The element that holds the pixels.
+    """The pixel data element.
 
     Attributes:
         keyword: PixelData, FloatPixelData or DoubleFloatPixelData.
@@ -152,7 +152,7 @@ def _encoding(head: bytes) -> Encoding | None:
 
 
 def _meta(content: bytes, start: int, notices: list[str]) -> tuple[UID | None, int]:
-    """The transfer syntax, and where the File Meta Information ends. Its group length is not believed."""
+    """The transfer syntax, and the end of the File Meta Information. Its group length is ignored."""
     encoding = _encoding(content[start : start + 8])
     if encoding is None or _group(content[start : start + 2], encoding.little_endian) != 2:
         notices.append("has no File Meta Information; how it is encoded was found from its bytes")
@@ -188,7 +188,7 @@ def _compare(transfer_syntax: UID, encoding: Encoding, notices: list[str]) -> No
 
 
 def _labelled_encoding(transfer_syntax: UID | None) -> Encoding:
-    """What the transfer syntax says, for files whose first attribute is an unusual one."""
+    """The transfer syntax's encoding, for files with an unusual first attribute."""
     if transfer_syntax is None or not transfer_syntax.is_transfer_syntax or transfer_syntax.is_private:
         return Encoding(implicit=False, little_endian=True)
     return Encoding(transfer_syntax.is_implicit_VR, transfer_syntax.is_little_endian)

@@ -38,7 +38,7 @@ config.settings.reading_validation_mode = config.IGNORE
 
 RGB_BYTES = 3
 _ENCAPSULATED_UNCOMPRESSED = "1.2.840.10008.1.2.1.98"
-# What a decoder works with, besides the RGB that it becomes: a pixel may take this many bytes.
+# The bytes per pixel that a decoder may need in addition to the RGB result.
 WORKING_BYTES = 12
 
 
@@ -50,8 +50,8 @@ class DicomPicture:
         frames: height × width × 3, uint8, RGB.
         indices: where in the file they are; the last one may occur twice (see `sample_frames`).
         source_frames: how many frames the file has.
-        anatomy_terms: from coded attributes only: free text may hold names.
-        notices: what was done differently from what the file or the configuration asks for, a sentence each.
+        anatomy_terms: from coded attributes only, because free text may contain names.
+        notices: deviations from the file's attributes or the configuration, one sentence each.
         is_partial: whether it is cut off or damaged, so that frames or parts of them are missing.
     """
 
@@ -70,7 +70,7 @@ class DicomLimits:
     Attributes:
         max_pixels: of the frames that are taken, together.
         max_frames: at least 2.
-        crop_to_regions: keeps only the box around the ultrasound regions, where there are any.
+        crop_to_regions: crops to the box around the ultrasound regions, if there are any.
     """
 
     max_pixels: int
@@ -105,7 +105,7 @@ def decode_dicom(content: bytes, *, max_pixels: int, max_frames: int, crop_to_re
         content: the whole file.
         max_pixels: of the sampled frames together; checked before decoding.
         max_frames: at least 2.
-        crop_to_regions: keeps only the box around the ultrasound regions, where there are any.
+        crop_to_regions: crops to the box around the ultrasound regions, if there are any.
 
     Raises:
         InvalidDicomError: damaged, without a picture, over the limit, or compressed in a way that is not known here.

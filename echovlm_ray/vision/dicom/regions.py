@@ -1,6 +1,6 @@
 """Ultrasound regions: which part of a DICOM picture is image, and not text, colour bars and patient names.
 
-DICOM PS3.3 C.8.5.5. `BurnedInAnnotation` is not asked: it says NO on pictures that do show text.
+DICOM PS3.3 C.8.5.5. `BurnedInAnnotation` is not used: it is NO in many pictures that do show text.
 """
 
 from pydicom import Dataset
@@ -10,7 +10,7 @@ from echovlm_ray.vision.dicom.attributes import has, integer, items
 # Region Spatial Format: waveforms (ECG), graphics and "none". 2D, M-mode and spectral are images, and a format that is
 # missing or unknown may be.
 NO_IMAGE_FORMATS = frozenset((0, 4, 5))
-# A smaller crop than this is no picture: such regions are wrong, and the whole picture is kept.
+# A smaller crop than this is not a picture: such regions are wrong, and the picture is not cropped.
 MIN_SIDE = 32
 # A region that is smaller in one direction is a mistake or a mark; no picture, M-mode or spectrum is.
 MIN_REGION_SIDE = 8

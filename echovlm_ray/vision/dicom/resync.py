@@ -1,6 +1,6 @@
 """Finds the attributes after one with a wrong length, from the bytes.
 
-A parser that believes such a length reads on in the middle of a value, and everything behind it is lost.
+A parser that trusts such a length resumes in the middle of a value, and everything after it is lost.
 """
 
 from pydicom.datadict import dictionary_has_tag, dictionary_VR

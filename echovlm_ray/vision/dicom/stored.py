@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from echovlm_ray.vision.dicom.header import FrameLayout
 
-# The other reading must be this much smoother before the attributes are not believed.
+# The other interpretation must be this much smoother to override the attributes.
 _CLEARLY_SMOOTHER = 0.8
 # Padding and overlays make a picture of many bits somewhat rougher; a wrong sign makes it far rougher.
 _FAR_SMOOTHER = 0.5

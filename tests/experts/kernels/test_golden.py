@@ -1,4 +1,4 @@
-"""P1 for the experts alone: the reference implementation's own intermediates."""
+"""P1 for the experts: the intermediates of the reference implementation."""
 
 from pathlib import Path
 

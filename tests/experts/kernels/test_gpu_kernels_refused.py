@@ -1,4 +1,4 @@
-"""What someone sees who asks for a GPU's kernel on a machine that cannot run it."""
+"""The errors for a GPU kernel on a machine that cannot run it."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The registry may vanish, be unreadable or be damaged: what was kept loads, and nothing damaged ever does."""
+"""With a missing, unreadable or damaged registry, cached bundles still load, and damaged ones never do."""
 
 import os
 import shutil

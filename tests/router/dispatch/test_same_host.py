@@ -1,4 +1,4 @@
-"""Calls of replicas in processes of their own, over shared memory: the same bits, whatever dies, and no trace."""
+"""Calls of replicas in separate processes over shared memory: the same bits, after any crash, and no leftovers."""
 
 import logging
 import os

@@ -1,6 +1,6 @@
-"""The controller in a process of its own, that stops at a named point or dies at a numbered write.
+"""The controller in a separate process that stops at a named point or dies at a numbered write.
 
-The points lie in the fleet and the verifier, and in SQLAlchemy's events: the product knows nothing of them.
+The points are in the fleet and the verifier, and in SQLAlchemy's events: the product has no code for them.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""An evaluator that reads its figures from files, as `FolderFleet` keeps bundles as files."""
+"""An evaluator that reads its results from files, like the bundles of `FolderFleet`."""
 
 import hashlib
 import json

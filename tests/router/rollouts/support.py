@@ -54,7 +54,7 @@ class Clock:
 
 
 class FolderFleet:
-    """Keeps bundles as files: `registry/<name>`, and `<organ>/<replica>/<digest>` for what a replica holds.
+    """Stores bundles as files: `registry/<name>`, and `<organ>/<replica>/<digest>` for resident ones.
 
     Loading copies the file and checks its digest against its content; so it can run out of room, and find damage. It
     outlives the process that uses it.

@@ -1,4 +1,4 @@
-"""What goes wrong with a candidate (P5), and when one goes back by itself."""
+"""Failures of a candidate (P5), and automatic rollback."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""A database knows which deployment it is of, and nothing is written to one that is not the one that was opened."""
+"""A database has its deployment's identity, and nothing is written to another one than was opened."""
 
 import os
 import shutil

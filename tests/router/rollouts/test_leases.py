@@ -1,4 +1,4 @@
-"""What replays hold stays for as long as they hold it, and never costs the rollouts anything."""
+"""Bundles leased by replays stay resident for the lease, and never impede rollouts."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""The gateway's description of the model follows what Control says is live."""
+"""The gateway's description of the model follows Control's live set."""
 
 from pathlib import Path
 

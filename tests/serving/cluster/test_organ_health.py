@@ -1,4 +1,4 @@
-"""A replica serves its organ while it holds the version that requests get, whatever else it holds."""
+"""A replica serves its organ while the version of the requests is resident, with any other bundles."""
 
 import asyncio
 from collections.abc import AsyncIterator

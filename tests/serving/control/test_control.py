@@ -47,7 +47,7 @@ def candidates(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 @pytest.fixture
 def checkpoint(demo: Path, tmp_path: Path) -> Path:
-    """The demo with a registry of its own, so that a test's pushes are its own."""
+    """The demo with a separate registry for a test's pushes."""
     copy = tmp_path / "demo"
     shutil.copytree(demo, copy, copy_function=_link)
     return copy

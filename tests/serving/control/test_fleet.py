@@ -1,4 +1,4 @@
-"""Control's way to the replicas, against real expert groups and a real gRPC server for what a Router says."""
+"""Control's fleet, against real expert groups and a real gRPC server for a Router's pins."""
 
 import threading
 from collections.abc import Callable, Iterator

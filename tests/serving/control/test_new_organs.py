@@ -1,4 +1,4 @@
-"""A new organ on its way to a router: what requests for it hear until it is there, and while it is in canary."""
+"""A new organ: the errors of requests until routers have its policy, and during its canary."""
 
 import asyncio
 from collections.abc import Collection
@@ -38,7 +38,7 @@ async def refusal(router: WatchingRouter, organ: str, **fields: Any) -> tuple[gr
 
 
 async def reading_is_held(router: WatchingRouter, policy: TrafficPolicy) -> asyncio.Event:
-    """Control says a policy that the router has heard of and cannot take up before the event is set."""
+    """Control sends a policy that the router has received and cannot apply before the event is set."""
     go_on, loop = asyncio.Event(), asyncio.get_running_loop()
     expert_sets = router.parts.expert_sets
     read = expert_sets._read

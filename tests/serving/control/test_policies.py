@@ -1,4 +1,4 @@
-"""How a change of the rollouts' database becomes a policy: at once, in the file first, and in the end in any case."""
+"""A change of the rollouts' database becomes a policy immediately, first in the file, and eventually in any case."""
 
 import asyncio
 import resource

@@ -37,7 +37,7 @@ async def system(tmp_path: Path) -> AsyncIterator[ControlSystem]:
 
 @dataclass
 class Watcher:
-    """A Router or gateway as Control sees it."""
+    """A Router or gateway as Control's watcher."""
 
     system: ControlSystem
     name: str

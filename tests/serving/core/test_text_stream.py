@@ -1,4 +1,4 @@
-"""Tokens to text: whole characters, the same text as at once, and stop strings that never show."""
+"""Tokens to text: whole characters, the same text as without streaming, and no stop strings."""
 
 import itertools
 

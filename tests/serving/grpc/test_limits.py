@@ -32,7 +32,7 @@ DEAF = [("grpc.http2.lookahead_bytes", 0), ("grpc.http2.bdp_probe", 0)]
 
 
 class Model(echovlm_pb2_grpc.EchoVLMServicer):
-    """Answers with how long the prompt is, in as many pieces as it is asked for."""
+    """Answers with the prompt's length, in the requested number of pieces."""
 
     def __init__(self) -> None:
         self.places = 2

@@ -1,4 +1,4 @@
-"""One channel an address, kept while the replica lives, and calls where the fewest are."""
+"""One channel per address for the replica's lifetime, and least-loaded calls."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""What a router makes of what Control says, of what it says wrongly, and of its absence."""
+"""A router with Control's policies, with invalid ones, and without Control."""
 
 import asyncio
 from pathlib import Path

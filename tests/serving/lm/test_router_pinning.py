@@ -1,4 +1,4 @@
-"""Requests keep their experts, whatever Control says meanwhile, and what is not needed any more is gone."""
+"""Requests stay pinned to their experts across policies, and unused sets are dropped."""
 
 import asyncio
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""A router answers with a set that the request names, if it is served, or Control has it held for a replay."""
+"""A router uses the set that the request names, if it is served, or resident for a replay."""
 
 import asyncio
 from collections.abc import Iterator

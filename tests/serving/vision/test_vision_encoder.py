@@ -1,4 +1,4 @@
-"""The vision encoder: the reference's embeddings, whatever else is in the batch, each picture once."""
+"""The vision encoder: the reference's embeddings in every batch, each picture once."""
 
 import asyncio
 import dataclasses

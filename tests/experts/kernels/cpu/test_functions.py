@@ -1,4 +1,4 @@
-"""What the C library computes beside products, against torch's operators, in every variant."""
+"""The C library's functions other than products, against torch's operators, in every variant."""
 
 import pytest
 import torch
