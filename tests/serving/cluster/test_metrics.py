@@ -13,7 +13,7 @@ from echovlm_ray.serving.cluster import metrics
 from echovlm_ray.serving.cluster.metrics import MAX_VERSIONS, OTHER
 from tests.running_system import ECHORAY, RunningSystem
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 # Ray's agent gathers every ten seconds.
 TIMEOUT_S = 40.0
 SAMPLE = re.compile(r"^ray_(echovlm_\w+)\{(.*)\} ([-+.e\d]+)$", re.MULTILINE)
