@@ -131,7 +131,7 @@ PLACES = (
         "what runs as a Ray Serve application",
         "echovlm_ray/serving/deploy/applications.py",
         "",
-        "its class in `echovlm_ray/serving/cluster/deployments/`",
+        "its class in `echovlm_ray/serving/deploy/`",
     ),
     Place(
         "a field of the configuration",
