@@ -2,7 +2,7 @@
 
 The real scheduler over a simulated clock, with and without turns: more callers than places in the batch, each of which
 always has one long answer under way, and one that asks short questions now and then. A step takes what
-`benchmarks/results/layer_costs.md` measured in bfloat16 with remote experts. Writes `benchmarks/results/turns.md`.
+docs/engine.md has for one of bfloat16 with remote experts. Writes `benchmarks/results/turns.md`.
 """
 
 import argparse
