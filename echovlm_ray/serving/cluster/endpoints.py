@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from echovlm_ray.serving.cluster import serve_api
-from echovlm_ray.serving.cluster.serve_api import UnsupportedRayError
+from echovlm_ray.serving.cluster import ray_internals
+from echovlm_ray.serving.cluster.ray_internals import UnsupportedRayError
 from echovlm_ray.serving.cluster.system_id import DEFAULT_SYSTEM, SystemId
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ class Endpoints:
 
     def _keys_of(self, deployments: Mapping[str, str]) -> dict[Any, str]:
         return {
-            serve_api.target_key(self._system.application(part), deployment): part
+            ray_internals.target_key(self._system.application(part), deployment): part
             for part, deployment in deployments.items()
         }
 
@@ -138,7 +138,7 @@ class Endpoints:
             keys = self._keys
             snapshots = {key: snapshots.get(key, -1) for key in keys}
             try:
-                updates = serve_api.wait_for_targets(snapshots, self._must_ask_again)
+                updates = ray_internals.wait_for_targets(snapshots, self._must_ask_again)
             except UnsupportedRayError as error:
                 self._failure = error
                 return
@@ -171,8 +171,8 @@ def addresses_now(application: str, deployment: str, timeout_s: float) -> tuple[
     """
     deadline = time.monotonic() + timeout_s
     try:
-        key = serve_api.target_key(application, deployment)
-        updates = serve_api.wait_for_targets({key: -1}, lambda: time.monotonic() >= deadline)
+        key = ray_internals.target_key(application, deployment)
+        updates = ray_internals.wait_for_targets({key: -1}, lambda: time.monotonic() >= deadline)
     except Exception as error:
         logger.debug("the Serve controller does not say where %s is: %s", application, type(error).__name__)
         return ()

@@ -16,7 +16,7 @@ from datetime import datetime
 import psutil
 
 from echovlm_ray.config import Config
-from echovlm_ray.serving.cluster import serve_api
+from echovlm_ray.serving.cluster import ray_internals
 from echovlm_ray.serving.cluster.system_id import SystemId
 
 _PREFIX = "system/"
@@ -92,12 +92,14 @@ class SystemRecord:
 
 def record_of(name: str) -> SystemRecord | None:
     """Who has a name on the cluster that this process is connected to."""
-    return _parsed(serve_api.read_record(_key(name)))
+    return _parsed(ray_internals.read_record(_key(name)))
 
 
 def all_records() -> Mapping[str, SystemRecord]:
     """Name → system, of the whole cluster."""
-    found = {key: _parsed(serve_api.read_record(key)) for key in serve_api.record_keys() if key.startswith(_PREFIX)}
+    found = {
+        key: _parsed(ray_internals.read_record(key)) for key in ray_internals.record_keys() if key.startswith(_PREFIX)
+    }
     return {record.name: record for record in found.values() if record is not None}
 
 
@@ -122,7 +124,7 @@ def claim(record: SystemRecord, *, deployed: bool, take_over: bool) -> SystemRec
             raise OwnedByAnotherError(
                 f"the cluster runs {record.system} already, and nothing says who started it. {TAKE_OVER}"
             )
-        if not serve_api.write_record(_key(record.name), _encoded(record), replace=take_over):
+        if not ray_internals.write_record(_key(record.name), _encoded(record), replace=take_over):
             return claim(record, deployed=deployed, take_over=take_over)
         return replace(record, identity="") if deployed else None
     same = before.identity == record.identity
@@ -133,7 +135,7 @@ def claim(record: SystemRecord, *, deployed: bool, take_over: bool) -> SystemRec
             f"the cluster runs {record.system} already, {what} by {before.owner}. {TAKE_OVER}; `echoray stop --address "
             "…` ends it"
         )
-    serve_api.write_record(_key(record.name), _encoded(record), replace=True)
+    ray_internals.write_record(_key(record.name), _encoded(record), replace=True)
     return before if deployed and not same else None
 
 
@@ -167,12 +169,12 @@ def is_ours(record: SystemRecord) -> bool:
 def release(record: SystemRecord) -> None:
     """Releases a name, unless another system has it by now."""
     if is_ours(record):
-        serve_api.delete_record(_key(record.name))
+        ray_internals.delete_record(_key(record.name))
 
 
 def release_name(name: str) -> None:
     """Releases a name, whichever system has it: its applications were removed."""
-    serve_api.delete_record(_key(name))
+    ray_internals.delete_record(_key(name))
 
 
 def _check_ports(record: SystemRecord) -> None:

@@ -17,7 +17,7 @@ from ray import serve
 from echovlm_ray.config import Config
 from echovlm_ray.hosts import host_port
 from echovlm_ray.serving.cluster.ray_folder import ray_folder
-from echovlm_ray.serving.cluster.ray_loopback import on_loopback
+from echovlm_ray.serving.cluster.ray_internals import on_loopback
 
 logger = logging.getLogger(__name__)
 

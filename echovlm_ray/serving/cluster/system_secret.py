@@ -9,7 +9,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from echovlm_ray.serving.cluster import serve_api
+from echovlm_ray.serving.cluster import ray_internals
 from echovlm_ray.serving.cluster.system_id import SystemId
 from experts.private_folder import runtime_folder
 from experts.transport.inner_channel import InnerChannels
@@ -26,7 +26,7 @@ def keep_secret(system: SystemId) -> SystemSecret:
         OSError: the file cannot be written.
     """
     secret = _stored(system) or _of_file(secret_file(system.identity)) or SystemSecret.random()
-    if not serve_api.write_record(_key(system), secret.text.encode(), replace=False):
+    if not ray_internals.write_record(_key(system), secret.text.encode(), replace=False):
         secret = _stored(system) or secret
     _write(secret_file(system.identity), secret.text)
     return secret
@@ -47,9 +47,9 @@ def secret_of(system: SystemId) -> SystemSecret:
 def delete_secrets(name: str) -> None:
     """Removes those of all systems that had a name on this Ray, when they were taken down."""
     prefix = _key(SystemId(name))
-    for key in serve_api.record_keys():
+    for key in ray_internals.record_keys():
         if key.startswith(prefix):
-            serve_api.delete_record(key)
+            ray_internals.delete_record(key)
             delete_secret_file(key.removeprefix(prefix))
 
 
@@ -84,7 +84,7 @@ def channels_to(identity: str) -> InnerChannels:
 
 
 def _stored(system: SystemId) -> SystemSecret | None:
-    found = serve_api.read_record(_key(system))
+    found = ray_internals.read_record(_key(system))
     return SystemSecret(found.decode()) if found else None
 
 

@@ -15,7 +15,7 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from echovlm_ray.config import Config
 from echovlm_ray.free_memory import return_free_memory
-from echovlm_ray.serving.cluster import serve_api
+from echovlm_ray.serving.cluster import ray_internals
 from echovlm_ray.serving.cluster.endpoints import Endpoints
 from echovlm_ray.serving.cluster.ownership import (
     OwnedByAnotherError,
@@ -392,7 +392,7 @@ def _finish_requests(system: SystemId) -> None:
 
 def _remove(names: Sequence[str]) -> None:
     try:
-        serve_api.delete_applications(names)
+        ray_internals.delete_applications(names)
         deadline = time.monotonic() + REMOVE_TIMEOUT_S
         while set(names) & set(serve.status().applications):
             if time.monotonic() > deadline:

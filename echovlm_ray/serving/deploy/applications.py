@@ -12,7 +12,7 @@ from ray import serve
 from ray.serve import Application, Deployment
 
 from echovlm_ray.config import Config
-from echovlm_ray.serving.cluster import serve_api
+from echovlm_ray.serving.cluster import ray_internals
 from echovlm_ray.serving.cluster.settings import (
     ControlSettings,
     ExpertGroupSettings,
@@ -103,4 +103,4 @@ def _build(part: str, settings: ReplicaSettings) -> Application:
         # Requests come over our own servers; Serve's access log would only know of health checks.
         logging_config={"enable_access_log": False},
     )
-    return serve_api.with_version(deployment, version_of(settings)).bind(settings.model_dump(mode="json"))
+    return ray_internals.with_version(deployment, version_of(settings)).bind(settings.model_dump(mode="json"))

@@ -109,7 +109,7 @@ def _public_server(settings: ControlSettings) -> ServerOptions:
 
 
 def _organ_applications(settings: ControlSettings, parts: "ControlParts") -> "OrganApplications":
-    from echovlm_ray.serving.cluster import serve_api
+    from echovlm_ray.serving.cluster import ray_internals
     from echovlm_ray.serving.control.organs import OrganApplications
     from echovlm_ray.serving.control.parts import watched
 
@@ -124,7 +124,7 @@ def _organ_applications(settings: ControlSettings, parts: "ControlParts") -> "Or
         lambda: parts.controller.views,
         partial(_deployed_organs, settings.system_id),
         deploy,
-        lambda organ: serve_api.delete_applications([settings.system_id.application(expert_application(organ))]),
+        lambda organ: ray_internals.delete_applications([settings.system_id.application(expert_application(organ))]),
         lambda organ: parts.endpoints.watch(watched([organ])),
     )
 

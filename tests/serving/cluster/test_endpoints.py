@@ -15,7 +15,7 @@ from ray import serve
 
 from echovlm_ray.checkpoint.layout import ORGANS
 from echovlm_ray.config import Config
-from echovlm_ray.serving.cluster import serve_api
+from echovlm_ray.serving.cluster import ray_internals
 from echovlm_ray.serving.cluster.endpoints import Endpoints, addresses_now
 from echovlm_ray.serving.cluster.ray_session import local_ray
 from echovlm_ray.serving.cluster.settings import CONTROL, DEPLOYMENTS
@@ -41,7 +41,7 @@ def deploy(config: Config) -> None:
 
 
 def channels() -> InnerChannels:
-    (key,) = [key for key in serve_api.record_keys() if key.startswith("secret/")]
+    (key,) = [key for key in ray_internals.record_keys() if key.startswith("secret/")]
     return InnerChannels(secret_of(SystemId("", key.rpartition("/")[2])))
 
 
@@ -158,6 +158,6 @@ def test_deploying_again_leaves_the_replica_alone_unless_it_changes(endpoints: E
 
 
 def test_a_removed_application_is_gone(endpoints: Endpoints) -> None:
-    serve_api.delete_applications([CONTROL])
+    ray_internals.delete_applications([CONTROL])
     until(lambda: not endpoints.of(CONTROL), timeout_s=START_S)
     until(lambda: CONTROL not in serve.status().applications, timeout_s=START_S)

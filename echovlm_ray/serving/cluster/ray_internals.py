@@ -1,11 +1,15 @@
-"""All uses of Ray Serve beyond its public interface, as of Ray 2.60.
+"""All uses of Ray beyond its public interface, as of Ray 2.60.
 
-Serve's public Python interface has neither the running replicas with their metadata, nor versions of deployments. Only
-this module uses internals for both, and checks their results, so that another version of Ray fails with a clear error.
+Serve's public Python interface cannot list the running replicas with their metadata, nor give a deployment a version,
+and Ray's public options turn 127.0.0.1 into the machine's own address. These are done here and nowhere else. Results
+are checked, so that another version of Ray fails with a clear error; tests/serving/cluster/test_ray_internals.py names
+each part that this module needs.
 """
 
+import os
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -19,6 +23,8 @@ RECORDS = "echovlm"
 TIMEOUT_S = 60.0
 # The controller itself answers a poll without news after a minute.
 POLL_TIMEOUT_S = 90.0
+# Ray's processes read it.
+_CLUSTER_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 # The key of one deployment's targets in the controller's long poll.
 TargetKey = Hashable
@@ -123,6 +129,35 @@ def record_keys() -> list[str]:
     return [key.decode() for key in _store()._internal_kv_list(b"", namespace=RECORDS)]
 
 
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """Starts Ray on loopback only. The block must last as long as that Ray.
+
+    On macOS and Windows, where Ray runs no clusters, it uses loopback for everything. The same switch, with the
+    variable of its processes, does so on Linux.
+
+    Raises:
+        UnsupportedRayError: this Ray has no such switch.
+    """
+    try:
+        from ray._private import ray_constants
+
+        constant = ray_constants.ENABLE_RAY_CLUSTER
+    except (ImportError, AttributeError) as error:
+        raise _unsupported() from error
+    variable = os.environ.get(_CLUSTER_VARIABLE)
+    os.environ[_CLUSTER_VARIABLE] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = constant
+        if variable is None:
+            del os.environ[_CLUSTER_VARIABLE]
+        else:
+            os.environ[_CLUSTER_VARIABLE] = variable
+
+
 def _store() -> Any:
     try:
         from ray.experimental import internal_kv
@@ -141,6 +176,6 @@ def _controller() -> "ActorHandle[Any]":
 
 def _unsupported() -> UnsupportedRayError:
     return UnsupportedRayError(
-        f"Ray Serve {ray.__version__} works otherwise inside than 2.60, for which "
-        "echovlm_ray.serving.cluster.serve_api is written: install the pinned version"
+        f"Ray {ray.__version__} works otherwise inside than 2.60, for which "
+        "echovlm_ray.serving.cluster.ray_internals is written: install the pinned version"
     )
