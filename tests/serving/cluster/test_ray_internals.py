@@ -4,6 +4,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Collection
+from typing import Any
 
 import pytest
 from ray import serve
@@ -18,7 +19,6 @@ from echovlm_ray.serving.cluster import ray_internals
 from echovlm_ray.serving.cluster.ray_internals import UnsupportedRayError
 
 
-@serve.deployment
 class Nothing:
     """A deployment to give a version to."""
 
@@ -39,7 +39,8 @@ def test_what_the_controller_answers() -> None:
 
 
 def test_versions_of_deployments() -> None:
-    assert ray_internals.with_version(Nothing, "7").version == "7"
+    deployment: Any = serve.deployment(Nothing)
+    assert ray_internals.with_version(deployment, "7").version == "7"
 
 
 @pytest.mark.parametrize("name", ["get", "put", "del", "list"])
