@@ -39,7 +39,7 @@ DYING = """
 import os, signal, sys
 from pathlib import Path
 from echovlm_ray.serving.control import rollout_backup
-from tests.serving.test_rollout_backup import FIRST, files_in
+from tests.serving.control.test_rollout_backup import FIRST, files_in
 def die(*arguments, **named):
     os.kill(os.getpid(), signal.SIGKILL)
 setattr(rollout_backup.os if sys.argv[1] == "replace" else rollout_backup, sys.argv[1], die)
