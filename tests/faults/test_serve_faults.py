@@ -100,7 +100,9 @@ def test_every_process_may_get_the_signal(serve: Callable[..., Serving]) -> None
     """As from systemd's KillMode=control-group: Ray's processes end at the same moment."""
     serving = serve()
     for process in [psutil.Process(serving.process.pid), *serving.family]:
-        process.terminate()
+        # Some end because another one did.
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
     assert serving.ends() == 0
     assert not [words for words in RAYS_OWN_WORDS if words in serving.text]
 
