@@ -49,7 +49,12 @@ class BearerTokens:
 
     The file is looked at with every call, so that its tokens are those of this moment. While it is missing, or holds
     what cannot be read, no token is good. Belongs to one event loop.
+
+    Attributes:
+        names: that the file gives its tokens.
     """
+
+    names: frozenset[str] = frozenset()
 
     def __init__(self, path: Path) -> None:
         """Reads the file.
@@ -69,11 +74,6 @@ class BearerTokens:
         self._calls: set[tuple[bytes, End]] = set()
         self._watcher: asyncio.Task[None] | None = None
         self._take(read_private(path, "token_file"))
-
-    @property
-    def names(self) -> frozenset[str]:
-        """That the file gives its tokens."""
-        return frozenset(token.name for token in self._known.values() if token.name)
 
     async def admit(self, metadata: Sequence[tuple[str, str | bytes]]) -> KnownToken:
         """As `check`, and waits for the rest of the file where the token may stand in it.
@@ -175,6 +175,7 @@ class BearerTokens:
         gone = {digest: since for digest, since in self._gone.items() if now - since < REWRITTEN_WITHIN_S}
         self._gone = {digest: gone.get(digest, now) for digest in {*gone, *self._known} if digest not in known}
         self._known = known
+        self.names = frozenset(token.name for token in known.values() if token.name)
 
 
 def _state(path: Path) -> _State | None:

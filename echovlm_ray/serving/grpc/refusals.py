@@ -15,9 +15,9 @@ MAX_NAMES = 200
 class Refusals:
     """Counts since the start. Belongs to one event loop."""
 
-    def __init__(self, names: Callable[[], Collection[str]] = tuple) -> None:
-        """Takes the names that the configuration gives to callers; no other one is kept, whatever callers show."""
-        self._names = names
+    def __init__(self, is_configured: Callable[[str], bool] = lambda name: False) -> None:
+        """Takes whether the configuration gives a name to a caller; no other name is kept, whatever callers show."""
+        self._is_configured = is_configured
         self._counts: Counter[tuple[str, str]] = Counter()
         self._seen: set[str] = set()
 
@@ -37,8 +37,7 @@ class Refusals:
             self._counts[reason, self._known(names)] += 1
 
     def _known(self, names: Collection[str]) -> str:
-        configured = self._names()
-        name = next((name for name in names if name in configured), "")
+        name = next(filter(self._is_configured, names), "")
         if name not in self._seen and len(self._seen) >= MAX_NAMES:
             return ""
         self._seen.add(name)

@@ -85,7 +85,9 @@ class GrpcServer:
         """
         tokens = BearerTokens(options.token_file) if options.token_file else None
         self._options = options
-        self.refusals = Refusals(lambda: options.caller_names | (tokens.names if tokens is not None else frozenset()))
+        self.refusals = Refusals(
+            lambda name: name in options.caller_names or (tokens is not None and name in tokens.names)
+        )
         self._credentials = CertificateFiles(options.tls).credentials() if options.tls else None
         self._interceptor = CallInterceptor(
             tokens,

@@ -40,7 +40,7 @@ RESOURCE_EXHAUSTED = 8
 def test_reasons(error: Exception, reason: str) -> None:
     assert reason_of(error) == reason
     refusals = Refusals()
-    refusals.add(error, ["whoever"])
+    refusals.add(error, ["stranger"])
     assert refusals.counts == ({(reason, ""): 1} if reason else {})
 
 
@@ -56,7 +56,7 @@ def test_each_quota_is_a_reason(limit: str) -> None:
 
 def test_only_names_of_the_configuration_are_kept_and_not_too_many() -> None:
     configured = {"ward"}
-    refusals = Refusals(lambda: configured)
+    refusals = Refusals(configured.__contains__)
     for names in (["forged"], ["forged", "ward"], [], ["ward"]):
         refusals.add(OverloadedError("full"), names)
     assert refusals.counts == {("busy", ""): 2, ("busy", "ward"): 2}
