@@ -128,9 +128,9 @@ class GatewaySection(Section):
     default_new_tokens: PositiveInt = 256
     # When a call has no deadline, this one, in seconds.
     default_deadline_s: PositiveFloat = 300.0
-    # When answers that callers do not read should leave memory sooner, lower it: after so many seconds a client is told
-    # to connect again, which it does by itself, and what is still under way on the old connection goes on for as long
-    # as default_deadline_s or router.max_request_s, whichever is longer. Then the connection ends.
+    # When answers that callers do not read should leave memory sooner, lower it: the age of a connection, in seconds,
+    # at which the server has the client reconnect. Calls on the old connection continue for default_deadline_s or
+    # router.max_request_s, whichever is longer. Then the connection ends.
     max_connection_s: PositiveFloat = 3600.0
     # When all files of a request together have more bytes, it is refused before it is read.
     max_request_bytes: PositiveInt = 64 * 1024 * 1024
