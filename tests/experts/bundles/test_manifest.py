@@ -9,27 +9,7 @@ from pydantic import ValidationError
 
 from experts.bundles.manifest import Manifest, check_file_path, check_organ, check_version, version_key
 from experts.errors import InvalidBundleError
-
-FIELDS: dict[str, Any] = {
-    "format": "echovlm-experts-1",
-    "name": "breast",
-    "organ": "breast",
-    "version": "1.0.0",
-    "description": "",
-    "authors": "a",
-    "license": "MIT",
-    "intended_use": "research",
-    "backbone_digest": "0" * 64,
-    "num_layers": 2,
-    "num_experts": 2,
-    "hidden_size": 4,
-    "intermediate_size": 4,
-    "dtype": "bfloat16",
-    "files": [
-        {"path": "experts.safetensors", "sha256": "1" * 64, "size": 10},
-        {"path": "gate.safetensors", "sha256": "2" * 64, "size": 10},
-    ],
-}
+from tests.experts.manifest_fields import FIELDS
 
 
 def parse(**changes: Any) -> Manifest:

@@ -17,6 +17,7 @@ from echovlm_ray.serving.core.caller import Caller, set_caller
 from echovlm_ray.serving.grpc.server import GrpcServer, ServerOptions
 from experts.registry.registry import Registry
 from protos import control_pb2, control_pb2_grpc
+from tests.experts.manifest_fields import FIELDS
 
 
 @pytest.fixture
@@ -36,28 +37,11 @@ async def silence() -> AsyncIterator[control_pb2.PushRequest]:
 
 def manifest_of(size: int) -> bytes:
     """Of a bundle whose first file has so many bytes."""
-    return json.dumps(
-        {
-            "format": "echovlm-experts-1",
-            "name": "breast",
-            "organ": "breast",
-            "version": "1.0.0",
-            "description": "",
-            "authors": "a",
-            "license": "MIT",
-            "intended_use": "research",
-            "backbone_digest": "0" * 64,
-            "num_layers": 2,
-            "num_experts": 2,
-            "hidden_size": 4,
-            "intermediate_size": 4,
-            "dtype": "bfloat16",
-            "files": [
-                {"path": "experts.safetensors", "sha256": "1" * 64, "size": size},
-                {"path": "gate.safetensors", "sha256": "2" * 64, "size": 1},
-            ],
-        }
-    ).encode()
+    files = [
+        {"path": "experts.safetensors", "sha256": "1" * 64, "size": size},
+        {"path": "gate.safetensors", "sha256": "2" * 64, "size": 1},
+    ]
+    return json.dumps(FIELDS | {"files": files}).encode()
 
 
 def receiving(pushes: PushReceiver, caller: bytes, requests: Callable[[], Any]) -> asyncio.Task[Any]:
